@@ -88,7 +88,6 @@ class History:
             self.controller,
             *[Mock(return_value=None) for _ in range(5)],
             hooks=(),
-            sample_rate=0.0,
             quarantine=Quarantine(["noting"]),
             tally=self.tally,
             publisher=Mock(),

@@ -13,7 +13,7 @@ from whiflash_lab.advise import GPUS, OURS, PLAIN, Estimate, Question, _card, ad
 from whiflash_lab.published import FACTS, KNOWN, PublishedTarget, Ratio, Shape
 from whiflash_lab.simulate import PublishedPair, SimulatedLoad, Simulation
 from whiflash_sglang.cli.app import app
-from whiflash_sglang.cli.report import brought, by_caller, gain_of
+from whiflash_sglang.cli.report import brought
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
 
@@ -235,26 +235,3 @@ def test_an_earlier_report_that_is_none_is_named(tmp_path: Path) -> None:
         (tmp_path / "monday.json").write_text(f'{{"http://127.0.0.1:1": {{"state": {state}}}}}')
         ended = CliRunner().invoke(app, ["report", "--since", str(tmp_path / "monday.json")])
         assert isinstance(ended.exception, WhiflashError), state
-
-
-def test_agents_and_tenants_are_reported_from_sampled_traces(tmp_path: Path) -> None:
-    def sample(agent: str | None, tenant: str | None, tokens: int, saved: float) -> str:
-        arms = {"ar": {"rounds": 4, "tokens": tokens, "proposed": 9, "accepted": 3, "saved": saved}}
-        sums = {"version": 1, "policy": "auto", "rounds": 4, "tokens": tokens, "seconds": 2.0, "arms": arms}
-        return json.dumps({"agent": agent, "tenant": tenant, "sglext": {"whiflash": sums}})
-
-    with pytest.raises(ConfigError, match="has no sampled traces: start the server with"):
-        by_caller(tmp_path)
-    coder = [sample("coder", "aa", 20, 1.0), sample("coder", "bb", 12, -1.0)]
-    (tmp_path / "traces.1.jsonl").write_text("\n".join(coder))
-    (tmp_path / "traces.jsonl").write_text(sample(None, "bb", 8, 3.0) + '\n{"torn')
-    found = by_caller(tmp_path).shares
-    assert [(one.name, one.answers, one.tokens, gain_of(one)) for one in found["agent"]] == [
-        ("coder", 2, 32, 1.0),
-        ("none named", 1, 8, 2.5),
-    ]
-    assert [(one.name, one.tokens) for one in found["tenant"]] == [("aa", 20), ("bb", 20)]
-    shown = CliRunner().invoke(app, ["report", "--traces", str(tmp_path)])
-    assert "coder" in shown.output
-    as_json = json.loads(CliRunner().invoke(app, ["report", "--traces", str(tmp_path), "--json"]).output)
-    assert as_json["tenant"][1]["answers"] == 2

@@ -1,7 +1,6 @@
 """The pair of servers that these tests share: plain decoding, and ours with the same arguments."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from openai import OpenAI
@@ -20,15 +19,7 @@ def grpc_port() -> int:
 
 
 @pytest.fixture(scope="package")
-def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of our samples of everybody's traces: answers to others must not show it."""
-    return tmp_path_factory.mktemp("sums")
-
-
-@pytest.fixture(scope="package")
-def pair(
-    tmp_path_factory: pytest.TempPathFactory, host: ServerHost, grpc_port: int, sums: Path
-) -> Iterator[Pair]:
+def pair(tmp_path_factory: pytest.TempPathFactory, host: ServerHost, grpc_port: int) -> Iterator[Pair]:
     root = tmp_path_factory.mktemp("checkpoints")
     tiny_target(root / "other", seed=3, peaked=True)
     # SGLang finds the parser of `auto` by what the template shows.
@@ -37,8 +28,7 @@ def pair(
     shared = ["--tool-call-parser", "auto", "--reasoning-parser", "auto", "--chat-template", str(template)]
     shared += ["--enable-priority-scheduling", "--default-priority-value", "0", *served_pair(root)]
     plain = shared[: shared.index("--speculative-algorithm")]
-    flags = ["--whiflash-trace-sample", "1", "--whiflash-trace-dir", str(sums)]
-    ours = [*shared, *flags, "--grpc-port", str(grpc_port)]
+    ours = [*shared, "--grpc-port", str(grpc_port)]
     with host.running(*plain) as first, host.running(*ours) as second:
         yield first, second
 

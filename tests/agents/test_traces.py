@@ -2,14 +2,12 @@
 the others.
 """
 
-import json
 import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,8 +21,6 @@ from tiny_models import SPECIAL_TOKENS, served_pair
 from whiflash_sdk import routing, wrap
 
 from whiflash_sglang.cli.top import LiveView, WatchedServer
-from whiflash_sglang.cli.trace import turns_of
-from whiflash_sglang.files.jsonl import parse_json_lines
 
 pytestmark = pytest.mark.server
 
@@ -79,22 +75,15 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of `incremental`'s samples of traces, with texts."""
-    return tmp_path_factory.mktemp("texts")
-
-
-@pytest.fixture(scope="module")
 def incremental(
-    tmp_path_factory: pytest.TempPathFactory, host: ServerHost, texts: Path, collector: Collector
+    tmp_path_factory: pytest.TempPathFactory, host: ServerHost, collector: Collector
 ) -> Iterator[Server]:
     """Streams of increments, prompts in small chunks; SGLang's own spans, which `collector` is sent."""
     flags = (
         "--tool-call-parser hermes --incremental-streaming-output --chunked-prefill-size 64 --enable-trace"
     )
-    flags += " --whiflash-trace-sample 1 --whiflash-trace-text on --whiflash-trace-mib 1"
     arguments = [*served_pair(tmp_path_factory.mktemp("checkpoints")), *flags.split()]
-    arguments += ["--whiflash-trace-dir", str(texts), "--otlp-traces-endpoint", collector.endpoint]
+    arguments += ["--otlp-traces-endpoint", collector.endpoint]
     with host.running(*arguments, env={"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}) as running:
         yield running
 
@@ -216,63 +205,6 @@ def test_who_did_not_ask_gets_what_a_plain_server_sends(
     assert [comparable(sent).keys() for sent in beside] == [comparable(alone).keys()] * 3
 
 
-def sampled(directory: Path, rid: str) -> dict[str, Any]:
-    """The sample of a request, which is written after its answer."""
-
-    def found() -> list[dict[str, Any]]:
-        path = directory / "traces.jsonl"
-        text = path.read_text() if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # the beginning of a line that is being written may be seen
-        return [value for _, value in parse_json_lines(whole, path) if value["id"] == rid]
-
-    (sample,) = wait_until(found)
-    return dict(sample)
-
-
-def test_who_did_not_ask_is_sampled_in_sums_without_text(server: Server, sums: Path) -> None:
-    params = {**NATIVE, "custom_params": {"whiflash": '{"agent":"coder"}'}}
-    body = {"text": PROMPT, "rid": "sampled-sums", "sampling_params": params, "extra_key": "secret"}
-    answer = server.post("/generate", body)
-    assert "whiflash" not in json.dumps(answer["meta_info"])
-    sample = sampled(sums, "sampled-sums")
-    assert sample["model"] == "tiny"
-    assert (sample["completion_tokens"], sample["finish_reason"]) == (24, "length")
-    trace = routing(sample)
-    assert trace is not None
-    assert (trace.tokens, trace.stretches, trace.text) == (23, (), None)
-    assert trace.tokens_per_second
-    assert "text" not in sample
-    assert (sample["agent"], len(sample["tenant"])) == ("coder", 16)
-    written = (sums / "traces.jsonl").read_text()
-    assert answer["text"] not in written
-    assert "secret" not in written
-
-
-def test_a_sample_with_text_is_the_trace_that_its_client_gets(incremental: Server, texts: Path) -> None:
-    """At the end of a native stream."""
-    params = {**NATIVE, "custom_params": {"whiflash": '{"trace":"full"}'}}
-    body = {"text": PROMPT, "rid": "sampled-text", "sampling_params": params, "stream": True}
-    sent = ask(incremental.url, "/generate", body).split("\n\n")
-    lines = [json.loads(line.removeprefix("data: ")) for line in sent if line.startswith("data: {")]
-    assert [routing(line) is not None for line in lines] == [False] * (len(lines) - 1) + [True]
-    sample = sampled(texts, "sampled-text")
-    assert sample["text"] == "".join(line["text"] for line in lines)
-    got = check(routing(lines[-1]), 24, sample["text"])
-    assert routing(sample) == got
-    turn = turns_of(texts / "traces.jsonl")[-1]
-    assert (turn.model, turn.text) == ("tiny", sample["text"])
-
-
-def test_who_is_gone_is_sampled_too(incremental: Server, texts: Path) -> None:
-    body = {"text": PROMPT, "rid": "sampled-gone", "stream": True}
-    body["sampling_params"] = {**NATIVE, "max_new_tokens": 2000}
-    with httpx.stream("POST", f"{incremental.url}/generate", json=body, timeout=None) as answer:
-        for _ in answer.iter_lines():
-            break
-    sample = sampled(texts, "sampled-gone")
-    assert sample["finish_reason"] == "abort"
-
-
 def test_top_shows_what_a_server_did(server: Server) -> None:
     with httpx.Client() as client:
         view = LiveView([WatchedServer(server.url, client)])
@@ -291,10 +223,10 @@ def test_top_shows_what_a_server_did(server: Server) -> None:
 
 def test_a_span_of_sglangs_tells_who_drafted(incremental: Server, collector: Collector) -> None:
     prompt = {"input_ids": [5, 6, 7] * 6, "sampling_params": {"temperature": 0, "max_new_tokens": 40}}
-    asking = {"custom_params": {"whiflash": '{"trace":"summary"}'}}
+    asking = {"custom_params": {"whiflash": '{"trace":"summary","agent":"coder"}'}}
     answers = incremental.generate_all(
         [
-            {**prompt, "rid": "untraced"},
+            {**prompt, "rid": "untraced", "extra_key": "secret"},
             {**prompt, "rid": "asking", "sampling_params": {**prompt["sampling_params"], **asking}},  # type: ignore[dict-item]
         ],
         concurrency=2,
@@ -303,11 +235,14 @@ def test_a_span_of_sglangs_tells_who_drafted(incremental: Server, collector: Col
     assert "whiflash" not in quiet
     summary = told["whiflash"]
     span = collector.of("asking")
-    assert span["whiflash.policy"] == "auto"
+    assert (span["whiflash.policy"], span["whiflash.agent"]) == ("auto", "coder")
+    assert "whiflash.tenant" not in span
     assert (span["whiflash.rounds"], span["whiflash.switches"]) == (summary["rounds"], summary["switches"])
     for arm, counts in summary["arms"].items():
         assert {name: span[f"whiflash.arm.{arm}.{name}"] for name in counts} == counts
     # A request that did not ask has a span as well, and no part of it in the answer.
     other = collector.of("untraced")
+    assert len(other["whiflash.tenant"]) == 16
+    assert "secret" not in str(other)
     arms = {key.split(".")[2] for key in other if key.startswith("whiflash.arm.")}
     assert sum(other[f"whiflash.arm.{arm}.tokens"] for arm in arms) == quiet["completion_tokens"] - 1

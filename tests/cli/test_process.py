@@ -73,7 +73,6 @@ WRONG: list[tuple[Any, ...]] = [
     (("bench", "--quick", "--no-interleave"), "remove them, or --no-interleave"),
     (("bench", "--minutes", "nan"), "--minutes"),
     (("bench", "--server-args", "--x 'y"), "--server-args --x 'y"),
-    (("report", "--traces", "/", "--cost-per-hour", "1"), "--traces asks no server"),
     (("policy", "--api-key", "a\x00b"), "--api-key"),
 ]
 """A command line, what its one line names, and what was meant where that is named, too."""

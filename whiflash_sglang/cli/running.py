@@ -17,9 +17,7 @@ from whiflash_sglang.cli.options import (
     authorization,
     for_tables,
     report,
-    say,
     say_prose,
-    show_table,
 )
 from whiflash_sglang.errors import ConfigError, ServerRefusedError, UsageError, WhiflashError
 from whiflash_sglang.files.jsonl import read_json_file
@@ -141,31 +139,19 @@ def summary(
     hourly: Annotated[
         float | None, typer.Option("--cost-per-hour", min=0, help="Cost of a server's hour, in any currency.")
     ] = None,
-    traces: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Report agents and tenants, by sampled traces in it.")
-    ] = None,
     as_json: JsonFlag = False,
     api_key: AdminKeyOption = None,
 ) -> None:
     """Report what drafting brought on running servers, against their own prices of rounds without drafts.
 
-    It counts from the server's start, or from an earlier report on. With --traces it asks no server.
+    It counts from the server's start, or from an earlier report on.
 
     \b
     Examples:
     whiflash report --cost-per-hour 2.5
     whiflash report --json > monday.json
-    whiflash report --traces /var/lib/whiflash/traces
     """
     from whiflash_sglang.cli.report import CAVEAT, COUNTED, brought
-
-    if traces is not None:
-        if url or since or hourly is not None:
-            raise UsageError(
-                "--traces asks no server: remove --url, --since and --cost-per-hour, or --traces"
-            )
-        _show_callers(traces, as_json)
-        return
 
     before = {} if since is None else _earlier(since)
 
@@ -185,29 +171,6 @@ def summary(
     ask_every(url, ask, as_json)
     if not as_json:
         say_prose(CAVEAT)
-
-
-def _show_callers(directory: Path, as_json: bool) -> None:
-    from whiflash_sglang.cli.report import by_caller, gain_of
-
-    callers = by_caller(directory)
-    if as_json:
-        rows = {name: [share.model_dump() for share in shares] for name, shares in callers.shares.items()}
-        typer.echo(json.dumps({**rows, "skipped": len(callers.skipped)}))
-        return
-    for caller, shares in callers.shares.items():
-        lines = []
-        for share in shares:
-            estimates = (share.seconds, share.saved, gain_of(share))
-            figures = ("" if value is None else f"{value:.2f}" for value in estimates)
-            counts = (f"{share.answers:,}", f"{share.tokens:,}", f"{share.acceptance_length:.2f}")
-            lines.append((share.name, *counts, *figures))
-        show_table((caller, "answers", "tokens", "tokens a round", "seconds", "saved", "over plain"), lines)
-    typer.echo(
-        "Seconds saved are estimates by the server's prices of rounds without drafts; prefills are left out."
-    )
-    if callers.skipped:
-        say(f"{len(callers.skipped)} lines were skipped, the first: {callers.skipped[0]}")
 
 
 def _earlier(path: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`whiflash trace`: a recorded conversation as a page or in the terminal."""
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,10 @@ from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, parse_json_lines, read_j
 
 if TYPE_CHECKING:
     from whiflash_sdk.render import Turn
+    from whiflash_sdk.trace import Trace
 
+MOST = 1e9
+"""Seconds, tokens or rounds of a request."""
 MOST_ROUNDS = 1 << 20
 """Rounds that a file says there were, and does not list: each is drawn."""
 
@@ -27,8 +29,6 @@ def turns_of(path: Path) -> "list[Turn]":
     """
     from whiflash_sdk.render import Turn
     from whiflash_sdk.trace import parse_trace, raw_traces
-
-    from whiflash_sglang.cli.report import check_figures
 
     text = read_text(path)
     try:
@@ -44,8 +44,8 @@ def turns_of(path: Path) -> "list[Turn]":
         try:
             traces = list(map(parse_trace, raw_traces(response))) if isinstance(response, dict) else []
             for trace in traces:
-                check_figures(trace)
-                title = _title_of(response, number) + (f", choice {trace.choice}" if len(traces) > 1 else "")
+                _check_figures(trace)
+                title = f"Turn {number}" + (f", choice {trace.choice}" if len(traces) > 1 else "")
                 turns.append(Turn(title, _text_of(response, trace.choice), trace, _model_of(response)))
         except NOT_AS_WRITTEN as error:
             raise ConfigError(
@@ -62,12 +62,12 @@ def turns_of(path: Path) -> "list[Turn]":
     return turns
 
 
-def _title_of(response: dict[str, Any], number: int) -> str:
-    """A request that the server sampled is called by its time and id, any other by its place."""
-    began, name = response.get("time"), response.get("id")
-    if isinstance(began, int | float) and name:
-        return f"{datetime.fromtimestamp(began, UTC):%Y-%m-%d %H:%M:%S} UTC, {name}"
-    return f"Turn {number}"
+def _check_figures(trace: "Trace") -> None:
+    """Raise ValueError where a trace's seconds or counts are those of no request."""
+    held = [trace, *trace.stretches, *trace.arms.values(), *trace.sources.values()]
+    figures = (value for holder in held for _, value in holder if isinstance(value, int | float))
+    if any(abs(value) > MOST for value in figures):
+        raise ValueError(f"a figure is above {MOST:.0e}, which no request comes to")
 
 
 def _model_of(response: dict[str, Any]) -> str | None:

@@ -342,7 +342,6 @@ def _lifecycle(
         penalties,
         prediction_reader(parts.target.tokenizer, longest, vocabulary),
         hooks,
-        parts.settings.traces.rate,
         parts.quarantine,
         parts.tally,
         parts.publisher,

@@ -61,7 +61,6 @@ class Lifecycle:
         penalties: PenaltyRows,
         read_prediction: ReadPrediction,
         hooks: Sequence[SampleHook],
-        sample_rate: float,
         quarantine: Quarantine,
         tally: Tally,
         publisher: Publisher,
@@ -70,7 +69,7 @@ class Lifecycle:
         self._drafters, self._sync, self._controller = drafters, sync, controller
         self._tokens, self._stops, self._sampling_rows = tokens, stops, sampling_rows
         self._penalties = penalties
-        self._read_prediction, self._hooks, self._sample_rate = read_prediction, hooks, sample_rate
+        self._read_prediction, self._hooks = read_prediction, hooks
         self._quarantine, self._tally, self._publisher, self._spool = quarantine, tally, publisher, spool
         self._consents: WeakKeyDictionary[Any, Consent] = WeakKeyDictionary()
         """Consents by session, else by request."""
@@ -103,7 +102,7 @@ class Lifecycle:
         caller = tenant
         if self._begun.setdefault(req, self._forgets) != self._forgets:
             tenant = None  # it wrote before something was forgotten: nobody shares that
-        recording = recording_of(req, hints.trace, self._sample_rate)
+        recording = recording_of(req, hints.trace)
         if recording is not None:
             recording.agent = hints.agent
             recording.tenant = None if tenant is None else f"{handle_of(tenant):016x}"

@@ -35,7 +35,6 @@ from whiflash_sglang.checkpoints.manifest import (
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.uno import CONFIG, adapter_in
-from whiflash_sglang.telemetry.trace import TraceSampling, check_directory
 from whiflash_sglang.updates.samples import Spooling, check_spool, samples_of
 from whiflash_sglang.updates.versions import versions_of
 
@@ -81,14 +80,6 @@ class Flags(Strict):
     """The arm of forced text. Default: the bundle's, else on."""
     force_recorded: Literal["on", "off"] = "off"
     """For benchmarks only: requests may force their answer's tokens, which then are not the target's."""
-    trace_sample: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of requests, from 0 to 1, whose traces are written to --whiflash-trace-dir. Default: 0."""
-    trace_dir: str | None = None
-    """Directory for sampled traces, as JSON lines (see whiflash trace)."""
-    trace_text: Literal["on", "off"] | None = None
-    """Whether sampled traces hold the answer's text and stretches. Default: off, only sums."""
-    trace_mib: Positive | None = None
-    """Most MiB of sampled traces on disk; the oldest go first. Default: 64."""
     learn: str | None = None
     """Directory for token ids of finished requests, to train drafters on (docs/how-to/learning.md). Default:
     nothing is kept."""
@@ -124,7 +115,6 @@ class Settings(Strict):
     uno: Path | None = None
     uno_drafts: int = 8
     force_recorded: bool = False
-    traces: TraceSampling = TraceSampling()
     samples: Spooling = Spooling()
     versions: Path | None = None
     target: str = ""
@@ -201,7 +191,6 @@ def resolve(
         uno=uno,
         uno_drafts=flags.uno_drafts,
         force_recorded=flags.force_recorded == "on",
-        traces=_traces(flags),
         samples=_samples(flags),
         versions=_versions(flags, drafters),
         target=manifest.target if manifest else "",
@@ -335,22 +324,6 @@ def _require_none(flags: Flags, fields: Iterable[str], why: str) -> None:
     for field in fields:
         if getattr(flags, field) is not None:
             raise ConfigError(f"{flag_of(field)} {why}")
-
-
-def _traces(flags: Flags) -> TraceSampling:
-    if not flags.trace_sample:
-        why = "has no effect without --whiflash-trace-sample above 0: give both, or remove it"
-        _require_none(flags, ("trace_dir", "trace_text", "trace_mib"), why)
-        return TraceSampling()
-    if flags.trace_dir is None:
-        raise ConfigError(
-            f"--whiflash-trace-sample {flags.trace_sample} needs a place for the traces: give --whiflash-trace-dir "
-            "DIRECTORY"
-        )
-    directory = Path(flags.trace_dir).absolute()
-    check_directory(directory)
-    traces = TraceSampling(rate=flags.trace_sample, directory=directory, text=flags.trace_text == "on")
-    return _updated(traces, mib=flags.trace_mib)
 
 
 def _samples(flags: Flags) -> Spooling:

@@ -1,25 +1,15 @@
 """The routing trace of a response: who wrote what, and why. Schema: docs/reference/traces.md. Imports no SGLang."""
 
 import codecs
-import errno
-import json
-import logging
-import os
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Final
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from whiflash_sdk.hints import WIRE_VERSION, TraceLevel
 
 from whiflash_sglang.drafts.candidates import Part, first_of
-from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files.disk import check_own, locked, open_own
 
 SAVED_DIGITS = 4
 """Digits of a second: estimates are no better known."""
@@ -52,19 +42,17 @@ class Stretch:
 class Recording:
     """The rounds of one traced request. It belongs to the request: it ends with it, and outlives a retraction.
 
-    level: what was asked for; None of one that only the operator has a sample of. prompt_tokens: where the output
-    begins. sampled: whether the operator has. spanned: whether an OpenTelemetry span is to carry its sums. began,
-    ended: of its rounds, in seconds of the host's clock; 0 before they have. spent: what its rounds cost by the
-    worker's fitted prices, in seconds; plain: what its tokens would have cost without drafts; saved: the difference by
-    arm. sources: what its drafts were taken from, each with its `FIGURES`. policy: in force when the request ended.
-    cached: tokens of its prompt whose KV was kept, by place. agent, tenant: who asked, for samples: a hint's name,
-    and a hash of the tenant's keys.
+    level: what was asked for; None of one that only an OpenTelemetry span carries. prompt_tokens: where the output
+    begins. spanned: whether an OpenTelemetry span is to carry its sums. began, ended: of its rounds, in seconds of the
+    host's clock; 0 before they have. spent: what its rounds cost by the worker's fitted prices, in seconds; plain: what
+    its tokens would have cost without drafts; saved: the difference by arm. sources: what its drafts were taken from,
+    each with its `FIGURES`. policy: in force when the request ended. cached: tokens of its prompt whose KV was kept, by
+    place. agent, tenant: who asked, for spans: a hint's name, and a hash of the tenant's keys.
     """
 
     level: TraceLevel | None
     prompt_tokens: int
     stretches: list[Stretch] = field(default_factory=list)
-    sampled: bool = False
     spanned: bool = False
     began: float = 0.0
     ended: float = 0.0
@@ -180,6 +168,8 @@ def span_attributes(
     attributes: dict[str, Any] = {
         name: trace[name] for name in ("policy", "rounds", "switches", "gain") if name in trace
     }
+    callers = {"agent": recording.agent, "tenant": recording.tenant}
+    attributes |= {name: caller for name, caller in callers.items() if caller is not None}
     for arm, counts in trace["arms"].items():
         attributes |= {f"arm.{arm}.{name}": count for name, count in counts.items()}
     return {f"whiflash.{name}": value for name, value in attributes.items()}
@@ -238,143 +228,3 @@ def pieces_of(tokens: Iterable[int], vocabulary: Sequence[bytes], left_out: froz
     if pieces:
         pieces[-1] += decoder.decode(b"", final=True)
     return pieces
-
-
-logger = logging.getLogger(__name__)
-
-PARTS: Final = 4
-"""Files: the newest is written, the oldest goes when it is full."""
-CURRENT: Final = "traces.jsonl"
-WAITING: Final = 256
-"""Samples that wait to be written at most."""
-
-
-class TraceSampling(BaseModel):
-    """Requests of which traces are kept, and their content.
-
-    rate: share of requests. directory: that of their traces. text: whether with their text and stretches, else in sums.
-    mib: MiB that all files together have at most.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rate: Annotated[float, Field(ge=0, le=1)] = 0.0
-    directory: Path | None = None
-    text: bool = False
-    mib: Annotated[int, Field(ge=1)] = 64
-
-
-def check_directory(directory: Path) -> None:
-    """Make it, for its owner alone, if it is not there. Raises ConfigError where nothing can be written in it, or
-    others could.
-    """
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        SampleFiles(directory, 1 << 62).append(b"")  # turns nothing
-    except ConfigError as error:
-        raise ConfigError(f"--whiflash-trace-dir: {error}") from None
-    except OSError as error:
-        raise ConfigError(
-            f"--whiflash-trace-dir {directory} cannot be written ({error.strerror}): give a directory that belongs to "
-            "the server's user"
-        ) from None
-
-
-class SampleFiles:
-    """`traces.jsonl`, and behind it `traces.1.jsonl` (newer) to `traces.3.jsonl` (older).
-
-    Several processes may write into one directory. Only their owner may read the files.
-
-    Args:
-        most: bytes of all files together.
-    """
-
-    def __init__(self, directory: Path, most: int) -> None:
-        self._directory, self._part = directory, most // PARTS
-
-    def append(self, line: bytes) -> None:
-        """Write `line`, all of it or nothing. Raises OSError; ConfigError: others may read or write there."""
-        if len(line) > self._part > 0:
-            raise OSError(errno.EFBIG, f"a sample of {len(line)} bytes is longer than a file may be")
-        check_own(self._directory)
-        with locked(self._directory):
-            with self._open() as file:
-                size = _mended(file.fileno())
-                if not size or size + len(line) <= self._part:
-                    _written(file.fileno(), size, line)
-                    return
-            self._rotate()
-            with self._open() as file:
-                _written(file.fileno(), 0, line)
-
-    def _open(self) -> BinaryIO:
-        return open_own(self._directory / CURRENT, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-
-    def _rotate(self) -> None:
-        stem, suffix = CURRENT.split(".")
-        names = [CURRENT, *(f"{stem}.{number}.{suffix}" for number in range(1, PARTS))]
-        for newer, older in reversed(list(pairwise(names))):
-            if (self._directory / newer).exists():
-                os.replace(self._directory / newer, self._directory / older)
-
-
-def _written(handle: int, size: int, line: bytes) -> None:
-    """Append to a file of `size` bytes, which it keeps if not all of the line can be written. Raises OSError."""
-    try:
-        if os.write(handle, line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError:
-        os.ftruncate(handle, size)
-        raise
-
-
-def _mended(handle: int) -> int:
-    """Size of the file after what a crash left of a last line is cut off."""
-    size = os.fstat(handle).st_size
-    if size and os.pread(handle, 1, size - 1) != b"\n":
-        size = os.pread(handle, size, 0).rfind(b"\n") + 1
-        os.ftruncate(handle, size)
-    return size
-
-
-class Sampler:
-    """Writes samples in a thread of its own, so that no request waits for a disk. `lost`: how many were not written."""
-
-    def __init__(self, files: SampleFiles) -> None:
-        self.lost = 0
-        self._files = files
-        self._failing = False
-        self._waiting: queue.Queue[Callable[[], Mapping[str, Any] | None]] = queue.Queue(WAITING)
-        threading.Thread(target=self._run, name="whiflash-traces", daemon=True).start()
-
-    def take(self, make: Callable[[], Mapping[str, Any] | None]) -> None:
-        """Write what `make` returns, if anything; it is called in another thread. Never waits, never raises."""
-        try:
-            self._waiting.put_nowait(make)
-        except queue.Full:
-            self._lose("they come faster than they can be written")
-
-    def wait(self) -> None:
-        """Until everything taken so far is written or lost."""
-        self._waiting.join()
-
-    def _run(self) -> None:
-        while True:
-            make = self._waiting.get()
-            try:
-                sample = make()
-                if sample is not None:
-                    self._files.append(json.dumps(sample).encode() + b"\n")
-                    if self._failing:
-                        self._failing = False
-                        logger.info("traces are sampled again; %d were lost since the start", self.lost)
-            except Exception as error:  # whatever it is, requests go on and so do later samples
-                self._lose(str(error))
-            finally:
-                self._waiting.task_done()
-
-    def _lose(self, why: str) -> None:
-        self.lost += 1
-        if not self._failing:
-            self._failing = True
-            logger.warning("traces are not sampled: %s (said once, until one is written again)", why)

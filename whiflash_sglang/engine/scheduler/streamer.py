@@ -5,7 +5,6 @@ Traces are read off the requests themselves, so they end with them, however they
 not ask is the one that SGLang sends without us.
 """
 
-import random
 from typing import Any
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
@@ -18,17 +17,14 @@ from whiflash_sglang.telemetry.trace import Recording
 _RECORDING = "_whiflash_recording"
 
 
-def recording_of(req: Any, level: TraceLevel | None, rate: float = 0.0) -> Recording | None:
-    """The request's recording, begun now if it has none yet; None if nobody is to see it.
-
-    rate: chance that the operator samples it.
-    """
+def recording_of(req: Any, level: TraceLevel | None) -> Recording | None:
+    """Return the request's recording, begun now if it has none yet; None if nobody is to see it."""
     found: Recording | None = getattr(req, _RECORDING, None)
     if found is None:
-        sampled, spanned = random.random() < rate, bool(req.time_stats.trace_ctx.tracing_enable)
-        if level is None and not sampled and not spanned:
+        spanned = bool(req.time_stats.trace_ctx.tracing_enable)
+        if level is None and not spanned:
             return None
-        found = Recording(level, len(req.origin_input_ids), sampled=sampled, spanned=spanned)
+        found = Recording(level, len(req.origin_input_ids), spanned=spanned)
         setattr(req, _RECORDING, found)
     return found
 
