@@ -69,8 +69,6 @@ STATE = {
     "and `joined_accepted` came from another arm",
     "cached": "prompt tokens of ended requests whose KV was kept, by place: `device`, `host` or `storage`",
     "loaded": "as `by_arm`, of ended requests whose prompt's KV came in part from the host or from storage",
-    "lengths": "by arm, sums over the requests for which it drafted and that ended: `requests`, `tokens` (t), `rounds` "
-    "(r), `tokens_squared` (t²), `rounds_squared` (r²) and `products` (t · r)",
     "reasons": "rounds of requests by routing reason",
     "hints": "requests by the origin of their hints",
     "timed_seconds": "consecutive rounds and the time between them",
@@ -83,9 +81,6 @@ STATE = {
     "and which rounds count (`of`)",
     "costs": "prices of routes in seconds, as in `sglang:whiflash_cost_seconds`, by `work` and arm",
     "memory": "bytes by scope, as in `sglang:whiflash_memory_bytes`",
-    "drafters": "with `--whiflash-versions`: the `version` of the weights that serves, the one `before`, its "
-    "`gain` by drafter, the one that is `loading`, versions `taken` and `refused` since the start, and `why` the last "
-    "was refused",
     "samples": "with `--whiflash-learn`: finished requests by outcome, `bytes` on disk, whether writing is `failing`",
 }
 """Meanings in `GET /whiflash/state`, but for what arms add of their own."""
@@ -196,7 +191,6 @@ def state_list() -> str:
         "costs",
         "memory",
         "samples",
-        "drafters",
     )
     found = (
         (", ".join(f"`{name}`" for name in names), what) for what, names in groupby(known, STATE.__getitem__)

@@ -153,7 +153,6 @@ class Event(Awaited):
 class Streams:
     """The model. `races`: what was not ordered. `stalls`: where the host waited for the device to read from it.
     `pageable`: where it waited to write to it. `waits_of_host`: where it was made to wait for a stream or an event.
-    `beside`: where `another_thread` did any of these.
 
     forget: says of a wait, by who waits and for what (`"host"`, a `Stream` or an `Event`), whether to leave it out: a
     planted fault.
@@ -168,9 +167,6 @@ class Streams:
         self.waits_of_host: Counter[str] = Counter()
         self.forget: Callable[[Any, Any], bool] = lambda waiting, on: False
         self.tape: Any = None  # a graph that is being captured has one (`phantom/graphs.py`)
-        self.beside: Counter[str] = Counter()
-        self.agent = "host"
-        self._thread: Clock = {}
         self._default: Clock = {}
         self._cells: dict[int, Cell] = {}
         self._shared: dict[int, Cell] = {}  # of the device, touched by a stream that does not own them
@@ -184,26 +180,6 @@ class Streams:
                 stack.enter_context(patch.object(importlib.import_module(module), name, self.async_d2h))
             stack.enter_context(patch.object(torch.Tensor, "record_stream", self.record_stream()))
             yield
-
-    @contextmanager
-    def another_thread(self) -> Iterator[None]:
-        """Work inside is a thread of the host's own: only `joined` orders it before the host, and its waits, which keep
-        nobody else, are `beside`.
-        """
-        clock, names = self.host, ("stalls", "pageable", "waits_of_host")
-        noted = {name: getattr(self, name) for name in names}
-        for name in names:
-            setattr(self, name, self.beside)
-        self.host, self.agent = dict(clock), "thread"
-        try:
-            yield
-        finally:
-            vars(self).update(noted)
-            self._thread, self.host, self.agent = self.host, clock, "host"
-
-    def joined(self) -> None:
-        """The host has seen the end of the last thread."""
-        self.host_waits(self._thread)
 
     @contextmanager
     def in_place_of(self, *modules: Any) -> Iterator[None]:
@@ -262,7 +238,7 @@ class Streams:
 
     def on_host(self, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
         """An operator on host memory has run."""
-        self._touch(self.agent, self.host, self._cells_of(reads), self._cells_of(writes))
+        self._touch("host", self.host, self._cells_of(reads), self._cells_of(writes))
 
     def on_stream(self, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> Access:
         """An operator is issued on the current stream. It reads memory that is not pinned now, not when it runs."""
@@ -272,7 +248,7 @@ class Streams:
         later = self._cells_of(reads)
         at_once = [cell for cell in later if cell.place == HOST]
         if at_once:
-            self._touch(self.agent, self.host, at_once, ())
+            self._touch("host", self.host, at_once, ())
             # A number is an argument of the kernel.
             if any(t.dim() and self.cell(t).place == HOST for t in reads):
                 self.sent_pageable()

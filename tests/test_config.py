@@ -175,9 +175,6 @@ def test_a_server_needs_no_drafter(bundle: Path) -> None:
         ConfigError, match="none leaves nothing for --speculative-draft-model-path; remove one"
     ):
         resolve(parse_flags({"drafters": "none"}), bundle / "d")
-    assert resolve(parse_flags({"learn": str(bundle / "learned")}), None).versions is None
-    with pytest.raises(ConfigError, match=r"--whiflash-versions switches .* has no drafter; remove it"):
-        resolve(parse_flags({"versions": str(bundle)}), None)
     with pytest.raises(ConfigError, match="none leaves nothing for --whiflash-eagle-draft; remove one"):
         resolve(parse_flags({"drafters": "none", "eagle_draft": "e"}), bundle)
 

@@ -49,7 +49,7 @@ def test_copies_follow_what_is_written_and_are_cut() -> None:
     other, address = weight.flip(0).clone(), getattr(weight, packed._FLOAT8).values.data_ptr()
     packed.quantise([other])
     weight.copy_(other)
-    packed.follow(weight, other)
+    packed.follow(weight)
     assert getattr(weight, packed._FLOAT8).values.data_ptr() == address
     assert torch.equal(packed.linear(x, weight), packed.linear(x, other))
     own, shard = packed.rows(weight, slice(16, None)), weight[16:].clone()

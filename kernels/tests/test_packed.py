@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from whiflash_kernels import packed
-from whiflash_kernels.packed import is_packed, linear, pack, packable, unpack
+from whiflash_kernels.packed import follow, is_packed, linear, pack, packable, unpack
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -95,6 +95,10 @@ def test_a_copy_is_of_the_weight_as_it_was_until_it_is_forgotten() -> None:
     weight.data.copy_(matrix(33, 64)[1:])
     assert torch.equal(linear(x, weight), F.linear(x, weight))
     pack([weight], weight.nbytes)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    weight.data.copy_(matrix(34, 64)[2:])
+    follow(weight)
+    assert is_packed(weight)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
 
 

@@ -139,19 +139,12 @@ def rows(weight: Tensor, which: slice) -> Tensor:
     return part
 
 
-def follow(weight: Tensor, other: Tensor) -> Tensor | None:
-    """`weight` was given the numbers of `other`: if it has a copy in blocks, that of `other` takes its place, or a new
-    one; its float8 follows. Returns the copy in blocks that it had.
-    """
+def follow(weight: Tensor) -> None:
+    """Make the weight's copies, in blocks and in float8, of the numbers that were written into it."""
     requantise(weight)
-    before: Tensor | None = getattr(weight, _COPY, None)
-    if before is not None:
+    if is_packed(weight):
         unpack([weight])
-        if is_packed(other):
-            setattr(weight, _COPY, getattr(other, _COPY))
-        else:
-            pack([weight], at_most=weight.nbytes)
-    return before
+        pack([weight], at_most=weight.nbytes)
 
 
 def is_packed(weight: Tensor) -> bool:

@@ -40,8 +40,6 @@ WRONG: list[tuple[Any, ...]] = [
     (("train", "--config", "tiny", "--step", "dta"), "'dta'", "data"),
     (("train", "--config", "tiny"), "--out"),
     (("train", "--config", "tiny", "--out", "b", "--start-from", "c"), "--start-from c"),
-    (("drafter", "rollback"), "'rollback'"),
-    (("drafter", "3", "--directory", "d"), "--directory"),
     (("policy", "nonee"), "'nonee'", "none"),
     (("demo", "--router", "atuo"), "'atuo'", "auto"),
     (("bench", "--arms", "none,autoo"), "'autoo'", "auto"),

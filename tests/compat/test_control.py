@@ -18,7 +18,7 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.serve.worker import WhiFlashWorker
 from whiflash_sglang.settings.config import Flags, PolicyChange, Settings, changed, resolve
 
-KEYS = [*(f"{control.KEY}.{field}" for field in PolicyChange.model_fields), control.FORGET, control.VERSION]
+KEYS = [*(f"{control.KEY}.{field}" for field in PolicyChange.model_fields), control.FORGET]
 NUMBERS = st.one_of(
     st.floats(), st.integers(), st.integers(-(10**400), 10**400), st.integers(-3, 20), st.booleans()
 )
@@ -38,8 +38,6 @@ class Worker:
     def __init__(self, settings: Settings = SETTINGS) -> None:
         self.settings = settings
         self.forgotten: list[int | None] = []
-        self.versions: list[int] = []
-        self.weights = SimpleNamespace(ask=lambda version, ticket: self.versions.append(version))
         self.publisher = SimpleNamespace(flush=lambda: None)
 
     def reconfigure(self, change: Any) -> None:
@@ -65,7 +63,7 @@ def send(worker: Worker, message: Any) -> bool:
 def test_no_message_raises_and_a_refused_one_changes_nothing(message: dict[str, Any]) -> None:
     worker = Worker()
     if not send(worker, message):
-        assert (worker.settings, worker.forgotten, worker.versions) == (SETTINGS, [], [])
+        assert (worker.settings, worker.forgotten) == (SETTINGS, [])
         return
     for key, value in message.items():
         assert type(value) in (int, float)

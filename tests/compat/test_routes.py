@@ -20,13 +20,9 @@ from whiflash_sglang.engine.http import routes
 from whiflash_sglang.files.hosts import SilentReplicaError
 from whiflash_sglang.settings.config import Flags, resolve
 
-STEERING = ("/whiflash/policy", "/whiflash/forget", "/whiflash/drafters")
+STEERING = ("/whiflash/policy", "/whiflash/forget")
 FOR = {("GET", "/whiflash/capabilities"), ("GET", "/whiflash/state"), *(("POST", path) for path in STEERING)}
-BODIES: dict[str, Any] = {
-    "/whiflash/policy": {"min_dwell": 3},
-    "/whiflash/forget": {"all": True},
-    "/whiflash/drafters": {"version": 3},
-}
+BODIES: dict[str, Any] = {"/whiflash/policy": {"min_dwell": 3}, "/whiflash/forget": {"all": True}}
 
 
 class Manager:
@@ -34,7 +30,7 @@ class Manager:
 
     def __init__(self) -> None:
         self.server_args = SimpleNamespace(
-            _whiflash=resolve(Flags(versions="versions"), embedded_bundle()),
+            _whiflash=resolve(Flags(), embedded_bundle()),
             served_model_name="tiny",
             model_path="tiny",
             tokenizer_worker_num=1,
@@ -172,9 +168,6 @@ DONE, REFUSED = "done", "refused with 400"
         ("policy", {"router": "none", "min_dwell": 3}, '{"router": "none", "min_dwell": 3}', DONE),
         ("forget", {"all": True}, '{"all": true}', DONE),
         ("forget", {"cache_salt": SALT}, f'{{"tenant": "{TENANT}"}}', DONE),
-        ("drafters", {"version": 3}, '{"version": 3}', DONE),
-        ("drafters", {"version": "3"}, "{}", REFUSED),
-        ("drafters", {"version": 3, "files": ["a"]}, "{}", REFUSED),
         ("forget", {"cache_salt": SALT, "agent": "planner"}, "{}", REFUSED),
         ("policy", {"router": "nonsense", "\nforged": 1}, '{"router": "nonsense"}', REFUSED),
         ("policy", {"router": "x\ny" * 100}, '{"router": "..."}', REFUSED),

@@ -8,7 +8,7 @@ from engine import Engine, engine
 from model_set import Models
 
 from whiflash_sglang.copying.tenants import handle_of, tenant_of
-from whiflash_sglang.updates.samples import Sample, files_of, read_samples
+from whiflash_sglang.telemetry.samples import Sample, files_of, read_samples
 
 
 def hinted(hints: str) -> dict[str, Any]:
@@ -125,3 +125,10 @@ def test_a_turn_that_was_refused_counts_for_its_session(e: Engine) -> None:
     e.run()
     e.close_session("refused")
     assert kept(e) == []
+
+
+def test_without_the_flag_nothing_is_kept(models: Models) -> None:
+    with engine(models.target, whiflash=models.whiflash("auto")) as e:
+        e.ask("plain", [1, 2, 3])
+        assert e.worker.spool is None
+        assert "samples" not in e.worker.snapshot()

@@ -222,9 +222,7 @@ def test_a_key_belongs_to_one_format() -> None:
     assert len({key for one in FORMATS for key in one.keys}) == sum(len(one.keys) for one in FORMATS)
 
 
-def test_every_format_says_what_serves_it_upstream_and_whether_it_can_be_swapped() -> None:
-    """Neither has a default. Weights are swapped by model, so formats of one model agree."""
+def test_every_format_says_what_serves_it_upstream() -> None:
     assert all(field.default is MISSING and field.default_factory is MISSING for field in fields(DraftFormat))
     for one in FORMATS:
         assert one.upstream in (None, "EAGLE") or one.arm in DRAFTERS[one.upstream], one.name
-        assert {other.swappable for other in FORMATS if other.model is one.model} == {one.swappable}, one.name

@@ -1,8 +1,6 @@
 """Engines of two ranks, what is asked of them, and what a rank tells of its rounds."""
 
-import itertools
 import random
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 from unittest.mock import patch
 
-from engine import Engine, engine
+from engine import engine
 from oracle_arm import OracleArm
 from ranks_at_work import on_ranks
 from tiny_models import tiny_dflash, tiny_eagle3
@@ -165,36 +163,6 @@ def play_ours(
             sum(req.cached_tokens for req in requests),
             sum(req.spec_num_correct_drafts for req in requests),
         )
-
-
-def switching(
-    checkpoints: Checkpoints, versions: Path, arrivals: list[Arrival], plain: Outputs, rank: int, port: int
-) -> tuple[Played, int]:
-    """Weights are switched under way, and the second rank has read them late. With the step in which they were."""
-    step, late = Engine.step, threading.Event()
-    switched: list[int] = []
-    steps = itertools.count()
-
-    def stepping(e: Engine) -> bool:
-        number, weights = next(steps), e.worker.weights
-        if number == ASKED:
-            read = weights._load
-            weights._load = lambda draft: (rank and late.wait(), read(draft))[1]
-            weights.ask(1)
-        if number == ASKED + LATE:
-            late.set()
-        if not late.is_set() and rank == 0 and number > ASKED:
-            weights._reading.join()
-        e.worker.between_rounds()
-        if weights.used.version and not switched:
-            switched.append(number)
-        return step(e)
-
-    with patch.object(Engine, "step", stepping):
-        played = play_ours(
-            checkpoints, "random", arrivals, plain, rank, port, flags={"whiflash_versions": str(versions)}
-        )
-    return played, switched[0]
 
 
 def go_wild(rank: int) -> None:

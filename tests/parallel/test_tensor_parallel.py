@@ -12,8 +12,6 @@ from ranks_at_work import RankFailedError, on_ranks
 from reference import Comparison, ReferenceTarget
 from tensor_parallel import (
     ARRIVALS,
-    ASKED,
-    LATE,
     RANKS,
     SAMPLE,
     Checkpoints,
@@ -25,11 +23,9 @@ from tensor_parallel import (
     play_ours,
     play_plain,
     seeded,
-    switching,
     wild,
 )
 from traffic import Arrival
-from versioned import trained, version
 
 
 def check(model: Any, arrivals: list[Arrival], plain: Outputs, played: list[Played]) -> Played:
@@ -62,16 +58,6 @@ def test_no_rank_but_the_first_looks_at_a_clock_or_its_mail(checkpoints: Checkpo
     random = [replace(a, params={"max_new_tokens": 16, "temperature": 1.0}) for a in ARRIVALS[12:16]]
     played = on_ranks(RANKS, partial(wild, checkpoints, [*arrivals, *random], plain))
     assert check(ReferenceTarget(checkpoints.target), arrivals, plain, played).accepted
-
-
-def test_weights_switch_in_the_same_round(checkpoints: Checkpoints, plain: Outputs, tmp_path: Path) -> None:
-    """In which the last rank has read them, and drafts are the same in all before and after."""
-    version(checkpoints, tmp_path / "versions", tmp_path / "made", trained(0.5, 1))
-    arrivals = ARRIVALS[:12]
-    work = partial(switching, checkpoints, tmp_path / "versions", arrivals, plain)
-    (first, step), (second, other) = on_ranks(RANKS, work)
-    assert step == other >= ASKED + LATE
-    check(ReferenceTarget(checkpoints.target), arrivals, plain, [first, second])
 
 
 @pytest.mark.evidence

@@ -4,7 +4,6 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,7 +16,6 @@ from server_host import Server, ServerHost
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from tensor_parallel import ARRIVALS, ENDS_AT_ONCE, RANKS, SAMPLE, Checkpoints, Outputs
 from traffic import Arrival
-from versioned import trained, version
 
 from whiflash_lab.servers import runs
 
@@ -25,11 +23,8 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
-def server(host: ServerHost, checkpoints: Checkpoints, tmp_path: Path) -> Iterator[Server]:
-    """With a version of its drafters' weights."""
-    version(checkpoints, tmp_path / "versions", tmp_path / "made", trained(0.3, 1))
-    flags = ["--whiflash-versions", str(tmp_path / "versions"), "--enable-custom-logit-processor"]
-    flags += ["--tp-size", str(RANKS), "--random-seed", "7"]
+def server(host: ServerHost, checkpoints: Checkpoints) -> Iterator[Server]:
+    flags = ["--enable-custom-logit-processor", "--tp-size", str(RANKS), "--random-seed", "7"]
     with host.running(*checkpoints.served("random"), *flags, env=ENDS_AT_ONCE) as running:
         yield running
 
@@ -56,13 +51,7 @@ def test_answers_until_a_rank_is_killed(server: Server, checkpoints: Checkpoints
     compare(arrivals[:12])
     assert server.post("/whiflash/policy", {"router": "auto"})["policy"] == "auto"
     compare(arrivals[12:24])
-    # Both ranks draft with it, or what they propose would differ.
-    used = server.post("/whiflash/drafters", {"version": 1})["drafters"]
-    assert (used["version"], used["before"], used["taken"]) == (1, 0, 1)
     compare(arrivals)
-    with pytest.raises(httpx.HTTPStatusError, match="400"):
-        server.post("/whiflash/drafters", {"version": 2})
-    compare(arrivals[:4])
 
     # The first rank alone counts: a round of both is one.
     samples, state = scraped(server.url), server.get("/whiflash/state")

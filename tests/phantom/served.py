@@ -1,8 +1,8 @@
 """A process in which stock SGLang serves on a phantom H100 with WHIFLASH; what it found goes to a file as JSON.
 
-python served.py FILE ATTENTION[,ATTENTION] TARGET [EAGLE3 DFLASH [VERSIONS | ADAPTER ADAPTER]]
+python served.py FILE ATTENTION[,ATTENTION] TARGET [EAGLE3 DFLASH [ADAPTER ADAPTER]]
 
-One backend of attention after the other; the first has the versions. Adapters are of the target.
+One backend of attention after the other; the first is asked more, unless there are adapters, which are of the target.
 """
 
 import json
@@ -10,16 +10,16 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from itertools import count, cycle
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), *(str(TESTS / part) for part in ("phantom", "worker", "graphs", "learn"))]
+sys.path[:0] = [str(TESTS), *(str(TESTS / part) for part in ("phantom", "worker", "graphs"))]
 
 from upstream import ENVIRONMENT, driver, sglang_on_card  # noqa: E402
 
@@ -28,7 +28,7 @@ os.environ |= ENVIRONMENT
 from card import phantom  # noqa: E402
 from streams import Streams  # noqa: E402
 
-SEEN = ("stalls", "pageable", "waits_of_host", "races", "beside")
+SEEN = ("stalls", "pageable", "waits_of_host", "races")
 """Counters of the world that are noted."""
 
 OPTIONS: dict[str, Any] = {
@@ -41,8 +41,6 @@ OPTIONS: dict[str, Any] = {
     "skip_tokenizer_init": False,
 }
 
-SWITCHED = 4
-"""Passes of the loop between two switches."""
 TAG = {
     "type": "structural_tag",
     "format": {
@@ -87,17 +85,16 @@ ONE["all"] = {name: value for one in ONE.values() for name, value in one.items()
 def main() -> None:
     """The command line."""
     file, attentions, target, *given = sys.argv[1:]
-    names = ("whiflash_eagle_draft", "draft", "whiflash_versions")
-    adapters = list(map(Path, given[2:])) if len(given) > len(names) else []
-    given = given[:2] if adapters else given
+    names, adapters = ("whiflash_eagle_draft", "draft"), list(map(Path, given[2:]))
+    whole = len(given) == len(names)
     whiflash = {"whiflash_router": "random", **dict(zip(names, given, strict=False))}
     with tempfile.TemporaryDirectory() as name, phantom() as world:
         driver(Path(name))
         os.environ["WHIFLASH_CACHE"] = name  # so that every run measures prices
         found = {}
         for attention in attentions.split(","):
-            found[attention] = served(world, Path(target), whiflash, attention, adapters)
-            whiflash.pop("whiflash_versions", None)
+            found[attention] = served(world, Path(target), whiflash, attention, adapters, whole)
+            whole = False
         Path(file).write_text(json.dumps(found))
 
 
@@ -114,13 +111,16 @@ def with_adapters(adapters: Sequence[Path]) -> dict[str, Any]:
 
 
 def served(
-    world: Streams, target: Path, whiflash: dict[str, Any], attention: str, adapters: Sequence[Path]
+    world: Streams,
+    target: Path,
+    whiflash: dict[str, Any],
+    attention: str,
+    adapters: Sequence[Path],
+    whole: bool,
 ) -> dict[str, Any]:
-    """Requests of different lengths and times, some aborted, some retracted, under SGLang's overlap loop. With versions
-    more is asked (`in_detail`), and without there are half as many requests.
+    """Requests of different lengths and times, some aborted, some retracted, under SGLang's overlap loop.
 
-    Now and then a switch of the drafters' weights is asked for, and takes place some passes later, where the scheduler
-    takes its mail: a forward is under way then.
+    whole: whether more is asked (`in_detail`); else there are half as many requests, too.
     """
     import torch
     from engine import engine
@@ -131,7 +131,6 @@ def served(
 
     from whiflash_sglang.engine.scheduler import pricing
 
-    whole = "whiflash_versions" in whiflash
     arrivals = [
         *mixed(seed=31, count=16 if whole else 8, shared=40, aborts=0.3, stops=0.3, tokens=24),
         *(
@@ -143,14 +142,13 @@ def served(
     if adapters:
         options, names = OPTIONS | with_adapters(adapters), cycle([*(path.name for path in adapters), None])
         arrivals = [replace(a, params={**a.params, "lora_id": next(names)}) for a in arrivals]
-    with sglang_on_card(world) as launches, reading_beside(world), ExitStack() as running:
+    with sglang_on_card(world) as launches, ExitStack() as running:
         wanted = places_for_cards() if whole else set()
         with reached(wanted) as places, patch.object(pricing, "measure", timed):
             started = running.enter_context(
                 engine(target, whiflash=whiflash, attention_backend=attention, **options)
             )
         torch.cuda.synchronize()
-        address = addresses(started.worker)
         for seen in (*(getattr(world, name) for name in SEEN), launches.counts):
             seen.clear()
         scheduler.TEST_RETRACT, scheduler.TEST_RETRACT_INTERVAL = True, 5
@@ -158,21 +156,17 @@ def served(
         loop.submit("first", list(range(20)), max_new_tokens=8)  # as SGLang begins, with a request of its own
         loop.run()
         known, captured = set(launches.compiled), torch.cuda.CUDAGraph.replays
-        ingest, passes, together = loop.scheduler.ingest_requests, count(), 0
+        ingest, together = loop.scheduler.ingest_requests, 0
 
         def ingesting() -> list[Any]:
             nonlocal together
-            number, together = next(passes), max(together, len(loop.scheduler.running_batch.reqs))
-            if loop.worker.weights is not None and number % SWITCHED == 0:
-                loop.worker.weights.ask(number // SWITCHED % 2 + 1)
-            loop.worker.between_rounds()
+            together = max(together, len(loop.scheduler.running_batch.reqs))
             return ingest()
 
         loop.scheduler.ingest_requests = ingesting
         texts = play(loop, arrivals)
         noted = {name: dict(getattr(world, name)) for name in SEEN}
         counts, replays = dict(launches.counts), torch.cuda.CUDAGraph.replays - captured
-        switches = loop.worker.weights.swaps["taken"] if loop.worker.weights else 0
         rounds = {arm: each.rounds for arm, each in loop.worker.tally.by_arm.items()}
         loop.scheduler.ingest_requests = ingest
         scheduler.TEST_RETRACT = False
@@ -185,8 +179,6 @@ def served(
             "adapters": {arrival.rid: arrival.params.get("lora_id") for arrival in arrivals},
             "retracted": sum(req.retraction_count for req in loop.requests.values()),
             "attention": started.scheduler.server_args.attention_backend,
-            "switches": switches,
-            "moved": addresses(loop.worker) != address,
             "together": together,
             "replays": replays,
             "rounds": rounds,
@@ -214,37 +206,6 @@ def in_detail(world: Streams, loop: Any, launches: Any, places: set[Any]) -> dic
         },
         "planted": {name: planted(world, loop, name, fault) for name, fault in FAULTS.items()},
     }
-
-
-def addresses(worker: Any) -> list[int]:
-    """Addresses of the drafters' parameters, which graphs have captured."""
-    return [value.data_ptr() for arm in worker.kv_arms.values() for value in arm.model.parameters()]
-
-
-@contextmanager
-def reading_beside(world: Streams) -> Iterator[None]:
-    """Versions are read by a thread that is none: the model's modes are this one's. Its end shows two passes later."""
-    from whiflash_sglang.updates.swap import Reading
-
-    looks: dict[Any, int] = {}
-
-    def start(reading: Any) -> None:
-        looks[reading] = 2
-        with world.another_thread():
-            reading.run()
-
-    def is_alive(reading: Any) -> bool:
-        looks[reading] -= 1
-        if looks[reading] < 0:
-            world.joined()
-        return looks[reading] >= 0
-
-    with (
-        patch.object(Reading, "start", start),
-        patch.object(Reading, "is_alive", is_alive),
-        patch("os.setpriority", lambda *_: None),
-    ):
-        yield
 
 
 def timed(body: Callable[[], object], clock: Any) -> float:

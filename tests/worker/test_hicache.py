@@ -20,11 +20,9 @@ import torch
 from engine import Engine, engine
 from matrix import sampled
 from model_set import Models
-from swapping import serving, swap
 from tiny_models import tiny_eagle3
 from traffic import mixed, play
 from trees import TOLERANCE, assert_tree_is_true, matched_slots, sequences
-from versioned import trained, version
 
 from whiflash_sglang.cache.tokens import DraftKV
 from whiflash_sglang.engine.scheduler import draft_pool
@@ -148,19 +146,6 @@ def test_draft_kv_comes_back_with_the_prompt(models: Models, flags: str, router:
         assert e.requests["cold"].cached_tokens == 0
         if router in ("ar", "diffusion"):
             assert e.rounds("cold") == found.rounds
-
-
-def test_a_version_begins_while_the_host_has_copies_of_the_last_one(models: Models, tmp_path: Path) -> None:
-    """Versions share what makes draft KV, so copies stay right."""
-    flags = HOST | FLAGS["write-through"]
-    expected = plain(models, **flags)
-    version(models, tmp_path / "versions", tmp_path / "made", trained(0.1, 1))
-    with serving(models, tmp_path / "versions", "ar", **flags) as e:
-        found = came_back(e, models, expected, between=lambda: swap(e, 1))
-        assert e.worker.weights.used.version == 1
-        assert e.scheduler.flush_cache()
-        e.ask("cold", found.text[: -len(found.answers[1])], max_new_tokens=48)
-        assert e.rounds("cold") == found.rounds
 
 
 TRAFFIC: dict[str, dict[str, Any]] = {
@@ -295,7 +280,7 @@ def test_drafters_that_one_host_pool_cannot_hold() -> None:
 
 def test_pages_of_two_pools_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draft_pool, "copies_kv", lambda: True)
-    monkeypatch.setattr(draft_pool, "fingerprint", str)
+    monkeypatch.setattr(draft_pool, "_digest", str)
     drafters: dict[str, Any] = {"ar": SimpleNamespace(model="model")}
     keys = set()
     for pool in (object(), Mock(spec=draft_pool.BaseSWAKVPool)):

@@ -16,8 +16,7 @@ from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.files.disk import sha256
 from whiflash_sglang.settings.config import Flags, resolve
-from whiflash_sglang.updates.versions import numbers, publish
-from whiflash_train.bundle import BundleParts, create
+from whiflash_train.bundle import BundleParts, create, with_drafters
 from whiflash_train.cli.train import resolve_config
 
 
@@ -209,8 +208,8 @@ def test_a_checkpoints_file_that_is_none_of_its_own_is_not_copied(
     if how == "a directory":
         return  # as a hub's client keeps beside what it has fetched
     with pytest.raises(WhiflashError, match=str(file)):
-        publish(tmp_path / "versions", embedded_bundle(), None, {"diffusion": models["dflash"]})
-    assert not numbers(tmp_path / "versions")
+        with_drafters(embedded_bundle(), {"diffusion": models["dflash"]}, tmp_path / "bundle", {})
+    assert not list(tmp_path.glob("*bundle*"))
 
 
 def test_a_hubs_snapshot_is_copied_with_the_modes_of_its_files(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from whiflash_sglang.checkpoints.bundles import digests, write_bundle
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit
-from whiflash_sglang.checkpoints.hub import Found, look_up
+from whiflash_sglang.checkpoints.hub import Found, look_up, parts_of
 from whiflash_sglang.checkpoints.manifest import (
     EMBEDDED_BUNDLE,
     HUB,
@@ -21,8 +21,10 @@ from whiflash_sglang.checkpoints.manifest import (
 )
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files.disk import copy_member
 from whiflash_sglang.files.jsonl import read_json_file, staged
 from whiflash_sglang.formats.table import read_draft
+from whiflash_sglang.formats.uno import adapter_in
 from whiflash_train.config import TrainConfig
 
 
@@ -148,6 +150,41 @@ def create(parts: BundleParts, out: Path, name: str | None = None) -> dict[str, 
             if not any(file.suffix in (".safetensors", ".bin") for file in copied[key]):
                 raise ConfigError(f"{given[key].name} has no weights: fetch the checkpoint whole")
         return write_bundle(made, facts, copied)
+
+
+def with_drafters(
+    bundle: Path, checkpoints: Mapping[str, Path], out: Path, notes: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write a bundle `out`, whole or not at all: a copy of another one with other drafters.
+
+    Only its owner can read it, since weights may repeat what they were trained on. Parts on a hub stay there.
+
+    Args:
+        checkpoints: the other drafters, by arm. notes: JSON files of the new bundle, by name.
+
+    Raises:
+        ConfigError: `copy_member` refuses a file of the bundle. OSError: also if `out` is a directory with files.
+    """
+    manifest, fields = load_manifest(bundle), read_json_file(bundle / MANIFEST)
+    named = {key: place for key, place in parts_of(manifest).items() if place and not place.startswith(HUB)}
+    parts = {key: bundle / place for key, place in named.items()}
+    parts |= {PARTS[arm]: path for arm, path in checkpoints.items()}
+    if "uno" in parts:
+        parts["uno"] = adapter_in(parts["uno"]) or parts["uno"]
+    facts = {key: value for key, value in fields.items() if key not in parts} | {"name": out.name}
+    if "router" in parts:
+        facts["router"] = {**fields["router"], "path": "router"}
+    files = {
+        key: [file for file in sorted(path.iterdir()) if file.is_file()] if path.is_dir() else [path]
+        for key, path in parts.items()
+    }
+    with staged(out) as made:
+        made.mkdir(mode=0o700)
+        if manifest.chat_template is not None:
+            facts["chat_template"] = copy_member(bundle / manifest.chat_template, made).name
+        for name, note in notes.items():
+            (made / name).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+        write_bundle(made, facts, files)
 
 
 def _members(found: Found, key: str) -> list[Path]:

@@ -94,11 +94,8 @@ class KVDrafter(Drafter):
         """
         raise NotImplementedError
 
-    def weights_written(self) -> None:
-        """Its model's weights were written in place: what was copied of them follows."""
-
     def target_written(self) -> None:
-        """The same of the target's."""
+        """Copy the target's weights again where parts of them were copied: they were written in place."""
 
     def catch_up(self, rows: FeatureRows) -> None:
         """Ingest features KV-only: K and V are written, nothing is drafted (KV-only Prefill, arXiv 2606.07710).

@@ -11,7 +11,6 @@ from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.dflash.dflash_config import LayerSpan
 from whiflash_sglang.formats.packed import pack
 from whiflash_sglang.records.core import DraftBatch
-from whiflash_sglang.updates.swap import rewrite
 
 
 class DFlashArm(PagedArm):
@@ -58,12 +57,6 @@ class DFlashArm(PagedArm):
             packed.quantise([self._head.weight, self._head.matrix])
         self.features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 
-    def weights_written(self) -> None:
-        """The model has other weights, at the same addresses: so have the rows that were copied of its second matrix.
-        The first one stays: the target's, or one that versions share.
-        """
-        self._copy(self._head.matrix, self.model.head.matrix)
-
     def target_written(self) -> None:
         self.model.target_written()
         self._copy(self._head.weight, self.model.head.weight)
@@ -73,7 +66,8 @@ class DFlashArm(PagedArm):
         """Write rows of `whole` into `held` again, which has some of them, or is the same matrix."""
         kept = self._head.kept
         if kept is not None and isinstance(held, torch.Tensor) and isinstance(whole, torch.Tensor):
-            rewrite(held, whole[kept])
+            held.copy_(whole[kept])
+            packed.follow(held)
         else:
             packed.requantise(held)
 

@@ -55,7 +55,7 @@ lab = typer.Typer(
 
 MODULES = (
     *("serve", "demo", "bundle", "check", "running", "trace"),
-    *("advise", "bench", "drafter", "learn", "train", "judge"),
+    *("advise", "bench", "learn", "train", "judge"),
 )
 """Modules of this package and entry points of others (`elsewhere.py`), in the order of the help."""
 

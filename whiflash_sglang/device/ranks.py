@@ -7,7 +7,7 @@ the same code. Every message checks that they did, by a checksum of all that was
 
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,20 +37,15 @@ class Ranks:
 
     Args:
         rank: of this process, 0 decides. size: processes. send: from the first process to all, in each of which it
-            returns what the first handed in; None where there is one. gather: what each process hands in, in
-            all of them.
+            returns what the first handed in; None where there is one.
     """
 
     def __init__(
-        self,
-        rank: int = 0,
-        size: int = 1,
-        send: Callable[[Message | None], Any] | None = None,
-        gather: Callable[[str | None], Sequence[str | None]] | None = None,
+        self, rank: int = 0, size: int = 1, send: Callable[[Message | None], Any] | None = None
     ) -> None:
         if (send is None) != (size == 1):
             raise ValueError(f"{size} ranks and {'no ' * (send is None)}way to talk to them")
-        self.rank, self.size, self._send, self._gather = rank, size, send, gather
+        self.rank, self.size, self._send = rank, size, send
         self._number = self._checksum = 0
         self._now = 0.0
 
@@ -85,11 +80,6 @@ class Ranks:
         self._number, self._now = received.number + 1, received.now
         value: T = received.value
         return value
-
-    def objection(self, reason: str | None) -> str | None:
-        """The first objection of any rank, in all of them, which all must ask at once; None: nobody objects."""
-        every = [reason] if self._gather is None else self._gather(reason)
-        return next((reason for reason in every if reason is not None), None)
 
     def note(self, *facts: object) -> None:
         """Note facts that every rank must share, by their `repr`; they are compared with the next message."""

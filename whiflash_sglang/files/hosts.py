@@ -225,8 +225,6 @@ def together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     ordered = sorted(states, key=lambda state: state["replica"] or 0)
     total = {**_sum(ordered), "costs": _mean([state["costs"] for state in ordered])}
-    if "drafters" in total:
-        total["drafters"] = ordered[0]["drafters"]  # numbers of versions are no amounts
     del total["replica"]
     return total if len(ordered) == 1 else {**total, "replicas": ordered}
 

@@ -23,8 +23,6 @@ class DraftFormat:
         model: the drafter's class; its `load` reads the weights.
         published: who publishes it, for the documentation. defined_by: the implementation it is compared with.
         upstream: SGLang's algorithm for these checkpoints, which benchmarks compare with; None: it has none.
-        swappable: whether weights may be replaced while they serve: `updates.swap.first_frozen_row` knows the parts of
-            its model that cached draft KV was made with.
     """
 
     name: str
@@ -36,7 +34,6 @@ class DraftFormat:
     published: str
     defined_by: str
     upstream: str | None
-    swappable: bool
 
 
 def merged(path: Path, config: Json, *sections: str) -> dict[str, Any]:

@@ -369,7 +369,6 @@ FORMAT = DraftFormat(
     published="SpecForge, lmsys, AngelSlim, nvidia, WhiFlash; yuhuili's originals; amazon's P-EAGLE",
     defined_by="SGLang's `llama_eagle3.py`; P-EAGLE: vLLM's",
     upstream="EAGLE3",
-    swappable=True,
 )
 DEEPSPEC = DraftFormat(
     name="DeepSpec EAGLE-3",
@@ -381,5 +380,4 @@ DEEPSPEC = DraftFormat(
     published="deepseek-ai",
     defined_by="DeepSpec",
     upstream=None,
-    swappable=True,
 )

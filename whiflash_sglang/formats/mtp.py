@@ -358,9 +358,7 @@ class MTPDrafter(TargetsParts):
             self.mlp.fill(reader, f"{prefix}mlp.")
 
 
-_format = partial(
-    DraftFormat, arm=arms.AR, layers_key=None, model=MTPDrafter, upstream="EAGLE", swappable=False
-)
+_format = partial(DraftFormat, arm=arms.AR, layers_key=None, model=MTPDrafter, upstream="EAGLE")
 FORMATS = (
     _format(
         "MiMo's own head",

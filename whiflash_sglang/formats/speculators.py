@@ -112,7 +112,7 @@ def _reduced(path: Path, config: Json, layer: Json) -> int | None:
     return None if rows == integer(layer, "vocab_size", path) else rows
 
 
-_format = partial(DraftFormat, published="RedHatAI", defined_by="speculators", upstream=None, swappable=True)
+_format = partial(DraftFormat, published="RedHatAI", defined_by="speculators", upstream=None)
 _block = partial(_format, arm=arms.DIFFUSION, layers_key="aux_hidden_state_layer_ids")
 _read = partial(partial, read_block)
 FORMATS = (
@@ -131,7 +131,6 @@ FORMATS = (
         read=_read(kind=XPressConfig, heads=read_refiner),
         model=XPressDrafter,
         published="speculators",
-        swappable=False,
     ),
     _format(
         "speculators EAGLE-3, P-EAGLE",

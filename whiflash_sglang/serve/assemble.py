@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from whiflash_sglang.arms.base import Drafter, KVDrafter, of_text, widest_of, with_kv
+from whiflash_sglang.arms.base import Drafter, of_text, widest_of, with_kv
 from whiflash_sglang.arms.block import DFlashArm
 from whiflash_sglang.arms.chain import ChainArm, Eagle3Arm, MTPArm, ParallelArm
 from whiflash_sglang.arms.lookup import LookupArm
@@ -26,14 +26,14 @@ from whiflash_sglang.engine.forward import graphs, triton_backend
 from whiflash_sglang.engine.forward.adapted import AdaptedTarget
 from whiflash_sglang.engine.forward.sampling import scales_rates, simulated_acceptance
 from whiflash_sglang.engine.forward.target import Target
-from whiflash_sglang.engine.scheduler import kv_budget, overlap, pricing
+from whiflash_sglang.engine.scheduler import kv_budget, pricing
 from whiflash_sglang.engine.scheduler.spec_worker import max_running_requests
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_sglang.formats.mtp import MTPDrafter
 from whiflash_sglang.formats.packed import pack_modules, quantise_modules
 from whiflash_sglang.formats.router import Layers, Router
-from whiflash_sglang.formats.table import Draft, read_draft
+from whiflash_sglang.formats.table import read_draft
 from whiflash_sglang.records.core import SampleHook
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.draft import DraftStage
@@ -52,8 +52,7 @@ from whiflash_sglang.settings.config import NO_ROUTER, Settings
 from whiflash_sglang.spans.prediction import prediction_reader
 from whiflash_sglang.spans.vocabulary import token_bytes, vocabulary_of
 from whiflash_sglang.structure.spending import Spending
-from whiflash_sglang.updates.samples import Spool
-from whiflash_sglang.updates.swap import LiveWeights, Versions
+from whiflash_sglang.telemetry.samples import Spool
 
 
 def build_drafters(
@@ -139,43 +138,6 @@ def load_router(settings: NeuralRouter | None, target: Target) -> Layers | None:
         delta_sign=settings.delta_sign,
     )
     return router.layers()
-
-
-def live_weights(
-    settings: Settings, target: Target, drafters: Mapping[str, KVDrafter], ranks: Ranks
-) -> LiveWeights | None:
-    """The writer of other versions into the neural drafters' weights, if the operator names a directory of versions.
-    It begins with the version that was served last.
-    """
-    if settings.versions is None:
-        return None
-
-    def load(draft: Draft) -> torch.nn.Module:
-        # Only its own tensors are compared and written: the target's parts have their shapes and take no memory.
-        parts = {
-            name: torch.zeros((), dtype=target.dtype).expand(matrix.shape)
-            for name, matrix in (("target_embedding", target.embedding), ("target_lm_head", target.lm_head))
-        }
-        with torch.inference_mode(False), torch.no_grad():
-            model: torch.nn.Module = draft.load(
-                device=torch.device("cpu"), dtype=target.dtype, shared=target.shared, **parts
-            )
-        return model
-
-    def written() -> None:
-        for drafter in drafters.values():
-            drafter.weights_written()
-
-    live = LiveWeights(
-        {arm: getattr(drafters[arm], "model") for arm in settings.drafters},  # noqa: B009  (every neural arm has one)
-        Versions(settings.versions, settings.target, settings.drafters),
-        load=load,
-        written=written,
-        ranks=ranks,
-        behind=lambda: overlap.behind_forward(target.runner),
-    )
-    live.restore()
-    return live
 
 
 def spool_of(settings: Settings, model: str) -> Spool | None:

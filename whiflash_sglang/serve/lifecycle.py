@@ -21,8 +21,8 @@ from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.serve.metrics import Publisher
 from whiflash_sglang.spans.hints import HintError, RequestHints, parse_hints
 from whiflash_sglang.spans.prediction import ReadPrediction
+from whiflash_sglang.telemetry.samples import Spool
 from whiflash_sglang.telemetry.tally import Tally
-from whiflash_sglang.updates.samples import Spool
 
 logger = logging.getLogger(__name__)
 

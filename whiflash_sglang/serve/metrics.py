@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from whiflash_sglang.round.catch_up import DraftSync
     from whiflash_sglang.round.quarantine import Quarantine
     from whiflash_sglang.routing.controller import Controller
+    from whiflash_sglang.telemetry.samples import Spool
     from whiflash_sglang.telemetry.tally import ArmCounts, Tally
-    from whiflash_sglang.updates.samples import Spool
-    from whiflash_sglang.updates.swap import LiveWeights
 
 
 class Cached(Protocol):
@@ -57,7 +56,6 @@ class Observed(Protocol):
     target: Cached
     tokens: "TokenTable"
     spool: "Spool | None"
-    weights: "LiveWeights | None"
 
 
 def state_of(worker: Observed) -> dict[str, Any]:
@@ -75,7 +73,6 @@ def state_of(worker: Observed) -> dict[str, Any]:
         "plain_price": worker.controller.costs.plain_price(),
         "costs": worker.controller.costs.snapshot(worker.drafters),
         "memory": memory_of(worker),
-        **({} if worker.weights is None else {"drafters": worker.weights.snapshot()}),
         **({} if worker.spool is None else {"samples": worker.spool.snapshot()}),
         **{arm: state for arm, d in worker.text_arms.items() if (state := d.snapshot(running))},
     }
@@ -294,22 +291,6 @@ SERIES = (
         "learn_spool_bytes",
         "bytes of samples on disk",
         lambda w: [] if w.spool is None else [((), w.spool.size)],
-    ),
-    Series(
-        "drafter_version",
-        "version of the drafters' weights that serves; 0 is that of the start",
-        lambda w: [] if w.weights is None else [((), w.weights.used.version)],
-    ),
-    _each(
-        "drafter_gain{drafter}",
-        "tokens a round of the version that serves, divided by those of the version it was learned from, on "
-        "requests that neither has learned from, by drafter",
-        lambda w: {} if w.weights is None else w.weights.gain,
-    ),
-    _each(
-        "drafter_swaps_total{outcome}",
-        "versions of the drafters' weights that were `taken` or `refused` while serving",
-        lambda w: {} if w.weights is None else w.weights.swaps,
     ),
     _each(
         "policy{policy}",

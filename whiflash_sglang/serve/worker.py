@@ -50,7 +50,6 @@ from whiflash_sglang.serve.assemble import (
     build_drafters,
     build_policy,
     build_stages,
-    live_weights,
     load_router,
     reserve,
     spool_of,
@@ -103,7 +102,6 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.target.dtype,
             self.quarantine,
         )
-        self.weights = live_weights(self.settings, self.target, self.kv_arms, self.ranks)
         self.reservation = reserve(self.drafters, self.sync, self.target, max_running_requests())
         releases.notify(self)
 
@@ -326,11 +324,6 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.target.gather_head()
             for drafter in self.kv_arms.values():
                 drafter.target_written()
-
-    def between_rounds(self) -> None:
-        """Switch the drafters' weights, if a version has been read that was asked for."""
-        if self.weights is not None and self.weights.advance():
-            self.publisher.flush()
 
     @property
     def _has_heads(self) -> bool:

@@ -35,8 +35,7 @@ from whiflash_sglang.checkpoints.manifest import (
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.uno import CONFIG, adapter_in
-from whiflash_sglang.updates.samples import Spooling, check_spool, samples_of
-from whiflash_sglang.updates.versions import versions_of
+from whiflash_sglang.telemetry.samples import Spooling, check_spool, samples_of
 
 RouterName = Literal["auto", "entropy", "neural", "ar", "diffusion", "lookup", "uno", "none", "random"]
 Model = TypeVar("Model", bound=BaseModel)
@@ -87,9 +86,6 @@ class Flags(Strict):
     """Most MiB of such samples on disk; the oldest go first. Default: 256."""
     learn_hours: Positive | None = None
     """Longest age of such samples, in hours. Default: 168."""
-    versions: str | None = None
-    """Directory of versions of the drafters' weights, to switch while serving. Default: versions in the directory
-    of --whiflash-learn."""
     untested_sglang: Literal["on", "off"] = "off"
     """on: start with an SGLang that was not tested, if it has every name that is used, and warn."""
 
@@ -116,7 +112,6 @@ class Settings(Strict):
     uno_drafts: int = 8
     force_recorded: bool = False
     samples: Spooling = Spooling()
-    versions: Path | None = None
     target: str = ""
     chat_template: Path | None = None
     tool_call_parser: str | None = None
@@ -192,7 +187,6 @@ def resolve(
         uno_drafts=flags.uno_drafts,
         force_recorded=flags.force_recorded == "on",
         samples=_samples(flags),
-        versions=_versions(flags, drafters),
         target=manifest.target if manifest else "",
         chat_template=draft_path / template if draft_path and template else None,
         tool_call_parser=manifest.tool_call_parser if manifest else None,
@@ -337,13 +331,3 @@ def _samples(flags: Flags) -> Spooling:
     directory = samples_of(Path(flags.learn).absolute())
     check_spool(directory)
     return _updated(Spooling(directory=directory), mib=flags.learn_mib, hours=flags.learn_hours)
-
-
-def _versions(flags: Flags, drafters: Mapping[str, Path]) -> Path | None:
-    if flags.versions is not None:
-        if not drafters:
-            raise ConfigError(
-                "--whiflash-versions switches drafters' weights, and this server has no drafter; remove it"
-            )
-        return Path(flags.versions).absolute()
-    return versions_of(Path(flags.learn).absolute()) if drafters and flags.learn is not None else None

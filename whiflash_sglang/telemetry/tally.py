@@ -7,7 +7,6 @@ from typing import Any
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.spans.hints import HINT_SOURCES, HintSource
-from whiflash_sglang.telemetry.lengths import Lengths
 
 REASONS = ("score", "policy", "span", "pin", "off")
 """Reasons of a round's route."""
@@ -53,9 +52,8 @@ class ArmCounts:
 class Tally:
     """Totals since the start, and observations since they were last taken.
 
-    by_arm: every arm's and `none`'s. lengths: by arm, of the requests for which it drafted and that are gone.
-    loaded: by arm, of ended requests whose prompt's KV came in part from the host or from storage. cached: tokens of
-    ended requests' prompts whose KV was kept, by place.
+    by_arm: every arm's and `none`'s. loaded: by arm, of ended requests whose prompt's KV came in part from the host or
+    from storage. cached: tokens of ended requests' prompts whose KV was kept, by place.
     reasons: rounds of requests by what decided their route. requests: that began, by where their hints came from.
     timed_seconds: of consecutive rounds and the time between them; timed_tokens: of these rounds. priced_seconds,
     priced_tokens: of those for which plain decoding's price was known; plain_seconds: what it would have taken for
@@ -64,7 +62,6 @@ class Tally:
     """
 
     by_arm: dict[str, ArmCounts]
-    lengths: dict[str, Lengths]
     loaded: dict[str, ArmCounts]
     cached: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CACHED, 0))
     reasons: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
@@ -82,7 +79,7 @@ class Tally:
         """Tally of a worker with these arms."""
         known = tuple(drafters)
         by_arm, loaded = ({arm: ArmCounts() for arm in (*known, arms.NONE)} for _ in range(2))
-        return cls(by_arm, {arm: Lengths() for arm in known}, loaded)
+        return cls(by_arm, loaded)
 
     def committed(
         self, request: dict[str, ArmCounts], arm: str, reason: str, *, tokens: int, proposed: int, first: int
@@ -111,7 +108,6 @@ class Tally:
             "by_arm": {arm: asdict(counts) for arm, counts in self.by_arm.items()},
             "loaded": {arm: asdict(counts) for arm, counts in self.loaded.items()},
             "cached": dict(self.cached),
-            "lengths": {arm: asdict(lengths) for arm, lengths in self.lengths.items()},
             "reasons": dict(self.reasons),
             "hints": dict(self.requests),
             "timed_seconds": self.timed_seconds,
@@ -130,5 +126,3 @@ class Tally:
             if loaded:
                 self.loaded[arm].merge(counts)
             self.acceptance.append((arm, counts.tokens / counts.rounds))
-            if arm in self.lengths:
-                self.lengths[arm].add(counts.tokens, counts.rounds)

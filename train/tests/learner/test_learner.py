@@ -1,35 +1,60 @@
-"""A pass of the learner on a tiny pair: better drafters become a version that a server can switch to, others do not."""
+"""A pass of the learner on a tiny pair: better drafters make a bundle that a server can start with, others none."""
 
+import itertools
 import json
 import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from typer.testing import CliRunner
 
 import whiflash_train as train
+from whiflash_sglang.checkpoints.hub import verify
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.updates.samples import Sample, check_spool, files_of, samples_of, write_file
-from whiflash_sglang.updates.versions import VersionInUse as Used
-from whiflash_sglang.updates.versions import gain_of, notes_of, numbers, path_of, record, served, versions_of
+from whiflash_sglang.formats.eagle3 import Eagle3Drafter
+from whiflash_sglang.settings.config import Flags, resolve
+from whiflash_sglang.telemetry.samples import Sample, check_spool, files_of, samples_of, write_file
 from whiflash_train.answers.store import FeatureStore, SequenceRecord, alone
 from whiflash_train.answers.tokens import export_tokens
 from whiflash_train.bundle import BundleParts, create
 from whiflash_train.config import TrainConfig, load_config
 from whiflash_train.drafters.dspark import initialise
 from whiflash_train.learner import once
-from whiflash_train.learner.once import LOCK, SAVE_STEPS, WORK, Learning, Outcome, Pace, learn_once, status_of
-from whiflash_train.learner.texts import LEAST, LONGEST, TENANTS, Text, answer_tokens, choose, texts_of
+from whiflash_train.learner.once import (
+    LEARNED,
+    LOCK,
+    SAVE_STEPS,
+    WORK,
+    Learning,
+    Outcome,
+    Pace,
+    learn_once,
+    newest_learned,
+)
+from whiflash_train.learner.texts import (
+    LEAST,
+    LONGEST,
+    SHORTEST,
+    TENANTS,
+    ChosenTexts,
+    Text,
+    TooFewError,
+    answer_tokens,
+    choose,
+    texts_of,
+)
+from whiflash_train.provenance import weights_of
 from whiflash_train.target import TargetModel
 
 FAVOURITE = 71
@@ -72,7 +97,8 @@ def tiny_config(pair_root: Path) -> TrainConfig:
 
 
 def learning_of(pair: Pair, directory: Path, rate: float = 5e-3) -> Learning:
-    return Learning(directory, pair[1], tiny_config(pair[0]), 20_000, 64, rate, None)
+    out = directory.with_name(f"{directory.name}-bundle")
+    return Learning(directory, pair[1], out, tiny_config(pair[0]), 20_000, 64, rate, None)
 
 
 class Killed(Pace):
@@ -109,70 +135,66 @@ def passed(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Passed:
     return Passed(learning, learn_once(learning, pace), pace.steps, samples)
 
 
-def test_drafters_that_became_better_are_a_version(passed: Passed) -> None:
+def test_drafters_that_became_better_make_a_bundle(passed: Passed) -> None:
     """Samples whose tokens the target does not have, or cannot read at once, end no pass."""
     learning, found, *_ = passed
     print(found)
-    assert (found.present, found.version, found.judged) == (0, 1, 64)
+    assert (found.bundle, found.judged) == (learning.out, 64)
     texts = list(texts_of(samples_of(learning.directory), load_manifest(learning.bundle).target, 320))
     assert (found.learned, found.tokens) == (len(texts) - 64, answer_tokens(texts[:-64]))
     for gain in found.drafters.values():
         assert gain.low > 1.2
         assert gain.after > gain.before
-    notes = notes_of(versions_of(learning.directory), 1)
-    assert (notes["from"], notes["tokens"]) == (0, found.tokens)
-    assert status_of(learning.directory) == found.model_dump()
-    assert gain_of(versions_of(learning.directory), 1).keys() == {"eagle3", "dflash"}
-
-
-@pytest.mark.parametrize(
-    ("name", "kept", "moved"),
-    [
-        (
-            "eagle3",
-            ["fc.weight", "midlayer.hidden_norm.weight", "midlayer.input_layernorm.weight"],
-            "lm_head.weight",
-        ),
-        ("dflash", ["fc.weight", "hidden_norm.weight"], "norm.weight"),
-    ],
-)
-def test_what_draft_kv_is_made_with_stays_bit_by_bit(
-    pair: Pair, passed: Passed, name: str, kept: list[str], moved: str
-) -> None:
-    before = load_file(pair[0] / name / "model.safetensors")
-    after = load_file(path_of(versions_of(passed.learning.directory), 1) / name / "model.safetensors")
-    assert before.keys() == after.keys()
-    layers = [key for key in before if any(part in key for part in ("k_proj", "v_proj", "k_norm", "d2t"))]
-    for key in (*kept, *layers):
-        assert torch.equal(before[key], after[key]), key
-    queries = [key for key in before if "q_proj" in key]
-    for key in (moved, *queries):
-        assert not torch.equal(before[key], after[key]), key
+    record = json.loads((learning.out / LEARNED).read_text())
+    said = {key: record[key] for key in ("from", "tokens", "until")}
+    assert said == {"from": "bundle", "tokens": found.tokens, "until": found.until}
+    assert record["bundle_sha256"] == weights_of(learning.bundle)
+    served = resolve(Flags(), learning.out)
+    assert served.drafters == {"ar": learning.out / "eagle3", "diffusion": learning.out / "dflash"}
+    verify(served.checksums)
+    assert learning.out.stat().st_mode & 0o077 == 0
 
 
 def test_nothing_of_a_text_is_left_behind(passed: Passed) -> None:
     left = {path.name for path in passed.learning.directory.iterdir()}
-    assert left == {".learner", "learner.json", "samples", "versions"}
+    assert left == {".learner", "samples"}
 
 
-def test_it_waits_for_requests_that_no_version_has_learned_from(passed: Passed, pair: Pair) -> None:
-    learning = passed.learning
-    record(versions_of(learning.directory), Used(1, 0))
-    with pytest.raises(ConfigError, match="0 samples are newer than the newest version"):
+def test_the_next_pass_waits_for_requests_that_its_bundle_has_not_learned_from(
+    passed: Passed, pair: Pair, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError, match=f"{passed.learning.out} exists already; give --out a new directory"
+    ):
+        learn_once(passed.learning)
+    learning = passed.learning._replace(bundle=passed.learning.out, out=tmp_path / "next")
+    with pytest.raises(ConfigError, match="0 samples are newer than those that the bundle has learned from"):
         learn_once(learning)
     serve(learning.directory, str(pair[0] / "target"), 16, 2)
-    found = learn_once(learning._replace(tokens=500))
-    assert (found.present, found.judged) == (1, 8)
-    record(versions_of(learning.directory), Used(0, 0))
+    assert learn_once(learning._replace(tokens=500)).judged == 8
 
 
-def test_what_did_not_become_better_is_no_version(pair: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize("until", [None, "later", float("nan"), 2 * time.time()])
+def test_a_date_of_anything_hides_no_sample(tmp_path: Path, until: object) -> None:
+    """Nor does that of a clock that was ahead."""
+    (tmp_path / LEARNED).write_text(json.dumps({"until": until}))
+    assert newest_learned(tmp_path) == 0.0
+
+
+def test_what_did_not_become_better_makes_no_bundle(pair: Pair, tmp_path: Path) -> None:
     learning = learning_of(pair, tmp_path, rate=1e-12)
     serve(tmp_path, str(pair[0] / "target"), 32, 3)
-    found = learn_once(learning)
-    assert found.version is None
-    assert numbers(versions_of(tmp_path)) == []
-    assert status_of(tmp_path)["version"] is None
+    assert learn_once(learning).bundle is None
+    assert not learning.out.exists()
+
+
+def test_a_damaged_bundle_teaches_nobody(pair: Pair, tmp_path: Path) -> None:
+    learning = learning_of(pair, tmp_path)._replace(bundle=tmp_path / "bundle")
+    serve(tmp_path, str(pair[0] / "target"), 32, 3)
+    shutil.copytree(pair[1], learning.bundle)
+    (learning.bundle / "dflash" / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(ConfigError, match=r"dflash/model\.safetensors is not the file that"):
+        learn_once(learning)
 
 
 def test_the_original_training_is_replayed(pair: Pair, tmp_path: Path) -> None:
@@ -195,38 +217,6 @@ def test_the_original_training_is_replayed(pair: Pair, tmp_path: Path) -> None:
     assert 2 * learned <= found.tokens < 2 * learned + 20
 
 
-Change = Callable[[dict[str, torch.Tensor]], None]
-
-
-def nan(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["norm.weight"][0] = float("nan")
-
-
-def moved(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["fc.weight"] += 0.1
-
-
-@pytest.mark.parametrize(("change", "said"), [(nan, "norm.weight holds NaN"), (moved, "fc.weight differs")])
-def test_weights_that_cannot_serve_are_no_version(
-    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Change, said: str
-) -> None:
-    learning, trains = learning_of(pair, tmp_path), once.train_arm
-    serve(tmp_path, str(pair[0] / "target"), 32, 3)
-
-    def spoiled(*given: Any) -> Path:
-        out = trains(*given)
-        tensors = load_file(out / "model.safetensors")
-        change(tensors)
-        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-        return out
-
-    monkeypatch.setattr(once, "train_arm", spoiled)
-    with pytest.raises(ConfigError, match=said):
-        learn_once(learning)
-    assert numbers(versions_of(tmp_path)) == []
-    assert not (tmp_path / WORK).exists()
-
-
 def test_a_configuration_of_another_target_learns_nothing(pair: Pair, tmp_path: Path) -> None:
     serve(tmp_path, str(pair[0] / "target"), 32, 3)
     learning = learning_of(pair, tmp_path)
@@ -235,7 +225,7 @@ def test_a_configuration_of_another_target_learns_nothing(pair: Pair, tmp_path: 
         with pytest.raises(ConfigError, match=f"--config is for the target {target}, .* another model"):
             learn_once(other)
     assert not (tmp_path / WORK).exists()
-    assert numbers(versions_of(tmp_path)) == []
+    assert not learning.out.exists()
     (tmp_path / "link").symlink_to(pair[0] / "target")
     once.check_target(str(tmp_path / "link"), str(pair[0] / "target"))
     once.check_target("embedded", "embedded:smollm2-135m-instruct")
@@ -263,7 +253,6 @@ def test_what_a_killed_pass_left_goes(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_a_dspark_drafter_learns(pair: Pair, tmp_path: Path) -> None:
-    """Weights that its draft KV is made with stay; its Markov and confidence heads learn with the rest."""
     target, config = pair[0] / "target", tiny_config(pair[0])
     torch.manual_seed(0)
     origin = TargetModel(target, device=torch.device("cpu"), dtype=torch.float32)
@@ -271,24 +260,35 @@ def test_a_dspark_drafter_learns(pair: Pair, tmp_path: Path) -> None:
     create(BundleParts(str(target), None, str(tmp_path / "dspark")), tmp_path / "bundle")
     directory = tmp_path / "learning"
     serve(directory, str(target), 160, 7)
-    found = learn_once(Learning(directory, tmp_path / "bundle", config, 20_000, 48, 5e-3, None))
-    assert (found.version, list(found.drafters)) == (1, ["dflash"])
+    out = tmp_path / "out"
+    found = learn_once(Learning(directory, tmp_path / "bundle", out, config, 20_000, 48, 5e-3, None))
+    assert (found.bundle, list(found.drafters)) == (out, ["dflash"])
     assert found.drafters["dflash"].low > 1.2
-    version = path_of(versions_of(directory), 1) / "dflash" / "model.safetensors"
-    before, after = (load_file(file) for file in (tmp_path / "dspark" / "model.safetensors", version))
-    assert before.keys() == after.keys()
-    kept = ("fc.", "hidden_norm.", "k_proj", "v_proj", "k_norm")
-    for key, value in before.items():
-        stays = key.startswith(kept[:2]) or any(part in key for part in kept[2:])
-        assert torch.equal(value, after[key]) == stays, key
+
+
+def test_a_drafter_that_no_configuration_trains_is_refused(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(once, "SECTIONS", {Eagle3Drafter: "eagle3"})
+    with pytest.raises(
+        ConfigError, match=r"dflash is a DFlashDrafter, and training continues only .* Eagle3D"
+    ):
+        once.section_of("diffusion", pair[0] / "dflash")
+
+
+def test_what_a_checkpoint_cannot_hold_is_refused(pair: Pair, tmp_path: Path) -> None:
+    shutil.copytree(pair[0] / "dflash", tmp_path / "after")
+    config = json.loads((tmp_path / "after" / "config.json").read_text())
+    (tmp_path / "after" / "config.json").write_text(json.dumps(config | {"rope_theta": 12345.0}))
+    once.check_same({"diffusion": pair[0] / "dflash"}, {"diffusion": pair[0] / "dflash"})
+    with pytest.raises(ConfigError, match=r"dflash has rope.* so this drafter cannot be trained on"):
+        once.check_same({"diffusion": pair[0] / "dflash"}, {"diffusion": tmp_path / "after"})
 
 
 def test_a_killed_pass_goes_on_where_it_was(
     passed: Passed, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of the second drafter: what its last checkpoint has is not done twice, and weights are the same.
-    As it publishes and behind that: its version is neither lost nor made again, and waits for newer samples.
-    """
+    """In the middle of the second drafter: what its last checkpoint has is not done twice, and weights are the same."""
     learning, killed, resumed = learning_of(pair, tmp_path / "killed"), Killed(passed.steps - 138), Killed()
     shutil.copytree(passed.samples, learning.directory)
     with pytest.raises(KeyboardInterrupt):
@@ -296,35 +296,22 @@ def test_a_killed_pass_goes_on_where_it_was(
     serve(learning.directory, str(pair[0] / "target"), 16, 9)  # for the next pass
 
     def dies(*_: object) -> None:
-        raise ending
+        raise SystemExit(143)
 
-    for step, pace, ending in (
-        ("publish", resumed, SystemExit(143)),
-        ("write_status", Killed(), KeyboardInterrupt()),
-    ):
-        with monkeypatch.context() as patched:
-            patched.setattr(once, step, dies)
-            with pytest.raises(type(ending)):
-                learn_once(learning, pace)
-    found = learn_once(learning)
-    assert (found.present, found.version, found.judged) == (0, 1, 64)
+    with monkeypatch.context() as patched:
+        patched.setattr("whiflash_train.bundle.write_bundle", dies)
+        with pytest.raises(SystemExit):
+            learn_once(learning, resumed)
+    assert not learning.out.exists()
     assert killed.steps + resumed.steps <= passed.steps + SAVE_STEPS
-    assert status_of(learning.directory) == found.model_dump()
-    versions = versions_of(learning.directory)
-    assert numbers(versions) == [1]
+    found = learn_once(learning)
+    assert (found.bundle, found.judged) == (learning.out, 64)
     for name in ("eagle3", "dflash"):
         one, other = (
-            load_file(path_of(versions_of(given.directory), 1) / name / "model.safetensors")
-            for given in (passed.learning, learning)
+            load_file(given.out / name / "model.safetensors") for given in (passed.learning, learning)
         )
         assert all(torch.equal(value, other[key]) for key, value in one.items())
     assert not (learning.directory / WORK).exists()
-    notes = path_of(versions, 1) / "notes.json"
-    for until in (None, "later", float("nan"), 2 * time.time()):
-        notes.write_text(json.dumps({"until": until, "from": 0, "outcome": {"until": until}}))
-        shutil.rmtree(learning.directory / WORK, ignore_errors=True)
-        with pytest.raises(KeyboardInterrupt):
-            learn_once(learning, Killed(1))
 
 
 @pytest.mark.parametrize("changed", ["forgotten", "rate", "epochs"])
@@ -365,7 +352,7 @@ def test_the_newest_judge_and_no_prompt_is_on_both_sides() -> None:
     assert found.until == 100.0
     few = choose(texts, -1.0, 10**6, 10)
     assert (len(few.judged), len(few.learned)) == (10, 90)
-    with pytest.raises(ConfigError, match=f"{2 * LEAST} are needed"):
+    with pytest.raises(ConfigError, match=f"{LEAST} must judge"):
         choose(texts, 85.0, 200, 64)
 
 
@@ -377,55 +364,102 @@ def test_files_that_cannot_be_read_are_passed_over(tmp_path: Path, caplog: pytes
     assert list(texts_of(samples_of(tmp_path), "another", 256)) == []
 
 
-def test_a_tenant_supplies_its_share_alone() -> None:
-    """The last tenant would otherwise supply everything that judges, and everything that is learned."""
-    others = [text(number)._replace(tenant=number % 3) for number in range(90)]
-    flood = [text(number)._replace(tenant=9) for number in range(100, 400)]
-    found = choose([*others, *flood], -1.0, 400, 32)
-    for texts, most in ((found.judged, 32 // TENANTS), (found.learned, 400 // 10 // TENANTS)):
-        assert Counter(one.tenant for one in texts) == dict.fromkeys((0, 1, 2, 9), most)
-    assert not {one.prompt for one in found.judged} & {one.prompt for one in found.learned}
-    two = choose(
-        [one._replace(tenant=None if one in flood else 1) for one in (*others, *flood)], -1.0, 10_000, 32
-    )
-    assert Counter(one.tenant for one in two.judged) == {None: 16, 1: 16}
-    with pytest.raises(ConfigError, match="6 of them can judge as 2 tenants share that"):
-        choose([others[0], *flood], -1.0, 400, 10)
+def of(tenants: dict[int | None, int], tokens: int = 10) -> list[Text]:
+    """Texts of tenants, the last one's newest."""
+    counts = itertools.count()
+    return [
+        text(next(counts))._replace(tenant=tenant, answer=(1,) * tokens)
+        for tenant, count in tenants.items()
+        for _ in range(count)
+    ]
 
 
-def test_a_tenant_supplies_no_more_than_its_share_of_what_is_there() -> None:
-    """Also where there is less than `--judged` and `--tokens` allow; and one tenant alone goes on learning."""
-    few = [text(number)._replace(tenant=number % 3) for number in range(18)]
-    flood = [text(number)._replace(tenant=9) for number in range(100, 400)]
-    found = choose([*few, *flood], -1.0, 100_000, 64)
-    assert Counter(one.tenant for one in found.judged) == {0: 3, 1: 3, 2: 3, 9: 16}
-    tokens = {
-        tenant: answer_tokens([one for one in found.learned if one.tenant == tenant]) for tenant in (0, 9)
-    }
-    assert tokens[9] <= answer_tokens([*few, *flood]) / 4
-    assert tokens[0] == 3 * len(few[0].answer)
-    newest = [text(number)._replace(tenant=9) for number in range(18, 27)]
-    assert Counter(one.tenant for one in choose([*few[-9:], *newest], -1.0, 1000, 64).judged)[9] == 3
-    lonely = choose(flood, -1.0, 100_000, 64)
-    assert (len(lonely.judged), len(lonely.learned)) == (64, 236)
+def supplied(found: ChosenTexts) -> tuple[Counter[int | None], Counter[int | None]]:
+    """Requests of each tenant that judge, and answer tokens that are learned."""
+    learned = Counter[int | None]()
+    for one in found.learned:
+        learned[one.tenant] += len(one.answer)
+    return Counter(one.tenant for one in found.judged), learned
 
 
-def test_another_releases_status_is_shown_as_it_is(tmp_path: Path) -> None:
-    """And samples that cannot be counted are none of zero."""
-    for drafters in ({}, {"eagle3": {"ratio": 1.0}}, None):
-        (tmp_path / "learner.json").write_text(json.dumps({"drafters": drafters}))
-        ran = CliRunner().invoke(app, ["learn", str(tmp_path), "--status"])
-        assert ran.stdout.startswith(f"drafters: {drafters}")
-    samples_of(tmp_path).touch()
-    ran = CliRunner().invoke(app, ["learn", str(tmp_path), "--status"])
-    assert isinstance(ran.exception, OSError)
+@pytest.mark.parametrize("flood", [None, 9], ids=["no salt", "salt"])
+@pytest.mark.parametrize("each", [4, 10, 20, 40])
+def test_a_flood_supplies_a_quarter_of_what_is_chosen(each: int, flood: int | None) -> None:
+    """Of seven tenants and one that sends 600 requests."""
+    judges, learned = supplied(choose(of(dict.fromkeys(range(7), each) | {flood: 600}), -1.0, 10**5, 64))
+    for part in (judges, learned):
+        assert 0 < TENANTS * part[flood] <= part.total()
+        assert all(part[tenant] == part[0] for tenant in range(7))
+    assert judges.total() == {4: 18, 10: 46}.get(each, 64)
+    assert learned[0] == 10 * (each - judges[0])
 
 
-def test_the_command_reports_the_last_pass(passed: Passed) -> None:
-    learning = passed.learning
-    ran = CliRunner().invoke(app, ["learn", str(learning.directory), "--status"])
-    assert ran.exit_code == 0
-    assert "tokens a round" in ran.stdout
-    ran = CliRunner().invoke(app, ["learn", str(learning.directory)])
-    assert "--config is missing" in str(ran.exception)
-    assert served(versions_of(learning.directory)).version == 0
+def test_two_tenants_supply_a_half_and_one_supplies_all() -> None:
+    judges, learned = supplied(choose(of({1: 40, 9: 600}), -1.0, 10**5, 64))
+    assert judges == {1: 20, 9: 20}
+    assert learned == {1: 200, 9: 200}
+    judges, learned = supplied(choose(of({9: 600}), -1.0, 10**5, 64))
+    assert (judges, learned) == ({9: 64}, {9: 5360})
+    with pytest.raises(
+        ConfigError, match=r"2 of them can judge and \d+ teach if no tenant .* one of 2 parts"
+    ):
+        choose(of({1: 1, 9: 600}), -1.0, 10**5, 64)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(SHORTEST, 80)), max_size=120),
+    st.integers(1, 2000),
+    st.integers(8, 40),
+    st.integers(-1, 60),
+)
+def test_no_tenant_supplies_more_than_its_part(
+    sent: list[tuple[int, int]], tokens: int, judged: int, since: int
+) -> None:
+    """Whatever each sends. The last text of a tenant is cut, and left out if it would be too short."""
+    texts = [
+        text(number)._replace(tenant=tenant, answer=(1,) * length)
+        for number, (tenant, length) in enumerate(sent)
+    ]
+    try:
+        found = choose(texts, float(since), tokens, judged)
+    except TooFewError:
+        return
+    tenants = len({tenant for tenant, _ in sent})
+    shares = min(TENANTS, tenants)
+    judges, learned = supplied(found)
+    assert LEAST <= judges.total() <= judged
+    assert 0 < learned.total() <= tokens
+    assert shares * max(judges.values()) <= judges.total()
+    assert shares * max(learned.values()) <= learned.total() + tenants * (SHORTEST - 1)
+    assert not {one.name for one in found.judged} & {one.name for one in found.learned}
+    assert all(one.written > since for one in found.judged)
+
+
+@pytest.mark.parametrize(("share", "slept"), [(0.1, 18.0), (0.5, 2.0), (1.0, 0.0), (None, 0.0)])
+def test_a_share_of_a_core_is_kept(share: float | None, slept: float) -> None:
+    """Each of ten steps uses two seconds of a core; as long as it waits for somebody else it uses nothing."""
+    clock = {"used": 0.0, "now": 0.0, "slept": 0.0}
+
+    def sleep(seconds: float) -> None:
+        clock["now"] += seconds
+        clock["slept"] += seconds
+
+    pace = Pace(share, used=lambda: clock["used"], now=lambda: clock["now"], sleep=sleep)
+    for _ in pace.each(range(10)):
+        clock["used"] += 2.0
+        clock["now"] += 2.0
+    assert clock["slept"] == pytest.approx(10 * slept)
+    clock["used"] += 1.0
+    clock["now"] += 100.0
+    pace.rest()
+    assert clock["slept"] == pytest.approx(10 * slept)
+
+
+def test_the_command(passed: Passed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is printed meanwhile is not on its stdout."""
+    words = ["learn", str(passed.learning.directory), "--config", "tiny", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(once, "learn_once", lambda *_: print("noise") or passed.found)
+    told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert told == passed.found.model_dump(mode="json")
+    assert "tokens a round" in CliRunner().invoke(app, words).stdout

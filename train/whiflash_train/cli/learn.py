@@ -1,4 +1,4 @@
-"""`whiflash learn`: the drafters go on training on what a server kept of its requests."""
+"""`whiflash learn`: the drafters of a bundle train on what a server kept of its requests, and make a new bundle."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,10 +7,9 @@ import typer
 
 from whiflash_sglang.checkpoints.manifest import MANIFEST, embedded_bundle
 from whiflash_sglang.cli import TRAIN
-from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, report
-from whiflash_sglang.cli.running import steer
-from whiflash_sglang.errors import ConfigError, ServerRefusedError, UsageError
-from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN
+from whiflash_sglang.cli.options import JsonFlag, report
+from whiflash_sglang.errors import ConfigError
+from whiflash_train.cli.train import ConfigOption, readable_errors, resolve_config
 
 
 def register(app: typer.Typer, lab: typer.Typer) -> None:
@@ -19,10 +18,8 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
 
 def learn(
     directory: Annotated[Path, typer.Argument(help="Directory of the server's --whiflash-learn.")],
-    config: Annotated[
-        Path | None,
-        typer.Option(help="How the drafters are trained, as for whiflash train: a file, or a shipped name."),
-    ] = None,
+    config: ConfigOption,
+    out: Annotated[Path, typer.Option(help="Directory of the new bundle, if drafters became better.")],
     bundle: Annotated[
         Path | None, typer.Option(help="Bundle that the server was started with. Default: the embedded one.")
     ] = None,
@@ -39,35 +36,22 @@ def learn(
             help="Answers of the original training (.npz, whiflash lab export), learned as well.",
         ),
     ] = None,
-    url: Annotated[
-        str | None, typer.Option(help="Server that is switched to the version, if there is one.")
-    ] = None,
-    watch: Annotated[
-        bool,
-        typer.Option(
-            "--watch", help="Go on: learn whenever 16 new samples are there, and roll back what is worse."
-        ),
-    ] = False,
     share: Annotated[
         float | None,
         typer.Option(
             min=0.01, help="Share of a core's time to use. Default: as much as there is.", show_default=False
         ),
     ] = None,
-    status: Annotated[
-        bool, typer.Option("--status", help="Only report the last pass, and what waits for the next one.")
-    ] = False,
     as_json: JsonFlag = False,
-    api_key: AdminKeyOption = None,
 ) -> None:
-    """Train the drafters that serve on a server's samples, and publish a version if it is better.
+    """Train a bundle's drafters on a server's samples, and write a new bundle if one of them is better.
 
-    A version is published if a drafter accepts more of the newest requests, beyond its 95 % interval. Draft KV that
-    the server has cached stays valid.
+    A drafter is better if it accepts more of the newest requests, beyond its 95 % interval. Start the server with the
+    new bundle to serve it. The next pass continues one that was killed.
 
     \b
     Example:
-    whiflash learn /var/lib/whiflash --config smollm2-135m-instruct --url http://127.0.0.1:30000
+    whiflash learn /var/lib/whiflash --config smollm2-135m-instruct --out monday
     """
     if not directory.is_dir():
         raise ConfigError(
@@ -75,65 +59,23 @@ def learn(
         )
     if bundle is not None and not (bundle / MANIFEST).is_file():
         raise ConfigError(f"--bundle {bundle} holds no {MANIFEST}")
-    if status:
-        from whiflash_train.learner.watch import progress_of
-
-        report(_lines(progress_of(directory), as_json), as_json)
-        return
-    if config is None:
-        raise UsageError("--config is missing: name the configuration that the drafters were trained with")
-    from whiflash_train.cli.train import readable_errors, resolve_config
-
-    with readable_errors() as told:
+    with readable_errors():
         settings = resolve_config(config)
-        from whiflash_sglang.updates.versions import versions_of
         from whiflash_train.learner.once import Learning, Pace, learn_once
 
-        server = None if url is None else LiveServer(url.rstrip("/"), api_key, versions_of(directory))
-        learning = Learning(directory, bundle or embedded_bundle(), settings, tokens, judged, rate, replay)
-        if watch:
-            from whiflash_train.learner.guard import Guard
-            from whiflash_train.learner.watch import Watch
-
-            guard = None if server is None else Guard(server, directory)
-            Watch(learning, guard, lambda fact: told(_lines(fact, as_json), as_json), share).run()
-        outcome = learn_once(learning, Pace(share)).model_dump()
-    if server is not None and outcome["version"] is not None:
-        outcome["served"] = server.use(outcome["version"])["drafters"]["version"]
-    report(_lines(outcome, as_json), as_json)
+        learning = Learning(
+            directory, bundle or embedded_bundle(), out, settings, tokens, judged, rate, replay
+        )
+        outcome = learn_once(learning, Pace(share)).model_dump(mode="json")
+    report(outcome if as_json else _lines(outcome), as_json)
 
 
-class LiveServer:
-    """The one that is offered versions, those of a directory that it must have, too."""
-
-    def __init__(self, url: str, api_key: str | None, versions: Path) -> None:
-        self._url, self._api_key, self._versions = url, api_key, versions
-
-    def state(self) -> dict[str, Any]:
-        return self._checked(steer(self._url, "/whiflash/state", None, self._api_key))
-
-    def use(self, version: int) -> dict[str, Any]:
-        from whiflash_sglang.updates.versions import claims_of
-
-        body = {"version": version, **claims_of(self._versions, version)}
-        return self._checked(steer(self._url, "/whiflash/drafters", body, self._api_key))
-
-    def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
-        if "drafters" not in state:
-            raise ServerRefusedError(
-                f"{self._url} was started without --whiflash-versions or --whiflash-learn"
-            )
-        return state
-
-
-def _lines(facts: dict[str, Any], as_json: bool) -> dict[str, Any]:
-    """A line for each drafter, for a person; facts of another release, which may have other keys, as they are."""
-    lines = {key: value for key, value in facts.items() if key != "drafters"}
-    try:
-        lines["seconds"] = f"{facts['seconds']:.0f}"
-        for name, gain in facts["drafters"].items():
-            interval = f"{gain['ratio']:.3f} [{gain['low']:.3f}, {gain['high']:.3f}]"
-            lines[name] = f"{gain['before']:.2f} → {gain['after']:.2f} tokens a round, {interval}"
-    except NOT_AS_WRITTEN:
-        return facts
-    return facts if as_json else lines
+def _lines(outcome: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts of an outcome for a person, with a line for each drafter."""
+    lines = {key: value for key, value in outcome.items() if key not in ("drafters", "until")}
+    lines["bundle"] = outcome["bundle"] or "none, since no drafter accepts more beyond its interval"
+    lines["seconds"] = f"{outcome['seconds']:.0f}"
+    for name, gain in outcome["drafters"].items():
+        interval = f"{gain['ratio']:.3f} [{gain['low']:.3f}, {gain['high']:.3f}]"
+        lines[name] = f"{gain['before']:.2f} → {gain['after']:.2f} tokens a round, {interval}"
+    return lines

@@ -1,26 +1,19 @@
-"""The drafters' training runs on transformers' Trainer: resumable, seeded, checkpointed as it goes.
-
-Weights that made the cached draft KV of a drafter that serves stay as they are (`Held`).
-"""
+"""The drafters' training runs on transformers' Trainer: resumable, seeded, checkpointed as it goes."""
 
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.files.jsonl import read_json_file
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
-from whiflash_sglang.updates.swap import check_kind, first_frozen_row
 from whiflash_train.answers.provenance import begun, check_same_run, checkpoint_digest, data_digest
 from whiflash_train.answers.store import FeatureStore, alone, open_stores
 from whiflash_train.config import DFlash, DSpark, Eagle3, Loop, TrainConfig
@@ -62,14 +55,12 @@ def train_drafter(
     target_path: Path,
     start_from: Path | None = None,
     *,
-    held: bool = False,
     after_step: AfterStep | None = None,
 ) -> Path:
     """Train a drafter on the data so far; returns the directory of its checkpoint, in SGLang's format.
 
     Args:
         name: of `BUILDERS`, and of its section of the configuration.
-        held: keep what draft KV is made with as it is in `start_from`, so that a server can switch to the result.
         after_step: called after every step.
 
     Raises:
@@ -85,11 +76,10 @@ def train_drafter(
     batches = SequenceBatches(stores, loop.answer_tokens, loop.min_answer, config.seed)
     with alone(run):
         resumed = last_checkpoint(run / "trainer")
-        facts = _facts(name, config, stores, start_from) | ({"held": True} if held else {})
+        facts = _facts(name, config, stores, start_from)
         check_same_run(run / "trainer", facts, begun=resumed is not None)
         began, record = time.time(), begun(config, stores)
         model: Any = BUILDERS[name](config, settings, target, stores, start_from)
-        kept = Held(name, model.drafter) if held else None
         model.train()
         trainer = _LoggingTrainer(
             model=model,
@@ -100,11 +90,7 @@ def train_drafter(
         )
         trainer.train(resume_from_checkpoint=resumed)
         out = run / "checkpoint"
-        if kept is None or start_from is None:
-            model.drafter.save(out)
-        else:
-            kept.write_back()
-            model.drafter.save(out, stored_dtype(start_from))
+        model.drafter.save(out)
         record |= {"wall_seconds": round(time.time() - began, 1), "log": trainer.state.log_history}
         record["answer_tokens"] = batches.answer_tokens
         (out / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -211,55 +197,3 @@ def _arguments(config: TrainConfig, loop: Loop, directory: Path, batches: int) -
         report_to=[],
         remove_unused_columns=False,
     )
-
-
-FUSION = "fc.weight"
-
-
-class Held:
-    """The rows that `updates.swap.first_frozen_row` names, which get no gradients, and are written back at the end.
-
-    Args:
-        arm: for messages. drafter: float32, on any device; `requires_grad` of what is held whole becomes False.
-
-    Raises:
-        ConfigError: nobody has said what this kind's draft KV is made with.
-    """
-
-    def __init__(self, arm: str, drafter: nn.Module) -> None:
-        check_kind(arm, drafter)
-        self._rows: list[tuple[Tensor, Tensor, int]] = []
-        for name, parameter in drafter.named_parameters():
-            first = first_frozen_row(drafter, name)
-            if first is None:
-                continue
-            self._rows.append((parameter, parameter.detach()[first:].clone(), first))
-            if first == 0:
-                parameter.requires_grad_(False)
-            else:
-                parameter.register_hook(partial(_without, first))  # type: ignore[no-untyped-call]
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Undo an optimiser's changes to them (weight decay, rounding)."""
-        for parameter, rows, first in self._rows:
-            parameter[first:] = rows
-
-
-def stored_dtype(checkpoint: Path) -> torch.dtype:
-    """Dtype of the weights in a drafter's file: what is held must be written as it was read."""
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            if FUSION in set(file.keys()):
-                dtype: torch.dtype = file.get_tensor(FUSION).dtype
-                return dtype
-    raise CheckpointError(
-        f"{checkpoint} holds no {FUSION}: it is not a drafter whose training can be continued"
-    )
-
-
-def _without(first: int, gradient: Tensor) -> Tensor:
-    """The gradient, which is zero from row `first` on."""
-    kept = gradient.clone()
-    kept[first:] = 0
-    return kept

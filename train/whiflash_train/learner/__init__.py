@@ -1,1 +1,1 @@
-"""`whiflash learn`: drafters that serve go on training on what was served, and become a version if they got better."""
+"""`whiflash learn`: drafters of a bundle train on what was served, and make a new bundle if they got better."""

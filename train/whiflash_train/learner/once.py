@@ -1,4 +1,4 @@
-"""One pass: samples are read, the drafters that serve train on them and are judged, and a version is published, or not.
+"""One pass of `whiflash learn`: a bundle's drafters train on samples and are judged, and better ones make a new bundle.
 
 Drafters are judged by what they accept of the same answers (`_gain`). A pass may rest, to leave the processor to a
 server (`Pace`). Its files are in `learner` of the directory of `--whiflash-learn`, readable by the owner only, and gone
@@ -12,14 +12,16 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from whiflash_sglang.checkpoints.hub import checksums, parts_of, verify
 from whiflash_sglang.checkpoints.manifest import PARTS, Manifest, load_manifest
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
@@ -28,25 +30,20 @@ from whiflash_sglang.files.jsonl import read_json, read_json_file, write_whole
 from whiflash_sglang.files.progress import tracked
 from whiflash_sglang.formats.checkpoint import integer
 from whiflash_sglang.formats.config_json import read_json_config
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.dflash.dspark import DSparkDrafter
+from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_sglang.formats.table import read_draft
-from whiflash_sglang.updates.samples import samples_of
-from whiflash_sglang.updates.swap import check_fits
-from whiflash_sglang.updates.versions import (
-    is_number,
-    notes_of,
-    numbers,
-    publish,
-    read_version,
-    served,
-    versions_of,
-)
+from whiflash_sglang.telemetry.samples import samples_of
 from whiflash_train.answers.data import is_embedded, target_path
+from whiflash_train.answers.provenance import checkpoint_digest
 from whiflash_train.answers.store import FeatureStore, SequenceRecord, alone
 from whiflash_train.answers.tokens import Exported
+from whiflash_train.bundle import with_drafters
 from whiflash_train.config import TrainConfig
 from whiflash_train.drafters.runner import train_drafter
 from whiflash_train.learner.texts import LONGEST, ChosenTexts, Text, answer_tokens, choose, texts_of
+from whiflash_train.provenance import environment
 from whiflash_train.replay import Pair, PairParts, ReplayLog, replay_drafters
 from whiflash_train.rounds import RoundTally, rounds
 from whiflash_train.statistics import Interval, paired_ratio
@@ -60,15 +57,13 @@ STEP_TOKENS = 1024
 """Answer tokens in a step. With 256, EAGLE-3 lost 1 % of its acceptance length at the same rate: samples are few, and
 small steps of a fresh optimiser are mostly noise."""
 LOCK = ".learner"
-STATUS = "learner.json"
 WORK = "learner"
 CHOICE = "choice.json"
 """File of the samples that the pass in `WORK` learns from, and its settings."""
-UNTIL = "until"
-"""Note of a version: when the newest sample was written that it was learned from or judged by."""
-OUTCOME = "outcome"
-"""Note of a version: all of its pass's outcome, for a pass that is killed after it published."""
-
+LEARNED = "learned.json"
+"""File of a bundle that a pass wrote: its outcome, what it began with, and the machine and packages."""
+SECTIONS: Mapping[type, str] = {Eagle3Drafter: "eagle3", DFlashDrafter: "dflash", DSparkDrafter: "dspark"}
+"""Drafter → section of a training's configuration."""
 
 T = TypeVar("T")
 
@@ -79,25 +74,22 @@ class Pace:
     Args:
         share: seconds of a processor for each second that passes; None: as many as there are.
         used, now: seconds of processors that this process has used, and a clock's. sleep: waits so many seconds.
-        between: called at every rest, before it.
     """
 
     def __init__(
         self,
         share: float | None = None,
         *,
-        between: Callable[[], object] = lambda: None,
         used: Callable[[], float] = time.process_time,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        self._share, self._between = share, between
+        self._share = share
         self._used, self._now, self._sleep = used, now, sleep
         self._began = used(), now()
 
     def rest(self) -> None:
         """Sleep for as long as the work since the last rest was beyond the share."""
-        self._between()
         if self._share is not None:
             used, passed = self._used() - self._began[0], self._now() - self._began[1]
             self._sleep(max(0.0, used / self._share - passed))
@@ -159,13 +151,14 @@ def _gain(before: Sequence[RoundTally], after: Sequence[RoundTally]) -> Gain:
 class Learning(NamedTuple):
     """A pass's inputs.
 
-    directory: that of `--whiflash-learn`. bundle: the one that the server was started with. config: how its drafters
-    are trained. tokens: answer tokens to learn from. judged: requests that judge. rate: peak learning rate. replay: an
-    exported file of the original training's answers, of which as many tokens are learned; None: nothing is.
+    directory: that of `--whiflash-learn`. bundle: the one in use. out: directory of the new one. config: how its
+    drafters are trained. tokens: answer tokens to learn from. judged: requests that judge. rate: peak learning rate.
+    replay: an exported file of the original training's answers, of which as many tokens are learned; None: nothing is.
     """
 
     directory: Path
     bundle: Path
+    out: Path
     config: TrainConfig
     tokens: int
     judged: int
@@ -174,13 +167,12 @@ class Learning(NamedTuple):
 
 
 class Outcome(BaseModel, frozen=True):
-    """present: version that was learned from. version: that was published, or None. learned, judged: requests.
-    tokens: answer tokens that were learned from, replayed ones included. seconds: since the pass began, or went on.
-    until: when the newest of its requests was written, in seconds since the epoch. drafters: what each gained.
+    """bundle: that was written; None: no drafter became better. learned, judged: requests. tokens: answer tokens that
+    were learned from, replayed ones included. seconds: since the pass began, or went on. until: when the newest of its
+    requests was written, in seconds since the epoch. drafters: what each gained.
     """
 
-    present: int
-    version: int | None
+    bundle: Path | None
     learned: int
     judged: int
     tokens: int
@@ -190,30 +182,29 @@ class Outcome(BaseModel, frozen=True):
 
 
 def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
-    """Learn from the samples that are there, and publish the drafters that became better beyond their interval.
+    """Learn from the samples, and write a bundle with the drafters that became better beyond their interval.
 
     Args:
         pace: rests after every step; None: there are no rests.
 
     Raises:
-        TooFewError: of the samples. ConfigError: another learner is at work, or training ended in what cannot serve.
+        TooFewError: of the samples. ConfigError: another learner is at work, the bundle's drafters cannot be trained
+            on, or there is something where the result would be.
     """
     pace = pace or Pace()
     original = None if learning.replay is None else Exported(learning.replay)
+    if learning.out.exists():
+        raise ConfigError(f"{learning.out} exists already; give --out a new directory")
+    learning.out.parent.mkdir(parents=True, exist_ok=True)
     with _alone(learning.directory) as work:
         began = time.monotonic()
         manifest = load_manifest(learning.bundle)
         check_target(learning.config.target, manifest.target)
-        versions = versions_of(learning.directory)
-        present = served(versions).version
-        if published := _published(learning.directory, versions, present):
-            write_status(learning.directory, published.model_dump())
-            return published
+        verify(checksums(learning.bundle, manifest, parts_of(manifest)))
         parts = PairParts.of_bundle(learning.bundle)
-        newer = read_version(versions, present, manifest.target) if present else {}
-        checkpoints = {**parts.checkpoints, **newer}
-        chosen = _chosen(learning, manifest, present, work)
-        config = config_of(learning.config, checkpoints, work, learning.rate)
+        sections = {arm: section_of(arm, path) for arm, path in parts.checkpoints.items()}
+        chosen = _chosen(learning, manifest, parts.checkpoints, work)
+        config = config_of(learning.config, parts.checkpoints, work, learning.rate)
         if config.hardware.threads:
             torch.set_num_threads(config.hardware.threads)
         path = target_path(config.target)
@@ -224,32 +215,58 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
         more = [] if original is None else replayed(original, tokens, config.seed)
         _store(work / "data" / "shard0", target, config.capture, [*chosen.learned, *more], pace)
         store = _store(work / "judges", target, config.capture, chosen.judged, pace)
-        trained = {arm: train_arm(config, arm, path, pace) for arm, path in checkpoints.items()}
-
-        pairs = [Pair.load(parts._replace(checkpoints=paths), target) for paths in (checkpoints, trained)]
-        for arm in checkpoints:
-            check_fits(f"what was learned for {PARTS[arm]}", *(pair.drafters[arm] for pair in pairs))
+        trained = {
+            arm: train_drafter(sections[arm], config, path, checkpoint, after_step=pace.rest)
+            for arm, checkpoint in parts.checkpoints.items()
+        }
+        check_same(parts.checkpoints, trained)
+        pairs = [Pair.load(each, target) for each in (parts, parts._replace(checkpoints=trained))]
         walks = [walk_answers(pair, store, ReplayLog(work / "rounds", pair), pace) for pair in pairs]
-        gained = {PARTS[arm]: _gain(*(walk[arm] for walk in walks)) for arm in checkpoints}
-        better = {arm for arm in checkpoints if gained[PARTS[arm]].better}
-        tokens += answer_tokens(more)
+        gained = {arm: _gain(*(walk[arm] for walk in walks)) for arm in trained}
+        better = {arm: trained[arm] for arm, gain in gained.items() if gain.better}
         outcome = Outcome(
-            present=present,
-            version=None,
+            bundle=learning.out if better else None,
             learned=len(chosen.learned),
             judged=len(chosen.judged),
-            tokens=tokens,
+            tokens=tokens + answer_tokens(more),
             seconds=time.monotonic() - began,
             until=chosen.until,
-            drafters=gained,
+            drafters={PARTS[arm]: gain for arm, gain in gained.items()},
         )
         if better:
-            best = {arm: (trained if arm in better else checkpoints)[arm] for arm in checkpoints}
-            notes = {UNTIL: chosen.until, "tokens": tokens, "from": present, OUTCOME: outcome.model_dump()}
-            notes |= {name: round(gain.ratio, 3) for name, gain in gained.items()}
-            outcome = outcome.model_copy(update={"version": publish(versions, learning.bundle, notes, best)})
-        write_status(learning.directory, outcome.model_dump())
+            record = outcome.model_dump(mode="json", exclude={"bundle"}) | {"from": manifest.name}
+            with_drafters(
+                learning.bundle, better, learning.out, {LEARNED: record | environment(learning.bundle)}
+            )
         return outcome
+
+
+def section_of(arm: str, checkpoint: Path) -> str:
+    """Return the section of a training's configuration that this drafter is trained by.
+
+    Raises:
+        ConfigError: no section trains drafters of this kind.
+    """
+    kind = read_draft(checkpoint, arm).format.model
+    if kind not in SECTIONS:
+        known = ", ".join(known.__name__ for known in SECTIONS)
+        raise ConfigError(
+            f"{checkpoint} is a {kind.__name__}, and training continues only drafters of the kinds {known}: name a "
+            "--bundle of such drafters"
+        )
+    return SECTIONS[kind]
+
+
+def check_same(before: Mapping[str, Path], after: Mapping[str, Path]) -> None:
+    """Raise ConfigError if a checkpoint, by arm, has another configuration after training than before it."""
+    for arm, path in before.items():
+        was, now = (asdict(read_draft(each, arm).config) for each in (path, after[arm]))
+        if was != now:
+            key = next(key for key in was if was[key] != now.get(key))
+            raise ConfigError(
+                f"{path} has {key} {was[key]!r:.200}, and its checkpoint after training {now.get(key)!r:.200}: the "
+                "format in which checkpoints are written lacks it, so this drafter cannot be trained on"
+            )
 
 
 def check_target(configured: str, served: str) -> None:
@@ -265,49 +282,6 @@ def check_target(configured: str, served: str) -> None:
             f"--config is for the target {configured}, the server's bundle for {served}: drafters would learn from "
             "another model; name the configuration and the bundle of the same one"
         )
-
-
-def _published(directory: Path, versions: Path, present: int) -> Outcome | None:
-    """The outcome of a pass that was killed after it published, before its status was written."""
-    number = max(numbers(versions), default=0)
-    notes, used = notes_of(versions, number), served(versions)
-    if notes.get("from") != present or used.before == number:  # somebody went back from it
-        return None
-    status = status_of(directory)
-    try:
-        outcome = Outcome.model_validate(notes[OUTCOME]).model_copy(update={"version": number})
-    except (KeyError, ValueError):  # another release wrote it, or nobody
-        return None
-    return outcome if until(outcome.model_dump()) > until(status) else None
-
-
-def is_past(date: object) -> bool:
-    """Whether it is a date, in seconds since the epoch, that is not ahead of now, as of a clock that was."""
-    return is_number(date) and cast("float", date) <= time.time()
-
-
-def until(notes: Mapping[str, Any]) -> float:
-    """As of `UNTIL`; 0 if the notes have no such date: no sample would ever be newer than one ahead of now."""
-    return float(notes[UNTIL]) if is_past(notes.get(UNTIL)) else 0.0
-
-
-def write_status(directory: Path, facts: Mapping[str, Any]) -> None:
-    """Write the facts that `status_of` returns from now on."""
-    write_whole(directory / STATUS, json.dumps(facts, indent=1) + "\n")
-
-
-def status_of(directory: Path) -> dict[str, Any]:
-    """Status of the last pass of a directory; empty before there was one. Raises ConfigError if it is damaged."""
-    file = directory / STATUS
-    try:
-        status = read_json_file(file)
-        if not isinstance(status, dict):
-            raise ValueError("no object")
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ConfigError(f"{file} is damaged ({error}): remove it; the next pass writes it again") from None
-    return status
 
 
 @contextmanager
@@ -333,20 +307,21 @@ def _alone(directory: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def is_at_work(directory: Path) -> bool:
-    """Whether a learner works in the directory now."""
-    if not (directory / LOCK).exists():
-        return False
+def newest_learned(bundle: Path) -> float:
+    """Return when the newest sample was written that made or judged a bundle, in seconds since the epoch.
+
+    0 for a bundle that no pass wrote, and for a date ahead of now, of a clock that was: no sample would ever be newer.
+    """
     try:
-        with alone(directory, LOCK):
-            return False
-    except ConfigError:
-        return True
-    except OSError:
-        return False
+        until = float(read_json_file(bundle / LEARNED)["until"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+    return until if until <= time.time() else 0.0
 
 
-def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) -> ChosenTexts:
+def _chosen(
+    learning: Learning, manifest: Manifest, checkpoints: Mapping[str, Path], work: Path
+) -> ChosenTexts:
     """Choice of a killed pass, if all of it is there still and it began as this one does; or the newest samples.
 
     `work` holds the files made from the choice, or nothing.
@@ -356,25 +331,32 @@ def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) ->
     longest = min(LONGEST, integer(shape, "max_position_embeddings", target, default=LONGEST))
     vocabulary = integer(shape, "vocab_size", target)
     samples = texts_of(samples_of(learning.directory), manifest.target, vocabulary, longest)
-    texts = [text for text in samples if is_past(text.written)]
+    now = time.time()
+    texts = [text for text in samples if text.written <= now]  # no later one, of a clock that was ahead
     settings = learning._replace(config=learning.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
-    settings |= {"present": present, "epochs": EPOCHS, "step_tokens": STEP_TOKENS}
+    del settings["out"]
+    settings["checkpoints"] = {arm: checkpoint_digest(path) for arm, path in checkpoints.items()}
+    settings |= {"epochs": EPOCHS, "step_tokens": STEP_TOKENS}
     begun = read_json(json.dumps(settings, default=str))
     file, by_name = work / CHOICE, {text.name: text for text in texts}
     try:
         was = read_json_file(file)
         if was["begun"] == begun:
-            learned, judged = ([by_name[name] for name in was[side]] for side in ("learned", "judged"))
-            return ChosenTexts(learned, judged, was[UNTIL])
+            learned, judged = (
+                [by_name[name].first(tokens) for name, tokens in was[side].items()]
+                for side in ("learned", "judged")
+            )
+            return ChosenTexts(learned, judged, was["until"])
     except (OSError, ValueError, KeyError, TypeError):  # there was no pass, or a sample of it was forgotten
         pass
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(mode=0o700)
-    versions = versions_of(learning.directory)
-    since = max((until(notes_of(versions, number)) for number in numbers(versions)), default=0.0)
-    chosen = choose(texts, since, learning.tokens, learning.judged)
-    names = {side: [text.name for text in getattr(chosen, side)] for side in ("learned", "judged")}
-    write_whole(file, json.dumps({"begun": begun, **names, UNTIL: chosen.until}))
+    chosen = choose(texts, newest_learned(learning.bundle), learning.tokens, learning.judged)
+    names = {
+        side: {text.name: len(text.answer) for text in getattr(chosen, side)}
+        for side in ("learned", "judged")
+    }
+    write_whole(file, json.dumps({"begun": begun, **names, "until": chosen.until}))
     return chosen
 
 
@@ -432,12 +414,3 @@ def replayed(exported: Exported, tokens: int, seed: int) -> list[Text]:
         answers.append(Text(exported.ids[index], 0.0, tuple(whole[:length]), tuple(whole[length:])))
         left -= len(whole) - length
     return answers
-
-
-def train_arm(config: TrainConfig, arm: str, checkpoint: Path, pace: Pace) -> Path:
-    """Train the arm's drafter on from the checkpoint, or go on with that; returns where the result is."""
-    name = PARTS[arm]
-    if arm == arms.DIFFUSION and read_draft(checkpoint, arm).format.model is DSparkDrafter:
-        name = "dspark"
-    target = target_path(config.target)
-    return train_drafter(name, config, target, checkpoint, held=True, after_step=pace.rest)

@@ -1,15 +1,16 @@
-"""Samples that a pass learns from, and the newest ones that judge it, which no version has learned from."""
+"""Samples that a pass learns from, and the newest ones that judge it, which the bundle in use has not learned from."""
 
 import json
 import logging
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.updates.samples import files_of, read_samples
+from whiflash_sglang.telemetry.samples import files_of, read_samples
 from whiflash_train.rounds import loop_start
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,10 @@ class Text(NamedTuple):
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     tenant: int | None = None
+
+    def first(self, tokens: int) -> "Text":
+        """Return the text with so many tokens of its answer, or all."""
+        return self._replace(answer=self.answer[:tokens])
 
 
 class ChosenTexts(NamedTuple):
@@ -75,11 +80,15 @@ def texts_of(directory: Path, target: str, vocabulary: int, longest: int = LONGE
 
 
 def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> ChosenTexts:
-    """Split samples, oldest first, each prompt's newest answer alone, and of a tenant its share alone.
+    """Split samples, oldest first, into those that judge and those that are learned from.
+
+    Of a prompt only the newest answer is taken. No tenant supplies more than its part of what is chosen, whatever it
+    sent (`_room`).
 
     Args:
-        since: when the newest sample of the newest version was written; only later ones judge, half of them at most.
-        tokens: answer tokens to learn from, at most, the newest first. judged: requests that judge, at most.
+        since: when the newest sample was written that the bundle in use has learned from; only later ones judge, half
+            of them at most. tokens: answer tokens to learn from, at most, the newest first. judged: requests that
+            judge, at most.
 
     Raises:
         TooFewError: came since.
@@ -87,39 +96,58 @@ def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> Cho
     newest = list({text.prompt: text for text in texts}.values())
     newest.sort(key=lambda text: text.written)
     unseen = [text for text in newest if text.written > since]
-    counts = Counter(text.tenant for text in newest)
-    shares, limit = min(TENANTS, len(counts) or 1), min(judged, len(unseen) // 2)
+    counts, fresh = (Counter(text.tenant for text in each) for each in (newest, unseen))
+    shares = min(TENANTS, len(counts) or 1)
     # Half of a tenant's are left to learn from.
-    rooms = {tenant: min(-(-limit // shares), (count + 1) // 2) for tenant, count in counts.items()}
-    judges = _newest(unseen, limit, rooms, lambda text: 1)
-    if len(judges) < LEAST:
+    able = {tenant: min(fresh[tenant], (count + 1) // 2) for tenant, count in counts.items()}
+    rooms = dict.fromkeys(able, _room(able.values(), shares, min(judged, len(unseen) // 2)))
+    rooms = {tenant: min(room, able[tenant]) for tenant, room in rooms.items()}
+    judges = []
+    for text in reversed(unseen):
+        if rooms[text.tenant]:
+            rooms[text.tenant] -= 1
+            judges.append(text)
+    names = {text.name for text in judges}
+    learned = _within([text for text in newest if text.name not in names], shares, tokens)
+    if len(judges) < LEAST or not learned:
         raise TooFewError(
-            f"{len(unseen)} samples are newer than the newest version, {len(judges)} of them can judge as {shares} "
-            f"tenants share that; {2 * LEAST} are needed, half of them to judge: wait for more requests"
+            f"{len(unseen)} samples are newer than those that the bundle has learned from; {len(judges)} of them can "
+            f"judge and {len(learned)} teach if no tenant supplies more than one of {shares} parts, and {LEAST} must "
+            "judge: wait for more requests"
         )
-    chosen = {text.name for text in judges}
-    others = [text for text in newest if text.name not in chosen]
-    budget = min(tokens, answer_tokens(others))
-    rooms = dict.fromkeys(counts, -(-budget // shares))
-    return ChosenTexts(
-        _newest(others, budget, rooms, lambda text: len(text.answer)), judges, newest[-1].written
-    )
+    return ChosenTexts(learned, judges[::-1], newest[-1].written)
 
 
-def _newest(
-    texts: Sequence[Text], limit: int, rooms: Mapping[int | None, int], weight: Callable[[Text], int]
-) -> list[Text]:
-    """The newest texts of so much weight at most, and of a tenant as it has room; one at least, if there are any."""
-    chosen: list[Text] = []
-    used: Counter[int | None] = Counter()
+def _within(texts: Sequence[Text], shares: int, tokens: int) -> list[Text]:
+    """Return each tenant's newest texts, as many answer tokens as it has room for; the last one of them is cut."""
+    supplied: Counter[int | None] = Counter()
+    for text in texts:
+        supplied[text.tenant] += len(text.answer)
+    left = dict.fromkeys(supplied, _room(supplied.values(), shares, tokens))
+    chosen = []
     for text in reversed(texts):
-        more = weight(text)
-        if chosen and used.total() + more > limit:
-            break
-        if not chosen or used[text.tenant] + more <= rooms[text.tenant]:
-            chosen.append(text)
-            used[text.tenant] += more
+        part = text.first(left[text.tenant])
+        left[text.tenant] -= len(part.answer)
+        if len(part.answer) >= SHORTEST:
+            chosen.append(part)
     return chosen[::-1]
+
+
+def _room(able: Collection[int], shares: int, limit: int) -> int:
+    """Return the most that any tenant may supply, filled by turns.
+
+    Then none supplies more than one of `shares` parts of what all supply, and all together supply at most `limit`. A
+    share of the limit would not do: a tenant that sends much would supply most where the others send little.
+
+    Args:
+        able: the most that each tenant can supply.
+    """
+
+    def is_too_much(room: int) -> bool:
+        together = sum(min(most, room) for most in able)
+        return shares * room > together or together > limit
+
+    return bisect_right(range(max(able, default=0) + 1), False, key=is_too_much) - 1
 
 
 def answer_tokens(texts: Sequence[Text]) -> int:

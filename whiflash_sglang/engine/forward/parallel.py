@@ -30,12 +30,7 @@ def ranks_of_model() -> Ranks:
         received = broadcast_pyobj([message], group.rank, group.cpu_group, src=group.ranks[0])
         return received[0] if len(received) == 1 else received
 
-    def gather(reason: str | None) -> list[str | None]:
-        every: list[str | None] = [None] * group.world_size
-        torch.distributed.all_gather_object(every, reason, group=group.cpu_group)
-        return every
-
-    return Ranks(group.rank_in_group, group.world_size, send, gather)
+    return Ranks(group.rank_in_group, group.world_size, send)
 
 
 def sends_tokens(grammars: bool) -> bool:

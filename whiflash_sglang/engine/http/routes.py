@@ -10,7 +10,6 @@ from typing import Annotated, Any, get_args
 
 from fastapi import Depends, HTTPException, Query, Request
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
 from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import AttachHiCacheStorageReqOutput, SetInternalStateReq
 from whiflash_sdk.hints import MAX_BYTES, MAX_MARKER_CHARS, MAX_NAME_CHARS, MAX_SPANS, WIRE_VERSION, Kind
@@ -23,20 +22,12 @@ from whiflash_sglang.engine.http import admission, answers, middleware, pieces, 
 from whiflash_sglang.engine.launch.refusals import storage_refusal
 from whiflash_sglang.engine.patching import around
 from whiflash_sglang.engine.scheduler import figures
-from whiflash_sglang.engine.scheduler.control import (
-    VERSION,
-    change_request,
-    encode,
-    encode_forget,
-    states_of,
-    switched,
-)
+from whiflash_sglang.engine.scheduler.control import change_request, encode, encode_forget, states_of
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.hosts import SilentReplicaError, together
 from whiflash_sglang.files.jsonl import read_json
 from whiflash_sglang.settings.config import PolicyChange, changed
-from whiflash_sglang.updates.samples import forget_samples
-from whiflash_sglang.updates.versions import Wanted, check_wanted
+from whiflash_sglang.telemetry.samples import forget_samples
 
 logger = logging.getLogger("whiflash_sglang")
 
@@ -53,7 +44,7 @@ def install() -> None:
         # reveal what was accepted of the requests in between.
         admin_only = http_server.auth_level(http_server.AuthLevel.ADMIN_OPTIONAL)
         http_server.app.get("/whiflash/state")(admin_only(_state))
-        for name, change in (("policy", _set_policy), ("forget", _forget), ("drafters", _use_version)):
+        for name, change in (("policy", _set_policy), ("forget", _forget)):
             http_server.app.post(f"/whiflash/{name}", name=change.__name__, description=change.__doc__)(
                 admin_only(_steering(name, change))
             )
@@ -221,34 +212,6 @@ async def _forget(who: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
             why = f"samples in {directory} were not dropped: {error.strerror}"
             raise _FailedError(500, "InternalServerError", why) from None
     return state
-
-
-async def _use_version(which: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
-    """Draft with another version of the drafters' weights; running requests continue."""
-    try:
-        wanted = Wanted.model_validate(which)
-    except ValidationError:
-        raise ConfigError(
-            'give the number of a version, as {"version": 3}, and its "target" and "files" if you have them; 0 is what '
-            "the server was started with"
-        ) from None
-    told["version"] = wanted.version
-    manager, request = http_server._global_state.tokenizer_manager, change_request({VERSION: wanted.version})
-    directory = settings_of(manager.server_args).versions
-    if directory is None:
-        raise ConfigError("this server was started without --whiflash-versions or --whiflash-learn")
-    try:
-        await asyncio.to_thread(check_wanted, directory, wanted)
-    except OSError as error:
-        raise ConfigError(str(error)) from None
-    await _send(request)
-    try:
-        why = await switched(manager, request.rid, manager.config_value("watchdog_timeout"))
-    except SilentReplicaError as error:
-        raise _FailedError(504, "GatewayTimeout", f"the switch goes on: {error}") from None
-    if why:
-        raise ConfigError(why)
-    return await _together()
 
 
 async def _send(request: SetInternalStateReq) -> dict[str, Any]:

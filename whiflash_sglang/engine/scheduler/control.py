@@ -15,13 +15,9 @@ from whiflash_sglang.copying.tenants import HANDLES
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.hosts import SilentReplicaError
 from whiflash_sglang.settings.config import PolicyChange, RouterName
-from whiflash_sglang.updates.versions import MOST
 
 KEY = "whiflash"
 FORGET = f"{KEY}.forget"
-VERSION = f"{KEY}.version"
-STATE, SWITCHES = "state", "switches"
-"""Parts of our state that a question may be about."""
 EVERYBODY = -1
 """In place of a handle."""
 ROUTERS: tuple[str, ...] = get_args(RouterName)
@@ -29,18 +25,15 @@ ROUTERS: tuple[str, ...] = get_args(RouterName)
 FIRST_PAUSE = 0.01
 """Seconds before a question is asked again; doubled every time."""
 
-LONGEST_PAUSE = 0.16
-"""Seconds between two questions whether a switch has ended, at most."""
-
 _questions = itertools.count()
 """Answers carry their question's process and number: one that comes too late is not taken for another's."""
 
 
-async def states_of(manager: Any, seconds: float, about: str = STATE) -> list[dict[str, Any]]:
+async def states_of(manager: Any, seconds: float) -> list[dict[str, Any]]:
     """Our state of every replica of a server.
 
     Args:
-        manager: SGLang's tokenizer manager. seconds: to wait for them. about: which part, as of `state_request`.
+        manager: SGLang's tokenizer manager. seconds: to wait for them.
 
     Raises:
         SilentReplicaError: at least one has not answered by then.
@@ -50,7 +43,7 @@ async def states_of(manager: Any, seconds: float, about: str = STATE) -> list[di
     try:
         async with asyncio.timeout(seconds):
             while True:
-                request = state_request(about)
+                request = state_request()
                 answers = await ask(request)
                 states = [answer.internal_state.get(KEY, {}) for answer in answers]
                 if all(state.pop("question", None) == request.rid for state in states):
@@ -64,63 +57,35 @@ async def states_of(manager: Any, seconds: float, about: str = STATE) -> list[di
         raise SilentReplicaError(heard, ask._fan_out, seconds) from None
 
 
-async def switched(manager: Any, ticket: str, seconds: float) -> str:
-    """Wait for the end of a switch: why a replica refused it; empty: none did.
-
-    Args:
-        ticket: of the message that asked for it. manager, seconds: as of `states_of`.
-
-    Raises:
-        SilentReplicaError: at least one did not answer a question in time.
-    """
-    pause = FIRST_PAUSE
-    while True:
-        ended = [state["ended"] for state in await states_of(manager, seconds, SWITCHES)]
-        if all(ticket in outcomes for outcomes in ended):
-            return next((outcomes[ticket] for outcomes in ended if outcomes[ticket]), "")
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
-
-
 def change_request(message: Mapping[str, float]) -> SetInternalStateReq:
-    """Asks the schedulers for changes; a switch among them begins, and ends later, under the request's id."""
-    return SetInternalStateReq(server_args=dict(message), rid=_rid("change"))
+    """Make the request that asks the schedulers for changes."""
+    return SetInternalStateReq(server_args=dict(message))
 
 
-def state_request(about: str = STATE) -> GetInternalStateReq:
-    """Asks a scheduler for our state alone: all of it (`STATE`), or which switches of weights have ended (`SWITCHES`).
+def state_request() -> GetInternalStateReq:
+    """Make the request that asks a scheduler for our state alone.
 
     SGLang's own request, which anybody's `GET /server_info` sends, gets no such state: two readings of it reveal
     what was accepted of the requests that run.
     """
-    return GetInternalStateReq(rid=_rid(about))
-
-
-def _rid(about: str) -> str:
-    return f"{KEY}.{about}.{os.getpid()}.{next(_questions)}"
+    return GetInternalStateReq(rid=f"{KEY}.{os.getpid()}.{next(_questions)}")
 
 
 class InternalState(SchedulerInternalStateController):  # type: ignore[misc]
-    """SGLang's, of a scheduler of ours: our questions are answered, and policy, tenants and versions can be changed."""
+    """SGLang's controller, which answers our questions, changes our policy and forgets tenants, too."""
 
     def get_internal_state(self, recv_req: GetInternalStateReq) -> Any:
         replica, worker, rid = get_parallel().dp_rank, self.scheduler.draft_worker, str(recv_req.rid)
         if rid.startswith(f"{KEY}."):
-            ended = rid.startswith(f"{KEY}.{SWITCHES}.")
-            state = {"ended": dict(worker.weights.outcomes)} if ended else worker.snapshot()
-            ours = {**state, "replica": replica, "question": rid}
+            ours = {**worker.snapshot(), "replica": replica, "question": rid}
             answer = GetInternalStateReqOutput(internal_state={KEY: ours})
         else:
             answer = super().get_internal_state(recv_req)
         answer.rid = str(replica or 0)
         return answer
 
-    def set_internal_state(self, recv_req: SetInternalStateReq) -> Any:
-        self._ticket = str(recv_req.rid)
-        return super().set_internal_state(recv_req)
-
     def _update_handlers(self) -> dict[str, Any]:
-        return super()._update_handlers() | _handlers(self.scheduler.draft_worker, self._ticket)
+        return super()._update_handlers() | _handlers(self.scheduler.draft_worker)
 
 
 def encode(change: dict[str, Any]) -> dict[str, float]:
@@ -148,7 +113,7 @@ def encode_forget(handle: int | None) -> dict[str, int]:
     return {FORGET: EVERYBODY if handle is None else handle}
 
 
-def _handlers(worker: Any, ticket: str) -> dict[str, Any]:
+def _handlers(worker: Any) -> dict[str, Any]:
     def validate(key: str, value: Any) -> None:
         try:
             worker.settings_with(_decoded(key, value))
@@ -161,19 +126,9 @@ def _handlers(worker: Any, ticket: str) -> dict[str, Any]:
     def forget(key: str, value: Any) -> None:
         worker.forget(None if value == EVERYBODY else value)
 
-    def can_switch(key: str, value: Any) -> None:
-        if type(value) is not int or not 0 <= value < MOST:
-            raise internal_state.UpdateRejected(f"{key}: a version's number is needed (got {value!r})")
-        if worker.weights is None:
-            raise internal_state.UpdateRejected(f"{key}: the server was started without versions")
-
-    def switch(key: str, value: Any) -> None:
-        worker.weights.ask(value, ticket)
-
     policy = internal_state._UpdateHandler(validate, apply)
     return {f"{KEY}.{field}": policy for field in PolicyChange.model_fields} | {
-        FORGET: internal_state._UpdateHandler(_is_handle, forget),
-        VERSION: internal_state._UpdateHandler(can_switch, switch),
+        FORGET: internal_state._UpdateHandler(_is_handle, forget)
     }
 
 

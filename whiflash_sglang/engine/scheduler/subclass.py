@@ -98,7 +98,6 @@ class WhiflashScheduler:
         super().process_input_requests(recv_reqs)  # type: ignore[misc]
         if any(isinstance(request, WRITES) for request in recv_reqs):
             self.draft_worker.target_written()
-        self.draft_worker.between_rounds()
 
     def handle_generate_request(self: Any, recv_req: Any) -> None:
         """A turn that replaces others of its session ends them first."""

@@ -330,5 +330,4 @@ FORMAT = block_format(
     published="z-lab, SpecForge, modal-labs",
     defined_by="SGLang's `dflash.py`",
     upstream="DFLASH",
-    swappable=True,
 )

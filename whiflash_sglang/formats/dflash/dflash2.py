@@ -112,5 +112,4 @@ FORMAT = block_format(
     published="z-lab, incoai, lightseekorg",
     defined_by="SGLang's `dflash.py`",
     upstream="DFLASH",
-    swappable=False,
 )

@@ -111,5 +111,4 @@ FORMAT = block_format(
     published="SpecForge",
     defined_by="SGLang's `domino_utils.py`",
     upstream="DFLASH",
-    swappable=False,
 )

@@ -202,5 +202,4 @@ FORMAT = block_format(
     published="DeepSpec (also its DFlash), SpecForge",
     defined_by="SGLang's `dspark.py`; rank 0: DeepSpec",
     upstream="DSPARK",
-    swappable=True,
 )

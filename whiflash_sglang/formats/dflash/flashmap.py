@@ -236,7 +236,7 @@ class FlashMapDrafter(DFlashDrafter):
         pairs: Any = ((self.starts, self._begin()), (had.weight, now.weight), (had.bias, now.bias))
         for held, value in pairs:
             held.copy_(value)
-            packed.follow(held, value)
+            packed.follow(held)
 
 
 def _affine(reader: WeightReader, name: str, x: Tensor, rows: int | None = None) -> Tensor:
@@ -256,5 +256,4 @@ FORMAT = block_format(
     published="j-shen",
     defined_by="flashmap 0.1.0",
     upstream=None,
-    swappable=False,
 )

@@ -122,5 +122,4 @@ FORMAT = block_format(
     published="UIUC-SSAIL",
     defined_by="speculators; vLLM's `qwen3_xpress.py`",
     upstream=None,
-    swappable=False,
 )

@@ -1,1 +1,0 @@
-"""Samples that a server keeps for learning from its traffic, and versions of its drafters."""
