@@ -19,6 +19,13 @@ def handle(salt: str) -> int:
     return handle_of(tenant_of(None, salt) or b"")
 
 
+def test_without_the_flag_nothing_is_kept(models: Models) -> None:
+    with engine(models.target, whiflash=models.whiflash("auto")) as e:
+        e.ask("plain", [1, 2, 3])
+        assert e.worker.spool is None
+        assert "samples" not in e.worker.snapshot()
+
+
 @pytest.fixture(scope="module")
 def e(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     learning = str(tmp_path_factory.mktemp("learning"))
@@ -125,10 +132,3 @@ def test_a_turn_that_was_refused_counts_for_its_session(e: Engine) -> None:
     e.run()
     e.close_session("refused")
     assert kept(e) == []
-
-
-def test_without_the_flag_nothing_is_kept(models: Models) -> None:
-    with engine(models.target, whiflash=models.whiflash("auto")) as e:
-        e.ask("plain", [1, 2, 3])
-        assert e.worker.spool is None
-        assert "samples" not in e.worker.snapshot()

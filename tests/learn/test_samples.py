@@ -11,11 +11,11 @@ from unittest.mock import Mock
 import pytest
 from filelock import Timeout
 from patience import wait_until
-from whiflash_sglang.updates import samples
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.settings.config import parse_flags, resolve
+from whiflash_sglang.telemetry import samples
 from whiflash_sglang.telemetry.samples import (
     Sample,
     Spool,

@@ -1,4 +1,4 @@
-"""What drafters copied of the target follows when its weights are written; drafters that multiply in fp8 stay exact."""
+"""Copies of the target in drafters follow its weights when they are written; drafters in fp8 stay exact."""
 
 import random
 from pathlib import Path

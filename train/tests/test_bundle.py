@@ -286,3 +286,23 @@ def test_the_shipped_configuration_names_files_that_come_with_the_packages(
     template = resolve_config(Path("smollm2-135m-instruct")).chat_template
     assert template is not None
     assert template.is_file()
+
+
+def test_a_bundle_with_other_drafters_keeps_the_rest(models: dict[str, Path], tmp_path: Path) -> None:
+    """Also a part on a hub, whose weights are not here."""
+    notes = {"learned.json": {"until": 1.0}}
+    with_drafters(embedded_bundle(), {"diffusion": models["dflash"]}, tmp_path / "one", notes)
+    said, before = (load_manifest(place).model_dump() for place in (tmp_path / "one", embedded_bundle()))
+    assert {key for key in said if said[key] != before[key]} == {"name", "dflash", "sources"}
+    served, shipped = (resolve(Flags(router="neural"), p) for p in (tmp_path / "one", embedded_bundle()))
+    assert served.neural is not None
+    assert served.chat_template.read_bytes() == shipped.chat_template.read_bytes()
+    verify(served.checksums)
+    assert json.loads((tmp_path / "one" / "learned.json").read_text()) == notes["learned.json"]
+    manifest = tmp_path / "one" / "whiflash.json"
+    hub = json.loads(manifest.read_text()) | {"eagle3": "hub:owner/name"}
+    hub["sources"]["eagle3"] = {"revision": "abc"}
+    manifest.write_text(json.dumps(hub))
+    with_drafters(tmp_path / "one", {"diffusion": models["dflash"]}, tmp_path / "two", {})
+    found = load_manifest(tmp_path / "two")
+    assert (found.eagle3, found.sources["eagle3"].revision) == ("hub:owner/name", "abc")

@@ -175,7 +175,7 @@ def with_drafters(
     if "router" in parts:
         facts["router"] = {**fields["router"], "path": "router"}
     files = {
-        key: [file for file in sorted(path.iterdir()) if file.is_file()] if path.is_dir() else [path]
+        key: [file for file in sorted(path.iterdir()) if not file.is_dir()] if path.is_dir() else [path]
         for key, path in parts.items()
     }
     with staged(out) as made:

@@ -385,7 +385,7 @@ def supplied(found: ChosenTexts) -> tuple[Counter[int | None], Counter[int | Non
 @pytest.mark.parametrize("flood", [None, 9], ids=["no salt", "salt"])
 @pytest.mark.parametrize("each", [4, 10, 20, 40])
 def test_a_flood_supplies_a_quarter_of_what_is_chosen(each: int, flood: int | None) -> None:
-    """Of seven tenants and one that sends 600 requests."""
+    """Seven tenants send few requests, and one sends 600."""
     judges, learned = supplied(choose(of(dict.fromkeys(range(7), each) | {flood: 600}), -1.0, 10**5, 64))
     for part in (judges, learned):
         assert 0 < TENANTS * part[flood] <= part.total()
@@ -416,7 +416,7 @@ def test_two_tenants_supply_a_half_and_one_supplies_all() -> None:
 def test_no_tenant_supplies_more_than_its_part(
     sent: list[tuple[int, int]], tokens: int, judged: int, since: int
 ) -> None:
-    """Whatever each sends. The last text of a tenant is cut, and left out if it would be too short."""
+    """The last text of a tenant is cut, and left out if it would be too short."""
     texts = [
         text(number)._replace(tenant=tenant, answer=(1,) * length)
         for number, (tenant, length) in enumerate(sent)
@@ -457,7 +457,7 @@ def test_a_share_of_a_core_is_kept(share: float | None, slept: float) -> None:
 
 
 def test_the_command(passed: Passed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is printed meanwhile is not on its stdout."""
+    """Its stdout holds the outcome and nothing that is printed meanwhile."""
     words = ["learn", str(passed.learning.directory), "--config", "tiny", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(once, "learn_once", lambda *_: print("noise") or passed.found)
     told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)

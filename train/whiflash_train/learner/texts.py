@@ -82,7 +82,7 @@ def texts_of(directory: Path, target: str, vocabulary: int, longest: int = LONGE
 def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> ChosenTexts:
     """Split samples, oldest first, into those that judge and those that are learned from.
 
-    Of a prompt only the newest answer is taken. No tenant supplies more than its part of what is chosen, whatever it
+    Only the newest answer to a prompt is taken. No tenant supplies more than its part of what is chosen, whatever it
     sent (`_room`).
 
     Args:
