@@ -136,3 +136,18 @@ def wrong(words: list[str], known: dict[str, set[str]]) -> str | None:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_their_flags_exist(page: Path, known: dict[str, set[str]]) -> None:
     assert not [problem for words in commands(page) if (problem := wrong(words, known))]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "results").rglob("*.md"))])
+def test_commands_in_sentences_exist(page: Path) -> None:
+    """Reports may have flags of earlier releases."""
+    known = load_script("reference").commands()
+    for command in re.findall(r"(?<!`)`(whiflash [^`]+)`", page.read_text(encoding="utf-8")):
+        call = max((call for call in known if f"{command} ".startswith(f"{call} ")), key=len, default=None)
+        if call is None:
+            is_group = any(f"{each} ".startswith(f"{command} ") for each in known)
+            assert is_group or command == "whiflash --version", command
+            continue
+        rest = command.removeprefix(call).split()
+        takes = any(one.param_type_name == "argument" for one in known[call].params)
+        assert takes or not rest or rest[0].startswith("-"), command
