@@ -77,7 +77,6 @@ WRONG: list[tuple[Any, ...]] = [
 FAILING = [
     (("train", "--step", "data", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
     (("train", "--out", "b", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
-    (("drafter", "--directory", "/nowhere"), "/nowhere: no such directory"),
     (("lab", "export", "out.npz", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
     (("trace", "/nowhere/answers.json"), "/nowhere/answers.json"),
     (("policy", "none", "--url", "http://127.0.0.1:1"), "http://127.0.0.1:1"),
@@ -90,8 +89,8 @@ FAILING = [
     (("serve", "OWNER/MODEL", "--enable-lmcache"), "remove it"),
     (("serve", "OWNER/MODEL", "--pp-size=2"), "--pp-size must be 1"),
     (("serve", "OWNER/MODEL", "--speculative-num-steps", "3"), "--speculative-num-steps"),
-    (("learn", "/nowhere/samples"), "/nowhere/samples: no such directory"),
-    (("learn", "/", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
+    (("learn", "/nowhere/samples", "--config", "tiny", "--out", "b"), "/nowhere/samples: no such directory"),
+    (("learn", "/", "--out", "b", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
     (("bundle", "create", "--target", "/nowhere/t", "--eagle3", "a/b", "--out", "b"), "/nowhere/t"),
     (("bundle", "create", "--target", "a/b", "--eagle3", "/nowhere/e", "--out", "b"), "/nowhere/e"),
     (("lab", "features", "/nowhere/t.npz", "--config", "tiny"), "/nowhere/t.npz"),
