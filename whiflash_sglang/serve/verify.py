@@ -8,7 +8,7 @@ from whiflash_kernels import MixedBlock, prepare_mixed_block
 from whiflash_sglang.cache.tokens import NO_TOKEN
 from whiflash_sglang.device.transfers import HostView, sent
 from whiflash_sglang.engine.forward import sampling
-from whiflash_sglang.engine.forward.masks import Masks
+from whiflash_sglang.engine.forward.masks import Masks, constrained
 from whiflash_sglang.engine.forward.parallel import first_ranks, sends_tokens
 from whiflash_sglang.engine.forward.target import Target
 from whiflash_sglang.records.core import Round, SampleHook, Verified
@@ -40,7 +40,8 @@ class VerifyStage:
         """Run the target over bonus tokens and drafts.
 
         Args:
-            barrier: of SGLang: what a grammar needs before its masks are made; None: nothing.
+            barrier: of SGLang, called before masks are made: grammars take the tokens of the last round, whose results
+                the scheduler has not processed yet. None: they have.
         """
         chosen = turn.chosen
         rows = self._target.agreed_rows(turn.packed_rows, len(turn), chosen.widths if turn.bounded else None)
@@ -49,30 +50,38 @@ class VerifyStage:
         padded = prepare_mixed_block(*requests, self._target.slot_table, rows=rows)
         host_widths = chosen.widths.tolist() if self._host.exact else None
         block = padded if host_widths is None else packed(padded, sum(host_widths))
-        masks = Masks(block, turn.ahead) if batch.has_grammar else None
-        sends, sglangs = sends_tokens(batch.has_grammar), sampling.is_sglangs(batch)
+        grammars, info = constrained(batch, turn.most, turn.stride), batch.sampling_info
+        masks = Masks(block, turn.ahead, grammars) if grammars else None
+        sends, seeded = sends_tokens(bool(grammars)), sampling.is_seeded(batch)
         asked = sampling.asked_rates(batch)
         rated = self._epilogue.rated(asked) if asked else None
         penalised = self._epilogue.penalties.any(turn.row_ids)
-        in_graph = not (sglangs or sends or self._checks)
+        eager = seeded or info.has_custom_logit_processor  # they read masked logits
+        in_graph = not (eager or sends or self._checks)
         unchanged = masks is None and not (penalised or (rated is not None and rated.captured))
         self._epilogue.let_graphs_commit(in_graph and unchanged, turn.row_ids)
         verified = self._target.verify(batch, padded, chosen.widths, host_widths, turn.stride)
         verified = verified._replace(starts=turn.starts, request_rows=turn.rows, rated=rated)
-        masks = self._built(batch, masks, barrier)
+        if masks is not None:
+            if barrier is not None:
+                barrier()
+            masks.build(batch, self._spending)
         if self._checks:
             sampling.check_numbers(verified.logits)
         if in_graph:
             packed_masks = None if masks is None else masks.packed
             verified = self._epilogue.finish(verified, len(turn), packed_masks, penalised)
+        of_rows = None if masks is None or eager else masks.of_rows
         if verified.committed is None:
-            if penalised or sglangs:
+            if penalised or eager:
                 verified = self._epilogue.penalise(verified)
-            if sglangs:
-                runner, info = self._target.runner, batch.sampling_info
-                predictions = sampling.sample_as_sglang(runner, info, verified.logits, block, masks)
+            if eager and masks is not None:
+                masks.apply(verified.logits)
+            sampling.process(info, verified.logits, block)
+            if seeded:
+                predictions = sampling.sample_as_sglang(self._target.runner, info, verified.logits, block)
             else:
-                predictions = self._epilogue.sample(verified, None if masks is None else masks.of_rows)
+                predictions = self._epilogue.sample(verified, of_rows)
             predictions = first_ranks(predictions) if sends else predictions
             verified = verified._replace(predictions=predictions)
         if masks is not None and masks.rejected and verified.committed is None:
@@ -80,22 +89,11 @@ class VerifyStage:
             rejected = sent(masks.rejected, block.input_ids.device)
             block = block._replace(input_ids=block.input_ids.index_fill(0, rejected, NO_TOKEN))
             verified = verified._replace(input_ids=block.input_ids)
-        if masks is not None and rated is not None and not (sglangs or "rates" in verified.signals):
-            verified = verified._replace(rated=rated._replace(masks=masks.of_rows))
+        if of_rows is not None and rated is not None and "rates" not in verified.signals:
+            verified = verified._replace(rated=rated._replace(masks=of_rows))
         for hook in self._hooks:
             verified = hook.verified(verified, block)
         return verified
-
-    def _built(self, batch: Any, masks: Masks | None, barrier: Any) -> Masks | None:
-        """`masks` when their bits are made, while the target runs; None if no request has a grammar.
-
-        The barrier has grammars take the tokens of the last round, whose results the scheduler has not processed yet.
-        """
-        if masks is None:
-            return None
-        if barrier is not None:
-            barrier()
-        return masks if masks.build(batch, self._spending) else None
 
 
 def packed(block: MixedBlock, rows: int) -> MixedBlock:

@@ -1,7 +1,7 @@
 """Tokens that grammars allow at every verified row, as bit masks for SGLang's sampler."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,6 +15,16 @@ from whiflash_sglang.device.transfers import mask_places, masks_of_places
 from whiflash_sglang.structure.spending import Spending
 
 
+def constrained(batch: Any, lengths: Sequence[int], stride: int) -> dict[int, Any]:
+    """Grammars that may constrain a row of this round, by the indices of their requests.
+
+    Args:
+        lengths: n per request, at most. stride: rows of a request, at most.
+    """
+    found = {i: req.grammar for i, req in enumerate(batch.reqs) if req.grammar is not None}
+    return {i: each for i, each in found.items() if lengths[i] + stride >= getattr(each, "free_until", 0)}
+
+
 class Masks:
     """The masks of a round's packed rows: each request's rows are a chain behind its bonus token.
 
@@ -22,7 +32,7 @@ class Masks:
 
     Args:
         block: the rows. ahead: per request, equally many tokens that were committed and that its grammar has not seen,
-            the bonus token last; they go before its rows.
+            the bonus token last; they go before its rows. grammars: by the requests' indices, one at least.
 
     Attributes: (filled by `build`)
         packed: [M, words] int32 on the host, pinned if the rows are on a GPU; `mask_places` are at its beginning,
@@ -30,28 +40,28 @@ class Masks:
         rejected: packed rows of drafts that there was no time to mask, which must not be accepted.
     """
 
-    def __init__(self, block: MixedBlock, ahead: Sequence[Sequence[int]]) -> None:
-        rows = block.ids_and_requests
+    def __init__(
+        self, block: MixedBlock, ahead: Sequence[Sequence[int]], grammars: Mapping[int, Any]
+    ) -> None:
+        rows, self._grammars = block.ids_and_requests, grammars
         self._ahead, self._size, self._device = ahead, rows.shape[1], rows.device
         self._host = async_d2h(rows)
         self._copied = torch.get_device_module(self._device).Event()
         self._copied.record()
         self.rejected: list[int] = []
 
-    def build(self, batch: Any, spending: Spending) -> bool:
-        """Make the masks, timed by request. False: no request has a grammar.
+    def build(self, batch: Any, spending: Spending) -> None:
+        """Make the masks, timed by request.
 
         A first row has its mask however long that takes. Drafts that there is no time for are rejected. A request whose
         grammar has no way on is aborted.
         """
         batch.sampling_info.grammar_mask = None  # the prefill's
-        grammars = {i: req.grammar for i, req in enumerate(batch.reqs) if req.grammar is not None}
-        if not grammars:
-            return False
+        grammars = self._grammars
         self._copied.synchronize()
         ids, owners = self._host.tolist()
         widths = Counter(owners)
-        last, vocabulary = grammars[max(grammars)], batch.sampling_info.vocab_size
+        vocabulary = batch.sampling_info.vocab_size
         words = -(-vocabulary // 32)
         # Rows that nothing constrains share the first mask behind the places.
         free = masks_of_places(self._size, words)
@@ -79,8 +89,7 @@ class Masks:
                 used += width
             first += width
         mask_places(bits, self._size).numpy()[:] = place
-        self._grammar, self.packed = last, bits
-        return True
+        self.packed = bits
 
     @cached_property
     def of_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +101,7 @@ class Masks:
     def apply(self, logits: torch.Tensor) -> None:
         """Mask `logits` [T, V] in place, as SGLang does."""
         bits, place = self.of_rows
-        GrammarMask(self._grammar, bits[place]).apply(logits)
+        GrammarMask(self._grammars[max(self._grammars)], bits[place]).apply(logits)
 
 
 def fill_masks(
@@ -129,7 +138,12 @@ def fill_masks(
                     break
                 if spending.exhausted():
                     return row
-                grammar.accept_token(token)
+                try:
+                    grammar.accept_token(token)
+                except (
+                    ValueError
+                ):  # A processor forces it: it ends the request if it is committed, not as a draft.
+                    return row
                 taken += 1
             if grammar.is_terminated():
                 break

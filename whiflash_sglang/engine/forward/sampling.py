@@ -1,7 +1,7 @@
 """Logits that every verified position is sampled from, under each request's own parameters.
 
 `whiflash_kernels.sample_rows` draws from the logits, in which bias and penalties are. If SGLang's sampler must draw
-(`is_sglangs`), it runs on the packed rows with the requests' parameters repeated row by row: what plain decoding would
+(`is_seeded`), it runs on the packed rows with the requests' parameters repeated row by row: what plain decoding would
 have sampled at a position is what is sampled here. Drafts are deterministic, so accepting while the draft agrees
 leaves the output distribution exactly the target's.
 """
@@ -23,20 +23,17 @@ from whiflash_kernels import MixedBlock
 
 from whiflash_sglang.cache.penalties import Penalties
 from whiflash_sglang.device.transfers import Upload, sent
-from whiflash_sglang.engine.forward.masks import Masks
+from whiflash_sglang.engine.forward.processors import own_grammar
 from whiflash_sglang.records.core import Asked
 
 SAMPLED_ROWS = 128
 """Rows that SGLang's sampler takes at once: they fill a card with the vocabularies that there are."""
 
 
-def is_sglangs(batch: Any) -> bool:
-    """Whether SGLang's sampler draws: its seeds are keyed by ranks of sorted chances, and it alone calls custom
-    processors.
-    """
+def is_seeded(batch: Any) -> bool:
+    """Whether SGLang's sampler draws: its seeds are keyed by ranks of sorted chances."""
     info = batch.sampling_info
-    seeded = info.sampling_seed is not None and not info.is_all_greedy
-    return bool(seeded or info.has_custom_logit_processor)
+    return info.sampling_seed is not None and not info.is_all_greedy
 
 
 def checks_numbers() -> bool:
@@ -85,8 +82,8 @@ def is_penalised(req: Any) -> bool:
 def takes_single_tokens(req: Any) -> bool:
     """Whether a token can only be judged when the scheduler has dealt with the one before it.
 
-    A custom processor reads its request, and may keep state from one call to the next: it must be called once a token,
-    as the text is then. "last" hidden states are those of the token that ends the text, which the scheduler finds.
+    A client's own processor reads its request, and may keep state from one call to the next: it must be called once a
+    token, as the text is then. "last" hidden states are of the token that ends the text, which the scheduler finds.
     """
     p = req.sampling_params
     ends_in_text = bool(p.stop_strs or p.stop_regex_strs)
@@ -108,24 +105,25 @@ def scales_rates() -> bool:
     return not sampler.SGLANG_RETURN_ORIGINAL_LOGPROB
 
 
-def sample_as_sglang(
-    runner: Any, info: SamplingBatchInfo, logits: torch.Tensor, block: MixedBlock, masks: Masks | None
-) -> torch.Tensor:
-    """The token of SGLang's sampler at each packed row: [T] int64.
-
-    A few rows at a time, since it takes much memory for each logit.
-
-    Args:
-        runner: the target's model runner. info: of the requests. logits: [T, V], changed in place by processors and
-            `masks`, those of a batch with grammars.
-    """
-    owner, sampled = block.request_of_row, []
-    if masks is not None:
-        masks.apply(logits)
+def process(info: SamplingBatchInfo, logits: torch.Tensor, block: MixedBlock) -> None:
+    """Have clients' own processors change the logits of their requests' rows, [T, V], in place."""
     for entry in (info.custom_logit_processor or {}).values():
         rows = block.qo_indptr[entry.indices].long()  # such a request has one (`takes_single_tokens`)
         params = [info.custom_params[i] for i in entry.rows]
         logits.index_copy_(0, rows, entry.processor(logits[rows], params).to(logits.dtype))
+
+
+def sample_as_sglang(
+    runner: Any, info: SamplingBatchInfo, logits: torch.Tensor, block: MixedBlock
+) -> torch.Tensor:
+    """The token of SGLang's sampler at each packed row of `logits` [T, V]: [T] int64.
+
+    A few rows at a time, since it takes much memory for each logit.
+
+    Args:
+        runner: the target's model runner. info: of the requests.
+    """
+    owner, sampled = block.request_of_row, []
     for begin in range(0, len(owner), SAMPLED_ROWS):
         few = slice(begin, begin + SAMPLED_ROWS)
         part = LogitsProcessorOutput(next_token_logits=logits[few].clone())
@@ -206,6 +204,6 @@ def stop_ids(req: Any) -> tuple[int, ...]:
 
 def ending_ids(req: Any) -> tuple[int, ...]:
     """The tokens that end this request; what a grammar ends with does so in any case. Ids of no token end none."""
-    if req.sampling_params.ignore_eos and req.grammar is None:
+    if req.sampling_params.ignore_eos and own_grammar(req) is None:
         return ()
     return tuple(i for i in stop_ids(req) if 0 <= i < req.vocab_size)

@@ -24,11 +24,11 @@ from sglang.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
 )
 from sglang.srt.multimodal.mm_utils import has_valid_data
-from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.msgpack_utils import dec_hook, enc_hook, ext_hook
 
 from whiflash_sglang.engine.carried import asks_for_ours
+from whiflash_sglang.engine.forward.processors import processor_grammar
 from whiflash_sglang.engine.patching import around
 
 INT32_MAX = 2**31 - 1
@@ -185,14 +185,17 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
     # Also where no log-probabilities are asked for: the likeliest of a batch are taken for all of its requests.
     _check_range("top_logprobs_num (logprobs, top_logprobs)", obj.top_logprobs_num, most=vocabulary)
     _check_range("logprob_start_len", obj.logprob_start_len, least=-1)
+    params: Mapping[str, Any] = obj.sampling_params
     if obj.custom_logit_processor:  # the scheduler runs it, so this process may read it
         try:
-            CustomLogitProcessor.from_str(obj.custom_logit_processor)
-        except Exception as error:  # it is the client's code
+            named = params.get("custom_params")
+            grammar = processor_grammar(obj.custom_logit_processor, named, array("q"), None, vocabulary)
+            if grammar is not None:
+                grammar.fill_vocab_mask(grammar.allocate_vocab_mask(vocabulary, 1, "cpu"), 0)
+        except Exception as error:  # it is the client's code, or its parameters
             raise ValueError(
-                f"custom_logit_processor: {error!r:.200}; give what its to_str returns"
+                f"custom_logit_processor: {error!r:.200}; give what its to_str returns, and its custom_params"
             ) from None
-    params: Mapping[str, Any] = obj.sampling_params
     for token, value in (params.get("logit_bias") or {}).items():
         # In float32 more may become infinite, and every chance NaN; minus infinity only bans a token.
         if value != -inf and not abs(value) <= MOST_BIAS:

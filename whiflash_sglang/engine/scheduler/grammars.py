@@ -6,6 +6,7 @@ from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObjec
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 
 from whiflash_sglang.engine.forward import sampling
+from whiflash_sglang.engine.forward.processors import own_grammar
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.matchers import Grammar, GuidanceMatcher, Matcher, XGrammarMatcher
 from whiflash_sglang.structure.schemas import is_plain
@@ -34,7 +35,7 @@ class RequestGrammar:
         return str(params.json_schema or params.structural_tag or "")
 
     def matcher(self, vocabulary: Vocabulary) -> Matcher | None:
-        grammar = self._req.grammar
+        grammar = own_grammar(self._req)
         if isinstance(grammar, ReasonerGrammarObject):
             # While the model thinks nothing is constrained, and it stops whenever it likes.
             active = getattr(grammar, "reasoning_in_grammar", False) or grammar._is_generation()
@@ -51,4 +52,4 @@ class RequestGrammar:
 
 def grammar_of(req: Any) -> Grammar | None:
     """Constraint of a request; None: nothing constrains it."""
-    return None if req.grammar is None else RequestGrammar(req)
+    return None if own_grammar(req) is None else RequestGrammar(req)

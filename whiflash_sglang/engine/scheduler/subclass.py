@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from whiflash_sglang.engine.carried import is_ours
 from whiflash_sglang.engine.forward.parallel import RequestReceiver
+from whiflash_sglang.engine.forward.processors import take_over
 from whiflash_sglang.engine.patching import around
 from whiflash_sglang.engine.scheduler import releases
 from whiflash_sglang.engine.scheduler.control import InternalState
@@ -107,6 +108,11 @@ class WhiflashScheduler:
             if not session.streaming:
                 releases.clear_turns(session.req_nodes, asked.rid)
         super().handle_generate_request(recv_req)  # type: ignore[misc]
+
+    def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
+        """Called for each request when its grammar is compiled."""
+        take_over(req)
+        super()._add_request_to_queue(req, is_retracted)  # type: ignore[misc]
 
     def abort_request(self: Any, recv_req: Any) -> None:
         """Abort the request of this id: SGLang's aborts all whose ids begin with it, so those have others meanwhile."""
