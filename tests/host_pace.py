@@ -86,7 +86,7 @@ class OverlappedAgents(Agents):
         self.served = SimpleNamespace(reqs=reqs, sampling_info=SimpleNamespace(vocab_size=self.vocabulary))
 
     def step(self) -> HostRound:
-        from whiflash_sglang.engine.forward.masks import Masks
+        from whiflash_sglang.engine.forward.masks import Masks, constrained
 
         turn, planning = self.plan()
         began = time.process_time()
@@ -97,9 +97,11 @@ class OverlappedAgents(Agents):
         rows = [(token, i) for i, each in enumerate(drafts) for token in (0, *each)]
         ids = torch.tensor(rows).T
         began = time.process_time() - accepting
-        masks = Masks(SimpleNamespace(ids_and_requests=ids), turn.ahead)
-        made = masks.build(self.served, self.planner.sources.spending)
-        masking = time.process_time() - began if made else 0.0
+        grammars = constrained(self.served, turn.most, 0)
+        if grammars:
+            masks = Masks(SimpleNamespace(ids_and_requests=ids), turn.ahead, grammars)
+            masks.build(self.served, self.planner.sources.spending)
+        masking = time.process_time() - began if grammars else 0.0
         self.last = turn, self.results(turn)
         drafting = sum(self.tables.draft(arm, len(members)) for arm, members in turn.members.items())
         return HostRound(0.0, planning, learning, masking, drafting)

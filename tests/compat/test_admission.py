@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 
 from whiflash_sglang.engine.http.admission import (
     check_bounds,
@@ -108,6 +109,13 @@ def test_media_that_are_not_served_are_named() -> None:
         ({"logprob_start_len": [0]}, "logprob_start_len: is [0]; Expected `int"),
         ({"priority": 2**70}, f"priority: is {2**70}; can't serialize ints"),
         ({"custom_logit_processor": "x"}, "custom_logit_processor: JSONDecodeError"),
+        (
+            {
+                "custom_logit_processor": DisallowedTokensLogitsProcessor.to_str(),
+                "sampling": {"custom_params": {"x": 1}},
+            },
+            "custom_logit_processor: KeyError('token_ids')",
+        ),
         ({"sampling": {"ignore_eos": 1}}, "sampling_params.ignore_eos: is 1; Expected `bool"),
         ({"sampling": {"is_normalized": True}}, "sampling_params.is_normalized: is unknown"),
         ({"sampling": {"n": None}}, "sampling_params.n: is None; Expected `int"),

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -159,12 +159,28 @@ class Counting(CustomLogitProcessor):
         return logits
 
 
+class Own(CustomLogitProcessor):
+    """A client's own, though it does what one of SGLang's does."""
+
+    def __call__(
+        self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None
+    ) -> torch.Tensor:
+        return logits.index_fill(1, torch.tensor(FAVOURED_TOKENS[1::2]), -torch.inf)
+
+
 PROCESSORS: dict[str, tuple[type[CustomLogitProcessor], dict[str, Any]]] = {
     "thinking": (TinyThinkingBudget, {"thinking_budget": 9}),
     "no-bigram-twice": (DeepseekOCRNoRepeatNGramLogitProcessor, {"ngram_size": 2, "window_size": 60}),
     "disallowed": (DisallowedTokensLogitsProcessor, {"token_ids": list(FAVOURED_TOKENS[::2])}),
+    "own": (Own, {}),
     "counting": (Counting, {}),
 }
+BUDGETS: dict[str, tuple[int, dict[str, Any]]] = {
+    **{str(budget): (budget, {}) for budget in (0, 1, 4, 9, 14, 1000)},
+    "penalised": (7, {"frequency_penalty": 0.6}),
+    "in a grammar": (8, {"regex": "[D-S+']{28}", "ignore_eos": False}),
+}
+"""Budgets of thinking."""
 
 
 def of_kinds(
@@ -223,20 +239,31 @@ def seeded() -> list[Arrival]:
     ]
 
 
-def processed(*, together: bool = False) -> list[Arrival]:
-    """With custom logit processors, and neighbours without. together: all begin at once, since under overlap a
-    processor sees a text without its newest token, but where a prefill ran between two rounds."""
+def processed(chosen: Iterable[str] = PROCESSORS) -> list[Arrival]:
+    """With custom logit processors, and neighbours without."""
     rng, arrivals = random.Random(4), []
+    asked = {name: PROCESSORS[name] for name in chosen}
     for i in range(2):
-        for name, (processor, custom) in {**PROCESSORS, "neighbour": (None, {})}.items():
+        for name, (processor, custom) in {**asked, "neighbour": (None, {})}.items():
             extra = (
                 {"custom_logit_processor": processor.to_str(), "custom_params": custom} if processor else {}
             )
             prompt = (*rng.choices(range(32, 127), k=rng.randint(6, 20)), THINK)
-            step = 0 if together else rng.randint(0, 10)
             params = {"max_new_tokens": 30, "return_logprob": True, **extra}
-            arrivals.append(Arrival(f"{name}/{i}", step, prompt, params))
-    return arrivals[:5] if together else arrivals
+            arrivals.append(Arrival(f"{name}/{i}", rng.randint(0, 10), prompt, params))
+    return arrivals
+
+
+def budgets(**common: Any) -> list[Arrival]:
+    """With budgets of thinking, which began in the prompt, beside a grammar and SGLang's other processors."""
+    asked = of_kinds({"regex": CONSTRAINED["regex"]}, seed=3, each=1, latest=9, prompt=(5, 9))
+    asked += processed(("no-bigram-twice", "disallowed", "own"))[:4]
+    rng, thinking = random.Random(5), {"custom_logit_processor": TinyThinkingBudget.to_str()}
+    for name, (budget, params) in BUDGETS.items():
+        begins, more = (rng.choices(range(32, 127), k=k) for k in (8, rng.randint(0, 3)))
+        params = {"max_new_tokens": 30, "custom_params": {"thinking_budget": budget}, **thinking, **params}
+        asked.append(Arrival(f"budget {name}", rng.randint(0, 6), (*begins, THINK, *more), params))
+    return [replace(a, params={**a.params, **common, "sampling_seed": i}) for i, a in enumerate(asked)]
 
 
 def unprocessed() -> list[Arrival]:
@@ -272,9 +299,12 @@ def _grammar(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def thinking() -> list[Arrival]:
-    """Filters of tokens, with and without a grammar behind them; a stop would end the marker."""
+    """Filters of tokens, with and without a grammar behind them; a stop would end the marker. Some have a budget of
+    their own in place of the server's.
+    """
+    own = cycle([{}, {"thinking_budget": 3}, {"thinking_budget": 0}, {"thinking_budget": 14}])
     return [
-        replace(a, params={**a.params, "require_reasoning": True})
+        replace(a, params={**a.params, "require_reasoning": True, "custom_params": next(own)})
         for a in constrained()
         if "stop" not in a.params
     ]
@@ -401,8 +431,9 @@ SETS: dict[str, Callable[[], list[Arrival]]] = {
     "seeds": seeded,
     "states": lambda: of_kinds(STATES, seed=2, latest=10, prompt=(4, 50), max_new_tokens=24),
     "processed": processed,
-    "processed together": partial(processed, together=True),
     "unprocessed": unprocessed,
+    "budgets": budgets,
+    "seeded budgets": lambda: budgets(temperature=0.6),
     "priorities": prioritised,
     **{f"coming and going {seed}": partial(coming_and_going, seed) for seed in range(12)},
 }

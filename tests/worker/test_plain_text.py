@@ -27,7 +27,7 @@ from model_set import Models, build_models
 from oracle_arm import ARM, OracleArm
 from overlap import overlapped, publishing
 from plain import Answers, check, plain_sets, read
-from request_sets import CASES, CONTEXT, OPTIONS, SETS
+from request_sets import CASES, CONTEXT, NEWLINE, OPTIONS, SETS, THOUGHT
 from sglang.srt.layers import sampler
 from sglang.srt.managers import scheduler
 from test_sampling import PARAMETERS, judge, sample
@@ -151,6 +151,8 @@ SETTINGS = {
     "uno, graphs": Setting(mode="overlap", uno=True, **SMALL),
 }
 
+BUDGETED = {"budget ends in drafts", "budget ends behind drafts"}
+"""Places of the tokens that a budget forces: drafts of both are accepted, or one is the last that a round commits."""
 KNOWING = {"runs", "rejections"}
 """Events of an arm that knows most of the answers: drafts that are right to the last, and others."""
 
@@ -296,7 +298,8 @@ ROWS = [
     row("graphs, overlap", "random", "short", "oracle", evidence=True),
     row("graphs, two layers", "random", "short", "oracle", sees="a graph keeps a value of its capture"),
     row("graphs, two layers, overlap", "random", "short", "oracle", evidence=True),
-    row("overlap", "random", "processed together", "oracle"),
+    row("overlap", "random", "budgets", "retractions", *BUDGETED, retracted=5),
+    row("seeded", "random", "seeded budgets", *BUDGETED),
     row("uno", "random", "traffic", "uno", *KNOWING),
     row("uno, full pool", "uno", "traffic", "uno", "retractions"),
     row("uno, overlap", "random", "traffic", "uno", "retractions", retracted=5),
@@ -320,9 +323,8 @@ def asked_of(row: Row, adapters: Adapters) -> list[Arrival]:
 
 def plain_arguments(row: Row, adapters: Adapters) -> dict[str, Any]:
     """Arguments of the engine that gives a row's texts; of `SETTINGS` only those that change these."""
-    together = {"start": overlapped, "host_lengths": False} if row.requests == "processed together" else {}
     adapted = with_adapters(adapters["one"], adapters["two"]) if SETTINGS[row.setting].adapters else {}
-    return {**EVERYTHING, **SETTINGS[row.setting].plain, **together, **adapted}
+    return {**EVERYTHING, **SETTINGS[row.setting].plain, **adapted}
 
 
 @contextmanager
@@ -664,11 +666,16 @@ def read_reason(req: Any) -> str | None:
 
 
 def judged(serving: Serving, arrivals: list[Arrival]) -> set[str]:
-    """Events that have happened. Requests with a processor take no drafts: a block of theirs could not be judged."""
+    """Events that have happened. Requests with a processor of their own take no drafts: a block of theirs could not be
+    judged. Those with one of SGLang's do.
+    """
     e, oracle, happened = serving.engine, serving.oracle, serving.happened
     for a in arrivals:
-        if "custom_logit_processor" in a.params:
+        if a.rid.split("/")[0] in ("own", "counting"):
             assert e.rounds(a.rid)[1] == 0, a.rid
+        for _, run in serving.learned[a.rid] if a.rid.startswith("budget") else ():
+            happened.update({"budget ends in drafts"} if THOUGHT in run[:-1] else ())
+            happened.update({"budget ends behind drafts"} if {NEWLINE, THOUGHT} & {*run[1:][-1:]} else ())
     if oracle.accepted and max(oracle.accepted) == oracle.max_drafts:
         happened.add("runs")
     if oracle.rejected:
