@@ -41,6 +41,11 @@ def test_a_measurement_is_behind_a_first_run_and_waits_for_each(options: dict, s
     assert measure(body, clock, **options) == seconds
 
 
+def test_a_price_does_not_hold_the_time_in_which_the_host_issues_the_work() -> None:
+    clock = DeviceClock()
+    assert measure(lambda: clock.issues(host=1.0, device=2.5), clock) == 2.5
+
+
 def test_a_price_is_the_graphs_that_holds_the_rows() -> None:
     table = Sizes.measured([4, 1, 2, 8], {1: 1.0, 2: 1.5, 4: 1.4, 8: 3.0}.__getitem__)
     assert table.sizes == (1, 2, 4, 8)
