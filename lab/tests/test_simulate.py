@@ -5,10 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from whiflash_lab.simulate import DRAFTS, FIXED, H100, PAIR, ROW, Host, SimulatedLoad, Simulation
+from whiflash_lab.simulate import DRAFTS, FIXED, H100, PAIR, ROW, Host, SimulatedLoad, Simulation, continuing
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.prices.tables import continuing
 
 
 def test_published_figures_come_out_within_what_is_stated() -> None:

@@ -9,26 +9,30 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from math import ceil
 from operator import mul
-from typing import NamedTuple
+from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.random import default_rng
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Forecast
+from whiflash_sglang.files.jsonl import read_json_file
 from whiflash_sglang.prices.round_clock import RoundTime
-from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications, continuing
+from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
 from whiflash_sglang.records.request import Request as ServedRequest
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import AutoPolicy
 
 METHODS = ("plain", "eagle3", "dflash", "auto")
 FIXED = {"plain": arms.NONE, "eagle3": arms.AR, "dflash": arms.DIFFUSION}
-"""Methods that draft alike in every round, and each draft as long as it is."""
+"""Methods that draft alike in every round, each draft as long as it is; "eagle3 2" is a chain of two drafts."""
 DRAFTS = {arms.AR: 4, arms.DIFFUSION: 15}
 """Drafts of a full round: an EAGLE-3 chain of four steps, a DFlash block of 16 rows."""
 
@@ -40,6 +44,15 @@ ACCEPTANCE = {
     "MT-Bench": {arms.AR: 3.86, arms.DIFFUSION: 3.16},
 }
 """Tokens a round. EAGLE-3: Llama-3.1-8B, 7 steps (SpecForge). DFlash: Qwen3-8B, 15 drafts, T = 1 (AngelSlim)."""
+
+
+def continuing(mean: float, most: int) -> float:
+    """The chance r that a draft is followed by another, if of up to `most` there are `mean`: 1 + r + … + r^(most-1)."""
+    low, high = 0.0, 1.0
+    for _ in range(27):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**i for i in range(most)) < mean else (low, middle)
+    return low
 
 
 class PublishedPair(NamedTuple):
@@ -66,7 +79,6 @@ class Card:
 
     chain: an EAGLE-3 step. block: a DFlash block, and the round's own work. experts: reading all of them. share: of
     them that one row uses; several rows use others, by chance. deep: one more row, for each token of all contexts.
-    found: what a server measured, in place of all these.
     """
 
     name: str
@@ -78,24 +90,121 @@ class Card:
     experts: float = 0.0
     share: float = 1.0
     deep: float = 0.0
-    found: CostTables | None = None
 
     def verify(self, rows: float, context: float) -> float:
-        if self.found:
-            return self.found.verifications.at(rows, context)
         read: float = self.experts * (1 - (1 - self.share) ** rows)
         return self.fixed + self.row * rows + (self.token + self.deep * rows) * context + read
 
+    def prefill(self, tokens: int) -> float:
+        return self.verify(tokens, 0)
+
+    def forward(self, tables: CostTables, rows: int, widths: Sequence[int], contexts: Sequence[int]) -> float:
+        """A round's verification in a graph of so many rows. widths: rows of each request."""
+        return tables.verifications.at(rows, sum(contexts))
+
+    def drafting(self, tables: CostTables, arm: str, requests: int, drafts: int, caught_up: int) -> float:
+        """A pass of an arm for so many requests, behind a catch-up of so many tokens."""
+        return tables.draft(arm, requests, drafts)
+
     def tables(self, rows: int, context: int, chain: int = DRAFTS[arms.AR]) -> CostTables:
         """Tables of a server's start on this card, for rows and a context up to these, and chains of this length."""
-        if self.found:
-            return self.found
         sizes = grid(rows)
         drafts = {arms.AR: chain * self.chain, arms.DIFFUSION: self.block}
         by_arm = {arm: Sizes(tuple(sizes), (price,) * len(sizes)) for arm, price in drafts.items()}
         chains = {n: Sizes(tuple(sizes), (n * self.chain,) * len(sizes)) for n in range(2, chain)}
         verifications = Verifications.measured(1, max(context, 2), sizes, self.verify)
         return CostTables(verifications, by_arm, {}, {arms.AR: chains})
+
+
+@dataclass(frozen=True, slots=True)
+class FittedCard:
+    """Qwen3-8B's shape on an H200: rounds as recorded passes say, which no table of a server's start has exactly.
+
+    Fitted to `diffusion` at four loads and to stock plain decoding at three, within 2 % each. Estimated: the tile of a
+    request's rows, the round's own work. A rate is of decoding alone.
+
+    Args:
+        recorded: prices of the start of that record. own_plain: whether rounds without drafts read the cache by the
+            verification's kernel, as a server of 586c31c3 does, or by stock decoding's. issued: seconds in which the
+            host issues a lone verification, if prices hold them.
+    """
+
+    recorded: CostTables
+    own_plain: bool = True
+    issued: float = 0.0
+    name: str = "H200"
+
+    LAYERS: ClassVar[int] = 36
+    OWN: ClassVar[float] = 0.35e-3
+    """Seconds of a round beside the target's forward: estimated between 0.1 and 0.6 ms."""
+    DRAFTED: ClassVar[float] = 0.25e-3
+    """The same of a round with a draft pass, on top."""
+    ISSUED: ClassVar[float] = 1.11e-3
+    """Seconds of `issued` in the record."""
+    PASS_ISSUED: ClassVar[float] = 0.2e-3
+
+    def stock(self, requests: int, context: int) -> float:
+        """A step of stock plain decoding."""
+        return 5.45e-3 + self._read((0,) * requests, (context / requests,) * requests)
+
+    def prefill(self, tokens: int) -> float:
+        return 0.0
+
+    def _read(self, widths: Sequence[int], contexts: Sequence[float]) -> float:
+        """Seconds to read contexts by stock decoding (width 0), or in the tile that so many rows take."""
+        each = (_TOKENS[bisect_left(_WIDTHS, width)] for width in widths)
+        return self.LAYERS * 1e-9 * sum(map(mul, each, contexts))
+
+    def _forward(self, rows: float) -> float:
+        return self.recorded.verifications.at_short.at(rows) - 1.46e-3 + self.OWN
+
+    def forward(self, tables: CostTables, rows: int, widths: Sequence[int], contexts: Sequence[int]) -> float:
+        plain = max(widths) == 1 and not self.own_plain
+        return self._forward(rows) + self._read((0,) * len(widths) if plain else widths, contexts)
+
+    def drafting(self, tables: CostTables, arm: str, requests: int, drafts: int, caught_up: int) -> float:
+        seconds = self.recorded.draft(arm, requests, drafts) - self.PASS_ISSUED
+        return max(seconds, 0.2e-3) + self.recorded.catch(arm, min(caught_up, 768)) + self.DRAFTED
+
+    def tables(self, rows: int, context: int, chain: int = 0) -> CostTables:
+        """As a start measures them, for as many requests as have rows of a block."""
+        most = rows // (KNOWN + 1)
+        sizes = [
+            n for n in (*self.recorded.verifications.at_short.sizes, 896, 1024, 1088) if n <= grid(rows)[-1]
+        ]
+
+        def price(most: int, rows: int, context: int) -> float:
+            count = min(rows, most)
+            widths = [rows // count + (i < rows % count) for i in range(count)]
+            return self.forward(self.recorded, rows, widths, [context // count] * count) + self.issued
+
+        def alone(prices: Sizes) -> Sizes:
+            spent = 0.0 if self.issued else self.PASS_ISSUED
+            return Sizes(prices.sizes, tuple(max(each - spent, 0.2e-3) for each in prices.seconds))
+
+        found, above = self.recorded, _WIDTHS[1]
+        wide = Verifications.measured(
+            *(8192, 131072, sizes[bisect_left(sizes, above + 1) :]),
+            lambda rows, context: price(min(rows // (above + 1), most), rows, context),
+        )
+        return CostTables(
+            Verifications.measured(8192, 131072, sizes, partial(price, most)),
+            {arm: alone(prices) for arm, prices in found.drafts.items()},
+            found.catch_up,
+            {arm: {n: alone(prices) for n, prices in each.items()} for arm, each in found.shorter.items()},
+            {} if self.issued else {above: wide},
+        )
+
+
+def recorded(figures: Path) -> CostTables:
+    """Prices of the start of `auto` in a record of `tests/gpu/shaped.py`."""
+    prices = read_json_file(figures)["figures"]["checks"]["auto"]["prices"]
+    return TypeAdapter(CostTables).validate_python(prices, strict=False)
+
+
+_WIDTHS, _TOKENS = (0, 4, 8), (1.4, 1.8, 2.5, 4.5)
+"""Rows of a request up to which a tile is taken, and nanoseconds to read a token of context in a layer: stock decoding,
+and the verification's kernel in tiles of 16, 32 and 64 rows of query heads."""
 
 
 def grid(largest: int) -> list[int]:
@@ -142,6 +251,10 @@ rounds: prose, half of which a tenant's earlier text has, then a call. 3.5 token
 PROSE = 10
 
 
+BEHIND = 64
+"""Features that wait for a drafter, at most: then it catches up beside another's round."""
+
+
 class SimulatedLoad(NamedTuple):
     """requests: at once; the next follows when one ends. total: requests, 0: four for each place, 100 at least.
     prompt, answer: tokens of each. tools: the share of requests that write prose and calls in turn, each under a
@@ -159,7 +272,7 @@ class SimulatedLoad(NamedTuple):
 @dataclass(slots=True, kw_only=True)
 class Request:
     """right: arm → [answer] how many drafts from each position on are right, and of `STRUCTURE` how many are known.
-    chances: arm → [answer] chance that one is. at: the next position.
+    chances: arm → [answer] chance that one is. at: the next position. behind: tokens that an arm has to catch up with.
     """
 
     row: int
@@ -168,6 +281,7 @@ class Request:
     right: Mapping[str, Sequence[int]]
     prompt: int
     at: int = 0
+    behind: Counter[str] = field(default_factory=Counter)
 
     @property
     def known(self) -> Forecast:
@@ -215,14 +329,15 @@ class Simulation:
 
     def __init__(
         self,
-        card: Card,
+        card: Card | FittedCard,
         load: SimulatedLoad,
         method: str,
         seed: int = 1,
         pair: PublishedPair = PAIR,
         host: Host = FREE,
+        measured: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        """host: whose time counts whatever the load is, if it is not `FREE`."""
+        """host: whose time counts whatever the load is, if it is not `FREE`. measured: as of `AutoPolicy`."""
         self.card, self.load, self.method = card, load, method
         self.seed, self.pair, self.host = seed, pair, host
         largest = load.requests * (max(*pair.drafts.values(), KNOWN) + 1)
@@ -230,7 +345,7 @@ class Simulation:
         self.tables = card.tables(largest, context, pair.drafts.get(arms.AR, 0))
         costs = LookedUpCosts(lambda arm: pair.drafts.get(arm, 0) + 1)
         costs.tables = self.tables
-        self.controller = Controller(AutoPolicy(), costs, ())
+        self.controller = Controller(AutoPolicy(measured=measured), costs, ())
         self.texts = [pair.chances(text) for text in pair.lengths]
         self.free = list(range(load.requests))
         self.opened = 0
@@ -238,20 +353,27 @@ class Simulation:
         self.least_rows, self.probing = 0, False
         self.lengths: dict[str, int] = {}
         self.result = Result(method, load.requests)
+        self.trace: list[tuple[int, float]] = []
+        """Tokens and seconds of every round."""
 
-    def run(self) -> Result:
-        """As long as a request follows each that ends: a steady load, begun in the midst of answers."""
+    def run(self, rounds: int = 1 << 62) -> Result:
+        """As long as a request follows each that ends, or so many rounds: a steady load, begun in midst of answers."""
         waiting = self.load.total or max(4 * self.load.requests, 100)
-        while waiting or not self.free:
+        while (waiting or not self.free) and len(self.trace) < rounds:
             begun = min(waiting, len(self.free))
             for _ in range(begun):
                 self._open()
             if begun:
-                self.result.prefills += (prefill := self.card.verify(begun * self.load.prompt, 0))
+                self.result.prefills += (prefill := self.card.prefill(begun * self.load.prompt))
                 self.result.seconds += prefill
             waiting -= begun
             self._round()
         return self.result
+
+    def rate(self, first: int, last: int | None = None) -> float:
+        """Tokens a second of these rounds."""
+        tokens, seconds = map(sum, zip(*self.trace[first:last], strict=True))
+        return tokens / seconds
 
     def _open(self) -> None:
         number, answer = self.opened, self.load.answer
@@ -287,13 +409,24 @@ class Simulation:
         if self.method == "auto":
             rounds = self._routed(running)
         else:
-            arm = FIXED[self.method]
-            rounds = [(arm, arm, self.pair.drafts.get(arm, 0))] * len(running)
+            name, _, drafts = self.method.partition(" ")
+            arm = FIXED[name]
+            self.lengths[arm] = int(drafts or self.pair.drafts.get(arm, 0))
+            rounds = [(arm, arm, self.lengths[arm])] * len(running)
         drafted = Counter(route for route, *_ in rounds if route != arms.NONE)
-        rows = max(len(running) + sum(drafts for *_, drafts in rounds), self.least_rows)
-        context = sum(request.prompt + request.at for request in running)
-        draft = sum(self.tables.draft(arm, n, self.lengths.get(arm, 0)) for arm, n in drafted.items())
-        verify = self.tables.verifications.at(rows, context)
+        widths = [1 + drafts for *_, drafts in rounds]
+        rows = max(sum(widths), self.least_rows)
+        contexts = [request.prompt + request.at for request in running]
+        caught_up, draft = {}, 0.0
+        for arm, n in drafted.items():
+            behind = [
+                max(one.behind[arm], 1)
+                for one, (route, *_) in zip(running, rounds, strict=True)
+                if route == arm
+            ]
+            caught_up[arm] = sum(behind)
+            draft += self.card.drafting(self.tables, arm, n, self.lengths.get(arm, 0), caught_up[arm])
+        verify = self.card.forward(self.tables, rows, widths, contexts)
         gap = self._waits(running, draft, verify)
         tokens = 0
         for request, (route, arm, drafts) in zip(running, rounds, strict=True):
@@ -304,6 +437,8 @@ class Simulation:
                 drafters, done = {arm, route} - {arms.NONE}, [0] * emitted
                 lengths = {each: request.accepted(each, drafts) for each in drafters} or {arm: emitted}
                 self.controller.committed(state, state.decision, arm, done, drafts + 1, lengths=lengths)
+            for each in self.pair.drafts:
+                request.behind[each] = 0 if each == route else min(request.behind[each] + emitted, BEHIND)
             request.at += emitted
             if request.at == self.load.answer:
                 self.running.remove(request)
@@ -311,7 +446,9 @@ class Simulation:
                 self.free.append(request.row)
         self.result.routed.update(arm for _, arm, _ in rounds)
         spent = draft + verify
-        costs.observe(RoundTime(rows, len(running), context, drafted, tokens=tokens, seconds=spent, gap=gap))
+        sizes, times = (rows, len(running), sum(contexts), drafted, caught_up), {"seconds": spent, "gap": gap}
+        costs.observe(RoundTime(*sizes, tokens=tokens, **times))
+        self.trace.append((tokens, spent + gap))
         self.result.tokens += tokens
         self.result.seconds += spent + gap
         if self.probing:
@@ -339,8 +476,7 @@ class Simulation:
         routes, costs = self.controller.route(states, forecasts), self.controller.costs
         self.probing = any(state.decision.keeps is None for state in states)
         rounds, room, alive = [], 0.0, []
-        for arm, count in Counter(routes).items():
-            self.lengths[arm] = costs.length(arm, count, self.pair.drafts.get(arm, 0))
+        self.lengths = {arm: costs.length(arm) if arm != arms.NONE else 0 for arm in routes}
         for index, (request, state, route) in enumerate(zip(running, states, routes, strict=True)):
             longest, arm = self.lengths[route], route
             chances = request.alive(route, self.controller.worth(route).row, longest)
@@ -349,7 +485,7 @@ class Simulation:
                 arm, chances = arms.STRUCTURE, known
             priced_as = arms.PROMISED if route == arms.NONE and state.decision.promised else route
             room += min(costs.room(priced_as, state.wanted[priced_as]), longest or KNOWN)
-            costs.wanted(priced_as, len(chances), state.wanted[priced_as])
+            self.controller.wanted(state, state.decision, priced_as, len(chances))
             rounds.append((route, arm))
             alive += [(each, index) for each in chances]
         sizes = self.tables.verifications.at_short.sizes

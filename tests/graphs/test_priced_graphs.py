@@ -26,6 +26,8 @@ SMALL: dict[str, Any] = {
     "max_total_tokens": 1024,
 }
 LONG = CONTEXT - WIDEST
+TILE = 8
+"""Rows of a request in the smaller tile: two query heads share a KV head."""
 FIRST = 100.0
 """How many times longer the first replay takes."""
 
@@ -34,8 +36,9 @@ DRAFT |= {"the pass of 'ar' for 2 drafts": 1.0, "the pass of 'ar' for 3 drafts":
 CATCH_UP = {"the catch-up of 'ar'": 0.5, "the catch-up of 'diffusion'": 0.7}
 
 
-def verify_seconds(rows: int, tokens: int) -> float:
-    return 4.0 + 0.1 * rows + 0.01 * tokens
+def verify_seconds(rows: int, tokens: int, requests: int) -> float:
+    """A context is read twice for requests of more rows than one tile has."""
+    return 4.0 + 0.1 * rows + 0.01 * tokens * (1 + (rows > TILE * requests))
 
 
 def pass_seconds(name: str, size: int) -> float:
@@ -63,8 +66,8 @@ class Bench:
     def verified(self, key: Any) -> None:
         slots = self._graphs._ragged_capture_slots(key.size)
         starts = self._graphs.attn_backend.starts[:slots]
-        tokens = int(starts[starts > 1].sum())  # slots without a request have one
-        self.device.works(key.size, verify_seconds(key.size, tokens))
+        starts = starts[starts > 1]  # slots without a request have one
+        self.device.works(key.size, verify_seconds(key.size, int(starts.sum()), len(starts)))
 
     def passed(self, captured: CapturedPass[Any], size: int) -> None:
         chosen = next(n for n in captured.sizes if n >= size)
@@ -107,9 +110,19 @@ def check(tables: CostTables) -> None:
     assert (verifications.short, verifications.long) == (LONG // pricing.SHORTER, LONG)
     for context, found in ((LONG // pricing.SHORTER, verifications.at_short), (LONG, verifications.at_long)):
         assert list(found.sizes) == buckets
-        each = [context // min(rows, REQUESTS) * min(rows, REQUESTS) for rows in buckets]
-        chosen = [verify_seconds(rows, tokens) for rows, tokens in zip(buckets, each, strict=True)]
+        spread = [(rows, min(rows, REQUESTS)) for rows in buckets]
+        chosen = [verify_seconds(rows, context // count * count, count) for rows, count in spread]
         assert list(found.seconds) == pytest.approx(chosen)
+    (wider,) = [tables.wider[TILE]]
+    wide = [(rows, min(rows // (TILE + 1), REQUESTS)) for rows in buckets if rows > TILE]
+    chosen = [verify_seconds(rows, LONG // count * count, count) for rows, count in wide]
+    assert list(wider.at_long.seconds) == pytest.approx(chosen)
+    added = [
+        tables.verify(rows, count, wider.short) - verifications.at(rows, wider.short) for rows, count in wide
+    ]
+    assert added == pytest.approx(
+        [0.01 * wider.short * (rows <= TILE * REQUESTS) for rows, _ in wide], rel=0.02
+    )
     groups, tokens = graded(REQUESTS), doubling(4, REQUESTS * WIDEST)
     for table, sizes, kind in ((tables.drafts, groups, "pass"), (tables.catch_up, tokens, "catch-up")):
         assert set(table) == {"ar", "diffusion"}

@@ -22,8 +22,11 @@ class FixedCosts:
     fixed: float = 0.020
     per_row: float = 0.0005
 
-    def draft(self, arm: str, requests: int) -> float:
+    def draft(self, arm: str, requests: int, drafts: int = 0) -> float:
         return self.draft_seconds[arm]
+
+    def lengths(self, arm: str) -> tuple[int, ...]:
+        return (self.widths[arm] - 1,)
 
     def verify(self, rows: int, requests: int) -> float:
         return self.fixed + self.per_row * rows
@@ -41,20 +44,20 @@ def test_without_costs_every_request_takes_its_best_arm() -> None:
         {"ar": 2.5, "diffusion": 1.0, "none": 1.0},
         {"none": 1.0},
     ]
-    assert assign(scores) == ["diffusion", "ar", "none"]
+    assert assign(scores).routes == ["diffusion", "ar", "none"]
 
 
 def test_what_is_promised_without_a_pass_is_charged_for_its_rows() -> None:
     """Its rows may not pay at all: then the request decodes plainly."""
     costs = FixedCosts(draft_seconds={"ar": 0.0})
     scores = [{"ar": 2.0, "promised": 2.0, "none": 1.0}] * 2
-    assert assign(scores, costs, promised=[Forecast(2.0, 3), Forecast(2.0, 40)]) == ["promised", "ar"]
+    assert assign(scores, costs, promised=[Forecast(2.0, 3), Forecast(2.0, 40)]).routes == ["promised", "ar"]
     one = [{"ar": 2.0, "promised": 1.9, "none": 1.0}]
-    assert assign(one, costs, promised=[Forecast(1.9, 2)]) == ["promised"]
-    assert assign(one, costs, promised=[Forecast(1.9, 40)]) == ["ar"]
+    assert assign(one, costs, promised=[Forecast(1.9, 2)]).routes == ["promised"]
+    assert assign(one, costs, promised=[Forecast(1.9, 40)]).routes == ["ar"]
     dear = [{"promised": 1.2, "none": 1.0}]
-    assert assign(dear, FixedCosts(), promised=[Forecast(1.2, 12)]) == ["none"]
-    assert assign(dear, FixedCosts(), promised=[Forecast(1.2, 2)]) == ["promised"]
+    assert assign(dear, FixedCosts(), promised=[Forecast(1.2, 12)]).routes == ["none"]
+    assert assign(dear, FixedCosts(), promised=[Forecast(1.2, 2)]).routes == ["promised"]
 
 
 def test_margin_keeps_the_previous_routes() -> None:
@@ -62,31 +65,31 @@ def test_margin_keeps_the_previous_routes() -> None:
     costs = FixedCosts(
         draft_seconds={"ar": 0.006, "diffusion": 0.006}, widths={"ar": 8, "diffusion": 8, "none": 1}
     )
-    assert assign(scores, costs) == ["ar"]
-    assert assign(scores, costs, previous=["diffusion"], margin=0.2) == ["diffusion"]
-    assert assign(scores, costs, previous=["diffusion"], margin=0.05) == ["ar"]
+    assert assign(scores, costs).routes == ["ar"]
+    assert assign(scores, costs, previous=["diffusion"], margin=0.2).routes == ["diffusion"]
+    assert assign(scores, costs, previous=["diffusion"], margin=0.05).routes == ["ar"]
 
 
 def test_a_margin_reckons_with_promised_rows_too() -> None:
     scores, promised = [{"ar": 2.37, "promised": 1.5, "none": 1.0}], [Forecast(1.5, 2)]
-    assert assign(scores, FixedCosts(), promised=promised) == ["ar"]
-    assert assign(scores, FixedCosts(), ["promised"], MARGIN, promised) == ["promised"]
+    assert assign(scores, FixedCosts(), promised=promised).routes == ["ar"]
+    assert assign(scores, FixedCosts(), ["promised"], MARGIN, promised).routes == ["promised"]
 
 
 def test_previous_arm_that_may_no_longer_draft_is_replaced() -> None:
     scores = [{"ar": 2.0, "none": 1.0}]
-    assert assign(scores, FixedCosts(), previous=["lookup"], margin=10.0) == ["ar"]
+    assert assign(scores, FixedCosts(), previous=["lookup"], margin=10.0).routes == ["ar"]
 
 
 def test_pinned_requests_keep_their_arm_beside_free_ones() -> None:
     scores = [{"ar": 1.0}, {"none": 1.0}, {"ar": 1.01, "diffusion": 9.0, "none": 1.0}, {}]
-    assert assign(scores, FixedCosts()) == ["ar", "none", "diffusion", "none"]
-    assert assign([{"lookup": 1.0}], FixedCosts(), previous=["ar"], margin=MARGIN) == ["lookup"]
-    assert assign([{}], FixedCosts(), previous=[None], margin=MARGIN) == ["none"]
+    assert assign(scores, FixedCosts()).routes == ["ar", "none", "diffusion", "none"]
+    assert assign([{"lookup": 1.0}], FixedCosts(), previous=["ar"], margin=MARGIN).routes == ["lookup"]
+    assert assign([{}], FixedCosts(), previous=[None], margin=MARGIN).routes == ["none"]
 
 
 def test_empty_batch() -> None:
-    assert assign([], FixedCosts()) == []
+    assert assign([], FixedCosts()).routes == []
 
 
 score = st.fixed_dictionaries({"none": st.just(1.0)}, optional={arm: st.floats(1.0, 12.0) for arm in ARMS})
@@ -95,8 +98,8 @@ score = st.fixed_dictionaries({"none": st.just(1.0)}, optional={arm: st.floats(1
 def test_a_request_without_scores_adds_nothing() -> None:
     """Beside one that decodes plainly, 1.9 tokens are not worth a draft; beside one that brings nothing they are."""
     own = {"ar": 1.9, "none": 1.0}
-    assert assign([own, {"none": 1.0}], FixedCosts()) == ["none", "none"]
-    assert assign([own, {}], FixedCosts()) == ["ar", "none"]
+    assert assign([own, {"none": 1.0}], FixedCosts()).routes == ["none", "none"]
+    assert assign([own, {}], FixedCosts()).routes == ["ar", "none"]
 
 
 def rate_of(scores: list[dict[str, float]], routes: list[str], costs: FixedCosts) -> float:
@@ -109,7 +112,7 @@ def rate_of(scores: list[dict[str, float]], routes: list[str], costs: FixedCosts
 
 def test_scores_below_zero_only_order_arms() -> None:
     """A bias may leave nothing above zero: the dearest arm must not look best for losing the least a second."""
-    assert assign([{"ar": -2.5, "diffusion": -2.4, "none": -9.0}], FixedCosts()) == ["diffusion"]
+    assert assign([{"ar": -2.5, "diffusion": -2.4, "none": -9.0}], FixedCosts()).routes == ["diffusion"]
 
 
 @settings(deadline=None, max_examples=150)
@@ -117,7 +120,7 @@ def test_scores_below_zero_only_order_arms() -> None:
 def test_no_single_change_of_one_request_is_better(scores: list[dict[str, float]]) -> None:
     """The result is at least a local optimum, and at least as good as each static choice."""
     costs = FixedCosts()
-    routes = assign(scores, costs)
+    routes = assign(scores, costs).routes
     rate = rate_of(scores, routes, costs)
     for arm in (*ARMS, "none"):
         static = [arm if arm in s else "none" for s in scores]

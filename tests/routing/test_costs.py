@@ -10,7 +10,7 @@ from whiflash_sglang.prices.costs import PLAIN_ROUNDS, PRIOR_SHARE, MeasuredCost
 from whiflash_sglang.prices.fits import Fit
 from whiflash_sglang.prices.round_clock import RoundTime
 from whiflash_sglang.records.signals import Decision, Signals
-from whiflash_sglang.routing.estimate import LEVEL_LIMIT, AcceptanceEstimator
+from whiflash_sglang.routing.estimate import LEVEL_LIMIT, AcceptanceByPlace, AcceptanceEstimator
 
 BOTH = frozenset({"ar", "diffusion"})
 
@@ -171,6 +171,20 @@ def test_a_requests_own_rounds_count_as_far_as_requests_differ(differ: bool, exp
             estimator.observe("ar", Decision(recent=recent), length)
             recent.setdefault("ar", Mean()).add(length, RECENT_ROUNDS)
     assert estimator.expect("ar", Signals(recent={"ar": Mean(8.0, 8.0)})) == pytest.approx(expected, abs=0.15)
+
+
+def test_chances_by_place_begin_as_measured_and_follow_what_is_seen() -> None:
+    """A place that no draft has reached is taken for as good as the one before it."""
+    places = AcceptanceByPlace({"ar": (0.8, 0.5)})
+    assert places.accepted("ar", 3) == pytest.approx(0.8 + 0.4 + 0.2)
+    assert places.accepted("ar", 2.5, after=1) == pytest.approx(0.5 + 0.125)
+    assert places.accepted("diffusion", 2) == pytest.approx(0.5 + 0.25)
+    for _ in range(2000):
+        places.observe("ar", 2, 1)
+        places.observe("diffusion", 1, 1)
+    assert places.accepted("ar", 1) == pytest.approx(1.0, abs=0.01)
+    assert places.accepted("ar", 2, after=1) == pytest.approx(0.0, abs=0.02)
+    assert places.accepted("diffusion", 4) == pytest.approx(4.0, abs=0.1)
 
 
 def test_contexts_differ() -> None:

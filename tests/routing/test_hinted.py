@@ -31,8 +31,14 @@ WIDTHS = {"ar": 6, "diffusion": 8, "lookup": 6, "none": 1}
 class Machine:
     """Latencies in seconds."""
 
-    def draft(self, arm: str, requests: int) -> float:
+    def draft(self, arm: str, requests: int, drafts: int = 0) -> float:
         return DRAFT_SECONDS.get(arm, 0.0)
+
+    def lengths(self, arm: str) -> tuple[int, ...]:
+        return (WIDTHS[arm] - 1,)
+
+    def limit(self, lengths: Mapping[str, int]) -> None:
+        """Passes have one length."""
 
     def verify(self, rows: float, requests: int) -> float:
         return 0.022 + 0.0006 * rows

@@ -1,5 +1,7 @@
 """Prices that are looked up, and routes by them: nothing here has a clock but what measures, and that one is moved."""
 
+from dataclasses import replace
+
 import pytest
 from device_clock import DeviceClock
 
@@ -110,21 +112,34 @@ def test_a_slow_moment_moves_little_and_a_slower_machine_is_believed() -> None:
     ids=["all cheap", "rows dear", "ar dear"],
 )
 def test_the_router_goes_by_the_tables(prices: dict[str, float], route: str) -> None:
-    assert assign([SCORES], costs(**prices)) == [route]
+    assert assign([SCORES], costs(**prices)).routes == [route]
 
 
-def test_a_pass_is_as_long_as_pays() -> None:
-    """And its price is that of its length. A length that is too short is left again."""
+@pytest.mark.parametrize(
+    ("score", "wide", "length"),
+    [(3.0, 0.0, 3), (1.4, 0.0, 2), (3.0, 2.0, 2)],
+    ids=["pays", "brings little", "tile"],
+)
+def test_a_pass_is_as_long_as_pays(score: float, wide: float, length: int) -> None:
+    """Drafts beyond its end count by the chance that they would have been right; rows, by the tile that they take."""
     found = costs(short=0.2)
-    assert found.length("ar", 1, 3) == 3, "before a rate is known"
-    found.observe(RoundTime(1, 1, tokens=3, seconds=1.0))
-    found.correction = Correction()
-    for kept, longest in ((1, 2), (2, 3), (3, 3), (1, 2)):
-        for _ in range(100):
-            found.wanted("ar", kept, Mean())
-        assert found.length("ar", 1, 3) == longest
-        assert found.draft("ar", 1) == (0.2 if longest == 2 else 0.5)
-    assert found.length("diffusion", 1, 3) == 3
+    dear = Sizes(ROWS, tuple(10.0 + wide + 0.1 * n for n in ROWS))
+    found.tables = replace(found.tables, wider={3: Verifications(100, 1100, dear, dear)})
+    accepted = [0.0, 0.3, 0.39, 0.417]
+    scores = [{"ar": score, "none": 1.0}]
+    routes, lengths = assign(scores, found, accepted=lambda _, drafts: accepted[int(drafts)])
+    assert (routes, lengths) == (["ar"], {"ar": length})
+    found.limit(lengths)
+    assert found.draft("ar", 1) == (0.2 if length == 2 else 0.5), "a route's price is that of its length"
+    assert [found.length(arm) for arm in ("ar", "diffusion")] == [length, 3]
+
+
+def test_rows_are_priced_by_the_tile_of_their_requests() -> None:
+    found = costs()
+    dear = Sizes(ROWS, tuple(14.0 + 0.1 * n for n in ROWS))
+    found.tables = replace(found.tables, wider={4: Verifications(100, 1100, dear, dear)})
+    assert [found.tables.verify(8, requests, 0) for requests in (2, 1)] == pytest.approx([10.8, 14.8])
+    assert found.tables.verify(9, 2, 0) == pytest.approx(11.6 + 2.0), "one has four rows, the other five"
 
 
 def test_a_block_that_is_always_full_takes_the_rows_that_it_has() -> None:
@@ -168,7 +183,7 @@ def test_rounds_move_all_prices_alike_and_no_route() -> None:
     assert found.draft("ar", 2) == pytest.approx(3 * 0.7, rel=0.02)
     assert found.draft("ar", 1) == pytest.approx(3 * 0.6, rel=0.02)
     assert found.draft("diffusion", 1) == pytest.approx(3 * 0.5, rel=0.02)
-    assert assign([SCORES], found) == ["ar"]
+    assert assign([SCORES], found).routes == ["ar"]
 
 
 def test_a_round_that_waits_for_the_host_lasts_as_long_whatever_it_does() -> None:

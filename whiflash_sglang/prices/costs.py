@@ -9,7 +9,7 @@ a machine that is slower for most of a few rounds is believed at once (`fits.Dri
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -85,10 +85,14 @@ class Costs(ABC):
         self._context = self._requests = 0
         self._recent: deque[tuple[int, float, float]] = deque(maxlen=RATE_ROUNDS)
         self._rate = self._gap = 0.0
+        self._limits: Mapping[str, int] = {}
 
     @abstractmethod
-    def draft(self, arm: str, requests: int) -> float:
-        """One draft pass of `arm`, catch-up included, for `requests` requests."""
+    def draft(self, arm: str, requests: int, drafts: int = 0) -> float:
+        """Seconds of a pass of `arm`, catch-up included, for `requests` requests.
+
+        drafts: its length, one of `lengths`; 0: as long as its passes are now.
+        """
 
     @abstractmethod
     def verify(self, rows: float, requests: int) -> float:
@@ -162,9 +166,17 @@ class Costs(ABC):
         """Drafts that a round of so many requests verifies, if its requests have `drafts`."""
         return drafts
 
-    def length(self, arm: str, requests: int, most: int) -> int:
-        """Drafts that a pass of `arm` for so many requests makes at most, of at most `most`; chosen before it runs."""
-        return most
+    def lengths(self, arm: str) -> tuple[int, ...]:
+        """Numbers of drafts that a pass of `arm` may be limited to before it runs, ascending, its own the last one."""
+        return (self._widest(arm) - 1,)
+
+    def limit(self, lengths: Mapping[str, int]) -> None:
+        """The round that is planned next limits the passes of these arms to so many drafts."""
+        self._limits = lengths
+
+    def length(self, arm: str) -> int:
+        """Drafts that a pass of `arm` in the round that is planned makes at most."""
+        return self._limits.get(arm, 0) or self.lengths(arm)[-1]
 
     def width(self, arm: str) -> float:
         """Rows that a request routed to `arm` usually adds to verification (drafts + 1)."""
@@ -268,7 +280,7 @@ class MeasuredCosts(Costs):
             prices["draft_request", arm] = self._draft[arm].slopes[0] if arm in self._draft else 0.0
         return prices
 
-    def draft(self, arm: str, requests: int) -> float:
+    def draft(self, arm: str, requests: int, drafts: int = 0) -> float:
         return self._draft[arm].at((requests,)) if arm in self._draft else 0.0
 
     def verify(self, rows: float, requests: int) -> float:

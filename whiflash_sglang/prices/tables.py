@@ -127,14 +127,32 @@ LEFT_OUT = 2.0
 class CostTables:
     """A round's price, from what was captured.
 
-    drafts, catch_up: arm → seconds by requests that draft, and by rows that are caught up. shorter: of passes that
-    make fewer drafts, by how many.
+    verifications: with rows spread over as many requests as a batch has. drafts, catch_up: arm → seconds by requests
+    that draft, and by rows that are caught up. shorter: of passes that make fewer drafts, by how many. wider:
+    verifications with more than so many rows for each request, for which attention takes a larger tile.
     """
 
     verifications: Verifications
     drafts: dict[str, Sizes]
     catch_up: dict[str, Sizes]
     shorter: dict[str, dict[int, Sizes]] = field(default_factory=dict)
+    wider: dict[int, Verifications] = field(default_factory=dict)
+
+    def verify(self, rows: float, requests: int, context: float) -> float:
+        """Seconds of a verification of so many rows, for requests of `context` tokens together."""
+        return self._by_width(rows, requests, lambda prices: prices.at(rows, context))
+
+    def row(self, rows: float, requests: int, context: float) -> float:
+        """Seconds of one more row, in the tile that is taken."""
+        return self._by_width(rows, requests, lambda prices: prices.slope(rows, context))
+
+    def _by_width(self, rows: float, requests: int, price: Callable[[Verifications], float]) -> float:
+        """A price by rows of a request: if its mean is between two widths, some requests have each."""
+        seconds, each = price(self.verifications), rows / max(requests, 1)
+        for above, prices in self.wider.items():
+            if each > above:
+                seconds += min(each - above, 1.0) * (price(prices) - seconds)
+        return seconds
 
     def draft(self, arm: str, requests: int, length: int = 0) -> float:
         """A pass, of `length` drafts if there are shorter ones of it. 0 for an arm that runs no model."""
@@ -145,15 +163,6 @@ class CostTables:
     def catch(self, arm: str, tokens: float) -> float:
         """0 for an arm that keeps no KV."""
         return self.catch_up[arm].at(tokens) if tokens and arm in self.catch_up else 0.0
-
-
-def continuing(mean: float, most: int) -> float:
-    """The chance r that a draft is followed by another, if of up to `most` there are `mean`: 1 + r + … + r^(most-1)."""
-    low, high = 0.0, 1.0
-    for _ in range(27):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(middle**i for i in range(most)) < mean else (low, middle)
-    return low
 
 
 class LookedUpCosts(Costs):
@@ -178,8 +187,6 @@ class LookedUpCosts(Costs):
         self._brought = 0.0
         """Seconds, uncorrected, in which the server commits what one draft of a round usually brings."""
         self._behind: dict[str, Mean] = {}
-        self._lengths: dict[str, int] = {}
-        """Drafts that the passes of an arm make now, if they are shorter ones."""
 
     def observe(self, previous: RoundTime) -> None:
         super().observe(previous)
@@ -191,7 +198,7 @@ class LookedUpCosts(Costs):
             if (drafts := previous.rows - previous.requests) and self._rate:
                 brought = max(previous.tokens - previous.requests, 0) / drafts / self._rate
                 self._brought += (brought / self.correction.factor - self._brought) / RATE_ROUNDS
-            expected = self.tables.verifications.at(previous.rows, previous.context)
+            expected = self.tables.verify(previous.rows, previous.requests, previous.context)
             expected += sum(self._pass(arm, requests) for arm, requests in previous.drafted.items())
             expected += sum(self.tables.catch(arm, tokens) for arm, tokens in previous.caught_up.items())
             self.correction.add(expected, previous.seconds)
@@ -212,26 +219,14 @@ class LookedUpCosts(Costs):
         """Every price was measured, and what is corrected is all of them at once: no arm is tried for its own."""
         return PROBE_ROUNDS
 
-    def draft(self, arm: str, requests: int) -> float:
+    def draft(self, arm: str, requests: int, drafts: int = 0) -> float:
         behind = self._behind.get(arm)
         catch_up = self.tables.catch(arm, requests * behind.value) if behind else 0.0
-        return self.correction.factor * (self._pass(arm, requests) + catch_up)
+        return self.correction.factor * (self._pass(arm, requests, drafts) + catch_up)
 
-    def length(self, arm: str, requests: int, most: int) -> int:
-        """The length whose time and whose loss are least. Lost are drafts behind its end that would have been kept, as
-        if each were right, so that a pass is shortened only if that pays for certain.
-        """
-        shorter, before = self.tables.shorter.get(arm), self._lengths.pop(arm, most)
-        if not shorter or not self._rate or arm not in self._drafts:
-            return most
-        goes_on = continuing(self._drafts[arm][0].value, before)
-
-        def price(length: int) -> float:
-            lost = requests * sum(goes_on**i for i in range(length, most))
-            return lost + self._rate * self.correction.factor * self.tables.draft(arm, requests, length)
-
-        self._lengths[arm] = min((most, *shorter), key=price)
-        return self._lengths[arm]
+    def lengths(self, arm: str) -> tuple[int, ...]:
+        """Those that passes were captured for."""
+        return (*sorted(self.tables.shorter.get(arm, ())), *super().lengths(arm))
 
     def width(self, arm: str) -> float:
         return 1 + self.room(arm)
@@ -240,7 +235,7 @@ class LookedUpCosts(Costs):
         return self.correction.factor * self._filled(requests, rows)[1]
 
     def worth(self, arm: str) -> Worth:
-        """A pass drafts its full length at once, so a further draft costs its row alone."""
+        """A pass drafts as many as it may at once, so a further draft costs its row only."""
         if not self._rate:
             return FULL_LENGTH
         return Worth(self._rate * self._busy.value * self._row(self._verified), 0.0)
@@ -248,7 +243,7 @@ class LookedUpCosts(Costs):
     def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
         row = self._row(1)
         prices = {
-            ("verify", ""): self.correction.factor * self.tables.verifications.at(1, self._context),
+            ("verify", ""): self.correction.factor * self.tables.verify(1, 1, self._context),
             ("verify_draft", ""): row,
             ("verify_request", ""): row,
             ("between", ""): self._gap,
@@ -258,9 +253,9 @@ class LookedUpCosts(Costs):
             prices["draft", arm], prices["draft_request", arm] = alone, self.draft(arm, 2) - alone
         return prices
 
-    def _pass(self, arm: str, requests: int) -> float:
-        """Uncorrected, of the length that its passes have now."""
-        return self.tables.draft(arm, requests, self._lengths.get(arm, 0))
+    def _pass(self, arm: str, requests: int, drafts: int = 0) -> float:
+        """Uncorrected."""
+        return self.tables.draft(arm, requests, drafts or self._limits.get(arm, 0))
 
     def _filled(self, requests: int, rows: float) -> tuple[int, float]:
         """Rows that are verified in place of `rows`, and seconds, uncorrected, with what is lost by those left out.
@@ -269,13 +264,13 @@ class LookedUpCosts(Costs):
         left out are the least likely, so each is worth little more than a row costs; if rows are nearly free,
         it is the geometric mean of that and what a draft usually brings.
         """
-        verify, sizes = self.tables.verifications.at, self.tables.verifications.at_short.sizes
+        verify, sizes = self.tables.verify, self.tables.verifications.at_short.sizes
         place = bisect_left(sizes, rows)
-        seconds = verify(rows, self._context)
+        seconds = verify(rows, requests, self._context)
         if place and (smaller := sizes[place - 1]) >= requests:
-            price = self.tables.verifications.slope(rows, self._context)
+            price = self.tables.row(rows, requests, self._context)
             each = max(LEFT_OUT * price, math.sqrt(price * self._brought))
-            if (shorter := verify(smaller, self._context) + (rows - smaller) * each) < seconds:
+            if (shorter := verify(smaller, requests, self._context) + (rows - smaller) * each) < seconds:
                 return smaller, shorter
         return math.ceil(rows), seconds
 
@@ -283,4 +278,4 @@ class LookedUpCosts(Costs):
         return self._filled(requests, requests + drafts)[0] - requests if drafts else 0
 
     def _row(self, rows: float) -> float:
-        return self.correction.factor * self.tables.verifications.slope(rows, self._context)
+        return self.correction.factor * self.tables.row(rows, self._requests, self._context)

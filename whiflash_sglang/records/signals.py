@@ -32,6 +32,7 @@ class Decision:
     only: str | None = None
     promised: bool = False
     keeps: str | None = None
+    limit: int = 0
 
     @property
     def free(self) -> bool:

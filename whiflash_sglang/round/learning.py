@@ -119,8 +119,7 @@ class Learner:
         request, decision, route = turn.requests[i], turn.decisions[i], turn.plan.routes[i]
         width = results.widths[i]
         if turn.bounded:
-            priced_as = turn.plan.priced_as[i]
-            self.controller.costs.wanted(priced_as, results.wanted[i], request.wanted[priced_as])
+            self.controller.wanted(request, decision, turn.plan.priced_as[i], results.wanted[i])
         drafts = results.drafts[i][: results.drafted[i]]
         agreed = common_prefix(drafts, tokens)
         lengths = {arm: len(tokens)}

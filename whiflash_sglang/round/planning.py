@@ -104,11 +104,11 @@ class Planner:
         return {arm: each for arm, each in usable.items() if not self.sources.copies_itself(arm, each)}
 
     def _rows(self, plan: Plan, arm: str) -> int:
-        """Most rows of a request's pass; where drafts must pay, as many as the pass is expected to pay for."""
+        """Return the most rows of a request's pass. If drafts must pay for themselves, its route limits the pass."""
         rows = rows_of(self.drafters, arm)
         if arm not in self.drafters or not plan.worth[arm].row:
             return rows
-        return 1 + self.controller.costs.length(arm, plan.routes.count(arm), rows - 1)
+        return 1 + self.controller.costs.length(arm)
 
     def _limits(self, turn: Round) -> Limits[list[int]]:
         """Drafts of each request, at most; of one that has ended its pass alone, which was planned before."""

@@ -7,9 +7,10 @@ per second; with a handful of arms that is at most a few dozen subsets.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, product
+from typing import NamedTuple
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import PLAIN, Forecast
@@ -22,6 +23,9 @@ WITHOUT_A_PASS = (arms.PROMISED, arms.NONE)
 UNSCORED = {arms.NONE: 0.0}
 """Scores of a request that has none."""
 
+Accepted = Callable[[str, float], float]
+"""Mean number of accepted drafts, of so many drafts of an arm."""
+
 MARGIN = 0.02
 """Keeps routes from thrashing: a switch must promise so much more tokens per second, relatively."""
 
@@ -31,41 +35,55 @@ def best_each(scores: Sequence[Scores]) -> list[str]:
     return [max(s, key=lambda arm: s[arm]) if s else arms.NONE for s in scores]
 
 
+class Assignment(NamedTuple):
+    """A pass for each request, or none; and by arm, to how many drafts its pass is limited."""
+
+    routes: list[str]
+    lengths: Mapping[str, int]
+
+
 def assign(
     scores: Sequence[Scores],
     costs: Costs | None = None,
     previous: Sequence[str | None] = (),
     margin: float | None = None,
     promised: Sequence[Forecast] = (),
-) -> list[str]:
+    accepted: Accepted = lambda _, drafts: drafts,
+) -> Assignment:
     """One pass per request, or none, with what is promised without one (`arms.PROMISED`) or plainly.
 
     Args:
-        scores: arm → expected accepted tokens, per request.
+        scores: arm → expected accepted tokens of a pass of full length, per request.
         costs: measured latencies; None: every request takes its best arm (the paper's per-request routing).
         previous: the arms of the last round, for the margin; empty: no margin.
         margin: by how much a switch must be better (`MARGIN`); None: it need not be.
         promised: what each request's round promises without a pass, if it scores `arms.PROMISED`.
+        accepted: what a limit leaves of a pass.
 
     Returns:
-        The routes with the most expected tokens per second, unless keeping the previous ones is within the margin.
+        The routes with the most expected tokens per second, unless keeping the previous ones is within the margin. The
+        lengths are those that are best for these routes.
     """
     if costs is None or not scores:
-        return best_each(scores)
-    batch = _Batch(scores, costs, promised)
-    best, best_rate = batch.best()
+        return Assignment(best_each(scores), {})
+    batch = _Batch(scores, costs, promised, accepted)
+    best, (best_rate, lengths) = batch.best()
     if best_rate <= 0.0:
         best, best_rate = best_each(scores), 0.0  # of scores that only order arms
     if margin is not None and len(previous) == len(scores):
         kept = [str(p) if p in s else b for p, s, b in zip(previous, scores, best, strict=True)]
-        if kept == best or batch.rate_of(kept) * (1 + margin) >= best_rate:
-            return kept
-    return best
+        if kept != best:
+            rate, shorter = batch.rate_of(kept)
+            if rate * (1 + margin) >= best_rate:
+                return Assignment(kept, shorter)
+    return Assignment(best, lengths)
 
 
-def best_rate(scores: Sequence[Scores], costs: Costs, promised: Sequence[Forecast]) -> float:
+def best_rate(
+    scores: Sequence[Scores], costs: Costs, promised: Sequence[Forecast], accepted: Accepted
+) -> float:
     """Most expected tokens per second, whatever the routes were."""
-    return _Batch(scores, costs, promised).best()[1]
+    return _Batch(scores, costs, promised, accepted).best()[1][0]
 
 
 class _Batch:
@@ -74,10 +92,14 @@ class _Batch:
     A request without scores decodes plainly, and adds nothing to what is expected.
     """
 
-    def __init__(self, scores: Sequence[Scores], costs: Costs, promised: Sequence[Forecast]) -> None:
+    def __init__(
+        self, scores: Sequence[Scores], costs: Costs, promised: Sequence[Forecast], accepted: Accepted
+    ) -> None:
         self.scores, self.costs, self.promised = [each or UNSCORED for each in scores], costs, promised
+        self.accepted = accepted
         self.names = tuple(sorted({arm for each in self.scores for arm in each} - {arms.NONE}))
         self.rows = {arm: costs.width(arm) for arm in self.names if arm != arms.PROMISED}
+        self.limits = {arm: self._limited(arm, rows) for arm, rows in self.rows.items()}
         self.rows[arms.NONE] = PLAIN.rows
         self.alike: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
         """Their arms, the best first → the indices of some requests."""
@@ -91,18 +113,35 @@ class _Batch:
             named = order if len(each) == len(order) else [arm for arm in order if arm in each]
             self.alike[tuple(sorted(named, key=each.__getitem__, reverse=True))].append(index)
 
-    def best(self) -> tuple[list[str], float]:
-        """The choices with the most expected tokens per second, and how many; on ties those of the smaller set.
+    def _limited(self, arm: str, rows: float) -> list[tuple[int, float, float]]:
+        """Lengths of a pass, rows that a request verifies then, and the share of its accepted drafts that are left.
+
+        rows: without a limit. Those beyond the arm's own drafts are copies behind them, which stay.
+        """
+        *shorter, longest = self.costs.lengths(arm)
+        own = min(rows - 1, longest)
+        whole = self.accepted(arm, own) if shorter else 0.0
+        limits = [(longest, rows, 1.0)]
+        if whole:
+            lost = [(drafts, max(own - drafts, 0.0)) for drafts in shorter]
+            limits += [
+                (drafts, rows - fewer, self.accepted(arm, own - fewer) / whole) for drafts, fewer in lost
+            ]
+        return limits
+
+    def best(self) -> tuple[list[str], tuple[float, Mapping[str, int]]]:
+        """The choices with the most expected tokens per second; how many, and by which lengths of passes. On ties those
+        of the smaller set.
 
         Every request takes its best arm of a set of active ones. Sets without a pinned request's arm are left out.
         """
-        best, top, members = tuple[str, ...](), -math.inf, self.alike.values()
+        best, top, members = tuple[str, ...](), (-math.inf, dict[str, int]()), self.alike.values()
         choices = (
             tuple([next((arm for arm in ranked if arm in active), "") for ranked in self.alike])
             for active in _subsets(self.names, len(self.scores))
         )
         for choice in dict.fromkeys(choices):
-            if "" not in choice and (rate := self._rate(zip(choice, members, strict=True))) > top:
+            if "" not in choice and (rate := self._rate(zip(choice, members, strict=True)))[0] > top[0]:
                 best, top = choice, rate
         routes = [arms.NONE] * len(self.scores)
         for arm, indices in zip(best, members, strict=True):
@@ -110,24 +149,35 @@ class _Batch:
                 routes[index] = arm
         return routes, top
 
-    def rate_of(self, routes: Sequence[str]) -> float:
-        """Expected tokens per second of the batch under `routes`."""
+    def rate_of(self, routes: Sequence[str]) -> tuple[float, dict[str, int]]:
+        """Expected tokens per second of the batch under `routes`, and by which lengths of passes."""
         return self._rate((arm, (index,)) for index, arm in enumerate(routes))
 
-    def _rate(self, parts: Iterable[tuple[str, Sequence[int]]]) -> float:
-        """Expected tokens per second, if an arm drafts for these requests, another for those, and so on."""
-        expected, rows, drafted = 0.0, 0.0, Counter[str]()
+    def _rate(self, parts: Iterable[tuple[str, Sequence[int]]]) -> tuple[float, dict[str, int]]:
+        """The same if an arm drafts for these requests, another for those, and so on."""
+        expected, rows, scored, drafted = 0.0, 0.0, Counter[str](), Counter[str]()
         for arm, indices in parts:
-            drafted[arm] += len(indices)
-            expected += sum([self.scores[index][arm] for index in indices])
+            score = sum([self.scores[index][arm] for index in indices])
+            expected += score
             if arm == arms.PROMISED:
                 rows += sum([self.promised[index].rows for index in indices])
             else:
                 rows += self.rows[arm] * len(indices)
-        drafting = sum(
-            self.costs.draft(arm, n) for arm, n in sorted(drafted.items()) if arm not in WITHOUT_A_PASS
-        )
-        return expected / self.costs.lasts(self.costs.verify(rows, len(self.scores)) + drafting)
+            if arm not in WITHOUT_A_PASS:
+                drafted[arm] += len(indices)
+                scored[arm] += score
+        names, best, lengths = sorted(drafted), -math.inf, dict[str, int]()
+        for limits in product(*(self.limits[arm] for arm in names)):
+            tokens, verified, drafting = expected, rows, 0.0
+            for arm, (drafts, width, share) in zip(names, limits, strict=True):
+                requests = drafted[arm]
+                tokens -= max(scored[arm] - requests, 0.0) * (1 - share)
+                verified -= requests * (self.rows[arm] - width)
+                drafting += self.costs.draft(arm, requests, drafts)
+            rate = tokens / self.costs.lasts(self.costs.verify(verified, len(self.scores)) + drafting)
+            if rate > best:
+                best, lengths = rate, {arm: drafts for arm, (drafts, *_) in zip(names, limits, strict=True)}
+        return best, lengths
 
 
 @lru_cache

@@ -8,7 +8,7 @@ from whiflash_sglang.drafts.candidates import PLAIN, Forecast
 from whiflash_sglang.prices.costs import FULL_LENGTH, PROBE_ROUNDS, Costs, Worth
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.records.signals import Decision, Signals
-from whiflash_sglang.routing.assign import MARGIN, assign, best_rate
+from whiflash_sglang.routing.assign import MARGIN, Accepted, assign, best_rate
 from whiflash_sglang.routing.policies import Policy, Scores, apply_hints
 from whiflash_sglang.spans.tracker import SpanTracker
 
@@ -89,12 +89,28 @@ class Controller:
         Returns whether the round is evidence for other requests too (`Decision.free`).
         """
         lengths, free = {arm: len(tokens)} if lengths is None else lengths, decision.free
+        lengths = {each: self._unlimited(each, length, decision.limit) for each, length in lengths.items()}
         if free:
             for each, length in lengths.items():
                 self.policy.observe(each, decision, length)
+            drafts = min(width - 1, decision.limit)
+            self.policy.judge(arm, drafts, min(len(tokens) - 1, drafts))
             self.costs.widened(arm, width)
         request.committed(arm, tokens, width - 1, start=start, reason=decision.reason, lengths=lengths)
         return free
+
+    def _unlimited(self, arm: str, length: int, limit: int) -> float:
+        """Tokens that a round is expected to commit if its pass has its full length: if a limited one was all right, as
+        many more as usually follow.
+        """
+        most = self.costs.lengths(arm)[-1]
+        return length + (self.policy.accepted(arm, most, limit) if 0 < length - 1 == limit < most else 0.0)
+
+    def wanted(self, request: Request, decision: Decision, priced_as: str, drafts: int) -> None:
+        """A request's round had `drafts` drafts before some were left out; a pass that was limited has full length."""
+        most = self.costs.lengths(priced_as)[-1]
+        drafts = most if 0 < drafts == decision.limit < most else drafts
+        self.costs.wanted(priced_as, drafts, request.wanted[priced_as])
 
 
 def route(
@@ -111,7 +127,7 @@ def route(
             scored, source = _of_passes(scored, expected, priced=priced)
         promised.append(expected.get(source, PLAIN))
         if decision.reason == "span" and not decision.free:
-            scored = _ordered(decision, scored, source, costs, kept, promised[-1])
+            scored = _ordered(decision, scored, source, costs, kept, promised[-1], policy.accepted)
         scores.append(scored)
         sources.append(source)
         teachers.append(request if decision.free else None)
@@ -120,17 +136,22 @@ def route(
         return [{probes[i]: each[probes[i]]} if i in probes else each for i, each in enumerate(scores)]
 
     def loss(probes: Mapping[int, str]) -> float:
-        if costs is None or not (best := best_rate(scores, costs, promised)):
+        if costs is None or not (best := best_rate(scores, costs, promised, policy.accepted)):
             return math.inf
-        return 1 - best_rate(bound(probes), costs, promised) / best
+        return 1 - best_rate(bound(probes), costs, promised, policy.accepted) / best
 
     probes = policy.probe(teachers, costs.timings if costs else lambda _: PROBE_ROUNDS, loss)
     scores = bound(probes) if probes else scores
-    chosen = assign(scores, costs, previous, MARGIN, promised) if priced else assign(scores)
+    chosen, lengths = (
+        assign(scores, costs, previous, MARGIN, promised, policy.accepted) if priced else assign(scores)
+    )
+    if costs is not None:
+        costs.limit(lengths)
     for index, (request, arm, source) in enumerate(zip(requests, chosen, sources, strict=True)):
         decision = request.decision
         decision.only = _usable(policy, decision, arm, source)
         decision.promised, decision.keeps = arm == arms.PROMISED, None if index in probes else arm
+        decision.limit = lengths.get(arm, 0)
         request.chose(arms.NONE if arm == arms.PROMISED else arm)
     return [arms.NONE if arm == arms.PROMISED else arm for arm in chosen]
 
@@ -164,14 +185,20 @@ def _usable(policy: Policy, decision: Decision, chosen: str, source: str) -> str
 
 
 def _ordered(
-    decision: Decision, scores: Scores, source: str, costs: Costs | None, kept: str | None, promised: Forecast
+    decision: Decision,
+    scores: Scores,
+    source: str,
+    costs: Costs | None,
+    kept: str | None,
+    promised: Forecast,
+    accepted: Accepted,
 ) -> Scores:
     """The choice of a request with a bias, at what the policy expects of it.
 
     A bias is worth what its caller says to that request only. Weighed against the tokens of others, sixteen tokens a
     round that nobody gets would make their drafts look dear.
     """
-    (arm,) = assign([scores], costs, [kept], MARGIN, [promised])
+    ((arm,), _) = assign([scores], costs, [kept], MARGIN, [promised], accepted)
     drafting, span = source if arm == arms.PROMISED else arm, decision.span
     bias = sum(added for biased, added in span.bias.items() if biased == drafting) if span else 0.0
     return {arm: max(scores[arm] - bias, 1.0)}

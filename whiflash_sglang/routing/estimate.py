@@ -8,8 +8,10 @@ Rounds teach the shared means if the request's caller left the route to the poli
 rounds with an arm count ever less (`REQUEST_ROUNDS`), so that one that never ends does not decide for all.
 """
 
+import math
 from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from whiflash_sglang.drafts.rates import Mean
@@ -47,6 +49,9 @@ LEVEL_LIMIT = 2.0
 TRUST_PRIOR, TRUST_MEMORY = 40.0, 1000.0
 """Rounds for which requests' own rounds are believed to say what they seem to; after which it counts for little."""
 
+MEASURED_WEIGHT = 12.0
+"""Rounds for which acceptance that was measured with the bundle is believed."""
+
 Place = tuple[int, str | None]
 """Entropy bin, -1 if it is unknown, and kind of the open span."""
 
@@ -56,6 +61,50 @@ def place_of(signals: Signals | Decision) -> Place:
     entropy, span = signals.entropy, signals.span
     # NaN where it was not measured, which is no number's equal.
     return bisect_right(ENTROPY_EDGES, entropy) if entropy == entropy else -1, span.kind if span else None
+
+
+class AcceptanceByPlace:
+    """Chances that a draft of an arm is right if those before it were, by its place in the pass, of all requests.
+
+    measured: arm → chances of its places where nothing was seen, the last one's of all places after it. An arm without
+    them, and a place without drafts, is taken for as good as the place before it.
+    """
+
+    def __init__(self, measured: Mapping[str, Sequence[float]]) -> None:
+        self._measured = measured
+        self._right: defaultdict[str, list[Mean]] = defaultdict(list)
+        self._chances: dict[str, list[float]] = {}
+        """By arm, until the next round is seen."""
+
+    def observe(self, arm: str, drafts: int, right: int) -> None:
+        """The first `right` of `drafts` drafts were right, and the next one was not."""
+        means = self._right[arm]
+        means += [Mean() for _ in range(drafts - len(means))]
+        for place, mean in enumerate(means[: min(right + 1, drafts)]):
+            mean.add(place < right, MEMORY)
+        self._chances.pop(arm, None)
+
+    def accepted(self, arm: str, drafts: float, after: int = 0) -> float:
+        """Return how many drafts of places `after` to `drafts` are accepted on average if all before `after` were."""
+        known = self._chances.get(arm)
+        if known is None or len(known) < drafts:
+            known = self._chances[arm] = self._expected(arm, math.ceil(drafts))
+        whole, accepted, alive = int(drafts), 0.0, 1.0
+        for chance in known[after:whole]:
+            alive *= chance
+            accepted += alive
+        return accepted + (drafts - whole) * alive * known[whole] if drafts > whole else accepted
+
+    def _expected(self, arm: str, drafts: int) -> list[float]:
+        measured, chances, chance = self._measured.get(arm, ()), list[float](), 1 / PRIOR_LENGTH
+        seen = self._right[arm]
+        for place in range(max(drafts, len(seen))):
+            weight = PRIOR_WEIGHT
+            if measured:
+                chance, weight = measured[min(place, len(measured) - 1)], MEASURED_WEIGHT
+            chance = seen[place].shrunk(chance, weight) if place < len(seen) else chance
+            chances.append(chance)
+        return chances
 
 
 @dataclass(slots=True)
@@ -77,18 +126,21 @@ class _Shown:
 class AcceptanceEstimator:
     """Mean acceptance length (bonus token included) per arm, per arm and context, with a weak prior.
 
-    base: means that take the prior's place, of the target whose adapter writes the text.
+    base: means that take the prior's place, of the target whose adapter writes the text. measured: arm → acceptance
+    length that was measured with the bundle.
     """
 
-    def __init__(self, base: "AcceptanceEstimator | None" = None) -> None:
-        self._base = base
+    def __init__(
+        self, base: "AcceptanceEstimator | None" = None, measured: Mapping[str, float] | None = None
+    ) -> None:
+        self._base, self._measured = base, measured or {}
         self._shown: defaultdict[str, _Shown] = defaultdict(_Shown)
         self._shared: dict[tuple[AcceptanceEstimator, str, Place | None], float] = (
             base._shared if base else {}
         )
         """Lengths by arm and place, and trusts by arm, kept until the next round is seen; shared by all adapters."""
 
-    def observe(self, arm: str, decision: Decision, length: int) -> None:
+    def observe(self, arm: str, decision: Decision, length: float) -> None:
         """A round of `arm`, of this `decision`, committed `length` tokens."""
         weight = min(REQUEST_ROUNDS / max(decision.tried.get(arm, 1), 1), 1.0)
         place, shown = place_of(decision), self._shown[arm]
@@ -113,8 +165,10 @@ class AcceptanceEstimator:
 
     def usual(self, arm: str) -> float:
         """Acceptance length of `arm` in all contexts together."""
-        prior = self._base.usual(arm) if self._base else PRIOR_LENGTH
-        return self._shown[arm].lengths.shrunk(prior, PRIOR_WEIGHT)
+        lengths = self._shown[arm].lengths
+        if arm in self._measured:
+            return lengths.shrunk(self._measured[arm], MEASURED_WEIGHT)
+        return lengths.shrunk(self._base.usual(arm) if self._base else PRIOR_LENGTH, PRIOR_WEIGHT)
 
     def expect(self, arm: str, signals: Signals, place: Place | None = None) -> float:
         """Expected acceptance length of the request's next round with `arm`. place: of `place_of`, if it is known."""

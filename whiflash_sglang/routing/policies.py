@@ -16,7 +16,7 @@ from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.rates import Mean
 from whiflash_sglang.prices.costs import PROBE_ROUNDS
 from whiflash_sglang.records.signals import Decision, Signals
-from whiflash_sglang.routing.estimate import AcceptanceEstimator, place_of
+from whiflash_sglang.routing.estimate import AcceptanceByPlace, AcceptanceEstimator, place_of
 
 FIRST_PROBE = 4
 """Rounds of the batch between two probes of an arm that is not known; doubles with every probe."""
@@ -170,8 +170,16 @@ class Policy(Protocol):
         """
         ...
 
-    def observe(self, arm: str, decision: Decision, length: int) -> None:
+    def observe(self, arm: str, decision: Decision, length: float) -> None:
         """A request's round of `arm`, of this `decision`, committed `length` tokens; its caller ordered nothing."""
+        ...
+
+    def judge(self, arm: str, drafts: int, right: int) -> None:
+        """The first `right` of `drafts` drafts of a pass were right, and the next one was not."""
+        ...
+
+    def accepted(self, arm: str, drafts: float, after: int = 0) -> float:
+        """Mean number of accepted drafts of a pass from place `after` to `drafts`, if all before `after` were."""
         ...
 
 
@@ -186,8 +194,15 @@ class Blind:
         """Nothing to try."""
         return {}
 
-    def observe(self, arm: str, decision: Decision, length: int) -> None:
+    def observe(self, arm: str, decision: Decision, length: float) -> None:
         """Nothing to learn."""
+
+    def judge(self, arm: str, drafts: int, right: int) -> None:
+        """Nothing to learn."""
+
+    def accepted(self, arm: str, drafts: float, after: int = 0) -> float:
+        """No more than drafts; these policies limit no pass."""
+        return drafts - after
 
 
 def order_pair(signals: Signals, *, ar_first: bool, min_dwell: int) -> Scores:
@@ -255,9 +270,19 @@ class AutoPolicy:
     prices_batches = True
     joins_arms = True
 
-    def __init__(self, *, heads: bool = False, passes: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        heads: bool = False,
+        passes: bool = True,
+        measured: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        """measured: arm → chances that its drafts are right, by place (`AcceptanceByPlace`), where nothing was seen."""
         self.needs = frozenset({"delta"} if heads else {"entropy"} if passes else ())
-        self.estimator = AcceptanceEstimator()
+        places = AcceptanceByPlace(measured or {})
+        self.judge, self.accepted = places.observe, places.accepted
+        lengths = {arm: 1 + places.accepted(arm, len(chances)) for arm, chances in (measured or {}).items()}
+        self.estimator = AcceptanceEstimator(measured=lengths)
         self._probes = Probes(self._known)
         self._adapters: OrderedDict[str, AcceptanceEstimator] = OrderedDict()
 
@@ -275,7 +300,7 @@ class AutoPolicy:
     ) -> Mapping[int, str]:
         return self._probes.choose(teachers, timings, loss)
 
-    def observe(self, arm: str, decision: Decision, length: int) -> None:
+    def observe(self, arm: str, decision: Decision, length: float) -> None:
         if arm != arms.NONE and arm not in decision.expected:
             self._known(decision.adapter).observe(arm, decision, length)
 

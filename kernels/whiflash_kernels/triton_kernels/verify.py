@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from whiflash_kernels.tile import NARROW as NARROW_ROWS
 from whiflash_kernels.triton_kernels.launch import is_hopper, lanes, multiprocessors, power_of_two
 from whiflash_kernels.triton_kernels.shares import LEAST, LOG2E, merge, places, product, sums_for
 
@@ -22,7 +23,7 @@ KEYS = 64
 """Keys of one step of the loop."""
 MOST_ROWS = 64
 """Rows of one tile; a request with more (rows times query heads of a KV head) has several, which share keys in L2."""
-NARROW = tl.constexpr(16)
+NARROW = tl.constexpr(NARROW_ROWS)
 """Rows of a tile that has as few or fewer: a request's that verifies little in a server that may verify much, and those
 behind a whole tile (17 rows of four heads are 64 and 4)."""
 FEWEST_KEYS = 256

@@ -11,7 +11,7 @@ contexts do while serving, and drafts write to the padding slot.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b
@@ -21,8 +21,9 @@ from typing import Any, Protocol
 import torch
 import whiflash_kernels
 from sglang.srt.configs.model_config import AttentionArch
-from sglang.srt.runtime_context import get_context
+from sglang.srt.runtime_context import get_context, get_parallel
 from whiflash_kernels import prepare_mixed_block
+from whiflash_kernels.tile import NARROW
 
 from whiflash_sglang import __version__
 from whiflash_sglang.arms.base import Drafter, widest_of, with_kv
@@ -158,6 +159,7 @@ class Start:
         """Measure. Waits for the device."""
         (sizes, most), (short, long) = self._rows(), self._contexts()
         verifications = Verifications.measured(short, long, sizes, partial(self._verification, most))
+        wider = {above: self._wider(verifications, above, sizes, most) for above in self._widths()}
         groups, drafts, shorter = graded(self.requests), {}, {}
         for arm, drafter in self.passing.items():
             lengths = {n: Sizes.measured(groups, partial(self._pass, drafter, n)) for n in drafter.lengths}
@@ -166,7 +168,7 @@ class Start:
         self.target.runner.shared_read_done_event = None
         tokens = self._tokens()
         catch_up = {arm: Sizes.measured(tokens, partial(self._catch_up, arm)) for arm in self.sync.arms}
-        return CostTables(verifications, drafts, catch_up, shorter)
+        return CostTables(verifications, drafts, catch_up, shorter, wider)
 
     def profile(self, costs: MeasuredCosts) -> None:
         """Time drafts that are passes, for a few batch sizes. Every write goes to the engine's padding slot."""
@@ -194,6 +196,32 @@ class Start:
         most = min(self.target.context_len - self._widest, self.target.kv_slots)
         long = min(most, WALKED if latent else LONGEST)
         return (long // SHORTER if latent or long < 2 * FLAT else FLAT), long
+
+    def _widths(self) -> list[int]:
+        """Rows of a request up to which attention takes its smaller tile; none if no request has more."""
+        config, parallel = self.target.runner.model_config, get_parallel()
+        heads = config.get_max_num_attention_heads() // parallel.attn_tp_size
+        rows = NARROW // (heads // config.get_num_kv_heads(parallel.attn_tp_size))
+        return [rows] if 0 < rows < self._widest and config.attention_arch != AttentionArch.MLA else []
+
+    def _wider(self, narrow: Verifications, above: int, sizes: Sequence[int], most: int) -> Verifications:
+        """Price verifications of which each request has more than `above` rows.
+
+        Measured at the longer context only: what the tile adds is in proportion to the context.
+        """
+        near, far = narrow.at_short, narrow.at_long
+
+        def added(rows: int) -> float:
+            count = rows // (above + 1)
+            return 0.0 if count >= most else self._verification(count, rows, narrow.long) - far.at(rows)
+
+        more = {rows: max(added(rows), 0.0) for rows in sizes if rows > above}
+        return Verifications(
+            narrow.short,
+            narrow.long,
+            Sizes.measured(more, lambda rows: near.at(rows) + more[rows] * narrow.short / narrow.long),
+            Sizes.measured(more, lambda rows: far.at(rows) + more[rows]),
+        )
 
     def _tokens(self) -> list[int]:
         """Tokens of the catch-ups that are timed."""
