@@ -71,7 +71,7 @@ class VerifyStage:
         if in_graph:
             packed_masks = None if masks is None else masks.packed
             verified = self._epilogue.finish(verified, len(turn), packed_masks, penalised)
-        of_rows = None if masks is None or eager else masks.of_rows
+        row_masks = None if eager else masks  # else the logits are masked
         if verified.committed is None:
             if penalised or eager:
                 verified = self._epilogue.penalise(verified)
@@ -81,7 +81,9 @@ class VerifyStage:
             if seeded:
                 predictions = sampling.sample_as_sglang(self._target.runner, info, verified.logits, block)
             else:
-                predictions = self._epilogue.sample(verified, of_rows)
+                predictions = self._epilogue.sample(
+                    verified, None if row_masks is None else row_masks.of_rows
+                )
             predictions = first_ranks(predictions) if sends else predictions
             verified = verified._replace(predictions=predictions)
         if masks is not None and masks.rejected and verified.committed is None:
@@ -89,8 +91,8 @@ class VerifyStage:
             rejected = sent(masks.rejected, block.input_ids.device)
             block = block._replace(input_ids=block.input_ids.index_fill(0, rejected, NO_TOKEN))
             verified = verified._replace(input_ids=block.input_ids)
-        if of_rows is not None and rated is not None and "rates" not in verified.signals:
-            verified = verified._replace(rated=rated._replace(masks=of_rows))
+        if row_masks is not None and rated is not None and "rates" not in verified.signals:
+            verified = verified._replace(rated=rated._replace(masks=row_masks.of_rows))
         for hook in self._hooks:
             verified = hook.verified(verified, block)
         return verified
