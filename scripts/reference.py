@@ -73,7 +73,12 @@ STATE = {
     "hints": "requests by the origin of their hints",
     "timed_seconds": "consecutive rounds and the time between them",
     "timed_tokens": "committed by these rounds",
-    "plain_seconds": "estimate of plain decoding's seconds for these tokens, by `costs`",
+    "priced_seconds": "of `timed_seconds`, those of rounds for which plain decoding's price was known",
+    "priced_tokens": "committed by these rounds",
+    "plain_seconds": "estimate of plain decoding's seconds for these tokens, by `costs`; over `priced_seconds`, "
+    "the gain",
+    "plain_price": "how far plain decoding's price is known: `rounds` that were timed for it, those that are `needed`, "
+    "and which rounds count (`of`)",
     "costs": "prices of routes in seconds, as in `sglang:whiflash_cost_seconds`, by `work` and arm",
     "memory": "bytes by scope, as in `sglang:whiflash_memory_bytes`",
     "samples": "with `--whiflash-learn`: finished requests by outcome, `bytes` on disk, whether writing is `failing`",
@@ -182,6 +187,7 @@ def state_list() -> str:
         *("policy", "arms", "requests", "quarantined", "left_out", "faulty_drafts"),
         *RoundClock().snapshot(),
         *Tally.of(()).snapshot(),
+        "plain_price",
         "costs",
         "memory",
         "samples",

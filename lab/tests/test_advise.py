@@ -104,7 +104,10 @@ STATE: dict[str, Any] = {
     "tokens": 1000,
     "timed_seconds": 10.0,
     "timed_tokens": 1000,
+    "priced_seconds": 10.0,
+    "priced_tokens": 1000,
     "plain_seconds": 15.0,
+    "plain_price": {"rounds": 8, "needed": 8, "of": "plain rounds"},
     "by_arm": {
         "ar": {"rounds": 200, "tokens": 900, "proposed": 1000, "accepted": 700},
         "diffusion": {"rounds": 40, "tokens": 80, "proposed": 200, "accepted": 40},
@@ -125,6 +128,12 @@ def test_a_server_is_judged_by_its_own_prices() -> None:
     assert advise(Question("anything", requests=(1, 8), answer=64), poor).verdict.startswith("Take plain")
     with pytest.raises(ConfigError, match="fewer than 64 rounds"):
         advise(Question("anything"), {**STATE, "by_arm": {}})
+    for odd in ({"proposed": 10**9}, {"tokens": 10**6}):
+        ours = {**STATE["by_arm"], "ar": {**STATE["by_arm"]["ar"], **odd}}
+        with pytest.raises(ConfigError, match="more than 256 drafts a round, or more tokens than drafts"):
+            advise(Question("anything"), {**STATE, "by_arm": ours})
+    with pytest.raises(ConfigError, match="over plain decoding is not known yet"):
+        advise(Question("anything"), {**STATE, "priced_tokens": 0})
 
 
 def test_what_a_server_copies_counts_as_its_report_counts_it() -> None:
@@ -166,6 +175,8 @@ def test_replicas_are_taken_if_they_are_faster() -> None:
     found = advise(question)
     alone, many = found.rows
     assert (alone.spread, many.spread) == ("--tp-size 2", "--dp-size 2")
+    assert alone.choice == "DSPARK", "our draft passes are in no graph there"
+    assert "0.5 ms a layer of WHIFLASH's drafters" in found.assumed
     (half,) = advise(question._replace(cards=1, requests=(16,))).rows
     assert many.rates == pytest.approx({way: 2 * rate for way, rate in half.rates.items()})
     assert "on one card ratios were" in found.assumed
@@ -206,7 +217,14 @@ def test_the_command_shows_and_prints_json() -> None:
         assert title in shown.output
     found = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
     assert found["rows"][0]["choice"] in found["verdict"]
-    for wrong in ("--requests=1,many", "--requests=4097", "--context=128 kB", "--gpu=rtx4090"):
+    digits = "9" * 5000
+    for wrong in (
+        "--requests=1,many",
+        "--requests=4097",
+        "--context=128 kB",
+        "--gpu=rtx4090",
+        f"--context={digits}",
+    ):
         assert isinstance(CliRunner().invoke(app, ["advise", "qwen3-8b", wrong]).exception, UsageError)
 
 
@@ -221,11 +239,20 @@ def test_a_report_compares_with_the_servers_prices_and_counts_from_an_earlier_on
     )
     assert prefills["cost_per_million_tokens"] == pytest.approx(10.0)
     later = {**STATE, "tokens": 1500, "timed_tokens": 1500, "timed_seconds": 20.0, "plain_seconds": 20.0}
+    later |= {"priced_seconds": 20.0, "priced_tokens": 1500}
     assert brought(later, STATE).as_json(None)["gain"] == 0.5
+    half = brought({**STATE, "timed_seconds": 20.0, "timed_tokens": 2000, "tokens": 2000}).as_json(hourly=3.6)
+    assert (half["gain"], half["seconds"]) == (1.5, 20.0)
+    assert half["saved_cost"] == pytest.approx(0.005), "of the rounds whose plain price was known"
+    guessed = brought({**STATE, "priced_seconds": 0, "priced_tokens": 0, "plain_seconds": 0}).as_json(
+        hourly=3.6
+    )
+    assert [guessed[name] for name in ("gain", "plain_tokens_per_second", "saved_cost")] == [None] * 3
+    assert guessed["tokens_per_second"] == 100.0
     assert brought({**STATE, "replicas": [{}, {}]}).as_json(None)["tokens_per_second"] == 200.0
     with pytest.raises(ConfigError, match="was restarted"):
         brought(STATE, later)
-    for state, earlier in (({"tokens": 0}, None), ({**later, "tokens": STATE["tokens"]}, STATE)):
+    for state, earlier in (({**STATE, "tokens": 0}, None), ({**later, "tokens": STATE["tokens"]}, STATE)):
         with pytest.raises(ConfigError, match="no round yet"):
             brought(state, earlier)
 

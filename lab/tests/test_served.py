@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from whiflash_lab import evaluation
 from whiflash_lab.evaluation import EvaluationSettings, Hardware, compare_served
+from whiflash_sglang.files.hosts import Answer
 from whiflash_train.answers.store import FeatureStore, SequenceRecord
 from whiflash_train.answers.store import Sequence as Stored
 from whiflash_train.origin import VocabularyMatrices
@@ -85,11 +86,14 @@ class Planted:
         parts = PairParts({"ar": root / self.planted["drafter"]})
         self.pair = Pair.load(parts, TargetModel(root / "target", **CPU))
 
-    def __call__(self, path: str, holds: str, body: Any = None) -> dict[str, Any]:
+    def __call__(self, path: str, shape: type[Answer], body: Any = None) -> dict[str, Any]:
+        return shape.model_validate(self.answer(path, body)).model_dump(exclude_unset=True)
+
+    def answer(self, path: str, body: Any) -> dict[str, Any]:
         if body is None:
-            return {holds: ["ar"]}
+            return {"arms": ["ar"]}
         if path == "/tokenize":
-            return {holds: self.tokenizer.encode(body["prompt"], add_special_tokens=False)}
+            return {"tokens": self.tokenizer.encode(body["prompt"], add_special_tokens=False)}
         options = {"chat_template": self.planted.get("template"), "add_generation_prompt": True}
         prompt = list(
             self.tokenizer.apply_chat_template(body["messages"], return_dict=True, **options)["input_ids"]
@@ -109,7 +113,7 @@ class Planted:
         stretch["round_proposed"] = [5] * len(emitted)
         trace = {"version": 1, "policy": "auto", "stretches": [stretch], **sums}
         choice = {"prompt_token_ids": prompt, "response_token_ids": text[len(prompt) :]}
-        return {holds: [choice], "sglext": {"whiflash": trace}}
+        return {"choices": [choice], "sglext": {"whiflash": trace}}
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from whiflash_lab.simulate import (
     Simulation,
 )
 from whiflash_sglang.cli.report import brought
+from whiflash_sglang.cli.top import unknown
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError, UsageError
 from whiflash_sglang.files.progress import tracked
@@ -44,13 +45,15 @@ LAYER = (H100.fixed - 2 * PARAMETERS / GPUS["h100"].bandwidth) / _QWEN.layers
 """Seconds of a layer beyond reading its weights: what is left of Qwen3-8B's published step on an H100."""
 EXPERTS_LAYER = 90e-6
 """The same of a layer of experts, such that gpt-oss-120b's published 212 tokens a second on one H100 come out."""
+EAGER = 0.5e-3
+"""Seconds that a drafter's layer takes longer outside a CUDA graph, where several cards share a server: assumed."""
 REDUCE, SURE = 20e-6, 1.25
 """Seconds of a layer's two reductions between cards: assumed, so one server on all cards has to be so much faster."""
 READ, WIDER = 1.8, 0.1
 """Seconds to read a token of context, over those of its bytes at the card's bandwidth, and what each further row
 adds, of up to eight: an H200's (`results/gpu/verification.json`). Published steps of an H100 and an H20 fit, too."""
-ENOUGH = 64
-"""Rounds that show what a drafter accepts."""
+ENOUGH, MOST_DRAFTS = 64, 256
+"""Rounds that show what a drafter accepts; drafts of a round, at most."""
 BLOCK_LAYERS = 5
 """Layers of a published block drafter; an EAGLE-3 drafter has one."""
 DRAFTER = 1.7
@@ -163,7 +166,9 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
         target = target or PublishedTarget(question.target, _QWEN, (), ())
         loads = question.requests if pair.drafts else ()
         sums = brought(state)  # copies and forced text with them
-        rates = {PLAIN: sums.tokens / sums.plain_seconds, OURS: sums.tokens / sums.seconds}
+        if sums.gain is None:
+            raise ConfigError(f"what the server brings over plain decoding is {unknown(sums.price)}")
+        rates = {PLAIN: sums.tokens / sums.seconds / sums.gain, OURS: sums.tokens / sums.seconds}
         rows = [Estimate(OWN, "", rates, sums.gain, sums.gain)]
         rows += [_row(lambda _: card, pair, question, n, _block(target)) for n in tracked(loads, TASK)]
         verdict, prices = rows[0].verdict(0.0), "the running server, host's time included; drafters alone"
@@ -253,7 +258,8 @@ def _prices(target: PublishedTarget, gpu: Gpu, question: Question) -> str:
     off, shown = _off(target), gpu in (GPUS["h100"], GPUS["h20"])
     error = f"on one card ratios were {min(off):+.0%} to {max(off):+.0%} off where others measured them"
     cards = f"{question.cards} × {gpu.name} bf16, fits to published tables scaled by bandwidth"
-    cards += ", draft passes in graphs (not so with --tp-size)" if question.cards > 1 else ""
+    if question.cards > 1:
+        cards += f", with --tp-size {1000 * EAGER:g} ms a layer of WHIFLASH's drafters, which no graph holds (assumed)"
     return f"{cards}; {error if shown else 'no table shows their error'}"
 
 
@@ -326,6 +332,12 @@ def _of_server(state: Mapping[str, Any], question: Question) -> tuple[Card, Publ
         if arm in FULL and sums["rounds"] >= ENOUGH
     }
     rounds = [sums["rounds"] for arm, sums in by_arm.items() if arm != arms.NONE]
+    if any(sums["tokens"] > sums["rounds"] + sums["proposed"] for sums in by_arm.values()) or any(
+        drafts > MOST_DRAFTS for _, drafts in drafted.values()
+    ):
+        raise ConfigError(
+            f"the server counts more than {MOST_DRAFTS} drafts a round, or more tokens than drafts: is it WHIFLASH's?"
+        )
     if max(rounds, default=0) < ENOUGH or not costs.get("verify"):
         raise ConfigError(
             f"the server has drafted in fewer than {ENOUGH} rounds of a drafter: send it requests, then ask again"
@@ -335,7 +347,7 @@ def _of_server(state: Mapping[str, Any], question: Question) -> tuple[Card, Publ
     drafts = {arm: longest for arm, (_, longest) in drafted.items()}
     card = Card(
         "server",
-        fixed=costs["verify"] + costs.get("between", 0.0) - row,
+        fixed=max(costs["verify"] + costs.get("between", 0.0) - row, 1e-6),
         row=row,
         token=max(costs.get("verify_request", row) - row, 0.0) / (question.prompt + question.answer / 2),
         chain=draft.get(arms.AR, 0.0) / drafts.get(arms.AR, 1),
@@ -361,7 +373,8 @@ def _fastest(
     def on(cards: int, replicas: int) -> Estimate:
         prices = partial(_card, target.shape, gpu, cards, question.context)
         fitting = partial(_fitting, target.shape, question, cards)
-        row = _row(prices, pair, question, requests, _block(target), fitting, replicas)
+        eager = EAGER if cards > 1 else 0.0
+        row = _row(prices, pair, question, requests, _block(target), fitting, replicas, eager)
         name, size = ("dp", replicas) if replicas > 1 else ("tp", cards)
         return row._replace(
             load=count(requests, "request") + (f", {name} {size}" if whole > 1 else ""),
@@ -383,8 +396,13 @@ def _row(
     block: str,
     fitting: Callable[[int], int] = lambda layers: sys.maxsize,
     replicas: int = 1,
+    eager: float = 0.0,
 ) -> Estimate:
-    """prices: of so many requests at once. fitting: as many as a replica holds beside drafters of so many layers."""
+    """Estimate every way.
+
+    prices: of so many requests at once. fitting: as many as a replica holds beside drafters of so many layers. eager:
+    seconds that each layer of our drafters takes longer than SGLang's.
+    """
     tools = max(question.tools, 1e-9)  # above 0, so that the host's time counts
 
     def rate(way: str, pair: PublishedPair) -> float:
@@ -394,6 +412,8 @@ def _row(
             at_once, 4 * at_once + 40, question.prompt, question.answer, tools=tools, cached=question.context
         )
         card, method = prices(at_once), methods.get(way)
+        if way == OURS:
+            card = replace(card, chain=card.chain + eager, block=card.block + BLOCK_LAYERS * eager)
         if method is None:  # NGRAM drafts for nothing
             card, method = replace(card, block=0.0), "dflash"
         return Simulation(card, load, method, pair=pair).run().rate * min(replicas, requests / at_once)

@@ -338,7 +338,8 @@ def _tau2(where: str, name: str, record: dict[str, Any]) -> Conversation:
                           "tool_calls": [{"id", "name", "arguments", "requestor"}]}, ...]}, ...]}
 
     The user may call tools, too; neither these calls nor their results are seen by the agent. Nothing else of `info` is
-    read. Source: sierra-research/tau2-bench, `web/leaderboard/public/submissions/*/trajectories`.
+    read. Source: sierra-research/tau2-bench, `web/leaderboard/public/submissions/*/trajectories` at commit 52a4ed7b:
+    later commits have no trajectories.
     """
     environment = object_of(f"{where}, info.environment_info", record[_ENVIRONMENT] or {})
     policy = text_of(f"{where}, info.environment_info.policy", environment.get("policy"))

@@ -6,21 +6,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from whiflash_sdk import Arm, Hints, Span, routing
+from whiflash_sdk import Arm, Hints, Span, TraceError, routing
 
 from whiflash_sglang.checkpoints.fit import TargetShape
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Forecast
 from whiflash_sglang.errors import ServerRefusedError
+from whiflash_sglang.files.hosts import Answer, ServedArms, TokenIds, Tokenized
 from whiflash_sglang.files.progress import tracked
 from whiflash_sglang.formats.router import Router
 from whiflash_sglang.records.request import Request
@@ -56,8 +58,21 @@ FAULTS = ((-1, 0), (1, 0), (0, 1), (0, -1))
 Cause = tuple[str, str]
 """A word for programs and a sentence for people."""
 Counts = NDArray[np.int64]
+
+
+class ChosenAnswer(Answer):
+    prompt_token_ids: TokenIds
+    response_token_ids: TokenIds
+
+
+class ChatAnswer(Answer):
+    """An answer of `POST /v1/chat/completions` with token ids."""
+
+    choices: Annotated[list[ChosenAnswer], Field(min_length=1, max_length=1)]
+
+
 Asks = Callable[..., dict[str, Any]]
-"""`hosts.ask` of one server: route, key of the answer, body."""
+"""`hosts.ask` of one server: route, shape of the answer, body."""
 
 
 class KnownSignals(NamedTuple):
@@ -247,8 +262,12 @@ def ask_server(asks: Asks, row: Mapping[str, Any], arm: Arm, longest: int) -> tu
     hints = Hints(spans=[pinned], lookup="off", trace="full", learn=False)
     body = {name: row[name] for name in ("messages", "tools") if row.get(name)}
     body |= {"temperature": 0, "max_tokens": longest, "return_token_ids": True, **hints.extra_body()}
-    answer = asks("/v1/chat/completions", "choices", body)
-    trace, choice = routing(answer), answer["choices"][0]
+    answer = asks("/v1/chat/completions", ChatAnswer, body)
+    choice = answer["choices"][0]
+    try:
+        trace = routing(answer)
+    except TraceError as error:
+        raise ServerRefusedError(f"the server sent a trace of another shape ({error})") from None
     rounds: Rounds = []
     for stretch in trace.stretches if trace else ():
         begin = stretch.start - 1
@@ -267,7 +286,7 @@ def prompt_cause(
         return None
     text, theirs = str(tokenizer.decode(own)), str(tokenizer.decode(served))
     body = {"prompt": text, "add_special_tokens": False}
-    if asks("/tokenize", "tokens", body)["tokens"] != tokenizer.encode(text, add_special_tokens=False):
+    if asks("/tokenize", Tokenized, body)["tokens"] != tokenizer.encode(text, add_special_tokens=False):
         return "tokenizer", f"The server's tokenizer is another: it splits {text[-60:]!r} otherwise."
     place = agreed(map(ord, text), map(ord, theirs))
     text, theirs = text[place:], theirs[place:]
@@ -329,7 +348,7 @@ def compare_served(
     manifest, rows = load_manifest(bundle), read_rows(prompts)
     jinja = None if manifest.chat_template is None else (bundle / manifest.chat_template).read_text("utf-8")
     tokenizer = AutoTokenizer.from_pretrained(target_path(manifest.target))
-    if arm not in manifest.drafters or arm not in asks("/whiflash/capabilities", "arms")["arms"]:
+    if arm not in manifest.drafters or arm not in asks("/whiflash/capabilities", ServedArms)["arms"]:
         raise ServerRefusedError(f"bundle and server do not both draft with {arm}: give another --arm")
     cause: Cause | None = None
     texts: list[Text] = []

@@ -64,7 +64,9 @@ def test_halves_of_an_async_generator_run_in_two_tasks(
             await ask()
 
         begun = asyncio.create_task(setup())
-        await first.wait()
+        waiting = asyncio.create_task(first.wait())
+        await asyncio.wait((begun, waiting), return_when=asyncio.FIRST_COMPLETED)
+        assert waiting.done() or begun.result()
         await asyncio.create_task(anext(halves, None))  # type: ignore[arg-type]
         ended.set()
         await begun

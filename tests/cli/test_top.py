@@ -37,6 +37,8 @@ def state(times: int = 1) -> dict[str, Any]:
         "round_seconds": 0.5,
         "timed_seconds": 0.4,
         "timed_tokens": 50,
+        "priced_seconds": 0.4,
+        "priced_tokens": 50,
         "plain_seconds": 0.6,
     }
     return {
@@ -49,6 +51,7 @@ def state(times: int = 1) -> dict[str, Any]:
             "none": {name: value * times for name, value in plain.items()},
         },
         "reasons": {"score": 15 * times, "pin": 5 * times, "off": 0},
+        "plain_price": {"rounds": 8, "needed": 8, "of": "plain rounds"},
         "costs": {"verify": 0.02, "verify_draft": 0.0005, "between": 0, "draft": {"ar": 0.0031}},
         "memory": {"draft_kv": 3 << 30, "lookup_index": 2048},
     }
@@ -331,11 +334,28 @@ def test_a_report_counts_from_an_earlier_one(
     (tmp_path / "monday.json").write_text(report("--json"))
     since = ("--since", str(tmp_path / "monday.json"))
     assert "50 tokens, 125.0 a second for 83.3 without drafts" in report(*since)
-    old = {"http://elsewhere:1": {"state": {"tokens": 1, "timed_seconds": 1.0, "plain_seconds": 1.0}}}
-    (tmp_path / "monday.json").write_text(json.dumps(old))  # an older release wrote it
-    ended = CliRunner().invoke(app, ["report", "--url", recorded.url, *since])
-    assert "is no output of" in str(ended.exception)
-    old["http://elsewhere:1"]["state"]["timed_tokens"] = 1
-    (tmp_path / "monday.json").write_text(json.dumps(old))
-    ended = CliRunner().invoke(app, ["report", "--url", recorded.url, *since])
-    assert "has only http://elsewhere:1" in str(ended.exception)
+    (told,) = json.loads((tmp_path / "monday.json").read_text()).values()
+    older = {name: count for name, count in told["state"].items() if name != "timed_tokens"}
+    for state, said in ((older, "is no output of"), (told["state"], "has only http://elsewhere:1")):
+        (tmp_path / "monday.json").write_text(json.dumps({"http://elsewhere:1": {"state": state}}))
+        ended = CliRunner().invoke(app, ["report", "--url", recorded.url, *since])
+        assert said in str(ended.exception)
+
+
+def test_a_gain_that_rests_on_a_guess_is_not_shown(recorded: Recorded) -> None:
+    """By `report` and `top`, to people and as JSON."""
+    few = {"rounds": 3, "needed": 8, "of": "plain rounds"}
+    unpriced = {"priced_seconds": 0.0, "priced_tokens": 0, "plain_seconds": 0.0, "plain_price": few}
+    recorded.answers["/whiflash/state"] = 200, json.dumps(state() | unpriced).encode()
+
+    def shown(*words: str) -> str:
+        return CliRunner().invoke(app, [*words, "--url", recorded.url]).stdout
+
+    said = shown("report", "--cost-per-hour", "2")
+    assert "50 tokens, 125.0 a second; the gain is not known yet (3 of 8 plain rounds)" in said
+    assert "a million tokens cost 4.44\n" in said
+    assert "not known yet (3 of 8 plain rounds)" in shown("top", "--once")
+    (told,) = json.loads(shown("report", "--json", "--cost-per-hour", "2")).values()
+    assert (told["gain"], told["saved_cost"], told["plain_price"]) == (None, None, few)
+    (told,) = json.loads(shown("top", "--once", "--json"))
+    assert (told["total"]["gain"], told["state"]["plain_price"]) == (None, few)

@@ -206,7 +206,7 @@ def test_flashmap_follows_a_target_that_is_written(tmp_path: Path) -> None:
         (DFLASH2 | {"dflash_config": OF_DFLASH2 | {"conv_group_size": 0}}, "go together"),
         (
             DFLASH2 | {"dflash_config": OF_DFLASH2 | {"output_multiplier": -1.0}},
-            "output_multiplier must be above 0",
+            "output_multiplier must be a number above 0",
         ),
         (XPRESS | {"xpress_num_passes": 0}, "xpress_num_passes must be an integer of at least 1"),
         (XPRESS | {"xpress_candidate_topc": 256}, "xpress_candidate_topc 256 belongs to a drafter"),

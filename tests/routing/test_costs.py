@@ -1,6 +1,8 @@
 """Measured latencies and expected acceptance."""
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from whiflash_sdk.hints import Span
@@ -10,7 +12,9 @@ from whiflash_sglang.prices.costs import PLAIN_ROUNDS, PRIOR_SHARE, MeasuredCost
 from whiflash_sglang.prices.fits import Fit
 from whiflash_sglang.prices.round_clock import RoundTime
 from whiflash_sglang.records.signals import Decision, Signals
+from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.routing.estimate import LEVEL_LIMIT, AcceptanceByPlace, AcceptanceEstimator
+from whiflash_sglang.telemetry.tally import Tally
 
 BOTH = frozenset({"ar", "diffusion"})
 
@@ -199,11 +203,24 @@ def test_contexts_differ() -> None:
     assert estimator.expect("ar", tool) > estimator.expect("ar", prose) + 3
 
 
-def test_what_plain_decoding_costs_is_told_when_it_was_timed() -> None:
-    costs = MeasuredCosts(lambda arm: 4)
+def test_what_drafting_brings_is_counted_from_when_plain_decoding_was_timed() -> None:
+    costs, tally = MeasuredCosts(lambda arm: 4), Tally.of(["ar"])
+    other: Any = SimpleNamespace(costs=costs)
+    learner = Learner({}, other, other, tally, other, [])
+    drafted = RoundTime(8, 2, tokens=6, seconds=0.02)
     for _ in range(100):
-        costs.observe(RoundTime(8, 2, seconds=0.02))
-    for _ in range(PLAIN_ROUNDS):
-        assert not costs.knows_plain
-        costs.observe(RoundTime(2, 2, seconds=0.01))
-    assert costs.knows_plain
+        learner.timed(drafted)
+    for rounds in range(PLAIN_ROUNDS):
+        assert costs.plain_price() == {"rounds": rounds, "needed": PLAIN_ROUNDS, "of": "plain rounds"}
+        assert (costs.plain(2), tally.priced_seconds, tally.priced_tokens, tally.plain_seconds) == (
+            None,
+            0,
+            0,
+            0,
+        )
+        learner.timed(RoundTime(2, 2, tokens=2, seconds=0.01))
+    assert tally.priced_tokens == 2, "of the round that made it known"
+    before = tally.plain_seconds
+    learner.timed(drafted)
+    assert (tally.priced_tokens, tally.timed_tokens) == (8, 622)
+    assert tally.plain_seconds - before == pytest.approx(3 * (costs.plain(2) or 0))

@@ -7,7 +7,7 @@ from device_clock import DeviceClock
 
 from whiflash_sglang.device.clock import measure
 from whiflash_sglang.drafts.rates import Mean
-from whiflash_sglang.prices.costs import FULL_LENGTH
+from whiflash_sglang.prices.costs import FULL_LENGTH, PLAIN_ROUNDS
 from whiflash_sglang.prices.fits import WINDOW, Correction
 from whiflash_sglang.prices.round_clock import RoundTime
 from whiflash_sglang.prices.tables import LEFT_OUT, CostTables, LookedUpCosts, Sizes, Verifications
@@ -209,9 +209,13 @@ def test_a_further_draft_must_bring_what_its_row_costs_at_this_load() -> None:
     assert found.worth("ar").draft == 0.0, "a chain runs whole"
 
 
-def test_prices_are_known_from_the_start() -> None:
+def test_prices_are_known_from_the_start_and_compared_with_rounds_before_gains_are_shown() -> None:
     found = costs()
-    assert found.knows_plain
+    for _ in range(PLAIN_ROUNDS):
+        assert found.plain(1) is None
+        found.observe(RoundTime(4, 1, tokens=2, seconds=10.4))
+    assert found.plain(1) == pytest.approx(found.verify(1, 1))
+    found = costs()
     assert found.timings("ar") == found.timings("lookup") > 100
     fitted = found.fitted(("ar", "lookup"))
     assert fitted["verify", ""] == pytest.approx(10.1)

@@ -44,7 +44,7 @@ def test_entropy_is_read_seldom_where_nothing_is_drafted(
 
 
 def test_a_pass_counts_by_its_own_drafts_behind_which_a_copy_was_verified() -> None:
-    controller, other = MagicMock(**{"costs.knows_plain": False}), MagicMock()
+    controller, other = MagicMock(), MagicMock()
     learner = learning.Learner({}, controller, other, other, other, ["", "lookup"])
     turn = MagicMock(requests=[MagicMock(recording=None)], parts=None, bounded=False)
     turn.plan.routes = ["ar"]
@@ -56,4 +56,5 @@ def test_a_pass_counts_by_its_own_drafts_behind_which_a_copy_was_verified() -> N
 
 def test_a_round_is_compared_with_one_that_verifies_a_row_of_each_request() -> None:
     costs: Any = SimpleNamespace(draft=lambda _, n: n, verify=lambda rows, _: 10 * rows, lasts=lambda s: -s)
+    costs.plain = lambda requests: -10 * requests
     assert learning.round_prices(costs, ["ar", "ar", "none"], 9) == (-92, -30)

@@ -14,6 +14,8 @@ from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, authorization,
 from whiflash_sglang.engine.patching import Finding
 from whiflash_sglang.errors import UsageError
 
+ANSWER = 600.0
+"""Seconds that a server may take for an answer of --echo, many of which it makes at once."""
 PACKAGES = (
     "whiflash-sglang",
     "whiflash-kernels",
@@ -101,7 +103,10 @@ def check(
         ),
     ] = None,
     sweeps: Annotated[
-        int, typer.Option("--sweeps", min=1, help="Times 12 prompts of --echo; each compares 25,000 tokens.")
+        int,
+        typer.Option(
+            "--sweeps", min=1, max=1000, help="Times 12 prompts of --echo; each compares 25,000 tokens."
+        ),
     ] = 1,
     as_json: JsonFlag = False,
     api_key: AdminKeyOption = None,
@@ -162,20 +167,20 @@ def _check_echo(url: str, sweeps: int, api_key: str | None, *, as_json: bool) ->
     import httpx
 
     from whiflash_sglang.cli import echo
-    from whiflash_sglang.files.hosts import LIMITS, ask
+    from whiflash_sglang.files.hosts import LIMITS, ServedArms, Tokenized, ask, without_password
     from whiflash_sglang.files.progress import progress
 
-    headers = authorization(api_key)
-    with httpx.Client(headers=headers, timeout=None, limits=LIMITS) as client, progress() as bar:
-        arms = ask(client, url, "/whiflash/capabilities", "arms")["arms"]
-        dtype = ask(client, url, "/server_info", "dtype")["dtype"]
+    headers, named = authorization(api_key), without_password(url)
+    with httpx.Client(headers=headers, timeout=ANSWER, limits=LIMITS) as client, progress() as bar:
+        arms = ask(client, url, "/whiflash/capabilities", ServedArms)["arms"]
+        dtype = ask(client, url, "/server_info", echo.ServedInfo)["dtype"]
         over_http, texts = partial(echo.over_http, client, url), echo.prompts(seed=0)
         result = echo.Echo(over_http, arms, dtype, echo.LENGTH)
         steps = sweeps * (echo.AT_ONCE + len(arms) + 2)
-        task = bar.add_task(f"{url} repeats identifiers", total=steps)
+        task = bar.add_task(f"{named} repeats identifiers", total=steps)
         for _ in range(sweeps):
             prompts = [
-                (ask(client, url, "/tokenize", "tokens", {"prompt": text})["tokens"], params)
+                (ask(client, url, "/tokenize", Tokenized, {"prompt": text})["tokens"], params)
                 for text, params in islice(texts, echo.AT_ONCE)
             ]
             for _ in result.sweep(prompts):
@@ -183,7 +188,7 @@ def _check_echo(url: str, sweeps: int, api_key: str | None, *, as_json: bool) ->
     rows = result.rows()
     right = all(row["wrong"] <= row["allowed"] for row in rows)
     if as_json:
-        told = {"url": url, "dtype": dtype, "right": right, "rows": rows, "wrong": result.wrong[:10]}
+        told = {"url": named, "dtype": dtype, "right": right, "rows": rows, "wrong": result.wrong[:10]}
         typer.echo(json.dumps(told))
     else:
         for row in (rows[0], *(row.values() for row in rows)):

@@ -14,13 +14,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import httpx
+from pydantic import model_validator
 
 from whiflash_sglang.drafts.arms import LOOKUP, NONE
+from whiflash_sglang.errors import ServerRefusedError
 from whiflash_sglang.files.equality import TopTwo, Verdict, is_tie
-from whiflash_sglang.files.hosts import ask
+from whiflash_sglang.files.hosts import Answer, Count, TokenIds, ask
 
 AT_ONCE = 12
 """Requests at once, and prompts of a sweep."""
@@ -37,12 +39,57 @@ FREE: Mapping[str, Any] = {"ignore_eos": True}
 Body = dict[str, Any]
 Asked = tuple[Sequence[int], Mapping[str, Any]]
 """A prompt's token ids, and its sampling parameters."""
+MOST_ROUNDS = 1 << 16
+"""Rounds and tokens of an answer's trace."""
+
+
+class ServedInfo(Answer):
+    """An answer of `GET /server_info`."""
+
+    dtype: str
+
+
+class RoundsOfArm(Answer):
+    """A stretch of a trace (docs/reference/traces.md)."""
+
+    start: Count
+    arm: str
+    round_tokens: list[Count]
+    round_proposed: list[Count]
+
+
+class Rounds(Answer):
+    """A full trace."""
+
+    stretches: list[RoundsOfArm]
+
+    @model_validator(mode="after")
+    def bounded(self) -> Self:
+        """Refuse lists of unequal lengths, and more tokens than an answer has: each is looked at."""
+        rounds = [len(stretch.round_tokens) for stretch in self.stretches]
+        if rounds != [len(stretch.round_proposed) for stretch in self.stretches]:
+            raise ValueError("a stretch has other numbers of rounds")
+        if sum(rounds) + sum(sum(stretch.round_tokens) for stretch in self.stretches) > MOST_ROUNDS:
+            raise ValueError("a trace has more tokens than an answer")
+        return self
+
+
+class MetaInfo(Answer):
+    whiflash: Rounds
+    output_top_logprobs: list[list[tuple[float | None, Any, Any]]] | None = None
+
+
+class Generated(Answer):
+    """An answer of `POST /generate`."""
+
+    output_ids: TokenIds
+    meta_info: MetaInfo
 
 
 def over_http(client: httpx.Client, url: str, bodies: Sequence[Body]) -> Sequence[Body]:
     """Answers of the server at `url` to bodies of `/generate`. Raises ServerRefusedError."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(lambda body: ask(client, url, "/generate", "output_ids", body), bodies))
+        return list(pool.map(lambda body: ask(client, url, "/generate", Generated, body), bodies))
 
 
 def prompts(seed: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -137,7 +184,11 @@ class Echo:
 
     def _plain(self, job: Job) -> Job:
         (answer,) = self.ask([job.body() | {"return_logprob": True, "top_logprobs_num": 2}])
-        tops = answer["meta_info"]["output_top_logprobs"]
+        tops = answer["meta_info"].get("output_top_logprobs") or []
+        if not 0 < len(answer["output_ids"]) <= len(tops):
+            raise ServerRefusedError(
+                "the server answered without tokens or their log-probabilities: see its log"
+            )
         best = [[entry[0] for entry in top if entry[0] is not None] for top in tops]
         gaps = [two[0] - two[1] if len(two) > 1 else math.inf for two in best]
         return replace(job, tokens=answer["output_ids"], gaps=gaps)

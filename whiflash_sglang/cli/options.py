@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
+MOST = 1 << 24
+"""Tokens, prompts or answers that an option may ask for."""
 DEFAULT_URL = "http://127.0.0.1:30000"
 UrlOption = Annotated[
     list[str] | None,

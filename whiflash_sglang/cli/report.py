@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel, ConfigDict
+
 from whiflash_sglang.cli.top import less
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files.hosts import replicas_of
+from whiflash_sglang.files.hosts import Amount, ArmsSums, Count, PlainPrice, replicas_of
 
 CAVEAT = (
     "Plain seconds are the server's prices of rounds without drafts for the same tokens, not a second run. Prefills "
@@ -13,38 +15,54 @@ CAVEAT = (
     "`whiflash_sdk` (Session, collect)."
 )
 
-COUNTED = ("tokens", "timed_tokens", "timed_seconds", "plain_seconds", "by_arm")
-"""Entries of a server's state that a report reads."""
+
+class CountedState(BaseModel):
+    """State of a server, as a report reads it and keeps it for the next one."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    tokens: Count
+    timed_tokens: Count
+    timed_seconds: Amount
+    priced_tokens: Count
+    priced_seconds: Amount
+    plain_seconds: Amount
+    by_arm: ArmsSums
+    plain_price: PlainPrice
+
+
+COUNTED = tuple(CountedState.model_fields)
 
 
 class Brought(NamedTuple):
-    """seconds: of decode rounds, at the pace of those that were timed. plain_seconds: what they would have taken
-    without drafts. by_arm: tokens.
+    """seconds: of decode rounds, at the pace of those that were timed. gain: speed over plain decoding, in the rounds
+    for which its price was known, and saved: seconds that these saved; None if there were none. by_arm: tokens. price:
+    how far the price of plain decoding is known, as of `PlainPrice`.
     """
 
     tokens: int
     seconds: float
-    plain_seconds: float
+    gain: float | None
+    saved: float | None
     by_arm: Mapping[str, int]
-
-    @property
-    def gain(self) -> float:
-        return self.plain_seconds / self.seconds
+    price: Mapping[str, Any]
 
     def as_json(self, hourly: float | None) -> dict[str, Any]:
         """hourly: what an hour of the server costs."""
-        rate, plain = self.tokens / self.seconds, self.tokens / self.plain_seconds
-        costs = {} if hourly is None else {
-            "saved_cost": hourly * (self.plain_seconds - self.seconds) / 3600,
-            "cost_per_million_tokens": hourly / 3600 * 1e6 / rate,
-            "plain_cost_per_million_tokens": hourly / 3600 * 1e6 / plain,
+        rate, gain = self.tokens / self.seconds, self.gain
+        price = None if hourly is None else hourly / 3600 * 1e6 / rate
+        costs = {} if hourly is None or price is None else {
+            "saved_cost": None if self.saved is None else hourly * self.saved / 3600,
+            "cost_per_million_tokens": price,
+            "plain_cost_per_million_tokens": None if gain is None else price * gain,
         }  # fmt: skip
         return {
             "tokens": self.tokens,
             "seconds": self.seconds,
             "tokens_per_second": rate,
-            "plain_tokens_per_second": plain,
-            "gain": self.gain,
+            "plain_tokens_per_second": None if gain is None else rate / gain,
+            "gain": gain,
+            "plain_price": self.price,
             **costs,
             "tokens_by_arm": dict(self.by_arm),
         }
@@ -54,14 +72,29 @@ def brought(state: Mapping[str, Any], before: Mapping[str, Any] | None = None) -
     """A server's gain by its state, since an earlier state of it or since its start.
 
     Raises:
-        ConfigError: it was restarted since, or has not decoded enough to have a price.
+        ConfigError: it was restarted since, has decoded too little, or is another release's.
     """
-    if before and any(before[name] > state.get(name, 0) for name in COUNTED[:4]):
+    try:
+        counts: Any = CountedState.model_validate(dict(state)).model_dump()
+    except ValueError:
+        raise ConfigError(
+            "its state has other fields than this command reads: use the server's own release"
+        ) from None
+    if before is not None:
+        counts = less(counts, before)
+    *sums, by_arm, _ = (counts[name] for name in COUNTED)
+    if min(sums) < 0:
         raise ConfigError("the server was restarted after the reading of --since: leave --since out")
-    counts, replicas = state if before is None else less(state, before), replicas_of(state)
-    tokens, timed, seconds, plain = (counts.get(name) or 0 for name in COUNTED[:4])
-    if min(tokens, timed, seconds, plain) <= 0:
+    tokens, timed, seconds, priced_tokens, priced_seconds, plain = sums
+    if min(tokens, timed, seconds) <= 0:
         raise ConfigError("the server has timed no round yet: send it requests, then ask again")
-    by_arm = {arm: sums["tokens"] for arm, sums in (counts.get("by_arm") or {}).items() if sums["tokens"]}
-    all_of = tokens / timed / replicas  # a round before a prefill or a pause is not timed
-    return Brought(tokens, all_of * seconds, all_of * plain, by_arm)
+    all_of = tokens / timed / replicas_of(state)  # a round before a prefill or a pause is not timed
+    known = min(priced_tokens, priced_seconds, plain) > 0
+    return Brought(
+        tokens,
+        all_of * seconds,
+        plain / priced_seconds if known else None,
+        all_of * (plain - priced_seconds) if known else None,
+        {arm: own["tokens"] for arm, own in by_arm.items() if own["tokens"] > 0},
+        state["plain_price"],
+    )

@@ -20,7 +20,7 @@ from whiflash_sglang.cli.options import (
     say_prose,
 )
 from whiflash_sglang.errors import ConfigError, ServerRefusedError, UsageError, WhiflashError
-from whiflash_sglang.files.jsonl import read_json_file
+from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, read_json_file
 from whiflash_sglang.settings.config import RouterName
 
 PATIENCE = 60.0
@@ -34,10 +34,10 @@ def steer(url: str, path: str, body: dict[str, Any] | None, api_key: str | None)
     """
     import httpx
 
-    from whiflash_sglang.files.hosts import ask
+    from whiflash_sglang.files.hosts import ServerState, ask
 
     with httpx.Client(headers=authorization(api_key), timeout=PATIENCE) as client:
-        return ask(client, url, "/whiflash/state" if body is None else path, "policy", body)
+        return ask(client, url, "/whiflash/state" if body is None else path, ServerState, body)
 
 
 def ask_every(urls: list[str] | None, act: Callable[[str], Any], as_json: bool) -> None:
@@ -45,10 +45,12 @@ def ask_every(urls: list[str] | None, act: Callable[[str], Any], as_json: bool) 
 
     Raises: WhiflashError, for those that refused, after every server was asked.
     """
+    from whiflash_sglang.files.hosts import without_password
+
     results, failed = {}, []
     for address in dict.fromkeys(urls or [DEFAULT_URL]):
         try:
-            results[address] = act(address)
+            results[without_password(address)] = act(address)
         except ServerRefusedError as error:
             failed.append(str(error))
     if results:
@@ -137,7 +139,8 @@ def summary(
         typer.Option(exists=True, dir_okay=False, help="An earlier output of --json: count from it on."),
     ] = None,
     hourly: Annotated[
-        float | None, typer.Option("--cost-per-hour", min=0, help="Cost of a server's hour, in any currency.")
+        float | None,
+        typer.Option("--cost-per-hour", min=0, max=1e9, help="Cost of a server's hour, in any currency."),
     ] = None,
     as_json: JsonFlag = False,
     api_key: AdminKeyOption = None,
@@ -152,20 +155,22 @@ def summary(
     whiflash report --json > monday.json
     """
     from whiflash_sglang.cli.report import CAVEAT, COUNTED, brought
+    from whiflash_sglang.files.hosts import address_of, without_password
 
     before = {} if since is None else _earlier(since)
 
     def ask(server: str) -> dict[str, Any] | str:
         state = steer(server, "/whiflash/state", None, api_key)
-        if since is not None and server not in before:
+        named, earlier = without_password(server), before.get(address_of(server))
+        if since is not None and earlier is None:
             raise ServerRefusedError(
-                f"{server}: --since {since} has only {', '.join(before)}: give one of these as --url"
+                f"{named}: --since {since} has only {', '.join(before)}: give one of these as --url"
             )
         try:
-            figures = brought(state, before.get(server)).as_json(hourly)
+            figures = brought(state, earlier).as_json(hourly)
         except ConfigError as error:
-            raise ServerRefusedError(f"{server}: {error}") from None
-        counted = {name: state.get(name) for name in COUNTED}
+            raise ServerRefusedError(f"{named}: {error}") from None
+        counted = {name: state[name] for name in COUNTED}
         return {**figures, "state": counted} if as_json else _sentences(figures)
 
     ask_every(url, ask, as_json)
@@ -174,32 +179,42 @@ def summary(
 
 
 def _earlier(path: Path) -> dict[str, Any]:
-    from whiflash_sglang.cli.report import COUNTED
+    """Return the states of an earlier report, by `address_of` their servers."""
+    from whiflash_sglang.cli.report import CountedState
+    from whiflash_sglang.files.hosts import address_of
 
     try:
-        states = {url: report["state"] for url, report in read_json_file(path).items()}
         return {
-            url: {**state, **{name: +(state[name] or 0) for name in COUNTED[:4]}}
-            for url, state in states.items()
+            address_of(url): CountedState.model_validate(report["state"]).model_dump()
+            for url, report in read_json_file(path).items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except NOT_AS_WRITTEN:
         raise UsageError(f"--since {path} is no output of `whiflash report --json`") from None
 
 
 def _sentences(sums: dict[str, Any]) -> str:
+    from whiflash_sglang.cli.top import unknown
+
     arms = ", ".join(f"{arm} {count / sums['tokens']:.0%}" for arm, count in sums["tokens_by_arm"].items())
+    known = sums["gain"] is not None
+    beside = f"; the gain is {unknown(sums['plain_price'])}"
+    if known:
+        beside = f" for {sums['plain_tokens_per_second']:.1f} without drafts: {sums['gain']:.2f} times"
     lines = [
-        f"{sums['tokens']:,} tokens, {sums['tokens_per_second']:.1f} a second for "
-        f"{sums['plain_tokens_per_second']:.1f} without drafts: {sums['gain']:.2f} times",
+        f"{sums['tokens']:,} tokens, {sums['tokens_per_second']:.1f} a second{beside}",
         f"tokens by drafter: {arms}",
     ]
     if "saved_cost" in sums:
-        price, plain, saved = (
-            f"{sums[name]:.2f}" if abs(sums[name]) >= 1 else f"{sums[name]:.2g}"
-            for name in ("cost_per_million_tokens", "plain_cost_per_million_tokens", "saved_cost")
+        names = ("cost_per_million_tokens", "plain_cost_per_million_tokens", "saved_cost")
+        price, plain, saved = (_money(sums[name]) for name in names)
+        lines.append(
+            f"a million tokens cost {price}" + (f" instead of {plain}; saved {saved}" if known else "")
         )
-        lines.append(f"a million tokens cost {price} instead of {plain}; saved {saved}")
     return "\n  ".join(["", *lines])
+
+
+def _money(sum_: float | None) -> str:
+    return "" if sum_ is None else f"{sum_:.2f}" if abs(sum_) >= 1 else f"{sum_:.2g}"
 
 
 def register(app: typer.Typer, lab: typer.Typer) -> None:

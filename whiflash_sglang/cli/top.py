@@ -16,7 +16,7 @@ from whiflash_sdk.render.aligned import printable
 from whiflash_sdk.render.text import COLOURS, OTHER
 
 from whiflash_sglang.errors import ServerRefusedError
-from whiflash_sglang.files.hosts import ask, replicas_of
+from whiflash_sglang.files.hosts import ServedModel, ServerState, ask, replicas_of, without_password
 
 
 def screen(records: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -84,6 +84,8 @@ def _arms(state: Mapping[str, Any], now: Mapping[str, Any], total: Mapping[str, 
 def _facts(
     state: Mapping[str, Any], now: Mapping[str, Any], total: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
+    if total.get("gain") is None and (price := state.get("plain_price")):
+        yield "gain", unknown(price)
     if (switches := _both(now, total, "switches_per_second", "{:.1f}")) != "–":
         yield "switches", f"{switches} a second"
     if out := state.get("quarantined"):
@@ -152,16 +154,18 @@ class WatchedServer:
     """One server. url: of its root. model: what it serves, known from the first reading on."""
 
     def __init__(self, url: str, client: httpx.Client) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self.url = without_password(url)
         self.model = ""
-        self._client = client
+        self._client, self._address = client, url
 
     def read(self) -> StateReading:
         """Its state now. Raises: ServerRefusedError."""
         if not self.model:
-            self.model = str(ask(self._client, self.url, "/whiflash/capabilities", "model")["model"])
+            found = ask(self._client, self._address, "/whiflash/capabilities", ServedModel)
+            self.model = str(found["model"])
         try:
-            state = ask(self._client, self.url, f"/whiflash/state?timeout={TIMEOUT - 1:g}", "policy")
+            path = f"/whiflash/state?timeout={TIMEOUT - 1:g}"
+            state = ask(self._client, self._address, path, ServerState)
         except ServerRefusedError:
             self.model = ""  # another may come up there
             raise
@@ -234,10 +238,15 @@ def figures(counts: Mapping[str, Any], seconds: float) -> dict[str, Any]:
             for arm, sums in by_arm.items()
         }
     if "plain_seconds" in counts:
-        rates["gain"] = _ratio(counts["plain_seconds"], counts.get("timed_seconds", 0))
+        rates["gain"] = _ratio(counts["plain_seconds"], counts.get("priced_seconds", 0)) or None
     if reasons := counts.get("reasons"):
         rates["reasons"] = {reason: _ratio(count, sum(reasons.values())) for reason, count in reasons.items()}
     return rates
+
+
+def unknown(price: Mapping[str, Any]) -> str:
+    """Return, in words for people, why a server has no gain: how far it knows the price of plain decoding."""
+    return f"not known yet ({price['rounds']} of {price['needed']} {price['of']})"
 
 
 def _ratio(count: float, whole: float) -> float | None:

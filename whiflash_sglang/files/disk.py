@@ -43,10 +43,13 @@ def sha256(path: Path) -> str:
 
 
 def read_text(path: Path, limit: int = MOST_BYTES) -> str:
-    """A UTF-8 file. Raises ConfigError: it cannot be read, is no file, no text, or longer than `limit` bytes."""
+    """Return the text of a UTF-8 file, without the mark that some editors put first.
+
+    Raises ConfigError: it cannot be read, is no file, no text, or longer than `limit` bytes.
+    """
     try:
         with open_regular(path, limit) as file:
-            return file.read(limit).decode("utf-8").replace("\r\n", "\n")
+            return file.read(limit).decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         reason = error.strerror
     except ValueError as error:  # UnicodeDecodeError is one

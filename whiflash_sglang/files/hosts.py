@@ -1,56 +1,203 @@
 """Questions to a server, and the answers of its replicas. Imports no SGLang."""
 
+import math
+import re
+import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Final
 
 import httpx
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from whiflash_sglang.errors import ServerRefusedError, WhiflashError
+from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, read_json
 
 LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=2.0)
 """SGLang closes a connection that is idle for five seconds, httpx's default; one is while another arm answers."""
+MOST_ANSWER: Final = 16 << 20
+"""Bytes of an answer."""
+MOST_NAMES: Final = 1024
+"""Arms, reasons or replicas of a server."""
+_LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+
+Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 53)]
+Amount = Annotated[
+    float,
+    Field(strict=True, ge=0, lt=1e12, allow_inf_nan=False),
+    AfterValidator(lambda amount: amount if amount >= 1e-9 else 0.0),
+]
+"""Seconds or bytes. Less than a nanosecond is 0, so that no ratio of two is infinite."""
+Names = Annotated[list[str], Field(max_length=MOST_NAMES)]
+TokenIds = Annotated[list[Count], Field(max_length=1 << 20)]
+
+
+class Answer(BaseModel):
+    """JSON that a server sends. Fields that a class names have its types; others are passed on and not read."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class ServedModel(Answer):
+    """An answer of `GET /whiflash/capabilities`."""
+
+    model: str
+
+
+class ServedArms(Answer):
+    """An answer of `GET /whiflash/capabilities`."""
+
+    arms: Names
+
+
+class Tokenized(Answer):
+    """An answer of `POST /tokenize`."""
+
+    tokens: Annotated[TokenIds, Field(min_length=1)]
+
+
+class ArmSums(Answer):
+    """Rounds and tokens of an arm, as of `ArmCounts`."""
+
+    rounds: Count
+    tokens: Count
+    proposed: Count
+    accepted: Count
+
+
+ArmsSums = Annotated[dict[str, ArmSums], Field(max_length=MOST_NAMES)]
+
+
+class PlainPrice(Answer):
+    """How far the price of plain decoding is known (`Costs.plain_price`)."""
+
+    rounds: Count
+    needed: Count
+    of: str
+
+
+class Prices(Answer):
+    """Seconds (`Costs.snapshot`)."""
+
+    verify: Amount = 0.0
+    verify_draft: Amount = 0.0
+    verify_request: Amount = 0.0
+    verify_several: Amount = 0.0
+    between: Amount = 0.0
+    draft: Annotated[dict[str, Amount], Field(max_length=MOST_NAMES)] = {}
+    draft_request: Annotated[dict[str, Amount], Field(max_length=MOST_NAMES)] = {}
+
+
+class ReplicaState(Answer):
+    """A replica's own state, of which people are shown this much."""
+
+    replica: Count | None
+    requests: Count
+    tokens: Count
+
+
+class ServerState(Answer):
+    """`GET /whiflash/state`, as far as commands read it."""
+
+    policy: str
+    arms: Names = []
+    requests: Count = 0
+    rounds: Count = 0
+    tokens: Count = 0
+    switches: Count = 0
+    round_seconds: Amount = 0.0
+    timed_tokens: Count = 0
+    timed_seconds: Amount = 0.0
+    priced_tokens: Count = 0
+    priced_seconds: Amount = 0.0
+    plain_seconds: Amount = 0.0
+    plain_price: PlainPrice | None = None
+    by_arm: ArmsSums = {}
+    reasons: Annotated[dict[str, Count], Field(max_length=MOST_NAMES)] = {}
+    quarantined: Annotated[dict[str, str], Field(max_length=MOST_NAMES)] = {}
+    costs: Prices = Prices()
+    memory: Annotated[dict[str, Amount], Field(max_length=MOST_NAMES)] = {}
+    replicas: Annotated[list[ReplicaState], Field(max_length=MOST_NAMES)] = []
+
+
+def without_password(url: str) -> str:
+    """Return the URL of a server's root as it may be shown and written: without a user, a password or a query.
+
+    A URL that is none may hold a password, too, with any character in it, so everything before the last `@` goes.
+    """
+    url = re.sub("^([a-z]*://)?.*@", r"\1", url, flags=re.DOTALL | re.IGNORECASE)
+    return re.split("[?#]", url, maxsplit=1)[0].rstrip("/").removesuffix("/v1")
+
+
+def address_of(url: str) -> str:
+    """Return a key that is the same for all URLs of one server, whatever name they have for this machine."""
+    url = without_password(url)
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL:
+        return url
+    host = "localhost" if parts.host in _LOCAL else parts.host
+    return str(parts.copy_with(host=host))
 
 
 def ask(
-    client: httpx.Client, url: str, path: str, holds: str, body: Mapping[str, Any] | None = None
+    client: httpx.Client, url: str, path: str, shape: type[BaseModel], body: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The answer of the server at `url` on a route of ours, after `body` was sent to it if there is one.
+    """Return the answer of the server at `url` on a route of ours, after `body` was sent to it if there is one.
 
-    url: or an OpenAI client's. holds: a key without which it is somebody else's answer. Raises: ServerRefusedError.
+    url: or an OpenAI client's. shape: what it must be, else it is somebody else's. Raises: ServerRefusedError.
     """
-    url = url.rstrip("/").removesuffix("/v1")
+    named = without_password(url)
     try:
-        answer = client.get(f"{url}{path}") if body is None else client.post(f"{url}{path}", json=body)
+        status, raw = _read(client, f"{url.rstrip('/').removesuffix('/v1')}{path}", body)
     except httpx.ReadTimeout:
         hint = "it may be busy with a long step; ask again"
-        raise ServerRefusedError(f"{url} has not answered: {hint}") from None
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ServerRefusedError(f"{named} has not answered: {hint}") from None
+    except httpx.HTTPError as error:
         raise ServerRefusedError(
-            f"{url} does not answer ({error}): check the URL, and whether the server has started"
+            f"{named} does not answer ({error}): check the URL, and whether the server has started"
+        ) from None
+    except (httpx.InvalidURL, ValueError):  # the text of either may hold a part of a password
+        raise ServerRefusedError(
+            f"{named} is no URL of a server: give one such as http://127.0.0.1:30000"
         ) from None
     path = path.partition("?")[0]
-    if answer.status_code in (401, 403):
+    if status in (401, 403):
         raise ServerRefusedError(
-            f"{url} refused the key for {path} ({answer.status_code}): set WHIFLASH_API_KEY, or --api-key, to its "
-            "admin key, or to its API key where that opens the route"
+            f"{named} refused the key for {path} ({status}): set WHIFLASH_API_KEY, or --api-key, to its admin key, or "
+            "to its API key where that opens the route"
         )
-    if answer.status_code == 404:
+    if status == 404:
         raise ServerRefusedError(
-            f"{url} has no {path} (404): it is no SGLang server with --speculative-algorithm WHIFLASH; check the URL"
+            f"{named} has no {path} (404): it is no SGLang server with --speculative-algorithm WHIFLASH; check the URL"
         )
+    why: object = None
     try:
-        content = answer.json()
-        why = None if answer.status_code == 200 else content.get("error", content)["message"]
-    except (AttributeError, ValueError, KeyError, TypeError):
-        content, why = None, None
+        content = read_json(raw)
+        if status == 200:
+            return shape.model_validate(content).model_dump(exclude_unset=True)
+        why = content.get("error", content)["message"]
+    except NOT_AS_WRITTEN:
+        pass
     if isinstance(why, str):
-        raise ServerRefusedError(f"{url}{path} answered {answer.status_code}: {why}")
-    if answer.status_code != 200 or not isinstance(content, dict) or holds not in content:
-        raise ServerRefusedError(
-            f"{url}{path} answered {answer.status_code} without the expected JSON, as a gateway does: give the URL "
-            "of the server itself"
-        )
-    return content
+        raise ServerRefusedError(f"{named}{path} answered {status}: {why[:500]}")
+    raise ServerRefusedError(
+        f"{named}{path} answered {status} without the expected JSON, as a gateway does: give the URL of the server "
+        "itself"
+    )
+
+
+def _read(client: httpx.Client, url: str, body: Mapping[str, Any] | None) -> tuple[int, bytes]:
+    """Return status and body of an answer. Raises httpx's errors, also for one that is too long or never ends."""
+    content = bytearray()
+    ends = time.monotonic() + (client.timeout.read or math.inf)
+    with client.stream("GET" if body is None else "POST", url, json=body) as answer:
+        for part in answer.iter_bytes():
+            content += part
+            if len(content) > MOST_ANSWER:
+                raise httpx.DecodingError(f"its answer is longer than {MOST_ANSWER >> 20} MiB")
+            if time.monotonic() > ends:
+                raise httpx.ReadTimeout("its answer does not end")
+    return answer.status_code, bytes(content)
 
 
 class SilentReplicaError(WhiflashError):

@@ -4,6 +4,7 @@
 as they are.
 """
 
+import codecs
 import json
 import math
 import os
@@ -53,7 +54,7 @@ def read_json(text: str | bytes | bytearray, *, finite: bool = True) -> Any:
 def read_json_file(path: Path, *, finite: bool = True) -> Any:
     """`read_json` of a file of at most `MOST_BYTES`. Raises OSError where it cannot be opened, ValueError."""
     with open_regular(path, MOST_BYTES) as file:
-        return read_json(file.read(MOST_BYTES), finite=finite)
+        return read_json(file.read(MOST_BYTES).removeprefix(codecs.BOM_UTF8), finite=finite)
 
 
 def _integer(digits: str) -> int:

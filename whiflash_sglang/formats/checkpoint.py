@@ -5,6 +5,7 @@ Checkpoints hold separate `q_proj`/`k_proj`/`v_proj` and `gate_proj`/`up_proj`; 
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +22,14 @@ from torch.overrides import TorchFunctionMode
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.files.jsonl import read_json_file, staged
 from whiflash_sglang.formats.config_json import misfit
-from whiflash_sglang.formats.layers import AttentionShape, rope_parameters
+from whiflash_sglang.formats.layers import AttentionShape, Rotary, rope_parameters
 
 WEIGHTS = "model.safetensors"
 QUANTISED = (("fp8", None), ("compressed-tensors", "float-quantized"))  # methods and formats that are read
+MOST_LAYERS, MOST_ROWS, MOST_OF_A_HEAD = 1000, 256, 8192
+"""Upper bounds of a drafter's layers or captured features, of a block's rows, and of a head's dimensions. No published
+file is near one; beyond them a damaged file would take minutes or all memory before its tensors are compared.
+"""
 
 IN_FILES = {
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -41,20 +46,29 @@ IN_FILES = {
 
 
 def integer(
-    config: Mapping[str, Any], key: str, path: Path, *, minimum: int = 1, default: int | None = None
+    config: Mapping[str, Any],
+    key: str,
+    path: Path,
+    *,
+    minimum: int = 1,
+    maximum: int = 2**31 - 1,
+    default: int | None = None,
 ) -> int:
-    """An integer setting of at least `minimum`. Raises `CheckpointError` naming file and key otherwise."""
+    """Return an integer setting from `minimum` to `maximum`. Raises `CheckpointError` naming file and key otherwise."""
     value = default if (found := config.get(key)) is None else found
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise misfit(path, f"{key} must be an integer of at least {minimum}, got {value!r:.200}")
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+        bound = f"at most {maximum}" if type(value) is int and value > maximum else f"at least {minimum}"
+        raise misfit(path, f"{key} must be an integer of {bound}, got {value!r:.200}")
     return value
 
 
-def number(config: Mapping[str, Any], key: str, path: Path, *, default: float | None = None) -> float:
-    """A setting that is a number. Raises `CheckpointError` naming file and key otherwise."""
+def number(
+    config: Mapping[str, Any], key: str, path: Path, *, default: float | None = None, most: float = 1e9
+) -> float:
+    """Return a setting above 0 and up to `most`. Raises `CheckpointError` naming file and key otherwise."""
     value = default if (found := config.get(key)) is None else found
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise misfit(path, f"{key} must be a number, got {value!r:.200}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= most:
+        raise misfit(path, f"{key} must be a number above 0 and at most {most:g}, got {value!r:.200}")
     return float(value)
 
 
@@ -73,7 +87,23 @@ def attention_shape(config: Mapping[str, Any], path: Path) -> AttentionShape:
     hidden = integer(config, "hidden_size", path)
     if heads % kv_heads:
         raise misfit(path, f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
-    return AttentionShape(heads, kv_heads, integer(config, "head_dim", path, default=hidden // heads))
+    head_dim = integer(config, "head_dim", path, maximum=MOST_OF_A_HEAD, default=hidden // heads)
+    return AttentionShape(heads, kv_heads, head_dim)
+
+
+def _rope(config: Mapping[str, Any], path: Path, head_dim: int, positions: int) -> dict[str, Any]:
+    """Return rotary settings with which angles can be computed: they were, once. Raises `CheckpointError` otherwise."""
+    try:
+        parameters = rope_parameters(config)
+        Rotary(parameters, head_dim, positions)
+    except CheckpointError as error:
+        raise misfit(path, str(error)) from None
+    except Exception as error:  # transformers' functions raise whatever such settings meet first
+        keys = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+        named = {key: config[key] for key in keys if config.get(key) is not None}
+        why = f"{type(error).__name__}: {error!s:.100}"
+        raise misfit(path, f"no angles follow from its rotary settings {named!r:.300} ({why})") from None
+    return parameters
 
 
 def trunk(config: Mapping[str, Any], path: Path, *, positions: int, eps: float) -> dict[str, Any]:
@@ -85,13 +115,15 @@ def trunk(config: Mapping[str, Any], path: Path, *, positions: int, eps: float) 
     method = config.get("quantization_config")
     if method and (method.get("quant_method"), method.get("format")) not in QUANTISED:
         raise misfit(path, f"quantization_config {method!r:.200} is not read; give a checkpoint in 16 bits")
+    attention = attention_shape(config, path)
+    most_positions = integer(config, "max_position_embeddings", path, default=positions)
     return {
         "hidden_size": integer(config, "hidden_size", path),
-        "attention": attention_shape(config, path),
+        "attention": attention,
         "vocab_size": integer(config, "vocab_size", path),
-        "rope": rope_parameters(config),
-        "max_position_embeddings": integer(config, "max_position_embeddings", path, default=positions),
-        "rms_norm_eps": number(config, "rms_norm_eps", path, default=eps),
+        "rope": _rope(config, path, attention.head_dim, most_positions),
+        "max_position_embeddings": most_positions,
+        "rms_norm_eps": number(config, "rms_norm_eps", path, default=eps, most=0.1),
     }
 
 
@@ -192,7 +224,8 @@ def _check_shards(path: Path, found: set[str]) -> None:
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} cannot be read: {_first_line(error)}") from None
         if named - found:
-            raise CheckpointError(f"{index} names {min(named - found)}, which is missing; fetch it again")
+            missing = min(map(str, named - found))
+            raise CheckpointError(f"{index} names {missing:.200}, which is missing; fetch it again")
 
 
 def _first_line(error: Exception) -> str:
@@ -200,13 +233,16 @@ def _first_line(error: Exception) -> str:
 
 
 class Unfilled(TorchFunctionMode):
-    """Modules that a thread makes inside have parameters of this dtype and of any numbers, for whoever fills them all:
-    to draw a thousand million in float32 takes seconds, and four bytes each.
+    """Makes modules whose parameters have one dtype and any numbers, for a caller that fills them all: to draw a
+    thousand million in float32 takes seconds, and four bytes each.
+
+    `room` bounds the numbers that they hold together, so that sizes of a damaged `config.json` take neither memory nor
+    time. Raises `CheckpointError` beyond it, naming `path`.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, path: Path, room: int = sys.maxsize) -> None:
         super().__init__()
-        self._dtype = dtype
+        self._dtype, self._path, self._room = dtype, path, room
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -214,13 +250,24 @@ class Unfilled(TorchFunctionMode):
         named = dict(kwargs or {})
         if func in (init.kaiming_uniform_, init.uniform_, init.normal_):
             return args[0] if args else named["tensor"]
+        if func in (torch.empty, torch.zeros, torch.ones):
+            self._take(args)
         if func is torch.empty and named.get("dtype") is None:
             named["dtype"] = self._dtype
         return func(*args, **named)
 
+    def _take(self, shape: Sequence[Any]) -> None:
+        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        self._room -= math.prod(sizes)
+        if self._room < 0:
+            raise CheckpointError(
+                f"{self._path}: config.json asks for a model far larger than the weights beside it (at a part of "
+                f"{list(sizes)} numbers): they belong to different checkpoints, or one is damaged; fetch both again"
+            )
+
 
 class WeightReader:
-    """Hands out a checkpoint's tensors by name, checking shapes."""
+    """Hands out a checkpoint's tensors by name, checking kinds, shapes and numbers."""
 
     def __init__(self, path: Path, weights: Mapping[str, Tensor]) -> None:
         self._path, self._weights = path, weights
@@ -234,20 +281,59 @@ class WeightReader:
     def __contains__(self, name: str) -> bool:
         return name in self._weights
 
-    def tensor(self, name: str) -> Tensor:
-        """Raises `CheckpointError` where the checkpoint lacks `name`, or the scale that it needs."""
+    def modules(self, dtype: torch.dtype) -> Unfilled:
+        """Return the mode in which the modules are made that these tensors fill: they hold hardly more numbers."""
+        # Twice, and a million: what is missing, or of another size, is named by its own sentence.
+        return Unfilled(dtype, self._path, 2 * sum(map(Tensor.numel, self._weights.values())) + 2**20)
+
+    def tensor(self, name: str, shape: tuple[int | None, ...] | None = None) -> Tensor:
+        """Return a tensor of finite floating-point numbers, of `shape` if one is given, in which None is any size.
+
+        Raises:
+            CheckpointError: the checkpoint lacks it or the scales that it needs, or it holds other numbers.
+        """
+        found = self._floats(name)
+        sizes = list(found.shape)
+        if shape is not None and (
+            len(shape) != len(sizes)
+            or any(size not in (None, of) for size, of in zip(shape, sizes, strict=True))
+        ):
+            asked = ["any" if size is None else size for size in shape]
+            raise self._wrong(f"{name} is {sizes}, config.json and the other tensors ask for {asked}")
+        self._check_finite(found, name)
+        return found
+
+    def _stored(self, name: str) -> Tensor:
         if name not in self._weights:
             raise self._wrong(f"the weights lack {name}, so the checkpoint is incomplete: fetch it again")
-        found, scale = self._weights[name], self._weights.get(f"{name}_scale")
-        if found.dtype.itemsize > 1 or found.dtype == torch.bool:
+        return self._weights[name]
+
+    def _floats(self, name: str) -> Tensor:
+        found, scale = self._stored(name), self._weights.get(f"{name}_scale")
+        if found.is_floating_point() and found.dtype.itemsize > 1:
             return found
-        if found.dtype != torch.float8_e4m3fn or scale is None or scale.numel() not in (1, len(found)):
-            raise self._wrong(f"{name} is {found.dtype}; give 16 bits, or float8 with scales")
-        return found.float() * scale.float().reshape(-1, 1)
+        scaled = scale is not None and found.dtype == torch.float8_e4m3fn and found.dim() == 2
+        if not scaled or scale is None or scale.numel() not in (1, len(found)):
+            kind = f"{found.dtype}, {list(found.shape)}"
+            raise self._wrong(f"{name} is {kind}; give 16 bits, or a float8 matrix with its scales")
+        factors = self._floats(f"{name}_scale").float().reshape(-1, 1)
+        if not ((factors > 0) & factors.isfinite()).all():
+            raise self._wrong(
+                f"{name}_scale must hold finite numbers above 0, so the file is damaged: fetch it again"
+            )
+        return found.float() * factors
+
+    def _check_finite(self, value: Tensor, name: str) -> None:
+        # One pass without a copy: NaN shows in both ends.
+        if value.numel() and not torch.stack(value.detach().aminmax()).isfinite().all():
+            raise self._wrong(
+                f"{name} holds NaN or infinity as {value.dtype}, so no draft could be right: fetch it again, or serve "
+                "it in bfloat16"
+            )
 
     def fill(self, parameter: Tensor, *names: str) -> None:
         """Copy the tensors `names`, stacked by rows, into `parameter`; `CheckpointError` on a misfit."""
-        parts = [self.tensor(name) for name in names]
+        parts = [self._floats(name) for name in names]
         try:
             value = torch.cat(parts) if len(parts) > 1 else parts[0]
         except RuntimeError:
@@ -260,6 +346,7 @@ class WeightReader:
             )
         with torch.no_grad():
             parameter.copy_(value)
+        self._check_finite(parameter, ", ".join(names))
 
     def fill_drafter(
         self, drafter: nn.Module, names: Mapping[str, str], parts: Mapping[str, tuple[str, ...]] = IN_FILES
@@ -299,17 +386,40 @@ class WeightReader:
             if rows == vocab:
                 return torch.zeros(vocab, dtype=torch.int64)
             raise self._wrong(f"the weights lack {name}, the map from the draft vocabulary to the target's")
-        offsets = self.tensor(name).to(torch.int64)
+        offsets = self._integers(name)
         if offsets.shape != (rows,):
             raise self._wrong(f"{name} has {list(offsets.shape)} entries, draft_vocab_size is {rows}")
-        ids = offsets + torch.arange(rows)
+        self._check_ids(name, offsets + torch.arange(rows), vocab)
+        return offsets
+
+    def ids(self, name: str, rows: int, vocab: int) -> Tensor:
+        """Return the first `rows` of a list of token ids, sorted: [rows] int64, each one once.
+
+        Raises:
+            CheckpointError: it is missing or shorter, names a token twice or one outside a vocabulary of `vocab`.
+        """
+        listed = self._integers(name)
+        if listed.dim() != 1 or len(listed) < rows:
+            raise self._wrong(f"{name} is {list(listed.shape)}, draft_vocab_size is {rows}")
+        ids = listed[:rows].sort().values
+        self._check_ids(name, ids, vocab)
+        if (ids[1:] == ids[:-1]).any():
+            raise self._wrong(f"{name} names a token twice, so the file is damaged: fetch it again")
+        return ids
+
+    def _integers(self, name: str) -> Tensor:
+        found = self._stored(name)
+        if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+            raise self._wrong(f"{name} is {found.dtype}, integers are expected")
+        return found.to(torch.int64)
+
+    def _check_ids(self, name: str, ids: Tensor, vocab: int) -> None:
         wrong = ids[(ids < 0) | (ids >= vocab)]
         if len(wrong):
             raise self._wrong(
                 f"{name} maps to token {int(wrong[0])}, outside the target's vocabulary of "
                 f"{vocab} ({len(wrong)} such entries)"
             )
-        return offsets
 
     def _wrong(self, text: str) -> CheckpointError:
         return CheckpointError(f"{self._path}: {text}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.checkpoint import (
-    Unfilled,
+    MOST_LAYERS,
     WeightReader,
     check_target,
     drafter_weights,
@@ -127,9 +127,11 @@ def parse(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
         **common,
         target_hidden_size=integer(config, "target_hidden_size", path, default=common["hidden_size"]),
         intermediate_size=integer(config, "intermediate_size", path),
-        num_layers=integer(config, "num_hidden_layers", path),
         draft_vocab_size=None if draft_vocab is None else integer(config, "draft_vocab_size", path),
-        num_features=integer(config, "num_aux_hidden_states", path, default=len(layers) or 3),
+        num_layers=integer(config, "num_hidden_layers", path, maximum=MOST_LAYERS),
+        num_features=integer(
+            config, "num_aux_hidden_states", path, maximum=MOST_LAYERS, default=len(layers) or 3
+        ),
         target_layer_ids=layers,
         fc_bias=bool(config.get("bias", False)),
         norm_before_fc=bool(eagle.get("norm_before_fc", config.get("norm_before_fc", False))),
@@ -327,10 +329,12 @@ class Eagle3Drafter(TargetsParts):
         reader = WeightReader.of(path, _names(config))
         vocab = shared.size if shared else len(target_embedding)
         if config.brings_embedding:
-            target_embedding = reader.tensor("embed_tokens.weight").to(device=device, dtype=dtype)
+            target_embedding = reader.tensor("embed_tokens.weight", (None, None)).to(
+                device=device, dtype=dtype
+            )
             vocab = len(target_embedding)
         check_target(path, "EAGLE-3", config, config.hidden_size, target_embedding, vocab)
-        with Unfilled(dtype):
+        with reader.modules(dtype):
             drafter = cls(config, target_embedding, target_lm_head)
         # An embedding of its own is whole in every process.
         drafter.shared = replace(shared, embed=None) if shared and config.brings_embedding else shared
@@ -338,10 +342,10 @@ class Eagle3Drafter(TargetsParts):
         if config.draft_vocab_size is not None:
             drafter.d2t = reader.offsets("d2t", config.draft_vocab_size, config.vocab_size)
         if config.mask_token is not None:
-            drafter.mask_hidden, wanted = reader.tensor("mask_hidden").flatten(), drafter.fc.in_features
-            if len(drafter.mask_hidden) != wanted:
+            drafter.mask_hidden, width = reader.tensor("mask_hidden").flatten(), drafter.fc.in_features
+            if len(drafter.mask_hidden) != width:
                 raise CheckpointError(
-                    f"{path}: mask_hidden has {len(drafter.mask_hidden)} numbers, fc reads {wanted}"
+                    f"{path}: mask_hidden has {len(drafter.mask_hidden)} numbers, fc reads {width}"
                 )
         return drafter.to(device=device, dtype=dtype).eval()
 

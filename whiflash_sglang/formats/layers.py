@@ -72,7 +72,8 @@ def half_split(rows: Tensor, heads: int, width: int) -> Tensor:
 class Rotary(nn.Module):
     """Angles of positions; frequencies by transformers' `ROPE_INIT_FUNCTIONS`, everything in fp32.
 
-    Raises `CheckpointError` for a rope type that transformers does not know, or a rotary width that a head has not.
+    Raises `CheckpointError` for a rope type that transformers does not know, a rotary width that a head has not, or
+    frequencies that are no numbers above 0.
     """
 
     def __init__(self, parameters: Mapping[str, Any], head_dim: int, max_positions: int) -> None:
@@ -81,7 +82,7 @@ class Rotary(nn.Module):
         kind, width = parameters["rope_type"], rotary_width(parameters, head_dim)
         if not 2 <= width <= head_dim or width % 2:
             raise CheckpointError(
-                f"{width} of a head's {head_dim} dimensions cannot be rotated (rope_dim, partial_rotary_factor)"
+                f"{width:.6g} of a head's {head_dim} dimensions cannot be rotated (rope_dim, partial_rotary_factor)"
             )
         self.scale = 1.0
         if kind == "default":
@@ -100,6 +101,16 @@ class Rotary(nn.Module):
         else:
             known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
             raise CheckpointError(f"rope_type {kind!r} is unknown; transformers knows {known}")
+        found = self._frequencies
+        if (
+            found.shape != (width // 2,)
+            or not ((found > 0) & found.isfinite()).all()
+            or not 0 < self.scale < 100
+        ):
+            raise CheckpointError(
+                f"rope_type {kind!r} gives {list(found.shape)} frequencies {found.tolist()!s:.100}, "
+                f"scaled by {self.scale}; {width // 2} above 0 are needed (rope_theta, factors)"
+            )
         self._table: Tensor | None = None
 
     def tabulate(self, positions: int, device: torch.device) -> Tensor:

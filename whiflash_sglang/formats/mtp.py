@@ -84,9 +84,11 @@ class Experts(nn.Module):
     def fill(self, reader: WeightReader, prefix: str) -> None:
         """Read the weights below `prefix`, where they were moved to already."""
         device = self.down.device
-        self.gate = reader.tensor(f"{prefix}gate.weight").to(device, torch.float32)
-        self.bias = reader.tensor(f"{prefix}gate.e_score_correction_bias").to(device, torch.float32)
         gate_up, down = self.gate_up.detach(), self.down.detach()
+        experts, hidden = self.routed.experts, down.shape[2]
+        self.gate = reader.tensor(f"{prefix}gate.weight", (experts, hidden)).to(device, torch.float32)
+        bias = reader.tensor(f"{prefix}gate.e_score_correction_bias", (experts,))
+        self.bias = bias.to(device, torch.float32)
         for expert in range(self.routed.experts):
             own = f"{prefix}experts.{expert}."
             reader.fill(gate_up[expert], f"{own}gate_proj.weight", f"{own}up_proj.weight")
@@ -335,7 +337,9 @@ class MTPDrafter(TargetsParts):
             CheckpointError: naming what is missing or does not fit.
         """
         reader = WeightReader(path, read_weights(path, config.prefix))
-        drafter = cls(config, target_embedding, target_lm_head, shared).to(device=device, dtype=dtype)
+        with reader.modules(dtype):
+            drafter = cls(config, target_embedding, target_lm_head, shared)
+        drafter = drafter.to(device=device, dtype=dtype)
         drafter._fill(reader)
         return drafter.eval()
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.formats import eagle3
-from whiflash_sglang.formats.checkpoint import integer, layer_ids
+from whiflash_sglang.formats.checkpoint import MOST_ROWS, integer, layer_ids
 from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.dflash.dflash_config import C, DFlashConfig, parse
@@ -44,7 +44,7 @@ def read_block(
     fields = {
         "target_layer_ids": _outputs(path, settings, "aux_hidden_state_layer_ids"),
         "from_anchor": bool(settings.get("sample_from_anchor", from_anchor)),
-        "block_size": integer(settings, "block_size", path, minimum=2, default=8),
+        "block_size": integer(settings, "block_size", path, minimum=2, maximum=MOST_ROWS, default=8),
         "draft_vocab_size": _reduced(path, settings, settings),
         "num_target_layers": None,
     }

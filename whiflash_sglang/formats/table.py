@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN
 from whiflash_sglang.formats import eagle3, mtp, speculators
 from whiflash_sglang.formats.config_json import read_json_config
 from whiflash_sglang.formats.dflash import dflash, dflash2, domino, dspark, flashmap, xpress
@@ -51,9 +50,9 @@ def read_draft(path: Path, arm: str | None = None) -> Draft:
         among = _BY_KEY if arm is None else {key: f for key, f in _BY_KEY.items() if f.arm == arm}
         draft_format = pick(among, config, path)
         return Draft(path, draft_format, draft_format.read(path, config))
-    except NOT_AS_WRITTEN as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers' classes have errors of their own for values of another kind
         raise CheckpointError(
             f"{path}/config.json has a value of another kind than its format gives it ({type(error).__name__}: "
             f"{error!s:.200}); fetch it again"

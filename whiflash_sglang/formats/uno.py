@@ -12,18 +12,23 @@ from whiflash_sglang.formats.config_json import read_json_config
 CONFIG = "adapter_config.json"
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Layers of a target that an adapter may change, as in UNO's own engine (ifm-ai/uno)."""
-_PLAIN = {"peft_type": "LORA", "bias": "none"} | dict.fromkeys(
-    (
-        "use_dora",
-        "use_rslora",
-        "lora_bias",
-        "fan_in_fan_out",
-        "modules_to_save",
-        "rank_pattern",
-        "alpha_pattern",
-    )
-)
-"""Keys that change the product of the two factors, which SGLang ignores or refuses later; None: whatever is set."""
+MOST_RANK, MOST_ALPHA = 1024, 65536
+"""Upper bounds: SGLang's pool of adapters is as wide as the rank, so a damaged file would take all memory."""
+_PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal")}
+"""Keys of PEFT that may be set, and the values under which the product of the two factors stays theirs alone."""
+_ELSEWHERE = {
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "lora_dropout",
+    "inference_mode",
+    "task_type",
+    "auto_mapping",
+}
+_ELSEWHERE |= {"base_model_name_or_path", "revision", "peft_version", "megatron_core", "qalora_group_size"}
+"""Keys that change no product, and those that are read. Any other key that is set may change the product or its layers
+(PEFT adds some each release), and SGLang ignores it or refuses it later.
+"""
 
 
 def adapter_in(path: Path) -> Path | None:
@@ -38,15 +43,19 @@ def read_adapter(path: Path) -> dict[str, Any]:
         CheckpointError: naming the file and the key that is missing, unknown or does not fit.
     """
     config = read_json_config(path, CONFIG)
-    wrong = [key for key, plain in _PLAIN.items() if config.get(key) and config[key] != plain]
-    numbers = {key: config.get(key) for key in ("r", "lora_alpha")}
-    wrong += [key for key, number in numbers.items() if not isinstance(number, int | float) or number <= 0]
+    others = {key: value for key, value in config.items() if value and key not in _ELSEWHERE}
+    wrong = [key for key, value in others.items() if value not in _PLAIN.get(key, ())]
+    rank, alpha = config.get("r", 0), config.get("lora_alpha", 0)
+    if type(rank) is not int or not 1 <= rank <= MOST_RANK:
+        wrong.append("r")
+    if type(alpha) not in (int, float) or not 0 < alpha <= MOST_ALPHA:
+        wrong.append("lora_alpha")
     named = config.get("target_modules")
     if not isinstance(named, list) or not named or not {*map(str, named)} <= {*MODULES}:
         wrong.append("target_modules")
     if wrong:
         raise CheckpointError(
-            f"{path / CONFIG}: {wrong[0]} is {config.get(wrong[0])!r}; UNO drafts under a plain LoRA with r and "
-            f"lora_alpha, of some of {', '.join(MODULES)}: use such an adapter"
+            f"{path / CONFIG}: {wrong[0]} is {config.get(wrong[0])!r:.200}; UNO drafts under a plain LoRA with r up to "
+            f"{MOST_RANK} and lora_alpha up to {MOST_ALPHA}, of some of {', '.join(MODULES)}: use such an adapter"
         )
     return config

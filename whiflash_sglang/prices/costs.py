@@ -30,7 +30,7 @@ RATE_ROUNDS = 32
 """Rounds that the server's present rate is taken from: it changes with every request that comes or goes."""
 
 PLAIN_ROUNDS = 8
-"""Rounds without drafts that were timed before the price of plain decoding is shown."""
+"""Rounds that are timed before the price of plain decoding is known, and with it what drafting brings."""
 
 FIRST_ROUND = 0.020
 """Seconds of a verification before the first one was timed."""
@@ -77,7 +77,11 @@ class Costs(ABC):
         width: arm → most rows that a request routed to it verifies, of its own drafts; a measured mean replaces it.
     """
 
+    priced_by = "plain rounds"
+    """Name of the rounds whose times show the price of plain decoding."""
+
     def __init__(self, width: Callable[[str], int]) -> None:
+        self._pricing_rounds = 0
         self._widest = width
         self._rows: defaultdict[str, Mean] = defaultdict(Mean)
         self._drafts: defaultdict[str, tuple[Mean, Mean]] = defaultdict(lambda: (Mean(), Mean()))
@@ -106,10 +110,21 @@ class Costs(ABC):
     def timings(self, arm: str) -> int:
         """How often a draft of `arm` was timed since its price was last found wrong."""
 
-    @property
-    @abstractmethod
-    def knows_plain(self) -> bool:
-        """Whether it is known what a round without drafts costs."""
+    def plain(self, requests: int) -> float | None:
+        """Return the seconds of a round of so many requests without drafts, or None while that would be a guess.
+
+        Every gain that is shown or counted starts here: what a round saved is known only if this price is.
+        """
+        known = self._pricing_rounds >= PLAIN_ROUNDS
+        return self.lasts(self.verify(requests, requests)) if known else None
+
+    def plain_price(self) -> dict[str, Any]:
+        """Return how far the price of plain decoding is known, for people: `rounds` of `needed` ones, and which."""
+        return {
+            "rounds": min(self._pricing_rounds, PLAIN_ROUNDS),
+            "needed": PLAIN_ROUNDS,
+            "of": self.priced_by,
+        }
 
     @abstractmethod
     def worth(self, arm: str) -> Worth:
@@ -231,7 +246,6 @@ class MeasuredCosts(Costs):
         self._draft = defaultdict[str, Fit](lambda: Fit(lambda _: (FIRST_DRAFT,)))
         self._timings: dict[str, int] = {}
         self._passes = defaultdict[str, deque[float]](lambda: deque(maxlen=WINDOW))
-        self._plain_rounds = 0
 
     def drafted(self, arm: str, requests: int, passes: int, seconds: float, catch_up: float = 0.0) -> None:
         """An arm drafted (`RoundTime.drafts`): in a round, or at the start, when every arm is profiled."""
@@ -251,14 +265,9 @@ class MeasuredCosts(Costs):
     def observe(self, previous: RoundTime) -> None:
         for draft in previous.drafts:
             self.drafted(*draft)
-        self._plain_rounds += previous.rows == previous.requests
+        self._pricing_rounds += previous.rows == previous.requests
         self._verify.add(work_of(previous.rows, previous.requests), previous.rest)
         super().observe(previous)
-
-    @property
-    def knows_plain(self) -> bool:
-        """Whether rounds without drafts were timed: before, what they cost rests on guesses about drafts."""
-        return self._plain_rounds >= PLAIN_ROUNDS
 
     def worth(self, arm: str) -> Worth:
         if not self._rate:

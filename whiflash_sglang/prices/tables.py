@@ -172,7 +172,8 @@ class LookedUpCosts(Costs):
     """
 
     tables: CostTables
-    knows_plain = True
+    priced_by = "rounds"
+    """Plain rounds of every size were timed at the start, and any rounds correct all prices by one factor."""
 
     def __init__(self, width: Callable[[str], int], overlaps: bool = True) -> None:
         """overlaps: whether the host works beside the device; else its time comes on top."""
@@ -202,6 +203,7 @@ class LookedUpCosts(Costs):
             expected += sum(self._pass(arm, requests) for arm, requests in previous.drafted.items())
             expected += sum(self.tables.catch(arm, tokens) for arm, tokens in previous.caught_up.items())
             self.correction.add(expected, previous.seconds)
+            self._pricing_rounds += 1
 
     def _learn_host(self, previous: RoundTime) -> None:
         waited = self._overlaps and previous.gap > WAITED * previous.seconds

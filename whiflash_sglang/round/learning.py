@@ -46,8 +46,10 @@ class Learner:
         """Learn from the time that an earlier round took."""
         costs, requests = self.controller.costs, previous.requests
         costs.observe(previous)
-        plain_seconds = previous.tokens / requests * costs.lasts(costs.verify(requests, requests))
-        self.tally.timed(previous.tokens, previous.seconds + previous.gap, plain_seconds)
+        self.tally.timed(previous.tokens, previous.seconds + previous.gap)
+        if (plain := costs.plain(requests)) is not None:
+            seconds = previous.seconds + previous.gap
+            self.tally.priced(previous.tokens, seconds, plain_seconds=previous.tokens / requests * plain)
 
     def needs(self, turn: Round) -> Collection[str]:
         """Signals that the policy reads after a round."""
@@ -70,9 +72,9 @@ class Learner:
             kept = [run[:count] for run, count in zip(results.tokens, results.accept_lens, strict=True)]
         tokens = [list(run) for run in kept]
         self.ranks.note(results.starts, results.widths, results.faults, tokens)
-        costs = self.controller.costs
-        priced = costs.knows_plain and any(request.recording for request in turn.requests)
-        prices = round_prices(costs, turn.plan.routes, sum(results.widths)) if priced else None
+        recorded = any(request.recording for request in turn.requests)
+        rows = sum(results.widths)
+        prices = round_prices(self.controller.costs, turn.plan.routes, rows) if recorded else None
         for i, request in enumerate(turn.requests):
             request.under_way.pop(0)
             parts = turn.parts[i] if turn.parts is not None else ()
@@ -113,7 +115,7 @@ class Learner:
         """Learn from the i-th request's round, in which `tokens` were committed.
 
         Args:
-            arm, first_drafts: as of `_first_arm`. prices: `round_prices`, if they are wanted. parts: those of its
+            arm, first_drafts: as of `_first_arm`. prices: `round_prices`, if they are recorded. parts: those of its
             drafts.
         """
         request, decision, route = turn.requests[i], turn.decisions[i], turn.plan.routes[i]
@@ -174,11 +176,14 @@ class Learner:
         return [part for part in first_of(parts, drafts) if part.drafts]
 
 
-def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float, float]:
-    """Seconds of a round of these routes that verifies `rows` rows, and of one of as many requests without drafts."""
-    requests = len(routes)
+def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float, float] | None:
+    """Return the seconds of a round of these routes that verifies `rows` rows, and of one of as many requests without
+    drafts; None while the latter are not known.
+    """
+    if (plain := costs.plain(len(routes))) is None:
+        return None
     drafting = sum(costs.draft(arm, count) for arm, count in Counter(routes).items() if arm != arms.NONE)
-    return costs.lasts(drafting + costs.verify(rows, requests)), costs.lasts(costs.verify(requests, requests))
+    return costs.lasts(drafting + costs.verify(rows, len(routes))), plain
 
 
 def results_of(turn: Round, committed: Committed, signals: Mapping[str, torch.Tensor]) -> Results:

@@ -70,6 +70,7 @@ def state_of(worker: Observed) -> dict[str, Any]:
         "faulty_drafts": dict(worker.quarantine.faults),
         **worker.clock.snapshot(),
         **worker.tally.snapshot(),
+        "plain_price": worker.controller.costs.plain_price(),
         "costs": worker.controller.costs.snapshot(worker.drafters),
         "memory": memory_of(worker),
         **({} if worker.spool is None else {"samples": worker.spool.snapshot()}),
@@ -237,8 +238,14 @@ SERIES = (
         lambda w: w.tally.timed_seconds,
     ),
     _one(
+        "priced_decode_seconds_total",
+        "of `decode_seconds_total`, those of rounds for which plain decoding's price was known",
+        lambda w: w.tally.priced_seconds,
+    ),
+    _one(
         "plain_decode_seconds_total",
-        "estimate of plain decoding's seconds for the same tokens; over `decode_seconds_total`, the speed-up",
+        "estimate of plain decoding's seconds for the tokens of these rounds; over `priced_decode_seconds_total`, the "
+        "speed-up",
         lambda w: w.tally.plain_seconds,
     ),
     _one(

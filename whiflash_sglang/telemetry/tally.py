@@ -55,9 +55,10 @@ class Tally:
     by_arm: every arm's and `none`'s. loaded: by arm, of ended requests whose prompt's KV came in part from the host or
     from storage. cached: tokens of ended requests' prompts whose KV was kept, by place.
     reasons: rounds of requests by what decided their route. requests: that began, by where their hints came from.
-    timed_seconds: of consecutive rounds and the time between them; timed_tokens: of these rounds; plain_seconds: what
-    plain decoding would have taken for these tokens. round_seconds, acceptance: observations, the latter of each
-    request that ended and each arm that drafted for it, tokens a round.
+    timed_seconds: of consecutive rounds and the time between them; timed_tokens: of these rounds. priced_seconds,
+    priced_tokens: of those for which plain decoding's price was known; plain_seconds: what it would have taken for
+    these tokens. round_seconds, acceptance: observations, the latter of each request that ended and each arm that
+    drafted for it, tokens a round.
     """
 
     by_arm: dict[str, ArmCounts]
@@ -67,6 +68,8 @@ class Tally:
     requests: dict[HintSource, int] = field(default_factory=lambda: dict.fromkeys(HINT_SOURCES, 0))
     timed_seconds: float = 0.0
     timed_tokens: int = 0
+    priced_seconds: float = 0.0
+    priced_tokens: int = 0
     plain_seconds: float = 0.0
     round_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_PENDING))
     acceptance: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=MOST_PENDING))
@@ -88,10 +91,15 @@ class Tally:
             counts.add(tokens, proposed, first)
         self.reasons[reason] += 1
 
-    def timed(self, tokens: int, seconds: float, plain_seconds: float) -> None:
-        """A round of `tokens` and the pause after it took `seconds`, where plain decoding takes `plain_seconds`."""
+    def timed(self, tokens: int, seconds: float) -> None:
+        """Count a round of `tokens` which, with the pause after it, took `seconds`."""
         self.timed_tokens += tokens
         self.timed_seconds += seconds
+
+    def priced(self, tokens: int, seconds: float, *, plain_seconds: float) -> None:
+        """Count a timed round for whose tokens plain decoding is known to take `plain_seconds`."""
+        self.priced_tokens += tokens
+        self.priced_seconds += seconds
         self.plain_seconds += plain_seconds
 
     def snapshot(self) -> dict[str, Any]:
@@ -104,6 +112,8 @@ class Tally:
             "hints": dict(self.requests),
             "timed_seconds": self.timed_seconds,
             "timed_tokens": self.timed_tokens,
+            "priced_seconds": self.priced_seconds,
+            "priced_tokens": self.priced_tokens,
             "plain_seconds": self.plain_seconds,
         }
 

@@ -253,8 +253,14 @@ def test_a_failing_arm_of_ours_fails_the_command(report: BenchReport) -> None:
     judge(report)  # what upstream's arms answer is told and no more
     ours = {"auto": {"arguments": ["--speculative-algorithm", "WHIFLASH"]}}
     of_ours = report.model_copy(update={"provenance": {**report.provenance, "servers": ours}})
-    with pytest.raises(WhiflashError, match="auto: answers differ"):
-        judge(of_ours)
+    (known,) = [d for d in report.differences if d["arm"] == "auto" and d["verdict"] == Verdict.DIFFERENT]
+    near = {**known, "gap": 0.25}
+    said = "auto: answers differ from plain decoding's, prompt t1 under closed-4 from token 5 on, .* are 0.25 apart"
+    with pytest.raises(WhiflashError, match=said):
+        judge(of_ours.model_copy(update={"differences": [near]}))
+    plains = {"differences": [{**near, "of_plain": True}]}
+    judge(of_ours.model_copy(update=plains))
+    assert "Left out: 1 that plain decoding" in render(report.model_copy(update=plains))
     told = {**of_ours.provenance, "unjudged": "its weights are quantised"}
     with pytest.raises(WhiflashError, match="no tie could be judged: its weights are quantised"):
         judge(report.model_copy(update={"provenance": told}))
@@ -287,6 +293,16 @@ def test_differences_follow_the_tie_rule() -> None:
         ("auto", "far", Verdict.DIFFERENT, 1, 0.5),
         ("ar", "near", Verdict.DIFFERENT, 2, None),
     ]
+    # A difference that plain decoding has in the same place at the same load is no arm's.
+    cells += [cell("none", "far", (5, 8, 8), 0), cell("ar", "far", (5, 6, 8), 0)]
+    found = differences(cells, {"none": references}, lambda reference, position: 20.0, "bfloat16")
+    owners = {(d.arm, d.prompt): d.of_plain for d in found if d.verdict == Verdict.DIFFERENT}
+    assert owners == {
+        ("none", "far"): False,
+        ("auto", "far"): True,
+        ("ar", "near"): False,
+        ("ar", "far"): False,
+    }
 
 
 def test_suites_are_reported_as_papers_do(report: BenchReport) -> None:

@@ -15,6 +15,7 @@ from whiflash_lab.bench.report import BenchReport
 from whiflash_lab.bench.runner import Plan, Runner
 from whiflash_sglang.cli.options import make_place, show_table
 from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_sglang.files.equality import Verdict
 from whiflash_sglang.files.jsonl import write_output
 from whiflash_sglang.files.progress import progress
 
@@ -93,12 +94,25 @@ def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> Bench
 
 
 def judge(report: BenchReport) -> None:
-    """Raise WhiflashError where an arm could not be measured, or one of WHIFLASH answered other than plain decoding."""
+    """Raise WhiflashError where an arm could not be measured, or one of WHIFLASH answered other than plain decoding, in
+    a place where plain decoding at the same load answers as it does alone.
+    """
     ours = [arm for arm, server in report.provenance["servers"].items() if "WHIFLASH" in server["arguments"]]
-    wrong = sorted({d["arm"] for d in report.differences if d["arm"] in ours and d["verdict"] == "different"})
+    wrong = [d for d in report.differences if d["arm"] in ours and d["verdict"] == Verdict.DIFFERENT]
+    wrong = [d for d in wrong if not d.get("of_plain")]
     problems = [f"{arm}: {reason}" for arm, reason in report.unavailable.items()]
     lost = report.provenance.get("unjudged")
     unjudged = f" (no tie could be judged: {lost})" if lost else ""
-    problems += [f"{arm}: answers differ from plain decoding's{unjudged}" for arm in wrong]
+    for arm in dict.fromkeys(d["arm"] for d in wrong):
+        first, *others = (d for d in wrong if d["arm"] == arm)
+        gap = (
+            ""
+            if first["gap"] is None
+            else f", where plain decoding's two best logits are {first['gap']:.4g} apart"
+        )
+        problems.append(
+            f"{arm}: answers differ from plain decoding's{unjudged}, prompt {first['prompt']} under {first['load']} "
+            f"from token {first['position']} on{gap}" + (f", and {len(others)} more" if others else "")
+        )
     if problems:
         raise WhiflashError("; ".join(problems))

@@ -201,10 +201,16 @@ def _differences(report: BenchReport) -> str:
     if ties:
         gap = max(d["gap"] for d in ties)
         parts += [f"Ties: {len(ties)}, listed in the JSON. Plain decoding's widest gap at one is {gap:.4f}."]
+    others = [d for d in report.differences if d["verdict"] != Verdict.TIE]
+    own = [d for d in others if d.get("of_plain")]
+    if own:
+        parts += [
+            f"Left out: {len(own)} that plain decoding at the same load has in the same place, in the JSON."
+        ]
     mismatches = [
         (d["arm"], d["load"], d["prompt"], str(d["position"]), _number(d["gap"], 4))
-        for d in report.differences
-        if d["verdict"] != Verdict.TIE
+        for d in others
+        if d not in own
     ]
     if mismatches:
         parts += [table(("arm", "load", "mismatch", "first difference", "plain decoding's gap"), mismatches)]

@@ -384,7 +384,7 @@ SUITES: Mapping[str, Suite] = {
     "tau2": Suite(
         "**/*.json",
         "MIT",
-        "web/leaderboard/public/submissions/*/trajectories of github.com/sierra-research/tau2-bench",
+        "web/leaderboard/public/submissions/*/trajectories of github.com/sierra-research/tau2-bench at 52a4ed7b",
         read=_recorded,
     ),
     "swe-agent": Suite(

@@ -104,7 +104,11 @@ def _gap(best: Sequence[Mapping[str, Any]]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """An answer that is not plain decoding's, token for token. position: of the first difference."""
+    """An answer that is not plain decoding's, token for token.
+
+    position: of the first difference. gap: plain decoding's own there, of its two best logits. of_plain: whether plain
+    decoding, asked at the same load, first differed from itself in the same place.
+    """
 
     arm: str
     load: str
@@ -112,6 +116,7 @@ class Difference:
     verdict: Verdict
     position: int
     gap: float | None
+    of_plain: bool = False
 
 
 def plain_of(arm: str) -> str:
@@ -128,13 +133,17 @@ def differences(
 ) -> list[Difference]:
     """Compare every measured answer; each distinct answer of an arm under a load is judged once and counted once.
 
+    References were asked one by one. If plain decoding at a load leaves its reference, every arm may, in that place.
+
     Args:
         references: by arm of plain decoding (`plain_of`), then by prompt. `none` replaces one that is missing.
         best_logit: of a reference's own token at a position. dtype: whose tie rule holds.
     """
     judged_by_answer: dict[tuple[str, str, str, tuple[int, ...]], Difference] = {}
-    for cell in cells:
-        plain = references.get(plain_of(cell.arm), references[NONE])
+    by_plain: set[tuple[str, str, str, int]] = set()
+    for cell in sorted(cells, key=lambda cell: cell.arm != plain_of(cell.arm)):
+        name = plain_of(cell.arm)
+        plain = references.get(name, references[NONE])
         for answer in cell.answers:
             reference = plain[answer.prompt]
             key = (cell.arm, cell.load.label, answer.prompt, answer.tokens)
@@ -147,7 +156,11 @@ def differences(
             judged = compare(reference.tokens, answer.tokens, top_two_at, dtype)
             assert judged.position is not None  # the tokens differ
             gap = None if judged.top_two is None else judged.top_two.gap
-            judged_by_answer[key] = Difference(*key[:3], judged.verdict, judged.position, gap)
+            place = (name, cell.load.label, answer.prompt, judged.position)
+            if cell.arm == name:
+                by_plain.add(place)
+            of_plain = place in by_plain and cell.arm != name
+            judged_by_answer[key] = Difference(*key[:3], judged.verdict, judged.position, gap, of_plain)
     return list(judged_by_answer.values())
 
 

@@ -189,7 +189,8 @@ def _figures(
     whole = within(cells, groups, name)
     rounds = _rounds(whole)
     tokens = sum(len(answer.tokens) for cell in whole for answer in cell.answers)
-    verdicts = [d.verdict for d in differing or () if belongs(groups[d.prompt], name)]
+    here = [d for d in differing or () if belongs(groups[d.prompt], name)]
+    verdicts = [d.verdict for d in here if not d.of_plain]
     return Figures(
         answers=len(answers),
         output_tokens=sum(len(answer.tokens) for answer in answers) // repetitions,

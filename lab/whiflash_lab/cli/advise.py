@@ -1,13 +1,22 @@
 """`whiflash advise`: what should a target be served with?"""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from whiflash_sglang.cli import DECIDE
-from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, say, say_prose, show_table, whole_numbers
+from whiflash_sglang.cli.options import (
+    MOST,
+    AdminKeyOption,
+    JsonFlag,
+    say,
+    say_prose,
+    show_table,
+    whole_numbers,
+)
 from whiflash_sglang.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +30,7 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
 def advise(
     target: Annotated[str, typer.Argument(help="Served model: hub id or directory, or the end of it.")],
     gpu: Annotated[str, typer.Option(help="Card: h100, h200, h20, a100 or b200.")] = "h100",
-    count: Annotated[int, typer.Option(min=1, help="Cards.")] = 1,
+    count: Annotated[int, typer.Option(min=1, max=4096, help="Cards.")] = 1,
     requests: Annotated[str, typer.Option(help="Requests at once, with commas between them.")] = "1,8,32",
     temperature: Annotated[float, typer.Option(min=0, max=2, help="Of your requests.")] = 0.0,
     tools: Annotated[
@@ -32,7 +41,7 @@ def advise(
             help="Share of requests under a grammar: strict tools, tool_choice required, or a schema.",
         ),
     ] = 0.0,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
+    prompt: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a prompt.")] = 512,
     answer: Annotated[int, typer.Option(min=1, max=1 << 17, help="Tokens of an answer.")] = 256,
     context: Annotated[
         str, typer.Option(help="Tokens of a request that are cached before its prompt, such as 128k.")
@@ -65,9 +74,10 @@ def advise(
 
     recipes = [] if recipe is None else read(recipe)  # before minutes of simulation
     sizes = whole_numbers("--requests", requests)
-    if not (digits := context.lower().removesuffix("k")).isdecimal():
-        raise UsageError(f"--context takes a number of tokens, such as 32768 or 128k; got {context!r}")
-    cached = int(digits) * (1 if digits == context else 1024)
+    digits = context.lower().removesuffix("k")
+    cached = int(digits) * (1 if digits == context else 1024) if re.fullmatch("[0-9]{1,9}", digits) else -1
+    if not 0 <= cached <= MOST:
+        raise UsageError(f"--context takes up to {MOST} tokens, such as 32768 or 128k; got {context[:32]!r}")
     state = None
     if url is not None:
         from whiflash_sglang.cli.running import steer

@@ -11,7 +11,7 @@ from whiflash_lab.bench import prompts as sources
 from whiflash_lab.bench.arms import KNOWN, build_arms, check_names, those_with_drafters
 from whiflash_lab.bench.prompts import GROUPS, SUITES, Prompt
 from whiflash_sglang.cli import DECIDE
-from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption, show_table, whole_numbers
+from whiflash_sglang.cli.options import MOST, Dtype, JsonFlag, OutOption, show_table, whole_numbers
 from whiflash_sglang.errors import UsageError
 
 
@@ -24,8 +24,12 @@ def bench(
         typer.Option(help=f"Published prompt sets, comma-separated: {', '.join((*SUITES, *GROUPS))}."),
     ] = None,
     suite_dir: Annotated[Path | None, typer.Option(help="Folder with the files of --suite.")] = None,
-    per_category: Annotated[int | None, typer.Option(min=1, help="Prompts of each category.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest answer, in tokens.")] = None,
+    per_category: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Prompts of each category.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, max=MOST, help="Longest answer, in tokens.")
+    ] = None,
     temperature: Annotated[
         float,
         typer.Option(min=0, max=2, help="Of every request; 0 is greedy. Sampled answers are not compared."),
@@ -45,7 +49,7 @@ def bench(
         bool, typer.Option(help="Make all tools strict: with `auto`, calls follow schemas.")
     ] = False,
     concurrency: Annotated[str, typer.Option(help="Requests in flight; comma-separated.")] = "1",
-    repetitions: Annotated[int, typer.Option(min=1, help="Most repetitions of the full set.")] = 3,
+    repetitions: Annotated[int, typer.Option(min=1, max=1000, help="Most repetitions of the full set.")] = 3,
     minutes: Annotated[
         float | None, typer.Option(min=0, max=1e6, help="Start no repetition that would end later.")
     ] = None,
@@ -194,7 +198,7 @@ def simulate(
     requests: Annotated[
         str, typer.Option(help="Requests at once, with commas between them.")
     ] = "1,2,4,8,16,32,64,128,256",
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
+    prompt: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a prompt.")] = 512,
     answer: Annotated[int, typer.Option(min=1, max=1 << 17, help="Tokens of an answer.")] = 512,
     tools: Annotated[
         float,

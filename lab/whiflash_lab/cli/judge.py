@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from whiflash_sglang.cli.options import (
+    MOST,
     AdminKeyOption,
     Dtype,
     JsonFlag,
@@ -33,12 +34,12 @@ def evaluate_command(
     as_json: JsonFlag = False,
     out: OutOption = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Most prompts, balanced over the categories.")
+        int | None, typer.Option(min=1, max=MOST, help="Most prompts, balanced over the categories.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=3, help="Answer tokens per prompt.")] = 160,
+    max_new_tokens: Annotated[int, typer.Option(min=3, max=MOST, help="Answer tokens per prompt.")] = 160,
     work: Annotated[Path | None, typer.Option(help="Keep answers and replays in this directory.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Number format of target and drafters.")] = "bfloat16",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 is torch's choice.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0 is torch's choice.")] = 0,
     api_key: AdminKeyOption = None,
 ) -> None:
     """Measure acceptance lengths of a bundle's arms and routers on held-out prompts, without a server.
@@ -76,7 +77,7 @@ def evaluate_command(
         if served is None:
             result, table = evaluation.evaluate_bundle(bundle, prompts, settings), evaluation.figures_table
         else:
-            with httpx.Client(headers=authorization(api_key), timeout=None) as client:
+            with httpx.Client(headers=authorization(api_key), timeout=3600.0) as client:
                 asks = partial(ask, client, served)
                 result = evaluation.compare_served(bundle, prompts, asks, arm, settings)
             table = evaluation.positions_table

@@ -20,13 +20,7 @@ from whiflash_kernels import packed
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.formats.checkpoint import (
-    Unfilled,
-    WeightReader,
-    check_target,
-    drafter_weights,
-    write_checkpoint,
-)
+from whiflash_sglang.formats.checkpoint import WeightReader, check_target, drafter_weights, write_checkpoint
 from whiflash_sglang.formats.choice import Choice, DraftHead, SharedVocabulary, TargetsParts
 from whiflash_sglang.formats.config_json import read_config_of
 from whiflash_sglang.formats.dflash.dflash_config import (
@@ -284,7 +278,7 @@ class DFlashDrafter(TargetsParts):
         vocab = shared.size if shared else len(target_embedding)
         check_target(path, "DFlash", config, config.target_hidden_size, target_embedding, vocab)
         reader = WeightReader.of(path, cls.renamed)
-        with Unfilled(dtype):
+        with reader.modules(dtype):
             drafter = cls(config, target_embedding, target_lm_head)
         drafter.shared = shared
         drafter.fill(reader)
@@ -298,8 +292,7 @@ class DFlashDrafter(TargetsParts):
         for layer in layers:
             fold_variants(self.config, layer.attention)
         if (rows := self.config.draft_vocab_size) is not None:
-            self.target_mtp = torch.empty(rows, self.config.hidden_size)
-            reader.fill(self.target_mtp, "lm_head.weight")
+            self.target_mtp = reader.tensor("lm_head.weight", (rows, self.config.hidden_size))
             self.own_ids = reader.offsets("d2t", rows, self.config.vocab_size) + torch.arange(rows)
 
     def save(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:

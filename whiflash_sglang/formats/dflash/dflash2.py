@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from whiflash_sglang.formats.checkpoint import integer, number
 from whiflash_sglang.formats.choice import Choice, DraftHead, choose
-from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter, block_format
 from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
 from whiflash_sglang.formats.draft_format import merged
@@ -41,9 +40,7 @@ class DFlash2Config(DFlashConfig):
 def read_dflash2(path: Path, config: Mapping[str, Any]) -> DFlash2Config:
     """Read `config.json`. Raises CheckpointError naming the field that does not fit."""
     settings = merged(path, config, "dflash_config")
-    multiplier = number(settings, "output_multiplier", path, default=1.0)
-    if multiplier <= 0:
-        raise misfit(path, f"output_multiplier must be above 0, got {multiplier}")
+    capped = settings.get("final_logit_softcapping")
     return parse(
         path,
         config,
@@ -51,8 +48,8 @@ def read_dflash2(path: Path, config: Mapping[str, Any]) -> DFlash2Config:
         known=_READ_HERE,
         selector_rank=integer(settings, "selector_rank", path),
         top=integer(settings, "selector_top_k", path),
-        multiplier=multiplier,
-        softcap=max(number(settings, "final_logit_softcapping", path, default=0.0), 0.0),
+        multiplier=number(settings, "output_multiplier", path, default=1.0),
+        softcap=number(settings, "final_logit_softcapping", path) if capped else 0.0,
     )
 
 

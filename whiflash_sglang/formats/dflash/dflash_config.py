@@ -9,7 +9,15 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from whiflash_sglang.formats.checkpoint import integer, layer_ids, number, trunk, trunk_json
+from whiflash_sglang.formats.checkpoint import (
+    MOST_LAYERS,
+    MOST_ROWS,
+    integer,
+    layer_ids,
+    number,
+    trunk,
+    trunk_json,
+)
 from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.draft_format import merged
 from whiflash_sglang.formats.layers import AttentionShape, Clamped
@@ -169,15 +177,13 @@ def parse(
     """
     settings = merged(path, config, "text_config", "dflash_config")
     _refuse_variants(path, settings, known)
-    layers = integer(settings, "num_hidden_layers", path)
-    if layers > 1000:  # they are counted one by one below
-        raise misfit(path, f"num_hidden_layers must be at most 1000, got {layers}")
+    layers = integer(settings, "num_hidden_layers", path, maximum=MOST_LAYERS)
     parsed = {
         **trunk(settings, path, positions=32768, eps=1e-6),
         "intermediate_size": integer(settings, "intermediate_size", path),
-        "num_layers": layers,
         "mask_token_id": _mask(path, settings),
         **_target_layers(path, settings),
+        "num_layers": layers,
         "spans": _spans(path, settings, layers),
         "attention_bias": bool(settings.get("attention_bias", False)),
         "gemma_norm": bool(settings.get("use_gemma_norm", False)),
@@ -187,7 +193,9 @@ def parse(
         "convolution": _convolution(path, settings),
     }
     if "block_size" not in decided:
-        decided["block_size"] = integer(settings, "block_size", path, minimum=2, default=DEFAULT_BLOCK)
+        decided["block_size"] = integer(
+            settings, "block_size", path, minimum=2, maximum=MOST_ROWS, default=DEFAULT_BLOCK
+        )
     return kind(**{**parsed, **decided})
 
 

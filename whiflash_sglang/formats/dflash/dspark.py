@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whiflash_sglang.formats.checkpoint import integer
+from whiflash_sglang.formats.checkpoint import MOST_ROWS, integer
 from whiflash_sglang.formats.choice import Choice, DraftHead
 from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter, block_format
@@ -69,7 +69,7 @@ def read_dspark(path: Path, config: Mapping[str, Any]) -> DSparkConfig:
     """
     settings = merged(path, config, "dflash_config", "dspark_config")
     from_anchor = bool(settings.get("sample_from_anchor", True))
-    drafts = integer(settings, "block_size", path, default=DEFAULT_ROWS)
+    drafts = integer(settings, "block_size", path, maximum=MOST_ROWS, default=DEFAULT_ROWS)
     heads = read_heads(path, settings)
     return parse(
         path, settings, DSparkConfig, from_anchor=from_anchor, block_size=drafts + (not from_anchor), **heads

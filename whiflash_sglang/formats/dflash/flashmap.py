@@ -187,15 +187,16 @@ class FlashMapDrafter(DFlashDrafter):
             if isinstance(module, Attention):
                 fold_variants(self.config, module)
             elif isinstance(module, Modulated):
-                module.modulation = _affine(reader, f"{name}.linear", follows).view(3, -1)
+                rows = 3 * self.config.hidden_size
+                module.modulation = _affine(reader, f"{name}.linear", follows, rows).view(3, -1)
                 module.modulation[0] += 1
         if (drafted := self.config.draft_vocab_size) is not None:
             # All ids, the most frequent first: `draft_vocab.safetensors`.
-            self.own_ids = reader.tensor("ids")[:drafted].sort().values.long()
+            self.own_ids = reader.ids("ids", drafted, self.config.vocab_size)
 
     def _times(self, reader: WeightReader) -> Tensor:
         """The jump's beginning and end, embedded: [C]."""
-        half = reader.tensor("time_embed.linear_1.weight").shape[1] // 2
+        half = reader.tensor("time_embed.linear_1.weight", (None, None)).shape[1] // 2
         rates = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
         embedded = []
         for time, name in enumerate(("time_embed", "jump_embed")):
@@ -238,10 +239,11 @@ class FlashMapDrafter(DFlashDrafter):
             packed.follow(held)
 
 
-def _affine(reader: WeightReader, name: str, x: Tensor) -> Tensor:
-    """x [K] by the file's layer `name`, in the dtype of `x`: [N]."""
-    weight, bias = (reader.tensor(f"{name}.{kind}").to(x.dtype) for kind in ("weight", "bias"))
-    return F.linear(x, weight, bias)
+def _affine(reader: WeightReader, name: str, x: Tensor, rows: int | None = None) -> Tensor:
+    """Return x [K] by the file's layer `name`, in the dtype of `x`: [N], where N is `rows` if it is given."""
+    weight = reader.tensor(f"{name}.weight", (rows, len(x)))
+    bias = reader.tensor(f"{name}.bias", (len(weight),))
+    return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
 # SGLang has transformers read a draft's `config.json`, which knows no FlashMap.

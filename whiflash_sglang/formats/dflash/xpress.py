@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whiflash_sglang.formats.checkpoint import integer
+from whiflash_sglang.formats.checkpoint import MOST_ROWS, integer
 from whiflash_sglang.formats.choice import Choice, DraftHead
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter, block_format
 from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
@@ -43,12 +43,12 @@ def read_refiner(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     settings = merged(path, config, "dflash_config")
     rank = integer(settings, "xpress_rank", path, default=256)
     ratio = integer(settings, "xpress_mlp_ratio", path, default=2)
-    passes = integer(settings, "num_jacobi_passes", path, default=6)
+    passes = integer(settings, "num_jacobi_passes", path, maximum=MOST_ROWS, default=6)
     return {
         "from_anchor": bool(settings.get("sample_from_anchor", False)),
         "rank": rank,
         "mlp_size": integer(settings, "xpress_mlp_hidden", path, default=ratio * rank),
-        "passes": integer(settings, "xpress_num_passes", path, default=passes),
+        "passes": integer(settings, "xpress_num_passes", path, maximum=MOST_ROWS, default=passes),
     }
 
 
