@@ -12,6 +12,7 @@ from whiflash_sglang.cache.tokens import DraftKV
 from whiflash_sglang.device.capture import Recorder
 from whiflash_sglang.device.transfers import Floats, Upload
 from whiflash_sglang.drafts.candidates import Candidate, Forecast
+from whiflash_sglang.formats.choice import TargetsParts
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import DraftBatch, History
 from whiflash_sglang.records.request import Request
@@ -71,9 +72,11 @@ class KVDrafter(Drafter):
     `draft` in any order with other arms' rounds between them.
 
     captured_layers: target layers whose *outputs* it reads. attends_text: whether it attends over a request's text
-    while it ingests: then rows have `requests`. kv: of all slots, once they are allocated.
+    while it ingests: then rows have `requests`. model: the loaded checkpoint. kv: of all slots, once they are
+    allocated.
     """
 
+    model: TargetsParts
     kv: DraftKV
     captured_layers: tuple[int, ...] = ()
     attends_text: bool = False

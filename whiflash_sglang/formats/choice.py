@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -211,10 +211,12 @@ class TargetsParts(nn.Module):
 
     Attributes:
         target_embedding, target_lm_head: [V, H], the target's, not part of the checkpoint.
+        config: sizes and variants, a record of its format.
         shared: the target's parts if its vocabulary is split or quantised: the matrices hold this process's rows, if
             any. quantised: whether it multiplies in float8.
     """
 
+    config: Any
     target_embedding: Tensor
     target_lm_head: Tensor
     shared: SharedVocabulary | None = None

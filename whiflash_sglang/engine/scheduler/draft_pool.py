@@ -4,18 +4,18 @@ server. To SGLang all drafters' KV is one more pool at the target's slots.
 
 from collections.abc import Mapping
 from hashlib import blake2b
-from typing import Any, cast
+from typing import Any
 
 import torch
 from sglang.srt.mem_cache.base_swa_memory_pool import BaseSWAKVPool
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_disagg, get_memory
-from torch import nn
 
 from whiflash_sglang.arms.base import KVDrafter
 from whiflash_sglang.cache.tokens import DraftKV
 from whiflash_sglang.engine.launch.refusals import has_windows
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.formats.choice import TargetsParts
 
 COPYING = "--enable-hierarchical-cache and --disaggregation-mode"
 
@@ -92,18 +92,18 @@ def layout_of(target: Any, drafters: Mapping[str, KVDrafter]) -> str | None:
     if not drafters:
         # Plain SGLang has two.
         return "whiflash-one-pool" if not two_pools and has_windows(target.runner.model_config) else None
-    models = {arm: getattr(drafter, "model") for arm, drafter in drafters.items()}  # noqa: B009  (each has one)
+    models = {arm: drafter.model for arm, drafter in drafters.items()}
     return f"whiflash-{_digest(models)}{'-two-pools' if two_pools else ''}"
 
 
-def _digest(models: Mapping[str, nn.Module]) -> str:
+def _digest(models: Mapping[str, TargetsParts]) -> str:
     """Return a digest of drafters by arm. Draft KV is interchangeable between drafters with equal digests.
 
     It covers all weights of a drafter, and not the parts of the target, whose storage SGLang keys itself.
     """
     digest = blake2b(digest_size=8)
     for arm, model in models.items():
-        digest.update(f"{arm} {type(model).__name__} {cast('Any', model).config}".encode())
+        digest.update(f"{arm} {type(model).__name__} {model.config}".encode())
         for name, value in (*model.named_parameters(), *model.named_buffers()):
             if name not in ("target_embedding", "target_lm_head"):
                 digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

@@ -146,10 +146,10 @@ class Start:
             },
             # Memory of a pass says how many rows its head has, which no configuration says.
             "drafters": {
-                arm: f"{d.lengths} {d.captured_bytes(self.requests)} {_digest(vars(d)['model'].config)}"
+                arm: f"{d.lengths} {d.captured_bytes(self.requests)} {_digest(d.model.config)}"
                 for arm, d in self.passing.items()
             },
-            "fp8": [arm for arm, d in with_kv(self.drafters).items() if vars(d)["model"].quantised],
+            "fp8": [arm for arm, d in with_kv(self.drafters).items() if d.model.quantised],
             "sizes": [*self._rows(), *self._contexts(), *self._tokens()],
             "versions": f"{supported.installed()} {__version__} {torch.__version__} {_kernels()}",
         }
