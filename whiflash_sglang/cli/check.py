@@ -167,13 +167,13 @@ def _check_echo(url: str, sweeps: int, api_key: str | None, *, as_json: bool) ->
     import httpx
 
     from whiflash_sglang.cli import echo
-    from whiflash_sglang.files.hosts import LIMITS, ServedArms, Tokenized, ask, without_password
+    from whiflash_sglang.files.hosts import LIMITS, ServedArms, ServedType, Tokenized, ask, without_password
     from whiflash_sglang.files.progress import progress
 
     headers, named = authorization(api_key), without_password(url)
     with httpx.Client(headers=headers, timeout=ANSWER, limits=LIMITS) as client, progress() as bar:
         arms = ask(client, url, "/whiflash/capabilities", ServedArms)["arms"]
-        dtype = ask(client, url, "/server_info", echo.ServedInfo)["dtype"]
+        dtype = ask(client, url, "/server_info", ServedType)["dtype"]
         over_http, texts = partial(echo.over_http, client, url), echo.prompts(seed=0)
         result = echo.Echo(over_http, arms, dtype, echo.LENGTH)
         steps = sweeps * (echo.AT_ONCE + len(arms) + 2)

@@ -14,21 +14,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any
 
 import httpx
-from pydantic import model_validator
+from whiflash_sdk.trace import Trace
 
 from whiflash_sglang.drafts.arms import LOOKUP, NONE
 from whiflash_sglang.errors import ServerRefusedError
 from whiflash_sglang.files.equality import TopTwo, Verdict, is_tie
-from whiflash_sglang.files.hosts import Answer, Count, TokenIds, ask
+from whiflash_sglang.files.hosts import Answer, TokenIds, ask
 
 AT_ONCE = 12
 """Requests at once, and prompts of a sweep."""
 IDENTIFIERS, LENGTH, DRAFTS, RESUMED = 6, 160, 16, 4
 """Identifiers of a prompt; most tokens of an answer; most drafts that short answers have room for; times that an answer
 goes on from plain decoding's text after a difference."""
+LONGEST = 4096
+"""Tokens of a stretch, which a trace is read up to."""
 PLAIN, POLICY, PREFILL = "plain", "policy", ("prefill", 1)
 """Plain decoding, many at once; the policy in force; a token that no round verified."""
 GRAMMARS: Sequence[Mapping[str, Any]] = (
@@ -39,43 +41,10 @@ FREE: Mapping[str, Any] = {"ignore_eos": True}
 Body = dict[str, Any]
 Asked = tuple[Sequence[int], Mapping[str, Any]]
 """A prompt's token ids, and its sampling parameters."""
-MOST_ROUNDS = 1 << 16
-"""Rounds and tokens of an answer's trace."""
-
-
-class ServedInfo(Answer):
-    """An answer of `GET /server_info`."""
-
-    dtype: str
-
-
-class RoundsOfArm(Answer):
-    """A stretch of a trace (docs/reference/traces.md)."""
-
-    start: Count
-    arm: str
-    round_tokens: list[Count]
-    round_proposed: list[Count]
-
-
-class Rounds(Answer):
-    """A full trace."""
-
-    stretches: list[RoundsOfArm]
-
-    @model_validator(mode="after")
-    def bounded(self) -> Self:
-        """Refuse lists of unequal lengths, and more tokens than an answer has: each is looked at."""
-        rounds = [len(stretch.round_tokens) for stretch in self.stretches]
-        if rounds != [len(stretch.round_proposed) for stretch in self.stretches]:
-            raise ValueError("a stretch has other numbers of rounds")
-        if sum(rounds) + sum(sum(stretch.round_tokens) for stretch in self.stretches) > MOST_ROUNDS:
-            raise ValueError("a trace has more tokens than an answer")
-        return self
 
 
 class MetaInfo(Answer):
-    whiflash: Rounds
+    whiflash: Trace
     output_top_logprobs: list[list[tuple[float | None, Any, Any]]] | None = None
 
 
@@ -233,7 +202,13 @@ def _key() -> str:
 def _rounds(trace: Body) -> Iterator[tuple[int, tuple[str, int]]]:
     """Arm and width of the round that committed each output token."""
     for stretch in trace["stretches"]:
-        at = stretch["start"]
-        for tokens, proposed in zip(stretch["round_tokens"], stretch["round_proposed"], strict=True):
+        at, emitted, drafts = (
+            stretch["start"],
+            stretch.get("round_tokens") or (),
+            stretch.get("round_proposed") or (),
+        )
+        if len(emitted) != len(drafts) or sum(map(abs, emitted)) > LONGEST:
+            raise ServerRefusedError("the server sent a trace that is no answer's: update it")
+        for tokens, proposed in zip(emitted, drafts, strict=True):
             yield from ((place, (stretch["arm"], 1 + proposed)) for place in range(at, at + tokens))
             at += tokens

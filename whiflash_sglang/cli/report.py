@@ -3,11 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
 from whiflash_sglang.cli.top import less
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files.hosts import Amount, ArmsSums, Count, PlainPrice, replicas_of
+from whiflash_sglang.files.hosts import replicas_of
 
 CAVEAT = (
     "Plain seconds are the server's prices of rounds without drafts for the same tokens, not a second run. Prefills "
@@ -16,22 +14,9 @@ CAVEAT = (
 )
 
 
-class CountedState(BaseModel):
-    """State of a server, as a report reads it and keeps it for the next one."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    tokens: Count
-    timed_tokens: Count
-    timed_seconds: Amount
-    priced_tokens: Count
-    priced_seconds: Amount
-    plain_seconds: Amount
-    by_arm: ArmsSums
-    plain_price: PlainPrice
-
-
-COUNTED = tuple(CountedState.model_fields)
+SUMS = ("tokens", "timed_tokens", "timed_seconds", "priced_tokens", "priced_seconds", "plain_seconds")
+COUNTED = (*SUMS, "by_arm", "plain_price")
+"""Entries of a server's state that a report reads, and keeps for the next one."""
 
 
 class Brought(NamedTuple):
@@ -49,12 +34,11 @@ class Brought(NamedTuple):
 
     def as_json(self, hourly: float | None) -> dict[str, Any]:
         """hourly: what an hour of the server costs."""
-        rate, gain = self.tokens / self.seconds, self.gain
-        price = None if hourly is None else hourly / 3600 * 1e6 / rate
-        costs = {} if hourly is None or price is None else {
-            "saved_cost": None if self.saved is None else hourly * self.saved / 3600,
-            "cost_per_million_tokens": price,
-            "plain_cost_per_million_tokens": None if gain is None else price * gain,
+        rate, gain, second = self.tokens / self.seconds, self.gain, (hourly or 0.0) / 3600
+        costs = {} if hourly is None else {
+            "saved_cost": None if self.saved is None else second * self.saved,
+            "cost_per_million_tokens": 1e6 * second / rate,
+            "plain_cost_per_million_tokens": None if gain is None else 1e6 * second / rate * gain,
         }  # fmt: skip
         return {
             "tokens": self.tokens,
@@ -74,15 +58,10 @@ def brought(state: Mapping[str, Any], before: Mapping[str, Any] | None = None) -
     Raises:
         ConfigError: it was restarted since, has decoded too little, or is another release's.
     """
-    try:
-        counts: Any = CountedState.model_validate(dict(state)).model_dump()
-    except ValueError:
-        raise ConfigError(
-            "its state has other fields than this command reads: use the server's own release"
-        ) from None
-    if before is not None:
-        counts = less(counts, before)
-    *sums, by_arm, _ = (counts[name] for name in COUNTED)
+    if missing := [name for name in COUNTED if name not in state]:
+        raise ConfigError(f"its state has no {missing[0]}: use the command of the server's own release")
+    counts: Any = state if before is None else less(state, before)
+    sums = [counts[name] for name in SUMS]
     if min(sums) < 0:
         raise ConfigError("the server was restarted after the reading of --since: leave --since out")
     tokens, timed, seconds, priced_tokens, priced_seconds, plain = sums
@@ -95,6 +74,6 @@ def brought(state: Mapping[str, Any], before: Mapping[str, Any] | None = None) -
         all_of * seconds,
         plain / priced_seconds if known else None,
         all_of * (plain - priced_seconds) if known else None,
-        {arm: own["tokens"] for arm, own in by_arm.items() if own["tokens"] > 0},
+        {arm: own["tokens"] for arm, own in counts["by_arm"].items() if own["tokens"] > 0},
         state["plain_price"],
     )

@@ -180,14 +180,14 @@ def summary(
 
 def _earlier(path: Path) -> dict[str, Any]:
     """Return the states of an earlier report, by `address_of` their servers."""
-    from whiflash_sglang.cli.report import CountedState
-    from whiflash_sglang.files.hosts import address_of
+    from whiflash_sglang.cli.report import COUNTED
+    from whiflash_sglang.files.hosts import ServerState, address_of
 
     try:
-        return {
-            address_of(url): CountedState.model_validate(report["state"]).model_dump()
-            for url, report in read_json_file(path).items()
-        }
+        states = {address_of(url): report["state"] for url, report in read_json_file(path).items()}
+        for state in states.values():
+            ServerState.model_validate({"policy": "", **{name: state[name] for name in COUNTED}})
+        return states
     except NOT_AS_WRITTEN:
         raise UsageError(f"--since {path} is no output of `whiflash report --json`") from None
 

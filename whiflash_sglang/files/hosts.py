@@ -4,6 +4,7 @@ import math
 import re
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Final
 
 import httpx
@@ -16,7 +17,7 @@ LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepali
 """SGLang closes a connection that is idle for five seconds, httpx's default; one is while another arm answers."""
 MOST_ANSWER: Final = 16 << 20
 """Bytes of an answer."""
-MOST_NAMES: Final = 1024
+FEW: Final = Field(max_length=1024)
 """Arms, reasons or replicas of a server."""
 _LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -27,7 +28,7 @@ Amount = Annotated[
     AfterValidator(lambda amount: amount if amount >= 1e-9 else 0.0),
 ]
 """Seconds or bytes. Less than a nanosecond is 0, so that no ratio of two is infinite."""
-Names = Annotated[list[str], Field(max_length=MOST_NAMES)]
+Names = Annotated[list[str], FEW]
 TokenIds = Annotated[list[Count], Field(max_length=1 << 20)]
 
 
@@ -38,33 +39,28 @@ class Answer(BaseModel):
 
 
 class ServedModel(Answer):
-    """An answer of `GET /whiflash/capabilities`."""
-
     model: str
 
 
 class ServedArms(Answer):
-    """An answer of `GET /whiflash/capabilities`."""
-
     arms: Names
 
 
-class Tokenized(Answer):
-    """An answer of `POST /tokenize`."""
+class ServedType(Answer):
+    dtype: str
 
+
+class Tokenized(Answer):
     tokens: Annotated[TokenIds, Field(min_length=1)]
 
 
 class ArmSums(Answer):
-    """Rounds and tokens of an arm, as of `ArmCounts`."""
+    """Rounds and tokens of an arm (`ArmCounts`)."""
 
     rounds: Count
     tokens: Count
     proposed: Count
     accepted: Count
-
-
-ArmsSums = Annotated[dict[str, ArmSums], Field(max_length=MOST_NAMES)]
 
 
 class PlainPrice(Answer):
@@ -83,8 +79,7 @@ class Prices(Answer):
     verify_request: Amount = 0.0
     verify_several: Amount = 0.0
     between: Amount = 0.0
-    draft: Annotated[dict[str, Amount], Field(max_length=MOST_NAMES)] = {}
-    draft_request: Annotated[dict[str, Amount], Field(max_length=MOST_NAMES)] = {}
+    draft: Annotated[dict[str, Amount], FEW] = {}
 
 
 class ReplicaState(Answer):
@@ -111,12 +106,12 @@ class ServerState(Answer):
     priced_seconds: Amount = 0.0
     plain_seconds: Amount = 0.0
     plain_price: PlainPrice | None = None
-    by_arm: ArmsSums = {}
-    reasons: Annotated[dict[str, Count], Field(max_length=MOST_NAMES)] = {}
-    quarantined: Annotated[dict[str, str], Field(max_length=MOST_NAMES)] = {}
+    by_arm: Annotated[dict[str, ArmSums], FEW] = {}
+    reasons: Annotated[dict[str, Count], FEW] = {}
+    quarantined: Annotated[dict[str, str], FEW] = {}
     costs: Prices = Prices()
-    memory: Annotated[dict[str, Amount], Field(max_length=MOST_NAMES)] = {}
-    replicas: Annotated[list[ReplicaState], Field(max_length=MOST_NAMES)] = []
+    memory: Annotated[dict[str, Amount], FEW] = {}
+    replicas: Annotated[list[ReplicaState], FEW] = []
 
 
 def without_password(url: str) -> str:
@@ -171,13 +166,11 @@ def ask(
             f"{named} has no {path} (404): it is no SGLang server with --speculative-algorithm WHIFLASH; check the URL"
         )
     why: object = None
-    try:
+    with suppress(*NOT_AS_WRITTEN):
         content = read_json(raw)
         if status == 200:
             return shape.model_validate(content).model_dump(exclude_unset=True)
         why = content.get("error", content)["message"]
-    except NOT_AS_WRITTEN:
-        pass
     if isinstance(why, str):
         raise ServerRefusedError(f"{named}{path} answered {status}: {why[:500]}")
     raise ServerRefusedError(
