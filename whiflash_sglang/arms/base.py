@@ -22,12 +22,13 @@ class Drafter:
     """Every arm.
 
     arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token). sources:
-    what its drafts are taken from, if that is not its name. passes: whether a network drafts, whose pass is timed at
-    the start. features: which of the target's captured layers it reads, None: all. tail_width: columns of feature n-1
-    that a draft begins with, 0 if it reads none.
+    what its drafts are taken from, if that is not its name. passes: whether a network drafts, its `model`, whose pass
+    is timed at the start. features: which of the target's captured layers it reads, None: all. tail_width: columns of
+    feature n-1 that a draft begins with, 0 if it reads none.
     """
 
     arm: str
+    model: Any
     max_drafts: int
     sources: tuple[str, ...] = ()
     passes: bool = False

@@ -28,6 +28,7 @@ class DFlashArm(PagedArm):
     """
 
     arm = arms.DIFFUSION
+    model: DFlashDrafter
 
     def __init__(
         self,

@@ -122,6 +122,8 @@ class Eagle3Arm(ChainArm):
         model: loaded checkpoint. captured, layers, steps: as of `ChainArm`. positions: rotary positions that may occur.
     """
 
+    model: Eagle3Drafter
+
     def __init__(
         self,
         model: Eagle3Drafter,
@@ -192,6 +194,8 @@ class MTPArm(ChainArm):
         model: loaded from the target's files. captured, layers, steps: as of `ChainArm`. positions: rotary positions
             that may occur.
     """
+
+    model: MTPDrafter
 
     def __init__(
         self,

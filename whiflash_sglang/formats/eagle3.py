@@ -206,6 +206,7 @@ class Eagle3Drafter(TargetsParts):
         mask_hidden: [F], P-EAGLE's feature of rows without one; None for a chain.
     """
 
+    config: Eagle3Config
     d2t: Tensor | None
     mask_hidden: Tensor | None
 

@@ -253,6 +253,8 @@ def _check(path: Path, config: Mapping[str, Any]) -> None:
 class MTPDrafter(TargetsParts):
     """A chain drafter of one decoder layer that shares the target's embedding and head, which are not read again."""
 
+    config: MTPConfig
+
     def __init__(
         self,
         config: MTPConfig,
