@@ -10,6 +10,7 @@ import typer
 from whiflash_lab.bench import prompts as sources
 from whiflash_lab.bench.arms import KNOWN, build_arms, check_names, those_with_drafters
 from whiflash_lab.bench.prompts import GROUPS, SUITES, Prompt
+from whiflash_lab.cli.widen import widen
 from whiflash_sglang.cli import DECIDE
 from whiflash_sglang.cli.options import MOST, Dtype, JsonFlag, OutOption, show_table, whole_numbers
 from whiflash_sglang.errors import UsageError
@@ -232,3 +233,4 @@ def simulate(
 def register(app: typer.Typer, lab: typer.Typer) -> None:
     app.command(rich_help_panel=DECIDE)(bench)
     lab.command()(simulate)
+    lab.command()(widen)

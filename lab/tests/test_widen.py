@@ -1,0 +1,73 @@
+"""A widened pair answers as the small one does, in as many rounds, and with as many accepted drafts."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from engine import Engine, engine
+from safetensors.torch import load_file
+from tiny_models import tiny_bundle, tiny_target
+
+from whiflash_lab.widen import Shape, widen_pair
+from whiflash_sglang.errors import UsageError
+
+SHAPE = Shape(copies=6, heads=12, kv_heads=4, intermediate=161, layers=7, block_layers=3)
+"""A copy without a partner, query heads without one, further KV heads, an odd neuron, a further layer of each model."""
+PROMPTS = ([70, 71, 72, 73] * 5, list(range(30, 60)), [68] * 12)
+ROUTERS = ("none", "ar", "diffusion")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of the small pair and of the wide one, each with `target` and `bundle`."""
+    small, wide = tmp_path_factory.mktemp("small"), tmp_path_factory.mktemp("wide")
+    tiny_bundle(small / "bundle", tiny_target(small / "target"))
+    widen_pair(small / "target", small / "bundle", wide, SHAPE)
+    return small, wide
+
+
+def answers(e: Engine, router: str) -> list[tuple[list[int], tuple[int, int]]]:
+    """Tokens, rounds and accepted drafts of each prompt under a policy."""
+    e.start_over(router)
+    found = []
+    for number, prompt in enumerate(PROMPTS):
+        name = f"{router}{number}"
+        found.append((e.ask(name, prompt, max_new_tokens=100), e.rounds(name)))
+    return found
+
+
+def test_tokens_rounds_and_accepted_drafts_are_the_small_pairs(pairs: Sequence[Path]) -> None:
+    found: list[Mapping[str, list[tuple[list[int], tuple[int, int]]]]] = []
+    for pair in pairs:
+        flags = {"draft": pair / "bundle", "whiflash_lookup": "off", "whiflash_structure": "off"}
+        with engine(pair / "target", whiflash=flags) as e:
+            assert e.worker.target.shape.hidden_size == 64 * (1 if pair == pairs[0] else SHAPE.copies)
+            found.append({router: answers(e, router) for router in ROUTERS})
+    small, wide = found
+    assert small == wide
+    accepted = {router: sum(drafts for _, (_, drafts) in small[router]) for router in ("ar", "diffusion")}
+    assert min(accepted.values()) > 3, accepted
+
+
+def test_products_are_computed_on_numbers(pairs: Sequence[Path]) -> None:
+    """Zeros would be multiplied faster: only what has no partner has them."""
+    tensors = {k: t for f in (pairs[1] / "target").glob("*.safetensors") for k, t in load_file(f).items()}
+    last = max(name for name in tensors if "q_proj" in name)
+    assert last == f"model.layers.{SHAPE.layers - 1}.self_attn.q_proj.weight"
+    for name in (name for name in tensors if re.search(r"(proj|head)\.weight", name)):
+        assert float((tensors[name] == 0).float().mean()) < 0.4, name
+
+
+def test_what_cannot_hold_the_small_pair_is_refused(pairs: Sequence[Path], tmp_path: Path) -> None:
+    small = pairs[0]
+    for changes, named in (
+        ({"heads": 10}, "10 heads on 4 KV heads"),
+        ({"kv_heads": 1}, "12 heads on 1 KV heads cannot hold 4 on 2"),
+        ({"heads": 4}, "are 1 a KV head, fewer than the small model's 2"),
+        ({"copies": 5}, "5 copies of 64 are no multiple of 12 heads"),
+        ({"intermediate": 127}, "127 neurons cannot hold a model with 128"),
+    ):
+        with pytest.raises(UsageError, match=named):
+            widen_pair(small / "target", small / "bundle", tmp_path / named, replace(SHAPE, **changes))
