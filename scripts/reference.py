@@ -470,7 +470,9 @@ def card_table() -> str:
     record = read_json_file(ROOT / "results" / "gpu" / "shaped.json")
     checks, rates = record["figures"]["checks"], "tokens_per_s_at_{}_of_1024"
     loads = [load for load in map(str, range(1, 100)) if rates.format(load) in checks["none"]]
-    arms = ("none", "DFLASH", "diffusion", "auto")
+    arms = [
+        arm for arm in ("none", "plain", "DFLASH", "DFLASH-4", "ar", "diffusion", "auto") if arm in checks
+    ]
     rows = ((arm, *(f"{checks[arm][rates.format(load)]:,.0f}" for load in loads)) for arm in arms)
     return table((f"tokens a second, {record['machine'].partition(',')[0]}", *loads), rows)
 

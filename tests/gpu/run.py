@@ -1,7 +1,7 @@
 """Checks that need a GPU, in parts that each end within ten minutes: `make gpu`, `make gpu-evidence`.
 
     python tests/gpu/run.py                        # what is left to do on this machine's GPU
-    python tests/gpu/run.py --only kernels,shaped  # parts whose name begins so
+    python tests/gpu/run.py --only kernels,shaped  # the part `shaped`, and all whose names begin with `kernels`
     python tests/gpu/run.py --only kernels --jobs 3  # side by side on one card: for what is not timed
     python tests/gpu/run.py --keep records.tgz     # records that came back from a card, and their page
     python tests/gpu/run.py --device cpu           # a rehearsal: the parts' own code, on tiny models
@@ -18,6 +18,7 @@ without a network: what lies in `SITE` is then imported before what is installed
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -41,6 +42,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "results" / "gpu"
 SITE = ROOT / "site"
 PAGE = "README.md"
+CACHE, PIECES = "cache", 3
+"""Folder of the embedded target in an unpacked kit, and the pieces that bring it (`kit.pieces`)."""
 LEFT_OUT = 77
 """Exit status of a part that found out by itself that it cannot run here (`checks.py`)."""
 HEAVY = 8 << 20
@@ -104,7 +107,18 @@ def sanitizer(tool: str, name: str = "", ops: str = "") -> Part:
 def shaped(name: str, shows: str, *options: str) -> Part:
     """Rounds of an 8B-shaped random pair with pinned acceptance."""
     command = ("tests/gpu/shaped.py", "--device", "{device}", "--out", "{out}", *options)
-    return Part(name, f"an 8B-shaped random pair with pinned acceptance: {shows}", command, SERVER)
+    needs, rehearsal = (FA3, None) if "fa3" in options else (SERVER, ())
+    label = "an 8B-shaped random pair with pinned acceptance"
+    return Part(name, f"{label}: {shows}", command, needs, rehearsal=rehearsal)
+
+
+def real(name: str, shows: str, *options: str) -> Part:
+    """The embedded pair, widened to an 8B model's cost. A rehearsal widens a tiny one."""
+    command = ("tests/gpu/real.py", "--device", "{device}", "--out", "{out}", *options)
+    rehearsal = (
+        ("--arms", "none,plain,auto,EAGLE3") if "own" in options else ()
+    )  # DSPARK's kernels need a card
+    return Part(name, f"a trained pair at an 8B model's cost: {shows}", command, SERVER, rehearsal=rehearsal)
 
 
 def bench(name: str, shows: str, *options: str) -> Part:
@@ -119,7 +133,7 @@ def serving(attention: str, rehearsed: bool) -> Part:
         shows = "answers are plain decoding's; agents' requests; waits, memory, a trace"
     command = ("tests/gpu/serving.py", "--attention", attention, "--device", "{device}", "--out", "{out}")
     rehearsal = () if rehearsed else None
-    needs = SERVER if attention == "triton" else COMPILED
+    needs = {"triton": SERVER, "fa3": FA3}.get(attention, COMPILED)
     return Part(f"serving-{attention}", shows, command, needs, rehearsal=rehearsal, serves=True)
 
 
@@ -146,10 +160,18 @@ def speed(concurrency: int, rehearsed: bool) -> Part:
 
 KERNELS = ("torch", "triton", "pytest", "hypothesis")
 SERVER = ("torch", "triton", "transformers", "sglang", "sgl_kernel")
-COMPILED = (*SERVER, "sgl_kernel.flash_attn")
-"""SGLang with its own operators, for which the kit has stand-ins that do not have this."""
+FA3 = (*SERVER, "sgl_kernel.flash_ops")
+COMPILED = (*FA3, "sgl_kernel.moe")
+"""SGLang with its own operators. The kit has stand-ins for most, without this module."""
 _SINKS = "sliding windows in a pool of their own and attention sinks (gpt-oss)"
 PARTS: tuple[Part, ...] = (
+    Part(
+        "fa3",
+        "FA3 loads, equals torch on ragged rows, and what a layer takes at widths of 1 to 16",
+        ("tests/gpu/fa3.py", "{out}"),
+        ("torch", "triton", "sgl_kernel.flash_ops"),
+        rehearsal=None,
+    ),
     kernel_tests("rounds"),
     overlap("triton", rehearsed=True),
     kernel_tests("layers"),
@@ -161,11 +183,35 @@ PARTS: tuple[Part, ...] = (
         ("tests/gpu/sampler.py", "{device}", "{out}"),
         KERNELS,
     ),
-    shaped("shaped", "`diffusion` beside upstream's DFLASH and plain decoding; a trace; memory"),
+    shaped("shaped", "`auto` and each drafter beside plain decoding, ours and SGLang's; a trace; memory"),
+    shaped(
+        "shaped-fa3",
+        "FA3, SGLang's DFLASH beside",
+        *("--arms", "none,plain,auto,DFLASH,DFLASH-4", "--requests", "8,32,1", "--attention", "fa3"),
+    ),
+    shaped(
+        "shaped-plain",
+        "rounds without drafts; their trace",
+        *("--arms", "none,plain", "--trace", "plain", "--requests", "8,32,1"),
+    ),
+    real("real", "`auto` and each drafter beside plain decoding, ours and SGLang's"),
+    real(
+        "real-agents", "tools and schemas enforced", "--agents", "--arms", "none,auto", "--requests", "8,32,1"
+    ),
+    real(
+        "real-sampled",
+        "tools and schemas enforced, at temperature 0.6",
+        *("--agents", "--temperature", "0.6", "--arms", "none,auto", "--requests", "8,32,1"),
+    ),
+    real(
+        "real-own",
+        "SGLang's own operators, its EAGLE3 and DSPARK beside",
+        *("--operators", "own", "--arms", "none,plain,auto,EAGLE3,DSPARK", "--requests", "8,32,1"),
+    ),
     shaped(
         "contexts",
         "a verification by context",
-        *("--arms", "diffusion,none", "--contexts", "2048,8192,32768,131072"),
+        *("--arms", "diffusion", "--contexts", "2048,8192,131072", "--requests", "1"),
     ),
     sanitizer(
         "memcheck", "first", "sample_rows,accept_and_commit,fill_slots,draft_attention,verify_attention"
@@ -186,7 +232,7 @@ PARTS: tuple[Part, ...] = (
         "--no-compile",
     ),
     sanitizer("memcheck"),
-    shaped("shaped-chain", "`ar`", "--arms", "ar", "--requests", "1,8,32,64"),
+    shaped("shaped-chain", "`ar` at 64 requests", "--arms", "ar", "--requests", "64,8,1"),
     overlap("fa3", rehearsed=False),
     sanitizer("racecheck"),
     sanitizer("initcheck"),
@@ -207,6 +253,13 @@ PARTS: tuple[Part, ...] = (
     family("sinks-trtllm", "GptOssForCausalLM", _SINKS, "trtllm_mha"),
 )
 """In this order: what was never on a card and what all requests run on, then the rest; what few cards have is last."""
+
+
+def named(only: str) -> list[Part]:
+    """Parts by names with commas between them. A word that is no part's name stands for all that begin so."""
+    names = {part.name for part in PARTS}
+    exact, begins = (tuple(w for w in only.split(",") if (w in names) == known) for known in (True, False))
+    return [part for part in PARTS if part.name in exact or part.name.startswith(begins)]
 
 
 def digest() -> str:
@@ -280,7 +333,7 @@ def run(part: Part, device: str, scratch: Path, seconds: float, pair: Sequence[s
     paths = [ROOT, *parts, SITE, os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in paths if str(p))}
     if (SITE / "sglang").is_dir():  # the kit's machine has no network: pip would try for 10 seconds
-        environment["PIP_NO_INDEX"] = "1"
+        environment |= {"PIP_NO_INDEX": "1", "WHIFLASH_CACHE": str(ROOT / CACHE)}
     began = time.monotonic()
     with (scratch / f"{part.name}.log").open("w+") as log:
         process = subprocess.Popen(
@@ -387,6 +440,8 @@ def pack(records: Path, archive: Path) -> None:
 def run_kit(archive: Path, arguments: Sequence[str]) -> int:
     """Unpack the kit beside its archive, if it is not there yet, and run its parts. Returns the exit status.
 
+    The embedded pair follows once all of its pieces are beside the archive.
+
     arguments: as they were given; paths in them are relative to where this is called.
     """
     place, command = archive.resolve().parent / "gpu-kit", list(arguments)
@@ -397,6 +452,10 @@ def run_kit(archive: Path, arguments: Sequence[str]) -> int:
     if not place.exists():
         with tarfile.open(archive) as packed:
             packed.extractall(place, filter="data")
+    pieces = sorted(archive.parent.glob("pair-?"))
+    if len(pieces) == PIECES and not (place / CACHE).exists():
+        with tarfile.open(fileobj=io.BytesIO(b"".join(map(Path.read_bytes, pieces)))) as packed:
+            packed.extractall(place, filter="data")
     del command[command.index("--kit") : command.index("--kit") + 2]
     return subprocess.call([sys.executable, str(place / "tests" / "gpu" / "run.py"), *command])
 
@@ -404,7 +463,9 @@ def run_kit(archive: Path, arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu", "phantom"), default="cuda")
-    parser.add_argument("--only", default="", help="parts whose names begin so, separated by commas")
+    parser.add_argument(
+        "--only", default="", help="names of parts, or what some begin with, with commas between them"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="parts that run side by side on one card")
     parser.add_argument("--kit", type=Path, help="the kit's archive: unpack it and run what is in it")
     parser.add_argument("--pack", type=Path, help="archive of the records, written at the end")
@@ -434,8 +495,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     card, code = machine(chosen.device), " ".join([digest(), *pair])
     records = chosen.records.resolve() / ("" if chosen.device == "cuda" else "rehearsal")
     records.mkdir(parents=True, exist_ok=True)
-    only = tuple(chosen.only.split(","))
-    parts = [p for p in PARTS if p.name.startswith(only) and (chosen.evidence or not p.evidence)]
+    parts = [p for p in named(chosen.only) if chosen.evidence or not p.evidence]
     if chosen.device != "cuda":
         parts = [p for p in parts if p.rehearsal is not None]
     before = {part.name: ended(records / f"{part.name}.json", code, card) for part in parts}

@@ -13,13 +13,11 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -28,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiny_models
 import torch
 from checks import Checks
+from pace import twice
 from safetensors.torch import save_file
 from served import on_device
 from watched import Memory, Trace, Waits, stepping, watching
@@ -38,8 +37,10 @@ LABEL = "8B-shaped target and drafters with random weights; acceptance pinned to
 REPORT = Path(__file__).resolve().parents[2] / "results" / "benchmark" / "report.json"
 POSITIONS = 1 << 18
 """Positions of target and drafters, for the longest context."""
-ARMS = {"auto": "diffusion", "diffusion": "diffusion", "DFLASH": "diffusion", "ar": "EAGLE3", "none": "none"}
-"""Servers, ours first, and the arm of the report whose acceptance length it gets; `none` is SGLang alone.
+ARMS = dict.fromkeys(("auto", "diffusion", "DFLASH", "DFLASH-4"), "diffusion")
+ARMS |= {"ar": "EAGLE3", "none": "none", "plain": "none"}
+"""Servers, and the arm of the report whose acceptance length it gets; `none` is SGLang alone, `plain` ours without
+drafts, which is what `auto` has at its best where no draft is right. `DFLASH-4` verifies four rows of each block.
 
 `auto` chooses between both drafters, at their measured prices, without arms that copy: a pinned acceptance would make
 all copies as good as drafts.
@@ -117,18 +118,22 @@ def pinned(rows: Any, chance: float) -> torch.Tensor:
 
 
 @contextmanager
-def accepting(mean: float) -> Iterator[None]:
-    """Full blocks of our rounds and of upstream's DFLASH commit `mean` tokens on average. Enter it before a capture."""
+def accepting(mean: float, rows: int = QWEN3_8B.block) -> Iterator[None]:
+    """Full blocks of our rounds and of upstream's DFLASH commit `mean` tokens on average. Enter it before a capture.
+
+    rows: that DFLASH verifies; of fewer than a block's it commits as many as chains of equal chances would.
+    """
     from sglang.srt.speculative import dflash_worker_v2
 
     from whiflash_sglang.round.epilogue import Epilogue
 
     accept, right = Epilogue._accept, continuing(mean, QWEN3_8B.block)
 
-    def agreed(self: Any, rows: Any, *rest: Any) -> Any:
-        return accept(self, rows._replace(predictions=pinned(rows, right)), *rest)
+    def agreed(self: Any, verified: Any, *rest: Any) -> Any:
+        return accept(self, verified._replace(predictions=pinned(verified, right)), *rest)
 
-    upstream = {"SIMULATE_ACC_LEN": mean, "SIMULATE_ACC_TOKEN_MODE": "real-draft-token"}
+    cut = mean if rows == QWEN3_8B.block else sum(right**place for place in range(rows))
+    upstream = {"SIMULATE_ACC_LEN": cut, "SIMULATE_ACC_TOKEN_MODE": "real-draft-token"}
     with patch.object(Epilogue, "_accept", agreed), patch.multiple(dflash_worker_v2, **upstream):
         yield
 
@@ -159,11 +164,12 @@ class Load:
         return context if context * requests <= self.most else max(context // 64, 1)
 
 
-CARD, REHEARSAL = Load((1, 8, 32, 48), (1024,), 192, 300_000), Load((1, 2), (24,), 24, 48)
+CARD, REHEARSAL = Load((8, 32, 48, 1), (1024,), 192, 300_000), Load((1, 2), (24,), 24, 48)
+"""One request comes last on a card: the first rounds of a server go to learning what its text accepts."""
 
 
 @contextmanager
-def started(made: dict[str, Any], arm: str, device: str, load: Load) -> Iterator[Any]:
+def started(made: dict[str, Any], arm: str, device: str, load: Load, attention: str) -> Iterator[Any]:
     """An engine on one arm, overlapped where there is a card."""
     from engine import engine
     from overlap_loop import OverlapLoop
@@ -176,47 +182,31 @@ def started(made: dict[str, Any], arm: str, device: str, load: Load) -> Iterator
     options["disable_overlap_schedule"] = not card
     if card:  # prompts are cached where passes are timed
         options["cuda_graph_backend_prefill"] = "disabled"
-    if card and find_spec("sgl_kernel.flash_attn") is None:
-        options |= {"attention_backend": "triton", "sampling_backend": "pytorch"}
-    if arm == "DFLASH":
-        options |= {"speculative_algorithm": arm, "speculative_draft_model_path": str(made["dflash"])}
+    if card and attention:
+        options["attention_backend"] = attention
+    if card and find_spec("flashinfer") is None:
+        options["sampling_backend"] = "pytorch"
+    if arm.startswith("DFLASH"):
+        options |= {"speculative_algorithm": "DFLASH", "speculative_draft_model_path": str(made["dflash"])}
+        if rows := arm.partition("-")[2]:
+            options["speculative_num_draft_tokens"] = int(rows)
     elif arm != "none":
-        flags = {"draft": made["dflash"], "whiflash_eagle_draft": str(made["eagle3"]), "whiflash_router": arm}
+        router = "none" if arm == "plain" else arm
+        flags = {
+            "draft": made["dflash"],
+            "whiflash_eagle_draft": str(made["eagle3"]),
+            "whiflash_router": router,
+        }
         options["whiflash"] = flags | {"whiflash_lookup": "off", "whiflash_structure": "off"}
     with engine(made["model"], **options) as e:
         yield OverlapLoop(e.scheduler) if card else e
 
 
 def timed(e: Any, context: int, requests: int, load: Load, figures: dict[str, Any]) -> None:
-    """Requests that begin together: tokens a second and ms a pass of the second of two runs, with prompts cached.
-
-    Our rounds have the host's time to issue one, too.
-    """
+    """Figures of requests that begin together."""
     prompts = load.prompts(context, requests).tolist()
-    seconds, passes, clock = 0.0, list[float](), getattr(e.worker, "clock", None)
-    for _ in range(2):
-        passes, step = [], e.step
-        before = clock.snapshot() if clock else {}
-
-        def counted(step: Any = step, passes: list[float] = passes) -> bool:
-            began = time.perf_counter()
-            if ran := bool(step()):
-                passes.append(time.perf_counter() - began)
-            return ran
-
-        began = time.perf_counter()
-        with patch.object(e, "step", counted):
-            e.generate(prompts, max_new_tokens=load.tokens)
-        seconds = time.perf_counter() - began
-    at = f"{requests}_of_{context}"
-    figures[f"tokens_per_s_at_{at}"] = requests * load.tokens / seconds
-    figures[f"ms_per_pass_at_{at}"] = 1e3 * seconds / len(passes)
-    figures[f"median_ms_at_{at}"], figures[f"most_ms_at_{at}"] = 1e3 * median(passes), 1e3 * max(passes)
-    figures[f"tokens_per_pass_at_{at}"] = load.tokens / len(passes)
-    if clock:
-        spent = {name: value - before[name] for name, value in clock.snapshot().items()}
-        figures[f"host_ms_per_round_at_{at}"] = 1e3 * spent["round_seconds"] / spent["rounds"]
-        figures[f"rows_per_round_at_{at}"] = spent["rows"] / spent["rounds"]
+    found = twice(e, lambda: sum(map(len, e.generate(prompts, max_new_tokens=load.tokens))), requests)
+    figures |= {f"{name}_at_{requests}_of_{context}": value for name, value in found.items()}
 
 
 def looked_at(e: Any, load: Load, device: str, figures: dict[str, Any], keep: Path) -> None:
@@ -251,34 +241,37 @@ def looked_at(e: Any, load: Load, device: str, figures: dict[str, Any], keep: Pa
     assert not others, f"rounds wait at {others}"
 
 
-def measure(
-    checks: Checks, device: str, arms: Sequence[str], load: Load, shape: Shape, root: Path, keep: Path
-) -> None:
+def measure(checks: Checks, chosen: argparse.Namespace, load: Load, shape: Shape, root: Path) -> None:
     """The arms at every load."""
-    made, means = write_models(root, shape, "bfloat16" if device == "cuda" else "float32"), recorded()
-    for arm in arms:
+    card = chosen.device == "cuda"
+    made, means = write_models(root, shape, "bfloat16" if card else "float32"), recorded()
+    for arm in chosen.arms.split(","):
         mean = means[arm]
         with ExitStack() as stack:
             e: Any = None
             with checks.check(arm) as figures:
                 figures["acceptance_length_wanted"] = mean
-                stack.enter_context(accepting(mean))
-                e = stack.enter_context(started(made, arm, device, load))
-                if arm == "auto" and device == "cuda":
+                stack.enter_context(accepting(mean, int(arm.partition("-")[2] or QWEN3_8B.block)))
+                e = stack.enter_context(started(made, arm, chosen.device, load, chosen.attention))
+                if arm == "auto" and card:
                     figures["prices"] = asdict(e.worker.controller.costs.tables)
                 for context, requests in load:
                     timed(e, context, requests, load, figures)
                     checks.save()  # a long context may be the last
-            if e is not None and arm == "diffusion" and len(load.contexts) == 1:
+            if e is not None and arm == chosen.trace and len(load.contexts) == 1:
                 with checks.check("rounds") as figures:
-                    looked_at(e, load, device, figures, keep)
+                    looked_at(e, load, chosen.device, figures, chosen.out.with_suffix(".trace.json.gz"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu", "phantom"), default="cuda")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--arms", default="auto,diffusion,DFLASH,none", help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--arms", default="none,plain,auto,ar,diffusion", help=f"of {', '.join(ARMS)}")
+    parser.add_argument(
+        "--attention", default="triton", help="backend on a card; SGLang's own choice if empty"
+    )
+    parser.add_argument("--trace", default="diffusion", help="arm of ours whose rounds are traced")
     parser.add_argument("--requests", help="at a time, such as 1,8,32")
     parser.add_argument("--contexts", help="tokens of a prompt, such as 2048,131072; 1 and 8 requests each")
     chosen = parser.parse_args(arguments)
@@ -293,15 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         load = replace(load, requests=load.requests[:2], contexts=contexts)
     checks = Checks(chosen.out, label=LABEL if card else f"a rehearsal with tiny models, not: {LABEL}")
     with tempfile.TemporaryDirectory() as root, on_device(chosen.device, Path(root)):
-        measure(
-            checks,
-            chosen.device,
-            chosen.arms.split(","),
-            load,
-            shape,
-            Path(root),
-            chosen.out.with_suffix(".trace.json.gz"),
-        )
+        measure(checks, chosen, load, shape, Path(root))
     return checks.exit_status
 
 

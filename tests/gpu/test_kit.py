@@ -17,7 +17,7 @@ import kit
 import pytest
 import run
 
-PAGE = run.ROOT / "docs" / "dev" / "fifteen-minutes.md"
+PAGE = run.ROOT / "docs" / "dev" / "thirty-minutes.md"
 BESIDE = ("numpy<2.4",)
 """Triton 3.6 interprets with no newer one, which only a rehearsal does."""
 UV = os.environ.get("UV", "uv")
@@ -30,7 +30,7 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "dist").mkdir()
     (root / "tests/gpu").mkdir(parents=True)
     shutil.copy(run.__file__, root / "tests/gpu")
-    assert 10_000_000 < kit.build(root / "dist/gpu-kit.tar.xz") < kit.TREE // 2
+    assert 30_000_000 < kit.build(root / "dist/gpu-kit.tar.xz") < 45_000_000
     return root
 
 
@@ -67,15 +67,14 @@ COMMANDS = [line.strip() for line in PAGE.read_text().splitlines() if " --kit " 
     ("command", "device"),
     [
         *((command, "cpu") for command in COMMANDS),
-        (COMMANDS[0].partition("kernels-rounds")[0] + "overlap-triton", "phantom"),
+        (COMMANDS[0].rpartition(" ")[0] + " overlap-triton", "phantom"),
     ],
 )
 def test_commands_of_the_page_run_with_the_machines_versions(
     python: Path, there: Path, command: str, device: str
 ) -> None:
     records = rehearsed(python, there, command, device)
-    only = tuple(command.rpartition(" ")[2].split(","))
-    wanted = {part.name for part in run.PARTS if part.name.startswith(only)}
+    wanted = {part.name for part in run.named(command.rpartition(" ")[2]) if part.rehearsal is not None}
     assert records.keys() >= wanted
     bad = {name: records[name]["tail"] for name in wanted if records[name]["status"] != "passed"}
     assert not bad, bad
@@ -89,7 +88,7 @@ def test_nothing_in_it_says_where_it_was_made(there: Path, tmp_path: Path) -> No
     with tarfile.open(there / "dist/gpu-kit.tar.xz") as packed:
         packed.extractall(tmp_path, filter="data")
     here = [str(path).encode() for path in (Path.home(), run.ROOT, sys.prefix)]
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".so"]
     assert len(files) > 1000
     assert not [path for path in files if any(place in path.read_bytes() for place in here)]
     assert not [path for path in files if path.name in ("direct_url.json", "uv.lock")]

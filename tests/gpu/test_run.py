@@ -1,12 +1,15 @@
 """The runner of the GPU's parts, on parts that need no GPU."""
 
 import json
+import struct
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import kit
+import prune
 import pytest
 import run
 from run import Part
@@ -138,10 +141,53 @@ def test_parts_run_side_by_side_and_their_records_come_back(
 
 
 def test_a_tree_that_a_machine_refuses_is_named_with_its_bytes() -> None:
-    kit.check_size(18_000_000, 13_000_000)
-    with pytest.raises(SystemExit, match=r"79,944,001 .*18,000,000.* 97,944,001 .* 67,108,864.*git checkout"):
-        kit.check_size(18_000_000, 79_944_001)
-    assert kit.travels() > 5_000_000
+    kit.check_size(41_000_000, 1_000_000)
+    with pytest.raises(
+        SystemExit, match=r"sparse-checkout.*27,000,000 .*41,000,000.* 68,000,000 .* 67,108,864"
+    ):
+        kit.check_size(41_000_000, 27_000_000)
+    assert 100_000 < kit.travels() < 5_000_000
+
+
+def test_device_code_that_is_not_wanted_becomes_zeros_in_place(tmp_path: Path) -> None:
+    bodies = {90: b"_INTERNAL_0a_12_kept_cu_", 80: b"_INTERNAL_0b_12_kept_cu_"}
+    other = b"_INTERNAL_0c_12_other_cu_"
+    listed = [*bodies.items(), (90, other), (90, b"compressed")]
+    fat = b"".join(struct.pack("<HHIQQII", 2, 1, 32, len(b), 0, 0, sm) + b for sm, b in listed)
+    whole = (
+        b"ELF"
+        + prune.MAGIC
+        + struct.pack("<HHQ", 1, 16, len(fat))
+        + fat
+        + b"\0" * 8
+        + prune.MAGIC
+        + b"no header: its version is another"
+    )
+    (tmp_path / "in.so").write_bytes(whole)
+    for sources, kept in (("kept|none", [bodies[90]]), ("", [bodies[90], other, b"compressed"])):
+        wanted = whole
+        for body in {body for _, body in listed} - set(kept):
+            wanted = wanted.replace(body, bytes(len(body)))
+        assert prune.prune(tmp_path / "in.so", tmp_path / "out.so", 90, sources) == sum(map(len, kept))
+        assert (tmp_path / "out.so").read_bytes() == wanted
+
+
+def test_pieces_of_the_pair_are_joined_once_all_are_there(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.tar.xz"
+    with tarfile.open(tmp_path / "kit.tar.xz", "w:xz") as packed:
+        info = tarfile.TarInfo("tests/gpu/run.py")
+        packed.addfile(info)
+    with tarfile.open(whole, "w:xz") as packed:
+        packed.addfile(tarfile.TarInfo(f"{run.CACHE}/wheel"))
+    data = whole.read_bytes()
+    for number in range(run.PIECES):
+        assert not (tmp_path / "gpu-kit" / run.CACHE / "wheel").exists()
+        (tmp_path / f"pair-{number}").write_bytes(
+            data[number * 50 : (number + 1) * 50 if number < 2 else None]
+        )
+        assert run.run_kit(tmp_path / "kit.tar.xz", ["--kit", str(tmp_path / "kit.tar.xz")]) == 0
+    assert (tmp_path / "gpu-kit" / run.CACHE / "wheel").exists()
+    assert run.PIECES == kit.PAIR
 
 
 def test_parts_name_files_that_exist_and_every_test_of_the_kernels() -> None:
@@ -153,10 +199,11 @@ def test_parts_name_files_that_exist_and_every_test_of_the_kernels() -> None:
     every = [path.relative_to(real.ROOT).as_posix() for path in real.ROOT.glob("kernels/tests/test_*.py")]
     assert sorted(tests) == sorted(every)
     places = [
-        names.index(name) for name in ("kernels-rounds", "overlap-triton", "serving-triton", "serving-fa4")
+        names.index(name)
+        for name in ("fa3", "kernels-rounds", "overlap-triton", "serving-triton", "serving-fa4")
     ]
     assert places == sorted(places)
-    assert places[:2] == [0, 1]
+    assert places[:3] == [0, 1, 2]
     assert len(set(names)) == len(names)
     for part in real.PARTS:
         for word in part.command:

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import real
 import shaped
 from safetensors.torch import load_file
 
-PINNED = {"auto": 2.5, "diffusion": 2.5, "DFLASH": 3.0, "ar": 2.0, "none": 1.0}
+from whiflash_sglang.prices.round_clock import STAGES
+
+PINNED = {"auto": 2.5, "diffusion": 2.5, "DFLASH": 3.0, "DFLASH-4": 3.0, "ar": 2.0, "none": 1.0, "plain": 1.0}
 
 
 @pytest.mark.evidence
@@ -24,10 +27,31 @@ def test_rounds_accept_as_much_as_was_recorded(tmp_path: Path, monkeypatch: pyte
     assert {arm: round(n) for arm, n in passes.items()} == {
         "diffusion": 10,
         "DFLASH": 9,
+        "DFLASH-4": 11,
         "ar": 13,
         "none": 24,
+        "plain": 24,
     }
+    timed = found["checks"]["plain"]
+    assert len(timed["ms_of_passes_at_2_of_24"]) == 24
+    assert len(timed["both_median_ms_at_2_of_24"]) == 2
+    assert timed["host_ms_by_stage_at_2_of_24"].keys() == set(STAGES)
+    assert timed["tokens_per_s_without_slowest_at_2_of_24"] > timed["tokens_per_s_at_2_of_24"]
     assert found["checks"]["rounds"]["trace_of_2"]["on_host"]
+
+
+@pytest.mark.evidence
+def test_a_trained_pair_is_widened_and_asked_what_agents_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+    for options in ("--arms=none,plain,auto", "--agents --arms=none,auto"):
+        assert real.main([*options.split(), "--device", "cpu", "--out", str(tmp_path / "out.json")]) == 0
+        found = json.loads((tmp_path / "out.json").read_text())["checks"]
+        assert found["widen"]["bytes"] > 100_000
+        assert found["auto"]["2"]["answers_equal"] == 1
+        assert found["auto"]["2"]["acceptance_length"] >= 1
+        assert found["none"]["2"].keys() < found["auto"]["2"].keys()
 
 
 def test_drafters_are_as_wide_as_the_shape_and_no_other(tmp_path: Path) -> None:

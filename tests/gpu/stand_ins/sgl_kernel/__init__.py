@@ -2,12 +2,18 @@
 
 They keep to the signatures of `sgl_kernel` and FlashInfer. Each is one launch, so a pass has about as many as with the
 real ones; how long it takes is another matter. `weak_ref_tensor` holds its tensor. Any other name may be imported, and
-raises NotImplementedError when it is called.
+raises NotImplementedError when it is called, unless the kit has a module of that name.
+
+`KIT_OPERATORS=own` in the environment leaves only those that nothing can be compiled for: SGLang compiles its own
+operators at first use, with `nvcc`, and takes norms from the common operators that the kit brings.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -20,11 +26,13 @@ for _name in ("quantization", "speculative", "kvcacheio"):
     sys.modules[f"sgl_kernel.{_name}"] = sys.modules[__name__]
 
 __version__ = "0.4.10"  # SGLang asks for no older one
+OWN = os.environ.get("KIT_OPERATORS") == "own"
+NAMES = ("rmsnorm", "gemma_rmsnorm", "fused_add_rmsnorm", "gemma_fused_add_rmsnorm", "silu_and_mul")
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(name)
+    if name.startswith("__") or find_spec(f"{__name__}.{name}"):
+        raise AttributeError(name)  # the import system then looks for the module
 
     def missing(*_: Any, **__: Any) -> None:
         raise NotImplementedError(f"sgl_kernel.{name} has no stand-in")
@@ -189,25 +197,32 @@ def standing_in() -> Iterator[None]:
     def for_drafters(positions: Any, q: Any, k: Any, _: int, table: Any, *, is_neox: bool) -> None:
         rotate(positions, q, k, table, is_neox=is_neox)
 
-    names = ("rmsnorm", "gemma_rmsnorm", "fused_add_rmsnorm", "gemma_fused_add_rmsnorm", "silu_and_mul")
     flashinfer = SimpleNamespace(
-        **{name: globals()[name] for name in names}, apply_rope_with_cos_sin_cache_inplace=for_drafters
+        **{name: globals()[name] for name in NAMES}, apply_rope_with_cos_sin_cache_inplace=for_drafters
+    )
+    compiled: tuple[tuple[Any, str, Any], ...] = (
+        (activation, "_jit_act_supported", lambda _: False),
+        (clamp_position, "clamp_position_cuda", clamp_position._CLAMP_POSITION.forward_native),
+        (base, "apply_rope_with_cos_sin_cache_inplace", rotate),
+        (rope, "rotary_embedding", rotate_flat),
+        (base.RotaryEmbedding, "try_bf16_rope_store", lambda *_, **__: None),
+        (memory_pool, "can_use_store_cache", lambda *sizes: len(set(sizes)) == 1),
+        (memory_pool, "store_cache", store),
+        (utils, "can_use_fused_inplace_qknorm", lambda *_: False),
+    )
+    others: tuple[tuple[Any, str, Any], ...] = (
+        # CUTLASS's and FlashInfer's operators.
+        (DualGemm, "_select_mode", lambda *_: None),
+        (dflash_worker_v2, "is_dflash_sampling_verify_available", lambda: False),
+        (layers, "AVAILABLE", True),
+        (layers, "_flashinfer", lambda _: flashinfer),
     )
     with ExitStack() as stack:
-        for owner, name, value in (
-            (activation, "_jit_act_supported", lambda _: False),
-            (DualGemm, "_select_mode", lambda *_: None),
-            (clamp_position, "clamp_position_cuda", clamp_position._CLAMP_POSITION.forward_native),
-            (base, "apply_rope_with_cos_sin_cache_inplace", rotate),
-            (rope, "rotary_embedding", rotate_flat),
-            (base.RotaryEmbedding, "try_bf16_rope_store", lambda *_, **__: None),
-            (memory_pool, "can_use_store_cache", lambda *sizes: len(set(sizes)) == 1),
-            (memory_pool, "store_cache", store),
-            (utils, "can_use_fused_inplace_qknorm", lambda *_: False),
-            # FlashInfer's operators.
-            (dflash_worker_v2, "is_dflash_sampling_verify_available", lambda: False),
-            (layers, "AVAILABLE", True),
-            (layers, "_flashinfer", lambda _: flashinfer),
-        ):
+        for owner, name, value in others if OWN else (*compiled, *others):
             stack.enter_context(patch.object(owner, name, value))
         yield
+
+
+if OWN:
+    import_module("sgl_kernel.common_ops")
+    globals().update({name: getattr(import_module("sgl_kernel.elementwise"), name) for name in NAMES})
