@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # Where it is set every process compiles what it imports: SGLang takes 24 s of a core then, and 14 s compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits canary audit check format docs prometheus site wheels dist sbom bare bench host gpu gpu-evidence gpu-kit gpu-page clean
+.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits canary audit check format docs prometheus site wheels dist sbom bare bench host gpu gpu-kit gpu-page clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -126,9 +126,6 @@ bench: install ## First answer on speed, in under five minutes
 
 gpu: ## What only a GPU can show, in parts of ten minutes; goes on where it was ended; the active Python, installs nothing
 	python3 tests/gpu/run.py
-
-gpu-evidence: ## The same, and tokens a second beside plain decoding, EAGLE3 and DFLASH
-	python3 tests/gpu/run.py --evidence
 
 gpu-kit: install ## All of `make gpu` in one archive, dist/gpu-kit.tar.xz, for a GPU machine without a network
 	mkdir -p dist

@@ -136,10 +136,10 @@ class Widening:
         """Return a weight's columns for the wide stream. It may read several streams side by side."""
         parts: list[Tensor] = []
         pairs, odd = divmod(self.shape.copies - 1, 2)
-        for part in weight.split(self.hidden, dim=1):
+        for part in weight.chunk(weight.shape[1] // self.hidden, dim=1):
             parts.append(part)
             for _ in range(pairs):
-                noise = self.drawn(*part.shape, like=weight)
+                noise = self.drawn(len(part), self.hidden, weight)
                 parts += [noise, -noise]
             parts += [torch.zeros_like(part)] * odd
         return torch.cat(parts, 1)
@@ -184,7 +184,8 @@ class Widening:
         """Return a widened layer, its names without the prefix. empty: of heads and neurons that add nothing."""
         small = self.model.within(prefix)
         kept = 0 if empty else self.model.config["num_key_value_heads"]
-        q, k, v, o = self.attention(*(small.pop(name) for name in ATTENTION), kept)
+        q, k, v, o = (small.pop(name) for name in ATTENTION)
+        q, k, v, o = self.attention(q, k, v, o, kept)
         gate, up, down = (small.pop(name) for name in MLP)
         neurons = 0 if empty else len(gate)
         rows, out = self.idle(self.shape.intermediate - neurons, 1, [gate, up], down)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +34,31 @@ STOCK: dict[str, dict[str, Any]] = {
         "speculative_eagle_topk": 1,
         "speculative_num_draft_tokens": 5,
     },
-    "DSPARK": {"speculative_algorithm": "DSPARK"},
+    "block": {},
 }
-DRAFTERS = {"EAGLE3": "eagle3", "DSPARK": "dflash"}
-"""Stock arm → its drafter in the wide bundle."""
+"""SGLang's own servers. `block` is its DFLASH or DSPARK, by the format of the pair's block drafter."""
+DRAFTERS = {"EAGLE3": "eagle3", "block": "dflash"}
+"""Stock arm → key of its drafter in a manifest."""
 OURS = {"plain": "none", "ar": "ar", "diffusion": "diffusion", "auto": "auto"}
 """Our arms, and the policy of each."""
 PROMPT = {"cuda": 1024, "cpu": 64}
 """Most tokens of a prompt, by device. The last ones are kept."""
 
 
-def widened(chosen: argparse.Namespace, scratch: Path) -> tuple[Path, Path]:
-    """Return the target and the bundle to serve, and write them first if they are not there."""
+def served(chosen: argparse.Namespace, scratch: Path) -> tuple[Path, Path]:
+    """Return target and bundle: the user's, or the embedded ones, widened unless they have been."""
     from whiflash_lab.widen import Shape, widen_pair
 
-    if chosen.target:
-        return chosen.target, chosen.bundle
     card = chosen.device == "cuda"
     wide = chosen.wide if card else scratch / "wide"
-    if not wide.exists():
-        pair = Served.find(None, None, scratch, rehearse=not card)
+    if chosen.bundle or not wide.exists():
+        pair = Served.find(chosen.model_path, chosen.bundle, scratch, rehearse=not card)
+        if chosen.bundle:
+            return pair.target, pair.bundle
         if card and pair.name != "the embedded pair":
             raise RuntimeError(f"the embedded pair is not here, only {pair.name}: bring all of its pieces")
-        shape = Shape() if card else Shape(3, 12, 4, 256, 7, 3)
         partial = wide.with_name(f"{wide.name}.partial")
-        widen_pair(pair.target, pair.bundle, partial, shape)
+        widen_pair(pair.target, pair.bundle, partial, Shape() if card else Shape(3, 12, 4, 256, 7, 3))
         partial.rename(wide)
     return wide / "target", wide / "bundle"
 
@@ -67,6 +68,10 @@ def started(chosen: argparse.Namespace, pair: tuple[Path, Path], arm: str, most:
     """An engine on one arm, in SGLang's overlap loop where there is a card."""
     from engine import engine
     from overlap_loop import OverlapLoop
+
+    from whiflash_lab.bench.arms import block_arm
+    from whiflash_sglang.checkpoints.manifest import load_manifest
+    from whiflash_sglang.formats.table import read_draft
 
     card, (target, bundle) = chosen.device == "cuda", pair
     options: dict[str, Any] = {"device": chosen.device, "max_running_requests": most, "random_seed": 0}
@@ -81,7 +86,10 @@ def started(chosen: argparse.Namespace, pair: tuple[Path, Path], arm: str, most:
     if arm in STOCK:
         options |= STOCK[arm]
         if arm in DRAFTERS:
-            options["speculative_draft_model_path"] = str(bundle / DRAFTERS[arm])
+            drafter = bundle / getattr(load_manifest(bundle), DRAFTERS[arm])
+            options["speculative_draft_model_path"] = str(drafter)
+        if arm == "block":
+            options["speculative_algorithm"] = block_arm(read_draft(drafter).format, on_cpu=False)
     else:
         copies = {} if chosen.agents else {"whiflash_lookup": "off", "whiflash_structure": "off"}
         options["whiflash"] = {"draft": bundle, "whiflash_router": OURS[arm], **copies}
@@ -157,9 +165,11 @@ def measure(chosen: argparse.Namespace, checks: Checks, scratch: Path) -> None:
     loads = [int(number) for number in chosen.requests.split(",")]
     sampling: dict[str, Any] = {"max_new_tokens": chosen.tokens, "temperature": chosen.temperature}
     reference: dict[int, list[list[int]]] = {}
-    with checks.check("widen") as figures:
-        pair = widened(chosen, scratch)
-        figures["bytes"] = sum(file.stat().st_size for file in pair[0].parent.rglob("*.safetensors"))
+    with checks.check("pair") as figures:
+        pair = served(chosen, scratch)
+        figures["bytes"] = sum(
+            file.stat().st_size for file in chain(*(each.rglob("*.safetensors") for each in pair))
+        )
     if checks.failed:
         return
     prompts = prompts_of(pair[0], chosen.device, chosen.agents)
@@ -186,8 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--wide", type=Path, default=Path("/dev/shm/wide"), help="where the wide pair is kept"
     )
-    parser.add_argument("--target", type=Path, help="serve this target and --bundle as they are")
-    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--model-path", help="target to serve as it is, with --bundle: directory or hub id")
+    parser.add_argument("--bundle")
     parser.add_argument(
         "--arms", default="none,plain,auto,ar,diffusion", help=f"of {', '.join({**STOCK, **OURS})}"
     )
@@ -207,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen.attention = chosen.attention or ("fa3" if find_spec("sgl_kernel.flash_ops") else "triton")
     else:
         os.environ["WHIFLASH_DEVICE_RESIDENT"] = "1"  # as on a card: the host reads nothing while it plans
-        if not chosen.target:
+        if not chosen.bundle:
             chosen.requests, chosen.tokens = "2,1", 24
     checks = Checks(
         chosen.out, label="a trained pair, widened to an 8B model's cost: its own text and acceptance"

@@ -1,4 +1,4 @@
-"""Checks that need a GPU, in parts that each end within ten minutes: `make gpu`, `make gpu-evidence`.
+"""Checks that need a GPU, in parts that each end within ten minutes: `make gpu`.
 
     python tests/gpu/run.py                        # what is left to do on this machine's GPU
     python tests/gpu/run.py --only kernels,shaped  # the part `shaped`, and all whose names begin with `kernels`
@@ -64,7 +64,7 @@ SOURCES = (
 class Part:
     """shows: what its passing shows. command: behind the interpreter, `{device}` and `{out}` to be filled in.
 
-    out: a scratch file for figures. evidence: only for `make gpu-evidence`. rehearsal: what is added on a CPU, None
+    out: a scratch file for figures. rehearsal: what is added on a CPU, None
     where nothing is rehearsed that another part does not. serves: takes the pair of `--model-path` and `--bundle`.
     """
 
@@ -72,7 +72,6 @@ class Part:
     shows: str
     command: tuple[str, ...]
     needs: tuple[str, ...]
-    evidence: bool = False
     rehearsal: tuple[str, ...] | None = ()
     serves: bool = False
 
@@ -113,7 +112,7 @@ def shaped(name: str, shows: str, *options: str) -> Part:
 
 
 def real(name: str, shows: str, *options: str) -> Part:
-    """The embedded pair, widened to an 8B model's cost. A rehearsal widens a tiny one."""
+    """The user's pair, or the embedded one widened to an 8B model's cost. A rehearsal widens a tiny one."""
     command = ("tests/gpu/real.py", "--device", "{device}", "--out", "{out}", *options)
     rehearsal = (
         ("--arms", "none,plain,auto,EAGLE3") if "own" in options else ()
@@ -148,14 +147,6 @@ def family(name: str, architecture: str, kind: str, attention: str = "triton") -
     part = serving(attention, rehearsed=attention == "triton")
     command = (*part.command, "--family", architecture)
     return replace(part, name=f"target-{name}", shows=shows, command=command, needs=COMPILED, serves=False)
-
-
-def speed(concurrency: int, rehearsed: bool) -> Part:
-    shows = f"speed beside plain decoding, EAGLE3 and DFLASH at {concurrency} requests"
-    scale = ("--concurrency", str(concurrency))
-    command = ("tests/gpu/speed.py", *scale, "--device", "{device}", "--out", "{out}")
-    rehearsal = () if rehearsed else None
-    return Part(f"speed-{concurrency}", shows, command, COMPILED, True, rehearsal=rehearsal, serves=True)
 
 
 KERNELS = ("torch", "triton", "pytest", "hypothesis")
@@ -205,8 +196,8 @@ PARTS: tuple[Part, ...] = (
     ),
     real(
         "real-own",
-        "SGLang's own operators, its EAGLE3 and DSPARK beside",
-        *("--operators", "own", "--arms", "none,plain,auto,EAGLE3,DSPARK", "--requests", "8,32,1"),
+        "SGLang's own operators, its EAGLE3 and DFLASH or DSPARK beside",
+        *("--operators", "own", "--arms", "none,plain,auto,EAGLE3,block", "--requests", "8,32,1"),
     ),
     shaped(
         "contexts",
@@ -247,7 +238,6 @@ PARTS: tuple[Part, ...] = (
     family("windows", "Gemma3ForCausalLM", "sliding windows (Gemma 3)"),
     family("sinks", "GptOssForCausalLM", _SINKS),
     family("sinks-fa3", "GptOssForCausalLM", _SINKS, "fa3"),
-    *(speed(concurrency, concurrency == 8) for concurrency in (1, 8, 32, 64)),
     serving("fa4", rehearsed=False),
     serving("trtllm_mha", rehearsed=False),
     family("sinks-trtllm", "GptOssForCausalLM", _SINKS, "trtllm_mha"),
@@ -472,9 +462,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--keep", type=Path, help="an archive of records: keep a card's, write the page, run nothing"
     )
-    parser.add_argument(
-        "--evidence", action="store_true", help="also what takes long: speed against other arms"
-    )
     parser.add_argument("--again", action="store_true", help="also what is done")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="limit of a part")
     parser.add_argument(
@@ -495,7 +482,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     card, code = machine(chosen.device), " ".join([digest(), *pair])
     records = chosen.records.resolve() / ("" if chosen.device == "cuda" else "rehearsal")
     records.mkdir(parents=True, exist_ok=True)
-    parts = [p for p in named(chosen.only) if chosen.evidence or not p.evidence]
+    parts = named(chosen.only)
     if chosen.device != "cuda":
         parts = [p for p in parts if p.rehearsal is not None]
     before = {part.name: ended(records / f"{part.name}.json", code, card) for part in parts}

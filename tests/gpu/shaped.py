@@ -237,7 +237,10 @@ def looked_at(e: Any, load: Load, device: str, figures: dict[str, Any], keep: Pa
         assert used.most <= figures["promised_bytes"], (
             "a round of the largest batch takes more than was kept for it"
         )
-    others = [site for site in waits.found if "transfers.py" not in site]
+    known = (
+        ("transfers.py",) if device == "cuda" else ("transfers.py", "forward/target.py")
+    )  # rows, without graphs
+    others = [site for site in waits.found if not any(part in site for part in known)]
     assert not others, f"rounds wait at {others}"
 
 

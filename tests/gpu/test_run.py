@@ -27,7 +27,6 @@ PARTS = (
     Part("bad", "", ("-c", "raise SystemExit('no such card')"), ()),
     Part("endless", "", ("-c", "while True: pass"), ()),
     Part("elsewhere", "", ("-c", ""), ("a_package_that_nobody_has",)),
-    Part("long", "", ("-c", ""), (), evidence=True),
     Part("refused", "", ("-c", REFUSES, "{out}"), ()),
     Part("not-here", "", ("-c", ""), (), rehearsal=None),
 )

@@ -48,7 +48,7 @@ def test_a_trained_pair_is_widened_and_asked_what_agents_ask(
     for options in ("--arms=none,plain,auto", "--agents --arms=none,auto"):
         assert real.main([*options.split(), "--device", "cpu", "--out", str(tmp_path / "out.json")]) == 0
         found = json.loads((tmp_path / "out.json").read_text())["checks"]
-        assert found["widen"]["bytes"] > 100_000
+        assert found["pair"]["bytes"] > 100_000
         assert found["auto"]["2"]["answers_equal"] == 1
         assert found["auto"]["2"]["acceptance_length"] >= 1
         assert found["none"]["2"].keys() < found["auto"]["2"].keys()
