@@ -42,8 +42,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "results" / "gpu"
 SITE = ROOT / "site"
 PAGE = "README.md"
-CACHE, PIECES = "cache", 3
-"""Folder of the embedded target in an unpacked kit, and the pieces that bring it (`kit.pieces`)."""
+CACHE, WHEELS, PIECES = "cache", "cache/downloads", 3
+"""WhiFlash's cache in an unpacked kit, its folder for the embedded target, and the pieces that bring it (`kit.py`)."""
 LEFT_OUT = 77
 """Exit status of a part that found out by itself that it cannot run here (`checks.py`)."""
 HEAVY = 8 << 20
@@ -443,7 +443,7 @@ def run_kit(archive: Path, arguments: Sequence[str]) -> int:
         with tarfile.open(archive) as packed:
             packed.extractall(place, filter="data")
     pieces = sorted(archive.parent.glob("pair-?"))
-    if len(pieces) == PIECES and not (place / CACHE).exists():
+    if len(pieces) == PIECES and not (place / WHEELS).exists():
         with tarfile.open(fileobj=io.BytesIO(b"".join(map(Path.read_bytes, pieces)))) as packed:
             packed.extractall(place, filter="data")
     del command[command.index("--kit") : command.index("--kit") + 2]

@@ -176,16 +176,17 @@ def test_pieces_of_the_pair_are_joined_once_all_are_there(tmp_path: Path) -> Non
     with tarfile.open(tmp_path / "kit.tar.xz", "w:xz") as packed:
         info = tarfile.TarInfo("tests/gpu/run.py")
         packed.addfile(info)
+        packed.addfile(tarfile.TarInfo(f"{run.CACHE}/prices"))  # what an earlier part left there
     with tarfile.open(whole, "w:xz") as packed:
-        packed.addfile(tarfile.TarInfo(f"{run.CACHE}/wheel"))
+        packed.addfile(tarfile.TarInfo(f"{run.WHEELS}/wheel"))
     data = whole.read_bytes()
     for number in range(run.PIECES):
-        assert not (tmp_path / "gpu-kit" / run.CACHE / "wheel").exists()
+        assert not (tmp_path / "gpu-kit" / run.WHEELS / "wheel").exists()
         (tmp_path / f"pair-{number}").write_bytes(
             data[number * 50 : (number + 1) * 50 if number < 2 else None]
         )
         assert run.run_kit(tmp_path / "kit.tar.xz", ["--kit", str(tmp_path / "kit.tar.xz")]) == 0
-    assert (tmp_path / "gpu-kit" / run.CACHE / "wheel").exists()
+    assert (tmp_path / "gpu-kit" / run.WHEELS / "wheel").exists()
     assert run.PIECES == kit.PAIR
 
 
