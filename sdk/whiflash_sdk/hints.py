@@ -28,7 +28,7 @@ Kind = Literal["tool_call", "json", "code", "reasoning", "prose"]
 """Kind of the text inside a span."""
 Arm = Literal["ar", "diffusion", "lookup", "structure", "uno", "none"]
 """Drafter: EAGLE-3, DFlash, copying, text that a grammar forces, UNO, or none."""
-LookupScope = Literal["memory", "context", "off"]
+LookupScope = Literal["on", "context", "off"]
 """Texts that may be copied into an answer."""
 TraceLevel = Literal["summary", "full"]
 """How much of the routing comes back: sums by drafter, or every stretch."""
@@ -108,8 +108,8 @@ class Hints(_Hint):
     off: decode without drafting.
     infer: without spans, let the SDK and the server infer them from the request.
     trace: ask for the routing trace. True is "summary", sums by drafter; "full" has the stretches.
-    lookup: whether text is copied: `memory` (how well is remembered for the same cache salt), `context` (nothing of it
-        is kept), `off`.
+    lookup: whether text is copied: `on` (how well copies fit is learned for the same cache salt), `context` (it is
+        learned within the request only), `off`.
     agent: name of the agent, 1 to 64 characters, by which reports count.
     learn: false keeps the request from a server that trains its drafters on what it serves.
     """
@@ -121,9 +121,7 @@ class Hints(_Hint):
     off: bool = False
     infer: bool = True
     trace: bool | TraceLevel = False
-    lookup: Annotated[LookupScope, BeforeValidator(lambda value: "memory" if value is None else value)] = (
-        "memory"
-    )
+    lookup: Annotated[LookupScope, BeforeValidator(lambda value: "on" if value is None else value)] = "on"
     agent: Name | None = None
     learn: bool = True
 

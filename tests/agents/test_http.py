@@ -390,7 +390,7 @@ def test_a_wrapped_client_gets_the_traces_of_its_responses(client: OpenAI) -> No
 
 
 def test_anthropics_client_gets_hints_and_traces_in_both_ways(server: Server) -> None:
-    """The text is the plain client's, and a tenant's memory is its own."""
+    """The text is the plain client's."""
     anthropic, httpx2 = pytest.importorskip("anthropic"), pytest.importorskip("httpx2")
     told: dict[str, Any] = {"base_url": server.url, "api_key": "none"}
     asked: dict[str, Any] = {"model": "tiny", "max_tokens": 24, "messages": MESSAGES}

@@ -137,7 +137,7 @@ def predictions(answer: list[int]) -> Iterator[dict[str, Any]]:
 
 
 def hinted(route: str, body: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
-    """The request with hints, where the route has a place for them. Without it the server copies earlier answers."""
+    """The request with hints, where the route has a place for them."""
     if route.startswith("/api/"):
         return body
     if "parameters" in body:

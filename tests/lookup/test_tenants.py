@@ -29,7 +29,7 @@ class Client:
 
     arm: LookupArm
     tenant: Tenant | None
-    scope: str = "memory"
+    scope: str = "on"
     text: list[int] | None = None
     request: Request = field(default_factory=lambda: Request("r"))
     seen: list[tuple[float, list[int]]] = field(default_factory=list)
@@ -69,9 +69,9 @@ ALWAYS_RIGHT = [([1, 2, 3, 4] * 3, [[9, 8, 7] * 20] * 8)] * 6
 
 
 @settings(deadline=None, max_examples=150)
-@given(script, st.sampled_from([None, "theirs"]), st.sampled_from(["memory", "context", "off"]))
-@example(ALWAYS_RIGHT, "theirs", "memory")
-@example(ALWAYS_RIGHT, None, "memory")
+@given(script, st.sampled_from([None, "theirs"]), st.sampled_from(["on", "context", "off"]))
+@example(ALWAYS_RIGHT, "theirs", "on")
+@example(ALWAYS_RIGHT, None, "on")
 def test_a_tenants_proposals_are_those_it_gets_alone(
     script: list[tuple[list[int], list[list[int]]]], salt: str | None, scope: str
 ) -> None:

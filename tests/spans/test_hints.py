@@ -78,7 +78,7 @@ MALFORMED: list[tuple[object, str, str]] = [
     ),
     *((carried(version=value), ".whiflash.version", "understands version 1") for value in (2, True)),
     *(
-        (carried(lookup=it), ".whiflash.lookup", "must be one of memory, context, off")
+        (carried(lookup=it), ".whiflash.lookup", "must be one of on, context, off")
         for it in ("all", False)
     ),
     (carried(agent=7), ".whiflash.agent", ""),

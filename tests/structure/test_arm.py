@@ -45,7 +45,7 @@ def begun(
 def play(arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary) -> Any:
     """Requests that are written one token a round by somebody else, the arm looking on; what it expected at first."""
 
-    def write(tenant: Any, lookup: LookupScope = "memory") -> float:
+    def write(tenant: Any, lookup: LookupScope = "on") -> float:
         told = Told(grammars)
         request = begun(arm, RequestHints(lookup=lookup), tenant, told)
         document = told.matcher(vocabulary).forced()
@@ -71,7 +71,7 @@ def test_it_learns_from_what_others_draft(play: Any) -> None:
 
 def test_what_one_tenant_teaches_no_other_is_proposed(arm: StructureArm, play: Any) -> None:
     first = play(MINE)
-    for tenant, lookup in ((THEIRS, "memory"), (None, "memory"), (MINE, "context"), (MINE, "off")):
+    for tenant, lookup in ((THEIRS, "on"), (None, "on"), (MINE, "context"), (MINE, "off")):
         for _ in range(20):
             play(tenant, lookup)
     second = play(MINE)

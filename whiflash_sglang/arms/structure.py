@@ -120,7 +120,7 @@ class StructureArm(TextDrafter):
         calls = Calls(hints.tools, hints.spans) if hints.tools and not known else None
         if grammar is not None or calls is not None:
             # A request that asks for nothing to be kept of its text teaches nobody.
-            shared = hints.lookup == "memory"
+            shared = hints.lookup == "on"
             chances = self._chances.of(request.tenant) if shared else self._chances.fresh()
             request.kept[self.arm] = _Kept(chances, grammar, calls, hints.tools)
 

@@ -40,9 +40,7 @@ def parse_forget(body: dict[str, object]) -> int | None:
     """
     for name, value in body.items():
         if name in _PARTS:
-            raise ConfigError(
-                f"{name!r}: a tenant's outputs are kept together and forgotten together; leave it out"
-            )
+            raise ConfigError(f"{name!r}: a tenant is forgotten as a whole; leave it out")
         if name not in (*_KEYS, "all"):
             raise ConfigError(f"{name!r} is unknown; known: all, {', '.join(_KEYS)}")
         if not isinstance(value, bool if name == "all" else str | None):

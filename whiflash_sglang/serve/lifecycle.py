@@ -232,5 +232,5 @@ def _consent_of(req: Any) -> tuple[bool, Sequence[int]]:
     teach drafters that serve every adapter.
     """
     hints, tenant = _hints_of(req), _tenant_of(req)
-    agrees = hints is not MALFORMED and hints.learn and hints.lookup == "memory" and req.lora_id is None
+    agrees = hints is not MALFORMED and hints.learn and hints.lookup == "on" and req.lora_id is None
     return agrees, () if tenant is None else (handle_of(tenant),)

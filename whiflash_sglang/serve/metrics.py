@@ -309,7 +309,7 @@ SERIES = (
 logger = logging.getLogger("whiflash_sglang")
 
 NO_DRAFTER = (
-    "no drafter: copies, forced structure, predictions and a tenant's memory are drafted; an EAGLE-3 or DFlash "
+    "no drafter: copies of the context, forced structure and predictions are drafted; an EAGLE-3 or DFlash "
     "checkpoint (--speculative-draft-model-path) would draft free text too"
 )
 """The start of a server without draft KV names what it lacks."""

@@ -75,7 +75,7 @@ class RequestHints(Hints):
     @property
     def source(self) -> HintSource:
         """The source of the hints: the caller, if any of them is the caller's own."""
-        if self.off or self.lookup != "memory" or (self.spans and not self.inferred):
+        if self.off or self.lookup != "on" or (self.spans and not self.inferred):
             return "request"
         return "inferred" if self.spans else "none"
 
