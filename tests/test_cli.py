@@ -1,8 +1,6 @@
 """A person who starts it wrongly sees one line that names the thing, and nothing keeps running."""
 
-import importlib.util
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from model_set import Models
 from tiny_models import tiny_eagle3, tiny_target
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.errors import CheckpointError, ConfigError, UsageError
+from whiflash_sglang.errors import CheckpointError, ConfigError
 from whiflash_train.bundle import BundleParts, create
 
 Arguments = Callable[..., list[str]]
@@ -154,31 +152,3 @@ def test_a_worker_does_not_start_on_a_damaged_checkpoint(models: Models, tmp_pat
     whole = {**flags, "whiflash_eagle_draft": str(models.eagle3)}
     with engine(models.target, whiflash=whole) as e:
         assert len(e.generate([[1, 2, 3]], max_new_tokens=4)[0]) == 4
-
-
-def test_the_proxy_prints_no_password(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from whiflash_sglang.cli.serve import proxy
-
-    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
-    proxy("http://me:hunter2@127.0.0.1:1")
-    with pytest.raises(UsageError, match="give http://HOST:PORT") as raised:
-        proxy("me:hunter2@127.0.0.1:1")
-    said = capsys.readouterr()
-    assert "passes requests on to http://127.0.0.1:1" in said.err
-    assert "hunter2" not in said.err + said.out + str(raised.value)
-
-
-def test_the_proxy_passes_on_sglangs_routes_of_answers_alone() -> None:
-    """By SGLang's source: of all its routes only these are below `/v1`, and only the websocket is left out."""
-    from whiflash_sdk.proxy import ROUTES
-
-    found = importlib.util.find_spec("sglang")
-    assert found is not None
-    (root,) = found.submodule_search_locations or ()
-    text = (Path(root) / "srt/entrypoints/http_server.py").read_text("utf-8")
-    routes = set(re.findall(r'"(/[\w/{}:.-]+)"', text))
-    assert {"/flush_cache", "/v1/realtime", "/v1/messages"} <= routes
-    open_ones = {route for route in routes if ROUTES.fullmatch(re.sub(r"{[\w:]*}", "x", route))}
-    assert open_ones == {route for route in routes if route.startswith("/v1/")} - {"/v1/realtime"}

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -283,6 +284,36 @@ def test_asynchronous_clients_do_the_same(server: FakeServer) -> None:
     assert asyncio.run(main()) == [EXPECTED] * 4 + [EXPECTED.arms] * 4
     assert server.paths.count(ROUTE) == 1
     assert server.wire(0) == {"agent": "a", "trace": True}
+
+
+def test_the_rest_of_a_body_stays_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers, repeated keys and escapes. Long bodies are read beside the event loop."""
+    transport: Any = sys.modules["whiflash_sdk.transport"]
+    read, in_loop, sent = transport._read, list[bool](), list[bytes]()
+
+    def noted(content: bytes) -> Any:
+        in_loop.append(threading.current_thread() is threading.main_thread())
+        return read(content)
+
+    def answer(request: Any) -> Any:
+        sent.append(request.content)
+        return httpx2.Response(200, json={})
+
+    monkeypatch.setattr(transport, "_read", noted)
+    exact = b'{"model":"m","n":1.0,"x":"\\u00e9","x":1e2,"messages":[%s]}'
+    bodies = [exact % rest for rest in (b"", b" " * transport.BRIEF)]
+
+    async def main() -> None:
+        inner = httpx2.AsyncClient(transport=httpx2.MockTransport(answer))
+        client = whiflash_sdk.async_http_client(inner, tenant="acme", capabilities=True)
+        for body in bodies:
+            await client.post("http://server/v1/chat/completions", content=body)
+
+    asyncio.run(main())
+    assert in_loop == [True, False]
+    for body, carried in zip(bodies, sent, strict=True):
+        assert carried.endswith(body[1:])
+        assert json.loads(carried)["cache_salt"] == "acme"
 
 
 MESSAGE: Any = {"model": "tiny", "max_tokens": 9, "messages": [{"role": "user", "content": "Where?"}]}

@@ -147,7 +147,7 @@ def exchange(
     *,
     ask: Callable[..., Any],
     send: Callable[[Mapping[str, Any]], Flow[Any]],
-    take: Callable[..., None] | None,
+    take: Callable[..., None],
     work: Callable[..., Any] = at_once,
     fails: type[Exception] = Exception,
 ) -> Flow[Any]:
@@ -156,7 +156,7 @@ def exchange(
     owner: the client whose `collect` blocks see the call.
     ask: the step that brings what is known of the server of a model.
     send: sends a body and returns the answer; for a refusal it raises what it `fails` with, with the `response`.
-    take: has the answer's traces read; None: they pass unread.
+    take: has the answer's traces read.
     work: the step that calls a function that takes long for a long body.
     """
     server = (yield ask(text_or_none(body.get("model")))) if told.capabilities is None else None
@@ -172,7 +172,7 @@ def exchange(
             raise
         answer = yield from send(going.plain)
         going.served_without(refused)
-    if take is not None and going.traced:
+    if going.traced:
         take(answer, call, whole_text=going.whole_text)
     return answer
 

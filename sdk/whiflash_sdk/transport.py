@@ -82,19 +82,12 @@ def async_http_client(inner: Any = None, **settings: Unpack[ClientSettings]) -> 
     return _above(inner or openai.DefaultAsyncHttpxClient(), "AsyncClient", settings)
 
 
-def passing_client(inner: Any, settings: ClientSettings, base: str) -> Any:
-    """`async_http_client` for a proxy: answers pass unread, traces included. base: of every request."""
-    return _above(inner, "AsyncClient", settings, reads=False, base=base)
-
-
-def _above(
-    inner: Any, name: str, settings: ClientSettings, *, reads: bool = True, base: str | None = None
-) -> Any:
+def _above(inner: Any, name: str, settings: ClientSettings) -> Any:
     client = next((client for client in base_classes(name) if isinstance(inner, client)), None)
     if client is None:
         raise TypeError(f"inner: give {name} of httpx or httpx2, not {type(inner).__name__}")
     library = sys.modules[client.__module__.partition(".")[0]]
-    transport = _transports(library)[name == "AsyncClient"](inner, Told.of(**settings), reads, base)
+    transport = _transports(library)[name == "AsyncClient"](inner, Told.of(**settings))
     names = ("headers", "params", "cookies", "base_url", "timeout", "follow_redirects")
     transport.owner = client(transport=transport, **{name: getattr(inner, name) for name in names})
     open_scope(transport.owner)
@@ -109,9 +102,8 @@ def _transports(library: Any) -> tuple[type, type]:
         owner: Any
         is_async = False
 
-        def __init__(self, inner: Any, told: Told, reads: bool, base: str | None) -> None:
-            self.library, self.inner, self.told, self.base = library, inner, told, base
-            self.take = watch if reads else None
+        def __init__(self, inner: Any, told: Told) -> None:
+            self.library, self.inner, self.told = library, inner, told
             self.send = functools.partial(inner.send, stream=True, follow_redirects=False)
 
     class Sync(Shared, library.BaseTransport):  # type: ignore[misc]
@@ -167,7 +159,7 @@ def _exchange(way: Any, request: Any) -> Flow[Any]:
         return answer
 
     asking = functools.partial(async_ask if way.is_async else ask, _asker(way, request, route), None)
-    steps = {"ask": asking, "send": send, "take": way.take, "work": work, "fails": _FailedError}
+    steps: dict[str, Any] = {"ask": asking, "send": send, "take": watch, "work": work, "fails": _FailedError}
     try:
         return (yield from exchange(way.owner, way.told, route, body, **steps))
     except HintError:  # of the request's own: the server's refusal names it
@@ -192,8 +184,7 @@ def _read(content: bytes) -> dict[str, Any] | None:
 
 def _asker(way: Any, request: Any, route: str) -> OfRequest:
     path = request.url.path.removesuffix("/" + route.removeprefix("v1/"))
-    base = way.base or str(request.url.copy_with(path=path, query=None))
-    return OfRequest(way.inner, request, base)
+    return OfRequest(way.inner, request, str(request.url.copy_with(path=path, query=None)))
 
 
 def _carrying(

@@ -66,8 +66,6 @@ WRONG: list[tuple[Any, ...]] = [
     (("serve", "--port", "99999"), "--port 99999"),
     (("serve", "--prot", "3"), "--prot is no flag of SGLang", "--port"),
     (("serve", "OWNER/MODEL", "--no-such-thing=1"), "--no-such-thing is no flag"),
-    (("proxy", "--url", "http://127.0.0.1:30080"), "--url http://127.0.0.1:30080"),
-    (("proxy", "--url", "http://127.0.0.1:300000"), "Port out of range"),
     (("bench", "--quick", "--no-interleave"), "remove them, or --no-interleave"),
     (("bench", "--minutes", "nan"), "--minutes"),
     (("bench", "--server-args", "--x 'y"), "--server-args --x 'y"),
@@ -223,11 +221,7 @@ def test_a_process_ends_as_its_command_does() -> None:
 def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        for line in (
-            ("serve", "--port", port),
-            ("serve", "OWNER/MODEL", f"--port={port}"),
-            ("proxy", "--port", port),
-        ):
+        for line in (("serve", "--port", port), ("serve", "OWNER/MODEL", f"--port={port}")):
             done = whiflash(*line)
             assert done.returncode == 1
             assert f"--port {port} of 127.0.0.1 is in use" in said_in_one_line(done)

@@ -1,19 +1,16 @@
-"""Commands that serve: `whiflash serve` is `sglang serve` with the embedded bundle as default, `proxy` adds hints
-for agents that cannot use the SDK."""
+"""`whiflash serve`: `sglang serve` with the embedded bundle as default."""
 
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 from typer.core import TyperCommand
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.cli import SERVE
-from whiflash_sglang.cli.options import DEFAULT_URL
 from whiflash_sglang.embedded import STRICT_TOOLS, embedded_arguments
 from whiflash_sglang.engine.launch.early import (
     ALGORITHM,
@@ -23,12 +20,10 @@ from whiflash_sglang.engine.launch.early import (
     PORT,
     as_flags,
     check,
-    check_port,
     configured,
     named,
     pairs,
 )
-from whiflash_sglang.errors import UsageError
 
 LANGUAGE_MODEL = ("--model-type", "llm")
 """Else `sglang serve` asks the hub whether the model is a diffusion model."""
@@ -136,48 +131,6 @@ def serve(
     os.execve(command[0], command, {**os.environ, **environment})
 
 
-def proxy(
-    url: Annotated[str, typer.Option(help="Root URL of the server, without /v1.")] = DEFAULT_URL,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 30080,
-    agent: Annotated[
-        str | None, typer.Option(help="Agent of requests without one.", show_default=False)
-    ] = None,
-) -> None:
-    """Add hints to requests on their way to a server, for agents in other languages.
-
-    Requests below /v1 get agent, tenant and predictions of files. Answers pass byte for byte. Name the
-    caller with the headers X-WhiFlash-Tenant, -Agent and -Session, or in the path:
-    http://127.0.0.1:30080/agent=coder/v1. Keys pass through; requests are not logged.
-
-    \b
-    Example:
-    whiflash proxy --url http://127.0.0.1:30000 --agent coder
-    """
-    import uvicorn
-    from whiflash_sdk.proxy import Proxy, without_password
-
-    check_port(host, port)
-    try:
-        application, there = Proxy(url, agent=agent), urlsplit(url)
-        itself = there.port == port and there.hostname in (host, "localhost", HOST)
-    except ValueError as error:
-        raise UsageError(f"whiflash proxy: {error}") from None
-    if itself:
-        raise UsageError(f"--url {url} is this proxy: give the server's URL, or another --port")
-    typer.echo(f"http://{host}:{port} passes requests on to {without_password(url)}", err=True)
-    uvicorn.run(
-        application,
-        host=host,
-        port=port,
-        access_log=False,
-        log_level="warning",
-        lifespan="on",
-        server_header=False,  # the server's own pass
-        date_header=False,
-    )
-
-
 def register(app: typer.Typer, lab: typer.Typer) -> None:
     app.command(
         cls=ServeCommand,
@@ -185,4 +138,3 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         options_metavar="[MODEL] [OPTIONS OF SGLANG SERVE]",
     )(serve)
-    app.command(rich_help_panel=SERVE)(proxy)
