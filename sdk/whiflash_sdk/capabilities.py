@@ -59,6 +59,7 @@ class Capabilities(BaseModel):
     routes: routes below `/v1` that read hints.
     prediction_tokens: most tokens of a prediction; the rest is cut. 0: predictions are ignored.
     tool_call_parser, reasoning_parser: SGLang's parser in force, if any.
+    tenant_header: whether a gateway's header `X-WhiFlash-Tenant` names the tenant, whatever requests say.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
@@ -72,6 +73,7 @@ class Capabilities(BaseModel):
     prediction_tokens: int = 0
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
+    tenant_header: bool = False
 
     def assumed(self) -> Capabilities:
         """Capabilities that a caller wrote: what they leave open, a server of this release understands."""

@@ -76,6 +76,9 @@ def _findings(client: Any, server: AskedServer, model: str | None) -> Iterator[F
     if not alone:
         detail += f", and requests for {model!r} go elsewhere: ask for {answer.model!r}"
     yield Finding("model", bool(alone), detail)
+    if answer.tenant_header:
+        detail = "a gateway's header X-WhiFlash-Tenant names the tenant; tenant= and cache_salt are ignored"
+        yield Finding("tenant", None, detail)
     yield from _drafters(answer)
     yield from _parsers(answer)
 

@@ -18,6 +18,7 @@ from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingRespons
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from whiflash_sglang.engine.http import answers, middleware, pieces, requests
+from whiflash_sglang.engine.http.callers import CALLER, Caller
 from whiflash_sglang.engine.http.requests import CURRENT, Asked, Call, Form, as_chat, implied
 from whiflash_sglang.spans.hints import TOOLS_KEY, parse_hints
 
@@ -32,10 +33,12 @@ ROUTES: dict[str, Form] = {
 }
 
 
-def manager(**more: Any) -> Any:
+def manager(*, trusts: bool = False, **more: Any) -> Any:
     """SGLang's manager of a server of ours."""
     enabled, longest = SimpleNamespace(enabled=True), SimpleNamespace(prediction_tokens=9)
-    settings = SimpleNamespace(structure=enabled, lookup=longest, force_recorded=False)
+    samples = SimpleNamespace(directory=None)
+    settings = SimpleNamespace(structure=enabled, lookup=longest, force_recorded=False, samples=samples)
+    settings.trust_tenant_header = trusts
     return SimpleNamespace(
         config_value=lambda name: "hermes" if name == "tool_call_parser" else None,
         server_args=SimpleNamespace(_whiflash=settings, api_key="user", admin_api_key="boss", **more),
@@ -249,6 +252,46 @@ def test_a_salt_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     assert app.client.post("/v1/messages", json={"extra_key": "k"}).status_code == 200
     assert app.seen[0][1] is not None
     assert app.seen[0][1].keys == {"extra_key": "k"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "refused"),
+    [
+        ([], None),
+        ([(b"x-whiflash-agent", "ä" * 64)], None),
+        ([(b"x-whiflash-agent", "ä" * 65)], "X-WhiFlash-Agent: has 65 characters"),
+        ([(b"X-WhiFlash-Tenant", "acme")], "X-WhiFlash-Tenant: is not trusted"),
+    ],
+)
+@pytest.mark.parametrize("path", [*ROUTES, "/generate"])
+def test_a_tenants_header_that_nobody_trusts_is_refused(
+    monkeypatch: pytest.MonkeyPatch, path: str, headers: list[tuple[bytes, str]], refused: str | None
+) -> None:
+    """So a gateway that names tenants to a server that ignores them is noticed at its first request."""
+    app = App(monkeypatch)
+    answer = app.client.post(path, json={}, headers=[(name, value.encode()) for name, value in headers])
+    assert answer.status_code == (400 if refused else 200)
+    assert refused is None or refused in answer.text
+
+
+def test_a_headers_agent_is_the_hint_of_a_request_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = App(monkeypatch)
+    bodies: list[Any] = [{}, {"custom_params": FULL}, {"custom_params": {"whiflash": '{"agent":"own"}'}}]
+    for body in bodies:
+        for path in ROUTES:
+            app.client.post(path, json=body, headers={"X-WhiFlash-Agent": "coder"})
+    app.client.post("/v1/completions", json={})
+    found = [call.asked for _, call in app.seen if call is not None and call.asked is not None]
+    assert [one.hints.agent for one in found] == [*["coder"] * 10, *["own"] * 5, None]
+    assert [parse_hints(one.params) for one in found] == [one.hints for one in found]
+    assert {one.hints.trace for one in found[5:10]} == {"full"}
+    native = SimpleNamespace(sampling_params=[{"custom_params": FULL}, {}], rid=["HEALTH_CHECK_1", "b"])
+    token = CALLER.set(Caller(agent="coder"))
+    assert [one.hints.agent for one in asyncio.run(requests.take_up(manager(), native, None))] == [
+        "coder"
+    ] * 2
+    CALLER.reset(token)
+    assert [parse_hints(one["custom_params"]).agent for one in native.sampling_params] == ["coder"] * 2
 
 
 @pytest.mark.parametrize(

@@ -77,10 +77,7 @@ MALFORMED: list[tuple[object, str, str]] = [
         )
     ),
     *((carried(version=value), ".whiflash.version", "understands version 1") for value in (2, True)),
-    *(
-        (carried(lookup=it), ".whiflash.lookup", "must be one of on, context, off")
-        for it in ("all", False)
-    ),
+    *((carried(lookup=it), ".whiflash.lookup", "must be one of on, context, off") for it in ("all", False)),
     (carried(agent=7), ".whiflash.agent", ""),
     (carried(agent=""), ".whiflash.agent", "is empty; leave it out instead"),
     (carried(agent="x" * 65), ".whiflash.agent", "is 65 characters long; at most 64 are allowed"),

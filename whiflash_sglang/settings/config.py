@@ -79,6 +79,9 @@ class Flags(Strict):
     """The arm of forced text. Default: the bundle's, else on."""
     force_recorded: Literal["on", "off"] = "off"
     """For benchmarks only: requests may force their answer's tokens, which then are not the target's."""
+    trust_tenant_header: Literal["on", "off"] = "off"
+    """on: a gateway's header X-WhiFlash-Tenant names the tenant of every request, in place of cache_salt and extra_key;
+    a request without it is refused."""
     learn: str | None = None
     """Directory for token ids of finished requests, to train drafters on (docs/how-to/learning.md). Default:
     nothing is kept."""
@@ -111,6 +114,7 @@ class Settings(Strict):
     uno: Path | None = None
     uno_drafts: int = 8
     force_recorded: bool = False
+    trust_tenant_header: bool = False
     samples: Spooling = Spooling()
     target: str = ""
     chat_template: Path | None = None
@@ -186,6 +190,7 @@ def resolve(
         uno=uno,
         uno_drafts=flags.uno_drafts,
         force_recorded=flags.force_recorded == "on",
+        trust_tenant_header=flags.trust_tenant_header == "on",
         samples=_samples(flags),
         target=manifest.target if manifest else "",
         chat_template=draft_path / template if draft_path and template else None,

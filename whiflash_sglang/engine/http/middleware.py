@@ -13,11 +13,13 @@ from typing import Any
 import orjson
 from fastapi.responses import JSONResponse, Response
 from sglang.srt.entrypoints import http_server
+from sglang.srt.managers.tokenizer_manager import ServerStatus
 from sglang.srt.utils import auth
 from starlette.middleware import Middleware
 
-from whiflash_sglang.engine.carried import asks_for_ours
+from whiflash_sglang.engine.carried import asks_for_ours, settings_of
 from whiflash_sglang.engine.http import answers
+from whiflash_sglang.engine.http.callers import CALLER, NOBODY, caller_of
 from whiflash_sglang.engine.http.requests import CURRENT, Call, Form, read
 from whiflash_sglang.engine.launch.keys import without_keys
 from whiflash_sglang.spans.hints import HintError
@@ -58,36 +60,42 @@ class OurFields:
             why = "pages of other origins may not steer a server without keys; send it from elsewhere, or set keys"
             await JSONResponse({"error": {"message": why}}, 403)(scope, receive, send)
             return
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        form = FORMS.get(path) if scope.get("method") in ("POST", "PUT") else None
-        if form is None and path not in INFO:
-            await self._serve(None, scope, receive, send)
-            return
-        manager = http_server._global_state.tokenizer_manager
-        if not asks_for_ours(manager.server_args):
+        manager = None if scope["type"] == "lifespan" else http_server._global_state.tokenizer_manager
+        if manager is None or not asks_for_ours(manager.server_args):
             await self._app(scope, receive, send)
-        elif form is None:
-            cut = answers.rewriting(send, lambda info: without_keys(info, manager.server_args))
-            await self._app(scope, receive, cut)
-        elif form == "native":
-            await self._serve(Call(form), scope, receive, send)
-        else:
-            body, receive = await _parsed(receive)
-            try:
+            return
+        # A request that was sent before the last one was answered starts with that one's context.
+        call, caller = CURRENT.set(None), CALLER.set(NOBODY)
+        try:
+            await self._serve(manager, scope, receive, send)
+        finally:
+            CURRENT.reset(call)
+            CALLER.reset(caller)
+
+    async def _serve(self, manager: Any, scope: Message, receive: Receive, send: Send) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        form = FORMS.get(path) if scope.get("method") in ("POST", "PUT") else None
+        try:
+            caller = caller_of(scope.get("headers", ()))
+            # Warm-ups come from SGLang itself. Other routes' requests are checked where they are generated.
+            if form is not None and manager.server_status != ServerStatus.Starting:
+                caller.check_tenant(trusted=settings_of(manager.server_args).trust_tenant_header)
+            CALLER.set(caller)
+            if form is None:
+                if path in INFO:
+                    send = answers.rewriting(send, lambda info: without_keys(info, manager.server_args))
+            elif form == "native":
+                CURRENT.set(Call(form))
+            else:
+                body, receive = await _parsed(receive)
                 call = await read(form, body, manager)
                 del body  # the call keeps what is needed of it while the answer is written
-            except HintError as error:
-                await _refusal(form, error)(scope, receive, send)
-                return
-            await self._serve(call, scope, receive, answers.extending(call, send))
-
-    async def _serve(self, call: Call | None, scope: Message, receive: Receive, send: Send) -> None:
-        # A request that was sent before the last one was answered starts with that one's context.
-        token = CURRENT.set(call)
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            CURRENT.reset(token)
+                CURRENT.set(call)
+                send = answers.extending(call, send)
+        except HintError as error:
+            await _refusal(form, error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 def _is_foreign(scope: Message) -> bool:
@@ -125,11 +133,13 @@ async def _parsed(receive: Receive) -> tuple[object, Receive]:
         return None, again
 
 
-def _refusal(form: Form, error: HintError) -> Response:
-    """The route's own form of an error."""
+def _refusal(form: Form | None, error: HintError) -> Response:
+    """Return the error in the route's own form."""
     state = http_server.app.state
     refused: Response
-    if form == "messages":
+    if form in (None, "native"):
+        refused = JSONResponse({"error": {"message": str(error)}}, 400)
+    elif form == "messages":
         refused = state.anthropic_serving._error_response(400, "invalid_request_error", str(error))
     else:
         serving = state.openai_serving_responses if form == "responses" else state.openai_serving_chat

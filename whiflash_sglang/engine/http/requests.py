@@ -20,6 +20,7 @@ from whiflash_sdk.hints import INFERRED_KEY, WIRE_KEY, Span
 from whiflash_sdk.presets import likely_spans
 
 from whiflash_sglang.engine.carried import settings_of
+from whiflash_sglang.engine.http.callers import CALLER
 from whiflash_sglang.spans.carrier import add_hints, validate_custom_params
 from whiflash_sglang.spans.forced import check_forced
 from whiflash_sglang.spans.hints import CARRIED_PREDICTION, TOOLS_KEY, HintError, RequestHints
@@ -112,21 +113,30 @@ async def read(form: Form, body: object, manager: Any) -> Call:
 
 async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Asked]:
     """Read an internal request of SGLang's: one record for all prompts, or one for each. Its sampling parameters become
-    those that the scheduler gets; the given ones stay, since SGLang may serve them again.
+    those that the scheduler gets; the given ones stay, since SGLang may serve them again. A trusted header's tenant
+    replaces the request's own.
 
     call: its call, if there is one. Parameters of a request without a body that was read are checked here.
 
     Raises:
-        HintError: they are malformed; SGLang answers it with 400.
+        HintError: they are malformed, or no header names the tenant; SGLang answers it with 400.
     """
+    caller, is_own = CALLER.get(), _is_servers_own(manager, obj)
+    settings = settings_of(manager.server_args)
+    keys: Mapping[str, str | None] = call.keys if call is not None else {}
+    if not is_own:
+        caller.check_tenant(trusted=settings.trust_tenant_header)
+    if settings.trust_tenant_header:
+        keys = {"cache_salt": caller.tenant, "extra_key": None}
+    unlearned = is_own and settings.samples.directory is not None
     entries, asked = parameters_of(obj), []
     for entry in entries:
         if call is not None and call.asked is not None:
             one = replace(call.asked, params=implied(manager, as_chat(call), call.asked))
         else:
             one = await asked_by(manager, entry.get("custom_params") if isinstance(entry, dict) else None)
-        asked.append(_unlearned(one) if _is_nobodys(manager, obj) else one)
-    for name, value in call.keys.items() if call is not None else ():
+        asked.append(_unlearned(one) if unlearned else one)
+    for name, value in keys.items():
         setattr(obj, name, value)
     if any(one.params is not None for one in asked):
         filled = [_filled(entry, one.params) for entry, one in zip(entries, asked, strict=True)]
@@ -143,12 +153,18 @@ def _filled(entry: Any, params: dict[str, Any] | None) -> Any:
 
 
 async def asked_by(manager: Any, custom_params: Any) -> Asked:
-    """The record of `custom_params`. A predicted text is encoded beside the event loop.
+    """The record of `custom_params`, with the header's agent if they name none. A predicted text is encoded beside the
+    event loop.
 
     Raises:
         HintError: naming the field that is wrong.
     """
-    hints = validate_custom_params(custom_params)
+    hints, agent = validate_custom_params(custom_params), CALLER.get().agent
+    if agent is not None and hints.agent is None:
+        custom_params = (
+            add_hints(custom_params, {"agent": agent}) or custom_params
+        )  # without room for it, as given
+        hints = validate_custom_params(custom_params)
     if custom_params is None:
         return Asked(None, hints)
     settings, vocabulary = settings_of(manager.server_args), manager.model_config.vocab_size
@@ -164,13 +180,12 @@ async def asked_by(manager: Any, custom_params: Any) -> Asked:
     return Asked({**custom_params, CARRIED_PREDICTION: tokens}, hints, (note,) if is_cut else ())
 
 
-def _is_nobodys(manager: Any, obj: Any) -> bool:
-    """Whether samples are kept, and a request is a health check, or comes before the server is up, as its warm-up."""
+def _is_servers_own(manager: Any, obj: Any) -> bool:
+    """Whether a request is a health check, or comes before the server is up, as its warm-up. A client may name its
+    request as a health check; it gets no tenant by that."""
     rid = getattr(obj, "rid", None)
-    own = isinstance(rid, str) and rid.startswith(HEALTH_CHECK_RID_PREFIX)
-    if not own and manager.server_status != ServerStatus.Starting:
-        return False
-    return settings_of(manager.server_args).samples.directory is not None
+    is_check = isinstance(rid, str) and rid.startswith(HEALTH_CHECK_RID_PREFIX)
+    return is_check or bool(manager.server_status == ServerStatus.Starting)
 
 
 def _unlearned(asked: Asked) -> Asked:

@@ -18,7 +18,16 @@ from whiflash_sglang import __version__
 from whiflash_sglang.copying.tenants import parse_forget
 from whiflash_sglang.engine import patching
 from whiflash_sglang.engine.carried import asks_for_ours, replace_settings, settings_of
-from whiflash_sglang.engine.http import admission, answers, middleware, pieces, recordings, requests, traces
+from whiflash_sglang.engine.http import (
+    admission,
+    answers,
+    callers,
+    middleware,
+    pieces,
+    recordings,
+    requests,
+    traces,
+)
 from whiflash_sglang.engine.launch.refusals import storage_refusal
 from whiflash_sglang.engine.patching import around
 from whiflash_sglang.engine.scheduler import figures
@@ -35,6 +44,7 @@ logger = logging.getLogger("whiflash_sglang")
 def install() -> None:
     """Idempotent. Called in the processes that serve HTTP: the launcher's, or each tokenizer worker's."""
     answers.allow_extensions()
+    callers.drop_trailers()
     patching.install(admission, answers, figures, recordings, sys.modules[__name__])
     middleware.install()
     known = {getattr(route, "path", None) for route in http_server.app.routes}
@@ -106,6 +116,7 @@ async def _capabilities() -> dict[str, object]:
         "prediction_tokens": settings.lookup.prediction_tokens if settings.lookup.enabled else 0,
         "tool_call_parser": manager.config_value("tool_call_parser"),
         "reasoning_parser": manager.config_value("reasoning_parser"),
+        "tenant_header": settings.trust_tenant_header,
         "limits": {
             "spans": MAX_SPANS,
             "marker_chars": MAX_MARKER_CHARS,
@@ -199,7 +210,7 @@ async def _set_policy(change: dict[str, Any], told: dict[str, Any]) -> dict[str,
 
 
 async def _forget(who: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
-    """Drop what is kept of one tenant's outputs, or of everybody's: copies and samples."""
+    """Drop what is kept of one tenant, or of everybody: how well copies fit, and samples for learning."""
     handle = parse_forget(who)
     # Not the tenant's keys: who has them is the tenant.
     told.update({"all": True} if handle is None else {"tenant": f"{handle:016x}"})

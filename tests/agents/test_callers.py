@@ -1,0 +1,183 @@
+"""`--whiflash-trust-tenant-header on`: whoever a gateway's header names asks, whatever the client writes.
+
+The prefix cache shows the tenant: a prompt is cached for the tenant that has asked it before. Requests go over raw
+sockets to a real server, under uvicorn's httptools where that is installed.
+"""
+
+import json
+import random
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from server_host import Server, ServerHost
+from tiny_models import served_pair
+
+from whiflash_lab.servers import free_port
+
+pytestmark = pytest.mark.server
+
+TENANT = b"X-WhiFlash-Tenant: "
+ROUTES = (
+    "/v1/chat/completions",
+    "/invocations",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/generate",
+)
+
+
+@pytest.fixture(scope="module")
+def grpc_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost, grpc_port: int) -> Iterator[Server]:
+    arguments = [*served_pair(tmp_path_factory.mktemp("checkpoints")), "--enable-cache-report"]
+    arguments += ["--whiflash-trust-tenant-header", "on", "--grpc-port", str(grpc_port)]
+    with host.running(*arguments) as running:
+        yield running
+
+
+def prompt(seed: object) -> str:
+    """A text that only this seed has."""
+    return " ".join(random.Random(str(seed)).choices(["one", "two", "three", "four"], k=60))
+
+
+def body_of(path: str, text: str, **more: Any) -> dict[str, Any]:
+    if path == "/generate":
+        return {"text": text, "sampling_params": {"max_new_tokens": 2}, **more}
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 2, **more}
+    if path == "/v1/responses":
+        return {**asked, "input": text}
+    if path == "/v1/completions":
+        return {**asked, "prompt": text}
+    return {**asked, "messages": [{"role": "user", "content": text}]}
+
+
+def send(server: Server, head: list[bytes], body: bytes) -> tuple[int, bytes]:
+    """Status and text of an answer to exactly these bytes."""
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        lines = [*head, b"Host: x", b"Connection: close", b"Content-Type: application/json", b"", b""]
+        connection.sendall(b"\r\n".join(lines) + body)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    return int(answer.split(b" ", 2)[1]), answer.partition(b"\r\n\r\n")[2]
+
+
+def ask(server: Server, path: str, body: Any, *headers: bytes, method: bytes = b"POST") -> tuple[int, bytes]:
+    content = json.dumps(body).encode()
+    line = b"%s %s HTTP/1.1" % (method, path.encode())
+    return send(server, [line, b"Content-Length: %d" % len(content), *headers], content)
+
+
+def cached(answer: tuple[int, bytes]) -> int:
+    """Tokens of the prompt that came from the prefix cache."""
+    status, text = answer
+    assert status == 200, text
+    found = json.loads(text[text.index(b"{") : text.rindex(b"}") + 1])
+    usage = found.get("usage") or found["meta_info"]
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or usage
+    return int(details.get("cached_tokens") or details.get("cache_read_input_tokens") or 0)
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_body_names_nobody(server: Server, path: str) -> None:
+    """On every route, with keys of every form that the route takes."""
+    text = prompt(path)
+    victim, mine = f"victim {path}", f"acme {path}"
+    assert cached(ask(server, path, body_of(path, text), TENANT + victim.encode())) == 0
+    asked = body_of(path, text, cache_salt=victim, extra_key=victim)
+    assert cached(ask(server, path, asked, TENANT + mine.encode())) == 0
+    other = body_of(path, text, cache_salt="other")
+    assert cached(ask(server, path, other, TENANT + mine.encode())) > 20
+    assert cached(ask(server, path, other, b"x-whiflash-TENANT: " + victim.encode())) > 20
+
+
+def test_a_batch_has_one_tenant(server: Server) -> None:
+    texts = [prompt("batch"), prompt("of two")]
+    keys = ["batch victim", "batch victim"]
+    for text, key in zip(texts, keys, strict=True):
+        ask(server, "/generate", body_of("/generate", text, cache_salt=key), TENANT + b"batch victim")
+    asked = {**body_of("/generate", ""), "text": texts, "cache_salt": keys, "extra_key": ["", ""]}
+    for found in ([False, False], [True, True]):
+        status, answer = ask(server, "/generate", asked, TENANT + b"batch acme")
+        assert status == 200, answer
+        assert [one["meta_info"]["cached_tokens"] > 20 for one in json.loads(answer)] == found
+
+
+@pytest.mark.parametrize(
+    ("headers", "why"),
+    [
+        ([], b"is missing"),
+        ([b"X-WhiFlash-Tenant:"], b"is empty"),
+        ([TENANT + b"a", TENANT + b"b"], b"twice with different values"),
+        ([TENANT + b"caf\xe9"], b"not UTF-8"),
+        (
+            [TENANT + b"a", b"X-WhiFlash-Agent: x", b"X-WhiFlash-Agent: y"],
+            b"X-WhiFlash-Agent: is there twice",
+        ),
+    ],
+)
+def test_a_name_that_is_not_one_is_refused(server: Server, headers: list[bytes], why: bytes) -> None:
+    for path in ROUTES:
+        for stream in (False, True):
+            asked = body_of(path, "one two", rid="HEALTH_CHECK_me", cache_salt="victim", stream=stream)
+            status, text = ask(server, path, asked, *headers)
+            assert (status, why in text, b"X-WhiFlash-" in text) == (400, True, True), (path, text)
+    ollama = {"model": "tiny", "messages": [{"role": "user", "content": "one"}], "stream": False}
+    assert ask(server, "/api/chat", ollama, *headers)[0] >= 400
+
+
+def test_names_are_whole(server: Server) -> None:
+    """Two names that differ in one byte are two tenants; a header that says the same twice is one."""
+    text = body_of("/generate", prompt("names"))
+    first, second = TENANT + "café".encode(), TENANT + "cafè".encode()
+    assert [
+        cached(ask(server, "/generate", text, *lines)) > 20 for lines in ([first], [second], [first, first])
+    ] == [False, False, True]
+
+
+@pytest.mark.parametrize("head", [[TENANT + b"trailing acme"], []])
+def test_a_trailer_names_nobody(server: Server, head: list[bytes]) -> None:
+    text = body_of("/generate", prompt("trailer"))
+    ask(server, "/generate", text, TENANT + b"trailing victim")
+    content = json.dumps(text).encode()
+    chunks = b"%x\r\n%s\r\n0\r\nX-WhiFlash-Tenant: trailing victim\r\n\r\n" % (len(content), content)
+    lines = [b"POST /generate HTTP/1.1", b"Transfer-Encoding: chunked", *head]
+    answer = send(server, lines, chunks)
+    if head:
+        assert cached(answer) == 0
+    else:
+        assert (answer[0], b"is missing" in answer[1]) == (400, True)
+
+
+def test_a_method_in_small_letters_reaches_nobodys_text(server: Server) -> None:
+    asked = body_of("/generate", prompt("method"))
+    ask(server, "/generate", asked, TENANT + b"victim")
+    for method in (b"post", b"Post"):
+        asked |= {"cache_salt": "victim"}
+        assert ask(server, "/generate", asked, TENANT + b"acme", method=method)[0] in (400, 405)
+
+
+def test_what_asks_for_no_text_needs_no_tenant(server: Server) -> None:
+    for path in ("/health", "/health_generate", "/v1/models", "/whiflash/capabilities", "/whiflash/state"):
+        status, text = ask(server, path, None, method=b"GET")
+        assert status == 200, (path, text)
+    assert server.get("/whiflash/capabilities")["tenant_header"] is True
+
+
+def test_a_call_over_grpc_is_refused(server: Server, grpc_port: int) -> None:
+    """It has no headers, and could name any tenant."""
+    message = json.dumps(body_of("/v1/chat/completions", "one", cache_salt="victim")).encode()
+    length = bytes([len(message) & 127 | 128, len(message) >> 7])
+    with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+        call = channel.unary_stream("/sglang.runtime.v1.SglangService/ChatComplete")
+        try:
+            answer = b"".join(call(b"\x0a" + length + message, wait_for_ready=True))
+        except grpc.RpcError as error:
+            answer = str(error).encode()
+    assert b"X-WhiFlash-Tenant" in answer

@@ -1,0 +1,92 @@
+"""Headers that name who sends a request: `X-WhiFlash-Agent` and, where the operator trusts it, `X-WhiFlash-Tenant`.
+
+A gateway sets them for clients in any language. The tenant goes into SGLang's internal request (`requests.take_up`),
+which every route ends in, so no form of a body, coding or method comes between. In the process that serves HTTP.
+"""
+
+from collections.abc import Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from whiflash_sdk.hints import MAX_NAME_CHARS
+
+from whiflash_sglang.spans.hints import HintError
+
+AGENT, TENANT = "X-WhiFlash-Agent", "X-WhiFlash-Tenant"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The names in a request's headers; None without a header."""
+
+    agent: str | None = None
+    tenant: str | None = None
+
+    def check_tenant(self, *, trusted: bool) -> None:
+        """Check that a header names the tenant exactly if it is trusted.
+
+        Raises:
+            HintError: the header is missing, or is there though nobody reads it.
+        """
+        if trusted and self.tenant is None:
+            why = "is missing, and this server (--whiflash-trust-tenant-header on) answers no request without it"
+            raise HintError(TENANT, f"{why}; let the gateway set it")
+        if not trusted and self.tenant is not None:
+            why = "is not trusted by this server; start it with --whiflash-trust-tenant-header on behind a gateway"
+            raise HintError(TENANT, f"{why}, or leave the header out and send cache_salt")
+
+
+NOBODY = Caller()
+CALLER: ContextVar[Caller] = ContextVar("whiflash_caller", default=NOBODY)
+"""The caller of the request that is served. It has no names over gRPC and in an `Engine`."""
+
+
+def caller_of(headers: Iterable[tuple[bytes, bytes]]) -> Caller:
+    """Return the caller that an ASGI scope's headers name.
+
+    Raises:
+        HintError: a name is empty, no UTF-8, too long, or there twice with two values.
+    """
+    lines = [(name.lower(), value) for name, value in headers]
+    agent = _name(lines, AGENT)
+    if agent is not None and len(agent) > MAX_NAME_CHARS:
+        raise HintError(AGENT, f"has {len(agent)} characters; give at most {MAX_NAME_CHARS}")
+    return Caller(agent, _name(lines, TENANT))
+
+
+def _name(lines: list[tuple[bytes, bytes]], header: str) -> str | None:
+    values = {value for name, value in lines if name == header.lower().encode()}
+    if len(values) > 1:
+        raise HintError(header, "is there twice with different values; send it once")
+    for value in values:
+        try:
+            name = value.decode()
+        except UnicodeDecodeError:
+            raise HintError(
+                header, f"is {value!r:.60}, which is not UTF-8; encode the name as UTF-8"
+            ) from None
+        if not name:
+            raise HintError(header, "is empty; give a name, or leave the header out")
+        return name
+    return None
+
+
+def drop_trailers() -> None:
+    """Let uvicorn with httptools drop trailers, as it does with h11. Idempotent.
+
+    It appends them to a request's headers, so a client could name a tenant after its body.
+    """
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ImportError:
+        return
+    append = HttpToolsProtocol.on_header
+    if append.__module__ == __name__:
+        return
+
+    def on_header(self: Any, name: bytes, value: bytes) -> None:
+        if "method" not in self.scope:  # it has one once the head is complete
+            append(self, name, value)
+
+    setattr(HttpToolsProtocol, "on_header", on_header)  # noqa: B010
