@@ -2,7 +2,7 @@
 
 The host's CPU time is measured: agents' rounds are planned before the last one's results are known, masked, and learned
 from; SGLang's scheduler runs a tiny target. The card is a model: drafter passes at an H200's prices, then a forward, in
-the order of SGLang's overlap loop. Left out are prefills, launches, and prices that follow the forward.
+the order of SGLang's overlap loop. Prices follow that card with its own forward. Left out are prefills and launches.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import torch
 from planning_time import Agents
 from pydantic import TypeAdapter
 
+from whiflash_sglang.prices.round_clock import RoundTime
 from whiflash_sglang.prices.tables import CostTables
 from whiflash_sglang.records.core import Results, Round
 from whiflash_train.provenance import busy, made_by
@@ -102,9 +103,22 @@ class OverlappedAgents(Agents):
             masks = Masks(SimpleNamespace(ids_and_requests=ids), turn.ahead, grammars)
             masks.build(self.served, self.planner.sources.spending)
         masking = time.process_time() - began if grammars else 0.0
-        self.last = turn, self.results(turn)
-        drafting = sum(self.tables.draft(arm, len(members)) for arm, members in turn.members.items())
-        return HostRound(0.0, planning, learning, masking, drafting)
+        wanted = list(map(len, drafts))
+        results = self.results(turn)._replace(wanted=wanted, widths=[1 + count for count in wanted])
+        self.last = turn, results
+        return HostRound(0.0, planning, learning, masking, self._drafting(turn))
+
+    def _drafting(self, turn: Round) -> float:
+        """Seconds of the drafters' passes."""
+        return sum(self.tables.draft(arm, len(members)) for arm, members in turn.members.items())
+
+    def _time(self, turn: Round, results: Results) -> RoundTime:
+        """The round as the card takes it, whose forward is the recorded one."""
+        rows, context = sum(results.widths), sum(self._lengths())
+        drafted = {arm: len(members) for arm, members in turn.members.items()}
+        seconds = self._drafting(turn) + self.tables.verifications.at(rows, context)
+        tokens = sum(results.accept_lens)
+        return RoundTime(rows, self.size, context, drafted, tokens=tokens, seconds=seconds)
 
 
 def scheduler_seconds(sizes: Sequence[int]) -> dict[int, float]:
@@ -160,7 +174,7 @@ def figures(size: int, prices: dict[str, Any], scheduler: float) -> dict[str, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--agents", type=int, nargs="+", default=[1, 8, 32, 48, 256])
+    parser.add_argument("--agents", type=int, nargs="+", default=[1, 8, 16, 32, 48, 256])
     parser.add_argument("--json", action="store_true", help="print the figures and write no page")
     given = parser.parse_args()
     prices = json.loads((RESULTS / "gpu/shaped.json").read_text())["figures"]["checks"]["auto"]["prices"]

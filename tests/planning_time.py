@@ -40,6 +40,7 @@ from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import common_prefix
 from whiflash_sglang.embedded import ensure_target
+from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.prices.round_clock import RoundClock, RoundTime
 from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
 from whiflash_sglang.records.core import Results, Round
@@ -170,11 +171,15 @@ class Batch:
         """CPU seconds of learning from a round."""
         began = time.process_time()
         tokens = self.learner.learn(turn, results)
-        self.learner.timed(RoundTime(4 * self.size, self.size, tokens=NEW * self.size, seconds=0.01))
+        self.learner.timed(self._time(turn, results))
         spent = time.process_time() - began
         for req, new in zip(self.requests, tokens, strict=True):
             self._committed(req, new)
         return spent
+
+    def _time(self, turn: Round, results: Results) -> RoundTime:
+        """What the round is said to have taken."""
+        return RoundTime(4 * self.size, self.size, tokens=NEW * self.size, seconds=0.01)
 
     def _note(self, turn: Round) -> None:
         """Add what was planned to the digest."""
@@ -332,13 +337,17 @@ class Agents(Batch):
         return list(req.answer[at : at + count])
 
     def verified(self, turn: Round, index: int) -> Sequence[int]:
-        """The drafts of the host's candidate that has most of them right; none of one that the text has left."""
+        """The drafts of the host's candidate that has most of them right; none of one that the text has left, and none
+        that do not pay (`choose_drafts`).
+        """
         req, now, most = self.requests[index], len(self.requests[index].output_ids), widest_of(self.drafters)
-        drafts: list[Sequence[int]] = [()]
+        drafts, price = list[Sequence[int]]([()]), Worth(turn.plan.row_worth, 0.0).least_chance
         for each in turn.plan.candidates[index].values():
             at = each.at - len(req.origin_input_ids)
             if list(each.tokens[: now - at]) == req.answer[at:now]:
-                drafts.append(each.tokens[now - at :][:most])
+                least = each.least_chance(price, now - at)
+                pays = sum(chance >= least for chance in each.alive)
+                drafts.append(each.tokens[now - at : pays][:most])
         return max(drafts, key=lambda tokens: common_prefix(tokens, self._following(req, most)))
 
     def _brought(self, turn: Round, index: int) -> int:

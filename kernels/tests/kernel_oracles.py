@@ -305,7 +305,7 @@ def cut(confidences, calibration, edges, limit, worth):
     return min(kept, limit), alive
 
 
-def choose(requests, worth, most):
+def choose(requests, worth, most, least=0.0):
     """Drafts that are verified of every request, their sources, how many are the first ones; and all drafts.
 
     A request is its own drafts, those behind them, candidates and copies, each a list of (token, chance); a candidate
@@ -315,7 +315,7 @@ def choose(requests, worth, most):
     merged, sources, first = [], [], []
     for laid, behind, candidates, copies in requests:
         best, source = laid + behind, 0
-        left = [(k, follow(*candidate)) for k, candidate in enumerate(candidates, 1)]
+        left = [(k, follow(*candidate, least)) for k, candidate in enumerate(candidates, 1)]
         copied = [] if left and gain(left[0][1], worth) > 0 else copies
         for number, drafts in (*left, (-1, copied)):
             if drafts and gain(drafts, worth) > gain(best, worth):
@@ -338,9 +338,10 @@ def gain(drafts, worth):
     return sum(chance - worth for _, chance in drafts)
 
 
-def follow(drafts, passed, agrees, most):
-    """Rest of a candidate when its first `passed` tokens were committed, or others."""
+def follow(drafts, passed, agrees, most, least):
+    """Rest of a candidate when its first `passed` tokens were committed, or others; no chance is below `least`."""
     if not agrees or not 0 <= passed < len(drafts):
         return []
     before = drafts[passed - 1][1] if passed else 1.0
-    return [(token, chance / before) for token, chance in drafts[passed:]][:most] if before else []
+    left = [(token, chance / before) for token, chance in drafts[passed:]][:most] if before else []
+    return [(token, chance) for token, chance in left if chance >= least]

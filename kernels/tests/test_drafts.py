@@ -137,6 +137,7 @@ def host_candidates(draw: st.DrawFn, most: int, tokens: int) -> tuple[list[Draft
 def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, count: int) -> None:
     has_behind, has_copies = data.draw(st.booleans()), data.draw(st.booleans())
     worth, room = data.draw(st.sampled_from([0.0, 0.125])), data.draw(st.none() | st.integers(0, 20))
+    least = data.draw(st.sampled_from([0.0, 0.25]))
     extra, columns, longest = (data.draw(st.integers(1, most)) for most in (7, 9, 9))
     requests = []
     for b in range(size):
@@ -193,9 +194,10 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
             copies=Drafts(*copied) if has_copies else None,
             limits=integers([min([candidate[3] for candidate in r[2]], default=0) for r in requests]),
             worth=worth,
+            least=least,
             most_drafts=room,
         )
-    expected, sources, kept, wanted = oracles.choose(requests, worth, room)
+    expected, sources, kept, wanted = oracles.choose(requests, worth, room, least)
     assert chosen.widths.tolist() == [len(own) + 1 for own in expected]
     assert chosen.source.tolist() == sources
     assert chosen.first_drafts.tolist() == kept

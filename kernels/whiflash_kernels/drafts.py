@@ -150,6 +150,7 @@ def choose_drafts(
     copies: Drafts | None = None,
     limits: Tensor | None = None,
     worth: float = 0.0,
+    least: float = 0.0,
     most_drafts: int | None = None,
 ) -> Chosen:
     """Choose the drafts that are verified: appended ones, replacements, and as many as there are rows for.
@@ -157,12 +158,13 @@ def choose_drafts(
     Behind request b's counts[b] drafts come its appended.counts[b]. These are candidate 0. The host's k-th counts as
     far as the text agrees: with a = seq_lens[b] + 1 - at[b, k], the tokens that were committed since it was made,
     tokens[b, k, :a] must be text[request_slots[b], at[b, k] : seq_lens[b] + 1]. Then its tokens from a on are drafts,
-    ``limits[b]`` at most, each with the chance alive[b, k, i] / alive[b, k, a - 1]. The copies are the last candidate.
-    They do not count if the host's first one pays its rows: it is the copying arm's, which chose among more places. The
-    candidate with the largest sum of (chance - ``worth``) is verified, the first of equals, candidate 0 if no other's
-    sum is larger. Last, with ``most_drafts``, requests compete. So many drafts with the largest ``alive`` of the batch
-    are kept. Equals go to the earlier place in a request, then to the earlier request. A draft is never likelier than
-    those before it, so each request keeps its first ones.
+    ``limits[b]`` at most, each with the chance alive[b, k, i] / alive[b, k, a - 1], as long as that is at least
+    ``least``. The copies are the last candidate. They do not count if the host's first one pays its rows: it is the
+    copying arm's, which chose among more places. The candidate with the largest sum of (chance - ``worth``) is
+    verified, the first of equals, candidate 0 if no other's sum is larger. Last, with ``most_drafts``, requests
+    compete. So many drafts with the largest ``alive`` of the batch are kept. Equals go to the earlier place in a
+    request, then to the earlier request. A draft is never likelier than those before it, so each request keeps its
+    first ones.
 
     Args:
         drafts: `lay_drafts`'.
@@ -176,7 +178,7 @@ def choose_drafts(
             [B, K], contiguous. at: [B, K] int64, contiguous, the position of each one's first token; limits: [B] int64;
             both needed with it.
         copies: tokens [B, L], counts [B] of at most W, alive [B, L], all contiguous.
-        worth: what a row must bring.
+        worth: what a row must bring. least: chance below which no token of the host's is verified.
         most_drafts: of the batch; None: all.
 
     Returns:
@@ -202,7 +204,8 @@ def choose_drafts(
     if from_host is not None and from_host.alive is not None and at is not None and limits is not None:
         for k in range(at.shape[1]):
             one = (from_host.tokens[:, k], from_host.counts[:, k], from_host.alive[:, k], at[:, k])
-            candidates.append((k + 1, _aligned(*one, request_slots, seq_lens, text, limits.clamp(max=width))))
+            most = limits.clamp(max=width)
+            candidates.append((k + 1, _aligned(*one, request_slots, seq_lens, text, most, least)))
     if copies is not None and copies.alive is not None:
         copied = copies.counts
         if candidates:  # the copying arm's own
@@ -260,6 +263,7 @@ def _aligned(
     seq_lens: Tensor,
     text: Tensor,
     limits: Tensor,
+    least: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, counts and chances of one candidate a request behind the text as it is."""
     columns = tokens.shape[1]
@@ -272,7 +276,9 @@ def _aligned(
     fits = same.all(1) & (passed >= 0) & (passed < counts) & (before[:, 0] > 0)
     left = torch.where(fits, torch.minimum(counts - passed, limits), 0)
     index = (passed[:, None] + column).clamp(0, columns - 1)
-    return tokens.gather(1, index), left, alive.gather(1, index) / before
+    chances = alive.gather(1, index) / before
+    left = ((chances >= least) & (column < left[:, None])).sum(1)
+    return tokens.gather(1, index), left, chances
 
 
 def _joined(tokens: Tensor, counts: Tensor, alive: Tensor, appended: Drafts) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,8 +19,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> CompiledCopies:
 
 
 def everything(copy: Candidate) -> tuple[object, ...]:
-    tokens, alive, parts, at, matched, agreements = copy
-    return [*tokens], [*alive], [*parts], at, matched, [int(each) for each in agreements]
+    tokens, alive, parts, at, matched, agreements, under_way = copy
+    return [*tokens], [*alive], [*parts], at, matched, [int(each) for each in agreements], under_way
 
 
 def drafts_of(random: Random, copy: Candidate, ids: int) -> list[int]:
@@ -45,10 +45,11 @@ def test_copies_are_those_of_python(seed: int, compiled: CompiledCopies) -> None
         for copier in pair:
             copier.extend(text)
         limit, worth = random.choice([1, 5, 24, 33, 100]), random.choice([0.0, 0.1, 0.3, 0.6])
-        copy, other = (copier.look(limit, worth) for copier in pair)
+        paid = random.choice([0, 0, 1, 7, 40])
+        copy, other = (copier.look(limit, worth, paid) for copier in pair)
         assert everything(copy) == everything(other), step
         drafts, alive = drafts_of(random, copy, ids), random.choice([1.0, 0.5, 0.05])
-        behind, other = (copier.look_beyond(drafts, alive, limit, worth) for copier in pair)
+        behind, other = (copier.look_beyond(drafts, alive, limit, worth, paid) for copier in pair)
         assert everything(behind) == everything(other), (step, drafts)
         text = drafts_of(random, copy, ids)[: random.choice([1, 4, 20])]
     assert pair[0].calibration.chances == pair[1].calibration.chances

@@ -94,6 +94,15 @@ def test_a_copy_behind_drafts_is_as_likely_as_they_are() -> None:
     assert not tokens_of(copier.look_beyond([1, 2], 0.15, 5, 0.1))
 
 
+def test_a_late_copy_is_cut_by_the_chance_after_the_rows_that_are_paid() -> None:
+    whole = copier_of(*range(9), 1, 2).look(6, 0.0).alive
+    price = whole[4] / whole[2]  # two more pay after three
+    assert len(copier_of(*range(9), 1, 2).look(6, price * 0.99, 3).alive) == 5
+    assert len(copier_of(*range(9), 1, 2).look(6, price * 0.99).alive) < 5
+    behind = copier_of(*range(9)).look_beyond([1, 2], 0.01, 6, 0.99, 2)
+    assert len(behind.tokens) == 2, "those that are paid stay, however unlikely"
+
+
 def test_how_a_request_copies_moves_a_copy_once_and_not_once_a_token() -> None:
     copier = copier_of(*range(1, 12), 1, 2)
     before = copier.look(8, 0.0).alive

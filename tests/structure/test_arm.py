@@ -103,6 +103,24 @@ def test_what_is_said_while_rounds_are_under_way_follows_what_is_known(
     assert len(late.tokens) > len(now.tokens)
 
 
+def test_a_late_candidate_is_cut_by_the_chance_after_the_rows_under_way(
+    arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each token has nine chances in ten, and a row must bring 0.72: three pay after those under way."""
+    told, dear = Told(grammars), FULL_LENGTH._replace(row=0.72)
+    request = begun(arm, None, MINE, told)
+    monkeypatch.setattr(request.kept[arm.arm].chances, "of", lambda _: 0.9)
+    told.tell(vocabulary.encode(told.matcher(vocabulary).forced())[:1])
+    for under_way in (0, 1, 4):
+        said = arm.propose(request, len(told.text) - 1, told.history, dear, under_way) or NOTHING
+        assert len(said.tokens) == under_way + 3
+        first = said.first(under_way // 2)
+        assert arm.extend_drafts(request, first, 12, dear).tokens == said.tokens
+        forecast = said.outlook(8, under_way, 0.72)
+        assert forecast == (pytest.approx(1 + sum(0.9 ** (under_way + i) for i in (1, 2, 3))), 4)
+    assert said.outlook(8, 1, 0.72).rows == 4, "what is expected to be committed sets the price of the rest"
+
+
 def test_a_wrong_token_lowers_its_kind_alone(arm: StructureArm) -> None:
     chances = arm._chances.of(MINE)
     before = [chances.of(kind) for kind in Kind]

@@ -146,7 +146,8 @@ class TextDrafter(Drafter):
 
         Args:
             length: n at most. history: the request's committed tokens. worth: what a further
-                draft must bring. under_way: tokens at most that earlier rounds may commit before its candidate counts.
+                draft must bring. under_way: rows that earlier rounds are expected to verify before its candidate does;
+                they commit no more tokens.
         """
         return None
 

@@ -113,8 +113,8 @@ class LookupArm(TextDrafter):
                 kept.learns, self._min_match, kept.prediction, kept.copies, self._compiled
             )
         copier.extend(history(len(copier.text)))
-        copy = copier.look(self.max_drafts + under_way, worth.least_chance)
-        return Candidate(copy.tokens, copy.alive, copy.parts, len(copier.text), copy.matched)
+        copy = copier.look(self.max_drafts + under_way, worth.least_chance, under_way)
+        return Candidate(copy.tokens, copy.alive, copy.parts, len(copier.text), copy.matched, (), under_way)
 
     def extends(self, request: Request) -> bool:
         kept: _Kept | None = request.kept.get(self.arm)
@@ -125,7 +125,9 @@ class LookupArm(TextDrafter):
         copier, room = request.kept[self.arm].copier, min(room - len(drafts.tokens), self.max_drafts)
         if not drafts.tokens or room <= 0:
             return drafts
-        copy = copier.look_beyond(drafts.tokens, drafts.alive[-1], room, worth.least_chance)
+        least = drafts.least_chance(worth.least_chance, drafts.under_way)
+        paid = drafts.under_way - len(drafts.tokens)
+        copy = copier.look_beyond(drafts.tokens, drafts.alive[-1], room, least, paid)
         return drafts.followed_by(copy.tokens, copy.alive, copy.parts[0].source) if copy.tokens else drafts
 
     def calibration(self, requests: Sequence[Request], worth: Worth) -> Floats:

@@ -16,7 +16,7 @@ from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.checkpoints.manifest import Structure
 from whiflash_sglang.copying.calibration import PerTenant
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.drafts.candidates import NOTHING, Candidate
+from whiflash_sglang.drafts.candidates import Candidate
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import History
 from whiflash_sglang.records.request import Request
@@ -143,8 +143,9 @@ class StructureArm(TextDrafter):
         kept.tail = [*kept.tail, *written][-TAIL:]
         kept.unseen = history(kept.grammar.known) if kept.grammar else ()
         kept.looks = [look for each in kept.looks if (look := each.behind(written)) is not None]
-        kept.tokens, _ = self._looked(kept, NOTHING, self.max_drafts + under_way, worth)
-        forced = self._behind(kept, Candidate(at=kept.known), kept.tokens, worth)
+        empty = Candidate(at=kept.known, under_way=under_way)
+        kept.tokens, _ = self._looked(kept, empty, self.max_drafts + under_way, worth)
+        forced = self._behind(kept, empty, kept.tokens, worth)
         return forced if forced.tokens else None
 
     def extends(self, request: Request) -> bool:
@@ -164,14 +165,21 @@ class StructureArm(TextDrafter):
         return drafts.followed_by([token.token for token in tokens[: len(alive)]], alive, source)
 
     def _worth(self, kept: _Kept, drafts: Candidate, tokens: Sequence[Token], worth: Worth) -> list[float]:
-        """Chances that each of `tokens` behind `drafts` is accepted, and all before it, of those worth their rows."""
-        chance, least = drafts.alive[-1] if drafts.tokens else 1.0, worth.least_chance
+        """Chances that each of `tokens` behind `drafts` is accepted, and all before it, of those worth their rows; the
+        rows under way are paid.
+        """
+        chance, least = (
+            drafts.alive[-1] if drafts.tokens else 1.0,
+            drafts.least_chance(worth.least_chance, drafts.under_way),
+        )
         alive = []
-        for token in tokens:
+        for place, token in enumerate(tokens, len(drafts.tokens) + 1):
             chance *= kept.chances.of(token.kind)
-            if not chance >= least:
+            if place > drafts.under_way and not chance >= least:
                 break
             alive.append(chance)
+            if place == drafts.under_way:
+                least *= chance
         return alive
 
     def forget(self, handle: int | None, running: Iterable[Request]) -> None:

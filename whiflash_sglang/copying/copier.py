@@ -76,13 +76,13 @@ class Copier:
             self._source = Place(length, source + len(tokens), text)
         self.text.extend(tokens)
 
-    def look(self, limit: int, worth: float) -> Candidate:
-        """The copy after the text's end: up to `limit` tokens, the first in any case, each of the others accepted with
-        a chance of at least `worth`.
+    def look(self, limit: int, worth: float, paid: int = 0) -> Candidate:
+        """The copy after the text's end: up to `limit` tokens, the first and the first `paid` in any case, each of the
+        others accepted with a chance of at least `worth` if those that are paid are.
         """
         self._copy = NOTHING
         if self._compiled is not None:
-            self._copy, source = self._searched(self._compiled, (), limit, (worth, 1.0))
+            self._copy, source = self._searched(self._compiled, (), limit, (worth, 1.0, paid))
             if self._copy.tokens:
                 self._source = Place(self._copy.matched, source, self.text)
             return self._copy
@@ -90,27 +90,29 @@ class Copier:
         if matches:
             best = _best(matches)
             self._source = matches[best][0]
-            self._copy = self._propose(matches, best, worth)
+            self._copy = self._propose(matches, best, worth, paid=paid)
         return self._copy
 
-    def look_beyond(self, drafts: Sequence[int], alive: float, limit: int, worth: float) -> Candidate:
+    def look_beyond(
+        self, drafts: Sequence[int], alive: float, limit: int, worth: float, paid: int = 0
+    ) -> Candidate:
         """Up to `limit` tokens to copy after `drafts`, which are accepted with a chance of `alive`.
 
-        Every one is worth verifying. Nothing is learned from them: what they say is looked for again once committed.
+        Every one is worth verifying or paid. Nothing is learned from them: all is looked for again once committed.
         """
-        if alive < worth:
+        if paid <= 0 and alive < worth:
             return NOTHING
         if self._compiled is not None:
-            copy, _ = self._searched(self._compiled, drafts, limit, (worth, alive))
+            copy, _ = self._searched(self._compiled, drafts, limit, (worth, alive, paid))
         else:
             matches = self._find(drafts, limit)
-            copy = self._propose(matches, _best(matches), worth, alive) if matches else NOTHING
-        return copy if copy.tokens and copy.alive[0] >= worth else NOTHING
+            copy = self._propose(matches, _best(matches), worth, alive, paid) if matches else NOTHING
+        return copy if copy.tokens and (paid > 0 or copy.alive[0] >= worth) else NOTHING
 
     def _searched(
-        self, compiled: "CompiledCopies", drafts: Sequence[int], limit: int, chances: tuple[float, float]
+        self, compiled: "CompiledCopies", drafts: Sequence[int], limit: int, chances: tuple[float, float, int]
     ) -> tuple[Candidate, int]:
-        """The copy behind `drafts`, and where it begins. chances: as `worth` and `chance` of `_propose`."""
+        """The copy behind `drafts`, and where it begins. chances: as `worth`, `chance` and `paid` of `_propose`."""
         if limit <= 0 or not len(self.text):
             return NOTHING, 0
         copied_from = -1 if self._source is None else self._source.source
@@ -142,8 +144,10 @@ class Copier:
             if place.length >= least and (tokens := place.text.continuation(place.source, limit, drafts))
         ]
 
-    def _propose(self, matches: Sequence[Match], best: int, worth: float, chance: float = 1.0) -> Candidate:
-        """The copy from place `best`; `chance`: that everything before it is accepted."""
+    def _propose(
+        self, matches: Sequence[Match], best: int, worth: float, chance: float = 1.0, paid: int = 0
+    ) -> Candidate:
+        """The copy from place `best`; `chance`: that everything before it is accepted. worth, paid: as of `look`."""
         place, copy = matches[best]
         judge, length = self._judge(place), place.length
         agreements: list[int] = []
@@ -154,9 +158,12 @@ class Copier:
         if judge is self.calibration:
             chances[0] = self._request.adjust(judge.chance(length, agreements[0]))
         alive = list(accumulate(chances, mul, initial=chance))[1:]
-        paid = len(alive) if alive[-1] >= worth else bisect_right(alive, -worth, 1, key=neg)
-        parts = [Part(CONTEXT if place.text is self.text else PREDICTION, paid)]
-        return Candidate(list(copy[:paid]), alive[:paid], parts, 0, length, agreements[:paid])
+        if 0 < paid <= len(alive):
+            worth *= alive[paid - 1]
+        first = min(max(paid, 1), len(alive))
+        count = len(alive) if alive[-1] >= worth else bisect_right(alive, -worth, first, key=neg)
+        parts = [Part(CONTEXT if place.text is self.text else PREDICTION, count)]
+        return Candidate(list(copy[:count]), alive[:count], parts, 0, length, agreements[:count])
 
     def _judge(self, place: Place) -> MatchCalibration:
         """The features by which a copy from `place` is judged."""

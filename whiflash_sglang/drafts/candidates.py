@@ -45,6 +45,7 @@ class Candidate(NamedTuple):
     """Tokens that may follow a request's text. alive: for each token, the chance that it and all before it are
     accepted; never increasing. parts: their sources. at: the position of the first, if the text was known so far.
     matched, agreements: those of a copy, tokens before it that match, and how the places judge each of its tokens.
+    under_way: rows that earlier rounds are expected to verify when it is made: only its tokens after theirs must pay.
     """
 
     tokens: Sequence[int] = ()
@@ -53,20 +54,26 @@ class Candidate(NamedTuple):
     at: int = 0
     matched: int = 0
     agreements: Sequence[int] = ()
+    under_way: int = 0
 
     def first(self, count: int) -> "Candidate":
         """Its first `count` tokens."""
         if count == len(self.tokens):
             return self
         parts = list(first_of(self.parts, count))
-        return Candidate(self.tokens[:count], self.alive[:count], parts, self.at)
+        return Candidate(self.tokens[:count], self.alive[:count], parts, self.at, under_way=self.under_way)
 
     def followed_by(self, tokens: Sequence[int], alive: Sequence[float], source: str) -> "Candidate":
         """With these tokens behind it, taken from `source`."""
         if not tokens:
             return self
         parts = [*self.parts, Part(source, len(tokens))]
-        return Candidate([*self.tokens, *tokens], [*self.alive, *alive], parts, self.at)
+        tokens, alive = [*self.tokens, *tokens], [*self.alive, *alive]
+        return Candidate(tokens, alive, parts, self.at, under_way=self.under_way)
+
+    def least_chance(self, price: float, passed: int) -> float:
+        """Value of `alive` below which a row is not worth `price` tokens: it is paid once `passed` are committed."""
+        return price * self.alive[passed - 1] if 0 < passed <= len(self.alive) else price
 
     def valid(self, vocabulary: int) -> "Candidate":
         """Its first tokens, as far as each is one of `vocabulary` ids and has a chance that is a number."""
@@ -81,9 +88,12 @@ class Candidate(NamedTuple):
         """Tokens that verifying it is expected to bring, if a row must bring `worth`."""
         return sum(self.alive) - worth * len(self.alive)
 
-    def outlook(self, most: int | None = None) -> Forecast:
-        """Forecast of verifying it, or its first `most` tokens."""
-        alive = self.alive if most is None else self.alive[:most]
+    def outlook(self, most: int | None = None, passed: int = 0, price: float = 0.0) -> Forecast:
+        """Forecast of verifying it, or `most` tokens, after `passed` that are expected to be committed by then: of
+        those that are worth `price`. It brings nothing if others are committed.
+        """
+        least = self.least_chance(price, passed)
+        alive = [chance for chance in self.alive[passed:][:most] if chance >= least]
         return Forecast(1 + sum(alive), 1 + len(alive))
 
 

@@ -33,7 +33,8 @@ class Request(Signals):
     begun: whether the span tracker has the token that the prefill sampled, which no round commits. recent_by_kind:
     `Signals.recent` per kind of span, None outside spans, since what an arm accepts in prose says little of tool calls.
     wanted: drafts that there were for it, by what its rounds were priced as (`Costs.wanted`).
-    decision: of its newest round. under_way: rows, at most, of each round whose results are not known yet.
+    decision: of its newest round. under_way: rows, at most, of each round whose results are not known yet. usual_rows:
+    that its newest round is expected to verify.
     """
 
     rid: str
@@ -59,6 +60,12 @@ class Request(Signals):
     )
     decision: Decision = field(default_factory=Decision)
     under_way: list[int] = field(default_factory=list)
+    usual_rows: float = 1.0
+
+    @property
+    def rows_ahead(self) -> int:
+        """Rows that the rounds under way are expected to verify."""
+        return round(len(self.under_way) * self.usual_rows)
 
     @property
     def may_join(self) -> bool:

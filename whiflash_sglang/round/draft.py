@@ -15,6 +15,7 @@ from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder
 from whiflash_sglang.device.transfers import HostView, sent
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate
+from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.prices.round_clock import RoundClock
 from whiflash_sglang.records.core import DraftBatch, Round
 from whiflash_sglang.round.catch_up import DraftSync
@@ -158,6 +159,7 @@ class DraftStage:
             copies=copies,
             limits=turn.limits.drafts,
             worth=plan.row_worth,
+            least=Worth(plan.row_worth, 0.0).least_chance,
             most_drafts=most,
         )
         turn.packed_rows, turn.stride, turn.bounded = size + most, 1 + max(plan.limits.drafts), True

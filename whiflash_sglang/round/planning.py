@@ -85,7 +85,9 @@ class Planner:
         plan.candidates = proposed
         plan.limits = self._limits(turn)
         own = [request.wanted[arm] for request, arm in zip(requests, plan.priced_as, strict=True)]
-        usual = map(min, plan.limits.drafts, map(costs.room, plan.priced_as, own))
+        usual = [*map(min, plan.limits.drafts, map(costs.room, plan.priced_as, own))]
+        for request, drafts in zip(requests, usual, strict=True):
+            request.usual_rows = 1 + drafts
         plan.usual_drafts = costs.packed(len(turn), math.ceil(sum(usual)))
         plan.calibration = self._calibrations(turn)
         return plan
@@ -163,6 +165,7 @@ class Planner:
         before a pass.
         """
         request, n = turn.requests[index], turn.most[index]
+        ahead = round(len(request.under_way) * request.usual_rows)
         candidates: dict[str, Candidate] = {}
         forecasts: dict[str, Forecast | None] = {}
         for arm in asked:
@@ -178,11 +181,12 @@ class Planner:
                 continue
             if drafter.serves(request):
                 history, worth = partial(turn.history, index), turn.plan.worth[arm]
-                propose = partial(drafter.propose, request, n, history, worth, sum(request.under_way))
+                propose = partial(drafter.propose, request, n, history, worth, ahead)
                 candidate = self.sources.checked(arm, request, propose)
             if candidate and candidate.tokens:
                 candidates[arm] = candidate
-                forecasts[arm] = candidate.outlook(self.drafters[arm].max_drafts)
+                price = worth.least_chance if ahead else 0.0  # else its tokens are those that are worth it
+                forecasts[arm] = candidate.outlook(drafter.max_drafts, ahead, price)
             elif arm not in self.sources.proposing and self.quarantine.serves(arm, request):
                 forecasts[arm] = None
         return candidates, forecasts

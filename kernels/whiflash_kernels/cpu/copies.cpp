@@ -113,8 +113,9 @@ extern "C" void whiflash_link(const Text* text, int64_t start) {
     }
 }
 
-// The copy behind the text's end and `drafts`: up to `most` (> 0) tokens, the first in any case, each of the others with
-// a chance of at least `worth`. Returns how many; 0: no place matches.
+// The copy behind the text's end and `drafts`: up to `most` (> 0) tokens, the first and the first `paid` in any case, each
+// of the others with a chance of at least `worth` if those that are paid are accepted. Returns how many; 0: no place
+// matches.
 //
 // copied_from: where the text would go on with the last copy; -1: there was none. right, seen: decayed observations of
 // each bucket and agreement. factor: on the first token's chance. alive: the chance that all before is accepted.
@@ -122,7 +123,7 @@ extern "C" void whiflash_link(const Text* text, int64_t start) {
 extern "C" int64_t whiflash_copy(
     const Text* text, const int32_t* drafts, int64_t drafted, int64_t copied_from, int64_t least, int64_t most,
     const double* right, const double* seen, double factor, double worth, double alive,
-    int64_t* place, int32_t* tokens, double* alives, int32_t* agreements
+    int64_t paid, int64_t* place, int32_t* tokens, double* alives, int32_t* agreements
 ) {
     const int64_t kept = std::max<int64_t>(0, std::min<int64_t>(text->size, MATCH - drafted));
     std::vector<int32_t> end(text->tokens + text->size - kept, text->tokens + text->size);
@@ -161,7 +162,8 @@ extern "C" int64_t whiflash_copy(
         const int kind = bucket * KINDS + agreed[at];
         const double chance = right[kind] / seen[kind];
         alive *= std::min(at ? chance : chance * factor, SURE);
-        if (at && !(alive >= worth)) return at;
+        if (at && int64_t(at) >= paid && !(alive >= worth)) return at;
+        if (int64_t(at) == paid - 1) worth *= alive;
         tokens[at] = best.ahead[at];
         alives[at] = alive;
         agreements[at] = agreed[at];

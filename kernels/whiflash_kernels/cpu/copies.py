@@ -18,7 +18,9 @@ class CompiledCopies:
         pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
         self._link, self._copy = library.whiflash_link, library.whiflash_copy
         self._link.argtypes, self._link.restype = (pointer, long), None
-        self._copy.argtypes = (*[pointer] * 2, *[long] * 4, *[pointer] * 2, *[number] * 3, *[pointer] * 4)
+        self._copy.argtypes = (
+            [pointer] * 2 + [long] * 4 + [pointer] * 2 + [number] * 3 + [long] + [pointer] * 4
+        )
         self._copy.restype = long
         self._place = array("q", [0, 0])
         self._room(64)
@@ -46,13 +48,14 @@ class CompiledCopies:
         least: int,
         most: int,
         observed: tuple[int, int],
-        chances: tuple[float, float, float],
+        chances: tuple[float, float, float, int],
     ) -> tuple[list[int], list[float], list[int], int, int]:
         """A copy's tokens, chances and agreements, the length of its match, and its source; no tokens: none matches.
 
         Args:
             text: as of `link`. observed: addresses of `right` and `seen`. chances: the factor on the first one, the
-                least that is worth a token, and that of all before the copy. The rest as of `whiflash_copy`.
+                least that is worth a token, and that of all before the copy; tokens that are `paid`. The rest as of
+                `whiflash_copy`.
         """
         if most > self._most:
             self._room(most)

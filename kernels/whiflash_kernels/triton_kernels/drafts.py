@@ -243,6 +243,7 @@ def _merge_drafts_kernel(
     wanted,
     chances,
     worth,
+    least,
     width,
     host_width,
     copies_width,
@@ -296,6 +297,8 @@ def _merge_drafts_kernel(
         most = tl.where(fits & (sure > 0.0), most, 0)
         there = inside & (column < most)
         lives = tl.div_rn(tl.load(host_alive + first + column, mask=there, other=0.0), sure)
+        there &= lives >= least
+        most = tl.sum(there.to(tl.int64), axis=0)
         gain = tl.sum(tl.where(there, lives - worth, 0.0), axis=0)
         if number == 0:
             first_pays = gain > 0.0
@@ -360,6 +363,7 @@ def choose_drafts(
     copies: Drafts | None = None,
     limits: Tensor | None = None,
     worth: float = 0.0,
+    least: float = 0.0,
     most_drafts: int | None = None,
 ) -> Chosen:
     """See `whiflash_kernels.drafts.choose_drafts`."""
@@ -406,6 +410,7 @@ def choose_drafts(
         *chosen,
         chances,
         float(worth),
+        float(least),
         width,
         candidates[0].shape[-1],
         copied[0].shape[1],
