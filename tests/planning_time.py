@@ -20,7 +20,7 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -113,7 +113,9 @@ class Batch:
             req, hints, tenant = self._request(row)
             self.requests.append(req)
             prompt = len(req.origin_input_ids)
-            request = Request(req.rid, hints, row, tenant, grammar=req.grammar, prompt=prompt)
+            request = Request(
+                req.rid, hints, row, tenant, None, req.grammar, prompt, partial(tuple, req.origin_input_ids)
+            )
             controller.open(request, ())
             held.begin(request)
             for drafter in of_text(self.drafters).values():

@@ -32,7 +32,7 @@ def walked(parser: str, prompt: str) -> tuple[str, str]:
     """
     (first, *_) = TOOL_CALL_PARSERS[parser]
     span = Span(kind=first.kind, begin=first.begin, end=first.end)
-    calls = Calls(carried_tools(FUNCTIONS, parser) or "", [span], lambda: prompt)
+    calls = Calls(carried_tools(FUNCTIONS, parser) or "", [span], prompt)
     values = iter(VALUES.values())
     closing = PARSERS[parser].value.split("{value}")[1]
     written = expected = ""

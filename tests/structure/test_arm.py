@@ -33,10 +33,15 @@ def arm(vocabulary: Vocabulary) -> StructureArm:
 
 
 def begun(
-    arm: StructureArm, hints: RequestHints | None = None, tenant: Any = None, grammar: Any = None
+    arm: StructureArm,
+    hints: RequestHints | None = None,
+    tenant: Any = None,
+    grammar: Any = None,
+    prompt: Sequence[int] = PROMPT,
 ) -> Request:
     """A request that has begun."""
-    request = Request("r", hints or RequestHints(), tenant=tenant, grammar=grammar)
+    hints = hints or RequestHints()
+    request = Request("r", hints, tenant=tenant, grammar=grammar, read=lambda: prompt)
     arm.begin(request)
     return request
 
@@ -197,23 +202,48 @@ def test_it_cuts_text_as_its_target_cut_it_for_the_tenant(
     assert first_of_an_answer(MINE) == usual
 
 
-def test_a_prompt_is_decoded_once_however_many_tools_there_are(
-    arm: StructureArm, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("form", ["qwen3_coder", "hermes"])
+def test_a_round_reads_as_much_of_a_long_prompt_as_of_a_short_one(
+    form: str, arm: StructureArm, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded: list[int] = []
+    """However many tools there are. Counted are tokens that are asked for or decoded, and characters searched."""
+    read: list[int] = []
+
+    class Searched(str):
+        """A prompt that notes how much of it is searched."""
+
+        def count(self, *args: Any) -> int:
+            read.append(len(self))
+            return super().count(*args)
+
+        def rfind(self, *args: Any) -> int:
+            read.append(len(self))
+            return super().rfind(*args)
 
     def counting(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
-        decoded.append(len(tokens))
+        read.append(len(tokens))
         return text_of(vocabulary, tokens)
 
     monkeypatch.setattr("whiflash_sglang.arms.structure.text_of", counting)
-    tools = carried_tools([(f"find_{i}", KEYS) for i in range(MOST_FUNCTIONS)], "qwen3_coder") or ""
-    request = begun(arm, RequestHints(tools=tools, spans=CALLS), MINE)
-    prompt = vocabulary.encode("find_1 or find_2?" * 20)
-    text = [*prompt, *vocabulary.encode("<tool_call>")]
-    for length in (len(prompt), len(text)):
-        arm.propose(request, length - 1, lambda start, length=length: text[start:length], FULL_LENGTH)
-    assert sum(length > len(prompt) // 2 for length in decoded) == 1
+    monkeypatch.setattr("whiflash_sglang.arms.structure.PROMPT_CHARS", 100)
+    tools = carried_tools([(f"find_{i}", KEYS) for i in range(MOST_FUNCTIONS)], form) or ""
+    written, found = vocabulary.encode("<tool_call>"), []
+    for repeats in (20, 320):
+        prompt = vocabulary.encode('find_1 or "find_2"?' * repeats)
+        request = begun(arm, RequestHints(tools=tools, spans=CALLS), MINE, prompt=prompt)
+        kept, text = request.kept[arm.arm], [*prompt, *written]
+        kept.calls.prompt = Searched(kept.calls.prompt)
+        read.clear()
+        for length in range(len(prompt) + 1, len(text) + 1):
+
+            def history(start: int, stop: int = length, text: Sequence[int] = text) -> Sequence[int]:
+                read.append(stop - start)
+                return text[start:stop]
+
+            said = arm.propose(request, length - 1, history, FULL_LENGTH)
+        assert said is not None
+        found.append(read[:])
+    assert found[0] == found[1]
 
 
 def test_a_look_is_kept_while_the_text_goes_on_as_it_said(

@@ -73,7 +73,7 @@ def follow(
     tools: str = TOOLS,
 ) -> str:
     """Text that is proposed after `written`, without a grammar."""
-    calls = Calls(tools, spans, lambda: prompt)
+    calls = Calls(tools, spans, prompt)
     calls.follow(written)
     tokens = sketch(
         None,
@@ -83,7 +83,7 @@ def follow(
         end=None,
         likelihood=lambda kind: 1.0,
         cuts=Cuts(),
-        guesses=Guesses(words_of_tools(TOOLS), lambda words: used or {}),
+        guesses=Guesses(words_of_tools(TOOLS), used or {}),
         calls=calls,
     )[0]
     return text_of(vocabulary, [token.token for token in tokens])
@@ -284,7 +284,7 @@ def test_what_tools_tell_is_proposed_only_as_far_as_the_grammar_allows_it(
     grammars: Grammars, vocabulary: Vocabulary
 ) -> None:
     """As for a forced call of a tool that is not strict: the grammar is another one than the tools'."""
-    likelihood, guesses = StructureChances().of, Guesses(words_of_tools(TOOLS), lambda words: {})
+    likelihood, guesses = StructureChances().of, Guesses(words_of_tools(TOOLS), {})
     for count in (1, 2, 3):
         written = ['{"name"', ': "get_time"', ', "arguments": {"zone": "'][:count]
         schema = {"const": {"name": "get_time", "arguments": {"city": 1}}}

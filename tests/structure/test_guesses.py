@@ -37,7 +37,7 @@ TRIP: dict[str, Any] = {
 
 
 def guesses(schema: dict[str, Any], used: dict[str, int] | None = None) -> Guesses:
-    return Guesses(words_of(json.dumps(schema)), lambda words: used or {})
+    return Guesses(words_of(json.dumps(schema)), used or {})
 
 
 def follow(

@@ -42,7 +42,10 @@ def test_kept_answers_are_those_of_a_look_from_nothing(
     shared = StructureArm(Structure(max_width=8), vocabulary, lambda: False)
     for seed in range(6):
         told = Told(grammars, {"type": "array", "items": TOOL} if form == "grammar" else None)
-        random, request = Random(seed), Request("r", hints, grammar=told if form == "grammar" else None)
+        random, request = (
+            Random(seed),
+            Request("r", hints, grammar=told if form == "grammar" else None, read=lambda: PROMPT),
+        )
         shared.begin(request)
         rest, text = tokens, [*PROMPT]
         while rest:
@@ -50,7 +53,7 @@ def test_kept_answers_are_those_of_a_look_from_nothing(
             drafts += random.choices(random.choice(others), k=random.choice((0, 0, 1)))
             anew = StructureArm(Structure(max_width=8), vocabulary, lambda: False)
             monkeypatch.setattr(anew, "_are_free", lambda *_: False)
-            anew.begin(other := Request("r", hints, grammar=request.grammar))
+            anew.begin(other := Request("r", hints, grammar=request.grammar, read=lambda: PROMPT))
             looks, known_free = [], False
             for arm, asked, read in ((shared, request, read_tools), (anew, other, read_tools.__wrapped__)):
                 monkeypatch.setattr("whiflash_sglang.structure.calls.read_tools", read)

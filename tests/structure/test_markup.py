@@ -43,7 +43,7 @@ UNIT = f"{CITY}\n</parameter>\n<parameter=unit>\n"
 
 def follow(written: str, tools: str = QWEN, prompt: str = "") -> str:
     """Text that is expected after `written`."""
-    calls = Calls(tools, SPANS, lambda: prompt)
+    calls = Calls(tools, SPANS, prompt)
     calls.follow(written)
     return "".join(piece.text for piece in calls.pieces(1000, None, lambda kind: 1.0))
 
@@ -153,7 +153,7 @@ def test_a_call_is_the_same_however_its_text_comes(form: str, data: st.DataObjec
     whole, parts = Calls(tools, SPANS), Calls(tools, SPANS)
 
     def expected_of(calls: Calls) -> object:
-        return calls.pieces(1000, Guesses(words_of_tools(tools), lambda words: {}), lambda kind: 1.0)
+        return calls.pieces(1000, Guesses(words_of_tools(tools), {}), lambda kind: 1.0)
 
     whole.follow(text)
     expected = expected_of(whole)

@@ -68,14 +68,14 @@ def test_answers_by_place_are_those_of_the_grammar(schema: str) -> None:
     for walk in range(40):
         random, matcher = Random(walk), XGrammarMatcher(xgrammar.GrammarMatcher(grammar))
         used = {word: random.randrange(3) for word in words}
-        shared, layout, plain = Guesses(words, lambda _, used=used: used, tables), Layout(), Layout()
+        shared, layout, plain = Guesses(words, used, tables), Layout(), Layout()
         layout.words, layout.source = places, schema
         written = ""
         while len(written) < 160:
             likelihood = random.uniform(0.5, 1.0)
             expected, found = (
                 likely(Ahead(matcher, own, guesses), 300, lambda _, p=likelihood: p, "!")
-                for guesses, own in ((Guesses(words, lambda _, used=used: used), plain), (shared, layout))
+                for guesses, own in ((Guesses(words, used), plain), (shared, layout))
             )
             assert found == expected, written
             text = "".join(piece.text for piece in found).removesuffix("!")
@@ -110,7 +110,7 @@ def test_tokens_lead_to_the_places_of_their_texts(
     for walk in range(40):
         random, matcher = Random(walk % 9), XGrammarMatcher(xgrammar.GrammarMatcher(grammar))
         layout = Layout(words=words_of_places(schema), source=schema)
-        shared, anew = (Guesses(words, lambda _: {}, known) for known in (tables, None))
+        shared, anew = (Guesses(words, {}, known) for known in (tables, None))
         for _ in range(12):
             pieces = likely(Ahead(matcher, layout, shared), 99, lambda _: 1.0)
             tokens = vocabulary.encode("".join(piece.text for piece in pieces))[: random.randint(0, 9)]

@@ -59,7 +59,7 @@ def walk_schema(
         assert not raw.is_error()
     counting, layout = _Counting(vocabulary), Layout()
     matcher = grammars.matcher(raw, counting.vocabulary)
-    guesses = Guesses(words_of(json.dumps(schema)), lambda words: {})
+    guesses = Guesses(words_of(json.dumps(schema)), {})
     written: list[int] = []
     while len(written) < tokens:
         before = grammars.allowed(raw)

@@ -6,10 +6,12 @@ It drafts from the text only. Forced stretches are short, so they matter most af
 """
 
 import codecs
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 from whiflash_sglang.arms.base import TextDrafter
@@ -21,7 +23,7 @@ from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import History
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, text_of
-from whiflash_sglang.structure.calls import Calls
+from whiflash_sglang.structure.calls import PROMPT_CHARS, Calls
 from whiflash_sglang.structure.chances import StructureChances
 from whiflash_sglang.structure.guesses import Ahead, Guesses, Tables
 from whiflash_sglang.structure.layout import NO_FRAMES, Layout
@@ -35,6 +37,9 @@ GRAMMAR, TOOLS = "grammar", "tools"
 
 _Decoder = partial(codecs.getincrementaldecoder("utf-8"), errors="replace")
 """A token may end inside a character."""
+
+_STRINGS = re.compile(r'"(?=([^"]*)")')
+"""Texts between two quotes; the second may begin the next one."""
 
 LOOKS = 4
 """Looks that are kept of a request: behind its text, a copy, and what the two lead into."""
@@ -75,10 +80,10 @@ class _Kept:
     """The arm's part of a request.
 
     grammar: what constrains it, if anything does. calls: those of its tools, if any are known. guesses: those of its
-    schemas' words, made when it is looked at first. layout: that of its output, without its newest tokens,
-    `unfollowed`, of which the first are `free`. known: tokens of its text when it was looked at last. tail, unseen: the
-    last of them, and those that its grammar had not accepted yet. tokens: what followed then, whether or not it was
-    worth its rows. looks: the newest ones, as far as the text went on as they said.
+    schemas' words. begin: tokens of its prompt. layout: that of its output, without its newest tokens, `unfollowed`, of
+    which the first are `free`. known: tokens of its text when it was looked at last, 0 before. tail, unseen: the last
+    of them, and those that its grammar had not accepted yet. tokens: what followed then, whether or not it was worth
+    its rows. looks: the newest ones, as far as the text went on as they said.
     """
 
     chances: StructureChances
@@ -86,6 +91,7 @@ class _Kept:
     calls: Calls | None
     tools: str
     guesses: Guesses | None = None
+    begin: int = 0
     layout: Layout = field(default_factory=Layout)
     decoder: codecs.IncrementalDecoder = field(default_factory=_Decoder)
     unfollowed: list[int] = field(default_factory=list)
@@ -122,7 +128,8 @@ class StructureArm(TextDrafter):
             # A request that asks for nothing to be kept of its text teaches nobody.
             shared = hints.lookup == "on"
             chances = self._chances.of(request.tenant) if shared else self._chances.fresh()
-            request.kept[self.arm] = _Kept(chances, grammar, calls, hints.tools)
+            kept = request.kept[self.arm] = _Kept(chances, grammar, calls, hints.tools)
+            self._read(kept, request.read())
 
     def serves(self, request: Request) -> bool:
         return self.arm in request.kept
@@ -133,13 +140,11 @@ class StructureArm(TextDrafter):
         kept: _Kept | None = request.kept.get(self.arm)
         if kept is None:
             return None
-        written = [*history(kept.known)]
+        known = kept.known or kept.begin
+        written = [*history(known)]
         self._learn(kept, written)
-        if kept.guesses is None:
-            self._look_first(kept, history, min(length, len(written)))
-        else:
-            kept.unfollowed += written
-        kept.known += len(written)
+        kept.unfollowed += written
+        kept.known = known + len(written)
         kept.tail = [*kept.tail, *written][-TAIL:]
         kept.unseen = history(kept.grammar.known) if kept.grammar else ()
         kept.looks = [look for each in kept.looks if (look := each.behind(written)) is not None]
@@ -165,20 +170,16 @@ class StructureArm(TextDrafter):
         return drafts.followed_by([token.token for token in tokens[: len(alive)]], alive, source)
 
     def _worth(self, kept: _Kept, drafts: Candidate, tokens: Sequence[Token], worth: Worth) -> list[float]:
-        """Chances that each of `tokens` behind `drafts` is accepted, and all before it, of those worth their rows; the
-        rows under way are paid.
-        """
-        chance, least = (
-            drafts.alive[-1] if drafts.tokens else 1.0,
-            drafts.least_chance(worth.least_chance, drafts.under_way),
-        )
+        """Chances that each of `tokens` behind `drafts` is accepted, and all before it, of those worth their rows."""
+        chance, paid = drafts.alive[-1] if drafts.tokens else 1.0, drafts.under_way
+        least = drafts.least_chance(worth.least_chance, paid)
         alive = []
         for place, token in enumerate(tokens, len(drafts.tokens) + 1):
             chance *= kept.chances.of(token.kind)
-            if place > drafts.under_way and not chance >= least:
+            if place > paid and not chance >= least:
                 break
             alive.append(chance)
-            if place == drafts.under_way:
+            if place == paid:
                 least *= chance
         return alive
 
@@ -216,20 +217,19 @@ class StructureArm(TextDrafter):
             token = kept.tokens[number]
             kept.chances.cuts.learn(before, token.token if token.usual is None else token.usual, written)
 
-    def _look_first(self, kept: _Kept, history: History, length: int) -> None:
-        """Keep what later looks need of the text so far. length: of the prompt, if no grammar says it."""
-        begin = kept.grammar.prompt if kept.grammar else length
+    def _read(self, kept: _Kept, prompt: Sequence[int]) -> None:
+        """Keep what looks need of the prompt, so that no round reads it."""
         schema = words_of(kept.grammar.schema) if kept.grammar else ()
         if kept.grammar:
             kept.layout.frames = frames = frames_of(kept.grammar.schema)
             kept.layout.habit = kept.chances.habits.get(frames is not NO_FRAMES)
             kept.layout.words, kept.layout.source = words_of_places(kept.grammar.schema), kept.grammar.schema
-        words = tuple(dict.fromkeys((*schema, *words_of_tools(kept.tools))))
-        prompt = history(0)[:begin]  # kept until there is a choice of words, or the request ends
-        kept.guesses = Guesses(words, partial(self._used, prompt), self._tables)
+        words, text = dict.fromkeys((*schema, *words_of_tools(kept.tools))), text_of(self._vocabulary, prompt)
+        kept.begin, kept.tail = len(prompt), prompt[-TAIL:]
+        used = Counter(string for string in _STRINGS.findall(text) if string in words)
+        kept.guesses = Guesses(tuple(words), used, self._tables)
         if kept.calls is not None:
-            kept.calls.prompt = cache(partial(text_of, self._vocabulary, prompt))
-        kept.unfollowed = [*history(begin)]
+            kept.calls.prompt = text[-PROMPT_CHARS:]
 
     def _follow(self, kept: _Kept) -> bool:
         """The layout of what was written since, and the call in it; whether there was anything."""
@@ -242,11 +242,6 @@ class StructureArm(TextDrafter):
         if kept.calls is not None:
             kept.calls.follow(text)
         return True
-
-    def _used(self, prompt: Sequence[int], words: Sequence[str]) -> dict[str, int]:
-        """How often a prompt holds each word as a whole string."""
-        text = text_of(self._vocabulary, prompt)
-        return {word: text.count(f'"{word}"') for word in words}
 
     def _looked(
         self, kept: _Kept, drafts: Candidate, limit: int, worth: Worth

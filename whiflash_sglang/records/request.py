@@ -20,7 +20,8 @@ class Request(Signals):
     """A request on the host, from its prefill to its end or its retraction. row: of the request table.
 
     Asked, and read once: hints. tenant: who may share text with it. prediction: tokens of the answer that its caller
-    expects. grammar: what constrains it (`structure.matchers.Grammar`). prompt: tokens of its text before the answer.
+    expects. grammar: what constrains it (`structure.matchers.Grammar`). prompt: how many tokens its text has before the
+    answer. read: returns these as drafters may read them; not in a round, for they may be many.
 
     running: whether it has not ended, nor been retracted and begun again. kept: what an arm that reads texts keeps of
     it, by arm, until its end. recording: of a request that asked for its trace. counts: of its rounds, by the arm that
@@ -44,6 +45,7 @@ class Request(Signals):
     prediction: Sequence[int] | None = None
     grammar: Any = None
     prompt: int = 0
+    read: Callable[[], Sequence[int]] = tuple
     running: bool = False
     kept: dict[str, Any] = field(default_factory=dict)
     caller: object = None
@@ -61,11 +63,6 @@ class Request(Signals):
     decision: Decision = field(default_factory=Decision)
     under_way: list[int] = field(default_factory=list)
     usual_rows: float = 1.0
-
-    @property
-    def rows_ahead(self) -> int:
-        """Rows that the rounds under way are expected to verify."""
-        return round(len(self.under_way) * self.usual_rows)
 
     @property
     def may_join(self) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -114,6 +115,7 @@ class Lifecycle:
             self._predicted(req),
             grammar_of(req),
             len(req.origin_input_ids),
+            partial(readable, req.origin_input_ids),
             caller=caller,
             recording=recording,
             adapter=req.lora_id,

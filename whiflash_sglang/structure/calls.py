@@ -7,7 +7,7 @@ A call that is one JSON object follows a grammar of what it probably looks like.
 """
 
 import json
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
 from functools import lru_cache
@@ -212,6 +212,9 @@ LOOKED_AT_CHARS = 1024
 """Characters of each of them that are looked at."""
 
 
+PROMPT_CHARS = 1 << 16
+"""Characters at a prompt's end that a round may search: it must not take longer because somebody's prompt is long."""
+
 OpenCall = JsonCall | MarkupCall
 """The text after a marker."""
 
@@ -222,10 +225,10 @@ class Calls:
     Args:
         tools: what `carried_tools` wrote. spans: of the request; those of kind `tool_call` give the markers, those of
             kind `reasoning` where thinking ends.
-        prompt: its text, asked for where the layout of earlier calls, or which tools they called, is to be known.
+        prompt: the end of its text, which shows the layout of earlier calls, and which tools they called.
     """
 
-    def __init__(self, tools: str, spans: Sequence[Span], prompt: Callable[[], str] = str) -> None:
+    def __init__(self, tools: str, spans: Sequence[Span], prompt: str = "") -> None:
         self._tools = tools
         self._spans = [span for span in spans if span.kind == "tool_call" and span.begin]
         self.prompt = prompt
@@ -369,15 +372,14 @@ class Calls:
 
     def _earlier(self, begin: str) -> list[str]:
         """The texts after the newest markers of the prompt, the newest one last."""
-        prompt = self.prompt()
-        texts: list[str] = []
+        prompt, texts = self.prompt, list[str]()
         end = len(prompt)
         while len(texts) < LOOKED_AT and (end := prompt.rfind(begin, 0, end)) >= 0:
             texts.append(prompt[end + len(begin) :][:LOOKED_AT_CHARS])
         return texts[::-1]
 
     def _uses(self, text: str) -> int:
-        """How often a text occurs in the prompt."""
+        """How often a text occurs in the end of the prompt."""
         if text not in self._used:
-            self._used[text] = self.prompt().count(text)
+            self._used[text] = self.prompt.count(text)
         return self._used[text]

@@ -82,18 +82,12 @@ class Guesses:
     """Guesses for one request.
 
     Args:
-        words: names and values of its schema, in its order. used: how often each of them was used in the conversation,
-            asked once, when there is a choice. tables: what grammars answered before; None: nothing.
+        words: names and values of its schema, in its order. used: how often each of them was used in the conversation.
+            tables: what grammars answered before; None: nothing.
     """
 
-    def __init__(
-        self,
-        words: Sequence[str],
-        used: Callable[[Sequence[str]], Mapping[str, int]],
-        tables: Tables | None = None,
-    ) -> None:
-        self._words, self._count, self._tables = words, used, tables or Tables()
-        self._used: Mapping[str, int] | None = None
+    def __init__(self, words: Sequence[str], used: Mapping[str, int], tables: Tables | None = None) -> None:
+        self._words, self._used, self._tables = words, used, tables or Tables()
         self._own: dict[str, Table] = {}
         self.text = self._tables.text
 
@@ -135,10 +129,7 @@ class Guesses:
 
     def of_words(self, place: Place) -> list[LikelyText]:
         """The rest of the likeliest word; if others are allowed there, its kind is that of what parts it from them."""
-        rests = place.rests
-        if self._used is None:
-            self._used = self._count(self._words)
-        used = self._used
+        rests, used = place.rests, self._used
         best = max(rests, key=lambda word: used.get(word, 0))
         others = [word for word in rests if word != best]
         # A list of tools names each of them once.
