@@ -180,7 +180,7 @@ class Batch:
         return spent
 
     def _time(self, turn: Round, results: Results) -> RoundTime:
-        """What the round is said to have taken."""
+        """Return the time of a round that prices learn from."""
         return RoundTime(4 * self.size, self.size, tokens=NEW * self.size, seconds=0.01)
 
     def _note(self, turn: Round) -> None:
