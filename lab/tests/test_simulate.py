@@ -1,13 +1,17 @@
 """The simulator of a card: published figures come out again before anything is predicted from them."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from whiflash_lab import simulate
 from whiflash_lab.simulate import DRAFTS, FIXED, H100, PAIR, ROW, Host, SimulatedLoad, Simulation, continuing
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.drafts import arms
+
+FIGURES = Path(__file__).parents[2] / "results/gpu/shaped.json"
 
 
 def test_published_figures_come_out_within_what_is_stated() -> None:
@@ -75,3 +79,23 @@ def test_agents_gain_by_what_the_host_knows() -> None:
     fixed = max(Simulation(H100, load, method).run().rate for method in FIXED)
     assert simulation.run().rate > 1.2 * fixed
     assert simulation.result.routed[arms.STRUCTURE]
+
+
+def test_a_fitted_card_is_compared_with_chains_and_stock_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("LENGTHS", (1.05, 3.0)), ("STEADY", (150, 300)), ("STARTS", 1)):
+        monkeypatch.setattr(simulate, name, value)
+    arguments = ["lab", "simulate", "--figures", str(FIGURES), "--requests", "16"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    rows = [
+        line.strip("|").split("|")
+        for line in shown.output.splitlines()
+        if line.startswith(("| 1.05", "| 3 "))
+    ]
+    assert [len(row) for row in rows] == [12, 12, 5, 5]
+    for row in rows[:2]:
+        stock, ours, *_, best = (float(cell.replace(",", "")) for cell in row[2:10])
+        assert stock > ours
+        assert best > 0.97, (
+            "a chain of three is the best of 16 requests, plain decoding where nothing is accepted"
+        )

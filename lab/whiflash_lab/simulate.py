@@ -7,14 +7,14 @@ drawn right or wrong once: every method meets the same text. A cut knows a draft
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, product
 from math import ceil
 from operator import mul
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.random import default_rng
@@ -506,6 +506,89 @@ def _runs(right: NDArray[np.bool_]) -> list[int]:
 def table(card: Card, sizes: Sequence[int], load: SimulatedLoad) -> list[Result]:
     """A result for every size and method, the sizes in order. load: its `requests` are the sizes'."""
     return [Simulation(card, load._replace(requests=n), method).run() for n in sizes for method in METHODS]
+
+
+LENGTHS = (1.05, 1.3, 1.6, 2.11, 3.0, 4.5, 6.0)
+"""Tokens a round of a block of `FittedCard`; a chain's drafts are as often right as a block's."""
+CHAINS = ("plain", "eagle3 2", "eagle3 3", "eagle3", "dflash")
+PLAIN_LENGTH = 1.3
+"""Tokens a block up to which plain decoding may be the best."""
+STEADY, STARTS = (400, 1500), 8
+"""Rounds that a rate of `auto` is taken from; runs that a start is taken from."""
+
+
+def _of_length(
+    card: FittedCard, length: float, requests: int, method: str, rounds: int, **run: Any
+) -> Simulation:
+    pair = PublishedPair(
+        {"one": dict.fromkeys(DRAFTS, length)}, dict.fromkeys(DRAFTS, DRAFTS[arms.DIFFUSION]), DRAFTS
+    )
+    simulation = Simulation(card, SimulatedLoad(requests, 1 << 40, 1024, 192), method, pair=pair, **run)
+    simulation.run(rounds)
+    return simulation
+
+
+def beside_chains(card: FittedCard, length: float, requests: int) -> list[float]:
+    """Tokens a second of stock plain decoding, of each of `CHAINS` and of `auto`; `auto` over the best of ours, and
+    over stock plain decoding.
+    """
+    stock = requests / card.stock(requests, requests * 1120)
+    fixed = [_of_length(card, length, requests, method, STEADY[0]).rate(0) for method in CHAINS]
+    auto = _of_length(card, length, requests, "auto", STEADY[1]).rate(STEADY[0])
+    return [stock, *fixed, auto, auto / max(fixed), auto / stock]
+
+
+def starts(card: FittedCard, length: float, *, measured: bool) -> list[float]:
+    """`auto` over the best fixed arm in rounds 1 to 50 and 1 to 200 of one request after a start, of `STARTS` runs.
+
+    measured: whether its bundle says what it accepts.
+    """
+    chance = continuing(length, DRAFTS[arms.DIFFUSION] + 1)
+    known = {"measured": {arm: (chance,) * drafts for arm, drafts in DRAFTS.items()}} if measured else {}
+
+    def rate(method: str, rounds: int, **known: Any) -> float:
+        runs = (_of_length(card, length, 1, method, rounds, seed=seed, **known) for seed in range(STARTS))
+        tokens, seconds = map(sum, zip(*(each for run in runs for each in run.trace), strict=True))
+        return tokens / seconds
+
+    return [
+        rate("auto", rounds, **known) / max(rate(method, rounds) for method in CHAINS) for rounds in (50, 200)
+    ]
+
+
+def tables_of_chains(figures: Path, sizes: Sequence[int]) -> Iterator[str]:
+    """Lines of two tables: rates beside fixed chains for each length and number of requests, and starts."""
+    card, stock = FittedCard(recorded(figures)), FittedCard(recorded(figures), own_plain=False)
+    names = (
+        "stock plain",
+        "our plain",
+        "chain 2",
+        "chain 3",
+        "chain 4",
+        "block 15",
+        "`auto`",
+        "of the best",
+        "of stock",
+    )
+    yield f"| tokens a block | requests | {' | '.join(names)} | of stock, its kernel |"
+    yield "|" + " ---: |" * (len(names) + 3)
+    for length, n in product(LENGTHS, sizes):
+        *rates, best, over = beside_chains(card, length, n)
+        other = f"{beside_chains(stock, length, n)[-1]:.2f}" if length <= PLAIN_LENGTH else ""
+        cells = [
+            f"{length:g}",
+            str(n),
+            *(f"{rate:,.0f}" for rate in rates),
+            f"{best:.2f}",
+            f"{over:.2f}",
+            other,
+        ]
+        yield f"| {' | '.join(cells)} |"
+    yield "\n| tokens a block | rounds 1 to 50 | 1 to 200 | with measured acceptance, 1 to 50 | 1 to 200 |"
+    yield "| ---: | ---: | ---: | ---: | ---: |"
+    for length in LENGTHS:
+        shares = [share for measured in (False, True) for share in starts(card, length, measured=measured)]
+        yield f"| {length:g} | {' | '.join(f'{share:.2f}' for share in shares)} |"
 
 
 def assumed(card: Card, load: SimulatedLoad) -> str:

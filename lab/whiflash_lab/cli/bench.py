@@ -205,19 +205,30 @@ def simulate(
         float,
         typer.Option(min=0, max=1, help="Share of requests that write tool calls; adds the host's time."),
     ] = 0.0,
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, help="A record of tests/gpu/shaped.py: its H200 beside chains and stock plain."
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Simulate tokens a second of Qwen3-8B on an H100: an estimate, no measurement.
 
-    Prices and acceptance lengths are published ones. The first line names what is assumed.
+    Prices and acceptance lengths are published ones. The first line names what is assumed. With --figures, print the
+    tables of `results/simulated-h200.md` for these requests.
 
     \b
     Example:
     whiflash lab simulate --requests 1,8,64 --answer 256
     """
-    from whiflash_lab.simulate import H100, METHODS, SimulatedLoad, assumed, table
+    from whiflash_lab.simulate import H100, METHODS, SimulatedLoad, assumed, table, tables_of_chains
 
     sizes = whole_numbers("--requests", requests)
+    if figures is not None:
+        for line in tables_of_chains(figures, sizes):
+            typer.echo(line)
+        return
     load = SimulatedLoad(1, prompt=prompt, answer=answer, tools=tools)
     line, results = assumed(H100, load), table(H100, sizes, load)
     if as_json:
