@@ -1,6 +1,8 @@
 """Flags and manifests: every wrong value is named, together with what to do."""
 
 import json
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +205,10 @@ def test_flags_win_over_the_manifest(bundle: Path) -> None:
 
 def test_the_shipped_bundle_is_valid() -> None:
     settings = resolve(parse_flags({}), embedded_bundle())
+    lengths = {arm: 1 + sum(accumulate(chances, mul)) for arm, chances in settings.measured.items()}
+    assert lengths == pytest.approx({"ar": 2.22, "diffusion": 2.1}, abs=1e-6), "as its README has them"
+    other = resolve(parse_flags({"eagle_draft": str(embedded_bundle() / "eagle3")}), embedded_bundle())
+    assert set(other.measured) == {"diffusion"}, "nobody measured the other one"
     assert settings.chat_template is not None
     assert settings.chat_template.is_file()
 

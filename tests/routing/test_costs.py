@@ -140,6 +140,21 @@ def test_estimates_move_from_the_prior_to_what_was_seen() -> None:
     assert estimator.expect("ar", signals) == pytest.approx(4.0, abs=0.15)
 
 
+def test_a_measured_acceptance_is_believed_for_longer_than_a_guess() -> None:
+    """Two rounds of bad luck in a row leave a drafter its lead."""
+    estimator, recent = (
+        AcceptanceEstimator(measured={"ar": 4.0}),
+        {"ar": Mean(2.0, 2.0), "diffusion": Mean(2.0, 2.0)},
+    )
+    signals = Signals(allowed=BOTH, recent=recent)
+    assert [estimator.usual(arm) for arm in ("ar", "diffusion")] == [4.0, 2.0]
+    for arm in sorted(BOTH):
+        for _ in range(2):
+            estimator.observe(arm, Decision(), 1)
+    assert estimator.expect("ar", signals) > 2.8
+    assert estimator.expect("diffusion", signals) < 1.5
+
+
 def test_predictions_are_brought_to_the_level_of_what_is_accepted() -> None:
     """Drafts are cut where rows are dear, so that full-length predictions are too high for every request."""
     estimator = AcceptanceEstimator()

@@ -145,6 +145,29 @@ class Structure(Strict):
     max_width: Positive = 16
 
 
+class Acceptance(Strict):
+    """Acceptance of a drafter as it was measured: tokens of a round, bonus token included, that drafts so many.
+
+    prompts: on which it was measured.
+    """
+
+    length: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    drafts: Positive
+    prompts: str
+
+    @property
+    def chances(self) -> tuple[float, ...]:
+        """The chance that a draft is right if those before it were, at each place: one for all, of which the length
+        comes out.
+        """
+        low, high = 0.0, 1.0
+        for _ in range(27):
+            middle = (low + high) / 2
+            short = sum(middle**i for i in range(self.drafts + 1)) < self.length
+            low, high = (middle, high) if short else (low, middle)
+        return (low,) * self.drafts
+
+
 class Source(Strict):
     """The origin of a part of a bundle.
 
@@ -166,7 +189,8 @@ class Manifest(Strict):
     directory of an adapter under which the target drafts for itself. router: the neural router. entropy: thresholds of
     the entropy router. lookup: the copying arm (default: on). structure: the arm of forced text (default: on).
     chat_template: a file, unless `--chat-template` names one. tool_call_parser: SGLang's name, unless
-    `--tool-call-parser` names one. sources: origins of target, eagle3, dflash, uno and router.
+    `--tool-call-parser` names one. sources: origins of target, eagle3, dflash, uno and router. acceptance: of eagle3
+    and dflash, from which `auto` begins.
     """
 
     schema_version: Literal[1]
@@ -184,6 +208,7 @@ class Manifest(Strict):
     chat_template: str | None = None
     tool_call_parser: str | None = None
     sources: dict[str, Source] = {}
+    acceptance: dict[Literal["eagle3", "dflash"], Acceptance] = {}
 
     @property
     def drafters(self) -> Mapping[str, str]:

@@ -165,10 +165,12 @@ class AcceptanceEstimator:
 
     def usual(self, arm: str) -> float:
         """Acceptance length of `arm` in all contexts together."""
-        lengths = self._shown[arm].lengths
-        if arm in self._measured:
-            return lengths.shrunk(self._measured[arm], MEASURED_WEIGHT)
-        return lengths.shrunk(self._base.usual(arm) if self._base else PRIOR_LENGTH, PRIOR_WEIGHT)
+        prior = self._base.usual(arm) if self._base else self._measured.get(arm, PRIOR_LENGTH)
+        return self._shown[arm].lengths.shrunk(prior, self._weight(arm, PRIOR_WEIGHT))
+
+    def _weight(self, arm: str, unknown: float) -> float:
+        """Rounds that outweigh what is believed of all: more of them if that was measured, `unknown` if not."""
+        return MEASURED_WEIGHT if arm in self._measured else unknown
 
     def expect(self, arm: str, signals: Signals, place: Place | None = None) -> float:
         """Expected acceptance length of the request's next round with `arm`. place: of `place_of`, if it is known."""
@@ -185,7 +187,7 @@ class AcceptanceEstimator:
         if arm in known.predicted:
             believed, weight = 1 + (known.predicted[arm] - 1) * self._level(arm), PREDICTED_WEIGHT
         else:
-            weight, shared = SHARED_WEIGHT, self._shared.get((self, arm, place))
+            weight, shared = self._weight(arm, SHARED_WEIGHT), self._shared.get((self, arm, place))
             believed = self._believed(arm, place) if shared is None else shared
         if (recent := known.recent.get(arm)) is None:
             return believed, 0.0
@@ -203,7 +205,7 @@ class AcceptanceEstimator:
         usual = self.usual(arm)
         if self._base:
             usual = max(self._base._believed(arm, place) + usual - self._base.usual(arm), 1.0)
-        believed = self._shown[arm].by_place[place].shrunk(usual, 4.0)
+        believed = self._shown[arm].by_place[place].shrunk(usual, self._weight(arm, 4.0))
         self._shared[self, arm, place] = believed
         return believed
 

@@ -188,7 +188,8 @@ def build_policy(settings: Settings, *, heads: bool = False) -> Policy:
     """`heads`: whether the loaded router predicts acceptance lengths. Raises ConfigError where a router is missing."""
     match settings.router:
         case "auto":
-            return AutoPolicy(heads=heads, passes=bool(settings.drafters or settings.uno))
+            passes = bool(settings.drafters or settings.uno)
+            return AutoPolicy(heads=heads, passes=passes, measured=settings.measured)
         case "entropy":
             return EntropyPolicy(settings.entropy.tau, settings.entropy.min_dwell)
         case "ar" | "diffusion" | "lookup" | "uno" | "none":

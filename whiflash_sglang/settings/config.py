@@ -98,7 +98,8 @@ class Settings(Strict):
 
     drafters: arm → directory of its checkpoint, of `arms.PAIR` and in its order. uno: directory of the adapter that the
     target drafts under. checksums: SHA-256 by file, as the bundle lists them. target: the model that the bundle names,
-    empty without one. quantised: arms in fp8.
+    empty without one. quantised: arms in fp8. measured: arm → chances by place that its drafts are right, from the
+    bundle.
     """
 
     drafters: Mapping[str, Path]
@@ -121,6 +122,7 @@ class Settings(Strict):
     tool_call_parser: str | None = None
     bundle: str | None = None
     checksums: Mapping[str, str] = {}
+    measured: Mapping[str, tuple[float, ...]] = {}
 
 
 def parse_flags(given: dict[str, Any]) -> Flags:
@@ -197,7 +199,15 @@ def resolve(
         tool_call_parser=manifest.tool_call_parser if manifest else None,
         bundle=manifest.name if manifest else None,
         checksums=_checksums(flags, manifest, draft_path),
+        measured=_measured(flags, manifest),
     )
+
+
+def _measured(flags: Flags, manifest: Manifest | None) -> dict[str, tuple[float, ...]]:
+    """What a bundle says of its own drafters; a flag may name another one in place of EAGLE-3's."""
+    known = manifest.acceptance if manifest else {}
+    said = {arm: known[key].chances for arm, key in PARTS.items() if key in known}
+    return {arm: chances for arm, chances in said.items() if arm != arms.AR or not flags.eagle_draft}
 
 
 def _without_drafters(flags: Flags, manifest: Manifest | None, draft_path: Path | None) -> Manifest | None:
