@@ -153,7 +153,7 @@ class FittedCard:
     def _read(self, widths: Sequence[int], contexts: Sequence[float]) -> float:
         """Seconds to read contexts by stock decoding (width 0), or in the tile that so many rows take."""
         each = (_TOKENS[bisect_left(_WIDTHS, width)] for width in widths)
-        return self.LAYERS * 1e-9 * sum(map(mul, each, contexts))
+        return self.LAYERS * 1e-9 * float(sum(map(mul, each, contexts)))
 
     def _forward(self, rows: float) -> float:
         return self.recorded.verifications.at_short.at(rows) - 1.46e-3 + self.OWN
@@ -409,9 +409,9 @@ class Simulation:
         if self.method == "auto":
             rounds = self._routed(running)
         else:
-            name, _, drafts = self.method.partition(" ")
+            name, _, length = self.method.partition(" ")
             arm = FIXED[name]
-            self.lengths[arm] = int(drafts or self.pair.drafts.get(arm, 0))
+            self.lengths[arm] = int(length or self.pair.drafts.get(arm, 0))
             rounds = [(arm, arm, self.lengths[arm])] * len(running)
         drafted = Counter(route for route, *_ in rounds if route != arms.NONE)
         widths = [1 + drafts for *_, drafts in rounds]
@@ -446,8 +446,9 @@ class Simulation:
                 self.free.append(request.row)
         self.result.routed.update(arm for _, arm, _ in rounds)
         spent = draft + verify
-        sizes, times = (rows, len(running), sum(contexts), drafted, caught_up), {"seconds": spent, "gap": gap}
-        costs.observe(RoundTime(*sizes, tokens=tokens, **times))
+        ended = RoundTime(rows, len(running), sum(contexts), drafted, caught_up, tokens=tokens)
+        ended.seconds, ended.gap = spent, gap
+        costs.observe(ended)
         self.trace.append((tokens, spent + gap))
         self.result.tokens += tokens
         self.result.seconds += spent + gap

@@ -109,7 +109,7 @@ class Request(Signals):
         *,
         start: int = 0,
         reason: str = "score",
-        lengths: Mapping[str, int] | None = None,
+        lengths: Mapping[str, float] | None = None,
     ) -> None:
         """A round of `arm` that drafted `proposed` tokens committed `tokens`, the bonus token last.
 

@@ -155,7 +155,7 @@ class _Batch:
 
     def _rate(self, parts: Iterable[tuple[str, Sequence[int]]]) -> tuple[float, dict[str, int]]:
         """The same if an arm drafts for these requests, another for those, and so on."""
-        expected, rows, scored, drafted = 0.0, 0.0, Counter[str](), Counter[str]()
+        expected, rows, scored, drafted = 0.0, 0.0, defaultdict[str, float](float), Counter[str]()
         for arm, indices in parts:
             score = sum([self.scores[index][arm] for index in indices])
             expected += score

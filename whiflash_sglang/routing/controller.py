@@ -89,14 +89,14 @@ class Controller:
         Returns whether the round is evidence for other requests too (`Decision.free`).
         """
         lengths, free = {arm: len(tokens)} if lengths is None else lengths, decision.free
-        lengths = {each: self._unlimited(each, length, decision.limit) for each, length in lengths.items()}
+        whole = {each: self._unlimited(each, length, decision.limit) for each, length in lengths.items()}
         if free:
-            for each, length in lengths.items():
+            for each, length in whole.items():
                 self.policy.observe(each, decision, length)
             drafts = min(width - 1, decision.limit)
             self.policy.judge(arm, drafts, min(len(tokens) - 1, drafts))
             self.costs.widened(arm, width)
-        request.committed(arm, tokens, width - 1, start=start, reason=decision.reason, lengths=lengths)
+        request.committed(arm, tokens, width - 1, start=start, reason=decision.reason, lengths=whole)
         return free
 
     def _unlimited(self, arm: str, length: int, limit: int) -> float:
