@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay import CONTEXT, RING, ROWS, Arms, Replay
 
-from whiflash_sglang.cache.backlog import Watermarks
+from whiflash_sglang.cache.backlog import TOGETHER, Watermarks
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -106,6 +106,18 @@ def test_no_more_is_due_than_rounds_under_way_verify() -> None:
     for row in rows:
         marks.reset(row, 100)
     assert marks.due("ar", rows, *known, [True] * 32, [17] * 32, 600) == (list(rows), 32 * 17)
+
+
+def test_rings_that_are_half_full_join_a_flush() -> None:
+    """Eight requests that began at different times are flushed together, and no pass has more tokens than one reads."""
+    marks, rows, flushes = Watermarks(["ar"], 64, rows=8), range(8), list[int]()
+    for row in rows:
+        marks.reset(row, 100 - 8 * row)
+    for n in range(100, 740):
+        members, tokens = marks.due("ar", rows, [n] * 8, [n] * 8, [False] * 8, [1] * 8)
+        flushes += [tokens] if members else []
+    assert max(flushes) <= TOGETHER + 64
+    assert len(flushes) <= 30, "each of them is flushed ten times"
 
 
 def test_what_is_due_follows_choice_and_room() -> None:

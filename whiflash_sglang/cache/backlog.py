@@ -12,6 +12,8 @@ from whiflash_kernels import BacklogRings, Claims, PassInputs, claim_backlogs, d
 from whiflash_kernels.structs import PADDING
 
 TOKENS = 64  # of features that a request's ring holds for its idle drafters before a flush
+TOGETHER = 256
+"""Tokens of a catch-up that others join. A GPU reads a drafter's weights for as long as it computes with so many."""
 
 
 class FeatureSlice:
@@ -124,23 +126,30 @@ class Watermarks:
         """Indices of the requests that `arm` has to catch up before this round, and most tokens that they ingest
         together: exactly those if n is known. From now on it counts as done.
 
-        Requests that chose the arm catch up to n. Another request catches up only when its ring could
-        overflow after this round's verification commits up to `width` more tokens: flushed, never dropped.
-        Feature n-1 stays parked through any flush. Rows of requests that have ended are passed over. All requests
-        together have committed no more beyond what the host knows than the rows that are being verified, `verifying`.
+        Requests that chose the arm catch up to n. Another request catches up only when its ring could overflow after
+        this round's verification commits up to `width` more tokens: flushed, never dropped. Where a pass runs for such
+        requests only, those with half a ring join it, which spares them a pass of their own. Feature n-1 stays parked
+        through any flush. Rows of requests that have ended are passed over. All requests together have committed no
+        more beyond what the host knows than the rows that are being verified, `verifying`.
         """
-        members, total, known = [], 0, 0
-        for index, (row, low, high) in enumerate(zip(rows, least, most, strict=True)):
-            if not self.known(row):
-                continue
-            begin = self._lower[row][arm]
-            overflows = high + widths[index] - min(begin, high - 1) > self.capacity
-            if begin < high and (chosen[index] or overflows):
-                members.append(index)
-                total += min(high - begin, self.capacity)
-                known += min(max(low - begin, 0), self.capacity)
-                self._lower[row][arm] = max(begin, low)
-        return members, total if verifying is None else min(total, known + verifying)
+        behind = [
+            high - self._lower[row][arm] if self.known(row) else 0
+            for row, high in zip(rows, most, strict=True)
+        ]
+        lagging = [index for index, tokens in enumerate(behind) if tokens > 0]
+        full = {i for i in lagging if max(behind[i], 1) + widths[i] > self.capacity}
+        members = [i for i in lagging if chosen[i] or i in full]
+        total, known = sum(min(behind[i], self.capacity) for i in members), 0
+        if members and not any(chosen[i] for i in members):
+            for i in lagging:
+                if i not in full and 2 * behind[i] >= self.capacity and total + behind[i] <= TOGETHER:
+                    members.append(i)
+                    total += behind[i]
+        for index in members:
+            begin, low = self._lower[rows[index]][arm], least[index]
+            known += min(max(low - begin, 0), self.capacity)
+            self._lower[rows[index]][arm] = max(begin, low)
+        return sorted(members), total if verifying is None else min(total, known + verifying)
 
 
 @dataclass(frozen=True, slots=True)
