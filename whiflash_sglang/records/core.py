@@ -7,6 +7,7 @@ B is the number of requests, W a padded width, T a number of packed rows.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -155,11 +156,7 @@ class Round:
 
     def draft_nothing(self) -> None:
         """Every request verifies its bonus token."""
-        ones = torch.ones_like(self.rows, dtype=torch.int32)
-        none, nothing = ones - 1, torch.empty((len(self), 0), device=self.rows.device)
-        tokens = nothing.long()
-        self.drafts = Drafts(tokens, none, nothing, nothing, none, passes=0)
-        self.chosen = Chosen(tokens, ones, none, none, none)
+        self.drafts, self.chosen = _no_drafts(len(self), self.rows.device)
         self.packed_rows, self.stride = len(self), 1
 
     def timed(self) -> RoundTime:
@@ -171,6 +168,15 @@ class Round:
             {arm: len(members) for arm, members in self.members.items()},
             {arm: tokens for arm, (_, tokens) in self.due.items()},
         )
+
+
+@cache
+def _no_drafts(requests: int, device: torch.device) -> tuple[Drafts, Chosen]:
+    """Drafts and choice of so many requests that have none. Nobody writes to them, so each size is made once."""
+    ones = torch.ones(requests, dtype=torch.int32, device=device)
+    none, nothing = ones - 1, torch.empty((requests, 0), device=device)
+    tokens = nothing.long()
+    return Drafts(tokens, none, nothing, nothing, none, passes=0), Chosen(tokens, ones, none, none, none)
 
 
 PLACEHOLDERS = 1_000_000
@@ -349,8 +355,8 @@ class Verified(NamedTuple):
     starts: [B] int64, n. request_rows: [B] int64, rows of the request table. predictions: [T] int64, the target's own
     token at every row; None before it is known, and where the forward's graph has `committed` already, with the signals
     that it computed (`Epilogue.signals`): these are good until its next replay. forward: SGLang's own result of it,
-    from which the scheduler's is made. graph: the one that was replayed for it, if any, by its runner and rows. rated:
-    None if nobody asks for log-probabilities.
+    from which the scheduler's is made. graph: the one that was replayed for it, if any, by its runner, rows, and
+    whether each request has one. rated: None if nobody asks for log-probabilities.
     """
 
     logits: torch.Tensor
@@ -364,7 +370,7 @@ class Verified(NamedTuple):
     committed: Committed | None = None
     signals: Mapping[str, torch.Tensor] = {}
     forward: Any = None
-    graph: tuple[int, int] | None = None
+    graph: tuple[int, int, bool] | None = None
     entropy: torch.Tensor | None = None
     rated: Rated | None = None
 

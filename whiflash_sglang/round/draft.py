@@ -146,7 +146,8 @@ class DraftStage:
         size, plan = len(turn), turn.plan
         copies = turn.copies = self._copies(turn) if any(plan.limits.copied) else None
         most = min(plan.usual_drafts, sum(plan.limits.drafts), MOST_DRAFTS)
-        most = self.rows_for(size + most, size) - size
+        if most:  # else no graph is padded to rows that nobody is expected to use
+            most = self.rows_for(size + most, size) - size
         from_host, at = turn.host_drafts or (None, None)
         turn.chosen = choose_drafts(
             turn.drafts,
@@ -162,7 +163,8 @@ class DraftStage:
             least=Worth(plan.row_worth, 0.0).least_chance,
             most_drafts=most,
         )
-        turn.packed_rows, turn.stride, turn.bounded = size + most, 1 + max(plan.limits.drafts), True
+        widest = 1 + max(plan.limits.drafts) if most else 1
+        turn.packed_rows, turn.stride, turn.bounded = size + most, widest, True
 
     def _chains(self, turn: Round) -> tuple[list[Candidate], list[int]]:
         """Drafts of each request that are verified, and how many of these are left of its pass or candidate. A
