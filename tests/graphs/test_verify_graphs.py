@@ -26,7 +26,7 @@ from whiflash_sglang.cache.tokens import FEW, NO_TOKEN
 from whiflash_sglang.device.capture import MOST_DRAFTS, graded
 from whiflash_sglang.device.transfers import Upload, mask_places, masks_of_places
 from whiflash_sglang.engine.forward import graphs
-from whiflash_sglang.engine.forward.graphs import VerifyGraphs, bytes_for, most_rows, spare_slots
+from whiflash_sglang.engine.forward.graphs import PLAIN, VerifyGraphs, bytes_for, most_rows, spare_slots
 from whiflash_sglang.engine.scheduler.spec_worker import put_rates
 from whiflash_sglang.formats.router import Layers
 from whiflash_sglang.records.core import Asked, Rated, Verified
@@ -115,7 +115,7 @@ class Bench:
         rates = self.epilogue.rated(asked) if asked else None
         unchanged = not (masked or penalised or (rates and rates.captured))
         self.epilogue.let_graphs_commit(greedy and unchanged, row_ids)
-        verified = self.target.verify(batch, block, verify_lens, None, WIDEST)._replace(rated=rates)
+        verified = self.target.verify(batch, block, verify_lens, None, most_of(widths))._replace(rated=rates)
         begins = zip(accumulate(widths, initial=0), widths, strict=False)
         rejected = [begin + 1 for begin, width in begins if masked and width > 1]
         masks = self.masks(rows, rejected)
@@ -154,7 +154,7 @@ class Bench:
         rows = self.target.rows_for(sum(widths), len(widths)) if replayed else sum(widths)
         verified, row_ids = self.verify(widths, self.drafts(widths), rows, greedy=replayed, **how)
         assert (verified.committed is not None) == replayed
-        committed = self.epilogue.commit(verified, WIDEST)
+        committed = self.epilogue.commit(verified, most_of(widths))
         self.epilogue.park(verified, committed)
         signals = self.epilogue.signals(verified, committed, {"entropy", "delta"})
         if verified.rated:
@@ -173,11 +173,17 @@ class Bench:
         rows, before = self.target.rows_for(sum(widths), len(widths)), len(self.graphs.backend.replayed)
         replayed = self.committed(widths, **how)
         assert self.graphs.backend.replayed[before:] == [rows]
+        assert self.graphs.plain == (max(widths) == 1)
         with patch.object(self.target.runner, "decode_cuda_graph_runner", None):
             eager = self.committed(widths, replayed=False, **how)
         for a, b in zip(replayed, eager, strict=True):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
         return replayed
+
+
+def most_of(widths: Sequence[int]) -> int:
+    """Most rows of a request, as far as a round knows: one if nothing was drafted."""
+    return WIDEST if max(widths) > 1 else 1
 
 
 def read_rates(rated: Rated, rates: torch.Tensor, accepted: torch.Tensor) -> torch.Tensor:
@@ -273,6 +279,8 @@ def test_every_graph_gives_and_commits_what_an_eager_verification_does(bench: Be
         accepted |= set(bench.compare(widths)[0].tolist())
     assert set(bench.graphs.backend.replayed) >= set(buckets)
     assert {1, 2, WIDEST} <= accepted
+    plain = {key.size for key in bench.graphs.backend.tapes if key.attention_variant == PLAIN}
+    assert plain == {rows for rows in buckets if rows <= bench.target.rows_for(REQUESTS, REQUESTS)}
 
 
 KINDS = [

@@ -46,8 +46,8 @@ RATED_ROWS, RATED_BYTES = 128, 10
 
 Signals = dict[str, torch.Tensor]
 Masks = tuple[torch.Tensor, torch.Tensor]
-Graph = tuple[int, int]
-"""A verification's graph: its runner, and rows."""
+Graph = tuple[int, int, bool]
+"""A verification's graph: its runner, rows, and whether each request has one."""
 Outcome = tuple[Committed, Signals]
 Kind = tuple[bool, bool, bool]
 """Whether an end behind a graph is masked, whether it penalises, and whether it rates; one that rates does both."""
@@ -83,7 +83,7 @@ class Epilogue:
         self._few = False  # whether the batch has no more stops, and penalties, than graphs read
         self._captured: dict[Graph, Outcome] = {}
         self._rows: dict[Graph, Callable[[], Verified]] = {}
-        self._ends: dict[Kind, CapturedPass[Outcome]] = {}
+        self._ends: dict[tuple[bool, Kind], CapturedPass[Outcome]] = {}
 
     @staticmethod
     def bytes_for(widest: int) -> int:
@@ -106,7 +106,8 @@ class Epilogue:
         """Issue all of it over the tensors of a graph. Its requests that are none have request row 0."""
         self._ends.clear()  # of other graphs
         rows = of_graph()
-        self._captured[graph] = self._end(rows._replace(request_rows=rows.request_rows * self._commits))
+        rows = rows._replace(request_rows=rows.request_rows * self._commits)
+        self._captured[graph] = self._end(rows, self._most(graph))
         self._rows[graph] = of_graph
 
     def capture_ends(self, recorder: Recorder | None) -> None:
@@ -116,24 +117,39 @@ class Epilogue:
         """
         if recorder is None or not self._rows:
             return
-        graphs = {graph[1]: graph for graph in self._rows}
-        vocabulary = self._rows[graphs[max(graphs)]]().logits.shape[1]
-        size = self.mask_bytes(max(graphs), vocabulary) // torch.int32.itemsize
+        graphs = {graph[1:]: graph for graph in self._rows}
+        largest = max(graphs)
+        vocabulary = self._rows[graphs[largest]]().logits.shape[1]
+        size = self.mask_bytes(largest[0], vocabulary) // torch.int32.itemsize
         masks = torch.zeros(size, dtype=torch.int32, device=self._text.device)
         self._masks = masks.view(-1, -(-vocabulary // 32))
         asked = torch.zeros((FEW_RATED, 1 + FEW_BESIDE), dtype=torch.int64, device=self._text.device)
         self._rated = Rated((), asked, min(FEW_BESIDE, vocabulary), captured=True)
         self._asking: Sequence[Asked] = ()  # what the device was last sent
 
-        def end(masked: bool, penalised: bool, rated: bool, size: int) -> Outcome:
+        def end(plain: bool, kind: Kind, size: int) -> Outcome:
+            masked, *others = kind
             masks = (self._masks, mask_places(self._masks, size)) if masked else None
-            return self._end(self._rows[graphs[size]](), masks, penalised, rated)
+            graph = graphs[size, plain]
+            return self._end(self._rows[graph](), self._most(graph), masks, *others)
 
-        for kind in ((True, False, False), *product((False, True), (True,), (False, True))):
-            self._ends[kind] = CapturedPass("a round's end", partial(end, *kind), sorted(graphs), recorder)
+        kinds = (True, False, False), *product((False, True), (True,), (False, True))
+        for plain, kind in product({plain for _, plain in graphs}, kinds):
+            sizes = sorted(rows for rows, of_plain in graphs if of_plain == plain)
+            name, body = "a round's end", partial(end, plain, kind)
+            self._ends[plain, kind] = CapturedPass(name, body, sizes, recorder)
+
+    def _most(self, graph: Graph) -> int:
+        """Rows of a request in a graph, at most."""
+        return 1 if graph[2] else self._widest
 
     def _end(
-        self, rows: Verified, masks: Masks | None = None, penalised: bool = False, rated: bool = False
+        self,
+        rows: Verified,
+        most: int,
+        masks: Masks | None = None,
+        penalised: bool = False,
+        rated: bool = False,
     ) -> Outcome:
         if masks is not None:
             bits, place = masks
@@ -146,9 +162,9 @@ class Epilogue:
         if rated:
             rows = rows._replace(rated=self._rated._replace(masks=masks))
         rows = rows._replace(predictions=self.sample(rows, masks))
-        committed = self._accept(rows, self._stops.few, self._widest)
-        # Requests without rows are counted as having them behind the last one.
-        committed = committed._replace(last_rows=committed.last_rows.clamp(max=len(rows.logits) - 1))
+        committed = self._accept(rows, self._stops.few, most)
+        if most > 1:  # requests without rows are counted as having them behind the last one
+            committed = committed._replace(last_rows=committed.last_rows.clamp(max=len(rows.logits) - 1))
         self.park(rows, committed)
         return committed, self.signals(rows, committed, needs)
 
@@ -177,7 +193,7 @@ class Epilogue:
         if rows.graph not in self._rows or not self._few:
             return rows
         rated = rows.rated is not None and rows.rated.captured
-        end = self._ends.get((masks is not None, penalised or rated, rated))
+        end = self._ends.get((rows.graph[2], (masks is not None, penalised or rated, rated)))
         if self._committing:
             committed, signals = self._captured[rows.graph]
         elif end is None:
@@ -219,7 +235,7 @@ class Epilogue:
         """Accept drafts, and write what is committed to the text.
 
         Args:
-            stride: most rows of a request. A graph's has the columns of the widest block whatever it is.
+            stride: most rows of a request. A graph's has the columns of its own widest block.
         """
         if rows.committed is not None:
             return rows.committed

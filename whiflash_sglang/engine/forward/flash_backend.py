@@ -1,7 +1,8 @@
 """SGLang's FlashAttention for captured verifications whose requests have different widths.
 
 Upstream plans them before each replay, in ten launches. A :class:`~whiflash_sglang.engine.forward.graphs.GraphLayout`
-stays where it is, so the graph plans them from it, as upstream's does if all requests have one width.
+stays where it is, so the graph plans them from it, as upstream's does if all requests have one width. In a graph of
+rounds without drafts every layer makes upstream's call of decoding, with one schedule for all layers.
 
 SGLang's class can be imported only where there is CUDA, so it is met when a runner has made one.
 """
@@ -18,7 +19,10 @@ from whiflash_sglang.errors import IncompatibleEngineError
 USED = (
     "_bind_metadata_buffers",
     "_capture_unified_verify_metadata",
+    "_compute_scheduler_metadata",
     "_set_decode_page_metadata",
+    "forward_decode",
+    "forward_extend",
     "init_forward_metadata_in_graph",
 )
 """Members of `FlashAttentionBackend` that are replaced or called."""
@@ -46,7 +50,8 @@ def _planning(upstreams: Any) -> Any:
             )
             layout = _layout(self, spec_info)
             if layout is not None:
-                bound[0].cu_seqlens_q = layout.qo_indptr_device
+                bound[0].cu_seqlens_q, bound[0].max_seq_len_q = layout.qo_indptr_device, layout.max_q_len
+                bound[0].max_seq_len_k = bound[0].page_table.shape[1] * self.page_size
             return bound
 
         def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
@@ -56,6 +61,19 @@ def _planning(upstreams: Any) -> Any:
                 return
             metadata = self.target_verify_metadata[forward_batch.batch_size]
             self._set_decode_page_metadata(None, metadata, rows, layout.slots.ends, 0)
+            if layout.max_q_len == 1:
+                # Every layer would make it again.
+                metadata.scheduler_metadata = self._compute_scheduler_metadata(
+                    len(rows), metadata.max_seq_len_k, metadata.cache_seqlens_int32, metadata.cu_seqlens_q
+                )
+
+        def forward_extend(
+            self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **named: Any
+        ) -> Any:
+            layout = _layout(self, forward_batch.spec_info)
+            decodes = layout is not None and layout.max_q_len == 1
+            forward = super().forward_decode if decodes else super().forward_extend
+            return forward(q, k, v, layer, forward_batch, *args, **named)
 
     return RaggedFlashBackend
 

@@ -8,16 +8,20 @@ A graph's rows beyond those of the batch belong to slots without a request. Ther
 request of the batch is prolonged and no slot has more than `widest` rows, the bound that attention kernels are
 captured with. Their K and V go to KV slot 0, which nobody reads.
 
+A batch in which every request has one row, its bonus token's, replays a graph of its own for the same rows (`PLAIN`).
+Attention is captured there for one row a slot, as SGLang captures decoding: FA3 is the very call of decoding.
+
 The device's work after the forward is captured with it (`Target.end_graphs_with`): a function in the model runner's
 `capture_tail_hooks` is called as `hook(runner, output, forward_batch, rows)` inside the captured region. There
 `forward_batch.spec_info.ragged_verify_layout` holds a replay's widths on the device, padded to the graph's slots.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import ceil
 from typing import Any, TypeVar
 
 import torch
+from msgspec.structs import replace
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.allocation import assign_req_to_token_pool_func
 from sglang.srt.model_executor.cuda_graph_buffer_registry import PaddingPolicy
@@ -46,6 +50,9 @@ from whiflash_sglang.engine.forward.recurrent import rows_counted
 from whiflash_sglang.engine.supported import has
 
 T = TypeVar("T")
+
+PLAIN = "plain"
+"""SGLang's label of the graphs of rounds in which no request has a draft."""
 
 WARM_UPS = 2
 """Runs before a capture: kernels are compiled, libraries pick their algorithms, and tables of addresses are made."""
@@ -121,6 +128,12 @@ def spare_slots(requests: int, widest: int) -> int:
     return max(ceil((most_rows(requests, widest) - requests) / widest), 1)
 
 
+def plain_rows(buckets: Sequence[int], requests: int, slots: int) -> list[int]:
+    """Those sizes of graphs that batches of up to so many requests need for one row each, if a graph has `slots`."""
+    most = min(round_up_grid(requests, buckets), slots)
+    return [rows for rows in buckets if rows <= most]
+
+
 def bytes_for(requests: int, widest: int, *, vocabulary: int, row_bytes: int) -> int:
     """Bytes that graphs of up to so many requests keep for good, beside memory that they share while one is replayed.
 
@@ -129,11 +142,15 @@ def bytes_for(requests: int, widest: int, *, vocabulary: int, row_bytes: int) ->
         states of one row, of which every graph has its own.
     """
     buckets = graded(most_rows(requests, widest))
-    return buckets[-1] * vocabulary * 4 + sum(buckets) * row_bytes
+    plain = plain_rows(buckets, requests, requests + spare_slots(requests, widest))
+    return buckets[-1] * vocabulary * 4 + sum((*buckets, *plain)) * row_bytes
 
 
 class GraphLayout(RaggedVerifyLayout, frozen=True):  # type: ignore[call-arg, misc]
-    """The layout of a graph, at the places that the graph reads: of its requests and of the slots beside them."""
+    """The layout of a graph, at the places that the graph reads: of its requests and of the slots beside them.
+
+    `max_q_len`: most rows of a slot, with which attention is captured.
+    """
 
     slots: GraphSlots | None = None
 
@@ -146,10 +163,12 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
     """The target's graphs, by rows.
 
     requests: most requests of a batch that is replayed; widest: most rows of one of them. mode: hidden states to keep.
+    plain: whether the graph that is captured, or was replayed last, is one of `PLAIN`.
     """
 
     capture_bs: list[int]
     mode = CaptureHiddenMode.FULL
+    plain = False
 
     def __init__(self, model_runner: Any, *, attn_backend: Any = None) -> None:
         self.widest = int(get_spec().speculative_num_draft_tokens)
@@ -198,7 +217,7 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
             positions=None,
             draft_token_num=rows_counted(self.model_runner, min(num_tokens, self.widest)),
             capture_hidden_mode=self.mode,
-            ragged_verify_layout=self._capture_ragged_verify_layout(num_tokens),
+            ragged_verify_layout=self._layout(num_tokens),
         )
 
     def _build_ragged_verify_token_buckets(self) -> list[int]:
@@ -210,11 +229,31 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
         buckets = sorted({-(-rows // multiple) * multiple for rows in sizes})
         self.max_bs = self.requests + spare_slots(self.requests, self.widest)
         self.capture_bs = buckets
+        # With DP attention one rank may draft where another does not, and their collective calls must be one graph's.
+        alone = parallel.attn_dp_size == 1
+        self._plain_rows = plain_rows(buckets, self.requests, self.max_bs) if alone else []
         return buckets
+
+    def capture_one_shape(self, size: int, forward: Any, *streams: Any) -> None:
+        super().capture_one_shape(size, forward, *streams)
+        if size in self._plain_rows:
+            self.plain = True
+            super().capture_one_shape(size, forward, *streams[:2], PLAIN)
+            self.plain = False
+
+    def _resolve_attention_variant(self, forward_batch: Any, capture_batch_size: int) -> Any:
+        if self.plain:
+            return PLAIN
+        return super()._resolve_attention_variant(forward_batch, capture_batch_size)
 
     def _autotune_buffers(self) -> tuple[Any, int]:
         # The dummy forward has the widest block for each of so many requests, and there are rows for no more.
         return self.buffers, self.requests
+
+    def _layout(self, rows: int) -> Any:
+        """The layout of the graph of so many rows that is captured or replayed; both kinds read the same tensors."""
+        layout = self._capture_ragged_verify_layout(rows)
+        return replace(layout, max_q_len=1) if self.plain else layout
 
     def _capture_ragged_verify_layout(self, num_tokens: int) -> GraphLayout:
         layouts = self._captured_ragged_layouts
@@ -231,14 +270,19 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
             )
             tier = round_up_grid(num_tokens, self.capture_num_tokens)
             layouts[num_tokens] = GraphLayout(
-                widths, tier, offsets[:-1], offsets, total_verify_tokens=tier, slots=slots
+                *(widths, tier, offsets[:-1], offsets),
+                total_verify_tokens=tier,
+                max_q_len=min(self.widest, num_tokens),
+                slots=slots,
             )
         return layouts[num_tokens]
 
     def load_batch(self, forward_batch: Any, pp_proxy_tensors: Any = None) -> None:
         live = resolve_ragged_verify_layout(forward_batch)
         if live is not None and not isinstance(live, GraphLayout):
-            layout, rows = self._captured_ragged_layouts[live.graph_num_tokens], live.graph_num_tokens
+            rows = live.graph_num_tokens
+            self.plain = live.max_q_len == 1 and rows in self._plain_rows
+            layout = self._layout(rows)
             requests = live.verify_lens, forward_batch.seq_lens, forward_batch.req_pool_indices
             fill_slots(*requests, layout.slots, rows=rows, empty=self.seq_len_fill_value)
             forward_batch.spec_info.ragged_verify_layout = layout

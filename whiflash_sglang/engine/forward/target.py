@@ -36,7 +36,7 @@ from whiflash_sglang.records.core import Verified
 class GraphEnd(Protocol):
     """End of a verification's graph, captured after its forward (`round/epilogue.py`)."""
 
-    def capture(self, graph: tuple[int, int], of_graph: Callable[[], Verified]) -> None: ...
+    def capture(self, graph: tuple[int, int, bool], of_graph: Callable[[], Verified]) -> None: ...
 
 
 class Target(LoadedTarget):
@@ -147,10 +147,11 @@ class Target(LoadedTarget):
     ) -> Any:
         """SGLang's result of a verification's forward. Arguments as of `verify`; batch: also one of `batch_of`."""
         batch.out_cache_loc = block.cache_slots
-        counted = self._rows_counted or stride
         batch.input_ids, batch.forward_mode = block.input_ids, ForwardMode.TARGET_VERIFY
         batch.extend_input_logprob_token_ids = None  # of an earlier prefill: SGLang would send it again
-        batch.spec_info = verify_input(block, verify_lens, widths, counted, self._captured.mode)
+        batch.spec_info = verify_input(
+            block, verify_lens, widths, stride, self._captured.mode, self._rows_counted
+        )
         prepare_mamba_track_for_verify(batch)
         return self._forward(batch)
 
@@ -187,7 +188,8 @@ class Target(LoadedTarget):
                 return
             packed = forward_batch.input_ids, layout.qo_indptr_device
             requests = forward_batch.seq_lens, forward_batch.req_pool_indices
-            epilogue.capture((id(runner), rows), partial(self._rows_of, copy(output), *packed, *requests))
+            graph = id(runner), rows, runner.plain
+            epilogue.capture(graph, partial(self._rows_of, copy(output), *packed, *requests))
 
         self.runner.capture_tail_hooks.append(end)
 
@@ -212,7 +214,8 @@ class Target(LoadedTarget):
         output, total = result.logits_output, None if widths is None else sum(widths)
         features, final_hidden = self._captured.take(output)
         output.next_token_logits = output.next_token_logits[:total]
-        replayed = id(self.runner.decode_cuda_graph_runner), len(block.input_ids)
+        runner = self.runner.decode_cuda_graph_runner
+        replayed = (id(runner), len(block.input_ids), runner.plain) if result.can_run_cuda_graph else None
         return Verified(
             output.next_token_logits,
             features[:total],
@@ -222,7 +225,7 @@ class Target(LoadedTarget):
             batch.seq_lens,
             batch.req_pool_indices,
             forward=result,
-            graph=replayed if result.can_run_cuda_graph else None,
+            graph=replayed,
         )
 
     def commit(self, batch: Any, starts: torch.Tensor, accept_lens: torch.Tensor) -> None:
@@ -239,6 +242,7 @@ def verify_input(
     widths: Sequence[int] | None,
     stride: int,
     mode: CaptureHiddenMode = CaptureHiddenMode.FULL,
+    counted: int = 0,
 ) -> DFlashVerifyInput:
     """A verification as SGLang's attention backends read it: packed rows, and how many of them each request has.
 
@@ -246,7 +250,8 @@ def verify_input(
     too: without one a backend may take the widest block that the server was configured for (fa3 does). fa3
     reads the widest of the host's widths; None where the host may not know them, then all
     rows of the block are planned for. stride: of the widest request, at least. A graph is chosen by the rows of
-    `block`, its padding included. mode: hidden states that the forward keeps.
+    `block`, its padding included, and by whether a request may have more than one. mode: hidden states that the forward
+    keeps. counted: rows of a request that recurrent layers count, if not `stride`.
     """
     total = int(block.input_ids.shape[0]) if widths is None else sum(widths)
     layout = RaggedVerifyLayout(
@@ -256,11 +261,12 @@ def verify_input(
         qo_indptr_device=block.qo_indptr,
         verify_lens_cpu=None if widths is None else list(widths),
         total_verify_tokens=total,
+        max_q_len=stride,
     )
     return DFlashVerifyInput(
         draft_token=block.input_ids,
         positions=block.positions,
-        draft_token_num=stride,
+        draft_token_num=counted or stride,
         capture_hidden_mode=mode,
         ragged_verify_layout=layout,
     )

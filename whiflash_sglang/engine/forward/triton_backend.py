@@ -106,9 +106,7 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
     ) -> Any:
         metadata = super()._build_cuda_graph_forward_metadata(bs, forward_mode, spec_info, *rest)
         if forward_mode.is_target_verify() and spec_info.ragged_verify_layout is not None:
-            # Captured as a number, so it must hold for every replay: the server's widest block, or all rows.
-            rows = spec_info.ragged_verify_layout.graph_num_tokens
-            metadata.max_extend_len = min(self.num_draft_tokens, rows)
+            metadata.max_extend_len = spec_info.ragged_verify_layout.max_q_len
         return metadata
 
 
