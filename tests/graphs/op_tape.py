@@ -12,6 +12,7 @@ one kernel on a GPU and plain torch here (`KERNELS`), which may read what it lik
 
 import contextlib
 import importlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -53,10 +54,13 @@ class NotCapturableError(Exception):
 
 
 class Tape(TorchDispatchMode):
-    """A body as operators. Enter it, run the body, leave it; then `replay()` as often as needed."""
+    """A body as operators. Enter it, run the body, leave it; then `replay()` as often as needed. noted: its launches on
+    the phantom card, by what they are and whose line they are of.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.noted = Counter[str]()
         self._steps: list[Callable[[], None]] = []
         self._known: dict[int, torch.Tensor] = {}  # keeps them, so that no address is used twice
         self._temporaries: dict[int, torch.Tensor] = {}

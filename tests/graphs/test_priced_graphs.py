@@ -15,7 +15,7 @@ from engine import Engine, engine
 from model_set import Models
 
 from whiflash_sglang.device.capture import CapturedPass, doubling, graded
-from whiflash_sglang.engine.forward.graphs import VerifyGraphs
+from whiflash_sglang.engine.forward.graphs import PLAIN, VerifyGraphs
 from whiflash_sglang.engine.scheduler import pricing
 from whiflash_sglang.prices.tables import CostTables
 
@@ -28,6 +28,8 @@ SMALL: dict[str, Any] = {
 LONG = CONTEXT - WIDEST
 TILE = 8
 """Rows of a request in the smaller tile: two query heads share a KV head."""
+SPARED = 1.0
+"""Seconds that a graph of rounds without drafts takes less."""
 FIRST = 100.0
 """How many times longer the first replay takes."""
 
@@ -67,7 +69,8 @@ class Bench:
         slots = self._graphs._ragged_capture_slots(key.size)
         starts = self._graphs.attn_backend.starts[:slots]
         starts = starts[starts > 1]  # slots without a request have one
-        self.device.works(key.size, verify_seconds(key.size, int(starts.sum()), len(starts)))
+        seconds = verify_seconds(key.size, int(starts.sum()), len(starts))
+        self.device.works(key, seconds - SPARED * (key.attention_variant == PLAIN))
 
     def passed(self, captured: CapturedPass[Any], size: int) -> None:
         chosen = next(n for n in captured.sizes if n >= size)
@@ -113,6 +116,14 @@ def check(tables: CostTables) -> None:
         spread = [(rows, min(rows, REQUESTS)) for rows in buckets]
         chosen = [verify_seconds(rows, context // count * count, count) for rows, count in spread]
         assert list(found.seconds) == pytest.approx(chosen)
+    plain = tables.plain
+    assert plain is not None
+    for context, found in ((LONG // pricing.SHORTER, plain.at_short), (LONG, plain.at_long)):
+        chosen = [verify_seconds(n, context // n * n, n) - SPARED for n in range(1, REQUESTS + 1)]
+        assert list(found.seconds) == pytest.approx(chosen)
+    assert tables.verify(2, 2, LONG) < tables.verify(2, 1, LONG), (
+        "one request's draft is no round without drafts"
+    )
     (wider,) = [tables.wider[TILE]]
     wide = [(rows, min(rows // (TILE + 1), REQUESTS)) for rows in buckets if rows > TILE]
     chosen = [verify_seconds(rows, LONG // count * count, count) for rows, count in wide]

@@ -129,7 +129,8 @@ class CostTables:
 
     verifications: with rows spread over as many requests as a batch has. drafts, catch_up: arm → seconds by requests
     that draft, and by rows that are caught up. shorter: of passes that make fewer drafts, by how many. wider:
-    verifications with more than so many rows for each request, for which attention takes a larger tile.
+    verifications with more than so many rows for each request, for which attention takes a larger tile. plain: rounds
+    without drafts, which have graphs of their own.
     """
 
     verifications: Verifications
@@ -137,9 +138,12 @@ class CostTables:
     catch_up: dict[str, Sizes]
     shorter: dict[str, dict[int, Sizes]] = field(default_factory=dict)
     wider: dict[int, Verifications] = field(default_factory=dict)
+    plain: Verifications | None = None
 
     def verify(self, rows: float, requests: int, context: float) -> float:
         """Seconds of a verification of so many rows, for requests of `context` tokens together."""
+        if self.plain is not None and rows <= requests:
+            return self.plain.at(rows, context)
         return self._by_width(rows, requests, lambda prices: prices.at(rows, context))
 
     def row(self, rows: float, requests: int, context: float) -> float:

@@ -160,6 +160,8 @@ class Start:
         (sizes, most), (short, long) = self._rows(), self._contexts()
         verifications = Verifications.measured(short, long, sizes, partial(self._verification, most))
         wider = {above: self._wider(verifications, above, sizes, most) for above in self._widths()}
+        alone = [rows for rows in sizes if rows <= self.target.rows_for(most, most)]
+        plain = Verifications.measured(short, long, alone, partial(self._verification, most, plain=True))
         groups, drafts, shorter = graded(self.requests), {}, {}
         for arm, drafter in self.passing.items():
             lengths = {n: Sizes.measured(groups, partial(self._pass, drafter, n)) for n in drafter.lengths}
@@ -168,7 +170,7 @@ class Start:
         self.target.runner.shared_read_done_event = None
         tokens = self._tokens()
         catch_up = {arm: Sizes.measured(tokens, partial(self._catch_up, arm)) for arm in self.sync.arms}
-        return CostTables(verifications, drafts, catch_up, shorter, wider)
+        return CostTables(verifications, drafts, catch_up, shorter, wider, plain)
 
     def profile(self, costs: MeasuredCosts) -> None:
         """Time drafts that are passes, for a few batch sizes. Every write goes to the engine's padding slot."""
@@ -249,21 +251,24 @@ class Start:
     def _catch_up(self, arm: str, tokens: int) -> float:
         return measure(self.sync.idle(arm, tokens), self.clock)
 
-    def _verification(self, requests: int, rows: int, context: int) -> float:
-        """Seconds for `rows` rows of up to so many requests, which have `context` tokens together."""
+    def _verification(self, requests: int, rows: int, context: int, *, plain: bool = False) -> float:
+        """Seconds for `rows` rows of up to so many requests, which have `context` tokens together.
+
+        plain: in the graph of rounds without drafts, which one row for each request takes; else in a verification's.
+        """
         target, device = self.target, self.target.device
         count = min(rows, requests)
-        widths = [rows // count + (i < rows % count) for i in range(count)]
+        widths = [1 if plain else rows // count + (i < rows % count) for i in range(count)]
         ids, each = torch.arange(1, count + 1, device=device), max(context // count, 1)
         starts = torch.full_like(ids, each)
         verify_lens = torch.tensor(widths, dtype=torch.int32, device=device)
         bonus, drafts = torch.zeros_like(ids), ids.new_zeros((count, max(widths) - 1))
-        on_host = starts.cpu()
+        on_host, most = starts.cpu(), 1 if plain else max(*widths, 2)
 
         def verify() -> Any:
             target.agreed_rows(rows, count)
             batch = target.batch_of(ids, starts, on_host)
-            return target.verify(batch, block, verify_lens, widths if self.host.exact else None, max(widths))
+            return target.verify(batch, block, verify_lens, widths if self.host.exact else None, most)
 
         with _spread_slots(target, count, each + max(widths)):
             block = prepare_mixed_block(bonus, drafts, verify_lens, starts, ids, target.slot_table, rows=rows)
