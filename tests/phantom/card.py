@@ -49,6 +49,9 @@ OF_VALUES = frozenset(
 )
 """Operators for whose results, or whose results' shapes, the host waits."""
 
+NO_LAUNCH = ("empty", "new_empty", "set_", "_local_scalar_dense", "draft_attention")
+"""Operators that launch nothing, or only what is counted as a kernel."""
+
 TAKE_NUMBERS = ("fill_", "fill", "masked_fill_", "masked_fill", "index_fill_", "index_put_", "where")
 """Operators that take a number of the host's, beside all that go element by element."""
 
@@ -157,7 +160,9 @@ class Rules(Mode):
 
     def _issued(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the operator, and note it where a graph is captured."""
-        tape = self.world.tape
+        tape, name = self.world.tape, func.overloadpacket.__name__
+        if tape is not None:
+            tape.noted[f"{name} {site()}"] += not func.is_view and not name.startswith(NO_LAUNCH)
         return func(*args, **kwargs) if tape is None else tape.__torch_dispatch__(func, (), args, kwargs)
 
     def claim(self, tensor: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from card import Card, Rules
+from card import NO_LAUNCH, Card, Rules
 from numpy.typing import NDArray
 from sites import site
 from streams import Streams
@@ -24,10 +24,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from whiflash_kernels import dispatch
 
 FROM_HOST = "Pointer argument (at {}) cannot be accessed from Triton (cpu tensor?)"
-
-
-NO_LAUNCH = ("empty", "new_empty", "set_", "_local_scalar_dense", "draft_attention")
-"""Operators that launch nothing, or only what is counted as a kernel."""
 
 
 class Launches:
@@ -59,6 +55,7 @@ class Launches:
             if self._world.tape is None:
                 out = kernel(*opened, **named)
             else:
+                self._world.tape.noted[f"{name} {site()}"] += 1
                 out = self._world.tape.call(kernel, *opened, reads=given, **named)
         self.stored[:] = [np.concatenate(self.stored)] if self.stored else []
         pairs = zip(given, before, strict=True)
@@ -78,8 +75,11 @@ class Launches:
         return any(((places >= begin) & (places < end)).any() for places in self.stored)
 
     @contextmanager
-    def whole(self) -> Iterator[Counter[str]]:
-        """All that is launched inside, by what it is and whose line launched it: kernels, graphs, operators, copies."""
+    def whole(self, inside: Counter[str] | None = None) -> Iterator[Counter[str]]:
+        """All that is launched inside, by what it is and whose line launched it: kernels, graphs, operators, copies.
+
+        inside: takes what the graphs launch.
+        """
         seen, graph, rules = Counter[str](), torch.cuda.CUDAGraph.replay, Rules.__torch_dispatch__
         of, replaying = Launches.of, False
 
@@ -90,6 +90,8 @@ class Launches:
         def replayed(self: Any) -> None:
             nonlocal replaying
             seen[f"graph {site()}"] += 1
+            if inside is not None:
+                inside.update(self._tape.noted)
             replaying = True
             graph(self)
             replaying = False

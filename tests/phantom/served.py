@@ -246,28 +246,38 @@ def under_grammars(world: Streams, loop: Any) -> dict[str, Any]:
     }
 
 
-def steady(loop: Any, launches: Any, one: dict[str, Any] | None = None, **params: float) -> dict[str, int]:
-    """Launches of a pass of the scheduler in which nobody comes or goes: four requests, each with another arm. one:
-    parameters of the first.
+def steady(
+    loop: Any,
+    launches: Any,
+    one: dict[str, Any] | None = None,
+    routes: Sequence[str] = ("ar", "diffusion", "none", "none"),
+    graphs: bool = False,
+    **params: float,
+) -> dict[str, int]:
+    """Launches of a pass of the scheduler in which nobody comes or goes: four requests, each with another arm.
+
+    one: parameters of the first. routes: of as many requests. graphs: whether to count what their graphs launch, too.
     """
-    routes, passes = ("ar", "diffusion", "none", "none"), list[Counter[str]]()
-    controller = loop.worker.controller
-    plan = controller.route
+    passes, inside = list[Counter[str]](), Counter[str]()
+    controller = getattr(loop.worker, "controller", Counter)  # SGLang's decoding routes nothing
+    plan = getattr(controller, "route", None)
 
     def route(rows: Any, forecasts: Any) -> list[str]:
         plan(rows, forecasts)
         return [arm if arm in may else "none" for arm, may in zip(routes, forecasts, strict=False)]
 
-    with patch.object(controller, "route", route):
+    with patch.object(controller, "route", route, create=plan is None):
         rids = [f"steady {i} {params} {one}" for i in range(len(routes))]
         for i, rid in enumerate(rids):
             prompt = [1 + i, 2, 3, 1 + i, 2, 3, 1 + i, 2]
             loop.submit(rid, prompt, max_new_tokens=60, **params, **((one or {}) if i == 0 else {}))
         for _ in range(10):
-            with launches.whole() as seen:
+            inside.clear()
+            with launches.whole(inside) as seen:
                 loop.step()
-            if len(loop.scheduler.last_batch.reqs) == len(routes):
-                passes.append(+seen)
+            if len(getattr(loop.scheduler.last_batch, "reqs", ())) == len(routes):
+                within = Counter({f"in a graph: {name}": n for name, n in inside.items() if graphs})
+                passes.append(+seen + within)
         for rid in rids:
             loop.abort(rid)
         loop.run()

@@ -60,6 +60,8 @@ BESIDE: dict[str, dict[str, int]] = {
     "all": {"whiflash": 2, "sglang": 1},
 }
 """More if one of them has such a parameter, or all of them: a graph, masks, a copy of drafts that SGLang makes."""
+MORE_THAN_DECODING = 4
+"""Launches of a round without drafts beyond those of SGLang's decoding, at most: a ratchet, never raised."""
 UPSTREAM = {"greedy": 34, "sampled": 54}
 """Launches of such a pass of SGLang 0.5.23's DFLASH; EAGLE3 has more (`docs/dev/findings.md`)."""
 
@@ -215,6 +217,19 @@ def test_launches_of_a_steady_pass(found: dict[str, Any], kind: str) -> None:
     more = BESIDE.get(kind, {})
     assert all(owners[owner] <= most + more.get(owner, 0) for owner, most in MOST_LAUNCHES.items()), owners
     assert owners.total() < UPSTREAM.get(kind, 34)
+
+
+@pytest.mark.evidence
+def test_a_round_without_drafts_beside_sglangs_decoding() -> None:
+    """Each layer calls FA3 where decoding calls it, and all make its schedule once (`docs/dev/findings.md`)."""
+    command = [sys.executable, str(Path(__file__).parent / "plain.py"), "fa3"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    print(table := table[table.index("| launches |") :])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert not [name for name, *_ in rows if name.startswith("in a graph: fa3 ")]
+    assert [counts for name, *counts in rows if name.startswith("in a graph: plan")] == [[*"001111"]]
+    decoding, _, *ours = map(int, rows[-1][1:])
+    assert max(ours) - decoding <= MORE_THAN_DECODING
 
 
 def test_serving_compiles_nothing_of_sglangs_for_rounds(found: dict[str, Any]) -> None:

@@ -55,6 +55,7 @@ def driver(directory: Path) -> None:
 @contextlib.contextmanager
 def sglang_on_card(world: Streams) -> Iterator[Launches]:
     """SGLang can start and serve here. Yields its launches."""
+    from sgl_kernel import flash_attn
     from sglang.kernels import fused_op
     from sglang.kernels.ops.attention import extend_attention, flash_attention_v3
     from sglang.kernels.spec import KernelBackend
@@ -93,7 +94,13 @@ def sglang_on_card(world: Streams) -> Iterator[Launches]:
                 out = into.copy_(out.view_as(into))
             return (out, lse) if of_lse else out
 
+        def planned(batch_size: int, *, cache_seqlens: Any, **_: Any) -> Any:
+            return launches.of(
+                "plan of fa3", lambda lengths: lengths.new_zeros(4 * batch_size + 1), cache_seqlens
+            )
+
         for owner, name, stand_in in (
+            (flash_attn, "get_scheduler_metadata", planned),
             (GridExecutor, "__call__", interpreted),
             (InterpretedFunction, "run", compiled),
             (interpreter_builder, "create_masked_store", noted),
