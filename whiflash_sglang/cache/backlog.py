@@ -127,7 +127,7 @@ class Watermarks:
         together: exactly those if n is known. From now on it counts as done.
 
         Requests that chose the arm catch up to n. Another request catches up only when its ring could overflow after
-        this round's verification commits up to `width` more tokens: flushed, never dropped. Where a pass runs for such
+        this round's verification commits up to `width` more tokens: flushed, never dropped. If a pass runs for such
         requests only, those with half a ring join it, which spares them a pass of their own. Feature n-1 stays parked
         through any flush. Rows of requests that have ended are passed over. All requests together have committed no
         more beyond what the host knows than the rows that are being verified, `verifying`.
