@@ -1,1 +1,1 @@
-"""Names of arms, what a draft is, and how often one is right."""
+"""Names of arms, the types of drafts and candidates, and the rates at which drafts are right."""

@@ -20,10 +20,10 @@ STRUCTURE = "structure"
 """Text that a grammar forces next; no training, no forward pass."""
 
 UNO = "uno"
-"""The target itself, under an adapter: one block in one causal pass of it (sglang#37667)."""
+"""The target itself, under a LoRA adapter: one block in one causal pass of the target (sglang#37667)."""
 
 NONE = "none"
-"""No neural pass: candidates are verified, or without any the round is a plain decoding step."""
+"""No neural pass: the round verifies candidates; without candidates it is a plain decoding step."""
 
 PROMISED = "promised"
-"""Name of rounds without a pass in which a candidate promised something; no request is routed to it."""
+"""Label of rounds without a pass in which a candidate was expected to bring tokens; no request is routed to it."""

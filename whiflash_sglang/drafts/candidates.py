@@ -1,4 +1,4 @@
-"""Candidates: drafts that a draft source proposes without a pass of a model, and what they were taken from."""
+"""Candidates: drafts that are proposed without a pass of a model, and the sources that they were taken from."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ class Part(NamedTuple):
 
 
 def first_of(parts: Iterable[Part], count: int) -> Iterator[Part]:
-    """The first `count` drafts of them."""
+    """Yield the parts of the first `count` drafts: the last part is cut."""
     for part in parts:
         if count > 0:
             yield Part(part.source, min(part.drafts, count))
@@ -20,7 +20,7 @@ def first_of(parts: Iterable[Part], count: int) -> Iterator[Part]:
 
 
 def behind(parts: Iterable[Part], count: int) -> Iterator[Part]:
-    """The drafts of them that come after the first `count`."""
+    """Yield the parts of the drafts after the first `count`: the first part is cut."""
     for part in parts:
         if part.drafts > count:
             yield Part(part.source, part.drafts - max(count, 0))
@@ -28,9 +28,9 @@ def behind(parts: Iterable[Part], count: int) -> Iterator[Part]:
 
 
 class Forecast(NamedTuple):
-    """Expectation of an arm for its next round; it looks in every round, whichever arm drafts then.
+    """Expectation of an arm for the next round, made in every round, also when another arm drafts.
 
-    length: expected acceptance length, bonus token included; 1: it has nothing to propose. rows: that it would verify.
+    length: expected acceptance length, bonus token included; 1: nothing to propose. rows: number that it would verify.
     """
 
     length: float
@@ -43,9 +43,9 @@ PLAIN = Forecast(1.0, 1)
 
 class Candidate(NamedTuple):
     """Tokens that may follow a request's text. alive: for each token, the chance that it and all before it are
-    accepted; never increasing. parts: their sources. at: the position of the first, if the text was known so far.
-    matched, agreements: those of a copy, tokens before it that match, and how the places judge each of its tokens.
-    under_way: rows that earlier rounds are expected to verify when it is made: only its tokens after theirs must pay.
+    accepted; never increasing. parts: sources of the tokens. at: position of the first token, if the text was known up
+    to it. matched, agreements: for a copy only, how many tokens before it match, and how the places judge each of its
+    tokens. under_way: rows that earlier rounds are expected to verify: only the tokens after those must be worth a row.
     """
 
     tokens: Sequence[int] = ()
@@ -57,14 +57,14 @@ class Candidate(NamedTuple):
     under_way: int = 0
 
     def first(self, count: int) -> "Candidate":
-        """Its first `count` tokens."""
+        """Return the candidate cut to its first `count` tokens."""
         if count == len(self.tokens):
             return self
         parts = list(first_of(self.parts, count))
         return Candidate(self.tokens[:count], self.alive[:count], parts, self.at, under_way=self.under_way)
 
     def followed_by(self, tokens: Sequence[int], alive: Sequence[float], source: str) -> "Candidate":
-        """With these tokens behind it, taken from `source`."""
+        """Return the candidate with these tokens appended, which were taken from `source`."""
         if not tokens:
             return self
         parts = [*self.parts, Part(source, len(tokens))]
@@ -72,11 +72,12 @@ class Candidate(NamedTuple):
         return Candidate(tokens, alive, parts, self.at, under_way=self.under_way)
 
     def least_chance(self, price: float, passed: int) -> float:
-        """Value of `alive` below which a row is not worth `price` tokens: it is paid once `passed` are committed."""
+        """Return the value of `alive` below which a token's row costs more than it brings. price: of a row, in tokens,
+        paid once the first `passed` tokens are committed."""
         return price * self.alive[passed - 1] if 0 < passed <= len(self.alive) else price
 
     def valid(self, vocabulary: int) -> "Candidate":
-        """Its first tokens, as far as each is one of `vocabulary` ids and has a chance that is a number."""
+        """Cut the candidate before the first token that is no id below `vocabulary` or whose chance is NaN."""
         tokens = self.tokens
         if not tokens or (min(tokens) >= 0 and max(tokens) < vocabulary and sum(self.alive) >= 0):
             return self
@@ -85,12 +86,12 @@ class Candidate(NamedTuple):
         return self.first(next(bad, len(tokens)))
 
     def gain(self, worth: float) -> float:
-        """Tokens that verifying it is expected to bring, if a row must bring `worth`."""
+        """Tokens that verifying the candidate is expected to bring, less `worth` tokens for each row."""
         return sum(self.alive) - worth * len(self.alive)
 
     def outlook(self, most: int | None = None, passed: int = 0, price: float = 0.0) -> Forecast:
-        """Forecast of verifying it, or `most` tokens, after `passed` that are expected to be committed by then: of
-        those that are worth `price`. It brings nothing if others are committed.
+        """Return the forecast of verifying at most `most` tokens after the first `passed`, as far as they are worth
+        `price` tokens a row. It assumes that earlier rounds commit those first ones; else the candidate is wrong.
         """
         least = self.least_chance(price, passed)
         alive = [chance for chance in self.alive[passed:][:most] if chance >= least]
@@ -101,7 +102,7 @@ NOTHING = Candidate()
 
 
 def common_prefix(first: Sequence[object], second: Sequence[object]) -> int:
-    """Tokens, or characters, that both begin with."""
+    """Length of the longest common prefix of two sequences."""
     most = min(len(first), len(second))
     if first[:most] == second[:most]:  # in C
         return most

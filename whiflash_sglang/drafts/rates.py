@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 RECENT_ROUNDS = 8.0
-"""Rounds after which what a request's own drafts were counts for little."""
+"""Rounds after which a result of a request's own drafts counts 1/e in its mean."""
 
 
 @dataclass(slots=True)
@@ -16,23 +16,23 @@ class Mean:
     weight: float = 0.0
 
     def add(self, value: float, memory: float, weight: float = 1.0) -> None:
-        """`value` counts `weight`; what came before counts 1/e less after `memory` values of weight 1."""
+        """Add `value` with `weight`. Earlier values decay to about 1/e over `memory` values of weight 1."""
         keep = 1.0 - weight / memory
         self.total = self.total * keep + value * weight
         self.weight = self.weight * keep + weight
 
     @property
     def value(self) -> float:
-        """The mean; at least one value must have been added."""
+        """Return the mean; at least one value must have been added."""
         return self.total / self.weight
 
     def shrunk(self, prior: float, weight: float) -> float:
-        """The mean, as if `weight` values of `prior` had been added."""
+        """Return the mean as if `weight` values of `prior` had been added too."""
         return (self.total + prior * weight) / (self.weight + weight)
 
 
 class Rates:
-    """Rates by kind, a number from 0: how often observations were right, begun as if their prior had been seen.
+    """Decayed rates at which observations were right, one for each kind (0, 1, ...), each with a prior.
 
     Args:
         priors: chance of each kind before anything was observed. weight: observations that a prior counts for.
@@ -45,25 +45,25 @@ class Rates:
         self._seen = array("d", [weight]) * len(self._right)
 
     def of(self, kind: int) -> float:
-        """Chance of a kind."""
+        """Return the chance that an observation of this kind is right."""
         return self._right[kind] / self._seen[kind]
 
     @property
     def addresses(self) -> tuple[int, int]:
-        """Addresses of the observations of each kind that were right, and of all of them, as float64."""
+        """Addresses of two float64 arrays over kinds, for native code: right observations, and all observations."""
         return self._right.buffer_info()[0], self._seen.buffer_info()[0]
 
     @property
     def all(self) -> list[float]:
-        """Chance of every kind, in their order."""
+        """Return the chance of every kind, in the order of kinds."""
         return [right / seen for right, seen in zip(self._right, self._seen, strict=True)]
 
     @property
     def mean(self) -> float:
-        """Chance of any kind, each as often as it was observed."""
+        """Return the chance over all kinds, each weighted by its observations."""
         return sum(self._right) / sum(self._seen)
 
     def observe(self, kind: int, right: bool) -> None:
-        """Something of a kind was `right` or not."""
+        """Count an observation of a kind, which was `right` or not."""
         self._right[kind] = self._right[kind] * self._decay + right
         self._seen[kind] = self._seen[kind] * self._decay + 1.0
