@@ -1,10 +1,9 @@
-"""Passes that are captured for a few sizes and replayed for whatever fits. Imports no SGLang.
+"""Passes that are captured for a few sizes and replayed for every batch that fits. Imports no SGLang.
 
-A pass is a function of tensors that reads no value of them on the host. Captured, it reads its inputs where they were
-when it was captured, so they have a place of their own: the kernel that makes them writes them there, with padding
-behind, where a size has more. A :class:`Recorder` captures: CUDA graphs on a GPU (`engine/forward/graphs.py`), a tape
-of operators in tests, and none on a CPU, where every pass runs as it is written. The pass is the same function for all
-of them.
+A pass is a function of tensors that reads no value of them on the host. A captured pass reads its inputs at the
+addresses of the capture, so they have fixed buffers: the kernel that makes the inputs writes them there, and pads them
+up to the captured size. A :class:`Recorder` captures: CUDA graphs on a GPU (`engine/forward/graphs.py`), a tape of
+operators in tests. On a CPU nothing is captured, and every pass runs as it is written. All of them share one function.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,23 +15,23 @@ from whiflash_sglang.errors import ConfigError
 T = TypeVar("T")
 
 MOST_DRAFTS = 1024
-"""Drafts of a batch that are verified at once where the host may not count them: the likeliest of all. A card computes
-by then, and memory for more rows would be kept from KV."""
+"""Most drafts of a batch that are verified at once where the host may not count them: the likeliest ones. A GPU is
+compute-bound at that size, and memory for more rows would be taken from KV."""
 
 
 class Recorder(Protocol):
-    """Captures what functions issue."""
+    """Captures the device work that a function issues."""
 
     def record(self, body: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """A function that replays all of `body`, and the result of `body`, which every replay overwrites.
+        """Capture `body`: return a function that replays it, and its result, which every replay overwrites.
 
-        `body` may run more than once before. Raises RuntimeError where it cannot be captured.
+        `body` may run more than once first. Raises RuntimeError where it cannot be captured.
         """
         ...
 
 
 def doubling(first: int, most: int) -> list[int]:
-    """Sizes of graphs: `first`, twice that, and so on below `most`, and `most`."""
+    """Return sizes of graphs: `first` doubled again and again as long as it is below `most`, then `most`."""
     sizes = []
     while first < most:
         sizes.append(first)
@@ -41,7 +40,7 @@ def doubling(first: int, most: int) -> list[int]:
 
 
 def graded(most: int) -> list[int]:
-    """Sizes of graphs, ascending: two a doubling up to 16, then four, and `most`."""
+    """Return sizes of graphs, ascending to `most`: two in each doubling up to 16, four in each one above."""
     sizes, doubled = [1, 2, 3, 4, 6, 8, 12], 16
     while doubled < most:
         sizes += range(doubled, 2 * doubled, doubled // 4)
@@ -50,15 +49,15 @@ def graded(most: int) -> list[int]:
 
 
 class CapturedPass(Generic[T]):
-    """One pass, captured for every one of `sizes`.
+    """One pass, captured for each of `sizes`.
 
     Args:
-        name: says what it is where it cannot be captured.
-        body: the pass at a size, over inputs at a place of their own, which hold padding.
-        sizes: what the pass is captured for, ascending.
+        name: of the pass, for the error if it cannot be captured.
+        body: the pass at a size, over fixed input buffers, which hold padding during the capture.
+        sizes: that the pass is captured for, ascending.
 
     Raises:
-        ConfigError: it cannot be captured.
+        ConfigError: the pass cannot be captured.
     """
 
     def __init__(self, name: str, body: Callable[[int], T], sizes: Sequence[int], recorder: Recorder) -> None:
@@ -77,13 +76,13 @@ class CapturedPass(Generic[T]):
                 ) from error
 
     def size_for(self, size: int) -> int | None:
-        """The smallest that holds `size`; None where nothing that was captured does."""
+        """Return the smallest captured size of at least `size`; None if all are smaller."""
         return next((captured for captured in self.sizes if captured >= size), None)
 
     def replay(self, size: int) -> T:
-        """The smallest that holds `size`, which one does.
+        """Replay the smallest captured size of at least `size`, which must exist, and return its result.
 
-        Its result is as large as what was captured, and good until the next replay.
+        The result has the captured size and is valid until the next replay.
         """
         chosen = self.size_for(size)
         assert chosen is not None

@@ -1,8 +1,8 @@
-"""Marks in time whose distances are read later: the host's clock, or a device's events.
+"""Clocks that give marks and the seconds between two of them: the host's clock, or a device's events.
 
 On a GPU a launch returns before its work is done, so the host's clock says how long launching took. An event is
-recorded in the stream's order, and the time between two of them can be read once the second has come; until then
-nobody needs to wait. `metrics` and `routing` take a clock and see no difference.
+recorded in the stream's order, and the time between two events can be read once the second is done, without waiting
+before. `metrics` and `routing` take either clock.
 """
 
 import time
@@ -17,17 +17,17 @@ REPEATS = 5
 """Runs of which `measure` takes the median."""
 
 LEAD = 8_000_000
-"""Cycles, four milliseconds of a card, that the device sleeps before a timed run. A host issues a round in less.
+"""Cycles, about four milliseconds on a GPU, that the device sleeps before a timed run. A host issues a round in less.
 
-While serving, a round is issued while the one before it runs, so the time of issuing is no part of a price.
+While serving, a round is issued while the round before it runs, so the time of issuing is no part of a price.
 """
 
 
 class Clock(Protocol):
-    """`record` gives a mark; marks are compared by the clock that gave them."""
+    """Interface of a clock: `record` gives marks, which only the clock that gave them can compare."""
 
     def record(self) -> Any:
-        """A mark behind all work that was issued until now, on the current stream."""
+        """Return a mark after all work that was issued until now on the current stream."""
         ...
 
     def passed(self, mark: Any) -> bool:
@@ -35,11 +35,11 @@ class Clock(Protocol):
         ...
 
     def wait(self, mark: Any) -> None:
-        """Return when it is."""
+        """Wait until the work before `mark` is done."""
         ...
 
     def elapsed(self, begin: Any, end: Any) -> float:
-        """Seconds from one mark to another, both of which have passed."""
+        """Return the seconds from one mark to another; the work before both must be done."""
         ...
 
     def lead(self) -> None:
@@ -67,10 +67,10 @@ class HostClock:
 
 
 class EventClock:
-    """CUDA events of one device."""
+    """Clock of one CUDA device, by CUDA events."""
 
     def __init__(self, device: "torch.device") -> None:
-        from torch import cuda  # whoever only reads what a round's stages are called needs no torch
+        from torch import cuda  # here, because code that only names the stages of a round needs no torch
 
         self._device, self._cuda = device, cuda
 
@@ -94,7 +94,7 @@ class EventClock:
 
 
 def clock_of(device: "torch.device") -> Clock:
-    """The clock that times work on `device`."""
+    """Return the clock that times work on `device`."""
     return EventClock(device) if device.type == "cuda" else HostClock()
 
 
@@ -105,7 +105,7 @@ def measure(
     repeats: int = REPEATS,
     of: Callable[[list[float]], float] = median,
 ) -> float:
-    """Seconds that `body` takes: `of` those of `repeats` runs, behind one that is not counted. Waits for each."""
+    """Time `body` in seconds: `of` (the median) over `repeats` runs after one that is not counted; waits for each."""
     body()
     seconds = []
     for _ in range(repeats):

@@ -1,8 +1,8 @@
-"""The processes that serve one model together: the first decides, the others follow. Imports no SGLang.
+"""Ranks: the processes that serve one model together. Rank 0 decides, the others follow. Imports no SGLang.
 
-A round's work follows from what was committed, which all know, and from clocks and mail, which only the first looks at.
-So the first decides, once a round, and sends it to the others. Everything else they work out from the same numbers with
-the same code. Every message checks that they did, by a checksum of all that was noted.
+A round's work follows from the committed tokens, which all ranks know, and from clocks and messages, which only rank 0
+reads. So rank 0 decides once a round and sends its decision. The others work out everything else from the same numbers
+with the same code. Every message checks that they did, by a checksum of all noted facts.
 """
 
 import time
@@ -22,8 +22,8 @@ class DivergedError(WhiflashError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """The first rank's message. number: of those before it. checksum: of what it had noted by then. now: on
-    its clock.
+    """A message of rank 0. number: of messages before it. checksum: of the facts that rank 0 had noted. now: seconds on
+    rank 0's clock. value: its decision.
     """
 
     number: int
@@ -33,11 +33,11 @@ class Message:
 
 
 class Ranks:
-    """One process of those that serve a model, alone unless it is given others.
+    """This process among the ranks that serve a model; by default it is the only one.
 
     Args:
-        rank: of this process, 0 decides. size: processes. send: from the first process to all, in each of which it
-            returns what the first handed in; None where there is one.
+        rank: of this process; 0 decides. size: number of processes. send: broadcasts from rank 0: in every process it
+            returns what rank 0 passed in; None for a single process.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class Ranks:
         return self.rank == 0
 
     def broadcast(self, decide: Callable[[], T]) -> T:
-        """Decision of the first rank, in all of them; `decide` is called there only.
+        """Return rank 0's decision in every rank; `decide` is called in rank 0 only.
 
         Raises:
-            DivergedError: in another rank, when it has not noted what the first has, or the first sends something else.
+            DivergedError: in another rank, if its noted facts differ from rank 0's, or rank 0 sends no `Message`.
         """
         if self._send is None:
             return decide()
@@ -87,5 +87,5 @@ class Ranks:
             self._checksum = zlib.crc32(repr(facts).encode(), self._checksum)
 
     def now(self) -> float:
-        """Seconds that never run backwards, the same in every rank: of the first, when it spoke last, 0 before."""
+        """Return monotonic seconds, equal in all ranks: rank 0's clock at its last message, 0 before the first."""
         return time.monotonic() if self._send is None else self._now

@@ -15,46 +15,47 @@ RecordT = TypeVar("RecordT", bound=NamedTuple)
 
 
 class Upload:
-    """Numbers of the host on their way to the device, all in one transfer.
+    """Collects lists of numbers on the host and sends them to the device in one transfer.
 
-    Fill it with `ints` and `floats`, each of which says where its numbers will be, and with `then`; at last `send`.
+    Fill it with `ints` and `floats`, which return the index of their list in the result, and `then`; at last `send`.
     """
 
     def __init__(self) -> None:
         self._ints: list[Ints] = []
         self._floats: list[Floats] = []
-        self._then: list[tuple[int, int, Callable[[torch.Tensor], object]]] = []  # list, index in it, use
+        # Each entry: 0 for `ints` or 1 for `floats`, the index there, and the function to call.
+        self._then: list[tuple[int, int, Callable[[torch.Tensor], object]]] = []
 
     def ints(self, values: Ints) -> int:
-        """Returns their index in the first list of `send`."""
+        """Add integers; return their index in the first list that `send` returns."""
         self._ints.append(values)
         return len(self._ints) - 1
 
     def floats(self, values: Floats) -> int:
-        """Returns their index in the second list of `send`."""
+        """Add floats; return their index in the second list that `send` returns."""
         self._floats.append(values)
         return len(self._floats) - 1
 
     def then(self, values: Ints, use: Callable[[torch.Tensor], object]) -> None:
-        """`use` is called with `values` on the device when they are sent, in the order of these calls."""
+        """Add integers; `send` calls `use` with them on the device, in the order of these calls."""
         self._then.append((0, self.ints(values), use))
 
     def then_floats(self, values: Floats, use: Callable[[torch.Tensor], object]) -> None:
-        """As `then`, of floats."""
+        """Add floats; `send` calls `use` with them on the device, like `then` for integers."""
         self._then.append((1, self.floats(values), use))
 
     def send(self, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The numbers on `device`: int64 and float32 views of one buffer.
+        """Send all lists to `device`; return their int64 views and their float32 views of one buffer there.
 
-        One transfer from pinned memory on CUDA, in the order of the current stream, which the host does not wait for:
-        the allocator of pinned memory keeps the buffer until it is done.
+        On CUDA this is one transfer from pinned memory, in the order of the current stream, and the host does not wait
+        for it: the allocator of pinned memory keeps the buffer until the transfer is done.
         """
-        # Every list begins at a multiple of 16 bytes: a kernel is compiled again for a pointer that does not.
+        # Every list begins at a multiple of 16 bytes, because Triton compiles a kernel again for an unaligned pointer.
         lists: tuple[tuple[Sequence[Ints | Floats], int], ...] = ((self._ints, 2), (self._floats, 4))
         sizes = [[-(-len(part) // step) * step for part in parts] for parts, step in lists]
         ints, floats = (sum(part) for part in sizes)
-        # Indices must be int64, and are so from the start: a conversion would be a launch.
-        # One number at least: what is empty cannot be viewed as another type.
+        # Indices must be int64. They are sent as such, because a conversion on the device would be a launch.
+        # The buffer holds at least one number, because an empty tensor cannot be viewed as another type.
         pinned = device.type == "cuda"
         packed = torch.empty(max(ints + (floats + 1) // 2, 1), dtype=torch.int64, pin_memory=pinned)
         host = packed.numpy()
@@ -69,7 +70,7 @@ class Upload:
 
 
 def _fill(place: np.ndarray[Any, Any], parts: Sequence[Ints | Floats], sizes: Sequence[int]) -> None:
-    """Put `parts` into `place`, `sizes` apart."""
+    """Copy `parts` into the array `place`; each begins after the `sizes` (padded lengths) of those before it."""
     begin = 0
     for part, size in zip(parts, sizes, strict=True):
         place[begin : begin + len(part)] = part
@@ -77,43 +78,44 @@ def _fill(place: np.ndarray[Any, Any], parts: Sequence[Ints | Floats], sizes: Se
 
 
 def _firsts(packed: torch.Tensor, parts: Sequence[Ints | Floats], sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Contents of `packed` for each of `parts`, whose beginnings are `sizes` apart, and what comes after them."""
+    """Return views of `packed`, one for each of `parts` without the padding up to its size, and one of the rest."""
     lengths = [n for part, size in zip(parts, sizes, strict=True) for n in (len(part), size - len(part))]
     return list(torch.split_with_sizes(packed, [*lengths, len(packed) - sum(sizes)])[::2])
 
 
 def sent(values: Ints, device: torch.device) -> torch.Tensor:
-    """`values` on `device`, [N] int64: an `Upload` of their own, which the host does not wait for."""
+    """Send `values` to `device` as [N] int64, in one transfer that the host does not wait for."""
     upload = Upload()
     upload.ints(values)
     return upload.send(device)[0][0]
 
 
 def masks_of_places(rows: int, words: int) -> int:
-    """Masks of so many words in whose place `mask_places` of so many rows are."""
+    """Number of masks, of `words` int32 each, whose space holds `mask_places` for so many rows."""
     return -(-2 * rows // words)
 
 
 def mask_places(masks: torch.Tensor, rows: int) -> torch.Tensor:
-    """[rows] int64 at the beginning of masks [M, words] int32, contiguous: which of them each packed row has. So one
-    transfer brings both.
+    """Return the index of each packed row's mask, [rows] int64: a view of the beginning of masks [M, words] int32,
+    contiguous. Indices and masks share a tensor, so that one transfer brings both.
     """
     return masks.view(-1)[: 2 * rows].view(torch.int64)
 
 
 class Download(Generic[RecordT]):
-    """Tensors of the device on their way to the host, packed into one buffer of its own: no later round writes to it.
+    """Packs a record of device tensors into one new buffer for the copy to the host; no later round writes to it.
 
-    It is SGLang's `DeviceAuxiliaryOutput` and, when the copy has come, its `HostAuxiliaryOutput`.
+    It is SGLang's `DeviceAuxiliaryOutput` and, after the copy, its `HostAuxiliaryOutput`.
 
-    packed: [N] int32 on the device, with every tensor as an int of 32 or 64 bits or a float of 32. at: each field's
-    place. learn: takes what is read, and what the scheduler kept of each request's tokens; set by whoever lets SGLang
-    carry the results. record: tensors of 64-bit ints, of other ints whose values fit into 32, or of floats, or None.
+    packed: [N] int32 on the device, every tensor as int32, int64 or float32. at: each field's slice, dtype and shape.
+    learn: called with the record on the host and the tokens that the scheduler kept of each request; set by the code
+    that lets SGLang carry the results. record: tensors of int64, of other ints that fit into int32, of floats; or None.
     """
 
     def __init__(self, record: RecordT) -> None:
         fields = {name: field for name, field in record._asdict().items() if field is not None}
-        # Fields of 64 bits come first: they must start at an even place. A tensor of several fields is packed once.
+        # Fields of 64 bits come first, because they must start at an even int32. A tensor in several fields is packed
+        # once.
         every = {id(field): field for field in fields.values()}
         ordered = sorted(every.values(), key=lambda field: field.dtype != torch.int64)
         parts = [field.reshape(-1).to(_sent(field.dtype)).view(torch.int32) for field in ordered]
@@ -128,24 +130,24 @@ class Download(Generic[RecordT]):
         self._copy: torch.Tensor | None = None
 
     def copy_to_host(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> "Download[RecordT]":
-        """Called by SGLang, on another stream. `packed` is kept: the copy may still read it."""
+        """Copy the buffer; SGLang calls this on another stream. `packed` stays alive: the copy may still read it."""
         self._copy = copy(self.packed)
         return self
 
     def consume(self, batch: Any, commits: Sequence[Any]) -> None:
-        """Called by SGLang when the copy has come and the tokens are in the requests, before they are streamed."""
+        """Call `learn`; SGLang calls this after the copy, with the tokens in the requests and not yet streamed."""
         learn, self.learn = self.learn, None  # it holds the round's tensors
         assert learn is not None
         kept = [() if commit is None else commit.token_ids for commit in commits]
         learn(self.read(), kept)
 
     def __getitem__(self, at: tuple[slice, torch.dtype, tuple[int, ...]]) -> torch.Tensor:
-        """Field at one of `Download.at` of the host's copy, once it is on its way."""
+        """Return the field at a place of `at`: in the host's copy if it was begun, else on the device."""
         place, dtype, shape = at
         return (self.packed if self._copy is None else self._copy)[place].view(dtype).view(shape)
 
     def read(self) -> RecordT:
-        """The record with nested lists. Before it was copied to the host this waits for the device."""
+        """Return the record as nested lists. If the copy was not begun, this waits for the device."""
         flat = (self.packed if self._copy is None else self._copy).numpy(force=True)
         return self.at._make(
             None if at is None else flat[at[0]].view(_NUMPY[at[1]]).reshape(at[2]).tolist() for at in self.at
@@ -156,7 +158,7 @@ _NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float3
 
 
 def _sent(dtype: torch.dtype) -> torch.dtype:
-    """As what a tensor of `dtype` is sent."""
+    """Return the dtype in which a tensor of `dtype` is sent."""
     if dtype.is_floating_point:
         return torch.float32
     return torch.int64 if dtype == torch.int64 else torch.int32
@@ -176,7 +178,7 @@ class HostView:
 
     @classmethod
     def of(cls, device: torch.device, *, late: bool = False) -> "HostView":
-        """As `device` allows. `WHIFLASH_DEVICE_RESIDENT=1` treats a CPU as if it were one that must not be read."""
+        """Return the view of `device`: exact on a CPU, unless `WHIFLASH_DEVICE_RESIDENT=1` treats it like a GPU."""
         resident = os.environ.get("WHIFLASH_DEVICE_RESIDENT") == "1"
         return cls(device.type == "cpu" and not resident, late)
 
