@@ -1,4 +1,4 @@
-"""A bundle written from drafters' files. Imports no SGLang and no torch."""
+"""Write a bundle from drafters' files. Imports no SGLang and no torch."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ def write_bundle(out: Path, facts: Mapping[str, Any], parts: Mapping[str, Iterab
     """Copy files into the directory `out`, and write a manifest that lists them with their SHA-256.
 
     Args:
-        facts: keys of the manifest. parts: key of a part, which is also its directory, to its files.
+        facts: manifest key → value. parts: key of a part, which also names its directory → the part's files.
 
     Raises:
         ConfigError, CheckpointError: the manifest would not be valid, or `copy_member` refuses a file. OSError.
@@ -30,5 +30,5 @@ def write_bundle(out: Path, facts: Mapping[str, Any], parts: Mapping[str, Iterab
 
 
 def digests(files: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 by name."""
+    """Return the SHA-256 of each file, by file name."""
     return {file.name: sha256(file) for file in files}

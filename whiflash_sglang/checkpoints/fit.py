@@ -1,4 +1,4 @@
-"""Draft checkpoints judged from `config.json` files alone: whether they fit the target, what they cost and need."""
+"""Judge draft checkpoints from `config.json` only: whether they fit the target, and what KV they need."""
 
 import logging
 import os
@@ -28,13 +28,13 @@ class TargetShape:
 
     @classmethod
     def of(cls, model_config: Any) -> "TargetShape":
-        """Read it from SGLang's configuration of a model."""
+        """Read the shape from SGLang's `ModelConfig` of the target."""
         text = model_config.hf_text_config
         return cls(text.hidden_size, text.num_hidden_layers, text.vocab_size)
 
     @classmethod
     def read(cls, path: Path) -> "TargetShape":
-        """Read it from a target's `config.json`. Raises CheckpointError naming the key that is missing."""
+        """Read the shape from a target's `config.json`. Raises CheckpointError naming the key that is missing."""
         config = read_json_config(path.parent)
         text = merged(path.parent, config, "text_config")
         keys = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -42,8 +42,8 @@ class TargetShape:
 
 
 def block_size_of(checkpoint: Path, asked: int | None) -> int:
-    """Tokens that a block of the diffusion arm verifies, the bonus token included: `asked`, or as many as its
-    checkpoint drafts.
+    """Return how many tokens a block of the diffusion arm verifies, the bonus token included: `asked`, or if that is
+    None the largest number that the checkpoint allows.
 
     Raises:
         CheckpointError: no usable block size, or `asked` exceeds what the drafter was trained at.
@@ -58,8 +58,8 @@ def block_size_of(checkpoint: Path, asked: int | None) -> int:
 
 
 def target_layers(draft: Draft, num_layers: int) -> tuple[int, ...]:
-    """Target layers whose outputs a drafter reads, in the order of its `fc`; `num_layers` is the state after
-    the final norm.
+    """Return the target layers whose outputs a drafter reads, in the order of its `fc` input. The id `num_layers` is
+    the state after the final norm.
 
     Raises:
         CheckpointError: the target has no such layer, or SGLang cannot capture its output.
@@ -86,7 +86,7 @@ def check_drafters(drafters: Mapping[str, Path], target: TargetShape) -> None:
 
 
 def read_layers(drafters: Mapping[str, Path], target: TargetShape) -> set[int]:
-    """Layers of the target whose outputs drafters read, the state behind its final norm left out."""
+    """Return the target layers whose outputs the drafters read, without the state after the final norm."""
     read = (target_layers(read_draft(path, arm), target.num_layers) for arm, path in drafters.items())
     return {layer for layers in read for layer in layers if layer < target.num_layers}
 
@@ -111,13 +111,13 @@ def check_fit(draft: Draft, target: TargetShape) -> None:
 logger = logging.getLogger("whiflash_sglang")
 
 _COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
-"""Keys of `config.json` that say of how many layers a head is."""
+"""Keys of `config.json` that give the number of layers of a target's own next-token head."""
 
 
 def target_mtp(target: str, revision: str | None = None, download_dir: str | None = None) -> Path | None:
-    """The directory from which a target's head can be read: the target's own directory, as of any drafter.
+    """Return the directory that holds the target's own next-token head (MTP), which is the target's own directory.
 
-    None where it has none, or one that is not served: then the log says why.
+    None if the target has no such head, or one that cannot be served: then the log says why.
 
     Args:
         target: directory or hub id. download_dir: where downloads are kept.
@@ -135,12 +135,12 @@ def target_mtp(target: str, revision: str | None = None, download_dir: str | Non
         logger.warning("WHIFLASH: the target's own next-token head is not used: %s", error)
         return None
     except ConfigError:
-        return None  # No target that we can read: SGLang says so, or knows better.
+        return None  # SGLang reports a target that cannot be read, or finds it in another way.
     return path
 
 
 class TargetFit(NamedTuple):
-    """shape: what drafters must fit. kv_bytes: its KV of one token. element: bytes of one number of it."""
+    """A target's sizes. shape: what drafters must fit. kv_bytes: KV of one token. element: bytes of one KV number."""
 
     shape: TargetShape
     kv_bytes: int
@@ -148,7 +148,7 @@ class TargetFit(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A drafter, whether it can be served, and what there is to say of it: one line."""
+    """A drafter's name, whether it can be served, and one line of details or the reason why not."""
 
     name: str
     ok: bool
@@ -156,13 +156,13 @@ class Judged(NamedTuple):
 
 
 def read_target(place: str) -> TargetFit:
-    """A target from its directory or hub id. Raises WhiflashError naming what is missing."""
+    """Read a target's sizes from its directory or hub id. Raises WhiflashError naming what is missing."""
     config = look_up(place).config
     settings = read_json_config(config.parent)
     text = merged(config.parent, settings, "text_config")
     element = 4 if str(text.get("dtype") or text.get("torch_dtype")) in ("float32", "float") else 2
     layers = integer(text, "num_hidden_layers", config.parent)
-    if text.get("kv_lora_rank"):  # latent attention keeps one vector of a token, and its rotated part
+    if text.get("kv_lora_rank"):  # MLA stores one latent vector and one rotated key per token
         numbers = sum(integer(text, key, config.parent) for key in ("kv_lora_rank", "qk_rope_head_dim"))
     else:
         _, kv_heads, head_dim = attention_shape(text, config.parent)
@@ -171,7 +171,7 @@ def read_target(place: str) -> TargetFit:
 
 
 def judge(checkpoint: str, target: TargetFit | None) -> Iterator[Judged]:
-    """A drafter, or all drafters of a bundle, by directory or hub id. UNO's adapter by directory: its configuration."""
+    """Judge a drafter, or every drafter of a bundle, by directory or hub id; a UNO adapter by directory only."""
     try:
         parts = _parts(checkpoint)
     except WhiflashError as error:
@@ -188,12 +188,12 @@ def judge(checkpoint: str, target: TargetFit | None) -> Iterator[Judged]:
 
 
 def _reason(error: WhiflashError, place: str) -> str:
-    """The text of `error` about `place`, which the line names already."""
+    """Return the text of `error` without the leading `place`, because the printed line names the place already."""
     return str(error).removeprefix(f"{place}: ")
 
 
 def _parts(place: str) -> dict[str, str]:
-    """Names and places of the drafters behind `place`; a bundle's files must be those that it was made with."""
+    """Return drafter name → place: `place` itself, or a bundle's members after their SHA-256 was compared."""
     bundle = Path(os.path.expanduser(place))
     if not (bundle / MANIFEST).is_file():
         return {place: place}

@@ -1,4 +1,4 @@
-"""Checkpoints, bundles and their parts on disk: from a directory or a hub id, at the revision that a manifest pins."""
+"""Find checkpoints, bundles and their parts: a local directory, or a hub id at the revision that a manifest pins."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -11,9 +11,9 @@ from whiflash_sglang.files.disk import sha256
 
 
 def fetch(path: str, *, revision: str | None = None, download_dir: str | None = None) -> Path:
-    """The local directory of `path`: a directory as it is, `embedded:NAME`, or a hub id.
+    """Return the local directory of `path`: an existing directory, the bundle `embedded:NAME`, or a hub download.
 
-    Hub ids go to huggingface_hub, or to ModelScope where `SGLANG_USE_MODELSCOPE` says so, as SGLang's own do.
+    Hub ids go to huggingface_hub, or to ModelScope if `SGLANG_USE_MODELSCOPE` is set, as in SGLang.
 
     Args:
         revision: branch, tag or commit of a hub id; None: its main branch.
@@ -34,8 +34,8 @@ def fetch(path: str, *, revision: str | None = None, download_dir: str | None = 
 
 
 class Found(NamedTuple):
-    """A directory or hub id that was looked up. name: as it was given, without @revision. config: its `config.json` on
-    disk. hub: whether it is on the hub; revision: the commit it is at there.
+    """The result of `look_up`. name: the place as given, without @revision. config: path of its `config.json` on disk.
+    hub: whether the place is a hub id; revision: the commit on the hub, None for a directory.
     """
 
     name: str
@@ -45,10 +45,10 @@ class Found(NamedTuple):
 
 
 def look_up(place: str, *, config: bool = True) -> Found:
-    """The place of a directory or a hub id ("owner/name" or "owner/name@revision") leads, with its `config.json` alone.
+    """Look up a directory or hub id ("owner/name" or "owner/name@revision") and fetch only its `config.json`.
 
     Args:
-        config: whether it must have a `config.json`; a router need not.
+        config: whether the place must have a `config.json`; a router does not need one.
 
     Raises:
         ConfigError: neither a directory with that file nor something the hub knows.
@@ -71,7 +71,7 @@ def look_up(place: str, *, config: bool = True) -> Found:
 
 
 def check_place(place: str) -> None:
-    """Raise ConfigError for what is neither a file or directory that is here nor the form of a hub id."""
+    """Raise ConfigError unless `place` is an existing file or directory, or has the form of a hub id."""
     here = place == f"embedded:{EMBEDDED_BUNDLE}" or Path(os.path.expanduser(place)).exists()
     if not here and not _is_id(place):
         raise _no_place(place)
@@ -115,7 +115,7 @@ def _from_modelscope(path: str, revision: str | None, download_dir: str | None) 
         ) from None
     try:
         return str(snapshot_download(path, revision=revision, cache_dir=download_dir))
-    except Exception as error:  # its errors have no common base
+    except Exception as error:  # ModelScope's errors have no common base class
         raise _gave_nothing(path, revision, error) from None
 
 
@@ -128,7 +128,7 @@ def _gave_nothing(path: str, revision: str | None, error: Exception) -> ConfigEr
 
 
 def default_bundle_for(model_path: str) -> Path | None:
-    """The shipped bundle where `model_path` is the embedded target's directory, else None."""
+    """Return the shipped bundle if `model_path` is the embedded target's directory, else None."""
     from whiflash_sglang.embedded import TARGET_NAME
 
     path = Path(model_path)
@@ -137,7 +137,7 @@ def default_bundle_for(model_path: str) -> Path | None:
 
 
 def member(bundle: Path, manifest: Manifest, part: str, *, download_dir: str | None = None) -> Path:
-    """The local directory (or file) of `part` ("eagle3", "dflash", "uno", "router"), fetched if it is on the hub.
+    """Return the local directory (or file) of `part` ("eagle3", "dflash", "uno", "router"); hub ids are downloaded.
 
     Raises:
         ConfigError: the bundle has no such part, the hub gave nothing, or `config.json` is not the one that the
@@ -159,13 +159,13 @@ def member(bundle: Path, manifest: Manifest, part: str, *, download_dir: str | N
 
 
 def parts_of(manifest: Manifest) -> dict[str, str | None]:
-    """The manifest's path of each part."""
+    """Return the manifest's path of each part, by part; None if the manifest names no such part."""
     router = manifest.router.path if manifest.router else None
     return {"eagle3": manifest.eagle3, "dflash": manifest.dflash, "uno": manifest.uno, "router": router}
 
 
 def checksums(bundle: Path, manifest: Manifest, served: Iterable[str]) -> dict[str, str]:
-    """SHA-256 by file, for the parts of `served` inside the bundle whose files its manifest lists."""
+    """Return the SHA-256 by file for the parts in `served` that are inside the bundle and listed in its manifest."""
     sums: dict[str, str] = {}
     for part in served:
         value, source = parts_of(manifest)[part], manifest.sources.get(part)

@@ -1,4 +1,4 @@
-"""The manifest of a bundle: what `whiflash.json` says, and what it may say. Imports no SGLang."""
+"""Read and check the manifest of a bundle, `whiflash.json`. Imports no SGLang."""
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -18,7 +18,7 @@ PARTS: Final[Mapping[str, str]] = {arms.AR: "eagle3", arms.DIFFUSION: "dflash"}
 """Arm → key of its checkpoint in a manifest."""
 
 NAMES: Final[Mapping[str, str]] = {arms.AR: "EAGLE-3", arms.DIFFUSION: "DFlash"}
-"""Arm → what its checkpoint is called in sentences."""
+"""Arm → the name of its drafter in messages."""
 
 NEEDED: Final[Mapping[str, tuple[str, ...]]] = {
     "entropy": (arms.AR, arms.DIFFUSION),
@@ -26,16 +26,16 @@ NEEDED: Final[Mapping[str, tuple[str, ...]]] = {
     "ar": (arms.AR,),
     "diffusion": (arms.DIFFUSION,),
 }
-"""Router → arms that it cannot do without; others route between those that are there."""
+"""Router → arms that it requires. Other routers choose among the arms that are loaded."""
 
 
 def check_router(router: str, there: Collection[str]) -> None:
-    """Raise ConfigError where `router` needs an arm that is not among those that are `there`."""
+    """Raise ConfigError if `router` needs an arm that is not in `there`, the arms that have a drafter."""
     check_arms(f"router {router!r}", NEEDED.get(router, ()), there)
 
 
 def check_arms(what: str, needed: Collection[str], there: Collection[str]) -> None:
-    """Raise ConfigError naming the drafter that `what` needs and that is not `there`."""
+    """Raise ConfigError if `what` needs a drafter whose arm is not in `there`; the message names those it needs."""
     missing = [NAMES[arm] for arm in needed if arm not in there]
     if missing:
         has = " and ".join(NAMES[arm] for arm in NAMES if arm in there) or "none"
@@ -45,7 +45,7 @@ def check_arms(what: str, needed: Collection[str], there: Collection[str]) -> No
 
 
 def check_members(bundle: Path, named: Mapping[str, str]) -> None:
-    """Check what a manifest's keys name, by key.
+    """Check the paths that a manifest names (`named`: key → path): no path may leave the bundle.
 
     A path is relative, climbs nowhere, and neither it nor a file in the directory that it names is a link out of the
     bundle. A snapshot of the hub's cache consists of links, into the `blobs` of its own repository.
@@ -64,7 +64,7 @@ def check_members(bundle: Path, named: Mapping[str, str]) -> None:
 
 
 def _reached(path: Path) -> Iterator[Path]:
-    """The target of a path, and everything below it if it is a directory."""
+    """Yield the resolved path, and the resolved paths of everything below it if it is a directory."""
     yield path.resolve()
     for directory, directories, files in os.walk(path):
         yield from (Path(directory, name).resolve() for name in (*directories, *files))
@@ -80,7 +80,7 @@ def _leaves(bundle: Path, key: str, value: str, how: str = "") -> ConfigError:
 MANIFEST = "whiflash.json"
 EMBEDDED_BUNDLE = "smollm2-135m-instruct"
 HUB = "hub:"
-"""Prefix of a part's path if the rest is a hub id."""
+"""Prefix of a part's path in the manifest. The rest of the path is a hub id."""
 
 Positive = Annotated[int, Field(gt=0)]
 DraftVocabulary = Literal["full", "eagle3"]
@@ -90,7 +90,7 @@ Rounds = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Strict(BaseModel):
-    """Models of what a person wrote: unknown keys are errors, values do not change."""
+    """Base of the manifest's models: unknown keys are errors, and values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -212,17 +212,17 @@ class Manifest(Strict):
 
     @property
     def drafters(self) -> Mapping[str, str]:
-        """Arm → path of its checkpoint, of those that the bundle names."""
+        """Arm → path of its checkpoint, for the drafters that the bundle names."""
         return {arm: value for arm, key in PARTS.items() if (value := getattr(self, key))}
 
     @property
     def quantised(self) -> frozenset[str]:
-        """Arms whose drafters multiply in fp8."""
+        """The arms whose drafters use fp8 matrix products."""
         return frozenset(arm for arm, key in PARTS.items() if key in self.quantization)
 
 
 def embedded_bundle() -> Path:
-    """Directory of the bundle shipped with the package."""
+    """Return the directory of the bundle that is shipped with the package."""
     return Path(str(resources.files("whiflash_sglang"))) / "bundles" / EMBEDDED_BUNDLE
 
 
@@ -231,7 +231,7 @@ def load_manifest(bundle: Path) -> Manifest:
 
     Raises:
         ConfigError: the file is missing, is not JSON, or has a wrong or unknown key, or a path that leaves the bundle;
-            the key is named. It names no drafter, or what needs two beside one.
+            the message names the key. Or it names no drafter, or sets a key that needs two drafters beside only one.
     """
     path = bundle / MANIFEST
     try:
@@ -263,17 +263,17 @@ def load_manifest(bundle: Path) -> Manifest:
 
 
 def lookup_of(manifest: Manifest | None) -> Lookup:
-    """A bundle's section on the copying arm, with the embedded bundle's seed if it has none."""
+    """Return a bundle's settings of the copying arm; without a seed they get the embedded bundle's seed."""
     settings = (manifest.lookup if manifest else None) or Lookup()
     if settings.seed is not None:
         return settings
-    # Chances of a small model's answers are nearer to any other's than even odds, and are soon overwritten.
+    # A small model's chances are a better start for another model than even odds, and counts soon overwrite them.
     shipped = load_manifest(embedded_bundle()).lookup or Lookup()
     return settings.model_copy(update={"seed": shipped.seed})
 
 
 def first_problem(error: ValidationError, model: type[BaseModel], spell: Callable[[str], str]) -> str:
-    """The first fault of values given for `model`, in one line; `spell` writes a field as the person wrote it."""
+    """Return the first validation error of `model` in one line; `spell` writes a field's name as the user wrote it."""
     problem = error.errors()[0]
     name = str(problem["loc"][0]) if problem["loc"] else "value"
     if problem["type"] == "extra_forbidden":
@@ -287,7 +287,7 @@ def first_problem(error: ValidationError, model: type[BaseModel], spell: Callabl
 
 
 def _known_keys(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    """Keys of the model that the key at `place` was given to."""
+    """Return the valid keys of the (nested) model that contains the key at `place`."""
     for key in place[:-1]:
         annotation = model.model_fields[str(key)].annotation
         candidates = get_args(annotation) or (annotation,)
