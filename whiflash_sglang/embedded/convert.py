@@ -1,14 +1,12 @@
-"""The GGUF of the embedded target, written as a Hugging Face directory.
+"""Convert the GGUF of the embedded target to a Hugging Face directory: weights, configuration and fast tokenizer.
 
 llama.cpp stores the query and key projections with the two halves of every rotary pair interleaved; Hugging
 Face's Llama keeps them apart, so both are permuted back. Every tensor is dequantised exactly as `gguf`
 defines the block formats and rounded once, to bfloat16.
 
-The GGUF's byte-level BPE vocabulary as a Hugging Face fast tokenizer.
-
-GGUF names the pre-tokeniser ("smollm") without spelling it out: SmolLM splits every digit off, then applies
-GPT-2's pattern over bytes. The vocabulary, the merges, the special tokens and the template are the file's
-own.
+The tokenizer is a byte-level BPE. GGUF only names its pre-tokeniser ("smollm"): SmolLM splits off every digit, then
+applies GPT-2's pattern over bytes. The vocabulary, the merges, the special tokens and the chat template come from the
+GGUF.
 """
 
 import json
@@ -78,7 +76,7 @@ _TOP_TENSORS = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.w
 def convert_gguf(gguf_path: Path, out: Path, on_progress: Callable[[int, int], None]) -> None:
     """Write `config.json`, `generation_config.json`, the tokenizer and `model.safetensors` (bf16) into `out`.
 
-    `on_progress` is given the number of tensors that are done, and of all.
+    `on_progress` receives the number of converted tensors and the number of all tensors.
 
     Raises `ValueError` where the file holds another architecture or a tensor that Llama does not have.
     """
