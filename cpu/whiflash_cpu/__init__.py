@@ -1,6 +1,6 @@
-"""SGLang on the CPU: a platform plugin that boots stock SGLang on a machine where nothing else could.
+"""SGLang on the CPU: a platform plugin that runs stock SGLang on a machine without an accelerator.
 
-Nothing imports it: SGLang and `whiflash check` find it by its entry points.
+Nothing imports this package: SGLang and `whiflash check` find it by its entry points.
 """
 
 from whiflash_sglang.files.cpu import serves_here
@@ -9,5 +9,5 @@ __version__ = "0.1.0"
 
 
 def activate() -> str | None:
-    """Entry point of the group ``sglang.srt.platforms``: the dotted path of the platform class, or None."""
+    """Return the dotted path of the platform class if this machine uses it, else None. SGLang calls this."""
     return "whiflash_cpu.cpu:CpuPlatform" if serves_here() else None

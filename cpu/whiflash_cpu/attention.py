@@ -3,7 +3,7 @@
 bfloat16 runs in a compiled kernel (:mod:`whiflash_kernels.cpu.paged_attention`) where this machine can compile it;
 other dtypes, and machines without a compiler, run in torch (:mod:`whiflash_kernels.reference.paged_attention`).
 
-The plan of a forward (slots, masks) is built at its first layer and shared by all others; a model that
+The plan of a forward (slots, masks) is built at its first layer and shared by all later layers; a model that
 mixes causal, non-causal and sliding-window layers gets one plan per kind. Windowed layers may have a pool of their own
 (`--swa-full-tokens-ratio`), whose slots the request table's are mapped to.
 """
@@ -32,8 +32,8 @@ class CpuAttentionBackend(AttentionBackend):
     """Prefill (with prefix, chunked), decoding, verification and draft blocks over the paged pool."""
 
     def __init__(self, model_runner: Any, *, draft_offset: int = 0) -> None:
-        """draft_offset: chain entries beyond ``seq_lens`` that a decoding row sees, its own included: step i of a draft
-        chain sees i + 1. 0 for ordinary decoding, where ``seq_lens`` counts the row itself."""
+        """Read the pools of the model runner. draft_offset: entries beyond ``seq_lens`` that a decoding row sees, its
+        own included: step i of a draft chain sees i + 1. 0 for plain decoding: ``seq_lens`` counts the row itself."""
         super().__init__()
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = pool = model_runner.token_to_kv_pool
@@ -47,7 +47,7 @@ class CpuAttentionBackend(AttentionBackend):
         self._windowed: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Read the batch's lengths once; plans are built from them as layers ask for them."""
+        """Read the batch's lengths once; each kind of layer builds its plan from them at its first call."""
         self._plans = {}
         self._rows = forward_batch.req_pool_indices
         mode = forward_batch.forward_mode
@@ -56,7 +56,7 @@ class CpuAttentionBackend(AttentionBackend):
             self._q_lens = [1] * len(seq_lens)
             self._kv_lens = [n + self._draft_offset for n in seq_lens]
         elif mode.is_target_verify():
-            # A verification's seq_lens leave out the rows that are being verified.
+            # In a verification, seq_lens does not count the rows that are being verified.
             self._q_lens = _verify_widths(forward_batch.spec_info, len(seq_lens))
             self._kv_lens = [n + m for n, m in zip(seq_lens, self._q_lens, strict=True)]
         else:
@@ -83,10 +83,10 @@ class CpuAttentionBackend(AttentionBackend):
         return self._plans[key]
 
     def _in_own_pool(self, written: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The batch's slots in the windowed layers' pool, [requests, positions] int32, and those that it writes to.
+        """Return the batch's slots in the windowed layers' pool, [requests, positions] int32, and its slots to write.
 
-        They are read before the forward, since the scheduler goes on. A position before a window may have none: its
-        entry is 0, and masked.
+        They are read before the forward, since the scheduler may change the tables during it. A position before the
+        window may have no slot: its entry is 0, and the mask hides it.
         """
         translate = self.token_to_kv_pool.translate_loc_from_full_to_swa
         table = self.req_to_token_pool.req_to_token[self._rows, : max(self._kv_lens, default=0)]
@@ -106,7 +106,7 @@ class CpuAttentionBackend(AttentionBackend):
         pool = self.token_to_kv_pool
         if save_kv_cache and k is not None and v is not None:
             own = None if self._windowed is None else self._windowed[1]
-            if own is not None and self._draft_offset:  # a step's part of the slots that the chain began with
+            if own is not None and self._draft_offset:  # this step's own slots, not all of the chain's
                 own = pool.translate_loc_from_full_to_swa(forward_batch.out_cache_loc.long())
             pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, own), k, v)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
@@ -120,7 +120,7 @@ class CpuAttentionBackend(AttentionBackend):
     forward_decode = forward_extend
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """Length of a request that pads a batch (DP attention)."""
+        """Return the sequence length of a request that only pads a batch (DP attention): 1 token."""
         return 1
 
     def support_triton(self) -> bool:
@@ -129,12 +129,12 @@ class CpuAttentionBackend(AttentionBackend):
 
 @cache
 def attention_kernel() -> CompiledAttention | None:
-    """The compiled kernel; None where torch runs."""
+    """Return the compiled attention kernel; None if it cannot be compiled, and torch runs instead."""
     return available("CPU attention", compiled_attention, cache_root() / "compiled")
 
 
 class CpuMultiStepDraftBackend:
-    """The attention of an EAGLE chain's decoding steps: one backend per step, each a token further."""
+    """The attention of an EAGLE chain's decoding steps: one backend per step, each seeing one more token."""
 
     def __init__(self, model_runner: Any, topk: int, speculative_num_steps: int) -> None:
         if topk != 1:
@@ -152,10 +152,10 @@ class CpuMultiStepDraftBackend:
 
 
 def register_attention_backend() -> None:
-    """Enter the backend into SGLang's registries.
+    """Register the backend with SGLang.
 
-    Latent attention (MLA) runs absorbed in every forward, prefills too: queries and keys of the latent width, values
-    its first part, all of which are in the pool. Upstream's other ways hand keys to the backend that are not there.
+    Latent attention (MLA) uses the absorbed form in every forward, prefills too: queries and keys have the latent
+    width, values are its first part, and the pool holds both. Upstream's other forms pass keys that no pool holds.
     """
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
@@ -165,7 +165,7 @@ def register_attention_backend() -> None:
 
 
 def _verify_widths(spec_info: Any, batch_size: int) -> list[int]:
-    """Query rows per request of a verification: ragged where the batch says so, else uniform."""
+    """Return the number of query rows per request of a verification: from the ragged layout if there is one."""
     layout = getattr(spec_info, "ragged_verify_layout", None)
     if layout is not None:
         widths = layout.verify_lens_cpu

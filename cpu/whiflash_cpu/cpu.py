@@ -2,7 +2,7 @@
 
 SGLang's own CPU engine needs operators that the published ``sgl_kernel`` wheel does not have. As an
 out-of-tree platform the CPU runs SGLang's torch-native code instead, with this package's KV pool and
-attention backend, and with :mod:`whiflash_cpu.seams` in place of Triton-only helpers.
+attention backend, and :mod:`whiflash_cpu.seams` replaces the helpers that need Triton.
 
 SGLang imports this module by its name while it is itself being imported; nothing else should import it first.
 """
@@ -24,7 +24,7 @@ from whiflash_sglang.files.cpu import ATTENTION_BACKEND, CHILD_ENVIRONMENT
 logger = logging.getLogger(__name__)
 
 DEFAULT_KV_TOKENS = 65536
-"""KV slots where neither ``--max-total-tokens`` nor ``--mem-fraction-static`` was given.
+"""Number of KV slots if neither ``--max-total-tokens`` nor ``--mem-fraction-static`` was given.
 
 SGLang sizes its pool to fill the device. On a CPU the device is the whole machine's memory.
 """
@@ -44,7 +44,7 @@ def _offer_attention_backend() -> None:
 
 
 def _seeds_without_batch_invariance(enable_bmm: bool = True) -> None:
-    """In place of SGLang's batch-invariant matrix products, which are Triton kernels for accelerators."""
+    """Replace SGLang's batch-invariant matrix products, which are Triton kernels, by a warning."""
     logger.warning(
         "deterministic inference on the CPU: sampling seeds are honoured, but matrix products may differ in "
         "their last bits between batch shapes"
@@ -52,15 +52,15 @@ def _seeds_without_batch_invariance(enable_bmm: bool = True) -> None:
 
 
 def chosen(server_args: Any, field: str) -> Any:
-    """Value that the user gave, before SGLang's own rules filled it in."""
+    """Return the value that the user gave for an argument, before SGLang's own rules filled it in; else None."""
     return getattr(server_args, "_raw_input", {}).get(field)
 
 
 def shared_cores(ranks: int, cores: Sequence[int]) -> dict[str, str]:
-    """Environment in which `ranks` processes share `cores`: neighbouring cores for each, and as many threads.
+    """Return the environment in which `ranks` processes share `cores`: each has neighbouring cores, a thread per core.
 
-    Ranks beyond the number of cores share them, too. SGLang starts no more ranks than there are memory nodes unless
-    the cores of each are named.
+    If there are more ranks than cores, several ranks share a core. SGLang starts at most one rank per memory node
+    unless the environment names the cores of each rank.
     """
     cores_each = max(len(cores) // ranks, 1)
     own = [[cores[(rank * cores_each + n) % len(cores)] for n in range(cores_each)] for rank in range(ranks)]
@@ -73,7 +73,7 @@ _shared: dict[str, str] = {}
 
 
 def share_cores(ranks: int) -> None:
-    """Set what `shared_cores` gives, unless the user has set it; an engine before may have had other ranks."""
+    """Set the environment of `shared_cores`; values that the user set stay, those of an earlier engine are replaced."""
     cores = shared_cores(ranks, sorted(os.sched_getaffinity(0))) if ranks > 1 else {}
     for name in {**_shared, **cores}:
         if os.environ.get(name) != _shared.pop(name, None):
@@ -103,11 +103,11 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         batch_invariant_ops.enable_batch_invariant_mode = _seeds_without_batch_invariance
         if not torch.cuda.is_available():
-            # A torch that was built for CUDA is asked for the device of Qwen3-Next's norms.
+            # With a torch built for CUDA, Qwen3-Next's norms ask it for the current device, which would raise an error.
             torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Choose what works here wherever the command line left the choice open."""
+        """Choose values that work on a CPU for every argument that the command line leaves open."""
         if server_args.device != "cpu":
             return
         if server_args.enable_prefill_delayer:
@@ -121,23 +121,23 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from whiflash_cpu.seams import install_early_seams
 
         install_early_seams()
-        # `--device cpu` alone has already become intel_amx, whose operators no published wheel has; who asks for it
-        # by name gets it.
+        # SGLang has already turned `--device cpu` into intel_amx, whose operators no published wheel has. A user who
+        # names that backend gets it.
         if chosen(server_args, "attention_backend") is None:
             server_args.attention_backend = ATTENTION_BACKEND
         if chosen(server_args, "swa_full_tokens_ratio") is None:
-            # Windows are masks over one pool, which every layer reads by the request table's own slots.
+            # One pool serves all layers: a window is a mask, and the slots are those of the request table.
             server_args.disable_hybrid_swa_memory = True
         if server_args.lora_backend == "csgmv":  # SGLang's default, which needs Triton
             server_args.lora_backend = "torch_native"
         if server_args.moe_runner_backend == "auto":
-            # This selects the layout of the experts' weights, as torch functions take it, not what runs.
+            # This only selects the layout of the experts' weights that torch functions need; no Triton kernel runs.
             server_args.moe_runner_backend = "triton"
         graphs = server_args.cuda_graph_config
         for phase in Phase.ALL:
             graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
         server_args.cuda_graph_config = graphs
-        # Host copies are made by torch here (`host_copies`), in the layouts of this backend.
+        # Torch makes the host copies here (`host_copies`), and it supports the layouts of this backend only.
         server_args.hicache_io_backend = "direct"
         if server_args.hicache_mem_layout not in ("layer_first", "page_first", "page_first_direct"):
             server_args.hicache_mem_layout = "layer_first"
@@ -146,11 +146,11 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
             server_args.max_total_tokens = DEFAULT_KV_TOKENS
         share_cores(server_args.tp_size * server_args.dp_size * server_args.pp_size)
-        # Without it the idle scheduler spins one of the cores that the next request needs.
+        # Otherwise an idle scheduler keeps a core busy that the next request needs.
         server_args.sleep_on_idle = True
 
     def get_device(self, device_id: int = 0) -> str:
-        # The name, as DeviceMixin declares: without `--device`, SGLang takes it apart as a string.
+        # Returns a string, as DeviceMixin declares: without `--device`, SGLang parses it.
         return self.device_type
 
     def get_default_attention_backend(self) -> str:

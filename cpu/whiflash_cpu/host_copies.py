@@ -1,4 +1,4 @@
-"""SGLang's copies between a KV pool and its host copy (`sgl_kernel.kvcacheio`), if both are in host memory."""
+"""Torch versions of SGLang's copies between a KV pool and its host pool (`sgl_kernel.kvcacheio`), for CPU pools."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ def transfer_kv_direct(
     dst_indices: torch.Tensor,
     page_size: int,
 ) -> None:
-    """Slots `src_indices` [n] of every layer [slots, ...] to slots `dst_indices` [n] of the layer beside it."""
+    """Copy slots `src_indices` [n] of every source layer [slots, ...] to slots `dst_indices` [n] of its target."""
     for source, target in zip(src_layers, dst_layers, strict=True):
         target[dst_indices] = source[src_indices]
 
@@ -25,7 +25,7 @@ def transfer_kv_per_layer_direct_pf_lf(
     layer_id: int,
     page_size: int,
 ) -> None:
-    """One layer of a host pool [pages, layers, page_size, ...] to a device layer [slots, ...], K and V each."""
+    """Copy one layer of a host pool [pages, layers, page_size, ...] to a device layer [slots, ...], for K and V."""
     for source, target in zip(src_ptrs, dst_ptrs, strict=True):
         pages = _by_page(source, target)
         target[dst_indices] = pages[src_indices // page_size, layer_id, src_indices % page_size]
@@ -38,7 +38,7 @@ def transfer_kv_all_layer_direct_lf_pf(
     dst_indices: torch.Tensor,
     page_size: int,
 ) -> None:
-    """All device layers [slots, ...], those of K before those of V, to host pools [pages, layers, page_size, ...]."""
+    """Copy all device layers [slots, ...], first K's, then V's, to host pools [pages, layers, page_size, ...]."""
     layers = len(src_ptrs) // len(dst_ptrs)
     for number, source in enumerate(src_ptrs):
         pages = _by_page(dst_ptrs[number // layers], source)
@@ -46,5 +46,5 @@ def transfer_kv_all_layer_direct_lf_pf(
 
 
 def _by_page(pool: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
-    """A host pool [pages, layers, page_size, ...]; that of states beside a `layer` [slots, ...] has pages of one."""
+    """Return a host pool as [pages, layers, page_size, ...]. A pool of states lacks the page_size axis."""
     return pool if pool.dim() == layer.dim() + 2 else pool.unsqueeze(2)

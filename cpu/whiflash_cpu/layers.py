@@ -1,8 +1,8 @@
-"""SGLang's norms, activations and rotations on the CPU: compiled (:mod:`whiflash_kernels.layers`) instead of a dozen
-operators of torch each; and what else targets' layers use of the kind.
+"""SGLang's norms, activations and rotations on the CPU as compiled functions (:mod:`whiflash_kernels.layers`), where
+torch runs a dozen operators each; decoder layers that call them directly; torch versions of gates and experts.
 
-Registered for exact classes, as SGLang wants it of a platform; what the kernels do not take goes to the class's own
-torch code, and all of it does where they cannot be compiled.
+Functions are registered for exact classes, as SGLang requires of a platform. Inputs that the kernels do not support go
+to the class's own torch code, and all inputs do if the kernels cannot be compiled.
 """
 
 from collections.abc import Callable
@@ -22,14 +22,14 @@ from whiflash_sglang.files.cpu import ATTENTION_BACKEND
 
 
 def use_compiled_layers() -> None:
-    """Compute norms, activations and rotations of targets and drafters by compiled functions, where they can be had."""
+    """Let targets and drafters compute norms, activations and rotations by compiled functions, if possible."""
     if compiled := available("CPU arithmetic of layers", compiled_layers, cache_root() / "compiled"):
         layers.use(compiled)
         _register()
 
 
 def _register() -> None:
-    """Let SGLang's layers ask for what is in `whiflash_kernels.layers.use`, at every call."""
+    """Register forwards with SGLang's layers that look up the compiled functions at every call."""
     from sglang.kernels.fused_op import BaseFusedOp
     from sglang.srt.layers.activation import SiluAndMul
     from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
@@ -41,7 +41,7 @@ def _register() -> None:
     BaseFusedOp.register_oot_forward(GemmaRMSNorm, gemma_norm, key)
     BaseFusedOp.register_oot_forward(SiluAndMul, silu_and_mul, key)
     for kind in _with_subclasses(RotaryEmbedding):
-        if kind.forward_native is RotaryEmbedding.forward_native:  # others turn by other angles
+        if kind.forward_native is RotaryEmbedding.forward_native:  # others compute other angles
             BaseFusedOp.register_oot_forward(kind, rotate, key)
 
 
@@ -57,7 +57,7 @@ def rms_norm(
     post_residual_addition: Tensor | None = None,
     quant_linear: Any = None,
 ) -> Any:
-    """Forward of `RMSNorm`: x [..., H] → its norm; with `residual`, the norm of their sum, and the sum."""
+    """Replace the forward of `RMSNorm`: x [..., H] → its norm; with `residual`, the norm of their sum, and the sum."""
     plain = self.variance_size_override is None and self.override_orig_dtype is None
     if not plain or self.cast_x_before_out_mul or self.fp32_residual:
         return self.forward_native(x, residual, post_residual_addition)
@@ -67,7 +67,7 @@ def rms_norm(
 def gemma_norm(
     self: Any, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None
 ) -> Any:
-    """Forward of `GemmaRMSNorm`, whose weight is relative to one."""
+    """Replace the forward of `GemmaRMSNorm`, which multiplies by 1 + weight."""
     return _norm(self, x, residual, post_residual_addition, 1.0)
 
 
@@ -82,7 +82,7 @@ def _norm(self: Any, x: Tensor, residual: Tensor | None, addition: Tensor | None
 
 
 def silu_and_mul(self: Any, x: Tensor) -> Tensor:
-    """Forward of `SiluAndMul`: [..., 2 * H] → [..., H]."""
+    """Replace the forward of `SiluAndMul`: x [..., 2 * H] → [..., H]."""
     compiled = layers.compiled_for(x)
     return self.forward_native(x) if compiled is None else compiled.silu_and_mul(x)
 
@@ -95,7 +95,7 @@ def rotate(
     offsets: Tensor | None = None,
     fused_set_kv_buffer_arg: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """Forward of `RotaryEmbedding`: query and key [T, heads * D], turned in place, as SGLang's own kernels do."""
+    """Rotate query and key [T, heads * D] in place: `RotaryEmbedding`'s forward, as SGLang's kernels do."""
     compiled = layers.compiled_for(query, key)
     plain = (
         self.is_neox_style
@@ -113,17 +113,17 @@ def rotate(
 
 
 _PLAIN = "_whiflash_plain"
-"""A layer's attribute: whether `_is_plain` was found of it at its first forward."""
+"""Attribute of a layer that stores the result of `_is_plain` from its first forward."""
 
 
 def forward(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """Forward of `LlamaDecoderLayer` and `Qwen2DecoderLayer`: hidden states [T, H] and the batch's residual stream →
-    the same, on one CPU rank, without what SGLang decides again at every stage.
+    """Wrap the forward of `LlamaDecoderLayer` and `Qwen2DecoderLayer` with a shorter one for one CPU rank:
+    hidden states [T, H] and the batch's residual stream → the next hidden states and stream.
 
-    Parts that are left out decide nothing here: boundaries between stages (sums over ranks, rows that are scattered),
-    linear layers' groups, attention's graphs. They take longer than the layer's norms, rotation and activation
-    together. The residual stream is kept as SGLang keeps it, so layers of both ways may follow each other. A stack's
-    first layer takes SGLang's way.
+    It skips the checks that SGLang repeats at every stage and that have one answer here: stage boundaries (sums over
+    ranks, scattered rows), linear layers' groups, attention's graphs. They take longer than the layer's norms, rotation
+    and activation together. The residual stream has SGLang's form, so layers of both kinds may follow each other. The
+    first layer of a model uses SGLang's forward.
     """
     from sglang.srt.layers.layer_boundary.residual.add_norm import PLAIN_ADD
     from sglang.srt.model_executor.forward_context import get_attn_backend
@@ -149,7 +149,7 @@ def forward(upstream: Callable[..., Any]) -> Callable[..., Any]:
             return upstream(self, positions, hidden_states, forward_batch, capture_output)
         normed, residual = self.input_layernorm(hidden_states, stream.residual)
         if capture_output is not None:
-            capture_output(residual)  # which copies it
+            capture_output(residual)  # the call copies it, so the tensor may be overwritten
         attended = _attention(self.self_attn, positions, normed, forward_batch, backend)
         normed, residual = self.post_attention_layernorm(attended, residual)
         mlp = self.mlp
@@ -175,7 +175,7 @@ def _times(layer: Any, x: Tensor) -> Tensor:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is made of SGLang's own unquantised parts, whole on this rank, and nobody hooks into them."""
+    """Whether a layer has only SGLang's own unquantised parts, all of them on this rank and without forward hooks."""
     from sglang.srt.layers import linear as linears
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -193,7 +193,7 @@ def _is_plain(layer: nn.Module) -> bool:
     products = [attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
     whole = (linears.QKVParallelLinear, linears.RowParallelLinear, linears.MergedColumnParallelLinear)
     return (
-        all(type(linear) in whole and not linear.skip_bias_add for linear in products)  # adapters wrap them
+        all(type(linear) in whole and not linear.skip_bias_add for linear in products)  # LoRA wraps them
         and all(type(linear.quant_method) is UnquantizedLinearMethod for linear in products)
         and type(attention.attn) is RadixAttention
         and not any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
@@ -201,10 +201,10 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def attention_backends_of(cfg: Any) -> tuple[str | None, str | None]:
-    """(prefill, decode) attention backends as the rules for single models see them.
+    """Return the (prefill, decode) attention backends that SGLang's rules for single models compare.
 
-    Upstream lists the backends that serve gpt-oss (attention sinks beside windows) and Gemma 4 (windows, heads of two
-    sizes) by name. Ours does what Triton's does there, so it takes that name.
+    Upstream lists by name the backends that serve gpt-oss (attention sinks and windows) and Gemma 4 (windows, heads of
+    two sizes). Ours supports the same there as Triton's, so "triton" is returned for it.
     """
     base = cfg.attention_backend
     named = (cfg.prefill_attention_backend or base, cfg.decode_attention_backend or base)
@@ -215,7 +215,7 @@ def attention_backends_of(cfg: Any) -> tuple[str | None, str | None]:
 def fused_gate_sigmoid_mul(
     hidden_states: torch.Tensor, gate_weight: torch.Tensor, shared_output: torch.Tensor
 ) -> torch.Tensor:
-    """``sigmoid(hidden_states @ gate_weight) * shared_output``: a new tensor, [T, H] in the dtype of ``shared_output``.
+    """Return ``sigmoid(hidden_states @ gate_weight) * shared_output``, [T, H] in the dtype of ``shared_output``.
 
     hidden_states, shared_output: [T, H]. gate_weight: [H] or [1, H].
     """
@@ -229,22 +229,22 @@ def fused_gate_sigmoid_mul_add(
     shared_output: torch.Tensor,
     final_hidden_states: torch.Tensor,
 ) -> None:
-    """``final_hidden_states`` [T, H] (mutable) += :func:`fused_gate_sigmoid_mul` of the others."""
+    """Add :func:`fused_gate_sigmoid_mul` of the first three arguments to ``final_hidden_states`` [T, H] (mutable)."""
     final_hidden_states += fused_gate_sigmoid_mul(hidden_states, gate_weight, shared_output)
 
 
 def experts_of_kimi(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """In place of the forward of Kimi Linear's `KimiMoE`, which leaves the routed experts' factor to their kernel, and
-    SGLang's torch experts leave it out. hidden_states: [T, H]. Returns [T, H]."""
+    """Replace the forward of Kimi Linear's `KimiMoE`: it expects the experts' kernel to multiply by the routed scaling
+    factor, which SGLang's torch experts do not. hidden_states: [T, H]. Returns [T, H]."""
     routed = self.experts(hidden_states, self.topk(hidden_states, self.gate(hidden_states)[0]))
     routed = routed * self.routed_scaling_factor
     return routed if self.num_shared_experts is None else routed + self.shared_experts(hidden_states)
 
 
 def of_own_experts(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """Forward of `UnquantizedFusedMoEMethod.forward_native`, with experts on several ranks: an id of -1 means another
-    rank's expert, which upstream's loop over experts takes for an index. It is given the pairs of a token and an expert
-    of this rank, as tokens with one expert each.
+    """Wrap `UnquantizedFusedMoEMethod.forward_native` for experts on several ranks. An id of -1 means another rank's
+    expert, but upstream's loop over experts would use it as an index. So upstream receives only this rank's pairs of a
+    token and an expert, each as a token with one expert.
     """
 
     def forward_native(self: Any, layer: Any, dispatch_output: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The target's products by a CPU's matrix kernels (`whiflash_kernels.packed`).
+"""Compute the target's matrix products by a CPU's matrix kernels (`whiflash_kernels.packed`).
 
-Every method here wraps one of SGLang's (`whiflash_cpu/seam_tables.py`). Copies are made when a model is loaded and
-again whenever its weights are updated; what other code does with a layer's weight sees the weight itself.
+The wrappers here replace methods of SGLang (`whiflash_cpu/seam_tables.py`). Packed copies are made when a model is
+loaded and again whenever its weights are updated; other code sees the layer's weight itself, not the copy.
 """
 
 import functools
@@ -23,17 +23,17 @@ from whiflash_sglang.formats import packed
 logger = logging.getLogger(__name__)
 
 _had_room: WeakSet[nn.Module] = WeakSet()
-"""Models that were packed once: what their copies took is given back before an update, and so is there behind it."""
+"""Models that were packed once. An update frees their copies first, so the same memory is available for new ones."""
 
 
 def use_compiled_products() -> None:
-    """Multiply bfloat16 by a compiled kernel where oneDNN cannot: with AVX2 alone torch takes 4 to 7 times as long."""
+    """Use a compiled bfloat16 product if oneDNN has none: on a CPU with only AVX2, torch takes 4 to 7 times as long."""
     if not onednn_has_bfloat16():
         use(available("CPU multiplication", compiled_products, cache_root() / "compiled"))
 
 
 def pack_model(model: nn.Module) -> None:
-    """Pack the matrices that SGLang multiplies by unquantised, and say what it takes or why it was left."""
+    """Pack the model's unquantised matrices; log the memory that the copies take, or why none were made."""
     missing = {id(weight): weight for weight in _weights(model) if packable(weight) and not is_packed(weight)}
     size = sum(weight.nbytes for weight in missing.values())
     taken = packed.pack(missing.values(), at_most=size if model in _had_room else None)
@@ -56,7 +56,7 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
 
     for name, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, "weight", None)
-        if use_intel_amx_backend(module):  # the shape of rows, but blocks of SGLang's own kernels
+        if use_intel_amx_backend(module):  # the usual shape, but the block layout of SGLang's own kernels
             continue
         plain = type(getattr(module, "quant_method", None)) is UnquantizedLinearMethod
         if isinstance(weight, Tensor) and (plain or name.rpartition(".")[2] == "lm_head"):
@@ -64,7 +64,7 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
 
 
 def apply(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Product with a layer's weight, for `UnquantizedLinearMethod`."""
+    """Wrap `UnquantizedLinearMethod.apply`: multiply by the weight's packed copy if it has one."""
 
     def apply(self: Any, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         weight = layer.weight
@@ -76,7 +76,7 @@ def apply(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def compute_lm_head(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Logits [T, V] of hidden states [T, H], for `LogitsProcessor`."""
+    """Wrap `LogitsProcessor._compute_lm_head` (hidden states [T, H] → logits [T, V]) to use the head's packed copy."""
 
     def compute(
         self: Any,
@@ -102,7 +102,7 @@ def compute_lm_head(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _model_of(holder: Any) -> nn.Module:
-    """The model of what updates or checks its weights, or of a model runner."""
+    """Return the model of a weight updater, a weight checker or a model runner."""
     for getter in ("get_model", "_get_model"):
         if hasattr(holder, getter):
             return getattr(holder, getter)()
@@ -110,10 +110,10 @@ def _model_of(holder: Any) -> nn.Module:
 
 
 def before_updates(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """Forget copies when a session of updates begins, or when one writes some of the weights.
+    """Wrap a method that begins a session of weight updates or writes some weights: packed copies are dropped first.
 
-    Only the session's end makes them again (:func:`around_updates`): until then more parts may come, and SGLang lets
-    others write into the weights' memory directly.
+    Only the session's end makes new copies (:func:`around_updates`): until then more weights may come, and SGLang lets
+    other processes write into the weights' memory directly.
     """
 
     @functools.wraps(upstream)

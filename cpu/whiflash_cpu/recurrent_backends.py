@@ -1,8 +1,8 @@
-"""SGLang's attention backends of layers with a recurrent state, on the CPU: gated delta rules (Qwen3-Next, Qwen3.5;
-Kimi Linear's by channel) and Mamba 2 (Nemotron-H).
+"""Attention backends for layers with a recurrent state, on the CPU: gated delta rules (Qwen3-Next, Qwen3.5; Kimi
+Linear's with a decay per channel) and Mamba 2 (Nemotron-H).
 
-They replace backends whose kernels are Triton's and whose verifications have one width: here rows are packed. A
-verification reads the states and writes down the one behind each of its rows; the commit follows
+They replace SGLang's backends, whose kernels are Triton's and whose verifications have one width: here rows are packed.
+A verification reads the states and records the state after each of its rows; the commit then selects one
 (:func:`whiflash_cpu.recurrent_ops.scatter_mamba_states_after_mtp_verify`).
 """
 
@@ -26,19 +26,19 @@ from whiflash_sglang.engine.forward.recurrences import (
 )
 
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""Step after the convolution; `starts`, `rows`, `every`, `marks` and the results are those of `recurrence`."""
+"""The state update after the convolution. Its keywords and results are those of `recurrent_ops.recurrence`."""
 
 
 class CpuRecurrentBackend(MambaAttnBackendBase):  # type: ignore[misc]
-    """Prefill, decoding and verification of one kind of layer: a convolution, and a matrix that a rule updates."""
+    """Run prefill, decoding and verification of layers with a convolution and a state matrix that a rule updates."""
 
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
         self.conv_states_shape = model_runner.req_to_token_pool.mamba_pool.mamba_cache.conv[0].shape
 
     def cache_of(self, layer_id: int) -> Any:
-        """SGLang's record of a layer's states: ``conv[0]`` [slots, D, K - 1], ``temporal`` [slots, H, X, Y], and of a
-        verification ``intermediate_conv_window[0]`` and ``intermediate_ssm``, [requests + 1, steps, …] of each."""
+        """Return SGLang's record of a layer's states: ``conv[0]`` [slots, D, K - 1], ``temporal`` [slots, H, X, Y]; for
+        verifications ``intermediate_conv_window[0]`` and ``intermediate_ssm``, each [requests + 1, steps, …]."""
         return self.req_to_token_pool.mamba2_layer_cache(layer_id)
 
     def go_on(
@@ -49,7 +49,7 @@ class CpuRecurrentBackend(MambaAttnBackendBase):  # type: ignore[misc]
         convolution: tuple[torch.Tensor, torch.Tensor | None, str | None],
         rule: Rule,
     ) -> torch.Tensor:
-        """Convolve `x` [T, D] (weight, bias, activation), apply `rule`, keep what the next forward goes on from.
+        """Convolve `x` [T, D] (weight, bias, activation), apply `rule` and store the states for the next forward.
 
         Returns the rule's outputs, [T, …].
         """
@@ -84,8 +84,8 @@ class CpuRecurrentBackend(MambaAttnBackendBase):  # type: ignore[misc]
 
 
 def _marks(metadata: Any, forward_batch: Any) -> torch.Tensor | None:
-    """[B] int64: of how many of its rows each request's state is kept for the tree too, 0 for none; None where nobody's
-    is. A verification's are kept by the commit.
+    """Return [B] int64: the number of rows after which each request's state is also stored for the prefix cache, or 0.
+    None if no request stores one here; in a verification the commit does that.
     """
     if not metadata.has_mamba_track_mask or forward_batch.forward_mode.is_target_verify():
         return None
@@ -108,7 +108,7 @@ class CpuMamba2Backend(CpuRecurrentBackend):
         mup_vector: torch.Tensor | None = None,
         use_triton_causal_conv: bool = False,
     ) -> torch.Tensor:
-        """As of `mixer_forward`."""
+        """Run a Mamba 2 mixer; parameters and result are those of `mixer_forward`."""
 
         def scan(x: torch.Tensor, dt: torch.Tensor) -> torch.Tensor:
             time = F.softplus(dt.float() + mixer.dt_bias.float())
@@ -135,7 +135,8 @@ class CpuDeltaBackend(CpuRecurrentBackend):
         b: torch.Tensor,
         **_: Any,
     ) -> torch.Tensor:
-        """mixed_qkv: [T, 2 Hk K + H V]; a: as of `decay`; b: [T, H] or [1, T, H]. Returns [1, T, H, V]."""
+        """Apply the gated delta rule. mixed_qkv: [T, 2 Hk K + H V]. a: see `decay`. b: [T, H] or [1, T, H]. Returns
+        [1, T, H, V]."""
 
         def rule(mixed: torch.Tensor, states: torch.Tensor, **rows: Any) -> Any:
             q, k, v = mixed.split([layer.q_dim, layer.k_dim, layer.v_dim], -1)
@@ -155,7 +156,7 @@ class CpuDeltaBackend(CpuRecurrentBackend):
     forward_decode = forward_extend
 
     def decay(self, layer: Any, a: torch.Tensor) -> torch.Tensor:
-        """Decay of the state by a row, as a logarithm. a: [T, H], as it was projected. Returns [T, H] fp32."""
+        """Return the logarithm of each row's state decay, [T, H] fp32. a: [T, H], the layer's projection."""
         return -layer.A_log.float().exp() * F.softplus(a.float() + layer.dt_bias.float())
 
 
@@ -171,7 +172,8 @@ class CpuChannelDeltaBackend(CpuDeltaBackend):
         return transposed(super().cache_of(layer_id))
 
     def decay(self, layer: Any, a: torch.Tensor) -> torch.Tensor:
-        """a: [T, H K] or [1, T, H, K]. Returns [T, H, K] fp32, all above the layer's lower bound if it has one."""
+        """Return the logarithm of each channel's decay, [T, H, K] fp32, above the layer's lower bound if it has one.
+        a: [T, H K] or [1, T, H, K], the projection of the layer's input."""
         heads, width = layer.num_v_heads, layer.head_k_dim
         rate = layer.A_log.float().exp().view(heads, 1)
         gate = a.reshape(-1, heads, width).float() + layer.dt_bias.float().view(heads, width)
@@ -188,7 +190,7 @@ def fused_qkvzba_split_reshape_cat(
     head_qk: int,
     head_v: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Take apart what Qwen3-Next projects at once; its columns are ordered by key head. mixed_qkvz:
+    """Split the fused projection of Qwen3-Next, whose columns are ordered by key head. mixed_qkvz:
     [T, Hk (2 K + 2 V H / Hk)]. mixed_ba: [T, 2 H]. Returns [T, 2 Hk K + H V] of queries, keys and values, z [T, H, V],
     b [T, H] and a [T, H]."""
     rows, per_key = len(mixed_qkvz), num_heads_v // num_heads_qk
@@ -207,7 +209,7 @@ def fused_qkvzba_split_reshape_cat_contiguous(
     head_qk: int,
     head_v: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same of Qwen3.5, whose columns are all queries, keys, values and z, and all b and a."""
+    """Split Qwen3.5's fused projection as `fused_qkvzba_split_reshape_cat`; its columns are not grouped by key head."""
     rows, width = len(mixed_qkvz), 2 * num_heads_qk * head_qk + num_heads_v * head_v
     mixed, z = mixed_qkvz[:, :width], mixed_qkvz[:, width:]
     b, a = mixed_ba.chunk(2, -1)
@@ -217,7 +219,7 @@ def fused_qkvzba_split_reshape_cat_contiguous(
 def fused_sigmoid_mul(
     attn_output: torch.Tensor, gate: torch.Tensor, inplace: bool = False, quant: bool = False
 ) -> torch.Tensor:
-    """``attn_output · sigmoid(gate)``. attn_output: [T, H D] (mutable with `inplace`). gate: the same or [T, H, D]."""
+    """Return ``attn_output · sigmoid(gate)``. attn_output: [T, H D], mutable if `inplace`. gate: also [T, H, D]."""
     if quant:
         raise ValueError("gates on the CPU are not quantised")
     gated = (attn_output.float() * gate.reshape(attn_output.shape).float().sigmoid()).to(attn_output.dtype)
@@ -232,14 +234,14 @@ def gated_norm(
     prenorm: bool = False,
     residual_in_fp32: bool = False,
 ) -> torch.Tensor:
-    """``x / rms(x) · weight · act(g)``, in place of SGLang's `FusedRMSNormGated.forward`. x, g: [N, V]."""
+    """Return ``x / rms(x) · weight · act(g)``; replaces SGLang's `FusedRMSNormGated.forward`. x, g: [N, V]."""
     if residual is not None or prenorm:
         raise ValueError("the gated norm on the CPU takes no residual")
     return _gated(x, g, self)
 
 
 def norm_gated(self: Any, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
-    """The same, in place of the forward of the `RMSNorm` that Qwen3.5 has. x, z: [N, V]."""
+    """Return ``x / rms(x) · weight · act(z)``; replaces the forward of Qwen3.5's gated `RMSNorm`. x, z: [N, V]."""
     if self.group_size is not None or not self.norm_before_gate or z is None:
         raise ValueError("the gated norm on the CPU takes whole rows, and gates behind it")
     return _gated(x, z, self)

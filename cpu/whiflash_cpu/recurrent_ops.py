@@ -1,5 +1,5 @@
 """Torch versions of SGLang's operators of recurrent layers: causal convolutions, the gated delta rule (Qwen3-Next, Kimi
-Linear) and Mamba 2's scan. Rows of B requests are packed, and each request goes on from its state.
+Linear) and Mamba 2's scan. Rows of B requests are packed, and each request starts from its own stored state.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ def gated_delta_rule(
     every: bool,
     marks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``S ← e^decay · S``, ``S ← S + beta · (v - S k) kᵀ``, ``o = S q / √K``, row by row, all requests at once; queries
-    and keys are divided by their lengths. As transformers' `torch_recurrent_gated_delta_rule` (arXiv 2412.06464), and
-    with a decay for each channel of the key its `recurrent_kimi_delta_attention` (KDA, arXiv 2510.26692).
+    """Apply the gated delta rule row by row: ``S ← e^decay · S``, ``S ← S + beta · (v - S k) kᵀ``, ``o = S q / √K``,
+    with queries and keys of length 1. Follows transformers' `torch_recurrent_gated_delta_rule` (arXiv 2412.06464);
+    with a decay per channel of the key, `recurrent_kimi_delta_attention` (KDA, arXiv 2510.26692).
 
     query, key: [T, Hk, K]. value: [T, H, V], H a multiple of Hk. decay: [T, H] or [T, H, K] fp32. beta: [T, H] fp32.
-    states: [B, H, V, K]. The rest, and the results, are as of :func:`recurrence`, the first result in value's dtype.
+    states: [B, H, V, K]. Other parameters and the results: see :func:`recurrence`; outputs have value's dtype.
     """
     place, present = _side_by_side(starts, len(value))
     repeats = value.shape[1] // key.shape[1]
@@ -61,10 +61,10 @@ def selective_scan(
     every: bool,
     marks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mamba 2 (arXiv 2405.21060): ``S ← e^(dt · a) · S + dt · x bᵀ``, ``y = S c + skip · x``, row by row.
+    """Scan Mamba 2's states (arXiv 2405.21060): ``S ← e^(dt · a) · S + dt · x bᵀ``, ``y = S c + skip · x``, row by row.
 
     x: [T, H, P]. dt: [T, H] fp32, positive. a, skip: [H]. b, c: [T, G, N], H a multiple of G. states: [B, H, P, N].
-    The rest, and the results, are as of :func:`recurrence`, the first result in x's dtype.
+    Other parameters and the results: see :func:`recurrence`; the outputs have x's dtype.
     """
     place, present = _side_by_side(starts, len(x))
     repeats = x.shape[1] // b.shape[1]
@@ -82,19 +82,19 @@ def selective_scan(
 
 
 Step = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""The states before the rows of a number, one of each request: those behind them, and the outputs."""
+"""step(i, states before every request's row i) → the states after those rows, and their outputs."""
 
 
 def recurrence(
     step: Step, states: torch.Tensor, longest: int, rows: Rows, *, every: bool, marks: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`step` for the first rows of all requests, then for the second, up to `longest`.
+    """Call `step` for the first rows of all requests, then for their second rows, up to row number `longest`.
 
-    states: [B, H, X, Y], before the first rows. every: keep the states behind every row. marks: [B] int64, of how many
-    rows of each request the state is kept too.
+    states: [B, H, X, Y], before the first rows. every: return the states after every row. marks: [B] int64, the number
+    of rows after which each request's state is returned too.
 
-    Returns in fp32: outputs [T, …]; states behind the last rows [B, H, X, Y], or with `every` behind all
-    [B, longest, H, X, Y]; those behind as many rows as `marks` says, which are `states` for none.
+    Returns in fp32: outputs [T, …]; states after the last rows [B, H, X, Y], or with `every` after each row
+    [B, longest, H, X, Y]; the states after `marks` rows, which are `states` for a mark of 0.
     """
     state, outputs, behind = states.float(), [], []
     marked = state
@@ -110,8 +110,8 @@ def recurrence(
 
 
 def _side_by_side(starts: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, S] the place of each row of a request among `count` packed ones, S of the longest; [B, S, 1] whether it has
-    that row: a row that it lacks leaves its state unchanged."""
+    """Return [B, S], the index of each request's rows among `count` packed rows, S rows for the longest request; and
+    [B, S, 1], whether the request has that row. A missing row leaves the state unchanged."""
     lengths = starts.diff()
     steps = torch.arange(int(lengths.max()), device=starts.device)
     return (starts[:-1, None] + steps).clamp_(max=count - 1), (steps < lengths[:, None])[..., None]
@@ -133,10 +133,10 @@ def causal_conv1d_fn(
     pad_slot_id: int = PAD_SLOT,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """:func:`packed_convolution` of prompts or parts of them: [D, T] in x's dtype.
+    """Apply :func:`packed_convolution` to prompts or parts of them. Returns [D, T] in x's dtype.
 
     x: [D, T]. weight: [D, K]. bias: [D]. query_start_loc: [B + 1] int. cache_indices: [B] int, slots.
-    has_initial_state: [B] bool, whether a request goes on from its state. conv_states: [slots, D, K - 1] (mutable):
+    has_initial_state: [B] bool, whether a request has a stored state. conv_states: [slots, D, K - 1] (mutable):
     afterwards the last inputs of each request.
     """
     if query_start_loc is None or cache_indices is None or has_initial_state is None or conv_states is None:
@@ -158,7 +158,7 @@ def causal_conv1d_update(
     conv_state_indices: torch.Tensor | None = None,
     pad_slot_id: int = PAD_SLOT,
 ) -> torch.Tensor:
-    """:func:`packed_convolution` of the next input of every request: [B, D] in x's dtype.
+    """Apply :func:`packed_convolution` to one more input of every request. Returns [B, D] in x's dtype.
 
     x: [B, D]. conv_state: [slots, D, K - 1] (mutable). weight: [D, K]. bias: [D]. conv_state_indices: [B] int.
     """
@@ -179,10 +179,10 @@ def scatter_mamba_states_after_mtp_verify(
     mamba_steps_to_track: torch.Tensor | None,
     src_indices_raw: torch.Tensor | None = None,
 ) -> None:
-    """Commit: every request's state becomes the one behind its last accepted row.
+    """Commit a verification: every request's state becomes the state after its last accepted row.
 
     mamba_caches: SGLang's record of a verification's states: ``conv`` [L, slots, D, K - 1] (mutable) and
-    ``intermediate_conv_window`` [L, rows, steps, D, K - 1] of each kind, and so ``temporal`` and ``intermediate_ssm``.
+    ``intermediate_conv_window`` [L, rows, steps, D, K - 1] of each kind, and ``temporal`` and ``intermediate_ssm``.
     state_indices_tensor: [B] int, slots. last_correct_step_indices: [B] int, the row; negative: none.
     mamba_track_indices, mamba_steps_to_track: a second slot and row of each request, or None. src_indices_raw: [B] int,
     rows of the windows; None: the first B.

@@ -1,4 +1,4 @@
-"""Every private SGLang name that the CPU platform replaces, in one table; `seams.py` puts them in place."""
+"""Table of every private SGLang name that the CPU platform replaces; `seams.py` installs the replacements."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ _SAMPLING = ("tree_speculative_sampling_target_only", "top_k_renorm_prob", "top_
 
 
 class Seam(NamedTuple):
-    """One replaced name: `name` or `Owner.name` of a module."""
+    """One replaced name: a module's `name`, or the member `Owner.name` of one of its classes."""
 
     module: str
     name: str
@@ -46,14 +46,14 @@ class Seam(NamedTuple):
         return f"{self.module}:{self.name}"
 
     def made(self, original: Any) -> Any:
-        """Replacement of SGLang's own."""
+        """Return the replacement of SGLang's `original`."""
         if not self.wraps:
             return self.replacement
         return self.replacement(original.__func__ if isinstance(original, staticmethod) else original)
 
 
 def _same(module: str, ours: ModuleType, *names: str, absent: bool = False) -> tuple[Seam, ...]:
-    """Names of `module` that `ours` has too."""
+    """Return a seam for each of the names, which `module` of SGLang and our module `ours` both define."""
     return tuple(Seam(module, name, getattr(ours, name), absent=absent) for name in names)
 
 
@@ -68,25 +68,25 @@ def _tree_mask_mode() -> Any:
 
 
 def _leave_unregistered(buffer: Any, registration_granularity_bytes: int | None = None) -> None:
-    """Host memory that no accelerator copies from needs no driver."""
+    """Skip the registration of host memory with a driver: no accelerator copies from it."""
 
 
 EARLY_SEAMS = _same("sglang.srt.arg_groups.model_hook", layers, "attention_backends_of")
-"""Names asked while the arguments are read, in the launcher's process too (:func:`install_early_seams`)."""
+"""Names that SGLang calls while it reads the arguments, also in the launcher (:func:`install_early_seams`)."""
 
 PINNING = (
     "sglang.srt.lora.layers",
     "sglang.srt.lora.backend.torch_backend",
     "sglang.srt.model_executor.forward_batch_info",
 )
-"""Modules that ask torch for pinned tensors, for the target's adapters and for DP attention."""
+"""Modules that request pinned tensors from torch, for the target's adapters and for DP attention."""
 
 _OF_UPSTREAMS_DRAFTERS: tuple[Seam, ...] = (
     *_same(f"{_SPECULATIVE}.cache_locs", spec_ops, "assign_draft_cache_locs_contiguous_func"),
     *_same(_SPEC_TREE, spec_ops, "build_tree_kernel_efficient_func", "verify_tree_greedy_func"),
     *_same("sglang.kernels.ops.attention.table_qk_norm_rope", spec_ops, "table_qk_norm_rope_"),
 )
-"""Names that upstream's own algorithms call since 0.5.23; before, the CPU serves plain decoding and WHIFLASH."""
+"""Names that upstream's own algorithms call since 0.5.23. Earlier releases serve only plain decoding and WHIFLASH."""
 
 _NAMES: tuple[Seam, ...] = (
     *_same(_CONV, recurrent_ops, "causal_conv1d_fn", "causal_conv1d_update"),
@@ -125,7 +125,7 @@ _NAMES: tuple[Seam, ...] = (
 
 
 def _create_draft_backend(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """Enter the CPU backend into both maps of the draft backend factory, which are local to its methods."""
+    """Add the CPU backend to both maps of the draft backend factory, which are local to its methods."""
 
     def create(
         self: Any, backend_name: str, backend_map: Any, error_template: str, stamps_children: bool = False
@@ -144,7 +144,7 @@ def _create_draft_backend(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keep_embedding_dtype(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """Upstream turns every input embedding into bfloat16, which a float32 draft model cannot take."""
+    """Convert input embeddings to the model's dtype: upstream makes them bfloat16, even for a float32 drafter."""
 
     def kwargs_of(self: Any, forward_batch: Any, pp_proxy_tensors: Any) -> Any:
         kwargs = upstream(self, forward_batch, pp_proxy_tensors)
@@ -156,7 +156,7 @@ def _keep_embedding_dtype(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _hybrid_pool(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """A platform names the pool of a model whose every layer attends; upstream's keeps KV with Triton's copies."""
+    """Use `CpuKVPool` for hybrid models: SGLang asks the platform for others only, and its own pool needs Triton."""
 
     def pool_of(self: Any, *, mha_pool_class: type, mla_pool_class: type, dsa_pool_class: type) -> Any:
         found = upstream(
@@ -168,8 +168,8 @@ def _hybrid_pool(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _mask_on_host(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """Masks of requests without a grammar of their own, as of --enable-strict-thinking: upstream's grammar objects
-    have this branch, its backend has not.
+    """Apply vocabulary masks on the CPU for requests without a grammar (--enable-strict-thinking): upstream's grammar
+    objects have a CPU branch, its grammar backend has none.
     """
 
     def apply_vocab_mask(logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
@@ -184,17 +184,17 @@ def _mask_on_host(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class HostEvent:
-    """A moment on the host, for what upstream times by events of a device (--enable-forward-pass-metrics)."""
+    """A time on the host that replaces a device event, for --enable-forward-pass-metrics."""
 
     def __init__(self) -> None:
         self._seconds = time.perf_counter()
 
     def query(self) -> bool:
-        """Whether what was issued before it is done."""
+        """Whether all work before the event is done: always, since CPU calls are synchronous."""
         return True
 
     def elapsed_time(self, end: "HostEvent") -> float:
-        """Milliseconds."""
+        """Return the milliseconds from this event to `end`."""
         return (end._seconds - self._seconds) * 1000
 
 
@@ -215,7 +215,7 @@ def _end_on_host(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _unpinned(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """Initialiser of the pools that keep KV in host memory: without an accelerator there is none to pin it for."""
+    """Wrap the initialiser of pools in host memory: without an accelerator their memory need not be pinned."""
 
     @wraps(upstream)
     def initialise(self: Any, **named: Any) -> None:
@@ -269,7 +269,7 @@ SEAMS = (*_NAMES, *(_OF_UPSTREAMS_DRAFTERS if has("0.5.23") else ()), *_METHODS)
 
 
 def delta_seams() -> tuple[Seam, ...]:
-    """Names and methods that models with a gated delta rule use, by head or by channel. Imported for them only."""
+    """Return the seams of models with a gated delta rule, by head or by channel. Only such models import its module."""
     from whiflash_cpu import recurrent_backends
 
     linear = "sglang.srt.layers.attention.linear"
@@ -292,7 +292,7 @@ def delta_seams() -> tuple[Seam, ...]:
 
 
 def mamba2_seams() -> tuple[Seam, ...]:
-    """Names that models with Mamba 2's mixer use."""
+    """Return the seams of models with Mamba 2's mixer."""
     from whiflash_cpu.recurrent_backends import CpuMamba2Backend
 
     module = "sglang.srt.layers.attention.hybrid_linear_attn_backend"
@@ -310,4 +310,4 @@ MODEL_SEAMS: Mapping[str, Callable[[], tuple[Seam, ...]]] = {
     "LlamaDecoderLayer": _forward_of("llama", "LlamaDecoderLayer", layers.forward),
     "Qwen2DecoderLayer": _forward_of("qwen2", "Qwen2DecoderLayer", layers.forward),
 }
-"""Seams of models with such a layer, beside :data:`SEAMS`; put in place by :func:`install_model_seams`."""
+"""Layer class → seams of models with such a layer, added to :data:`SEAMS` by :func:`install_model_seams`."""

@@ -1,4 +1,4 @@
-"""The one place that replaces SGLang's private names for the CPU platform (`whiflash_cpu/seam_tables.py` lists them).
+"""Replace SGLang's private names for the CPU platform; `whiflash_cpu/seam_tables.py` lists them.
 
 ``sglang==0.5.23`` offers hooks for some of what speculation needs on a new platform (``get_speculative_cache_locs_fn``,
 ``get_kv_pool_cls``, ``capabilities``); :mod:`whiflash_cpu.cpu` uses those. The rest launches Triton
@@ -29,7 +29,7 @@ from whiflash_sglang.engine.patching import Finding, replace, upstreams
 
 
 def install_early_seams() -> None:
-    """Replace every name of :data:`EARLY_SEAMS` in its own module alone. Idempotent.
+    """Replace every name of :data:`EARLY_SEAMS`, only in its own module. Idempotent.
 
     Raises:
         RuntimeError: a name is missing or has other parameters than its replacement.
@@ -53,7 +53,7 @@ def install_seams() -> None:
 
 
 def install_model_seams(layers: Collection[str]) -> None:
-    """After :func:`install_seams`, what a loaded model with layers of these classes needs. Idempotent.
+    """Install the seams that a model with layers of these classes needs, after :func:`install_seams`. Idempotent.
 
     Raises:
         RuntimeError: a name is missing or has other parameters than its replacement.
@@ -87,11 +87,11 @@ def verify_seams() -> list[Finding]:
 def _check(seam: Seam) -> Finding:
     """Whether upstream's function is there and takes exactly the parameters of its replacement.
 
-    An older release may lack the last ones, if the replacement does without.
+    An older SGLang may lack the last parameters, if they are optional in the replacement.
     """
     try:
         module = importlib.import_module(seam.module)
-        # Imported for accelerators alone, it is in the module's source.
+        # The module imports the name for accelerators only, so it may appear in the source and not be an attribute.
         skipped = seam.absent and not hasattr(module, seam.name) and seam.name in inspect.getsource(module)
         upstream = None if skipped else upstreams(seam.path)
     except (ImportError, AttributeError) as error:
@@ -111,7 +111,7 @@ def _check(seam: Seam) -> Finding:
 
 
 def _install_record_stream() -> None:
-    """A CPU tensor has no stream that could recycle it: recording one is nothing to do, not an error."""
+    """Let `Tensor.record_stream` ignore CPU tensors, where torch raises an error: they belong to no stream."""
     upstream = torch.Tensor.record_stream
 
     def record_stream(self: torch.Tensor, stream: Any) -> None:
@@ -122,7 +122,7 @@ def _install_record_stream() -> None:
 
 
 def _install_pin_memory() -> None:
-    """Pin no memory without an accelerator: it needs none, and torch asks for its driver."""
+    """Let `Tensor.pin_memory` return the tensor without an accelerator: torch would ask for its driver."""
     upstream = torch.Tensor.pin_memory
 
     def pin_memory(self: torch.Tensor, *device: Any) -> torch.Tensor:
@@ -135,7 +135,7 @@ def _install_pin_memory() -> None:
 
 
 class Unpinned(ModuleType):
-    """torch, whose functions make no pinned tensors unless there is an accelerator."""
+    """The module torch with `tensor` and `zeros` that ignore `pin_memory` unless there is an accelerator."""
 
     def __getattr__(self, name: str) -> Any:
         member = getattr(torch, name)

@@ -19,8 +19,8 @@ def extend_cache_locs(
     draft_token_num: int,
     device: Any,
 ) -> torch.Tensor:
-    """KV slots of positions ``[start, end)`` of every request, packed: [batch_size * draft_token_num] int64, at least
-    as many as there are; entries beyond the packed ones are 0.
+    """Return the KV slots of positions ``[start, end)`` of every request, packed: [batch_size * draft_token_num] int64,
+    which must be enough; entries beyond the packed slots are 0.
 
     req_pool_indices: [bs] int, rows of ``req_to_token`` [requests, positions] int32. start_offset, end_offset: [bs]
     int. device: unused; the result is on the table's device.
@@ -44,7 +44,7 @@ def assign_draft_cache_locs_contiguous_func(
     positions: torch.Tensor | None = None,
     mrope: torch.Tensor | None = None,
 ) -> None:
-    """Slots of the ``topk * num_cols`` positions after ``seq_lens``, into ``out_cache_loc`` (mutable)."""
+    """Write the slots of the ``topk * num_cols`` positions after ``seq_lens`` into ``out_cache_loc`` (mutable)."""
     width = topk * num_cols
     columns = seq_lens.view(-1, 1) + torch.arange(width)
     out_cache_loc.view(-1, width).copy_(req_to_token[req_pool_indices.view(-1, 1), columns])
@@ -73,7 +73,7 @@ def assign_req_to_token_pool_func(
 def get_last_loc(
     req_to_token: torch.Tensor, req_pool_indices_tensor: torch.Tensor, prefix_lens_tensor: torch.Tensor
 ) -> torch.Tensor:
-    """Slot of the last allocated position of every request, -1 where there is none: where a page continues."""
+    """Return the KV slot of every request's last prefix position, where its page continues; -1 without a prefix."""
     last = req_to_token[req_pool_indices_tensor.long(), (prefix_lens_tensor - 1).clamp_min(0).long()]
     return torch.where(prefix_lens_tensor > 0, last.to(prefix_lens_tensor.dtype), -1)
 
@@ -85,7 +85,7 @@ def fill_bonus_tokens_func(
     accept_stride: int,
     batch_size: int,
 ) -> None:
-    """The last accepted token of every request, into ``bonus_tokens`` [bs] (mutable)."""
+    """Write every request's last accepted token into ``bonus_tokens`` [bs] (mutable)."""
     last = torch.arange(batch_size) * accept_stride + accept_lens.view(-1).to(torch.int64) - 1
     bonus_tokens.copy_(accept_tokens.reshape(-1)[last])
 
@@ -97,7 +97,7 @@ def gather_spec_extras(
     output_tokens_buf: torch.Tensor,
     hidden_states_buf: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Rows ``indices`` of the four relay buffers."""
+    """Return rows ``indices`` of the four buffers that pass draft inputs from one round to the next."""
     hidden = None if hidden_states_buf is None else hidden_states_buf[indices]
     return topk_p_buf[indices], topk_index_buf[indices], output_tokens_buf[indices], hidden
 
@@ -172,13 +172,13 @@ def tree_speculative_sampling_target_only(
     threshold_acc: float = 1.0,
     deterministic: bool = True,
 ) -> None:
-    """Speculative sampling of deterministic drafts, of a chain.
+    """Verify a chain of deterministic drafts by speculative sampling.
 
     In a chain, draft ``j`` is accepted with the target's probability of it; at the first rejection the token is drawn
     from the target without the rejected draft, after the last draft from the target. With both thresholds at 1 the
     result has the target's distribution (Leviathan et al., arXiv 2211.17192, for a point-mass draft).
 
-    predicts, accept_index, accept_token_num, candidates: as of :func:`verify_tree_greedy_func`. uniform_samples:
+    predicts, accept_index, accept_token_num, candidates: see :func:`verify_tree_greedy_func`. uniform_samples:
     [bs, W] in [0, 1), one per draft; uniform_samples_for_final_sampling: [bs]. target_probs: [bs, W, V] float32.
     draft_probs: zero by contract, unused. threshold_single, threshold_acc: a draft is also accepted at a probability
     of the first, and the second divides the probability; 1 and 1 keep the distribution.
@@ -215,7 +215,7 @@ def top_k_renorm_prob(probs: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
 
 
 def top_p_renorm_prob(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Keep the smallest set of largest entries that reaches ``top_p`` [n] of every row, renormalised."""
+    """Keep the smallest set of largest entries whose sum reaches ``top_p`` [n] of every row, renormalised."""
     ordered, ids = probs.sort(dim=-1, descending=True)
     before = ordered.cumsum(-1) - ordered
     ordered = ordered.masked_fill(before > top_p.view(-1, 1), 0.0)
@@ -234,7 +234,7 @@ def table_qk_norm_rope_(
     head_dim: int,
     eps: float,
 ) -> None:
-    """Head-wise RMSNorm and neox RoPE of the q and k parts of ``qkv`` [n, (Hq + 2 Hkv) * D], in place."""
+    """Apply head-wise RMSNorm and neox RoPE to the q and k parts of ``qkv`` [n, (Hq + 2 Hkv) * D], in place."""
     rows = qkv.shape[0]
     heads = qkv[:, : (num_q_heads + num_k_heads) * head_dim].view(rows, num_q_heads + num_k_heads, head_dim)
     x = heads.float()
@@ -252,10 +252,10 @@ _LOW = 0xFFFFFFFF
 
 
 def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3 (x86, 32 bit, seed 0) of the 16 bytes seed (64 bit), position, column, little-endian: [n, m] uint32.
+    """Hash seed (64 bit), position and column, 16 bytes little-endian, by MurmurHash3 (x86, 32 bit, seed 0).
 
-    seed: [n] uint64. positions: [n] int. col_indices: [m] int. Upstream's versions are a Triton kernel and an operator
-    that no published wheel has.
+    Returns [n, m] uint32. seed: [n] uint64. positions: [n] int. col_indices: [m] int. Upstream has a Triton kernel and
+    an operator that no published wheel has.
     """
     seed = seed.view(torch.int64)
     hashed = torch.zeros_like(seed)
@@ -292,7 +292,7 @@ def _write_accepted(
     accepted: torch.Tensor,
     tokens: torch.Tensor,
 ) -> None:
-    """Fill the three outputs of a chain verification; ``accepted`` [bs] drafts, ``tokens`` [bs, >= depth]."""
+    """Fill the three outputs of a chain verification; ``accepted`` [bs] draft counts, ``tokens`` [bs, >= depth]."""
     bs, depth = accept_index.shape
     width = predicts.numel() // bs
     column = torch.arange(depth)
