@@ -1,1 +1,1 @@
-"""A round and a request: what stages say to each other."""
+"""The records of a round and of a request, which the stages of a round pass to each other."""

@@ -1,4 +1,4 @@
-"""The records that a round passes on, and the words for lengths. Imports no SGLang.
+"""The records that the stages of a round pass on, and the words for lengths. Imports no SGLang.
 
 At the start of a round a request has n committed tokens *with* target KV and features, 0…n-1. Token n is the bonus
 token: known, emitted, without KV. Intervals are half-open. KV that a drafter writes at positions >= n is provisional.
@@ -24,18 +24,18 @@ from whiflash_sglang.records.request import Request
 from whiflash_sglang.records.signals import Decision
 
 Due = Mapping[str, tuple[list[int], int]]
-"""Requests of a batch that an arm has to catch up before a round, by arm: their indices, and most tokens that they have
-to ingest together, never 0; exactly those if n is known.
+"""By arm, the requests of a batch that it has to catch up before a round: their indices in the batch, and the tokens
+that it ingests for all of them together, at least 1. The number is exact if the host knows n, else an upper bound.
 """
 
 NumbersT = TypeVar("NumbersT")
 
 
 class Limits(NamedTuple, Generic[NumbersT]):
-    """Drafts at most, of each request of a round: a list on the host, [B] int64 on the device.
+    """Largest number of drafts of each request of a round: a list on the host, [B] int64 on the device.
 
-    passes: of its pass, 0 without one. joined: with those that other arms put behind, 0 if none may. copied: that the
-    device may copy in their place. drafts: of whatever source.
+    passes: of its drafter's pass, 0 without one. joined: of the pass and the drafts with which other arms continue it,
+    0 if none may. copied: that the device may copy instead of a pass. drafts: of any source.
     """
 
     passes: NumbersT
@@ -46,15 +46,15 @@ class Limits(NamedTuple, Generic[NumbersT]):
 
 @dataclass(slots=True, eq=False)
 class Plan:
-    """The first rank's decisions about a round, from what it alone looks at; the others take them over.
+    """The first rank's decisions about a round, made of what only that rank reads; the other ranks adopt them.
 
-    A value a request: undrafted: indices of those whose grammar is too dear for drafts. asked: arms that were asked
-    what they propose. routes: neural pass of each, or `none`. candidates: that may be verified without a pass.
-    priced_as: what drafts are learned by: the route, or `promised`.
+    Lists have a value per request, but for undrafted: indices of the requests whose grammar is too dear for drafts.
+    asked: arms that were asked for a candidate. routes: the arm whose pass drafts, or `none`. candidates: those that
+    may be verified without a pass, by arm. priced_as: the key under which the round's drafts are learned, its route or
+    `promised`. usual_drafts: drafts that the round has rows for, where the host may not count them.
 
-    usual_drafts: drafts that the round has rows for, where the host may not count them.
-
-    A value an arm: worth: what a further draft must bring. calibration: `Drafter.calibration` of all that draft.
+    Mappings have a value per arm. worth: what a further draft must bring. calibration: `Drafter.calibration` of every
+    arm that drafts.
     """
 
     undrafted: list[int]
@@ -69,57 +69,57 @@ class Plan:
 
     @property
     def speculates(self) -> bool:
-        """Whether anything was promised, or a model drafts."""
+        """Whether a model drafts for a request, or a draft source has promised a candidate."""
         return any(arm != arms.NONE for arm in self.priced_as)
 
     @property
     def row_worth(self) -> float:
-        """Tokens that a verified row must bring, whichever arm drafts it."""
+        """Return how many tokens a verified row must bring, whichever arm drafts it: the largest of all arms."""
         return max(worth.row for worth in self.worth.values())
 
 
 @dataclass(eq=False, repr=False)  # a repr would read what no stage has filled, and wait for the device
 class Round:
-    """One round of a decode batch of B requests. Each stage fills its part of it. A part that no stage has filled yet
-    cannot be read, but for the last of draft and verify, which most rounds leave out.
+    """One round of a decode batch of B requests. Each stage fills its own fields. A field that is not filled yet cannot
+    be read, but for those of draft with a default, which most rounds leave unset.
     """
 
-    # Filled by `round_batch` or `next_round` (engine/scheduler/spec_worker.py), of SGLang's batch.
+    # Filled by `round_batch` or `next_round` (engine/scheduler/spec_worker.py) from SGLang's batch.
     rows: torch.Tensor  # [B] int64, rows of the request table
-    row_ids: list[int]  # the same on the host
+    row_ids: list[int]  # `rows` on the host
     starts: torch.Tensor  # [B] int64, n
-    least: Sequence[int]  # the lowest that n may be, as far as the host knows
-    most: Sequence[int]  # the highest; the same number if nothing is under way
+    least: Sequence[int]  # the smallest value that n may have, as far as the host knows
+    most: Sequence[int]  # the largest; both are n if no earlier round is under way
     bonus: torch.Tensor  # [B] int64, token n
-    reqs: list[Any]  # SGLang's requests, for host-side history
-    # Tokens that each may commit: what is left of its max_new_tokens and of the context, and one if its next token
-    # cannot be judged before the scheduler has seen this one. Route lowers some (`take_single`).
+    reqs: list[Any]  # SGLang's requests, whose token lists the host reads
+    # Tokens that each request may commit: those left of its max_new_tokens and of the context. It is 1 if the scheduler
+    # must see a token before the next one can be judged. Route lowers some (`take_single`).
     budgets: list[int]
     ahead: list[list[int]]  # tokens that each committed in earlier rounds of this step
 
     # Filled by route (round/planning.py).
-    requests: list[Request] = field(init=False)  # of the controller; a later one in the row is another
+    requests: list[Request] = field(init=False)  # the controller's; one per request, not per row
     decisions: list[Decision] = field(init=False)
     plan: Plan = field(init=False)
     members: dict[str, list[int]] = field(init=False)  # by arm, indices of the requests that it drafts for
-    due: Due = field(init=False)  # which requests it catches up
+    due: Due = field(init=False)  # by arm, the requests that it catches up
 
-    # The same on the device; nothing but `catches_up` if nobody drafts and nobody catches up.
+    # The plan on the device. Only `catches_up` is filled if nobody drafts and nobody catches up.
     catches_up: torch.Tensor = field(init=False)  # [arms * B] int64, `DraftSync.flags`
     limits: Limits[torch.Tensor] = field(init=False)
     member_indices: dict[str, torch.Tensor] = field(init=False)  # by arm, [M] int64
     calibration: dict[str, torch.Tensor] = field(init=False)  # by arm, float32
-    # Candidates of the host, and positions of their first tokens, [B, K] int64; None if the host places them itself.
+    # The host's candidates and the positions of their first tokens, [B, K] int64; None if the host places them itself.
     host_drafts: tuple[Drafts, torch.Tensor] | None = field(default=None, init=False)
 
     # Filled by draft (round/draft.py).
-    drafts: Drafts = field(init=False)  # of the passes, whether or not they are verified
-    chosen: Chosen = field(init=False)  # what is verified; `first_drafts` are of each request's first arm
-    packed_rows: int = field(init=False)  # rows of the verification,
-    stride: int = field(init=False)  # and of its widest request: bounds, if the host may not count the widths
-    bounded: bool = field(default=False, init=False)  # whether they are, and the requests competed for rows
+    drafts: Drafts = field(init=False)  # drafts of the passes, whether or not they are verified
+    chosen: Chosen = field(init=False)  # drafts that are verified; `first_drafts` are of the first arms
+    packed_rows: int = field(init=False)  # rows of the verification; an upper bound if `bounded`
+    stride: int = field(init=False)  # rows of its widest request; an upper bound if `bounded`
+    bounded: bool = field(default=False, init=False)  # whether requests compete for rows on the device
     parts: Sequence[Sequence[Part]] | None = field(default=None, init=False)  # of drafts that the host read
-    copies: Drafts | None = field(default=None, init=False)  # by the device, whether or not they are verified
+    copies: Drafts | None = field(default=None, init=False)  # made by the device, verified or not
 
     def __post_init__(self) -> None:
         assert (
@@ -135,14 +135,14 @@ class Round:
         return len(self.row_ids)
 
     def take_single(self, indices: Sequence[int]) -> None:
-        """Let these requests commit one token, and end the step after it."""
+        """Limit these requests to one token in this round, after which the step ends."""
         for index in indices:
             self.budgets[index] = 1
 
     def history(self, index: int, start: int) -> Sequence[int]:
-        """Committed tokens from position `start` to n of a request, from the host's lists.
+        """Return the committed tokens of a request from position `start` to n, from the host's lists.
 
-        The newest are missing while a round is under way.
+        The newest tokens are missing while an earlier round is under way.
         """
         req, ahead = self.reqs[index], self.ahead[index]
         output = start - len(req.origin_input_ids)
@@ -151,16 +151,16 @@ class Round:
         return [*req.output_ids[output:], *ahead[max(output - len(req.output_ids), 0) :]]
 
     def answer(self, index: int, start: int) -> Sequence[int]:
-        """The same of its output, from output token `start` on."""
+        """Return the output tokens of a request from output token `start` on, as `history` knows them."""
         return self.history(index, len(self.reqs[index].origin_input_ids) + start)
 
     def draft_nothing(self) -> None:
-        """Every request verifies its bonus token."""
+        """Let every request verify only its bonus token: no drafts, one row each."""
         self.drafts, self.chosen = _no_drafts(len(self), self.rows.device)
         self.packed_rows, self.stride = len(self), 1
 
     def timed(self) -> RoundTime:
-        """Its sizes and times, for its price."""
+        """Return the round's sizes, by which its time is learned as a price."""
         return RoundTime(
             self.packed_rows,
             len(self),
@@ -172,7 +172,7 @@ class Round:
 
 @cache
 def _no_drafts(requests: int, device: torch.device) -> tuple[Drafts, Chosen]:
-    """Drafts and choice of so many requests that have none. Nobody writes to them, so each size is made once."""
+    """Make the `Drafts` and `Chosen` of a round without drafts. No stage writes to them, so each size is made once."""
     ones = torch.ones(requests, dtype=torch.int32, device=device)
     none, nothing = ones - 1, torch.empty((requests, 0), device=device)
     tokens = nothing.long()
@@ -180,14 +180,14 @@ def _no_drafts(requests: int, device: torch.device) -> tuple[Drafts, Chosen]:
 
 
 PLACEHOLDERS = 1_000_000
-"""Ids from here on are positions of an image: SGLang starts with no vocabulary of so many."""
+"""Token ids from here on are SGLang's placeholders at positions of an image: no vocabulary is as large."""
 
 
 def readable(ids: Sequence[int], start: int = 0) -> Sequence[int]:
-    """A prompt from position `start` on, as drafters may read it.
+    """Return a prompt from position `start` on with ids that drafters may read.
 
-    SGLang writes a hash over the positions of an image. Here position p of one has the id -2 - p, which no other
-    position has: nothing matches across it, and a copy ends before a token below zero.
+    SGLang writes a hash at every position of an image. Here position p of an image has the id -2 - p, which no other
+    position has: nothing matches across an image, and a copy ends before a token below zero.
     """
     tail = ids[start:]
     numbers = np.array(tail, dtype=np.int64)
@@ -200,16 +200,16 @@ def readable(ids: Sequence[int], start: int = 0) -> Sequence[int]:
 
 
 History = Callable[[int], Sequence[int]]
-"""`history(start)`: a request's committed tokens from position `start` to n, on the host; costs what it returns."""
+"""`history(start)` lists a request's tokens from position `start` to n, on the host; it costs what it returns."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftBatch:
     """The requests of one round that one arm drafts for.
 
-    A draft pass is a function of the first tensors, of weights and KV, and of shapes. It reads no value of them on the
-    host, so a capture of B requests stays right when they are refilled in place: a padding request has row 0 and
-    `starts` of at most `PADDING`, sees nothing, and writes to slot 0, which belongs to nobody.
+    A draft pass depends on the first five tensors, on weights and KV, and on shapes. It reads no value of them on the
+    host, so a graph captured for B requests stays right when they are refilled in place. A padding request has row 0
+    and `starts` of at most `PADDING`: it attends to nothing and writes to slot 0, which belongs to no request.
     """
 
     # Inputs of a pass.
@@ -218,17 +218,17 @@ class DraftBatch:
     bonus: torch.Tensor  # [B] int64, token n
     tail: torch.Tensor  # [B, F], the drafter's columns of feature n-1, F = `Drafter.tail_width`
     slot_table: torch.Tensor  # [request rows, ctx] int32
-    longest: int  # the largest n at most, n itself where `host.exact`: it sizes launches
+    longest: int  # upper bound of n over the requests, exact where `host.exact`: launches are sized by it
 
     # Bounds of drafts, and inputs of text drafters.
-    caps: torch.Tensor  # [B] int64, drafts wanted at most, each at least 1
-    limits: Sequence[int] = ()  # the same on the host
+    caps: torch.Tensor  # [B] int64, largest number of drafts of each request, at least 1
+    limits: Sequence[int] = ()  # `caps` on the host
     row_ids: Sequence[int] = ()  # `rows` on the host
     calibration: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # float32, as of `Round`
     worth: Worth = FULL_LENGTH  # what a further draft must bring
     host: HostView = EXACT  # what the arm may read while it drafts
     text: torch.Tensor | None = (
-        None  # [request rows, ctx or more] int64, tokens up to n; None: nothing is looked up
+        None  # [request rows, ctx or more] int64, tokens up to n; None: this arm reads no text on the device
     )
 
     def __len__(self) -> int:
@@ -238,9 +238,9 @@ class DraftBatch:
     def of_padding(
         cls, requests: int, tail: torch.Tensor, slot_table: torch.Tensor, bins: int = 0
     ) -> "DraftBatch":
-        """So many requests that are none, at a place that no round writes over: the inputs of captured passes.
+        """Make a batch of padding requests in memory that no round overwrites: the inputs of captured passes.
 
-        tail: [..., F], of which only width, dtype and device matter. bins: numbers of a calibration.
+        tail: [..., F], of which only width, dtype and device matter. bins: how many numbers a calibration has.
         """
         rows = torch.zeros(requests, dtype=torch.int64, device=slot_table.device)
         starts, tails = torch.full_like(rows, PADDING), tail.new_zeros((requests, tail.shape[-1]))
@@ -250,53 +250,53 @@ class DraftBatch:
         return cls(rows, starts, bonus, tails, slot_table, longest, caps, calibration=calibration)
 
     def place(self, requests: int) -> PassInputs:
-        """Inputs of the first so many requests, with the most drafts of each, and what these are cut by."""
+        """Return a pass's inputs for the first `requests` requests, with their `caps` and the arm's calibration."""
         parts = self.rows, self.starts, self.bonus, self.caps, self.tail
         return PassInputs._make([*(part[:requests] for part in parts), self.calibration])
 
     def first(self, requests: int) -> "DraftBatch":
-        """Inputs of a pass for the first so many requests, in the same memory."""
+        """Return the batch of the first `requests` requests, in the same memory."""
         rows, starts, bonus, caps, tail, _ = self.place(requests)
         return replace(self, rows=rows, starts=starts, bonus=bonus, tail=tail, caps=caps)
 
     def rows_from(
         self, offset: int, width: int, fill: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Rows at n+offset … n+offset+width-1 of every request: positions and KV slots; ids where there is a `fill`."""
+        """Return positions, KV slots and, with a `fill`, ids of rows n+offset … n+offset+width-1 of every request."""
         return pass_rows(
             self.slot_table, self.rows, self.starts, self.bonus, offset=offset, width=width, fill=fill
         )
 
 
 class SampleHook:
-    """A hook replaces sampled tokens, for measurements (`round/forcing.py`); a server has none unless asked."""
+    """A hook that replaces sampled tokens, for benchmarks (`round/forcing.py`). A server has none by default."""
 
     def begin(self, upload: Upload, row: int, req: Any) -> None:
-        """A request begins in `row`, or begins again; what the device needs of it goes there with `upload`."""
+        """Prepare for a request that begins, or begins again, in `row`. `upload`: carries its state to the device."""
 
     def prefilled(self, reqs: Sequence[Any], ends: Sequence[int], sampled: torch.Tensor) -> torch.Tensor:
-        """In place of what prefills `sampled`, [B], for the positions `ends`."""
+        """Return the tokens to use in place of those that a prefill `sampled`, [B], for positions `ends`."""
         return sampled
 
     def verified(self, verified: "Verified", block: MixedBlock) -> "Verified":
-        """In place of what was sampled at the rows of `block`."""
+        """Return `verified` with the tokens to use in place of those sampled at the rows of `block`."""
         return verified
 
 
 Values = Any
-"""A tensor on the device, nested lists on the host; None where it was not computed."""
+"""A tensor on the device or nested lists on the host; None if the field was not computed."""
 
 
 class Results(NamedTuple):
     """All that `Learner.learn` and the scheduler read of a round of B requests.
 
-    Ints are [B] if nothing else is said. starts: int64, n. widths: int32, verified rows. first_drafts: int32, how many
-    of the verified drafts are the first arm's. drafts: [B, W] int64, of the passes, of which `drafted`, int64, count,
-    whether or not they were verified; confidences: [B, C] float32, theirs; faults: int32, 1 where a pass's drafts were
-    none. source: int32, as of `Chosen`. bonus, seq_lens: int64, and tokens: [B, W] int64, of which `accept_lens`,
-    int32, count, as of `Committed`. wanted: int32, drafts before the bound on rows was kept to, where there is one.
-    copies: [B, L] int64, of which `copied`, int64, count, and what is known of them, as of `propose_copies`, where the
-    device copies. entropy, outputs and rates: as of `Epilogue.signals`.
+    Shapes are [B] unless stated. starts: int64, n. widths: int32, verified rows. first_drafts: int32, verified drafts
+    that are the first arm's. drafts: [B, W] int64, drafts of the passes, whether or not they were verified; drafted:
+    int64, how many each request has; confidences: [B, C] float32, one per draft; faults: int32, 1 where a pass's drafts
+    were invalid. source: int32, as in `Chosen`. bonus, seq_lens: int64, tokens: [B, W] int64, and accept_lens: int32,
+    as in `Committed`. wanted: int32, drafts before requests competed for rows, if they did.
+    copies: [B, L] int64, where the device copies; copied: int64, how many each request has; copy_*: as in
+    `propose_copies`. entropy, outputs and rates: as in `Epilogue.signals`.
     """
 
     starts: Values
@@ -323,8 +323,8 @@ class Results(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Log-probabilities that a request asks for, beside those of its tokens. request: its index in the batch.
-    likeliest: of so many tokens that are likeliest there. ids: of these tokens.
+    """A request for log-probabilities, beside those of the sampled tokens. request: its index in the batch.
+    likeliest: how many of the likeliest tokens at each position. ids: further tokens to rate.
     """
 
     request: int
@@ -333,10 +333,11 @@ class Asked(NamedTuple):
 
 
 class Rated(NamedTuple):
-    """Requests of a round whose log-probabilities are wanted, and where the device reads that.
+    """The requests of a round whose log-probabilities are wanted, and the same on the device.
 
-    asked: [A, 1 + I] int64, the index of each, and `ids`, 0 behind them. likeliest: the most that any wants, at least.
-    captured: the end of a graph rates them. masks: as of `sample_rows`, where the logits have none.
+    asked: [A, 1 + I] int64, each request's index and its `ids`, padded with 0. likeliest: at least the largest
+    `likeliest` of them. captured: whether the end of a graph rates them. masks: as in `sample_rows`, if the logits are
+    not masked yet.
     """
 
     requests: Sequence[Asked]
@@ -347,16 +348,16 @@ class Rated(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """T packed rows of B requests behind the target's forward.
+    """T packed rows of B requests after the target's forward.
 
-    logits: [T, V], the target's raw logits, or those that tokens were sampled from, with the raw ones' `entropy`, [T].
+    logits: [T, V], the target's raw logits; after penalties changed them, `entropy`, [T], is that of the raw ones.
     features: [T, F], captured layer outputs. final_hidden: [T, H] after the final norm, None unless a router or the
     server's clients may ask for it. input_ids: [T] int64. indptr: [B + 1] int32, where each request's rows begin.
     starts: [B] int64, n. request_rows: [B] int64, rows of the request table. predictions: [T] int64, the target's own
-    token at every row; None before it is known, and where the forward's graph has `committed` already, with the signals
-    that it computed (`Epilogue.signals`): these are good until its next replay. forward: SGLang's own result of it,
-    from which the scheduler's is made. graph: the one that was replayed for it, if any, by its runner, rows, and
-    whether each request has one. rated: None if nobody asks for log-probabilities.
+    token at every row; None before sampling, and if the forward's graph has already `committed`. Then `committed` and
+    `signals` (`Epilogue.signals`) are valid until the graph's next replay. forward: SGLang's own result, from which the
+    scheduler's is made. graph: the captured graph that was replayed, by runner, rows and whether each request has one
+    row; None if the forward was eager. rated: None if nobody asks for log-probabilities.
     """
 
     logits: torch.Tensor
@@ -376,5 +377,5 @@ class Verified(NamedTuple):
 
     @property
     def output(self) -> Any:
-        """SGLang's record of the logits, which carries log-probabilities back to the scheduler."""
+        """Return SGLang's logits record, which carries log-probabilities back to the scheduler."""
         return self.forward.logits_output

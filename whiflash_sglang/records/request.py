@@ -1,4 +1,4 @@
-"""All that is known of one running request. Imports neither SGLang nor CUDA."""
+"""A running request, as the host knows it. Imports neither SGLang nor CUDA."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,22 +19,22 @@ from whiflash_sglang.telemetry.trace import Recording
 class Request(Signals):
     """A request on the host, from its prefill to its end or its retraction. row: of the request table.
 
-    Asked, and read once: hints. tenant: who may share text with it. prediction: tokens of the answer that its caller
-    expects. grammar: what constrains it (`structure.matchers.Grammar`). prompt: how many tokens its text has before the
-    answer. read: returns these as drafters may read them; not in a round, for they may be many.
+    From its body: hints. tenant: requests that may share text with it. prediction: tokens of the answer that its caller
+    expects. grammar: its constraint (`structure.matchers.Grammar`). prompt: tokens of its text before the answer.
+    read: returns these tokens as drafters may read them. Rounds do not call it, since there may be many.
 
-    running: whether it has not ended, nor been retracted and begun again. kept: what an arm that reads texts keeps of
-    it, by arm, until its end. recording: of a request that asked for its trace. counts: of its rounds, by the arm that
-    drafted.
+    running: whether it is live: false after its end, and after a retraction, which begins a new one. kept: by arm, the
+    state that an arm that reads texts holds for it until its end. recording: its trace, if it asked for one. counts: of
+    its rounds, by the arm that drafted.
 
-    For the quarantine: caller: who sent it, None for all whose caller nobody knows. left_out: arms that go without it.
-    sound: arms that drafted for it, and how often each had been quarantined. in_a_row: faulty drafts since the last
-    sound one, by arm.
+    For the quarantine: caller: the tenant that sent it, None if unknown. left_out: arms that it continues without.
+    sound: arms that drafted for it without a fault, and how often each had been quarantined by then. in_a_row: by arm,
+    faulty drafts since its last sound one.
 
     begun: whether the span tracker has the token that the prefill sampled, which no round commits. recent_by_kind:
     `Signals.recent` per kind of span, None outside spans, since what an arm accepts in prose says little of tool calls.
-    wanted: drafts that there were for it, by what its rounds were priced as (`Costs.wanted`).
-    decision: of its newest round. under_way: rows, at most, of each round whose results are not known yet. usual_rows:
+    wanted: mean number of drafts before requests compete for rows, by `Plan.priced_as` (`Costs.wanted`).
+    decision: of its newest round. under_way: by round without results yet, an upper bound of its rows. usual_rows: rows
     that its newest round is expected to verify.
     """
 
@@ -66,24 +66,24 @@ class Request(Signals):
 
     @property
     def may_join(self) -> bool:
-        """Whether its drafts may be prolonged by other arms."""
+        """Whether other arms may continue its drafts: no hint restricts the round to one draft source."""
         return self.decision.only is None
 
     def follow(self, tracker: SpanTracker, tokens: Sequence[int]) -> None:
-        """Its text goes on with `tokens`, in which spans open and close."""
+        """Advance the span tracker by `tokens` of its text, in which spans open and close."""
         tracker.push(tokens)
         self.tracker, self.span = tracker, tracker.span
 
     def foresee(self, forecast: Mapping[str, Forecast | None]) -> None:
-        """A round is to be decided; `forecast`: arms that may draft, with what they expect of the round or None."""
+        """Set the signals of the next decision. `forecast`: the arms that may draft, with their forecasts or None."""
         self.allowed = frozenset(forecast)
         self.expected = {arm: expected for arm, expected in forecast.items() if expected is not None}
         self.recent = self.recent_by_kind.get(self.span.kind if self.span else None, {})
 
     def begin(self, answer: Callable[[int], Sequence[int]]) -> None:
-        """Before a round: a marker may begin with the token that the prefill sampled.
+        """Give the span tracker, before a round, the token that the prefill sampled: a marker may begin with it.
 
-        answer: output tokens from a number on, as far as they are known.
+        answer: returns the output tokens from a given number on, as far as the host knows them.
         """
         if self.tracker is None or self.begun:
             return
@@ -92,7 +92,7 @@ class Request(Signals):
         self.begun = bool(sampled)
 
     def chose(self, arm: str) -> None:
-        """The controller routed the next round to `arm`."""
+        """Record that the controller routed the next round to `arm`."""
         if self.recording is not None:
             self.recording.begin()
         self.tried[arm] = self.tried.get(arm, 0) + 1
@@ -111,9 +111,9 @@ class Request(Signals):
         reason: str = "score",
         lengths: Mapping[str, float] | None = None,
     ) -> None:
-        """A round of `arm` that drafted `proposed` tokens committed `tokens`, the bonus token last.
+        """Record that a round of `arm`, which drafted `proposed` tokens, committed `tokens`, bonus token last.
 
-        start: n when it began. reason: of its decision. lengths: as of `Controller.committed`.
+        start: n when the round began. reason: its decision's. lengths: as in `Controller.committed`.
         """
         kind = self.span.kind if self.span else None
         recent = self.recent_by_kind[kind]
@@ -122,5 +122,5 @@ class Request(Signals):
         if self.recording is not None:
             self.recording.add(start, arm, len(tokens), proposed=proposed, reason=reason, span=kind)
         if self.tracker is not None:
-            self.begun = True  # what the prefill sampled can no longer go before these
+            self.begun = True  # too late for the prefill's token: it would come after these
             self.follow(self.tracker, tokens)

@@ -1,4 +1,4 @@
-"""Signals that routes are decided on, and decisions."""
+"""The signals of a request that a policy reads, and the decision that it makes."""
 
 import math
 from collections.abc import Mapping
@@ -12,12 +12,13 @@ from whiflash_sglang.drafts.rates import Mean
 
 @dataclass(slots=True, eq=False)
 class Decision:
-    """A decided round, which the request's next rounds leave behind.
+    """The routing decision for one round of a request, kept while later rounds change the request's `Signals`.
 
-    On what, as of `Signals`: entropy, span, expected, predicted, tried and recent (as these are by now) and adapter.
+    It was made from entropy, span, expected, predicted, tried, recent and adapter, as in `Signals`; tried and recent
+    are not copied, so they go on changing.
 
     reason: why it was routed as it was (`apply_hints`). only: the one draft source whose candidates may be verified, or
-        `none`; None: all. promised: whether a round without a pass is expected to verify one of them. keeps: the choice
+        `none`; None: all. promised: whether a round without a pass is expected to verify a candidate. keeps: the choice
         that the margin of the next round favours; None after a probe, and before the first round.
     """
 
@@ -36,31 +37,31 @@ class Decision:
 
     @property
     def free(self) -> bool:
-        """Whether the request's caller left this round to the policy: decoding is not off, nothing pinned or biased.
+        """Whether the request's caller left this round to the policy: nothing is off, pinned or biased.
 
-        Only such a round may be a probe, and only such a round is evidence of what other requests may expect: what its
-        caller ordered was drafted where nothing else would have, and as often as its caller likes. A preference is no
-        order: it counts for one round.
+        Only such a round may be a probe, and only such a round is evidence for other requests: what its caller ordered
+        was drafted where no policy would have, and as often as its caller likes. A preference is no order: it counts
+        for one round.
         """
         return self.reason not in ("pin", "off") and not (self.span and any(self.span.bias.values()))
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Signals:
-    """Signals of a request's next round, which a policy reads. Host-side ones may lag a round (overlap scheduling).
+    """The signals of a request's next round, which a policy reads. Host-side ones may lag a round (overlap scheduling).
 
     allowed: arms that may draft for this request.
-    entropy: nats, of the target's raw distribution (before temperature, penalties and masks) at the last
-        verified position, where nothing is drafted of up to seven rounds before; NaN when it was not measured.
-    recent: arm → decayed mean of the request's own acceptance lengths with that arm in the open span's kind, or
-        outside spans (bonus token included).
-    expected: what arms that look before they draft expect of the next round. predicted: arm → its acceptance length, if
-        a router's heads predict it.
+    entropy: nats, of the target's raw distribution (before temperature, penalties and masks) at the last verified
+        position, up to seven rounds old while nothing is drafted; NaN when it was not measured.
+    recent: arm → decayed mean of the request's own acceptance lengths (bonus token included) with that arm, in spans of
+        the open span's kind, or outside spans.
+    expected: forecasts of the arms that propose before the decision. predicted: arm → acceptance length, if a router's
+        heads predict it.
     delta: the router's ΔAL = AL(EAGLE-3) − AL(DFlash), NaN without one.
-    span: the innermost open one at the end of the committed text.
+    span: the innermost open span at the end of the committed text.
     rounds: how many the request has begun. tried: arm → those of them that it was routed to. last: arm → number of the
         last one of them; arms that it was never routed to are absent.
-    previous: the last round's route, `none` if it copied, None before the first. dwell: rounds since it was chosen.
+    previous: the last round's route, `none` if it copied, None before the first. dwell: its rounds in a row.
     adapter: id of the target's adapter (LoRA) that writes its text; None: the target itself does.
     """
 
@@ -80,7 +81,7 @@ class Signals:
 
     @property
     def unforeseen(self) -> frozenset[str]:
-        """Allowed arms that expect nothing before a round of theirs."""
+        """Return the allowed arms that have no forecast of the next round."""
         return self.allowed.difference(self.expected) if self.expected else self.allowed
 
     def without(self, arm: str) -> float:
