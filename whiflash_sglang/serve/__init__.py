@@ -1,1 +1,1 @@
-"""The worker of a server: made of its settings, it serves rounds."""
+"""The worker of a server: it is built from the settings and runs prefills and rounds."""

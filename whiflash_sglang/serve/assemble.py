@@ -1,4 +1,4 @@
-"""Turns settings into a worker's parts: drafters, router, policy, and the stages of a round."""
+"""Builds the parts of a worker from settings: drafters, router, policy, and the stages of a round."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,10 +58,10 @@ from whiflash_sglang.telemetry.samples import Spool
 def build_drafters(
     settings: Settings, target: Target, host: HostView, spending: Spending
 ) -> dict[str, Drafter]:
-    """Load the checkpoints, which were checked against the target when the arguments were read.
+    """Load the drafters' checkpoints, which were checked against the target when the arguments were read.
 
-    Tokens that a grammar forces come before those that may be copied: they are surer. Without a tokenizer there are
-    no grammars, and text is copied unchanged.
+    The order of arms matters: tokens that a grammar forces come before copies, since they are surer. Without a
+    tokenizer there are no grammars, and text is copied unchanged.
 
     Raises:
         CheckpointError: a file is missing or damaged. ConfigError: it is not its bundle's, or this GPU has no fp8.
@@ -95,7 +95,7 @@ def build_drafters(
             ids = torch.arange(models[arms.AR].draft_vocab_size, device=target.device)
             vocabulary = models[arms.AR].target_ids(ids)
         wanted = layers[arms.DIFFUSION]
-        # A block starts from the target's embedding module, as SGLang's; EAGLE-3 norms rows of its matrix.
+        # A block starts from the target's embedding module, as in SGLang; EAGLE-3 normalises rows of its matrix.
         models[arms.DIFFUSION].embedding_scale = target.embedding_scale
         drafters.append(DFlashArm(models[arms.DIFFUSION], captured, wanted, block, positions, vocabulary))
     if settings.uno is not None:
@@ -115,7 +115,7 @@ def chain_arm(
     steps: int,
     positions: int,
 ) -> ChainArm:
-    """The autoregressive arm of a loaded checkpoint; arguments as of `Eagle3Arm`."""
+    """Make the arm `ar` of a loaded checkpoint, by its format; arguments as in `Eagle3Arm`."""
     if isinstance(model, MTPDrafter):
         return MTPArm(model, captured, layers, steps, positions)
     arm = Eagle3Arm if model.config.mask_token is None else ParallelArm
@@ -123,7 +123,7 @@ def chain_arm(
 
 
 def load_router(settings: NeuralRouter | None, target: Target) -> Layers | None:
-    """The router's weights in fp32 on the target's device; None where the settings name no router.
+    """Load the router's weights in fp32 to the target's device; None if the settings name no router.
 
     Raises:
         CheckpointError: the file is missing, damaged, does not fit the target, or does not say its sign.
@@ -141,7 +141,7 @@ def load_router(settings: NeuralRouter | None, target: Target) -> Layers | None:
 
 
 def spool_of(settings: Settings, model: str) -> Spool | None:
-    """Spool of finished requests for a learner, if the operator wants one. model: what the server was given."""
+    """Make the spool of finished requests for a learner; None unless the operator asked. model: the served model."""
     if settings.samples.directory is None:
         return None
     return Spool(settings.samples, settings.target or model)
@@ -150,7 +150,7 @@ def spool_of(settings: Settings, model: str) -> Spool | None:
 def reserve(
     drafters: Mapping[str, Drafter], sync: DraftSync, target: Target, requests: int
 ) -> kv_budget.Reservation:
-    """Before the pools are sized: what the worker will allocate for up to so many requests."""
+    """Return the memory that a worker of `requests` requests will allocate, before SGLang sizes its pools."""
     widest, kv = widest_of(drafters) + 1, with_kv(drafters).values()
     parts = kv_budget.for_requests(target, requests, widest, Epilogue.bytes_for(widest))
     parts["tables"] += GATE_BYTES
@@ -178,14 +178,14 @@ def reserve(
 def build_controller(
     settings: Settings, target: Target, drafters: Mapping[str, Drafter], *, heads: bool, overlaps: bool
 ) -> Controller:
-    """heads: as of `build_policy`. overlaps: as of `LookedUpCosts`."""
+    """Make the controller with its prices and policy. heads: as in `build_policy`. overlaps: as in `LookedUpCosts`."""
     vocabulary = token_bytes(target.tokenizer) if target.tokenizer else ()
     costs = pricing.costs_of(target.device, partial(rows_of, drafters), overlaps)
     return Controller(build_policy(settings, heads=heads), costs, vocabulary)
 
 
 def build_policy(settings: Settings, *, heads: bool = False) -> Policy:
-    """`heads`: whether the loaded router predicts acceptance lengths. Raises ConfigError where a router is missing."""
+    """Make the policy of the settings; ConfigError if it is `neural` without a router. heads: the router has heads."""
     match settings.router:
         case "auto":
             passes = bool(settings.drafters or settings.uno)
@@ -205,7 +205,7 @@ def build_policy(settings: Settings, *, heads: bool = False) -> Policy:
 def build_hooks(
     settings: Settings, tokens: TokenTable, target: Target, ranks: Ranks, widest: int
 ) -> list[SampleHook]:
-    """Hooks that replace sampled tokens if a benchmark asks for it; else none. widest: most rows of a request."""
+    """Make the hooks that replace sampled tokens for benchmarks; a server has none. widest: most rows of a request."""
     hooks: list[SampleHook] = []
     if settings.force_recorded:
         rows, width = tokens.data.shape
@@ -217,7 +217,7 @@ def build_hooks(
 
 
 class Parts(Observed, Protocol):
-    """Parts that the stages of a worker share; the worker has them when the pools are there."""
+    """Parts of a worker that its stages share. They exist once the KV pools do."""
 
     target: Target
     ranks: Ranks
@@ -229,7 +229,7 @@ class Parts(Observed, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """The stages of a worker's rounds, and who opens and closes requests. hooks: as of `build_hooks`."""
+    """The stages of a worker's rounds, and the lifecycle of its requests. hooks: as in `build_hooks`."""
 
     hooks: Sequence[SampleHook]
     lifecycle: Lifecycle
@@ -241,7 +241,7 @@ class Stages:
 
 
 def build_stages(parts: Parts) -> Stages:
-    """Before graphs are captured: the verifications' end with the epilogue, where a token is what the target says."""
+    """Build the stages before graphs are captured: without hooks, verification graphs end with the epilogue."""
     target, tokens, widest = parts.target, parts.tokens, widest_of(parts.drafters) + 1
     stops = StopTable(len(tokens.data), target.device)
     hooks = build_hooks(parts.settings, tokens, target, parts.ranks, widest)

@@ -1,4 +1,4 @@
-"""A request's beginning and end, for everything that keeps something per row of the request table."""
+"""The beginning and the end of requests, for every part that keeps state per row of the request table."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -28,17 +28,17 @@ from whiflash_sglang.telemetry.tally import Tally
 logger = logging.getLogger(__name__)
 
 MALFORMED = RequestHints()
-"""In place of hints that could not be read."""
+"""Takes the place of hints that could not be read."""
 
 FINISHED = ("stop", "length")
-"""Reasons for a request's end, as answers name them, of those that were neither aborted nor left by their client."""
+"""SGLang's reasons for an end that leave a whole answer: neither aborted nor left by the client."""
 
 
 class Consent(NamedTuple):
     """Consent of a request, or of all turns of a session so far, to being learned from.
 
-    agrees: whether every one does. forgets: how often something had been forgotten when the first of them arrived.
-    handles: as of `Sample`, of them all.
+    agrees: whether every turn does. forgets: how often text had been forgotten when the first turn arrived. handles: of
+    the tenants of all turns, as in `Sample`.
     """
 
     agrees: bool
@@ -47,8 +47,8 @@ class Consent(NamedTuple):
 
 
 class Lifecycle:
-    """Opens and closes what drafters, backlog, controller and tables keep of a request. Arms in `quarantine` only
-    drop.
+    """Opens and closes what drafters, backlog, controller and tables keep of a request. It calls arms in `quarantine`
+    only to drop their state.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class Lifecycle:
         self._read_prediction, self._hooks = read_prediction, hooks
         self._quarantine, self._tally, self._publisher, self._spool = quarantine, tally, publisher, spool
         self._consents: WeakKeyDictionary[Any, Consent] = WeakKeyDictionary()
-        """Consents by session, else by request."""
+        """By session, or by request if it has none."""
         self._forgets, self._begun = 0, WeakKeyDictionary[Any, int]()
-        """How often text was forgotten, and how often it had been when a request first began."""
+        """How often text was forgotten, and how often it had been when each request first began."""
 
     def arrived(self, req: Any) -> None:
-        """A request came, which may wait long before it begins: from now on it may be forgotten."""
+        """Note the consent of a request that arrives: its text may be forgotten while it waits to begin."""
         if self._spool is not None:
             whole = req.session or req
             known = self._consents.get(whole, Consent(True, self._forgets, ()))
@@ -87,22 +87,21 @@ class Lifecycle:
             self._consents[whole] = known._replace(agrees=known.agrees and agrees, handles=both)
 
     def begin(self, row: int, req: Any, upload: Upload) -> None:
-        """A prefill of `req` into `row`: a request begins, or begins again after a retraction, or goes on (a chunk).
-
-        The device's part of its state goes there with `upload`.
+        """Open a request that is prefilled into `row`. A further chunk of its prefill changes nothing; a retracted
+        request begins again. `upload` carries the device's part of its state.
         """
         former = self._controller.states.get(row)
         if former is not None:
-            # With output it was retracted: what its row still holds may date from before an earlier retraction.
+            # A request with output was retracted: its row may hold state from before an earlier retraction.
             if former.rid == req.rid and not req.output_ids:
                 return
             self._drop(former)
         hints, tenant = _hints_of(req), _tenant_of(req)
-        if not req.retracted_stain and req.sampling_params.max_new_tokens:  # without, it warms up `n` answers
+        if not req.retracted_stain and req.sampling_params.max_new_tokens:  # 0: it warms up for `n` answers
             self._tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
         caller = tenant
         if self._begun.setdefault(req, self._forgets) != self._forgets:
-            tenant = None  # it wrote before something was forgotten: nobody shares that
+            tenant = None  # text was forgotten since it first began, so its text is shared with nobody
         recording = recording_of(req, hints.trace)
         if recording is not None:
             recording.agent = hints.agent
@@ -134,8 +133,8 @@ class Lifecycle:
             hook.begin(upload, row, req)
 
     def forget_text(self, handle: int | None) -> None:
-        """Drop what is kept across requests: of a tenant, by its handle, or of everybody. Requests that were retracted
-        leave nothing when they end, either.
+        """Drop text and statistics kept across requests: of the tenant with this handle, or of all (None). Requests
+        that have begun leave nothing when they end, even if they are retracted in between.
         """
         self._forgets += 1
         for drafter in self._drafters.values():
@@ -144,8 +143,8 @@ class Lifecycle:
             self._spool.forget(handle)
 
     def released(self, req: Any, *, kept: bool) -> None:
-        """The request gives its slots up. If the tree, a session or the host keeps them, `DraftSync.flush` must
-        follow."""
+        """Close a request that gives its slots up. kept: whether the tree, a session or the host keeps them; then
+        `DraftSync.flush` must follow."""
         row = req.kv.req_pool_idx
         request = None if row is None else self._controller.states.get(row)
         if request is None or request.rid != req.rid:
@@ -161,27 +160,27 @@ class Lifecycle:
             self._publisher.flush()
 
     def leaks(self) -> dict[str, list[int]]:
-        """Rows of the request table that are kept by whom; nobody keeps any while no request runs."""
+        """Return the rows of the request table that hold state, by holder; it must be empty while no request runs."""
         holders = {"requests": self._controller.states.keys(), "backlogs": self._sync.rows}
         return {holder: sorted(rows) for holder, rows in holders.items() if rows}
 
     def check_integrity(self) -> None:
-        """No request runs: log what is kept of some."""
+        """Log an error for each row that is still held. Called when no request runs."""
         for holder, rows in self.leaks().items():
             logger.error(
                 "WHIFLASH: nothing runs, but %s are kept in rows %s; report the log so far.", holder, rows
             )
 
     def forget_all(self) -> None:
-        """Every slot is free, so nothing that was parked has a home."""
+        """Drop the state of all requests, since every KV slot was freed."""
         for request in list(self._controller.states.values()):
             self._drop(request)
 
     def _sample(self, spool: Spool, req: Any) -> None:
-        """Offer a finished request to the learner, if it consents and tokens are all that the target read of it.
+        """Offer a finished request to the learner, if it consents and the target read nothing but tokens.
 
-        A turn's prompt holds the turns before it. If anything was forgotten since the first of them arrived, they may
-        be part of that.
+        A turn's prompt holds the turns before it. If text was forgotten since the session's first turn arrived, the
+        prompt may hold that text, so the request is declined.
         """
         text = req.multimodal_inputs is None and req.input_embeds is None
         consent = self._consents.get(req.session or req)
@@ -194,7 +193,7 @@ class Lifecycle:
         spool.offer(req.origin_input_ids, answer, consent.handles)
 
     def _predicted(self, req: Any) -> Sequence[int] | None:
-        """Tokens that the request's caller expects back. Malformed: as of `_hints_of`."""
+        """Return the answer's tokens that the request's caller expects; a malformed prediction is ignored."""
         try:
             read = self._read_prediction(req.sampling_params.custom_params)
         except HintError as error:
@@ -203,7 +202,7 @@ class Lifecycle:
         return read[0] if read is not None and read[0] else None
 
     def _drop(self, request: Request) -> None:
-        """Everything that is kept of a request goes."""
+        """Drop all state of a request."""
         self._sync.forget(request.row)
         self._penalties.end(request.row)
         for arm, drafter in self._drafters.items():
@@ -214,7 +213,7 @@ class Lifecycle:
 
 
 def _hints_of(req: Any) -> RequestHints:
-    """The request's hints. HTTP refuses malformed ones; an embedded engine has no HTTP, so there they are dropped."""
+    """Read the request's hints. HTTP refuses malformed ones, but an embedded engine has no HTTP: ignore them."""
     try:
         return parse_hints(req.sampling_params.custom_params)
     except HintError as error:
@@ -223,15 +222,15 @@ def _hints_of(req: Any) -> RequestHints:
 
 
 def _tenant_of(req: Any) -> Tenant | None:
-    """Callers that share text with the request, by its keys: SGLang appends the adapter's id to one of them."""
+    """Return the tenant of a request by its two keys, without the adapter's id that SGLang appends to `extra_key`."""
     return tenant_of((req.extra_key or "").removesuffix(req.lora_id or ""), req.cache_salt)
 
 
 def _consent_of(req: Any) -> tuple[bool, Sequence[int]]:
-    """Whether a request may be learned from, and the handles that it is forgotten by.
+    """Return whether a request may be learned from, and the handles by which its sample can be forgotten.
 
-    `lookup: context` says that nothing is to be kept, and a malformed hint may have said so. Text of an adapter would
-    teach drafters that serve every adapter.
+    `lookup: context` means that nothing is kept, and malformed hints may have said so. Text of an adapter is excluded,
+    since the drafters serve every adapter.
     """
     hints, tenant = _hints_of(req), _tenant_of(req)
     agrees = hints is not MALFORMED and hints.learn and hints.lookup == "on" and req.lora_id is None

@@ -1,7 +1,7 @@
-"""The metrics of a WHIFLASH server, each with its source: `docs/reference/metrics.md` is made of this table.
+"""The metrics of a WHIFLASH server and how each is read. `docs/reference/metrics.md` is generated from this table.
 
-Names and units by the conventions of Prometheus: base units, `_total` for what only grows. No label has a value per
-request or tenant. SGLang's own labels (`model_name`, `tp_rank`, `dp_rank` of replicas and others) are put before ours.
+Names and units follow Prometheus's conventions: base units, `_total` for counters. No label has a value per request or
+tenant. SGLang's own labels (`model_name`, `tp_rank`, `dp_rank` of replicas and others) come before ours.
 
 `state_of` gives a worker's figures as one object, for `GET /whiflash/state`. `Publisher` writes series at intervals,
 since writing them takes longer than counting. Imports no SGLang.
@@ -42,7 +42,7 @@ class Cached(Protocol):
 
 
 class Observed(Protocol):
-    """The source of figures: a worker."""
+    """A worker, as far as its figures are read from it."""
 
     settings: Settings
     clock: "RoundClock"
@@ -59,7 +59,7 @@ class Observed(Protocol):
 
 
 def state_of(worker: Observed) -> dict[str, Any]:
-    """State for `GET /whiflash/state` and the benchmark: policy, running requests, the rounds' time by stage."""
+    """Return the object of `GET /whiflash/state`: policy, running requests, seconds by stage, prices, memory."""
     running = worker.controller.states.values()
     return {
         "policy": worker.controller.policy.name,
@@ -79,7 +79,7 @@ def state_of(worker: Observed) -> dict[str, Any]:
 
 
 def memory_of(worker: Observed) -> dict[str, int]:
-    """Bytes by scope, beside the target and its cache, without weights."""
+    """Return allocated bytes by scope, without weights, the target and the target's KV."""
     draft_kv = sum(drafter.kv_bytes_per_token() for drafter in worker.kv_arms.values())
     kept = {
         f"{arm}_{name}": size
@@ -106,11 +106,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One metric.
+    """A metric of the server.
 
-    name: without `PREFIX`; a counter's ends with `_total`. meaning: one sentence. labels: names of our own. read: label
-    values with a number: a counter's total since the start, a gauge's value now, one observation of a histogram, which
-    is taken out by reading. buckets: upper bounds, of a histogram.
+    name: without `PREFIX`; a counter's ends with `_total`. meaning: one sentence. labels: names of our own. read:
+    returns pairs of label values and a number: a counter's total since the start, a gauge's present value, or one
+    observation of a histogram, which reading removes. buckets: a histogram's upper bounds.
     """
 
     name: str
@@ -135,7 +135,7 @@ def _one(name: str, meaning: str, value: Callable[[Observed], float]) -> Series:
 
 
 def _each(named: str, meaning: str, values: Callable[[Observed], Mapping[Any, float]]) -> Series:
-    """A number for each value of a label; named: `name{label}`."""
+    """Make a series with one label and a number for each of its values. named: `name{label}`."""
     name, label = named.removesuffix("}").split("{")
     return Series(name, meaning, lambda w: [((str(key),), n) for key, n in values(w).items()], (label,))
 
@@ -312,25 +312,25 @@ NO_DRAFTER = (
     "no drafter: copies of the context, forced structure and predictions are drafted; an EAGLE-3 or DFlash "
     "checkpoint (--speculative-draft-model-path) would draft free text too"
 )
-"""The start of a server without draft KV names what it lacks."""
+"""Logged at the start of a server without draft KV."""
 
 INTERVAL = 1.0
-"""Seconds between two writings while rounds run; when the last request has ended what is left is written at once."""
+"""Seconds between two writings while rounds run. When the last request has ended, the rest is written at once."""
 
 
 class Sink(Protocol):
-    """The receiver of series."""
+    """A receiver of series."""
 
     def write(self, series: Series, labels: Labels, number: float) -> None:
-        """Add to a counter, set a gauge, or let a histogram observe."""
+        """Add to a counter, set a gauge, or add an observation to a histogram."""
         ...
 
 
 class Publisher:
-    """Writes what has changed. Does nothing until it has a sink.
+    """Writes the series that have changed to a sink; does nothing before it has one.
 
     Args:
-        worker: whose figures. now: seconds that never run backwards.
+        worker: source of the figures. now: clock in seconds that never goes back.
     """
 
     def __init__(self, worker: Observed, now: Callable[[], float] = time.monotonic) -> None:
@@ -340,17 +340,17 @@ class Publisher:
         self._due = 0.0
 
     def start(self, sink: Sink) -> None:
-        """Write to `sink` from now on; every series that has a value has one there at once."""
+        """Write to `sink` from now on. Every series that has a value is written at once."""
         self._sink = sink
         self.flush()
 
     def tick(self) -> None:
-        """A step is done: write if it is time."""
+        """Write if `INTERVAL` has passed. Called at the end of every step."""
         if self._sink is not None and self._now() >= self._due:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has changed since the last time."""
+        """Write the series that have changed since the last writing."""
         if self._sink is None:
             return
         for series in SERIES:
@@ -368,10 +368,10 @@ class Publisher:
 def log_start(
     policy: str, drafters: "Mapping[str, Drafter]", costs: Costs, *, draft_bytes: int, token_bytes: int
 ) -> None:
-    """Log the arms that may draft, their width and price.
+    """Log the arms that may draft, with their widths and prices.
 
     Args:
-        draft_bytes: of a token's KV, the drafters' part. token_bytes: all of it.
+        draft_bytes: bytes of a token's KV in the drafters. token_bytes: in drafters and target.
     """
     arms = []
     for arm, drafter in drafters.items():

@@ -1,8 +1,8 @@
-"""Entry point of the group `sglang.srt.plugins`.
+"""The entry point of the group `sglang.srt.plugins`, through which SGLang finds this package.
 
-SGLang calls it in every process of every server, whatever that serves, so it adds names and replaces nothing: the
-algorithm goes into SGLang's registry and the flags onto its command line. The other replacements are made
-if the arguments ask for WHIFLASH (:mod:`whiflash_sglang.engine.hooks`).
+SGLang calls it in every process of every server, whatever algorithm that uses. So it only adds names: the algorithm to
+SGLang's registry and the flags to its command line. Functions of SGLang are replaced only if the arguments ask for
+WHIFLASH (:mod:`whiflash_sglang.engine.hooks`).
 
 SGLang logs a failing plugin and starts without it. So with another version of SGLang nothing is registered, and a
 command line that asks for WHIFLASH ends at once, unless it has `--whiflash-untested-sglang on`.
@@ -22,10 +22,10 @@ _registered = False
 
 
 def register() -> None:
-    """Register the algorithm and the flags. Idempotent.
+    """Register the algorithm and the flags, once.
 
     Raises:
-        SystemExit: WHIFLASH is asked for on an engine it does not fit. (Upstream swallows every `Exception`.)
+        SystemExit: WHIFLASH is asked for on an SGLang that it does not fit. (SGLang swallows every `Exception`.)
     """
     global _registered
     if _registered:
@@ -51,9 +51,9 @@ def register() -> None:
 
 
 def _check_command_line() -> None:
-    """Judge a command line that names WHIFLASH before SGLang reads it. Raises SystemExit.
+    """Check a command line that names WHIFLASH before SGLang reads it. Raises SystemExit if it cannot work.
 
-    SGLang's own servers, its other commands and the processes of a server are left alone.
+    Only commands that start a server are checked, not SGLang's other commands and not the processes of a server.
     """
     launcher, *arguments = sys.argv
     if multiprocessing.parent_process():

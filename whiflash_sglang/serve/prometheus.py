@@ -1,4 +1,4 @@
-"""Series as prometheus_client has them, with the labels of SGLang's own."""
+"""Writes series to prometheus_client, with the labels of SGLang's own metrics."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ METHODS = {"counter": "inc", "gauge": "set", "histogram": "observe"}
 
 
 class Prometheus:
-    """A sink with the labels, and the kinds of metrics, of SGLang's collector.
+    """A sink that makes metrics of the same kinds and labels as SGLang's collector.
 
     With several processes prometheus_client writes to files that they share; the process that serves HTTP adds them up.
     """
 
     def __init__(self, collector: Any) -> None:
-        # Which values it makes depends on the environment when it is imported first, as upstream notes.
+        # Imported here, after SGLang has set the environment that decides how prometheus_client stores values.
         import prometheus_client
 
         kinds = {

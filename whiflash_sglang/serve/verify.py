@@ -1,4 +1,4 @@
-"""The verify stage of a round: one forward of the target over bonus tokens and drafts, and its token at every row."""
+"""The stage `verify`: one forward of the target over bonus tokens and drafts, and the target's token at every row."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,11 +17,11 @@ from whiflash_sglang.structure.spending import Spending
 
 
 class VerifyStage:
-    """The target judges drafts.
+    """Runs the target over a round's drafts and samples its own token at every row.
 
     Args:
-        epilogue: what graphs of the target's end with, where they may.
-        hooks: replace what was sampled, one after the other. spending: on grammars.
+        epilogue: the functions with which graphs of the target end, where they may.
+        hooks: replace sampled tokens, one after the other. spending: time spent on grammars.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class VerifyStage:
         """Run the target over bonus tokens and drafts.
 
         Args:
-            barrier: of SGLang, called before masks are made: grammars take the tokens of the last round, whose results
-                the scheduler has not processed yet. None: they have.
+            barrier: SGLang's function that gives grammars the tokens of the last round, whose results the scheduler has
+                not processed yet; called before masks are made. None: the grammars have them.
         """
         chosen = turn.chosen
         rows = self._target.agreed_rows(turn.packed_rows, len(turn), chosen.widths if turn.bounded else None)
@@ -56,7 +56,7 @@ class VerifyStage:
         asked = sampling.asked_rates(batch)
         rated = self._epilogue.rated(asked) if asked else None
         penalised = self._epilogue.penalties.any(turn.row_ids)
-        eager = seeded or info.has_custom_logit_processor  # they read masked logits
+        eager = seeded or info.has_custom_logit_processor  # both need masked logits outside the graph
         in_graph = not (eager or sends or self._checks)
         unchanged = masks is None and not (penalised or (rated is not None and rated.captured))
         self._epilogue.let_graphs_commit(in_graph and unchanged, turn.row_ids)
@@ -71,7 +71,7 @@ class VerifyStage:
         if in_graph:
             packed_masks = None if masks is None else masks.packed
             verified = self._epilogue.finish(verified, len(turn), packed_masks, penalised)
-        row_masks = None if eager else masks  # else the logits are masked
+        row_masks = None if eager else masks  # None: there are no masks, or the logits are masked already
         if verified.committed is None:
             if penalised or eager:
                 verified = self._epilogue.penalise(verified)
@@ -87,7 +87,7 @@ class VerifyStage:
             predictions = first_ranks(predictions) if sends else predictions
             verified = verified._replace(predictions=predictions)
         if masks is not None and masks.rejected and verified.committed is None:
-            # These drafts are wrong whatever the target predicts.
+            # A grammar refuses these drafts, so they are rejected whatever the target predicts.
             rejected = sent(masks.rejected, block.input_ids.device)
             block = block._replace(input_ids=block.input_ids.index_fill(0, rejected, NO_TOKEN))
             verified = verified._replace(input_ids=block.input_ids)
@@ -99,7 +99,7 @@ class VerifyStage:
 
 
 def packed(block: MixedBlock, rows: int) -> MixedBlock:
-    """`block` without the padding behind its first `rows` rows."""
+    """Return `block` cut to its first `rows` rows, without the padding after them."""
     return block._replace(
         input_ids=block.input_ids[:rows],
         positions=block.positions[:rows],

@@ -1,4 +1,4 @@
-"""The round: route → catch_up → draft → verify → commit → park (arXiv 2606.07710, figure of the system)."""
+"""The worker that SGLang calls. A round: route, catch_up, draft, verify, commit, park (arXiv 2606.07710)."""
 
 import time
 from functools import partial
@@ -61,17 +61,17 @@ from whiflash_sglang.structure.spending import Spending
 from whiflash_sglang.telemetry.tally import Tally
 
 STEP_ROUNDS, STEP_SECONDS = 4, 0.1
-"""A step that had so many rounds or lasted so long is not given another one: clients see its tokens when it ends."""
+"""A step takes no further round after so many rounds or seconds: clients see its tokens only when it ends."""
 
 
 class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
-    """Owns the drafters, their KV and the controller; the target stays SGLang's own worker."""
+    """Owns the drafters, their KV and the controller, and drives the target through SGLang's own worker."""
 
-    scheduler: ReferenceType[Any]  # from when it is ours
-    flushes_later = False  # what is parked of released requests
+    scheduler: ReferenceType[Any]  # set once SGLang's scheduler is known to run this worker
+    flushes_later = False  # whether requests that are released now are flushed together afterwards
 
-    # The scheduler's rounds run in inference mode or without gradients, its start does not. Not inference mode: what
-    # it makes could not be written without it.
+    # The scheduler starts with gradients on. Uses no_grad, not inference_mode: inference tensors cannot be modified in
+    # place outside inference mode.
     @torch.no_grad()
     def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.target.capture(captured, final_hidden=self.router is not None)
         self.clock, self.tally = RoundClock(clock_of(self.target.device)), Tally.of(self.drafters)
         self.quarantine = Quarantine(self.drafters, alone=self.ranks.size == 1, from_text=self.text_arms)
-        # A prefill server has one token of an answer.
+        # A prefill server sees only one token of an answer, so it has nothing to learn from.
         learns = self.ranks.leads and not disaggregation.prefills_only()
         self.spool = spool_of(self.settings, server_args.model_path) if learns else None
         self.publisher = Publisher(self)
@@ -106,14 +106,14 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         releases.notify(self)
 
     def __getattr__(self, name: str) -> Any:
-        # The scheduler asks its model worker for things that only the target's worker knows.
+        # SGLang's scheduler asks this worker for attributes that only the target's worker has.
         if name == "_target_worker":
             raise AttributeError(name)
         return getattr(self._target_worker, name)
 
     @torch.no_grad()
     def alloc_memory_pool(self, **pools: Any) -> None:
-        """Drafters' KV beside the target's slots, rings and token table beside its request rows."""
+        """Allocate the drafters' KV, rings and token table for the target's pools, and build the stages."""
         super().alloc_memory_pool(**pools)
         for drafter in self.kv_arms.values():
             drafter.allocate(self.target.kv_slots)
@@ -123,8 +123,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.stages = build_stages(self)
 
     def init_hicache_draft_plan(self) -> None:
-        """Called by the scheduler when the pools are allocated: draft KV follows the target's into host memory, and
-        from a prefill server to a decode server.
+        """Plan how draft KV follows the target's to host memory, and from a prefill to a decode server. The scheduler
+        calls this when the pools are allocated.
         """
         self._draft_pool = draft_pool.pool_of(self.target, self.kv_arms)
         self.draft_layout = draft_pool.layout_of(self.target, self.kv_arms)
@@ -132,12 +132,12 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
 
     @property
     def primary_draft_kv_pool(self) -> Any:
-        """KV pool that a prefill server sends after the target's; None: nothing."""
+        """Return the KV pool that a prefill server sends after the target's; None if it sends none."""
         return self._draft_pool
 
     @torch.no_grad()
     def init_cuda_graphs(self) -> None:
-        """Called by the scheduler when the target's are captured: ends, drafters' passes, and what all of it costs."""
+        """Capture verifications' ends and drafters' passes, and time them. SGLang has captured the target's graphs."""
         requests, costs = max_running_requests(), self.controller.costs
         recorder = graphs.recorder(self.target.runner)
         self.stages.epilogue.capture_ends(recorder)
@@ -149,7 +149,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             log_start(policy, self.drafters, costs, draft_bytes=kv.per_token, token_bytes=kv.whole)
 
     def prewarm_sampling(self) -> Any:
-        """Called by the scheduler when everything is allocated and captured."""
+        """Rehearse the largest sampling, to allocate its memory. Called by the scheduler last."""
         if self.target.device.type == "cuda":
             widest = widest_of(self.drafters) + 1
             rehearse_sampling(self.target.runner, graphs.most_rows(max_running_requests(), widest))
@@ -158,7 +158,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     def forward_batch_generation(
         self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None, pp_proxy_tensors: Any = None
     ) -> Any:
-        """SGLang's spec-v2 contract: prefill an extend batch, or run a step of a decode batch."""
+        """Prefill an extend batch, or run a step of a decode batch (SGLang's spec-v2 interface)."""
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
             return self._prefill(batch, on_publish)
         if batch.forward_mode.is_idle() or not batch.reqs:
@@ -166,7 +166,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         return self._step(batch, on_publish, grammar_barrier)
 
     def _join(self, batch: Any, on_publish: Any) -> Any:
-        """A round without requests: other ranks may have some, and compute with this one (DP attention)."""
+        """Take part in a forward of other ranks when this one has no requests (DP attention)."""
         self.target.join(batch)
         result = idle_result(self.target.device)
         if on_publish is not None:
@@ -174,10 +174,10 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         return result
 
     def _prefill(self, batch: Any, on_publish: Any) -> Any:
-        """Target forward, then K and V of both drafters for every prompt token: the tree takes the slots next."""
+        """Run the target, then write all drafters' KV of the prompts, before the radix tree takes the slots."""
         self.clock.interrupt()
         self.ranks.note([req.rid for req in batch.reqs], batch.extend_lens)
-        self.ranks.broadcast(lambda: None)  # The forward would wait for a missing rank.
+        self.ranks.broadcast(lambda: None)  # Finds a missing rank, for which the forward would wait.
         input_ids = batch.input_ids
         result, features = self.target.prefill(batch)
         result.new_seq_lens = batch.seq_lens
@@ -205,9 +205,9 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         return result
 
     def adopt(self, batch: Any) -> None:
-        """Requests begin whose prompt another server computed, and all drafters' KV of it."""
+        """Open requests whose prompt a prefill server computed, with all drafters' KV of it."""
         upload, row_ids = Upload(), row_ids_of(batch)
-        # A round that is under way may still write of requests that had these rows.
+        # A round that is under way may still write for earlier requests in these rows.
         with overlap.behind_forward(self.target.runner):
             for req, row in zip(batch.reqs, row_ids, strict=True):
                 self.stages.lifecycle.begin(row, req, upload)
@@ -216,10 +216,10 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             upload.send(self.target.device)
 
     def _step(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> Any:
-        """One round, or more while they draft nothing and nobody needs the scheduler: its share of a token shrinks.
+        """Run one round, or several while nothing is drafted and no request needs the scheduler, to save its overhead.
 
-        It keeps KV slots for two of the widest blocks beyond n, so rounds of one token may fill the first of them. With
-        DP attention a step has one round, as other ranks' steps have.
+        SGLang reserves KV slots for two of the widest blocks beyond n, so rounds of one token may fill the first of
+        them. With DP attention a step has one round, since other ranks' steps have one.
         """
         began = time.perf_counter()
         turn = round_batch(batch, self.target.context_len, self.stages.planner.under_way)
@@ -246,8 +246,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     def _round(
         self, batch: Any, turn: Round, on_publish: Any, grammar_barrier: Any
     ) -> tuple[Any, list[list[int]]]:
-        """`round_result`; and what was committed per request, if another round may follow: nothing was drafted, and
-        the host knows.
+        """Run a round. Returns `round_result`, and the tokens that each request committed if another round may follow;
+        it may if nothing was drafted and the host knows them.
         """
         clock, stages = self.clock, self.stages
         for previous in clock.begin():
@@ -280,39 +280,39 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         return round_result(verified, results), [] if turn.stride > 1 else tokens
 
     def clear_cache_pool(self) -> None:
-        """`flush_cache`."""
+        """Drop the state of all requests. SGLang calls this on `flush_cache`."""
         self.stages.lifecycle.forget_all()
 
     def settings_with(self, change: Any) -> Settings:
-        """The settings after a change of policy. Raises ConfigError naming the field that is wrong."""
+        """Return the settings after a change of policy. Raises ConfigError that names the invalid field."""
         settings = changed(self.settings, change)
         build_policy(settings, heads=self._has_heads)
         return settings
 
     def reconfigure(self, change: Any) -> None:
-        """Change the policy while serving; running requests go on under the new one."""
+        """Change the policy while serving; running requests continue under the new one."""
         self.settings = self.settings_with(change)
         replace_settings(self._server_args, self.settings)
         self.controller.policy = build_policy(self.settings, heads=self._has_heads)
         self.publisher.flush()
 
     def snapshot(self) -> dict[str, Any]:
-        """`state_of` this worker."""
+        """Return `state_of` this worker, for `GET /whiflash/state`."""
         return state_of(self)
 
     def publish_to(self, collector: Any) -> None:
-        """Write metrics beside those of SGLang's `collector` if this process decides: of several ranks one counts."""
+        """Write metrics beside those of SGLang's `collector`. Only the rank that decides does, so rounds count once."""
         if self.ranks.leads:
             self.publisher.start(Prometheus(collector))
 
     def forget(self, handle: int | None) -> None:
-        """Drop what is kept across requests: of a tenant, by its handle, or of everybody."""
+        """Drop text and statistics kept across requests: of the tenant with this handle, or of all (None)."""
         self.stages.lifecycle.forget_text(handle)
         self.publisher.flush()
 
     def target_written(self) -> None:
-        """The target's weights were written: what was copied of them follows, with DP attention when all ranks' were.
-        They may not have heard of it in the same pass, and one of them may have failed.
+        """Refresh copies of the target's weights after these were written; with DP attention, when every rank's were:
+        ranks may hear of it in different passes, and one may have failed.
         """
         self.target.peers.written += 1
         if self.target.peers.size == 1:
@@ -327,5 +327,5 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
 
     @property
     def _has_heads(self) -> bool:
-        """Whether the router predicts acceptance lengths too."""
+        """Whether the router predicts acceptance lengths as well as ΔAL."""
         return self.router is not None and len(self.router.w2) > 1
