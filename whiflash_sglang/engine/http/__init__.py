@@ -1,1 +1,1 @@
-"""Requests and answers: what they carry, what is read from them, and routes of our own."""
+"""Reads WHIFLASH's fields from requests, adds them to answers, and adds routes to SGLang's HTTP process."""

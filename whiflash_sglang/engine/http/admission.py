@@ -1,13 +1,12 @@
-"""Requests that are refused before they are scheduled: images that the server does not take, sound, and what would end
-the scheduler.
+"""Refuse requests before they are scheduled: those with images that the server does not take, with sound, or with
+values that would end the scheduler.
 
-A server of this algorithm is one for text unless it was asked for images (`launch.arguments.choose`). SGLang refuses
-images and sound in chat messages there, but drops them without a word where `/generate` or `Engine.generate` brings
-them.
+A WHIFLASH server takes text only, unless it was started with images (`launch.arguments.choose`). SGLang refuses images
+and sound in chat messages there, but drops them silently if `/generate` or `Engine.generate` brings them.
 
-Values that it does not check, above all token ids that are not the target's, raise in its scheduler, and the server
-ends with the answers of everybody. So does a message whose types the scheduler's decoder refuses: each field is written
-and read here first, as it will be there. Every route and `Engine` come through here, a batch request by request.
+Values that SGLang does not check, above all token ids outside the vocabulary, raise in its scheduler, which ends the
+server and all its requests. So does a message whose types the scheduler's decoder refuses, so each field is encoded and
+decoded here first, as it will be there. Requests of every route and of `Engine` pass here, those of a batch one by one.
 """
 
 from array import array
@@ -34,13 +33,13 @@ from whiflash_sglang.engine.patching import around
 INT32_MAX = 2**31 - 1
 MOST_BIAS = 1e9
 MOST_SAMPLES = 4096
-"""Answers to one request, at most: SGLang makes objects for all of them before it looks at one."""
+"""Largest number of answers to one request, over all its prompts: SGLang makes objects for all before it checks one."""
 INTERNAL = (
     *("background", "conversation_id", "encoder_urls", "external_trace_header", "http_worker_ipc", "lora_id"),
     *("multi_item_delimiter_indices", "need_wait_for_mm_inputs", "num_items_assigned"),
     *("positional_embed_overrides", "received_time", "return_bytes", "token_indices_to_pool"),
 )
-"""Fields of SGLang's native requests that its own code fills in; from a client nothing checks them."""
+"""Fields of SGLang's native requests that its own code fills in; SGLang does not check values that a client gives."""
 
 _SENT = get_type_hints(TokenizedGenerateReqInput)
 _APART = {"input_ids", "kv_hints", "sampling_params", "session_params"}
@@ -48,7 +47,7 @@ _SAMPLED = {*api_types.SamplingParams.__struct_fields__, "ebnf_full_assistant"}
 _KINDS: dict[str, dict[str, Any]] = {
     "": {name: kind for name, kind in _SENT.items() if hasattr(GenerateReqInput, name) and name not in _APART}
     | dict.fromkeys(("lora_path", "sampling_logprobs_mode"), str | None),
-    # null means a default, but not yet where SGLang counts samples; it makes numbers of text in stop_token_ids
+    # SGLang reads null as the default, except where it counts samples (n). Text in stop_token_ids becomes a number.
     "sampling_params.": {n: Optional[k] for n, k in get_type_hints(SamplingParams).items() if n in _SAMPLED}  # noqa: UP045
     | {"n": int, "stop_token_ids": list[int | str | None] | None, "watermark": Any},
     "session_params.": get_type_hints(SessionParams),
@@ -59,7 +58,7 @@ _READERS = {
     }
     for prefix, kinds in _KINDS.items()
 }
-"""Decoders of fields, as the scheduler has them."""
+"""Decoders of the fields by their types, with the hooks of the scheduler's own decoder."""
 
 
 @around(
@@ -69,7 +68,7 @@ _READERS = {
     until="SGLang checks what it sends by the types that its scheduler reads",
 )
 def _typed(original: Any, self: Any, obj: Any, request: Any = None) -> Any:
-    """Refuse types that the scheduler cannot read, before adapters are held. Raises ValueError, as below."""
+    """Refuse fields whose types the scheduler cannot decode, before SGLang holds adapters. Raises ValueError (400)."""
     if asks_for_ours(self.server_args) and isinstance(obj, GenerateReqInput):
         check_types(obj)
         allowed = self.server_args.tokenizer_metrics_allowed_custom_labels or ()
@@ -89,8 +88,8 @@ def _typed(original: Any, self: Any, obj: Any, request: Any = None) -> Any:
     until="SGLang checks token ids and ranges before it schedules",
 )
 def _refusing(original: Any, self: Any, obj: Any, input_ids: Any) -> None:
-    """Refuse what would end the scheduler, and media that are not served. Raises ValueError, which SGLang answers with
-    400."""
+    """Refuse values that would end the scheduler, and media that the server does not take. Raises ValueError, which
+    SGLang answers with 400."""
     ours = asks_for_ours(self.server_args)
     if ours and obj.contains_mm_input():
         check_media(obj, takes_images=self.model_config.is_multimodal)
@@ -101,7 +100,7 @@ def _refusing(original: Any, self: Any, obj: Any, input_ids: Any) -> None:
 
 
 def check_given(obj: Any, *, native: bool) -> None:
-    """Check a request before SGLang parts it by prompts; raises ValueError. native: its fields are the client's own."""
+    """Check a request before SGLang splits it by prompt; raises ValueError. native: the client set its fields."""
     if isinstance(obj, EmbeddingReqInput):
         raise ValueError(
             "this server only generates text; ask one with --is-embedding for embeddings and classes"
@@ -121,7 +120,7 @@ def check_given(obj: Any, *, native: bool) -> None:
 
 
 def check_types(obj: GenerateReqInput) -> None:
-    """Check the types of a request after SGLang has parted it by prompts; raises ValueError, which names the field."""
+    """Check the types of a request after SGLang has split it by prompt; raises ValueError, which names the field."""
     try:
         prompts = [obj] if getattr(obj, "is_single", True) else [obj[i] for i in range(len(obj.rid))]
     except IndexError:
@@ -136,7 +135,7 @@ def check_types(obj: GenerateReqInput) -> None:
 
 
 def _check_kinds(prefix: str, values: Any) -> None:
-    """Write each value, and read it as the scheduler will."""
+    """Encode each value and decode it as the scheduler will; raises ValueError, which names the field."""
     if not isinstance(values, dict):
         raise ValueError(f"{prefix[:-1]}: is {values!r:.60}; must be an object")
     for name, value in values.items():
@@ -150,10 +149,10 @@ def _check_kinds(prefix: str, values: Any) -> None:
 
 
 def check_media(obj: Any, *, takes_images: bool) -> None:
-    """Check a request with media.
+    """Check that this server takes the media of a request.
 
     Raises:
-        ValueError: the server does not take them; the message names the fields.
+        ValueError: it does not take them; the message names the fields.
     """
     if not takes_images:
         raise ValueError(
@@ -167,22 +166,22 @@ def check_media(obj: Any, *, takes_images: bool) -> None:
 
 
 def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabulary: int) -> None:
-    """Check one request for text that SGLang has found valid. SGLang compares some values with the vocabulary by itself
-    (`token_ids_logprob`, `logit_bias`).
+    """Check the values of one text request that SGLang's own checks have accepted. SGLang itself compares
+    `token_ids_logprob` and `logit_bias` with the vocabulary.
 
     Raises:
-        ValueError: it would end the scheduler; the message names the field.
+        ValueError: a value would end the scheduler; the message names the field.
     """
     if obj.input_embeds is not None:
         raise ValueError(
             "input_embeds: WHIFLASH drafts from token ids; leave them out, or ask a server without it"
         )
     session: Mapping[str, Any] = obj.session_params or {}
-    # A session's own text may be all that a request goes on from; SGLang ends it there if there is none.
+    # A request may continue its session without new text; SGLang ends the request if the session has no text either.
     if (input_ids is None or not len(input_ids)) and session.get("id") is None:
         raise ValueError("text (prompt, input_ids): is empty; give at least one token")
     _check_ids("input_ids (prompt)", input_ids, vocabulary)
-    # Also where no log-probabilities are asked for: the likeliest of a batch are taken for all of its requests.
+    # Checked without return_logprob too, since SGLang takes the top log-probabilities of a batch for all its requests.
     _check_range("top_logprobs_num (logprobs, top_logprobs)", obj.top_logprobs_num, most=vocabulary)
     _check_range("logprob_start_len", obj.logprob_start_len, least=-1)
     params: Mapping[str, Any] = obj.sampling_params
@@ -192,12 +191,12 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
             grammar = processor_grammar(obj.custom_logit_processor, named, array("q"), None, vocabulary)
             if grammar is not None:
                 grammar.fill_vocab_mask(grammar.allocate_vocab_mask(vocabulary, 1, "cpu"), 0)
-        except Exception as error:  # it is the client's code, or its parameters
+        except Exception as error:  # the client's code may raise anything
             raise ValueError(
                 f"custom_logit_processor: {error!r:.200}; give what its to_str returns, and its custom_params"
             ) from None
     for token, value in (params.get("logit_bias") or {}).items():
-        # In float32 more may become infinite, and every chance NaN; minus infinity only bans a token.
+        # A larger bias may overflow float32, which makes all probabilities NaN; minus infinity only bans a token.
         if value != -inf and not abs(value) <= MOST_BIAS:
             raise ValueError(
                 f"logit_bias: is {value} for {token!r:.20}; give -{MOST_BIAS:g} to {MOST_BIAS:g}"
@@ -209,17 +208,17 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
         )
     _check_range("top_k", params.get("top_k"), most=INT32_MAX)
     if params.get("min_new_tokens"):
-        # Elsewhere stop tokens are only compared with what was sampled.
+        # min_new_tokens masks logits at the stop tokens' ids; without it they are only compared with sampled tokens.
         stops = [int(token) for token in params.get("stop_token_ids") or () if token is not None]
         _check_ids("stop_token_ids", stops, vocabulary)
 
 
 def check_scores(obj: GenerateReqInput, input_ids: Sequence[int] | None, server_args: Any) -> None:
-    """Check a request for scores at positions of its prompt, which `/v1/score` makes for a `score_extraction_token`:
-    the prompt goes through one forward that reads all of it, and the request ends.
+    """Check a request that reads scores at positions of its prompt, which `/v1/score` makes for a
+    `score_extraction_token`: one forward reads the whole prompt, and the request ends.
 
     Raises:
-        ValueError: it would end the scheduler or give other positions' scores; the message names the field.
+        ValueError: the request would end the scheduler or get other positions' scores; the message names the field.
     """
     positions = obj.token_indices_to_pool
     if positions is None:

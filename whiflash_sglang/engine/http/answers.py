@@ -1,8 +1,8 @@
-"""Traces, the parts of predictions that appeared, and vLLM's figures of acceptance, in what routes send.
+"""Add traces, counts of predicted tokens and vLLM's acceptance figures to the answers that routes send.
 
-OpenAI's chat and text completions have traces in SGLang's extension `sglext`, of a stream in a last chunk of its own;
-what of predictions appeared is in their usage. Responses and Messages have no place for either, so both go into
-`sglext`: of an answer, of the `response` in a stream's last event, or of the event `message_delta`.
+OpenAI's chat and text completions carry traces in SGLang's extension `sglext`, which a stream sends as a last chunk of
+its own, and counts of predicted tokens in their usage. Responses and Messages have no field for either, so both go into
+`sglext`: of the answer, of the `response` in a stream's last event, or of the event `message_delta`.
 """
 
 import json
@@ -29,26 +29,26 @@ _ENDED = ("response.completed", "response.incomplete", "response.failed")
 
 
 def extending(call: Call, send: Send) -> Send:
-    """`send` for an answer to this call: SGLang's own where nothing of ours was asked for."""
+    """Return a `send` that adds what this call asked for to its answer; SGLang's own `send` if it asked for nothing."""
     figures_too = bool(call.body.get("return_spec_tokens_details"))
     if (call.asked is None or call.asked.params is None) and not figures_too:
         return send
 
-    def holds() -> bool:  # what SGLang keeps of Responses has its extension already
+    def holds() -> bool:  # `_extending_response` has extended answers of Responses already
         return call.form != "responses" and bool(call.traces or call.counts or figures_too)
 
     return _Sent(send, partial(extended, call), holds, _Events(call)).send
 
 
 def rewriting(send: Send, change: Change) -> Send:
-    """`send` for an answer in JSON, which `change` gets."""
+    """Return a `send` that passes an answer in JSON through `change`."""
     return _Sent(send, change, lambda: True, None).send
 
 
 class _Sent:
-    """An answer that is changed on its way: an answer in JSON as a whole, a stream event by event.
+    """Changes an answer before it is sent: JSON as a whole, a stream event by event.
 
-    holds: asked when an answer begins, whether `change` has something for it. events: None where streams stay.
+    holds: called when an answer in JSON begins; whether `change` may add to it. events: None leaves streams unchanged.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class _Sent:
     ) -> None:
         self._send, self._change, self._holds, self._events = send, change, holds, events
         self._start: Message | None = None
-        """The beginning of an answer in JSON, whose length is not known yet."""
+        """Start message of an answer in JSON. It waits for the changed body, whose length it carries."""
         self._body = b""
 
     async def send(self, message: Message) -> None:
@@ -93,7 +93,7 @@ class _Sent:
 
 
 def extended(call: Call, answer: dict[str, Any]) -> dict[str, Any]:
-    """An answer in JSON with what this call asked for; the same object where there is nothing."""
+    """Return an answer in JSON with what this call asked for; the same object if there is nothing to add."""
     if call.form == "messages":
         extension = extension_of(call)
         return {**answer, EXTENSION: extension} if extension else answer
@@ -107,13 +107,13 @@ def extended(call: Call, answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def extension_of(call: Call) -> dict[str, Any]:
-    """The extension of Responses and Messages; empty if their request asked for nothing."""
+    """Return the extension of an answer of Responses or Messages; empty if its request asked for nothing."""
     extension: dict[str, Any] = {META_KEY: _traces(call, {})} if call.traces else {}
     return {**extension, PREDICTION: traces.summed(call.counts)} if call.counts else extension
 
 
 def _traces(call: Call, shown: Mapping[int, str | None]) -> Any:
-    """shown: what clients see of a choice's text, which the trace brings where it is another one."""
+    """Return the call's trace, or a list of its choices' traces. shown: texts that clients see (`traces.with_text`)."""
     made = [
         traces.with_text(trace, text, shown.get(trace["choice"]))
         for trace, text in sorted(call.traces, key=lambda entry: int(entry[0]["choice"]))
@@ -122,7 +122,7 @@ def _traces(call: Call, shown: Mapping[int, str | None]) -> Any:
 
 
 def _with_figures(call: Call, answer: dict[str, Any], *, usage_too: bool = True) -> dict[str, Any]:
-    """An answer or a chunk of OpenAI's, with what of predictions appeared in its usage, and vLLM's `metrics`."""
+    """Return an OpenAI answer or chunk with counts of predicted tokens in its usage, and vLLM's `metrics`."""
     usage = answer.get("usage")
     if usage_too and usage and call.counts:
         details = usage.get(_DETAILS) or {"reasoning_tokens": usage.get("reasoning_tokens") or 0}
@@ -132,7 +132,7 @@ def _with_figures(call: Call, answer: dict[str, Any], *, usage_too: bool = True)
 
 
 class _Events:
-    """The events of a stream."""
+    """Changes the server-sent events of one call's stream."""
 
     def __init__(self, call: Call) -> None:
         self._call, self._rest, self._last = call, b"", b""
@@ -142,7 +142,7 @@ class _Events:
         self._shown: dict[int, str] | None = {} if whole else None
 
     def take(self, data: bytes, *, ends: bool) -> bytes:
-        """Bytes to send when `data` has come: whole events, however SGLang cut them."""
+        """Return the bytes to send after `data` has arrived: only whole events, since SGLang may cut them anywhere."""
         *events, self._rest = (self._rest + data).split(b"\n\n")
         sent = b"".join(self._change(event) + b"\n\n" for event in events)
         if ends:
@@ -164,14 +164,14 @@ class _Events:
         return event if changed is chunk else b"data: " + _json(changed).encode()
 
     def _note(self, chunk: dict[str, Any]) -> None:
-        """Add a chunk to the text of each choice."""
+        """Append a chunk's text to the text that each choice has shown."""
         for choice in chunk.get("choices") or () if self._shown is not None else ():
             text = (choice.get("delta") or {}).get("content") or choice.get("text") or ""
             self._shown = self._shown or {}
             self._shown[choice["index"]] = self._shown.get(choice["index"], "") + text
 
     def _trace_chunk(self) -> bytes:
-        """A last chunk without choices, as SGLang's own extension chunks are."""
+        """Return a last chunk with the traces. It has no choices, as SGLang's own extension chunks."""
         last = _data(self._last.removeprefix(b"data: ")) if self._last else {}
         chunk: dict[str, Any] = {
             "id": "whiflash-trace",
@@ -215,7 +215,7 @@ def _json(value: object) -> str:
     optional=True,
 )
 async def _extending_response(original: Any, self: Any, *args: Any, **named: Any) -> Any:
-    """An answer of Responses has traces and what of predictions appeared."""
+    """Add traces and counts of predicted tokens to answers of Responses."""
     response = await original(self, *args, **named)
     call = CURRENT.get()
     extension = extension_of(call) if call is not None else {}

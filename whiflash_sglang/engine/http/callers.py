@@ -1,7 +1,7 @@
-"""Headers that name who sends a request: `X-WhiFlash-Agent` and, where the operator trusts it, `X-WhiFlash-Tenant`.
+"""Read the headers that name a sender: `X-WhiFlash-Agent` and, if an operator trusts it, `X-WhiFlash-Tenant`.
 
 A gateway sets them for clients in any language. The tenant goes into SGLang's internal request (`requests.take_up`),
-which every route ends in, so no form of a body, coding or method comes between. In the process that serves HTTP.
+which every route makes, so it does not depend on the form or encoding of a body, or on the HTTP method.
 """
 
 from collections.abc import Iterable
@@ -18,16 +18,16 @@ AGENT, TENANT = "X-WhiFlash-Agent", "X-WhiFlash-Tenant"
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The names in a request's headers; None without a header."""
+    """The agent and the tenant that a request's headers name; None without the header."""
 
     agent: str | None = None
     tenant: str | None = None
 
     def check_tenant(self, *, trusted: bool) -> None:
-        """Check that a header names the tenant exactly if it is trusted.
+        """Check that the header names the tenant if this server trusts it, and that it is absent otherwise.
 
         Raises:
-            HintError: the header is missing, or is there though nobody reads it.
+            HintError: a trusted header is missing, or an untrusted one is there.
         """
         if trusted and self.tenant is None:
             why = "is missing, and this server (--whiflash-trust-tenant-header on) answers no request without it"
@@ -39,7 +39,7 @@ class Caller:
 
 NOBODY = Caller()
 CALLER: ContextVar[Caller] = ContextVar("whiflash_caller", default=NOBODY)
-"""The caller of the request that is served. It has no names over gRPC and in an `Engine`."""
+"""The caller of the current request; NOBODY over gRPC and in an `Engine`, which have no headers."""
 
 
 def caller_of(headers: Iterable[tuple[bytes, bytes]]) -> Caller:
@@ -75,7 +75,7 @@ def _name(lines: list[tuple[bytes, bytes]], header: str) -> str | None:
 def drop_trailers() -> None:
     """Let uvicorn with httptools drop trailers, as it does with h11. Idempotent.
 
-    It appends them to a request's headers, so a client could name a tenant after its body.
+    Otherwise uvicorn appends them to the request's headers, so a client could name a tenant after its body.
     """
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -86,7 +86,7 @@ def drop_trailers() -> None:
         return
 
     def on_header(self: Any, name: bytes, value: bytes) -> None:
-        if "method" not in self.scope:  # it has one once the head is complete
+        if "method" not in self.scope:  # the scope has a method once the head is complete
             append(self, name, value)
 
     setattr(HttpToolsProtocol, "on_header", on_header)  # noqa: B010

@@ -1,9 +1,9 @@
-"""One middleware for all routes whose requests or answers have something of ours.
+"""The middleware of all routes whose requests or answers carry fields of WHIFLASH.
 
-SGLang's models drop fields that they do not know, and its answers have no place for ours. So what is for WHIFLASH is
-read from a body before its route, and refused in the route's form; `TokenizerManager.generate_request` takes it up
-(`routes`), and what is added to an answer goes into what the route sends (`answers`). Requests without a field of ours
-and their answers stay SGLang's own, and so do servers without WHIFLASH. In the process that serves HTTP.
+SGLang's models drop fields that they do not know, and its answers have no place for ours. So the middleware reads our
+fields of a body before the route does, and refuses wrong ones in the route's own form of an error.
+`TokenizerManager.generate_request` takes them up (`routes`), and `answers` adds to the answer that the route sends.
+Requests without our fields and their answers stay SGLang's own, and so do servers without WHIFLASH.
 """
 
 import os
@@ -42,7 +42,7 @@ INFO = ("/server_info", "/get_server_info")
 
 
 def install() -> None:
-    """Put it behind all others of SGLang's application, so that keys are checked first. Idempotent."""
+    """Add the middleware after all others of SGLang's application, so that API keys are checked first. Idempotent."""
     app = http_server.app
     if not any(entry.cls is OurFields for entry in app.user_middleware):
         app.user_middleware.append(Middleware(OurFields))
@@ -50,7 +50,7 @@ def install() -> None:
 
 
 class OurFields:
-    """The middleware."""
+    """Reads our fields of a request before its route does, and has `answers` extend what the route sends."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -64,7 +64,7 @@ class OurFields:
         if manager is None or not asks_for_ours(manager.server_args):
             await self._app(scope, receive, send)
             return
-        # A request that was sent before the last one was answered starts with that one's context.
+        # A pipelined request starts in the context of the request before it, so both variables are set again.
         call, caller = CURRENT.set(None), CALLER.set(NOBODY)
         try:
             await self._serve(manager, scope, receive, send)
@@ -77,7 +77,7 @@ class OurFields:
         form = FORMS.get(path) if scope.get("method") in ("POST", "PUT") else None
         try:
             caller = caller_of(scope.get("headers", ()))
-            # Warm-ups come from SGLang itself. Other routes' requests are checked where they are generated.
+            # Warm-ups come from SGLang itself. `requests.take_up` checks the requests of other routes.
             if form is not None and manager.server_status != ServerStatus.Starting:
                 caller.check_tenant(trusted=settings_of(manager.server_args).trust_tenant_header)
             CALLER.set(caller)
@@ -99,8 +99,8 @@ class OurFields:
 
 
 def _is_foreign(scope: Message) -> bool:
-    """Whether a browser sends this for a page of another origin, all of which SGLang allows (CORS), to a route that is
-    an operator's and open to everybody."""
+    """Whether a browser sends this request for a page of another origin (SGLang's CORS allows all) to an operator's
+    route of a server without keys."""
     headers = dict(scope.get("headers", ()))
     site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
     same = (origin or b"").partition(b"://")[2] == headers.get(b"host")
@@ -113,7 +113,7 @@ def _is_foreign(scope: Message) -> bool:
 
 
 async def _parsed(receive: Receive) -> tuple[object, Receive]:
-    """The parsed body, None where SGLang will refuse it; and what gives that body again, then what comes after it."""
+    """Return the parsed body, None if it is no JSON, and a `receive` that gives the body again, then what follows."""
     parts: list[bytes] = []
     message = await receive()
     while message["type"] == "http.request":
@@ -148,6 +148,6 @@ def _refusal(form: Form | None, error: HintError) -> Response:
 
 
 def routes() -> tuple[str, ...]:
-    """Below `/v1`: whose requests may carry hints. SGLang's application may serve no Responses."""
+    """Return the routes below `/v1` whose requests may carry hints. SGLang's application may serve no Responses."""
     responses = ("responses",) if hasattr(http_server.app.state, "openai_serving_responses") else ()
     return "chat/completions", "completions", "messages", *responses

@@ -1,10 +1,10 @@
-"""Streams in the pieces that plain decoding sends, for whoever reads an output as if it had one token.
+"""Cut streams into the pieces that plain decoding sends, for consumers that expect one token per output.
 
 A round commits several tokens, so an output of SGLang's has several. Most consumers were written for one: parsers of
-calls and reasoning lose text, Ollama's routes drop the last output's, chat completions attach log-probabilities to text
-of the same output. So every stream is cut into the outputs that plain decoding would have sent at the request's stream
-interval; they follow each other without a wait. Consumers that only add outputs up get them as they come. In the
-process that serves HTTP.
+tool calls and reasoning lose text, Ollama's routes drop the last output's text, chat completions attach
+log-probabilities to text of the same output. So their streams are cut into the outputs that plain decoding would have
+sent at the request's stream interval, without waits between them. Consumers that only concatenate outputs get them as
+they arrive. Runs in the process that serves HTTP.
 """
 
 from array import array
@@ -35,10 +35,10 @@ _COUNTS = (
 
 
 def are_read_one_by_one(manager: Any, obj: Any, call: Call | None) -> bool:
-    """Whether outputs are a stream that is read by somebody who does not only add them up.
+    """Whether outputs are streamed to a consumer that does more than concatenate them.
 
     manager: SGLang's TokenizerManager. obj: the internal request. Chat completions, and Anthropic's Messages, which
-    SGLang serves as chat completions, are read where something parses them.
+    SGLang serves as chat completions, have such a consumer if SGLang parses their text or adds log-probabilities.
     """
     if not getattr(obj, "stream", False) or manager.tokenizer is None:
         return False
@@ -57,7 +57,7 @@ def are_read_one_by_one(manager: Any, obj: Any, call: Call | None) -> bool:
 
 
 async def as_plain(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """The outputs of a stream as plain decoding sends them.
+    """Yield the outputs of a stream as plain decoding would send them.
 
     manager: SGLang's TokenizerManager, with a tokenizer. obj: the internal request, before SGLang expands it to its
     choices.
@@ -75,7 +75,7 @@ async def as_plain(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> Async
 
 
 def _context(manager: Any, obj: Any, choice: int) -> list[int]:
-    """The last token ids of the prompt that a choice answers."""
+    """Return the last token ids of the prompt that `choice` answers."""
     prompt: Any = obj.input_ids or obj.text or []
     if not isinstance(prompt, str) and not all(isinstance(token, int) for token in prompt):
         prompt = of_choice(prompt, obj, choice)
@@ -85,11 +85,11 @@ def _context(manager: Any, obj: Any, choice: int) -> list[int]:
 
 
 class Detokenizer(DetokenizerManager):
-    """SGLang's scheduler and detokenizer for one answer: when its tokens are sent, and as which text.
+    """Decides for one answer, as SGLang's scheduler and detokenizer do, when tokens are sent and as which text.
 
     Args:
         manager: SGLang's TokenizerManager.
-        context: last token ids of the prompt; first tokens are decoded beside them.
+        context: last token ids of the prompt; the answer's first tokens are decoded with them.
         parameters: of sampling, as the request gives them.
     """
 
@@ -113,19 +113,19 @@ class Detokenizer(DetokenizerManager):
         )
 
     def take(self, token: int) -> tuple[int, str] | None:
-        """The next token; where an output ends with it, that output's tokens and text, else None."""
+        """Add the next token; return the number of tokens and the text of the output that ends with it, or None."""
         self._unsent.append(token)
         return self.flush() if self._seen.sends(token, len(self._unsent)) else None
 
     def flush(self) -> tuple[int, str]:
-        """An output of the tokens that were not sent. Its text is empty inside a character."""
+        """Return the number and the text of all unsent tokens, as one output. The text is empty inside a character."""
         self._output.decode_ids = [[*(self._context or ()), *self._unsent]]
         self._context, size, self._unsent = None, len(self._unsent), []
         return size, self._decode_batch_token_id_output(self._output)[0]
 
 
 class _Seen(Req):  # type: ignore[misc]
-    """Members of a request that SGLang's scheduler reads to know whether its unsent tokens are sent."""
+    """A request with only the members by which SGLang's scheduler decides whether to send its unsent tokens."""
 
     def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
         params.normalize(tokenizer)
@@ -140,29 +140,29 @@ class _Seen(Req):  # type: ignore[misc]
 
 
 class Cutter:
-    """One choice's outputs, cut into those that plain decoding sends.
+    """Cuts the outputs of one choice into those that plain decoding would send.
 
     The text is always the one that arrived. An output whose text has not arrived waits: SGLang's detokenizer holds back
-    more when a step ends inside a character than single tokens would have.
+    more text when a step ends inside a character than it would for single tokens.
 
     Args:
-        increments: whether outputs bring what is new, or everything so far.
+        increments: whether outputs have only new tokens and text, or everything so far.
     """
 
     def __init__(self, decoder: Detokenizer, *, increments: bool) -> None:
         self._decoder, self._increments = decoder, increments
         self._waiting: deque[tuple[int, int]] = deque()
-        """Sizes of outputs in tokens, and where their texts end, in characters from the answer's begin."""
+        """Outputs that wait: their sizes in tokens, and the ends of their texts in characters of the answer."""
         self._end = self._seen = 0
-        """End of the last of them; tokens that the decoder has seen."""
+        """End of the last waiting output's text; number of tokens that the decoder has seen."""
         self._tokens: list[int] = []
         self._text = ""
-        """Text that arrived and was not sent; it begins at `_shown`, its tokens and records at `_sent`."""
+        """Text that arrived and was not sent. It begins at character `_shown`; unsent tokens begin at token `_sent`."""
         self._shown = self._sent = 0
         self._records: dict[str, list[Any]] = {}
 
     def cut(self, output: dict[str, Any]) -> list[dict[str, Any]]:
-        """The outputs to send now for one that arrived; the last one of an answer ends with what arrived as its end."""
+        """Return the outputs to send now that `output` has arrived; only the answer's last one has a finish reason."""
         meta, tokens, text = output["meta_info"], output["output_ids"], output["text"]
         if not self._increments:
             tokens, text = tokens[self._seen :], text[self._shown + len(self._text) :]
@@ -186,7 +186,7 @@ class Cutter:
         return [*pieces, self._piece(output, len(self._tokens), arrived, ends=True)]
 
     def _piece(self, output: dict[str, Any], size: int, end: int, *, ends: bool = False) -> dict[str, Any]:
-        """The next `size` tokens, with the text up to `end`."""
+        """Return an output of the next `size` tokens, with the text up to character `end`. ends: the answer's last."""
         fresh = max(end - self._shown, 0)
         text, self._text = self._text[:fresh], self._text[fresh:]
         tokens, self._tokens = self._tokens[:size], self._tokens[size:]

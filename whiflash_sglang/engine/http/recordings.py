@@ -1,5 +1,5 @@
-"""Make traces and attributes of spans from recordings of requests, where SGLang puts their last output together: in the
-process that serves HTTP, or that holds an `Engine`.
+"""Make a request's trace and the attributes of its tracing span from its recording, when SGLang makes its last output:
+in the process that serves HTTP or holds an `Engine`.
 """
 
 from typing import Any
@@ -38,5 +38,5 @@ def _taking_recordings(
     until="they can",
 )
 def _telling_spans(original: Any, self: Any, state: Any, *args: Any) -> dict[str, Any]:
-    """The span of a request (`--enable-trace`) says who drafted it."""
+    """Add to a request's tracing span (`--enable-trace`) which drafters drafted it."""
     return {**original(self, state, *args), **getattr(state, _ATTRIBUTES, {})}

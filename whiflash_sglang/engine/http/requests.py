@@ -1,8 +1,8 @@
-"""All that a request says to WHIFLASH, read and checked once, before anything is scheduled: hints, a prediction, a
-forced answer, whose text it is. In the process that serves HTTP.
+"""Read and check once, before scheduling, what a request says to WHIFLASH: hints, a prediction, a forced answer, its
+tenant. Runs in the process that serves HTTP.
 
-Requests of routes that SGLang converts are read by their bodies (`read`), before SGLang drops what it does not know,
-and completed by what they imply; others by the parameters that they hand on (`take_up`).
+Requests of routes that SGLang converts are read from their bodies (`read`), before SGLang drops fields that it does not
+know, and get the spans and tools that they imply. Others are read from their sampling parameters (`take_up`).
 """
 
 import asyncio
@@ -29,15 +29,15 @@ from whiflash_sglang.structure.tools import carried_tools
 
 T = TypeVar("T")
 Form = Literal["chat", "completion", "responses", "messages", "native"]
-"""The form of a request. A native one has `sampling_params`, which carry hints."""
+"""The API by whose schema a request is written. A native request has `sampling_params`, which carry its hints."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One set of sampling parameters, read.
+    """The hints and the prediction that one set of sampling parameters carries.
 
-    params: its `custom_params`, with what other fields say and a prediction as token ids; None if there are none.
-    notes: on the prediction, for its choices' traces.
+    params: its `custom_params`, with additions from other fields and a prediction as token ids; None without any.
+    notes: remarks on the prediction, for the traces of its choices.
     """
 
     params: dict[str, Any] | None = None
@@ -46,16 +46,16 @@ class Asked:
 
     @property
     def prediction(self) -> Sequence[int] | None:
-        """Token ids that are expected back."""
+        """Return the token ids that the client predicts as the answer; None without a prediction."""
         return (self.params or {}).get(CARRIED_PREDICTION)
 
 
 @dataclass(slots=True)
 class Call:
-    """One request of a route that SGLang converts, or whose outputs are only added up, on its way to its answer.
+    """One request of a route in `middleware.FORMS`, until its answer is sent.
 
-    body: as SGLang parses it, without its texts; empty of a native one, and if SGLang will refuse it. asked: None then.
-    keys: whose text it is, as far as SGLang's model has no field for it.
+    body: as SGLang parses it, without its texts. It is empty, and `asked` is None, if the request is native or SGLang
+    will refuse it. keys: `cache_salt` and `extra_key` of Messages, since SGLang's model has no field for them.
     """
 
     form: Form
@@ -64,23 +64,23 @@ class Call:
     keys: Mapping[str, str] = field(default_factory=dict)
     # Filled by `generate_request` while outputs pass:
     traces: list[tuple[dict[str, Any], str | None]] = field(default_factory=list)
-    """Traces of choices that have ended, with the texts that those with offsets count in."""
+    """Traces of choices that have ended, each with the text that its offsets refer to."""
     counts: dict[int, dict[str, int]] = field(default_factory=dict)
-    """Tokens of its predictions that appeared, by choice."""
+    """Numbers of accepted and rejected tokens of its prediction, by choice."""
 
 
 CURRENT: ContextVar[Call | None] = ContextVar("whiflash_call", default=None)
-"""The call that is served; None on other routes, over gRPC and in an `Engine`."""
+"""The call of the current request; None on other routes, over gRPC and in an `Engine`."""
 
 
 def parameters_of(obj: Any) -> list[Any]:
-    """The sampling parameters of an internal request: one for all prompts, or one for each."""
+    """Return the sampling parameters of SGLang's internal request: one set for all prompts, or one for each."""
     given = getattr(obj, "sampling_params", None)
     return given if isinstance(given, list) else [given]
 
 
 def of_choice(values: Sequence[T], obj: Any, choice: int) -> T:
-    """The value of the prompt that `choice` answers: SGLang numbers the choices of a batch prompt by prompt.
+    """Return the value for the prompt that `choice` answers: SGLang numbers the choices of a batch prompt by prompt.
 
     values: one for all prompts, or one for each, repeated or not.
     """
@@ -88,7 +88,7 @@ def of_choice(values: Sequence[T], obj: Any, choice: int) -> T:
 
 
 async def read(form: Form, body: object, manager: Any) -> Call:
-    """A request of a route that SGLang converts, by its body.
+    """Read and check the body of a request of a route that SGLang converts.
 
     Raises:
         HintError: naming the field that is wrong.
@@ -106,20 +106,20 @@ async def read(form: Form, body: object, manager: Any) -> Call:
             raise HintError("prediction", why)
         params = {**(params or {}), CARRIED_PREDICTION: text}
     asked = await asked_by(manager, params)
-    if body.get("previous_response_id") is not None:  # the conversation before may have opted out
+    if body.get("previous_response_id") is not None:  # an earlier turn may have opted out of learning
         asked = _unlearned(asked)
     return Call(form, _without_texts(body), asked, _keys(body) if form == "messages" else {})
 
 
 async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Asked]:
-    """Read an internal request of SGLang's: one record for all prompts, or one for each. Its sampling parameters become
-    those that the scheduler gets; the given ones stay, since SGLang may serve them again. A trusted header's tenant
-    replaces the request's own.
+    """Return what SGLang's internal request `obj` asks for: one record for all prompts, or one for each. Its sampling
+    parameters are replaced by those for the scheduler; the given objects stay unchanged, since SGLang may serve them
+    again. A trusted header's tenant replaces the request's own.
 
-    call: its call, if there is one. Parameters of a request without a body that was read are checked here.
+    call: the request's call, or None. If no body was read, the sampling parameters are checked here.
 
     Raises:
-        HintError: they are malformed, or no header names the tenant; SGLang answers it with 400.
+        HintError: parameters are malformed, or no header names the tenant; SGLang answers it with 400.
     """
     caller, is_own = CALLER.get(), _is_servers_own(manager, obj)
     settings = settings_of(manager.server_args)
@@ -145,7 +145,7 @@ async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Asked]:
 
 
 def _filled(entry: Any, params: dict[str, Any] | None) -> Any:
-    """Sampling parameters that carry these; SGLang may have put keys of its own there while it converted a request."""
+    """Return sampling parameters whose `custom_params` have `params` and the keys that SGLang put there by itself."""
     if params is None:
         return entry
     known = entry or {}
@@ -153,8 +153,8 @@ def _filled(entry: Any, params: dict[str, Any] | None) -> Any:
 
 
 async def asked_by(manager: Any, custom_params: Any) -> Asked:
-    """The record of `custom_params`, with the header's agent if they name none. A predicted text is encoded beside the
-    event loop.
+    """Return the record of `custom_params`, with the header's agent if they name none. A thread tokenises a predicted
+    text, so that the event loop goes on.
 
     Raises:
         HintError: naming the field that is wrong.
@@ -163,7 +163,7 @@ async def asked_by(manager: Any, custom_params: Any) -> Asked:
     if agent is not None and hints.agent is None:
         custom_params = (
             add_hints(custom_params, {"agent": agent}) or custom_params
-        )  # without room for it, as given
+        )  # unchanged if there is no room for it
         hints = validate_custom_params(custom_params)
     if custom_params is None:
         return Asked(None, hints)
@@ -181,22 +181,22 @@ async def asked_by(manager: Any, custom_params: Any) -> Asked:
 
 
 def _is_servers_own(manager: Any, obj: Any) -> bool:
-    """Whether a request is a health check, or comes before the server is up, as its warm-up. A client may name its
-    request as a health check; it gets no tenant by that."""
+    """Whether a request is a health check, or the warm-up that SGLang sends before the server is up. A client may name
+    its request like a health check, but gets no tenant by that."""
     rid = getattr(obj, "rid", None)
     is_check = isinstance(rid, str) and rid.startswith(HEALTH_CHECK_RID_PREFIX)
     return is_check or bool(manager.server_status == ServerStatus.Starting)
 
 
 def _unlearned(asked: Asked) -> Asked:
-    """Nobody's text becomes no sample."""
+    """Return `asked` with learning switched off, so that the request's text becomes no sample."""
     params = add_hints(asked.params, {"learn": False})
-    kept = {"learn": False, "lookup": asked.hints.lookup, "off": asked.hints.off}  # without room for the rest
+    kept = {"learn": False, "lookup": asked.hints.lookup, "off": asked.hints.off}  # if not all hints fit
     return replace(asked, params=params or {**(asked.params or {}), WIRE_KEY: json.dumps(kept)})
 
 
 def _without_texts(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that are asked for later: SGLang has prompts of its own, and those of many requests are long."""
+    """Return the fields that are read later, without prompts, which may be long: SGLang has its own copies of them."""
     kept = {name: value for name, value in body.items() if name not in _TEXTS}
     messages = kept.get("messages")
     if isinstance(messages, list):
@@ -216,7 +216,7 @@ def _keys(body: Mapping[str, Any]) -> dict[str, str]:
 
 
 def as_chat(call: Call) -> SimpleNamespace:
-    """The parts of an accepted request that imply spans and calls, in the form of SGLang's chat requests."""
+    """Return the parts of an accepted request that imply spans and tool calls, shaped as SGLang's chat requests."""
     body, choice = call.body, call.body.get("tool_choice")
     tools: list[tuple[str, Any]] = []
     expected = body.get("response_format")
@@ -263,18 +263,18 @@ _CALLED = ("function", "custom")
 
 
 def _tools_of(body: Mapping[str, Any], part: str) -> list[Any]:
-    """Tools that have this part."""
+    """Return the body's tools that have the field `part`."""
     return [tool for tool in body.get("tools") or () if isinstance(tool, dict) and tool.get(part) is not None]
 
 
 def _named(choice: Mapping[str, Any]) -> Any:
-    """A choice of one tool."""
+    """Return a chat request's choice of the one tool that is named; `auto` without a name."""
     name = choice.get("name") or (choice.get("function") or {}).get("name")
     return SimpleNamespace(function=SimpleNamespace(name=name)) if name else "auto"
 
 
 def implied(manager: Any, request: Any, asked: Asked) -> dict[str, Any] | None:
-    """`custom_params` with the spans and the tools that the request implies. request: in the form of a chat's."""
+    """Return `custom_params` with the spans and the tools that the request implies. request: a result of `as_chat`."""
     params = asked.params
     if not asked.hints.infer:
         return params
@@ -286,7 +286,7 @@ def implied(manager: Any, request: Any, asked: Asked) -> dict[str, Any] | None:
 
 
 def _tools(manager: Any, request: Any) -> str | None:
-    """Tools that may be called, if the scheduler may draft calls of them."""
+    """Return the tools that may be called, encoded for the scheduler; None if it drafts no calls of them."""
     choice, tools = getattr(request, "tool_choice", None), getattr(request, "tools", None)
     if not tools or choice == "none" or not settings_of(manager.server_args).structure.enabled:
         return None
@@ -312,7 +312,7 @@ def _inferred(manager: Any, request: Any) -> tuple[Span, ...]:
 
 
 def _prefill(request: Any) -> str:
-    """The answer's beginning in a chat that goes on with its last message."""
+    """Return the beginning of the answer if a chat continues its last message, else empty text."""
     last = request.messages[-1] if getattr(request, "continue_final_message", False) else None
     content = getattr(last, "content", None)
     return content if isinstance(content, str) and getattr(last, "role", None) == "assistant" else ""

@@ -1,4 +1,4 @@
-"""Routes that WHIFLASH adds to SGLang's HTTP process. Hints: `requests`; traces: `traces`."""
+"""Add WHIFLASH's routes to SGLang's HTTP process. `requests` reads hints, `traces` completes traces."""
 
 import asyncio
 import contextlib
@@ -42,7 +42,7 @@ logger = logging.getLogger("whiflash_sglang")
 
 
 def install() -> None:
-    """Idempotent. Called in the processes that serve HTTP: the launcher's, or each tokenizer worker's."""
+    """Install patches, middleware and routes in a process that serves HTTP (launcher, tokenizer worker). Idempotent."""
     answers.allow_extensions()
     callers.drop_trailers()
     patching.install(admission, answers, figures, recordings, sys.modules[__name__])
@@ -50,8 +50,8 @@ def install() -> None:
     known = {getattr(route, "path", None) for route in http_server.app.routes}
     if "/whiflash/capabilities" not in known:
         http_server.app.get("/whiflash/capabilities")(_capabilities)
-        # As SGLang's own /set_internal_state: with --admin-api-key, only for its holder. Two readings of the state
-        # reveal what was accepted of the requests in between.
+        # With --admin-api-key only its holder may call these, as with SGLang's own /set_internal_state. Two readings
+        # of the state reveal how many drafts were accepted in between.
         admin_only = http_server.auth_level(http_server.AuthLevel.ADMIN_OPTIONAL)
         http_server.app.get("/whiflash/state")(admin_only(_state))
         for name, change in (("policy", _set_policy), ("forget", _forget)):
@@ -67,7 +67,7 @@ def install() -> None:
     until="SGLang lets algorithms see requests, and its parsers read outputs of several tokens",
 )
 async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
-    """Hints are taken up and checked, answers are followed for traces, and streams are cut as plain ones."""
+    """Check and take up hints, follow answers for traces, and cut streams into the outputs of plain decoding."""
     outputs, call = original(self, obj, request), requests.CURRENT.get()
     if asks_for_ours(self.server_args):
         asked = await requests.take_up(self, obj, call)
@@ -86,7 +86,7 @@ async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) ->
     until="SGLang judges what is attached as it does a launch",
 )
 async def _attaching(original: Any, self: Any, hicache_storage_backend: str, *args: Any, **named: Any) -> Any:
-    """Storage that a launch is refused for is not attached later, either."""
+    """Refuse to attach storage to a running server if a launch with it would be refused."""
     if asks_for_ours(self.server_args):
         draft_kv = bool(settings_of(self.server_args).drafters)
         why = storage_refusal(self.server_args, hicache_storage_backend, draft_kv)
@@ -127,7 +127,8 @@ async def _capabilities() -> dict[str, object]:
 
 
 async def _policy(manager: Any) -> str:
-    """The policy in force. Another tokenizer worker may have changed it: only the schedulers know."""
+    """Return the policy in force. With several tokenizer workers the schedulers are asked, since another may have
+    changed it."""
     if manager.server_args.tokenizer_worker_num > 1:
         with contextlib.suppress(SilentReplicaError):
             return str(together(await _states())["policy"])
@@ -138,10 +139,10 @@ Seconds = Annotated[float | None, Query(gt=0, allow_inf_nan=False)]
 
 
 async def _state(timeout: Seconds = None) -> JSONResponse:
-    """Policy in force, running requests, and where the rounds' time went, of every replica and together.
+    """Return the policy in force, running requests, and where the rounds' time went, of each replica and together.
 
     Args:
-        timeout: seconds to wait for a replica; without one as many as a step may last before SGLang ends the server.
+        timeout: seconds to wait for a replica; by default, how long a step may last before SGLang ends the server.
     """
     return await _answered(_together(timeout))
 
@@ -156,10 +157,10 @@ async def _states(timeout: float | None = None) -> list[dict[str, Any]]:
 
 
 async def _object(request: Request) -> dict[str, Any]:
-    """The body of a request. SGLang's answer to another one would name a file of this machine.
+    """Return the JSON object of a request's body. SGLang's own error for another body would name a file of the server.
 
     Raises:
-        HTTPException: it is no JSON object. Browsers send what is not called JSON without asking.
+        HTTPException: the body is no JSON object. Browsers send other content types to other origins without asking.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     with contextlib.suppress(ValueError):
@@ -170,16 +171,17 @@ async def _object(request: Request) -> dict[str, Any]:
 
 Body = Annotated[dict[str, Any], Depends(_object)]
 Change = Callable[[dict[str, Any], dict[str, Any]], Awaitable[dict[str, Any]]]
-"""Fills in what of a body may be logged, and returns the state afterwards. A ConfigError is a 400."""
+"""Applies a body's change, enters what may be logged in its second argument, and returns the new state. A ConfigError
+is answered with 400."""
 
 
 def _steering(name: str, change: Change) -> Callable[..., Awaitable[JSONResponse]]:
-    """The route of a change, which answers with the state afterwards and leaves a line in the log."""
+    """Return the route of a change, which answers with the state afterwards and writes a line to the log."""
 
     async def steer(body: Body, request: Request) -> JSONResponse:
         told: dict[str, Any] = {}
         answer = await _answered(change(body, told))
-        # A gateway's, if there is one before us.
+        # If a gateway is in front of this server, this is the gateway's address.
         client = request.client.host if request.client else None
         done = "done" if answer.status_code == 200 else f"refused with {answer.status_code}"
         logger.info("control: %s %s, from %s: %s", name, json.dumps(told), client or "nowhere", done)
@@ -189,7 +191,7 @@ def _steering(name: str, change: Change) -> Callable[..., Awaitable[JSONResponse
 
 
 def _loggable(change: dict[str, Any]) -> dict[str, Any]:
-    """A change of policy as the log may have it: the fields that exist, with what they were given if that is short."""
+    """Return the fields of a policy change that may be logged: known names with short values; `...` for a long one."""
     found = {}
     for name in PolicyChange.model_fields:
         if name in change:
@@ -212,11 +214,11 @@ async def _set_policy(change: dict[str, Any], told: dict[str, Any]) -> dict[str,
 async def _forget(who: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
     """Drop what is kept of one tenant, or of everybody: how well copies fit, and samples for learning."""
     handle = parse_forget(who)
-    # Not the tenant's keys: who has them is the tenant.
+    # The log gets a hash of the tenant's keys: whoever has the keys is the tenant.
     told.update({"all": True} if handle is None else {"tenant": f"{handle:016x}"})
     state = await _send(change_request(encode_forget(handle)))
     directory = settings_of(http_server._global_state.tokenizer_manager.server_args).samples.directory
-    if directory is not None:  # No scheduler has any of them in memory any more.
+    if directory is not None:  # the schedulers have dropped the samples that they had in memory
         try:
             await asyncio.to_thread(forget_samples, directory, handle)
         except OSError as error:
@@ -226,7 +228,7 @@ async def _forget(who: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _send(request: SetInternalStateReq) -> dict[str, Any]:
-    """Send to every scheduler; returns the state afterwards. If one does not answer, none changes."""
+    """Send a change to every scheduler and return the state afterwards. If one does not answer, none changes."""
     try:
         await _states()
     except SilentReplicaError as error:
@@ -237,11 +239,11 @@ async def _send(request: SetInternalStateReq) -> dict[str, Any]:
 
 
 class _FailedError(Exception):
-    """A status, and SGLang's kind and text of its error."""
+    """An HTTP error: its status, its type by SGLang's names, and its message."""
 
 
 async def _answered(state: Awaitable[dict[str, Any]]) -> JSONResponse:
-    """A state, or why there is none."""
+    """Return a response with the state, or with the error that prevented it."""
     try:
         return JSONResponse(await state)
     except ConfigError as error:

@@ -1,8 +1,8 @@
-"""Outputs of a request that asked, completed while they pass in SGLang's HTTP process: traces by what only text shows,
-and the last ones by what of a prediction appeared.
+"""Complete the outputs of requests that asked for a trace or sent a prediction, while they pass SGLang's HTTP process.
 
-A trace arrives in the `meta_info` of its request's last output; the OpenAI routes show it as `sglext`. Counts of a
-prediction are of tokens alone, so they are the same whoever drafted and whatever ran beside the request.
+A trace arrives in the `meta_info` of its request's last output, and the places of its stretches in the text are added
+here; the OpenAI routes show it as `sglext`. Counts of predicted tokens go into the last output. They compare only
+tokens, so they depend neither on the drafters nor on the rest of the batch.
 """
 
 import asyncio
@@ -21,8 +21,8 @@ ACCEPTED, REJECTED = "accepted_prediction_tokens", "rejected_prediction_tokens"
 def followed(
     manager: Any, obj: Any, call: Call | None, asked: list[Asked], outputs: AsyncIterator[Any]
 ) -> AsyncIterator[Any]:
-    """The outputs of a request. Traces have the choice that each is of, and stay in outputs that clients see; of other
-    calls they are kept for what is sent (`answers`). Requests that asked for nothing get SGLang's own outputs.
+    """Return the outputs of a request; SGLang's own iterator if it asked for no trace and sent no prediction. A trace
+    gets the index of its choice. It stays in a native request's output; for other calls `answers` sends it.
     """
     if all(one.hints.trace is None and one.prediction is None for one in asked):
         return outputs
@@ -30,7 +30,7 @@ def followed(
 
 
 class _Answers:
-    """Answers to one request so far. Streams of increments are put together."""
+    """Completes the outputs of one request. The increments of a stream are joined first."""
 
     def __init__(self, manager: Any, obj: Any, call: Call | None, asked: list[Asked]) -> None:
         self._manager, self._obj, self._call, self._asked = manager, obj, call, asked
@@ -68,9 +68,9 @@ class _Answers:
         if "stretches" in trace and is_whole and self._manager.tokenizer is not None:
             place_text(self._manager, self._obj, choice, trace, tokens, text)
             if self._increments:
-                trace.setdefault("text", text)  # the answer's last line holds its end alone
+                trace.setdefault("text", text)  # the answer's last output has only its end
         if self._call is not None and self._call.form != "native":
-            # Taken out: with `return_meta_info` the response would carry it twice.
+            # Taken out, since with `return_meta_info` the response would carry the trace twice.
             self._call.traces.append((meta.pop(META_KEY), text))
 
 
@@ -81,14 +81,14 @@ async def _counted(prediction: Sequence[int], answer: Sequence[int]) -> dict[str
 
 
 def summed(counts: Mapping[int, Mapping[str, int]]) -> dict[str, int]:
-    """Counts of a request's predictions that appeared, over all its choices."""
+    """Return the numbers of accepted and rejected prediction tokens, over all choices of a request."""
     return {name: sum(one[name] for one in counts.values()) for name in (ACCEPTED, REJECTED)}
 
 
 def place_text(
     manager: Any, obj: Any, choice: int, trace: dict[str, Any], tokens: list[int], text: str | None
 ) -> None:
-    """Give the stretches of a full trace their places in the text of all its output `tokens`."""
+    """Add to the stretches of a full trace their places in `text`, the text of all output `tokens`."""
     vocabulary = _vocabulary(manager)
     own = of_choice(parameters_of(obj), obj, choice)
     keeps_special = isinstance(own, dict) and not own.get("skip_special_tokens", True)
@@ -97,7 +97,7 @@ def place_text(
 
 
 def _vocabulary(manager: Any) -> Vocabulary:
-    """The tokenizer's, read at the first full trace."""
+    """Return the tokenizer's vocabulary, which is read when the first full trace needs it."""
     found: Vocabulary | None = getattr(manager, "_whiflash_vocabulary", None)
     if found is None:
         found = manager._whiflash_vocabulary = vocabulary_of(manager.tokenizer)
@@ -105,7 +105,7 @@ def _vocabulary(manager: Any) -> Vocabulary:
 
 
 def with_text(trace: dict[str, Any], text: str | None, shown: str | None) -> dict[str, Any]:
-    """The trace, with the text that its offsets count in where its client was shown another one, and only there."""
+    """Return the trace, with the text that its offsets refer to only if its client was shown another text."""
     if "stretches" in trace and text is not None:
         if text != (shown or ""):
             trace.setdefault("text", text)
