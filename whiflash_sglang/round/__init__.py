@@ -1,1 +1,1 @@
-"""A round, stage by stage: what is planned, sent, verified, learned, and what a request's beginning and end change."""
+"""The stages of a round: planning, catch-up, drafting, commit and learning; quarantine of faulty drafters."""

@@ -1,6 +1,6 @@
-"""Keeping every drafter's KV synchronised, lazily. Imports no SGLang.
+"""Lazy catch-up: each drafter ingests the target's features only when it drafts or a ring is full. Imports no SGLang.
 
-Ties the watermarks (what is due), the rings (what was parked) and the drafters (who ingests) together.
+`DraftSync` connects watermarks (up to where a drafter's KV is valid), rings (parked features) and drafters.
 """
 
 import time
@@ -23,16 +23,16 @@ from whiflash_sglang.records.core import Due
 from whiflash_sglang.round.quarantine import Quarantine
 
 FEWEST_ROWS = 4
-"""Rows of the smallest captured catch-up: a pass over fewer costs what one over so many does."""
+"""Rows of the smallest captured catch-up: a pass over fewer rows takes as long."""
 
 
 class DraftSync:
-    """Watermarks and rings of all requests.
+    """Keeps the KV of all drafters up to date: the watermarks and feature rings of all requests.
 
     Args:
-        drafters: by arm; those that keep KV are synchronised.
-        capacity: tokens of a ring, more than a round commits. width: columns of a captured row. dtype: of these.
-        quarantine: knows whose KV has holes, who ingests nothing any more.
+        drafters: by arm; only those that keep KV are synchronised.
+        capacity: tokens per ring, more than a round commits. width, dtype: columns and dtype of a feature row.
+        quarantine: knows which drafters' KV has holes; these ingest nothing any more.
     """
 
     def __init__(
@@ -50,31 +50,31 @@ class DraftSync:
         self.seconds: dict[str, float] = {}
         """Host seconds of this round's catch-up, per arm."""
         self.caught_up = dict.fromkeys(self.arms, 0)
-        """Tokens that each arm has ingested after others had drafted, at most."""
+        """Upper bound of the tokens that each arm has ingested in catch-ups since the start."""
         self.leaving: list[tuple[int, int, Mapping[str, int]]] = []
-        """Requests whose slots may be in the tree by now, without what is parked of them: row of the request table,
-        tokens that keep their slots, and most of them that each arm has yet to ingest.
+        """Requests whose slots may be in the radix tree while features are still parked: row of the request table,
+        number of tokens that keep their slots, and by arm the most tokens that it must still ingest.
         """
         self._captured: dict[str, CapturedPass[None]] = {}
-        self._claims: Claims | None = None  # what these read
+        self._claims: Claims | None = None  # the tensors that captured catch-ups read
         self._tailless: set[int] = set()
-        """Rows of requests that came without feature n-1, until a round has given them one."""
+        """Request rows without a parked feature n-1 (another server computed the prompt), until their first round."""
         self.verifying: deque[int] = deque()
-        """Rows that each round verifies whose results are not known yet."""
+        """Verified rows of each round whose results the host does not know yet."""
         self._routed: dict[int, int] = {}
-        """Length when the last round was planned, per row."""
+        """By request row, the largest possible n when the newest round was planned."""
         self._last: dict[int, int] = {}
-        """Tokens that the round before it committed, per row, at most."""
+        """By request row, the most tokens that the round before the newest one committed."""
 
     def bytes_for(self, rows: int) -> int:
-        """Bytes that `allocate` will take."""
+        """Return the bytes that `allocate` takes for so many request rows."""
         rings = FeatureRings.bytes_for(rows, self._capacity, self._width, self._dtype)
         return rings + rows * len(self.arms) * torch.int64.itemsize
 
     def captured_bytes(self, requests: int) -> int:
-        """Bytes that captured passes of so many requests read: the inputs of catch-ups and those of drafts."""
+        """Return the bytes of the inputs that captured catch-ups and draft passes of so many requests read."""
         tails = sum(drafter.tail_width for drafter in self._drafters.values())
-        # Four of a draft, a catch-up's rows, and where each arm begins and ends.
+        # Four numbers for a draft pass, the request row for a catch-up, and each arm's begin and end there.
         numbers = 5 + 2 * len(self.arms)
         each = numbers * torch.int64.itemsize + tails * self._dtype.itemsize
         return requests * each + CALIBRATION * torch.float32.itemsize
@@ -94,11 +94,11 @@ class DraftSync:
         rows: torch.Tensor,
         last_rows: torch.Tensor,
     ) -> None:
-        """Write both drafters' KV of an extend batch now: the radix tree takes the slots next.
+        """Write every drafter's KV for an extend batch now, because the radix tree takes the slots next.
 
         Args:
-            prompt: the batch's packed rows, with its `runs`. lengths: tokens of each request with it. rows: [B] request
-                rows. last_rows: [B], the last packed row of each.
+            prompt: the batch's packed rows, with its `runs`. row_ids, rows: request rows on the host and on the device,
+                [B]. lengths: tokens of each request after this prefill. last_rows: [B], last packed row of each.
         """
         if any(drafter.attends_text for drafter in self._drafters.values()):
             packed = torch.arange(len(prompt), device=rows.device)
@@ -117,23 +117,23 @@ class DraftSync:
     def adopt(
         self, row_ids: Sequence[int], lengths: Sequence[int], rows: torch.Tensor, on_device: torch.Tensor
     ) -> None:
-        """Requests came with all drafters' KV, and without feature n-1.
+        """Begin requests that a prefill server computed: all drafters' KV is there, feature n-1 is missing.
 
         Args:
-            lengths: n of each, on_device: the same, [B] int64. rows: [B] request rows.
+            row_ids, rows: request rows on the host and on the device, [B]. lengths, on_device: n of each, likewise.
         """
         self.watermarks.put(rows, on_device)
         self._begin(row_ids, lengths)
         self._tailless.update(row_ids)
 
     def able(self, row: int, names: list[str]) -> list[str]:
-        """Arms of `names` of which a draft for the request in `row` has what it begins with."""
+        """Return the arms of `names` that can draft for the request in `row`: some need its feature n-1."""
         if row not in self._tailless:
             return names
         return [arm for arm in names if arm not in self._drafters or not self._drafters[arm].tail_width]
 
     def _begin(self, row_ids: Sequence[int], lengths: Sequence[int]) -> None:
-        """Requests have so many tokens, up to which nobody has anything to ingest."""
+        """Set the host's watermarks of all drafters to the requests' lengths: nothing is left to ingest."""
         for row, length in zip(row_ids, lengths, strict=True):
             self.watermarks.reset(row, length)
             self._routed[row] = length
@@ -146,13 +146,13 @@ class DraftSync:
         routes: Sequence[str],
         widths: Sequence[int],
     ) -> Due:
-        """Requests to catch up with each arm before a round: those routed to it, and those with a ring that could
-        overflow.
+        """Return the requests that each arm must catch up before a round: those routed to it, and those whose ring
+        could overflow.
 
-        It counts as done from now on, so `catch_up` must follow. The round parks a last feature of each.
+        The watermarks advance here, so `catch_up` must follow. The round parks a new feature n-1 of each request.
 
         Args:
-            least, most: bounds of each request's n. widths: rows that it may verify in the round.
+            least, most: bounds of each request's n. routes: arm of each. widths: most rows that each verifies.
         """
         before = map(self._routed.get, row_ids, most)
         self._last.update(zip(row_ids, map(sub, most, before), strict=True))
@@ -167,7 +167,7 @@ class DraftSync:
         return by_arm
 
     def flags(self, due: Due, size: int) -> Ints:
-        """`due` of `size` requests as the device takes it: [arms * B], 1 where an arm catches up."""
+        """Convert `due` of `size` requests for the device: [arms * B] int64, 1 if an arm catches up the request."""
         flags = np.zeros((len(self.arms), size), dtype=np.int64)
         for number, arm in enumerate(self.arms):
             if arm in due:
@@ -175,10 +175,11 @@ class DraftSync:
         return flags.ravel()
 
     def catch_up(self, due: Due, flags: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor) -> None:
-        """One KV-only batch per drafter that is due.
+        """Run one KV-only batch for each drafter that is due.
 
         Args:
-            flags: `flags(due)` on the device, [arms * B] int64. rows, starts: [B] int64, of the whole batch.
+            flags: `flags(due)` on the device, [arms * B] int64. rows, starts: request rows and n of the whole batch,
+                [B] int64.
         """
         self.seconds = {}
         if not due:
@@ -191,9 +192,10 @@ class DraftSync:
             began = time.perf_counter()
 
     def beyond_usual(self, due: Due, row_ids: Sequence[int], routes: Sequence[str]) -> float:
-        """Host seconds of the last `catch_up` beyond what drafters used in every round spend on it, by tokens.
+        """Return the host seconds of the last `catch_up` that switching cost: a drafter used in every round ingests
+        only the last round's tokens, so the seconds of all further tokens count.
 
-        That overstates it: a pass costs little more for more tokens.
+        Seconds are split by tokens, which overstates the cost: a pass takes little longer for more tokens.
         """
         extra = 0.0
         for arm, (members, ingested) in due.items():
@@ -202,7 +204,7 @@ class DraftSync:
         return extra
 
     def leave(self, row: int, end: int) -> None:
-        """The request's slots up to position `end` may enter the tree: `flush` ingests what is parked of them."""
+        """Note that the slots of `row` up to position `end` may enter the tree: `flush` ingests their features."""
         missing = {arm: min(end - self.watermarks.synced(row, arm), self._capacity) for arm in self.arms}
         missing = {arm: most for arm, most in missing.items() if most > 0}
         for arm in missing:
@@ -211,9 +213,9 @@ class DraftSync:
             self.leaving.append((row, end, missing))
 
     def flush(self) -> None:
-        """Ingest everything parked of requests that leave: one upload, and one batch per drafter, for all of them.
+        """Ingest all parked features of the requests in `leaving`, with one upload and one batch per drafter.
 
-        It must be issued before anything is written to their rows of the slot table.
+        Call it before anything is written to these requests' rows of the slot table.
         """
         leaving, self.leaving = self.leaving, []
         due = {}
@@ -226,21 +228,21 @@ class DraftSync:
         flags_at = upload.ints(self.flags(due, len(leaving)))
         ints, _ = upload.send(self.watermarks.device.device)
         rows, ends = (ints[i] for i in at)
-        # A round that was under way when its request ended may have gone further already: then nothing is left.
+        # A round still running when its request ended may have moved the watermark past `end`; then nothing is left.
         flags = ints[flags_at].view(len(self.arms), -1)
         claims = self.watermarks.claim(rows, ends, flags, self._place(len(rows)))
         for arm, (_, tokens) in due.items():
             self._ingest(arm, claims, tokens)
 
     def backlog(self) -> dict[str, int]:
-        """Tokens of running requests that each arm has yet to ingest, at most."""
+        """Return by arm the most tokens of running requests that it has yet to ingest."""
         known = [(row, n) for row, n in self._routed.items() if self.watermarks.known(row)]
         return {
             arm: sum(max(n - self.watermarks.synced(row, arm), 0) for row, n in known) for arm in self.arms
         }
 
     def forget(self, row: int) -> None:
-        """The request in `row` is gone; what it parked is dropped."""
+        """Drop the watermarks, and with them the parked features, of the request in `row`, which has left."""
         self.watermarks.forget(row)
         self._tailless.discard(row)
         self._routed.pop(row, None)
@@ -248,16 +250,16 @@ class DraftSync:
 
     @property
     def rows(self) -> set[int]:
-        """Rows that something is kept of, also of requests that have left and are not flushed."""
+        """Request rows with any state here, including requests that have left and are not flushed yet."""
         left = (row for row, _, _ in self.leaving)
         return {*self.watermarks.rows, *self._tailless, *self._routed, *self._last, *left}
 
     def capture(self, recorder: Recorder, requests: int, rows: int) -> None:
-        """Have catch-ups captured for up to so many requests and up to `rows` rows together.
+        """Capture each arm's catch-up for up to so many requests with up to `rows` rows in all.
 
-        Raises ConfigError where they cannot be captured.
+        Raises ConfigError if they cannot be captured.
         """
-        # Row 0 is nobody's: it has no backlog.
+        # Captures begin with request row 0, which no request has, so they ingest nothing.
         members = torch.zeros(requests, dtype=torch.int64, device=self._slot_table.device)
         begins, ends = (members.new_zeros(len(self.arms), requests) for _ in range(2))
         self._claims = Claims(members, begins, ends)
@@ -267,11 +269,11 @@ class DraftSync:
             )
 
     def sizes(self, rows: int) -> list[int]:
-        """Numbers of rows that catch-ups are captured for, of up to so many."""
+        """Return the row counts that catch-ups are captured for: doubled from FEWEST_ROWS up to `rows`."""
         return doubling(FEWEST_ROWS, rows)
 
     def idle(self, arm: str, tokens: int) -> Callable[[], None]:
-        """A call that ingests `tokens` tokens that nobody has parked, to time it before the first request."""
+        """Return a call that ingests `tokens` made-up tokens, to time a catch-up before the first request."""
         each = min(tokens, self._capacity)
         rows = torch.arange(1, -(-tokens // each) + 1, device=self._slot_table.device)
         ends = (tokens - (rows - 1) * each).clamp(max=each)
@@ -281,11 +283,11 @@ class DraftSync:
         return partial(self._issue, arm, claims, tokens)
 
     def _place(self, requests: int) -> Claims | None:
-        """Claims that captured catch-ups of so many requests read; None: nothing is replayed for them."""
+        """Return the claims that captured catch-ups read, or None if nothing is captured for so many requests."""
         return self._claims if self._claims and requests <= len(self._claims.request_slots) else None
 
     def _ingest(self, arm: str, claims: Claims, most: int) -> None:
-        """Ingest the tokens that requests parked between the watermarks of `arm`, at most `most`."""
+        """Have `arm` ingest the parked tokens that `claims` names, at most `most`, unless its KV has holes."""
         if not self._quarantine.ingests(arm):
             return
         self.caught_up[arm] += most
@@ -293,7 +295,7 @@ class DraftSync:
             self._issue(arm, claims, most)
 
     def _issue(self, arm: str, claims: Claims, most: int) -> None:
-        """`_pass`, replayed where it was captured: `claims` are at their `_place` then."""
+        """Run `_pass`, as a graph replay if one was captured: then `claims` are the tensors of `_place`."""
         captured = self._captured.get(arm) if self._place(len(claims.request_slots)) else None
         if captured is not None and captured.size_for(most) is not None:
             captured.replay(most)
@@ -301,7 +303,7 @@ class DraftSync:
             self._pass(arm, claims, most)
 
     def _pass(self, arm: str, claims: Claims, most: int) -> None:
-        """Everything that requests parked between where `arm` begins and ends, at most `most` rows."""
+        """Gather the parked rows of `arm` between its begins and ends, at most `most`, and have it ingest them."""
         drafter, number = self._drafters[arm], self.arms.index(arm)
         drafter.catch_up(
             self.rings.unpark(

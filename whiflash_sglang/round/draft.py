@@ -1,4 +1,4 @@
-"""The draft stage of a round: drafts of the whole batch side by side."""
+"""The draft stage of a round: runs the drafters and chooses the drafts that are verified."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ from whiflash_sglang.round.sources import DraftSources
 
 @dataclass(frozen=True, slots=True)
 class DraftStage:
-    """The arms of a worker as its round sees them.
+    """Drafts for a batch: runs each arm for its requests, and chooses among drafts, candidates and copies.
 
     slot_table: [request rows, ctx] int32. text: `TokenTable.data`. stops: `StopTable.few`. sampling:
-    `SamplingRows.data`. rows_for: rows of the verification that holds so many, of so many requests.
+    `SamplingRows.data`. rows_for: (rows, requests) → rows of the smallest captured verification that holds them.
     """
 
     drafters: Mapping[str, Drafter]
@@ -44,11 +44,11 @@ class DraftStage:
     rows_for: Callable[[int, int], int]
 
     def capture(self, recorder: Recorder | None, requests: int) -> None:
-        """Have the passes of all arms captured, for batches of up to so many requests; None: they run as written.
+        """Capture the passes of all arms for batches of up to so many requests; without a recorder they run eagerly.
 
-        Code between them is compiled.
+        The kernels between the passes are compiled in both cases.
 
-        Raises ConfigError where one cannot be captured.
+        Raises ConfigError if a pass cannot be captured.
         """
         kv = with_kv(self.drafters).values()
         copies = max((drafter.max_drafts for drafter in self.sources.on_device.values()), default=0)
@@ -78,7 +78,7 @@ class DraftStage:
         self.sync.capture(recorder, requests, requests * (widest_of(self.drafters) + 1))
 
     def draft(self, turn: Round) -> None:
-        """Each arm drafts for its own requests; the results are laid side by side."""
+        """Have each arm draft for its requests, then choose the drafts that are verified."""
         if not any(turn.plan.limits.drafts):
             turn.draft_nothing()
             return
@@ -87,8 +87,8 @@ class DraftStage:
             began = self.clock.now()
             drafted_for, drafts = self._drafted(turn, arm, members)
             if drafts is None:
-                continue  # its requests verify their bonus tokens
-            if drafts.passes:  # what is left is the round's, whoever drafts
+                continue  # the arm failed: its requests verify only their bonus tokens
+            if drafts.passes:  # only passes of a model are priced by arm; the rest counts for the round
                 seconds, catch_up = self.clock.now() - began, self.sync.seconds.get(arm, 0.0)
                 self.clock.drafted(arm, len(drafted_for), drafts.passes, seconds, catch_up)
             parts.append((_index(turn, arm, drafted_for), drafts))
@@ -97,7 +97,7 @@ class DraftStage:
         self.clock.proposed(self.clock.now() - began)
 
     def _drafted(self, turn: Round, arm: str, members: Sequence[int]) -> tuple[Sequence[int], Drafts | None]:
-        """Drafts of `arm` for `members` of the batch, and the members that have some."""
+        """Return the members for which `arm` drafted without an error, and their drafts, None if there are none."""
         if arm in self.quarantine:
             return (), None
 
@@ -107,8 +107,8 @@ class DraftStage:
         return self.quarantine.attempt(arm, {i: turn.requests[i] for i in members}, draft)
 
     def _choose(self, turn: Round, parts: Sequence[tuple[torch.Tensor, Drafts]]) -> None:
-        """Choose the drafts that are verified, of all passes and of what the draft sources know."""
-        # The device looks up what follows drafts behind the text.
+        """Choose the drafts that are verified, from the passes (`parts`) and from the draft sources."""
+        # To copy what follows a request's drafts, the device needs them written after its text.
         limits = turn.plan.limits
         behind = any(limits.joined) and not self.host.exact
         turn.drafts = lay_drafts(
@@ -126,7 +126,7 @@ class DraftStage:
             self._choose_unread(turn, self._copies(turn, turn.drafts) if behind else None)
 
     def _choose_known(self, turn: Round) -> None:
-        """The host reads all drafts, and each request's are verified whole."""
+        """Choose on the host, which reads all drafts: every request has its chain verified whole."""
         chains, left = self._chains(turn)
         turn.parts = [chain.parts for chain in chains]
         widths = [1 + len(chain.tokens) for chain in chains]
@@ -140,13 +140,13 @@ class DraftStage:
         )
 
     def _choose_unread(self, turn: Round, appended: Drafts | None) -> None:
-        """The device chooses among drafts, the host's candidates and its own copies, as many as there are rows for, the
-        likeliest first. appended: copies that follow the drafts.
+        """Choose on the device among drafts, the host's candidates and the device's copies: the likeliest first, as
+        many as there are rows for. appended: copies that follow the drafts.
         """
         size, plan = len(turn), turn.plan
         copies = turn.copies = self._copies(turn) if any(plan.limits.copied) else None
         most = min(plan.usual_drafts, sum(plan.limits.drafts), MOST_DRAFTS)
-        if most:  # else no graph is padded to rows that nobody is expected to use
+        if most:  # fill the graph's rows; without expected drafts a graph of one row per request is enough
             most = self.rows_for(size + most, size) - size
         from_host, at = turn.host_drafts or (None, None)
         turn.chosen = choose_drafts(
@@ -167,8 +167,8 @@ class DraftStage:
         turn.packed_rows, turn.stride, turn.bounded = size + most, widest, True
 
     def _chains(self, turn: Round) -> tuple[list[Candidate], list[int]]:
-        """Drafts of each request that are verified, and how many of these are left of its pass or candidate. A
-        request without a pass takes its likeliest candidate; tokens that other sources know to follow are appended.
+        """Return each request's chain of drafts, and how many at its beginning come from its pass or candidate. A
+        request without a pass takes the candidate with the largest gain; other sources append tokens that follow.
         """
         chains, left, plan = [], [], turn.plan
         for i, (drafted, route) in enumerate(zip(_rows(turn.drafts), plan.routes, strict=True)):
@@ -187,7 +187,7 @@ class DraftStage:
         return chains, left
 
     def _copies(self, turn: Round, drafts: Drafts | None = None) -> Drafts | None:
-        """Copies that the device drafts for all requests: after their text, or after the `drafts` that follow it."""
+        """Return the copies that the device makes for all requests: of what follows their text, or their `drafts`."""
         for arm, drafter in self.sources.on_device.items():
             if arm not in self.quarantine:
                 with self.quarantine.guard(arm):
@@ -195,7 +195,7 @@ class DraftStage:
         return None
 
     def _batch(self, turn: Round, arm: str, members: Sequence[int]) -> DraftBatch:
-        """The requests that `arm` drafts for: `members` of the batch."""
+        """Return the inputs of a pass of `arm` for `members` of the batch."""
         drafter, caps = self.drafters[arm], turn.limits.passes
         rows, starts, bonus, caps, tail, calibration = self.sync.rings.inputs(
             _index(turn, arm, members) if len(members) < len(turn) else None,
@@ -224,7 +224,7 @@ class DraftStage:
         )
 
     def _whole_batch(self, turn: Round, arm: str, behind: bool) -> DraftBatch:
-        """All requests, for an arm that drafts from their text only, or after their drafts (`behind`)."""
+        """Return the inputs of an arm that copies for all requests. behind: it copies after their drafts."""
         limits = turn.limits
         return DraftBatch(
             turn.rows,
@@ -242,13 +242,13 @@ class DraftStage:
 
 
 def _index(turn: Round, arm: str, members: Sequence[int]) -> torch.Tensor:
-    """Some or all of the members of `arm` on the device."""
+    """Return the batch indices `members` of `arm` on the device, [M] int64."""
     every = turn.member_indices[arm]
     return every if len(members) == len(every) else sent(members, every.device)
 
 
 def _rows(drafts: Drafts) -> list[tuple[list[int], list[float]]]:
-    """Tokens and chances of every request, read from the device."""
+    """Return the tokens and their chances of every request, read from the device."""
     assert drafts.alive is not None
     rows = zip(drafts.tokens.tolist(), drafts.alive.tolist(), drafts.counts.tolist(), strict=True)
     return [(tokens[:count], alive[:count]) for tokens, alive, count in rows]

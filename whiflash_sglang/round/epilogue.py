@@ -1,14 +1,14 @@
-"""The device's work after the target's forward: sampling, accepting, parking, and the signals of policies.
+"""The device's work after the target's forward: sample, accept drafts, park features, compute the policy's signals.
 
 Imports no SGLang.
 
-It is a function of a verification's packed rows, captured as the end of every verification's graph, and once more in a
-graph of its own for what is sampled under masks or penalties, or rated (log-probabilities), which is replayed when the
-masks are made. If SGLang's sampler draws, it runs as it is written. Results of a graph hold until the next replay:
-packing the round's download copies them.
+All of it is one function of a verification's packed rows. It is captured as the end of every verification's graph, and
+once more in graphs of its own ("ends"), which are replayed when the masks are made, for rows that are masked, penalised
+or rated (log-probabilities). If SGLang's sampler draws, it runs eagerly. A graph's results hold until its next replay;
+packing the round's download copies them before that.
 
-A graph cannot leave its end out. If it must not commit, it does so for request row 0, which is nobody's and for which
-nothing is sampled: in it the rows are multiplied by a number on the device, which is 0 then.
+A graph cannot skip its own end. If it must not commit, it commits to request row 0, which no request has: it multiplies
+the request rows by a number on the device, which is 0 then.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -37,30 +37,30 @@ from whiflash_sglang.formats.router import Layers
 from whiflash_sglang.records.core import Asked, Rated, Verified
 
 GATE_BYTES = torch.int64.itemsize
-"""Bytes of the scalar that lets graphs commit; every epilogue has one."""
+"""Bytes of the scalar, one per epilogue, that is 1 if graphs may commit and 0 if not."""
 FEW_RATED, FEW_BESIDE = 4, 20
-"""Requests that the end of a graph rates, and how many likeliest and how many named tokens of each position."""
+"""Most requests that a captured end rates; most likeliest and most named tokens of each position."""
 RATED_ROWS, RATED_BYTES = 128, 10
-"""Rows that are rated at once, and bytes of each logit of theirs at the peak."""
+"""Largest number of rows that are rated at once; bytes that each of their logits takes at the peak."""
 
 
 Signals = dict[str, torch.Tensor]
 Masks = tuple[torch.Tensor, torch.Tensor]
 Graph = tuple[int, int, bool]
-"""A verification's graph: its runner, rows, and whether each request has one."""
+"""Key of a verification's graph: number of its runner, packed rows, whether each request has one row."""
 Outcome = tuple[Committed, Signals]
 Kind = tuple[bool, bool, bool]
-"""Whether an end behind a graph is masked, whether it penalises, and whether it rates; one that rates does both."""
+"""Kind of a captured end: whether it masks, whether it penalises, whether it rates. All that rate also penalise."""
 
 
 class Epilogue:
-    """Commits verified rows.
+    """Samples, accepts and parks verified rows, in a verification's graph or after it.
 
     Args:
-        rings: where features are parked. text: `TokenTable.data`. sampling: `SamplingRows.data`. router: of the bundle,
-            None where no policy may need one. widest: most rows of a request. needs: what the policy reads now; a
-            graph computes what it was when it was captured, and what a later policy needs beside it is computed
-            behind the graph. scales: whether log-probabilities are those of logits by temperature.
+        rings: where features are parked. text: `TokenTable.data`. sampling: `SamplingRows.data`. router: the bundle's
+            router, None if no policy may need one. widest: most rows of a request. needs: returns the signals that the
+            policy reads now; a graph computes those that were read when it was captured, and further ones are computed
+            after its replay. scales: whether logits are divided by the temperature before log-probabilities.
     """
 
     def __init__(
@@ -79,31 +79,31 @@ class Epilogue:
         self._sampling, self.penalties = sampling, penalties
         self._widest, self._needs, self._scales = widest, needs, scales
         self._commits = torch.zeros((), dtype=torch.int64, device=text.device)
-        self._committing = False  # what the device was last sent
-        self._few = False  # whether the batch has no more stops, and penalties, than graphs read
+        self._committing = False  # the value of `_commits` on the device
+        self._few = False  # whether no request has more stops or penalties than graphs read
         self._captured: dict[Graph, Outcome] = {}
         self._rows: dict[Graph, Callable[[], Verified]] = {}
         self._ends: dict[tuple[bool, Kind], CapturedPass[Outcome]] = {}
 
     @staticmethod
     def bytes_for(widest: int) -> int:
-        """Bytes that a graph and the ends behind it keep of one request, of which there are no more than rows."""
+        """Return the bytes of results per request of a graph and its ends; a graph has no more requests than rows."""
         committed = (widest + 3) * torch.int64.itemsize + torch.int32.itemsize
         return 6 * (committed + (1 + 3) * torch.float32.itemsize)  # entropy, and a router's outputs
 
     @staticmethod
     def mask_bytes(rows: int, vocabulary: int) -> int:
-        """Bytes of the masks that ends of graphs of up to so many rows read."""
+        """Return the bytes of the grammar masks that captured ends of up to so many rows read."""
         words = -(-vocabulary // 32)
         return (masks_of_places(rows, words) + 1 + rows) * words * torch.int32.itemsize
 
     @staticmethod
     def rate_bytes(widest: int, vocabulary: int) -> int:
-        """Bytes that ends of graphs rate requests of up to so many rows in."""
+        """Return the bytes that captured ends need to rate FEW_RATED requests of up to `widest` rows each."""
         return FEW_RATED * widest * vocabulary * RATED_BYTES
 
     def capture(self, graph: Graph, of_graph: Callable[[], Verified]) -> None:
-        """Issue all of it over the tensors of a graph. Its requests that are none have request row 0."""
+        """Issue the end of a graph while it is captured, over its tensors. Its padding requests have request row 0."""
         self._ends.clear()  # of other graphs
         rows = of_graph()
         rows = rows._replace(request_rows=rows.request_rows * self._commits)
@@ -111,9 +111,9 @@ class Epilogue:
         self._rows[graph] = of_graph
 
     def capture_ends(self, recorder: Recorder | None) -> None:
-        """Capture all of it behind each graph, too, for every kind of end; None: it runs as written.
+        """Capture an end of every kind for each verification graph; without a recorder, ends run eagerly.
 
-        Raises ConfigError where it cannot be captured.
+        Raises ConfigError if one cannot be captured.
         """
         if recorder is None or not self._rows:
             return
@@ -125,7 +125,7 @@ class Epilogue:
         self._masks = masks.view(-1, -(-vocabulary // 32))
         asked = torch.zeros((FEW_RATED, 1 + FEW_BESIDE), dtype=torch.int64, device=self._text.device)
         self._rated = Rated((), asked, min(FEW_BESIDE, vocabulary), captured=True)
-        self._asking: Sequence[Asked] = ()  # what the device was last sent
+        self._asking: Sequence[Asked] = ()  # the requests whose ids `_rated.asked` has
 
         def end(plain: bool, kind: Kind, size: int) -> Outcome:
             masked, *others = kind
@@ -140,7 +140,7 @@ class Epilogue:
             self._ends[plain, kind] = CapturedPass(name, body, sizes, recorder)
 
     def _most(self, graph: Graph) -> int:
-        """Rows of a request in a graph, at most."""
+        """Return the most rows that one request has in a graph."""
         return 1 if graph[2] else self._widest
 
     def _end(
@@ -163,17 +163,17 @@ class Epilogue:
             rows = rows._replace(rated=self._rated._replace(masks=masks))
         rows = rows._replace(predictions=self.sample(rows, masks))
         committed = self._accept(rows, self._stops.few, most)
-        if most > 1:  # requests without rows are counted as having them behind the last one
+        if most > 1:  # padding requests have no rows, so their last row would be after the end
             committed = committed._replace(last_rows=committed.last_rows.clamp(max=len(rows.logits) - 1))
         self.park(rows, committed)
         return committed, self.signals(rows, committed, needs)
 
     def let_graphs_commit(self, unchanged: bool, row_ids: Sequence[int]) -> None:
-        """Whether the graph that is replayed next, if any, may commit.
+        """Set on the device whether the graph that is replayed next may commit.
 
         Args:
-            unchanged: tokens are sampled from the logits as they are. row_ids: request rows; one with more stops or
-                penalties than graphs read keeps the batch from them.
+            unchanged: whether tokens are sampled from unmasked, unpenalised logits. row_ids: request rows; if one has
+                more stops or penalties than graphs read, the batch is committed eagerly.
         """
         self._few = not (self._stops.exceed_few(row_ids) or self.penalties.exceed_few(row_ids))
         may = unchanged and self._few
@@ -184,11 +184,12 @@ class Epilogue:
     def finish(
         self, rows: Verified, requests: int, masks: torch.Tensor | None, penalised: bool = False
     ) -> Verified:
-        """With what the graph that was just replayed committed of its first so many requests, and `signals`, or what an
-        end behind it does under masks, or penalised or rated. As it is if neither may. Good until the next replay.
+        """Add to `rows` what the graph that was just replayed committed for its first `requests` requests. If rows are
+        masked, penalised or rated, replay the captured end of that kind and add its results. Return `rows` unchanged if
+        no graph may commit. Results hold until the next replay.
 
         Args:
-            masks: `packed` of `Masks`, if any.
+            masks: `Masks.packed`, or None.
         """
         if rows.graph not in self._rows or not self._few:
             return rows
@@ -207,7 +208,7 @@ class Epilogue:
         return rows._replace(committed=committed, signals=signals)
 
     def rated(self, asked: Sequence[Asked]) -> Rated:
-        """Send the device what requests of a batch ask for; a place that graphs read, where there is room for it."""
+        """Send the device the ids and counts that requests ask for, into the tensors of captured ends if they fit."""
         most, names = max(each.likeliest for each in asked), max(len(each.ids) for each in asked)
         few = bool(self._ends) and len(asked) <= FEW_RATED and max(most, names) <= FEW_BESIDE
         if not (few and asked == self._asking):
@@ -221,28 +222,28 @@ class Epilogue:
         return self._rated._replace(requests=asked)
 
     def penalise(self, rows: Verified, table: PenaltyTable | None = None) -> Verified:
-        """Change `logits` in place as requests ask. The result has the `entropy` of what the target says, too."""
+        """Penalise `logits` in place as requests ask. Return rows with the `entropy` of the unpenalised logits, [T]."""
         raw, packed = routing_stats(rows.logits)[0], (rows.input_ids, rows.indptr, rows.starts)
         penalise_rows(rows.logits, *packed, rows.request_rows, self._text, table or self.penalties.data)
         return rows._replace(entropy=raw)
 
     def sample(self, rows: Verified, masks: Masks | None = None) -> torch.Tensor:
-        """[T] int64, a token for each row of `rows.logits`. masks: as of `sample_rows`."""
+        """Draw a token for each row of `rows.logits`, [T] int64. masks: bits, and the place of each row's mask."""
         request = rows.indptr, rows.starts, rows.request_rows
         return sample_rows(rows.logits, *request, self._sampling, masks=masks)
 
     def commit(self, rows: Verified, stride: int) -> Committed:
-        """Accept drafts, and write what is committed to the text.
+        """Accept drafts and write the committed tokens to the text, unless a graph has done so.
 
         Args:
-            stride: most rows of a request. A graph's has the columns of its own widest block.
+            stride: most rows of a request, the columns of `Committed.tokens`. A graph's result has its own number.
         """
         if rows.committed is not None:
             return rows.committed
         return self._accept(rows, self._stops.data, stride)
 
     def park(self, rows: Verified, committed: Committed) -> None:
-        """Keep the features of what was committed, for whoever drafts next."""
+        """Park the features of the committed tokens in the rings, unless a graph has done so."""
         if rows.committed is None:
             assert rows.predictions is not None
             packed = rows.features, rows.predictions, rows.request_rows, rows.starts
@@ -250,11 +251,11 @@ class Epilogue:
             self._rings.park(*packed, committed.accept_lens, begins, widest=widest)
 
     def signals(self, rows: Verified, committed: Committed, needs: Collection[str]) -> Signals:
-        """The signals that a policy `needs`, at the last committed row of each request; and what is `rated`.
+        """Return the signals that a policy `needs`, at the last committed row of each request, and log-probabilities.
 
-        `entropy` [B] of the target's distribution; `outputs` [B, K] of the router. `rates` [A, W, 1 + I + 2K] float32:
-        log-probabilities of W committed tokens of A requests, of I tokens that each names, of the K likeliest at each;
-        then the ids of these, as int32.
+        `entropy` [B] of the target's distribution; `outputs` [B, K] of the router. `rates` [A, W, 1 + I + 2K] float32,
+        if requests asked: for A requests and W committed tokens, log-probabilities of the token, of I ids that the
+        request names, of the K likeliest tokens; then the ids of these K, as int32 bits.
         """
         last, signals = committed.last_rows, {}
         if "entropy" in needs:
@@ -279,7 +280,7 @@ class Epilogue:
         return signals
 
     def _rate(self, rows: Verified, committed: Committed, asked: torch.Tensor) -> torch.Tensor:
-        """`rates` of some requests, as upstream's speculative workers compute them."""
+        """Return `rates` of the requests in `asked` [A, 1 + I], computed as SGLang's speculative workers do."""
         assert rows.rated is not None
         request, tokens = asked[:, 0].clamp(max=len(committed.tokens) - 1), committed.tokens
         columns = torch.arange(tokens.shape[1], device=tokens.device)

@@ -1,4 +1,4 @@
-"""Tokens that benchmarks put in the place of sampled ones: a recorded text, or as many as acceptance is pinned to."""
+"""Sample hooks of benchmarks: they replace sampled tokens by a recorded text, or pin the acceptance length."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -16,15 +16,15 @@ from whiflash_sglang.spans.hints import HintError
 logger = logging.getLogger(__name__)
 
 FREE = -1
-"""Entry at a position at which nothing is forced."""
+"""Table entry of a position without a forced token."""
 
 
 class Forcing(SampleHook):
-    """The forced tokens of running requests, on the device.
+    """Replaces sampled tokens by each request's recorded answer, from a table on the device.
 
     Args:
-        rows: of the request table. width: positions of each, with the widest block behind the context's end.
-        vocabulary: ids that the target has.
+        rows: rows of the request table. width: positions per row: the context and one widest block after it.
+        vocabulary: number of ids that the target has.
     """
 
     def __init__(self, rows: int, width: int, vocabulary: int, device: torch.device) -> None:
@@ -61,23 +61,23 @@ class Forcing(SampleHook):
 
 
 PLACEHOLDER = 100
-"""SGLang's token where simulated acceptance commits no real ones (`apply_dflash_simulated_acceptance`)."""
+"""Token id that SGLang's simulated acceptance commits in place of real ones (`apply_dflash_simulated_acceptance`)."""
 
 
 class PinnedAcceptance(SampleHook):
-    """A round's acceptance, pinned: the cost of rounds is measured, their text means nothing.
+    """Pins the acceptance length of every round, to measure what rounds cost; their text means nothing.
 
     Args:
-        draw: tokens that every request shall commit this round, the bonus token among them. real: drafts are committed,
-            and the target's own token behind them; else `PLACEHOLDER`.
+        draw: returns the tokens that every request shall commit this round, bonus token included. real: commit the
+            drafts and the target's own token after them; otherwise `PLACEHOLDER`.
     """
 
     def __init__(self, draw: Callable[[], int], *, real: bool) -> None:
         self._draw, self._real = draw, real
 
     def verified(self, verified: Verified, block: MixedBlock) -> Verified:
-        """As if the target had agreed with as many drafts. A request with fewer rows commits all of them, or those in
-        front of a draft that must not be accepted.
+        """Replace predictions so that the drawn number of tokens is committed. A request with fewer rows commits all
+        of them, or those before the first draft that must not be accepted (NO_TOKEN).
         """
         predictions, ids, indptr = verified.predictions, verified.input_ids, verified.indptr
         length = self._draw()
@@ -85,7 +85,7 @@ class PinnedAcceptance(SampleHook):
         row = torch.arange(len(ids), device=ids.device)
         owner = torch.bucketize(row, indptr[1:-1], right=True)
         place, last = row - indptr[owner], indptr[owner + 1] - 1
-        may, drafted = ids != NO_TOKEN, ids.roll(-1)  # not a draft that there was no time to mask
+        may, drafted = ids != NO_TOKEN, ids.roll(-1)  # NO_TOKEN: a draft that was not masked in time
         if self._real:
             agrees = (place < length - 1) & (row < last) & may.roll(-1)
             predictions = torch.where(agrees, drafted, predictions)

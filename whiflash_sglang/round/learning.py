@@ -1,4 +1,4 @@
-"""Lessons of a round's results, in the one place that reads them: they may be known only when later rounds run."""
+"""Learns from a round's results on the host. They may arrive while later rounds run, so only this module reads them."""
 
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
@@ -22,15 +22,15 @@ from whiflash_sglang.routing.neural import note
 from whiflash_sglang.telemetry.tally import Tally
 
 PLAIN_ENTROPY_ROUNDS = 8
-"""Rounds between two readings of the entropy if nothing is drafted: it costs as much as all else that is kept."""
+"""Rounds between two readings of the entropy if nothing is drafted: reading it costs as much as the whole rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """Passes what rounds committed to the controller and the drafters; the first rank's, since only it decides by it.
+    """Passes a round's results to the controller and the drafters, on the first rank, which decides for all.
 
-    Arms with invalid drafts are reported to the quarantine in every rank. proposers: as of `DraftSources`. verifying:
-    rows of each round that is not learned yet.
+    On every rank it reports arms with invalid drafts to the quarantine. proposers: arm by `Chosen.source`
+    (`DraftSources`). verifying: verified rows of each round whose results have not been read yet.
     """
 
     drafters: Mapping[str, Drafter]
@@ -43,7 +43,7 @@ class Learner:
     verifying: deque[int] = field(default_factory=deque)
 
     def timed(self, previous: RoundTime) -> None:
-        """Learn from the time that an earlier round took."""
+        """Learn prices from the seconds that an earlier round took."""
         costs, requests = self.controller.costs, previous.requests
         costs.observe(previous)
         self.tally.timed(previous.tokens, previous.seconds + previous.gap)
@@ -52,7 +52,7 @@ class Learner:
             self.tally.priced(previous.tokens, seconds, plain_seconds=previous.tokens / requests * plain)
 
     def needs(self, turn: Round) -> Collection[str]:
-        """Signals that the policy reads after a round."""
+        """Return the names of the signals that the policy reads after this round."""
         needs = self.controller.policy.needs
         often = turn.plan.speculates or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
         return needs if often else needs - {"entropy"}
@@ -60,11 +60,11 @@ class Learner:
     def learn(
         self, turn: Round, results: Results, kept: Sequence[Sequence[int]] | None = None
     ) -> list[list[int]]:
-        """Learn from a round's results, on the host. Returns the tokens that it committed.
+        """Learn from a round's results. Return the tokens that each request committed.
 
         Args:
-            kept: what the scheduler kept of each request's tokens, where it has seen them already: nothing of one that
-                had ended before the round, or that was retracted since. Its row may be another's by now.
+            kept: the tokens of each request that the scheduler has kept, if it has processed them. Empty for a request
+                that ended before the round or was retracted since; its row may belong to another request by now.
         """
         if self.verifying:
             self.verifying.popleft()
@@ -87,7 +87,7 @@ class Learner:
         return tokens
 
     def _first_arm(self, turn: Round, results: Results, i: int, parts: Sequence[Part]) -> tuple[str, int]:
-        """The arm whose drafts a request verified first, and how many were this arm's; the quarantine judges it."""
+        """Return the arm of a request's first verified drafts and how many are its own; the quarantine judges it."""
         request, arm = turn.requests[i], turn.plan.routes[i]
         source, drafted = results.source[i], results.first_drafts[i]
         if turn.plan.limits.passes[i]:
@@ -115,8 +115,8 @@ class Learner:
         """Learn from the i-th request's round, in which `tokens` were committed.
 
         Args:
-            arm, first_drafts: as of `_first_arm`. prices: `round_prices`, if they are recorded. parts: those of its
-            drafts.
+            arm, first_drafts: the arm of the first verified drafts, and how many are its own (`_first_arm`). prices:
+                `round_prices`, None if no request is recorded. parts: the sources of the verified drafts.
         """
         request, decision, route = turn.requests[i], turn.decisions[i], turn.plan.routes[i]
         width = results.widths[i]
@@ -126,7 +126,7 @@ class Learner:
         agreed = common_prefix(drafts, tokens)
         lengths = {arm: len(tokens)}
         if arm != route and results.drafted[i]:
-            lengths[route] = agreed + 1  # what its drafts alone would have brought, or at least that
+            lengths[route] = agreed + 1  # at least the length that the route's own drafts would have had
         evidence = self.controller.committed(
             request, decision, arm, tokens, width, results.starts[i], lengths
         )
@@ -138,7 +138,7 @@ class Learner:
             if prices:
                 saved = recording.price(arm, len(tokens), round_seconds=prices[0], plain_seconds=prices[1])
             recording.credit(parts, proposed=verified, accepted=len(tokens) - 1, saved=saved)
-        # A request's last round ends what drafters keep of it.
+        # Drafters drop a request's data when it ends, so its last round teaches them nothing.
         if evidence and route in self.drafters and request.running:
             known = min(len(drafts), len(tokens))
             try:
@@ -153,7 +153,7 @@ class Learner:
             note(request, results.outputs[i])
 
     def _copied(self, arm: str, request: Request, results: Results, i: int, tokens: Sequence[int]) -> None:
-        """The device copied for `arm`, whoever's drafts the round verified."""
+        """Show `arm` the device's copy for a request and the committed tokens, whether or not the copy was verified."""
         drafter, count = self.drafters[arm], results.copied[i]
         assert isinstance(drafter, TextDrafter)
         copied, alive = results.copies[i][:count], results.copy_alive[i][:count]
@@ -165,7 +165,7 @@ class Learner:
             self.quarantine.raised(arm, error, request)
 
     def _chosen_parts(self, turn: Round, results: Results, i: int) -> Sequence[Part]:
-        """The sources of the drafts that the device chose for a request."""
+        """Return the sources of the drafts that the device chose for a request."""
         drafts, source = results.widths[i] - 1, results.source[i]
         if source > 0:
             candidate = turn.plan.candidates[i][self.proposers[source]]
@@ -177,8 +177,8 @@ class Learner:
 
 
 def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float, float] | None:
-    """Return the seconds of a round of these routes that verifies `rows` rows, and of one of as many requests without
-    drafts; None while the latter are not known.
+    """Return the seconds of a round with these routes that verifies `rows` rows, and the seconds of a round of as many
+    requests without drafts; None while the latter price is unknown.
     """
     if (plain := costs.plain(len(routes))) is None:
         return None
@@ -187,7 +187,7 @@ def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float,
 
 
 def results_of(turn: Round, committed: Committed, signals: Mapping[str, torch.Tensor]) -> Results:
-    """The results of a round, on the device. signals: as of `Epilogue.signals`."""
+    """Return the results of a round as tensors on the device. signals: from `Epilogue.signals`."""
     chosen, drafts = turn.chosen, turn.drafts
     assert drafts.confidences is not None
     assert drafts.faults is not None

@@ -1,4 +1,4 @@
-"""The host's decisions before a round, in one object, and all that the device needs of them in one upload."""
+"""Plans a round on the host: routes, limits, candidates and catch-ups, sent to the device in one upload."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from whiflash_sglang.routing.controller import Controller
 
 @dataclass(frozen=True, slots=True)
 class Planner:
-    """Plans rounds from what the controller and the drafters know, which may be late."""
+    """Plans rounds from the results that the controller and drafters have seen; newer rounds may still be running."""
 
     drafters: Mapping[str, Drafter]
     sync: DraftSync
@@ -34,7 +34,7 @@ class Planner:
     ranks: Ranks = field(default_factory=Ranks)
 
     def plan(self, turn: Round) -> None:
-        """Route every request, and decide what the round takes for it; what catches up counts as done from now on."""
+        """Route every request, limit its drafts, plan catch-ups (their watermarks advance here) and upload the plan."""
         self.quarantine.tick()
         rids = [req.rid for req in turn.reqs]
         self.ranks.note(turn.row_ids, rids, turn.least, turn.most)
@@ -43,7 +43,8 @@ class Planner:
         turn.plan = self.ranks.broadcast(lambda: self._decide(turn))
         if not self.ranks.leads:
             turn.take_single(turn.plan.undrafted)
-            # An arm reads later what it notes now; a device takes proposals as candidates, which the first rank sent.
+            # Text drafters take notes when they are asked and learn from them later, so this rank asks them too. If
+            # the device reads candidates of the host, the first rank has sent these: the proposers are not asked.
             sent = () if self.host.exact else self.sources.proposing
             for index, names in enumerate(turn.plan.asked):
                 self._proposed(turn, index, [arm for arm in names if arm not in sent])
@@ -60,12 +61,12 @@ class Planner:
         self._upload(turn)
 
     def under_way(self, row: int) -> int:
-        """Rows that are being verified for the request in `row`, at most."""
+        """Return the most rows that running rounds verify for the request in `row`."""
         request = self.controller.states.get(row)
         return 0 if request is None else sum(request.under_way)
 
     def _decide(self, turn: Round) -> Plan:
-        """Fill the round's plan, and return it for other ranks."""
+        """Fill the round's plan and return it, to be sent to the other ranks."""
         requests = turn.requests
         undrafted = [i for i, request in enumerate(requests) if self.sources.spending.is_dear(request.rid)]
         turn.take_single(undrafted)
@@ -80,7 +81,7 @@ class Planner:
         ]
         for i, priced_as in enumerate(plan.priced_as):
             if proposed[i]:
-                unpaid = self.host.exact and priced_as == arms.NONE  # its rows would not pay
+                unpaid = self.host.exact and priced_as == arms.NONE  # drafts would not pay
                 proposed[i] = {} if unpaid else self._verifiable(turn, i, proposed[i])
         plan.candidates = proposed
         plan.limits = self._limits(turn)
@@ -93,7 +94,9 @@ class Planner:
         return plan
 
     def _verifiable(self, turn: Round, index: int, proposed: Mapping[str, Candidate]) -> dict[str, Candidate]:
-        """Candidates of a request that may be verified; where texts are known late, with what others know to follow."""
+        """Return by arm the candidates of a request that may be verified. If the host knows texts late, other text
+        drafters extend them, and copies that the device makes itself are left out.
+        """
         request = turn.requests[index]
         usable = {arm: each for arm, each in proposed.items() if self.controller.may_use(request, arm)}
         if self.host.exact:
@@ -113,7 +116,7 @@ class Planner:
         return 1 + self.controller.costs.length(arm)
 
     def _limits(self, turn: Round) -> Limits[list[int]]:
-        """Drafts of each request, at most; of one that has ended its pass alone, which was planned before."""
+        """Return each request's most drafts. A request that has ended keeps only the pass that was already planned."""
         plan, host, sources, may_use = turn.plan, self.host, self.sources, self.controller.may_use
         extending = sources.proposing if host.exact else sources.on_device
         passes = {arm: self._rows(plan, arm) - 1 for arm in set(plan.routes)}
@@ -141,7 +144,7 @@ class Planner:
         return Limits(*map(list, zip(*limits, strict=True)))
 
     def _calibrations(self, turn: Round) -> dict[str, Floats]:
-        """Numbers that judge drafts of the round, of every arm that may make some."""
+        """Return `Drafter.calibration` of every arm that may draft in the round, by arm."""
         by_arm = {}
         for arm, drafter in self.drafters.items():
             if (arm in turn.plan.routes or arm in self.sources.on_device) and arm not in self.quarantine:
@@ -150,8 +153,8 @@ class Planner:
         return by_arm
 
     def _askable(self, turn: Round, index: int) -> list[str]:
-        """Arms that may draft for a request, if they have anything to propose; none for one that has ended."""
-        # The last token a request may commit needs no draft: it is the bonus token.
+        """Return the arms to ask for drafts for a request; an empty list for a request that has ended."""
+        # A request that may commit only one more token needs no draft: that token is the bonus token.
         request = turn.requests[index]
         if turn.budgets[index] <= 1 or not request.running:
             return []
@@ -161,8 +164,8 @@ class Planner:
     def _proposed(
         self, turn: Round, index: int, asked: Sequence[str]
     ) -> tuple[dict[str, Candidate], dict[str, Forecast | None]]:
-        """Candidates of those of `asked` that may draft; and what each of these expects, None where it proposes nothing
-        before a pass.
+        """Return the candidates of the arms in `asked`, by arm, and each arm's forecast of the round, None for an arm
+        that forecasts nothing before it drafts.
         """
         request, n = turn.requests[index], turn.most[index]
         ahead = round(len(request.under_way) * request.usual_rows)
@@ -170,7 +173,7 @@ class Planner:
         forecasts: dict[str, Forecast | None] = {}
         for arm in asked:
             if arm in self.quarantine.reasons:
-                continue  # since an earlier request of the batch was asked
+                continue  # quarantined when it was asked for an earlier request of this batch
             if (drafter := self.sources.of_text.get(arm)) is None:
                 forecasts[arm] = None
                 continue
@@ -185,15 +188,15 @@ class Planner:
                 candidate = self.sources.checked(arm, request, propose)
             if candidate and candidate.tokens:
                 candidates[arm] = candidate
-                price = worth.least_chance if ahead else 0.0  # else its tokens are those that are worth it
+                price = worth.least_chance if ahead else 0.0  # else `propose` cut it by price
                 forecasts[arm] = candidate.outlook(drafter.max_drafts, ahead, price)
             elif arm not in self.sources.proposing and self.quarantine.serves(arm, request):
                 forecasts[arm] = None
         return candidates, forecasts
 
     def _route(self, turn: Round) -> tuple[list[str], list[dict[str, Candidate]]]:
-        """A pass for each request, or none, and its candidates; nothing of one that ended after the scheduler had put
-        it into the batch.
+        """Return the route (arm or `none`) and the candidates by arm of each request. A request that ended after the
+        scheduler put it into the batch gets `none` and no candidates.
         """
         routes = [arms.NONE] * len(turn)
         candidates: list[dict[str, Candidate]] = [{} for _ in routes]
@@ -209,13 +212,13 @@ class Planner:
         chosen = self.controller.route(requests, forecasts) if running else []
         for i, old, new in zip(running, before, chosen, strict=True):
             routes[i] = new
-            # Before its last token a request has nothing to switch to.
+            # With one token left a request is always routed to `none`, which is no switch.
             if old != new and old is not None and turn.budgets[i] > 1:
                 self.clock.switches += 1
         return routes, candidates
 
     def _upload(self, turn: Round) -> None:
-        """Send what the device needs of the plan, in one transfer."""
+        """Send the device the plan's limits, members, catch-ups, calibrations and candidates in one transfer."""
         plan = turn.plan
         if not turn.due and not any(plan.limits.drafts):
             turn.catches_up = turn.rows.new_empty(0)
@@ -246,7 +249,7 @@ class Planner:
 
 
 def rows_of(drafters: Mapping[str, Drafter], arm: str) -> int:
-    """Most rows that a request reckoned under `arm` verifies, of the arm's own drafts."""
+    """Return the most rows that a request priced as `arm` verifies: the arm's own drafts and the bonus token."""
     if arm == arms.PROMISED:
         return widest_of(of_text(drafters)) + 1
     return drafters[arm].max_drafts + 1 if arm in drafters else 1

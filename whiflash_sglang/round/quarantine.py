@@ -1,12 +1,12 @@
-"""Arms that misbehave are left out, and their requests go on with others or plainly. Imports no SGLang.
+"""Leaves out arms that misbehave; their requests go on with other arms or decode plainly. Imports no SGLang.
 
-Drafts are only ever a proposal, so nothing an arm does can make a text wrong. It can only stop the server (an id that
-no embedding has, an exception) or spoil what is learned from it (NaN). `lay_drafts` leaves out on the device what
-cannot be a draft, and says so with the round's results; what is raised is caught where an arm is called.
+The target verifies every draft, so an arm cannot make a text wrong. It can only stop the server (an invalid token id,
+an exception) or spoil what is learned from it (NaN). `lay_drafts` drops invalid drafts on the device and reports them
+with the round's results; exceptions are caught at each call of an arm.
 
-An arm is everybody's, and what makes it raise is mostly one request's text. So an arm that raises for a request is left
-out for that request. It is quarantined, left out for everybody, if it raised for several requests of several callers,
-or for many of one, and served none well in between. So is one that raised for a batch and then for no request of it.
+Mostly the text of one request makes an arm raise, so the arm is left out for that request. It is quarantined (left out
+for every request) if it raised for several requests of several callers, or for many of one caller, and served none well
+in between. It is also quarantined if it raised for a batch and then for no single request of it.
 """
 
 import logging
@@ -22,31 +22,31 @@ from whiflash_sglang.records.request import Request
 logger = logging.getLogger("whiflash_sglang")
 
 MOST_FAULTS = 4
-"""Faulty drafts in a row of an arm for one request, after which it is left out for that request."""
+"""Consecutive faulty drafts of an arm for one request, after which it is left out for that request."""
 SEVERAL_REQUESTS, SEVERAL_CALLERS = 3, 2
-"""Requests in a row, and callers among them, for which an arm is left out before it is quarantined."""
+"""Consecutive requests, and different callers among them, for which an arm is left out before it is quarantined."""
 MANY_REQUESTS = 16
-"""The same, whoever sent them: requests without a salt are one caller's, as nobody knows who sent them."""
+"""Consecutive requests, of any caller, that quarantine an arm: all requests without a salt count as one caller's."""
 FIRST_SECONDS, LONGEST_SECONDS = 60.0, 3600.0
-"""Durations of a quarantine: the first, and the longest. Each is twice as long as the one before it."""
+"""Seconds of an arm's first quarantine and of the longest; each one is twice as long as the one before it."""
 
 ResultT = TypeVar("ResultT")
 
 
 class Quarantine:
-    """Arms that are left out, for one request or for everybody.
+    """Judges arms by their faults and leaves them out, for one request or for all.
 
-    Every rank of those that serve a model together judges the same results, so all leave out the same arms. Clocks of
-    ranks do not agree, so there no quarantine ends. A model's error in one rank may be missing in others: it is not
-    caught. Arms that draft from text raise in every rank or in none, or only the first asks them and plans by it.
+    Ranks that serve one model together (tensor parallelism) judge the same results, so all leave out the same arms.
+    Their clocks differ, so with several ranks no quarantine ends. A model may raise in one rank only, so then its error
+    is not caught. Arms that draft from text raise in every rank or in none, or only the first rank asks them.
 
     Args:
-        arms: all there are. alone: whether no other process serves the model with this one. from_text: arms that draft
-            from a request's text and run no model. clock: seconds.
+        arms: names of all arms. alone: whether this process serves the model without other ranks. from_text: arms that
+            draft from a request's text and run no model. clock: returns seconds.
 
     Attributes:
-        reasons: why, of every arm that is quarantined. faults: of every arm, drafts that were none. left_out: of every
-            arm, requests that went on without it.
+        reasons: by quarantined arm, why. faults: by arm, its number of invalid drafts. left_out: by arm, the number of
+            requests that it was left out for.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class Quarantine:
         self.left_out = dict.fromkeys(self.faults, 0)
         self.reasons: dict[str, str] = {}
         self._alone, self._from_text, self._clock = alone, frozenset(from_text), clock
-        self._times = dict.fromkeys(self.faults, 0)  # that an arm was quarantined
+        self._times = dict.fromkeys(self.faults, 0)  # how often each arm was quarantined
         self._streaks: dict[str, list[object]] = {arm: [] for arm in self.faults}
-        """Callers of requests in a row for which an arm was left out."""
+        """By arm, callers of the consecutive requests for which it was left out."""
         self._seconds = dict.fromkeys(self.faults, FIRST_SECONDS)
         self._until: dict[str, float] = {}
         self._without_kv: set[str] = set()
@@ -72,43 +72,43 @@ class Quarantine:
         return arm in self.reasons
 
     def serving(self, arms: Collection[str], request: Request) -> Collection[str]:
-        """Arms of `arms` that may be asked for a request."""
+        """Return the arms of `arms` that may draft for a request."""
         if not self.reasons and not request.left_out:
             return arms
         return [arm for arm in arms if self.serves(arm, request)]
 
     def serves(self, arm: str, request: Request) -> bool:
-        """Whether `arm` may be asked for a request."""
+        """Whether `arm` may draft for a request: it is neither quarantined nor left out for the request."""
         return arm not in self.reasons and arm not in request.left_out
 
     def ingests(self, arm: str) -> bool:
-        """Whether the KV of `arm` is whole. It is kept so while the arm is quarantined, for the time after."""
+        """Whether `arm` ingests features: its KV has no holes. A quarantined arm goes on ingesting, to serve later."""
         return arm not in self._without_kv
 
     def begin(self, request: Request) -> None:
-        """A request begins. Arms that are quarantined now know nothing of it, so they stay out for it."""
+        """Begin a request. It never gets the arms that are quarantined now: they have not seen its prompt."""
         request.left_out.update(self.reasons)
 
     def end(self, request: Request) -> None:
-        """A request ends. An arm that served it well owes its earlier faults to other requests."""
+        """End a request. An arm that served it well until then has its streak and its quarantine time reset."""
         for arm, times in request.sound.items():
             if self.serves(arm, request) and times == self._times[arm]:
                 self._streaks[arm].clear()
                 self._seconds[arm] = FIRST_SECONDS
 
     def tick(self) -> None:
-        """A round begins: arms whose time is over are asked again, for the requests that begin from now on too."""
+        """Begin a round: release the arms whose quarantine is over, also for requests that begin from now on."""
         for arm in [arm for arm, until in self._until.items() if self._clock() >= until]:
             del self._until[arm], self.reasons[arm]
             logger.warning("WHIFLASH: the quarantine of drafter %r is over; it is asked again.", arm)
 
     def judge(self, arm: str, request: Request, *, faulty: bool) -> None:
-        """`arm` drafted for a request: token ids of the target and numbers, or something else."""
+        """Count a draft of `arm` for a request. faulty: it had invalid token ids or NaN."""
         self.faults[arm] += faulty
         if not request.running:
             return
         if not faulty:
-            # Else it was left out behind the plan of the round, and drafted nothing.
+            # An arm that was left out after the round was planned has drafted nothing in it.
             if self.serves(arm, request):
                 request.sound[arm] = self._times[arm]
             request.in_a_row.pop(arm, None)
@@ -118,9 +118,9 @@ class Quarantine:
             self._leave_out(arm, request, f"{MOST_FAULTS} drafts in a row with ids of no token, or NaN")
 
     def raised(self, arm: str, error: Exception, request: Request | None = None) -> None:
-        """`arm` raised an error for a request; None: for whatever it is asked.
+        """Leave `arm` out for the request that it raised for, or quarantine it if `request` is None.
 
-        Raises it again if it is the machine's and no arm's, or if other ranks may not have it.
+        Raises the error again if the machine caused it (memory, device), or if other ranks may not see it.
         """
         self._reraise(arm, error, request)
         if request is None:
@@ -130,7 +130,7 @@ class Quarantine:
 
     @contextmanager
     def guard(self, arm: str, request: Request | None = None) -> Iterator[None]:
-        """Handle an exception that `arm` raises in here as `raised` does."""
+        """Pass an exception that `arm` raises in the `with` block to `raised`."""
         try:
             yield
         except Exception as error:
@@ -138,7 +138,7 @@ class Quarantine:
 
     @contextmanager
     def guard_ingestion(self, arm: str) -> Iterator[None]:
-        """Quarantine `arm` for good if it raises in here: holes are left in its KV that later requests may share."""
+        """Quarantine `arm` until a restart if it raises in the `with` block: its KV has holes that requests may share."""
         try:
             yield
         except Exception as error:
@@ -149,8 +149,8 @@ class Quarantine:
     def attempt(
         self, arm: str, requests: Mapping[int, Request], call: Callable[[Sequence[int]], ResultT]
     ) -> tuple[Sequence[int], ResultT | None]:
-        """Results of `call` for indices of `requests`, and these: all of them, or if that raises, those that do not
-        raise when called for separately. None: it returns nothing for any of them.
+        """Call `call` with all indices of `requests`. If it raises, try each index alone, then call it with those that
+        did not raise. Return the indices and the result of that call; () and None if it failed for all.
         """
         members = list(requests)
         try:
@@ -163,7 +163,7 @@ class Quarantine:
             self._reraise(arm, error, first)
             raised = error
         sound = [i for i in members if arm not in self.reasons and self._succeeds(arm, requests[i], call, i)]
-        if len(sound) == len(members):  # no request to leave out, and it may raise every round
+        if len(sound) == len(members):  # no request explains it, so every round may raise
             self._quarantine(arm, f"{_describe(raised)} for a batch and for no request of it", raised)
         if not sound or arm in self.reasons:
             return (), None
@@ -182,7 +182,7 @@ class Quarantine:
         return True
 
     def _reraise(self, arm: str, error: Exception, request: Request | None = None) -> None:
-        # The first rank alone asks what is nobody's request.
+        # Calls without a request are made on the first rank only, so other ranks would not see their errors.
         alike = self._alone or (request is not None and arm in self._from_text)
         if not alike or _is_the_machines(error):
             raise error
@@ -192,7 +192,7 @@ class Quarantine:
             return
         request.left_out.add(arm)
         if arm in self.reasons:
-            return  # that it fails is known: a result of a round that was under way, or the rest of a batch
+            return  # already quarantined: this is the result of a round still running, or the rest of a batch
         first = not self.left_out[arm]
         self.left_out[arm] += 1
         logger.warning(
@@ -211,7 +211,7 @@ class Quarantine:
     def _quarantine(self, arm: str, reason: str, error: Exception | None) -> None:
         ends = self._alone and arm not in self._without_kv
         if arm in self.reasons and (ends or arm not in self._until):
-            return  # it is out for as long already
+            return  # the quarantine that it has lasts as long
         self.reasons[arm] = reason
         self._until.pop(arm, None)
         self._streaks[arm].clear()
@@ -243,11 +243,11 @@ _MACHINES = (
     "DefaultCPUAllocator",
     "bad allocation",
 )
-"""Parts of the messages of errors that torch and Triton raise as plain RuntimeErrors."""
+"""Substrings of device and memory errors that torch and Triton raise as plain RuntimeErrors."""
 
 
 def _is_the_machines(error: Exception) -> bool:
-    """Whether memory or a device failed: every later call would fail too, and the scheduler has to know."""
+    """Whether memory or a device failed: every later call would fail too, so the scheduler has to see the error."""
     if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(name in str(error) for name in _MACHINES)

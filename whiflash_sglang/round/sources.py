@@ -1,5 +1,6 @@
-"""Draft sources: what arms that go by texts propose for requests, and how they extend each other's drafts. Imports no
-SGLang.
+"""Draft sources: asks text drafters (lookup, structure) for candidates and lets them extend each other's drafts.
+
+Imports no SGLang.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,16 +16,17 @@ from whiflash_sglang.structure.spending import LOOKING, Spending
 
 
 class DraftSources:
-    """The arms of a worker that go by texts.
+    """The text drafters of a worker.
 
     Args:
-        vocabulary: ids that the target has. spending: on grammars, by those that forbid drafts.
+        vocabulary: number of ids that the target has. spending: the seconds that requests spend on grammars, charged
+            when a drafter that forbids drafts proposes.
 
     Attributes:
-        of_text: all of them. on_device: those for which the device drafts too. proposing: those that draft by what they
-            propose, the former first (`choose_drafts`). proposers: the arm of each `Chosen.source`, 0 excepted; the
-            last, at -1, is the device's. widest: most drafts of a round. width: most tokens of a candidate if texts are
-            known late: two rounds of drafts.
+        of_text: all text drafters, by arm. on_device: those for which the device drafts too. proposing: those that
+            draft by `propose`, `on_device` first, as `choose_drafts` expects. proposers: arm by `Chosen.source`, except
+            0; the last, at -1, is the device's. widest: most drafts of a round. width: most tokens of a candidate if
+            the host knows texts late: two rounds of drafts.
     """
 
     def __init__(
@@ -38,16 +40,19 @@ class DraftSources:
         self.proposers = ("", *self.proposing, *self.on_device)
         self.widest = widest_of(drafters)
         self.width = 2 * self.widest + 1
-        # Each twice, since each may lead into what another one knows; who forbids drafts once more, of what came last.
+        # Each is asked twice, since its tokens may lead into text that an earlier one knows. Arms that forbid drafts
+        # are asked once more, to check the tokens that came last.
         forbidding = [(arm, drafter) for arm, drafter in proposing.items() if drafter.forbids]
         self._turns = [*proposing.items(), *proposing.items(), *forbidding]
 
     def checked(
         self, arm: str, request: Request, propose: Callable[[], Candidate | None]
     ) -> Candidate | None:
-        """Candidate of `arm` for a request, as far as it can be drafts. None: nothing, or it raised."""
+        """Return what `propose` of `arm` proposes, cut before its first invalid token or chance; None: nothing, or it
+        raised. Faults go to the quarantine.
+        """
         valid = None
-        try:  # without `guard`, which takes a microsecond
+        try:  # not `guard`, which takes a microsecond for each request and arm
             priced = self.of_text[arm].forbids
             candidate = self.spending.on(request.rid, propose, LOOKING) if priced else propose()
             valid = candidate and candidate.valid(self.vocabulary)
@@ -58,19 +63,19 @@ class DraftSources:
         return valid
 
     def copies_itself(self, arm: str, candidate: Candidate) -> bool:
-        """Whether the device copies all of it by itself, from the text as it is by then."""
+        """Whether the device makes the whole candidate itself, as a copy from the request's newest text."""
         return arm in self.on_device and all(part.source == CONTEXT for part in candidate.parts)
 
     def extended(
         self, turn: Round, index: int, first: str, drafts: Candidate, room: int
     ) -> tuple[Candidate, int]:
-        """Drafts of a request with what other arms know to follow, such as the copy that a chain leads into; and how
-        many of the first are left.
+        """Let other text drafters extend a request's drafts, such as a copy that continues a chain. Return the drafts,
+        and how many of the original ones are left: a drafter may cut drafts that it forbids.
 
-        An arm is not asked behind what it proposed itself, nor again about drafts that nobody has changed since.
+        An arm is not asked to extend its own tokens, nor asked again about drafts that have not changed since.
 
         Args:
-            index: of the request. first: the arm whose `drafts` they are. room: tokens at most.
+            index: the request in the batch. first: the arm that made `drafts`. room: most tokens in all.
         """
         request, left, last = turn.requests[index], len(drafts.tokens), first
         answered: dict[str, Candidate] = {}
