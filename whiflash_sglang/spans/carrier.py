@@ -1,4 +1,4 @@
-"""`custom_params` as the HTTP process checks and completes them."""
+"""Checks and completes a request's `custom_params` in the HTTP process."""
 
 import json
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from whiflash_sglang.spans.hints import TOOLS_KEY, HintError, RequestHints, pars
 
 
 def validate_custom_params(custom_params: object) -> RequestHints:
-    """`parse_hints`, and a check of the names that are written by the server only. Other values are checked by the
-    types of SGLang's scheduler, when the request is taken up (`engine/http/admission.py`).
+    """Parse the hints (`parse_hints`), and refuse the keys that only the server may write. The types of SGLang's
+    scheduler check other values when the request is admitted (`engine/http/admission.py`).
 
     Raises: HintError, and nothing else, naming the field that is wrong.
     """
@@ -27,7 +27,7 @@ def validate_custom_params(custom_params: object) -> RequestHints:
 
 
 def add_hints(custom_params: Mapping[str, Any] | None, fields: Mapping[str, object]) -> dict[str, Any] | None:
-    """`custom_params` that were validated, with hints that say `fields` too; None: they would be too long."""
+    """Add `fields` to the hints in validated `custom_params`; None if the hints would be longer than `MAX_BYTES`."""
     params = dict(custom_params or {})
     carried = read_json(params.get(WIRE_KEY) or "{}")
     text = json.dumps({**carried, **fields}, ensure_ascii=False, separators=(",", ":"))

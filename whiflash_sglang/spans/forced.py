@@ -1,7 +1,7 @@
-"""Forced answers on the wire: for benchmarks only, and only on a server that was started to take them.
+"""Forced answers on the wire: for benchmarks only, and only on a server that was started to accept them.
 
-A request brings the tokens that its answer shall have. Logits, sampling and verification are computed as always, then
-the sampled tokens are replaced by those, so that rounds cost what they cost and drafts are judged by a recorded text.
+A request brings the tokens of its answer. Logits, sampling and verification are computed as always, then the sampled
+tokens are replaced by the forced ones. So rounds cost the same, and drafts are judged by a recorded text.
 """
 
 from typing import Final
@@ -14,7 +14,7 @@ FLAG: Final = "--whiflash-force-recorded on"
 
 
 def forced_tokens(custom_params: object, vocabulary: int) -> list[int]:
-    """Token ids of the answer that `custom_params` force; empty where they force none. vocabulary: ids there are.
+    """Token ids of the answer that `custom_params` force; empty without one. vocabulary: ids of the target.
 
     Raises: HintError, and nothing else, naming the field that is wrong.
     """
@@ -27,7 +27,7 @@ def forced_tokens(custom_params: object, vocabulary: int) -> list[int]:
 
 
 def check_forced(custom_params: object, vocabulary: int, *, allowed: bool) -> None:
-    """Refuse what `forced_tokens` would, and anything at all where the server was not started to force answers.
+    """Refuse a malformed forced answer (`forced_tokens`), and any if the server was not started to accept them.
 
     Raises: HintError, and nothing else.
     """

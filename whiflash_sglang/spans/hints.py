@@ -1,12 +1,11 @@
-"""Routing hints on the wire: what a request may say about the spans it is going to write.
+"""Routing hints on the wire: what a request may say about the spans of its output.
 
 A request carries its hints in SGLang's `custom_params`, which nests two levels at most, so ours is
 one string: `custom_params = {"whiflash": "<JSON object>"}`. The object, its fields and its bounds
 are documented in `docs/reference/hints.md`; its schema is the SDK's (`whiflash_sdk.hints`).
 
-`parse_hints` is the only reader, and reads a text once in a process. It runs in the HTTP process before anything is
-scheduled, so it raises nothing but `HintError` and its work is bounded before it starts: the text is measured before it
-is decoded.
+`parse_hints` is the only reader, and caches what it read. It runs in the HTTP process before anything is scheduled, so
+it raises nothing but `HintError`, and it measures a text before it decodes it: its work is bounded.
 """
 
 import json
@@ -27,7 +26,7 @@ class HintError(ValueError):
 
 
 def utf8(field: str, text: str) -> bytes:
-    """The text's bytes."""
+    """Encode the text in UTF-8. Raises HintError, naming `field`, for a lone surrogate."""
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -35,7 +34,7 @@ def utf8(field: str, text: str) -> bytes:
 
 
 def json_of(text: str) -> Any:
-    """`json.loads`, but a lone surrogate is refused: no tokenizer takes one. Schemas may be nested deeply.
+    """Load JSON and refuse a lone surrogate, which no tokenizer accepts. Any depth is allowed, as schemas nest deeply.
 
     Raises: ValueError, RecursionError.
     """
@@ -46,26 +45,26 @@ def json_of(text: str) -> Any:
 
 
 TOOLS_KEY: Final = "whiflash_tools"
-"""A request's tools, as the HTTP process hands them to the scheduler (`structure.tools`)."""
+"""Key of a request's tools, as the HTTP process passes them to the scheduler (`structure.tools`)."""
 _FIELD: Final = f"custom_params.{WIRE_KEY}"
 CARRIED_PREDICTION: Final = "whiflash_prediction"
-"""Beside our own key, since it may be long: what the caller expects back (`spans.prediction`)."""
+"""Key of the output that the caller expects (`spans.prediction`): apart from the hints, since it may be long."""
 CARRIED_FORCED: Final = "whiflash_forced"
-"""The same for an answer that a benchmark forces (`spans.forced`)."""
+"""Key of an answer that a benchmark forces (`spans.forced`): apart from the hints, since it may be long."""
 
 HintSource = Literal["request", "inferred", "none", "malformed"]
-"""The source of a request's hints."""
+"""The source of a request's hints: the caller, a guess of the server or the SDK, no hints, or unreadable ones."""
 HINT_SOURCES: Final[tuple[HintSource, ...]] = get_args(HintSource)
 
 MAX_TOOLS_CHARS: Final = 1 << 16
-"""Longer lists of tools are not handed on."""
+"""Characters of the longest list of tools that the HTTP process passes to the scheduler."""
 
 
 class RequestHints(Hints):
-    """The SDK's `Hints` of one request, and what the HTTP process says of it, which is never part of the payload.
+    """The SDK's `Hints` of one request, with fields that the HTTP process adds and that are never part of the payload.
 
-    trace: None if no trace was asked for. tools: that may be called. inferred: whether `spans` are a guess and no hints
-    of the caller's.
+    trace: None if the request wants no trace. tools: JSON of the tools that may be called. inferred: whether `spans`
+    are a guess and not the caller's own hints.
     """
 
     trace: TraceLevel | None = None  # type: ignore[assignment]  # true is a level here, false none
@@ -74,17 +73,17 @@ class RequestHints(Hints):
 
     @property
     def source(self) -> HintSource:
-        """The source of the hints: the caller, if any of them is the caller's own."""
+        """Return the source of the hints: the request, if any hint is the caller's own."""
         if self.off or self.lookup != "on" or (self.spans and not self.inferred):
             return "request"
         return "inferred" if self.spans else "none"
 
 
 def parse_hints(custom_params: object) -> RequestHints:
-    """The hints in a request's `custom_params`; the default `RequestHints` where it has none.
+    """Return the hints in a request's `custom_params`; a default `RequestHints` if there are none.
 
-    Only our own key is looked at, so the scheduler may call this on parameters that SGLang has
-    added private values to. Its work is bounded whatever the payload: `MAX_BYTES` are decoded.
+    It reads only our own keys, so the scheduler may call this on parameters that SGLang has
+    added private values to. Its work is bounded: at most `MAX_BYTES` are decoded.
 
     Raises: HintError, and nothing else, naming the field that is wrong.
     """
@@ -106,7 +105,7 @@ def parse_hints(custom_params: object) -> RequestHints:
 
 @lru_cache(maxsize=64)
 def _read(payload: str) -> RequestHints:
-    """The hints of a payload. Each process asks several times of a request, and an agent's requests say the same."""
+    """Read a payload's hints. Cached, as a process reads them several times and an agent's requests repeat them."""
     return validated(_decode(payload), _FIELD)
 
 
@@ -141,7 +140,7 @@ def _reject_constant(name: str) -> NoReturn:
 
 
 def validated(raw: object, field: str) -> RequestHints:
-    """A decoded payload, validated by the SDK's models. field: its name in an error.
+    """Validate a decoded payload by the SDK's models; return its hints. field: the payload's name in an error.
 
     Raises: HintError, and nothing else, naming the field that is wrong.
     """

@@ -1,7 +1,7 @@
 """Predicted outputs on the wire: OpenAI's `prediction`, and the key of `custom_params` that carries one.
 
-`docs/reference/hints.md` documents both. A body's `prediction` becomes the carried text, and the text becomes token ids
-before it is scheduled; ids are taken too, as SGLang takes `input_ids`.
+`docs/reference/hints.md` documents both. A body's `prediction` becomes the text under that key, and the text becomes
+token ids before the request is scheduled. Token ids are accepted too, as SGLang accepts `input_ids`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +12,15 @@ from whiflash_sglang.spans.hints import CARRIED_PREDICTION, HintError, utf8
 FIELD: Final = f"custom_params.{CARRIED_PREDICTION}"
 
 MAX_TOKEN_CHARS: Final = 16
-"""Characters that a token of a prediction holds on average at most: what is behind them is not even encoded."""
+"""Largest mean of characters per token of a prediction. Text beyond it is cut before the tokenizer encodes it."""
 
 ReadPrediction = Callable[[object], tuple[Sequence[int], bool] | None]
-"""Token ids of the prediction in `custom_params`, and whether it had more than are read; None if there is none. Raises
+"""Reads the prediction in `custom_params`: its token ids, and whether it was cut; None without one. Raises
 HintError."""
 
 
 def body_prediction(body: object) -> str | None:
-    """The text of an OpenAI request's `prediction`; None where it has none.
+    """Return the text of an OpenAI request's `prediction`; None without one.
 
     Raises: HintError, and nothing else, naming the field that is wrong.
     """
@@ -40,12 +40,12 @@ def body_prediction(body: object) -> str | None:
 
 
 def prediction_reader(tokenizer: Any, most: int, vocabulary: int) -> ReadPrediction:
-    """Reads the first `most` tokens of what `custom_params` carry.
+    """Return a function that reads the first `most` tokens of the prediction in `custom_params`.
 
-    A prediction changes no text, so one that is too long is cut and not refused: the beginning is worth copying from.
+    A prediction does not change the answer, so a long one is cut and not refused: its beginning is worth copying from.
 
     Args:
-        tokenizer: of `transformers`, or None. vocabulary: ids that the target has.
+        tokenizer: a `transformers` tokenizer, or None. vocabulary: number of ids of the target.
     """
 
     def read(custom_params: object) -> tuple[Sequence[int], bool] | None:
@@ -67,7 +67,7 @@ def prediction_reader(tokenizer: Any, most: int, vocabulary: int) -> ReadPredict
 
 
 def check_ids(field: str, ids: list[Any], vocabulary: int) -> list[int]:
-    """The ids, all of which must be below `vocabulary`. Raises HintError naming the first one that is not."""
+    """Return the ids if all are token ids below `vocabulary`. Raises HintError naming the first that is not."""
     for i, token in enumerate(ids):
         if type(token) is not int or not 0 <= token < vocabulary:
             raise HintError(f"{field}[{i}]", f"must be a token id below {vocabulary}")

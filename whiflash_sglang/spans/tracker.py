@@ -1,11 +1,11 @@
-"""The open span of the output, followed token by token.
+"""Tracker of the open span of a request's output, token by token.
 
-Meaning (the whole text is its own reference, see `tests/spans/test_tracker.py`): every span rule is
-followed by itself. Closed, it opens after the next occurrence of its begin marker; open, it closes
-after the next occurrence of its end marker; occurrences taken by one rule do not overlap. Repeated
-begins do not nest within one rule, so a marker quoted inside a string can end a span early but never
-keep it open past its next end. Different rules nest and overlap freely, and the active one is the one
-that opened last.
+Each span rule is followed independently (`tests/spans/test_tracker.py` checks this against a search of
+the whole text). A closed rule opens after the next occurrence of its begin marker; an open rule closes
+after the next occurrence of its end marker; occurrences within one rule do not overlap. Repeated
+begin markers do not nest within one rule, so a marker quoted inside a string can end a span early but
+never keep it open past its next end. Different rules nest and overlap freely, and the active span is
+the one that opened last.
 
 Markers are matched on bytes, because a token may end inside a marker and inside a character. Each
 push searches its own bytes and the few before them that could start a marker: time is linear in the
@@ -18,7 +18,7 @@ from whiflash_sdk.hints import Span
 
 
 class _Rule:
-    """One span's progress through the output; offsets count output bytes."""
+    """State of one span: whether it is open, and where its next marker may begin. Offsets count output bytes."""
 
     __slots__ = ("begin", "end", "next_from", "opened_at")
 
@@ -29,7 +29,7 @@ class _Rule:
         self.opened_at: int | None = 0 if span.open else None
 
     def advance(self, data: bytes, base: int) -> None:
-        """Follow `data`, which starts at offset `base`."""
+        """Open and close the span at the markers in `data`, which starts at offset `base`."""
         while (marker := self.begin if self.opened_at is None else self.end) is not None:
             at = data.find(marker, max(self.next_from - base, 0))
             if at < 0:
@@ -43,7 +43,7 @@ class SpanTracker:
 
     A retracted request is rebuilt by a new tracker and one push of all its output tokens.
 
-    spans: in the order that decides where two open together. token_bytes: bytes of every token id, from
+    spans: of two that open together, the first is active. token_bytes: bytes of every token id, from
     `spans.vocabulary.token_bytes`.
     """
 
@@ -58,7 +58,7 @@ class SpanTracker:
         self._length = 0
 
     def push(self, token_ids: Iterable[int]) -> None:
-        """Commit output tokens. Ids outside the vocabulary (an engine's padding) count as no bytes."""
+        """Follow committed output tokens. Ids outside the vocabulary (an engine's padding) have no bytes."""
         table = self._token_bytes
         pieces = [table[token] if 0 <= token < len(table) else b"" for token in token_ids]
         data = self._tail + b"".join(pieces)
@@ -71,14 +71,14 @@ class SpanTracker:
 
     @property
     def length(self) -> int:
-        """Output tokens committed so far."""
+        """Number of output tokens so far."""
         return self._length
 
     @property
     def span(self) -> Span | None:
-        """The innermost open span after everything pushed so far."""
+        """Return the open span that opened last; None if all are closed."""
         active, latest = None, -1
         for span, rule in zip(self._spans, self._rules, strict=True):
             if rule.opened_at is not None and rule.opened_at > latest:
-                active, latest = span, rule.opened_at  # of spans opened together the first listed is active
+                active, latest = span, rule.opened_at  # `>`: of spans opened together the first is active
         return active

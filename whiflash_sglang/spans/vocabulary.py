@@ -1,6 +1,6 @@
-"""The bytes of each token id, read from a tokenizer's vocabulary.
+"""Vocabularies: the bytes of each token id, read from a tokenizer, and texts of tokens.
 
-Detokenised text cannot be used to follow markers: a token may hold half a character, and decoders
+Markers cannot be followed in detokenised text: a token may hold half a character, and decoders
 trim and join. Three vocabularies cover the models in use:
 
 - byte-level BPE (GPT-2, SmolLM2, Qwen, Llama 3): each character of a token names one byte, by GPT-2's
@@ -21,8 +21,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Vocabulary(NamedTuple):
-    """encode: text → token ids, without special tokens added. token_bytes: of every id. special: ids that part
-    messages.
+    """A target's vocabulary. encode: text → token ids, without special tokens added. token_bytes: bytes of every id.
+    special: ids of special tokens, such as those between messages.
     """
 
     encode: Callable[[str], list[int]]
@@ -31,20 +31,20 @@ class Vocabulary(NamedTuple):
 
 
 def bytes_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> bytes:
-    """The text of tokens; ids outside the vocabulary have none."""
+    """Return the bytes of the tokens' text; ids outside the vocabulary have none."""
     table = vocabulary.token_bytes
     size = len(table)
     return b"".join([table[token] for token in tokens if 0 <= token < size])
 
 
 def is_text(vocabulary: Vocabulary, token: int) -> bool:
-    """Whether a token has text, which grammars need; xgrammar logs a complaint about others."""
+    """Whether a token has text and is not special. Grammars need such tokens: xgrammar logs a warning about others."""
     table = vocabulary.token_bytes
     return 0 <= token < len(table) and bool(table[token]) and token not in vocabulary.special
 
 
 def whole_text(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
-    """The text of tokens; empty where it begins or ends inside a character, or where one of them is none."""
+    """Return the tokens' text; empty if it begins or ends inside a character, or if a token has no text."""
     table = vocabulary.token_bytes
     parts = [table[token] for token in tokens if 0 <= token < len(table)]
     text = (data := b"".join(parts)).decode(errors="ignore")
@@ -53,7 +53,7 @@ def whole_text(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
 
 
 def text_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
-    """The end of the text of tokens, from the first character that is whole; empty where the last one is not."""
+    """Return the tokens' text from the first whole character; empty if the rest is not UTF-8, such as a cut end."""
     data = bytes_of(vocabulary, tokens)
     begin = 0
     while begin < len(data) and data[begin] & 0xC0 == 0x80:
@@ -65,7 +65,7 @@ def text_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
 
 
 def cut_behind(vocabulary: Vocabulary, written: str, text: str) -> list[int] | None:
-    """Tokens of `text` if it is cut together with the text before it; None: no token begins with it."""
+    """Tokenize `written + text`; return the tokens of `text`, or None if no token begins where `text` does."""
     tokens, table = vocabulary.encode(written + text), vocabulary.token_bytes
     data, whole = b"".join(table[token] for token in tokens), (written + text).encode()
     if data not in (whole, b" " + whole):  # SentencePiece sets a blank before a text
@@ -81,17 +81,17 @@ def cut_behind(vocabulary: Vocabulary, written: str, text: str) -> list[int] | N
 
 
 def vocabulary_of(tokenizer: Any) -> Vocabulary:
-    """Vocabulary that the code outside prompts needs of a `transformers` tokenizer.
+    """Build the `Vocabulary` of a `transformers` tokenizer.
 
-    Raises: ValueError as `token_bytes`.
+    Raises: ValueError if the tokenizer shows no vocabulary (`token_bytes`).
     """
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    # Every token added as special, not only those with a part to play (end, pad).
+    # All tokens added as special, since `all_special_ids` has only those with a role (end, pad).
     special = {index for index, token in added.items() if token.special}
     fast = getattr(tokenizer, "backend_tokenizer", None)
 
     def encode(text: str) -> list[int]:
-        if fast is not None:  # without the checks of the class around it, which take longer than a short text
+        if fast is not None:  # the checks of the class around it take longer than a short text
             return list(fast.encode(text, add_special_tokens=False).ids)
         return list(tokenizer.encode(text, add_special_tokens=False))
 
@@ -99,7 +99,7 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
 
 
 def token_bytes(tokenizer: Any) -> tuple[bytes, ...]:
-    """Bytes of every token id; empty for ids the vocabulary skips.
+    """Return the bytes of every token id; empty for ids that the vocabulary skips.
 
     tokenizer: a `transformers` tokenizer or a `tokenizers.Tokenizer`.
 
@@ -119,7 +119,7 @@ def token_bytes(tokenizer: Any) -> tuple[bytes, ...]:
 
 
 def _added_tokens(tokenizer: object) -> Iterator[str]:
-    """Tokens added after training, special ones too: their bytes are their own text."""
+    """Yield the texts of tokens added after training, special ones too, whose bytes are that text."""
     for name in ("added_tokens_decoder", "get_added_tokens_decoder"):
         decoder = getattr(tokenizer, name, None)
         entries = decoder() if callable(decoder) else decoder
@@ -129,7 +129,7 @@ def _added_tokens(tokenizer: object) -> Iterator[str]:
 
 
 def _byte_stand_ins() -> dict[str, int]:
-    """GPT-2's table: printable Latin-1 maps to itself, the other bytes to U+0100 onwards."""
+    """Return GPT-2's table, character → byte: printable Latin-1 maps to itself, other bytes are U+0100 onwards."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -141,7 +141,7 @@ _STAND_INS = _byte_stand_ins()
 def _byte_level(token: str) -> bytes:
     try:
         return bytes(_STAND_INS[character] for character in token)
-    except KeyError:  # no stand-in: a token that was never byte-level, kept as its text
+    except KeyError:  # no stand-in, so the token is not byte-level: its bytes are its text
         return token.encode()
 
 
