@@ -1,1 +1,1 @@
-"""Files and processes on this machine."""
+"""Reading and writing files that others may have made, and asking servers over HTTP."""

@@ -1,18 +1,18 @@
-"""A machine whose CPU serves: whether this is one, and what is chosen there where the user has left the choice open.
+"""Serving on a CPU: whether this machine does, and the defaults there for what the user has not set.
 
-`whiflash_cpu/` is what serves there. Imports nothing before it is asked.
+The package `whiflash_cpu/` serves there. torch is imported only when a function is called.
 """
 
 import os
 
 PLATFORM = "whiflash_cpu"
-"""The entry point's name, as `SGLANG_PLATFORM` takes it."""
+"""Name of the platform's entry point, as `SGLANG_PLATFORM` takes it."""
 
 ATTENTION_BACKEND = "whiflash_cpu"
 """Name of this package's attention backend in SGLang's registry and flags."""
 
 CHILD_ENVIRONMENT = {
-    # A dozen helpers are decorated with torch.compile when their modules load. On a CPU that needs a C++
+    # A dozen of SGLang's helpers are decorated with torch.compile when their modules load. On a CPU that needs a C++
     # compiler, takes half a minute at the first request and gains nothing.
     "TORCHDYNAMO_DISABLE": "1",
     # A decoding step is some 200 parallel regions of tens of microseconds, and OpenMP's workers spin between them.
@@ -21,17 +21,16 @@ CHILD_ENVIRONMENT = {
     # ms on free cores and (mean) beside one and two busy processes: 25.2, 51, 67 with 1,000 turns; 18.3, 47, 50 with
     # 3,000; 17.7, 67, 44 with 6,000; 17.1, 248, 74 with 50,000; OpenMP's own choice is 300,000.
     "GOMP_SPINCOUNT": "3000",
-    # Ranks on one machine share its memory, and each measures what is free a moment later than the other: whatever
-    # another process takes or gives back in between looks like a device that somebody else occupies, and would end
-    # the start.
+    # Ranks on one machine share its memory, and measure its free part at different moments. SGLang takes a difference,
+    # which another process makes in between, for a device that somebody else occupies, and would not start.
     "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
 }
-"""Set, unless the user has set them, before SGLang starts its scheduler; read there when torch is loaded."""
+"""Environment variables that are set, unless the user has, before SGLang starts its scheduler, which reads them."""
 
 
 def serves_here() -> bool:
-    """Whether SGLang has nothing of its own to run on: no accelerator that torch knows, and no CPU engine
-    (``SGLANG_USE_CPU_ENGINE=1``). ``SGLANG_PLATFORM`` overrides the latter.
+    """Whether SGLang itself has nothing to run on here: no accelerator that torch knows, and no CPU engine of SGLang
+    (``SGLANG_USE_CPU_ENGINE=1``). ``SGLANG_PLATFORM`` overrides the engine.
     """
     import torch
 

@@ -1,5 +1,5 @@
-"""Files that others may have made: opened, read and copied in one way, which looks at what they are before it believes
-them. Imports no SGLang and no torch.
+"""Opening, reading and copying files that others may have made: each function checks the kind of file, its size and
+its owner first. Imports no SGLang and no torch.
 """
 
 import hashlib
@@ -14,15 +14,15 @@ from filelock import BaseFileLock, FileLock
 from whiflash_sglang.errors import CheckpointError, ConfigError
 
 MOST_BYTES: Final = 64 << 20
-"""Bytes of the largest file that is read as one value."""
+"""Bytes of the largest file that is read into memory as one value."""
 MOST_SETTINGS: Final = 1 << 18
-"""The same of a file that a person wrote: flags, or a configuration."""
+"""Bytes of the largest file of settings that a person wrote: flags, or a configuration."""
 MOST_EXPANDED: Final = 1 << 20
-"""Values and their characters in a YAML text, those of its aliases counted wherever they are used."""
+"""Most values and characters of a YAML text, with aliases counted at each use: against texts that expand."""
 
 
 def open_regular(path: Path, limit: int | None = None, flags: int = os.O_RDONLY) -> BinaryIO:
-    """A regular file of at most `limit` bytes, to be read; a pipe is not waited for. Raises OSError, ValueError."""
+    """Open a regular file of at most `limit` bytes for reading; never waits for a pipe. Raises OSError, ValueError."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o600)
     try:
         status = os.fstat(descriptor)
@@ -37,15 +37,15 @@ def open_regular(path: Path, limit: int | None = None, flags: int = os.O_RDONLY)
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path, limit: int = MOST_BYTES) -> str:
-    """Return the text of a UTF-8 file, without the mark that some editors put first.
+    """Return the text of a UTF-8 file, without a byte order mark and with "\\n" as the end of lines.
 
-    Raises ConfigError: it cannot be read, is no file, no text, or longer than `limit` bytes.
+    Raises ConfigError: the file cannot be read, is not a regular file, no text, or longer than `limit` bytes.
     """
     try:
         with open_regular(path, limit) as file:
@@ -58,7 +58,7 @@ def read_text(path: Path, limit: int = MOST_BYTES) -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """The one document of a YAML file of at most `MOST_SETTINGS`. Raises ConfigError, naming the file."""
+    """Load the only document of a YAML file of at most `MOST_SETTINGS` bytes. Raises ConfigError, naming the file."""
     try:
         documents = yaml_documents(read_text(path, MOST_SETTINGS))
     except ValueError as error:
@@ -71,7 +71,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def yaml_documents(text: str) -> list[Any]:
-    """The documents of a YAML text. Raises ValueError: it is none, holds itself, or comes to too much."""
+    """Load the documents of a YAML text. Raises ValueError: not YAML, contains itself, or above `MOST_EXPANDED`."""
     import yaml  # type: ignore[import-untyped]
 
     class Bounded(yaml.SafeLoader):  # type: ignore[misc]
@@ -98,7 +98,7 @@ def yaml_documents(text: str) -> list[Any]:
 
 
 def check_own(path: Path) -> None:
-    """Raise ConfigError where a directory is a link, another user's, or open to others. OSError."""
+    """Raise ConfigError if `path` is no directory, or is another user's or open to others; OSError if unreadable."""
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode):
         raise ConfigError(f"{path} is no directory but a link or a file: remove it, or use another directory")
@@ -106,8 +106,8 @@ def check_own(path: Path) -> None:
 
 
 def open_own(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
-    """A file that only this process's user may read and write, to be read and what `flags` say; no link, and no second
-    name of another file. Raises ConfigError, OSError.
+    """Open a file that only this process's user may access, for reading and with `flags`. Raises ConfigError if it is
+    a link, has a second name (hard link), or others may access it; OSError.
     """
     try:
         file = open_regular(path, flags=flags | os.O_NOFOLLOW)
@@ -138,29 +138,29 @@ def _check_owner(path: Path, status: os.stat_result, mode: str) -> None:
 
 
 def locked(directory: Path, name: str = ".lock") -> BaseFileLock:
-    """A context in which nobody else changes the directory's files. name: of the lock's file. Raises OSError."""
+    """Return a context that holds the directory's lock against other processes. name: of its file. Raises OSError."""
     return FileLock(directory / name, mode=0o600)
 
 
 def roots_of(directory: Path) -> tuple[Path, ...]:
-    """Directories that links in a checkpoint or a bundle may lead to: its own, and the `blobs` of a hub's snapshot."""
+    """Directories that links in a checkpoint or bundle may lead to: its own, and `blobs` if it is a hub snapshot."""
     whole = directory.resolve()
     snapshot = next((folder for folder in (whole, *whole.parents) if folder.parent.name == "snapshots"), None)
     return (whole,) if snapshot is None else (whole, snapshot.parent.parent / "blobs")
 
 
 def copy_member(file: Path, place: Path) -> Path:
-    """Copy a file of a checkpoint's directory into the directory `place`, open to no more users than it is: the copy.
+    """Copy a file of a checkpoint into the directory `place`; return the copy, which no more users can read.
 
     Raises:
-        ConfigError: a link leads out of its directory, or it is no regular file. CheckpointError: by its name it holds
-            tensors, and does not. OSError.
+        ConfigError: the file is a link out of its directory, or no regular file. CheckpointError: it is named
+            `.safetensors` and does not hold tensors. OSError.
     """
     real = file.resolve()
     if not any(real.is_relative_to(root) for root in roots_of(file.parent)):
         raise ConfigError(f"{file} is a link to {real}, outside its checkpoint: put a copy of the file there")
     try:
-        source = open_regular(real, flags=os.O_RDONLY | os.O_NOFOLLOW)  # no link since it was resolved
+        source = open_regular(real, flags=os.O_RDONLY | os.O_NOFOLLOW)  # refuses a link made since `resolve`
     except ValueError as error:
         raise ConfigError(f"{file}: {error}; put a copy of the file there") from None
     with source:

@@ -1,8 +1,8 @@
-"""When two decodings count as equal (losslessness, greedy).
+"""Rule by which two greedy decodings count as equal (losslessness).
 
-Identical tokens, or at the first difference a tie: plain decoding's own two best logits on that prefix are within
-1e-4 (fp32) or two units in the last place (bf16), so that rounding, which differs by batch shape, decides. Ties are
-counted and shown, never ignored.
+Their tokens are identical, or they have a tie at the first difference: plain decoding's two best logits after that
+prefix are within 1e-4 (fp32) or two units in the last place (bf16), so that rounding, which differs by batch shape,
+decides. Ties are counted and shown, never ignored.
 """
 
 import math
@@ -15,7 +15,7 @@ _BF16_FRACTION_BITS = 7
 
 
 class Verdict(StrEnum):
-    """identical, a tie at the first difference, or different."""
+    """Result of comparing two decodings: identical, a tie at the first difference, or different."""
 
     IDENTICAL = "identical"
     TIE = "tie"
@@ -31,7 +31,7 @@ class TopTwo:
 
 
 def bf16_ulp(value: float) -> float:
-    """Distance between neighbouring bfloat16 numbers at `value`."""
+    """Return the distance between neighbouring bfloat16 numbers at `value`."""
     if value == 0:
         return 0.0
     return float(2.0 ** (math.floor(math.log2(abs(value))) - _BF16_FRACTION_BITS))

@@ -1,4 +1,4 @@
-"""Questions to a server, and the answers of its replicas. Imports no SGLang."""
+"""HTTP requests to a server's own routes, the shapes of its answers, and sums over replicas. Imports no SGLang."""
 
 import math
 import re
@@ -14,11 +14,12 @@ from whiflash_sglang.errors import ServerRefusedError, WhiflashError
 from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, read_json
 
 LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=2.0)
-"""SGLang closes a connection that is idle for five seconds, httpx's default; one is while another arm answers."""
+"""Connections close after two idle seconds: SGLang closes them after five, which is httpx's default too, so that a
+request could meet a connection that is just being closed."""
 MOST_ANSWER: Final = 16 << 20
-"""Bytes of an answer."""
+"""Most bytes of an answer that are read."""
 FEW: Final = Field(max_length=1024)
-"""Arms, reasons or replicas of a server."""
+"""Bound on the number of arms, reasons or replicas in an answer."""
 _LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 53)]
@@ -27,13 +28,13 @@ Amount = Annotated[
     Field(strict=True, ge=0, lt=1e12, allow_inf_nan=False),
     AfterValidator(lambda amount: amount if amount >= 1e-9 else 0.0),
 ]
-"""Seconds or bytes. Less than a nanosecond is 0, so that no ratio of two is infinite."""
+"""Seconds or bytes. Less than a nanosecond is read as 0, so that a ratio of two amounts is never infinite."""
 Names = Annotated[list[str], FEW]
 TokenIds = Annotated[list[Count], Field(max_length=1 << 20)]
 
 
 class Answer(BaseModel):
-    """JSON that a server sends. Fields that a class names have its types; others are passed on and not read."""
+    """JSON that a server sends. Fields of the class are checked for their types; others are passed on unread."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -55,7 +56,7 @@ class Tokenized(Answer):
 
 
 class ArmSums(Answer):
-    """Rounds and tokens of an arm (`ArmCounts`)."""
+    """Counts of rounds, tokens and drafts of one arm (`ArmCounts`)."""
 
     rounds: Count
     tokens: Count
@@ -64,7 +65,7 @@ class ArmSums(Answer):
 
 
 class PlainPrice(Answer):
-    """How far the price of plain decoding is known (`Costs.plain_price`)."""
+    """Rounds observed, and rounds needed, before the price of plain decoding is known (`Costs.plain_price`)."""
 
     rounds: Count
     needed: Count
@@ -72,7 +73,7 @@ class PlainPrice(Answer):
 
 
 class Prices(Answer):
-    """Seconds (`Costs.snapshot`)."""
+    """Fitted prices of a round's parts, in seconds (`Costs.snapshot`)."""
 
     verify: Amount = 0.0
     verify_draft: Amount = 0.0
@@ -83,7 +84,7 @@ class Prices(Answer):
 
 
 class ReplicaState(Answer):
-    """A replica's own state, of which people are shown this much."""
+    """State of one replica: the fields that commands show."""
 
     replica: Count | None
     requests: Count
@@ -91,7 +92,7 @@ class ReplicaState(Answer):
 
 
 class ServerState(Answer):
-    """`GET /whiflash/state`, as far as commands read it."""
+    """Answer of `GET /whiflash/state`: the fields that commands read."""
 
     policy: str
     arms: Names = []
@@ -115,9 +116,9 @@ class ServerState(Answer):
 
 
 def without_password(url: str) -> str:
-    """Return the URL of a server's root as it may be shown and written: without a user, a password or a query.
+    """Return the URL of a server's root, safe to show and store: without a user, a password or a query.
 
-    A URL that is none may hold a password, too, with any character in it, so everything before the last `@` goes.
+    A malformed URL may hold a password with any character in it, so everything before the last `@` is removed.
     """
     url = re.sub("^([a-z]*://)?.*@", r"\1", url, flags=re.DOTALL | re.IGNORECASE)
     return re.split("[?#]", url, maxsplit=1)[0].rstrip("/").removesuffix("/v1")
@@ -137,9 +138,9 @@ def address_of(url: str) -> str:
 def ask(
     client: httpx.Client, url: str, path: str, shape: type[BaseModel], body: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the answer of the server at `url` on a route of ours, after `body` was sent to it if there is one.
+    """Send a GET to the server's route `path`, or a POST of `body` if there is one; return the JSON of the answer.
 
-    url: or an OpenAI client's. shape: what it must be, else it is somebody else's. Raises: ServerRefusedError.
+    url: of the server's root, with or without `/v1`. shape: type that the answer must have. Raises: ServerRefusedError.
     """
     named = without_password(url)
     try:
@@ -151,7 +152,7 @@ def ask(
         raise ServerRefusedError(
             f"{named} does not answer ({error}): check the URL, and whether the server has started"
         ) from None
-    except (httpx.InvalidURL, ValueError):  # the text of either may hold a part of a password
+    except (httpx.InvalidURL, ValueError):  # their text may hold a part of a password
         raise ServerRefusedError(
             f"{named} is no URL of a server: give one such as http://127.0.0.1:30000"
         ) from None
@@ -194,10 +195,10 @@ def _read(client: httpx.Client, url: str, body: Mapping[str, Any] | None) -> tup
 
 
 class SilentReplicaError(WhiflashError):
-    """A replica has not answered.
+    """One or more replicas have not answered in time.
 
     Args:
-        heard: numbers of those that have. size: replicas of the server. seconds: that it was waited.
+        heard: numbers of the replicas that answered. size: replicas of the server. seconds: of waiting.
     """
 
     def __init__(self, heard: Collection[int], size: int, seconds: float) -> None:
@@ -210,11 +211,11 @@ class SilentReplicaError(WhiflashError):
 
 
 def together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state, that of the only replica, or what all of them sum up to (`costs`: on average) with each one's own
-    under `replicas`.
+    """Return the server's state: of the only replica, or the sum over replicas (`costs`: the mean) with each replica's
+    own state under `replicas`.
 
     Args:
-        states: of every replica, with its number as `replica`; in any order, at least one.
+        states: of each replica, with its number as `replica`; in any order, at least one.
     """
     ordered = sorted(states, key=lambda state: state["replica"] or 0)
     total = {**_sum(ordered), "costs": _mean([state["costs"] for state in ordered])}
@@ -223,19 +224,19 @@ def together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def replicas_of(state: Mapping[str, Any]) -> int:
-    """Replicas of the server whose state it is: they decode beside one another, so its time is not their sum."""
+    """Number of replicas in a server's state. They decode in parallel, so its summed seconds are not wall time."""
     return len(state.get("replicas") or (state,))
 
 
 def _mean(states: Sequence[Any]) -> Any:
-    """Numbers on average, also those inside: what work costs does not add up."""
+    """Return the mean of numbers, also in nested mappings. For prices, which do not add up."""
     if isinstance(states[0], Mapping):
         return {key: _mean([state[key] for state in states]) for key in states[0]}
     return sum(states) / len(states)
 
 
 def _sum(states: Sequence[Any]) -> Any:
-    """Numbers are added up, also those inside; what is no number is the same in all. Not all have every key."""
+    """Add numbers, also in nested mappings, which may lack keys; other values are the same in all states."""
     first = states[0]
     if isinstance(first, Mapping):
         keys = dict.fromkeys(key for state in states for key in state)

@@ -1,7 +1,7 @@
-"""Reading JSON of others, whole or in lines (values divided by line feeds, and by nothing else), and writing files.
+"""Reading JSON of others, whole or in lines (values separated by line feeds only), and writing files whole.
 
-`str.splitlines`, and what HTTP clients call lines, also ends at U+2028, U+0085 and others, which a JSON string may hold
-as they are.
+`str.splitlines` and the lines of HTTP clients also end at U+2028, U+0085 and others, which a JSON string may hold
+unescaped, so they are not used.
 """
 
 import codecs
@@ -22,20 +22,20 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import MOST_BYTES, open_regular
 
 NOT_AS_WRITTEN: Final = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, OSError)
-"""Errors of code that reads a value which is JSON, and has another shape than its writer gives it."""
+"""Errors of code that reads a JSON value whose shape is not the expected one."""
 LARGEST: Final = 2**64
-"""An integer's magnitude is below it."""
+"""Bound on the magnitude of an integer in JSON, exclusive."""
 
 _MANY_DIGITS: Final = re.compile(r"\d{19}")
 
 
 def read_json(text: str | bytes | bytearray, *, finite: bool = True) -> Any:
-    """The value of a JSON text that anybody may have written; bytes: UTF-8.
+    """Read the value of an untrusted JSON text; bytes are UTF-8.
 
-    finite: whether NaN and infinities are refused, which JSON does not have, but configurations of models do.
+    finite: whether NaN and infinities are refused: JSON does not have them, but configurations of models do.
 
     Raises:
-        ValueError: it is no JSON, is nested deeper than `DEEPEST`, or has a number that is too large or none.
+        ValueError: not JSON, nested deeper than `DEEPEST`, or a number that is too large or not finite.
     """
     if not isinstance(text, str):
         text = text.decode("utf-8")
@@ -52,7 +52,7 @@ def read_json(text: str | bytes | bytearray, *, finite: bool = True) -> Any:
 
 
 def read_json_file(path: Path, *, finite: bool = True) -> Any:
-    """`read_json` of a file of at most `MOST_BYTES`. Raises OSError where it cannot be opened, ValueError."""
+    """Read a JSON file of at most `MOST_BYTES` (see `read_json`). Raises OSError if it cannot be opened, ValueError."""
     with open_regular(path, MOST_BYTES) as file:
         return read_json(file.read(MOST_BYTES).removeprefix(codecs.BOM_UTF8), finite=finite)
 
@@ -75,7 +75,7 @@ def _no_number(name: str) -> NoReturn:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 file so that a killed process leaves it whole, or as it was. Raises OSError, which names it."""
+    """Write a UTF-8 file atomically: a killed process leaves the new or the old text. Raises OSError with its path."""
     try:
         with staged(path) as place:
             place.write_text(text, encoding="utf-8")
@@ -84,7 +84,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_output(file: Path, text: str) -> None:
-    """Write what a user names: a link's file, whole or not at all, or into a device or a pipe. Raises OSError."""
+    """Write to a path that a user gave: a file, or a link's target, atomically; a device or pipe directly. OSError."""
     if file.exists() and not file.is_file():
         file.write_text(text, encoding="utf-8")
     else:
@@ -93,9 +93,9 @@ def write_output(file: Path, text: str) -> None:
 
 @contextmanager
 def staged(place: Path) -> Iterator[Path]:
-    """A path for a file or a directory that takes its place when the block ends: whole and on the disk, or not at all.
+    """Yield a temporary path. At the end of the block it is synced to disk and moved to `place`, whole or not at all.
 
-    It replaces a file, but no directory. A killed process leaves `.writing-*` beside it.
+    The move replaces a file, but no directory. A killed process leaves `.writing-*` beside `place`.
     """
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=place.parent) as scratch:
         path = Path(scratch) / place.name
@@ -110,22 +110,22 @@ def staged(place: Path) -> Iterator[Path]:
 
 
 def drop_staged(directory: Path) -> None:
-    """Remove what killed processes left of `staged` in a directory, where nobody else writes now."""
+    """Remove the temporary paths that killed processes left of `staged`; nobody else may write in the directory."""
     for left in directory.glob(".writing-*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1."""
+    """Yield the lines that are not blank, with their numbers from 1."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, line.removesuffix("\r")
 
 
 def parse_json_lines(text: str, source: object, *, may_be_torn: bool = False) -> list[tuple[int, Any]]:
-    """The value of every line that is not blank, with its number.
+    """Return the JSON value of every line that is not blank, with its number.
 
-    may_be_torn: whoever wrote the text may have been ended in its last line, which then counts for nothing.
+    may_be_torn: the writer may have been killed in the last line, so that line is skipped if it is not JSON.
 
     Raises:
         ConfigError: naming `source` and the line that is not JSON.

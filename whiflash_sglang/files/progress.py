@@ -1,4 +1,4 @@
-"""How far a long command is: a bar on a terminal, plain lines elsewhere (pipes, logs, CI). On stderr."""
+"""Progress of a long command on stderr: a bar on a terminal, plain lines elsewhere (pipes, logs, CI)."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -10,12 +10,12 @@ from rich.text import Text
 
 T = TypeVar("T")
 SPEED_SECONDS = 600.0
-"""Estimates go by the steps of the last ten minutes."""
+"""Seconds of steps that the estimate of the remaining time is made from."""
 LINE_SECONDS = 15.0
 
 
 def progress() -> Progress:
-    """A context manager; `add_task`, `advance` and `remove_task` say what is going on."""
+    """Return a context manager that shows progress; call its `add_task`, `advance` and `remove_task`."""
     console = Console(stderr=True)
     if not console.is_terminal:
         return Lines(console)
@@ -31,16 +31,16 @@ def progress() -> Progress:
 
 
 class Times(ProgressColumn):
-    """How long a task took so far, and, where that is known, about how long the rest takes."""
+    """Column with a task's time so far and, if it can be estimated, its remaining time."""
 
     def render(self, task: Task) -> Text:
         return Text(_times(task))
 
 
 def tracked(items: Sequence[T], description: str) -> Iterator[T]:
-    """`items`, one after the other, with their progress."""
+    """Yield `items` one by one and show the progress."""
     with progress() as bar:
-        # Not `bar.track`: it counts only what is drawn, and plain lines are not.
+        # `bar.track` is not used: it counts only when a bar is drawn, and plain lines draw none.
         task = bar.add_task(description, total=len(items))
         for item in items:
             yield item
@@ -48,8 +48,8 @@ def tracked(items: Sequence[T], description: str) -> Iterator[T]:
 
 
 class Lines(Progress):
-    """Progress for where nothing can be overwritten: a line when a task begins, one when it ends, and between them one
-    every `seconds` with what is done and about how long the rest takes.
+    """Progress in plain lines, where nothing can be overwritten: one when a task begins, one when it ends, and between
+    them one every `seconds` with the finished part and the estimated remaining time.
     """
 
     def __init__(self, console: Console, seconds: float = LINE_SECONDS) -> None:
