@@ -1,1 +1,1 @@
-"""Figures of a running worker: counted on the host, named as metrics, published at intervals. Imports no SGLang."""
+"""Counts of a running worker, traces of its requests, and samples of their tokens on disk. Imports no SGLang."""

@@ -1,9 +1,9 @@
-"""Finished requests' tokens on disk, for a learner: bounded in bytes and age, written by a thread of its own.
+"""Samples: token ids of finished requests on disk, for a learner; bounded in bytes and age, written by a thread.
 
 A file holds the requests of some seconds. Its first line is a header, every other line is a `Sample`; it is written
-under another name and renamed, so that a reader sees whole files only. Directory and files belong to the server's user
-only, and whatever does not is refused. Features are not among it: the learner computes them by a pass of the target,
-which takes a thousandth of their size on disk. Imports no SGLang and no torch.
+under another name and renamed, so that a reader sees whole files only. Directory and files are open to the server's
+user only; others are refused. Samples hold no features: the learner computes them by a pass of the target, because
+tokens take a thousandth of the features' bytes. Imports no SGLang and no torch.
 """
 
 import json
@@ -30,25 +30,25 @@ logger = logging.getLogger(__name__)
 FORMAT: Final = 1
 SUFFIX: Final = ".jsonl"
 BATCH: Final = 64
-"""Requests of a file at most."""
+"""Requests that wait before a file is written without waiting for `SECONDS`."""
 SECONDS: Final = 10.0
-"""Longest time that a finished request waits to be written."""
+"""Longest time in seconds that a finished request waits to be written."""
 PRUNED: Final = 3600.0
-"""Seconds after which old files go at the latest."""
+"""Longest time in seconds between two removals of old files."""
 WAITING: Final = 1 << 20
-"""Tokens of requests that wait to be written at most."""
+"""Most tokens of requests that wait to be written; further requests are dropped."""
 
 _NAME: Final = re.compile(r"([0-9]{20})-[0-9]+\.jsonl", re.ASCII)
 _HANDLES_KEY: Final = b'"handles":'
 
 Outcome = Literal["written", "declined", "dropped", "failed"]
-"""Fate of a finished request. written: on disk. declined: not offered, since it does not consent or its tokens cannot
-be learned from. dropped: more came than could be written. failed: the disk did not take it.
+"""Outcome of a finished request. written: on disk. declined: not offered, since it does not consent or its tokens
+cannot be learned from. dropped: too many tokens were waiting. failed: writing to the disk failed.
 """
 
 
 class Spooling(BaseModel):
-    """directory: of the samples; None: nothing is kept. mib: MiB of all files at most. hours: their longest age."""
+    """Spool settings. directory: of the samples; None: off. mib: most MiB of all files. hours: longest age of one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,8 +58,8 @@ class Spooling(BaseModel):
 
 
 class Sample(NamedTuple):
-    """A finished request's token ids. handles: names that it is forgotten by (`copying.tenants.handle_of`), the
-    tenant's own first.
+    """Token ids of a finished request. handles: numbers by which its tenant can have it deleted
+    (`copying.tenants.handle_of`), the tenant's own first.
     """
 
     prompt: list[int]
@@ -68,7 +68,7 @@ class Sample(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Tokens of both."""
+        """Number of tokens of prompt and answer."""
         return len(self.prompt) + len(self.answer)
 
 
@@ -77,7 +77,7 @@ Handle = Annotated[int, Field(ge=0, lt=HANDLES)]
 
 
 class _Named(BaseModel):
-    """The end of every line of a file."""
+    """Field that ends every line of a file, header and samples."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -85,21 +85,21 @@ class _Named(BaseModel):
 
 
 class _Header(_Named):
-    """A file's first line. handles: of all its samples."""
+    """First line of a file. handles: those of all samples in the file."""
 
     format: int
     target: str
 
 
 class _Line(_Named):
-    """Every other line of a file: a `Sample`."""
+    """Line of a file after the header: a `Sample`."""
 
     prompt: list[Token]
     answer: list[Token]
 
 
 class SampleFile(NamedTuple):
-    """A file of samples. written: seconds since the epoch."""
+    """A file of samples. written: seconds since the epoch. size: bytes."""
 
     path: Path
     written: float
@@ -107,15 +107,15 @@ class SampleFile(NamedTuple):
 
 
 def samples_of(learning: Path) -> Path:
-    """The samples' directory in the one that `--whiflash-learn` names."""
+    """Return the directory of samples in `learning`, the directory that `--whiflash-learn` names."""
     return learning / "samples"
 
 
 def check_spool(directory: Path) -> None:
-    """Make it, for its owner alone, if it is not there.
+    """Create the directory of samples, open to its owner only, unless it exists.
 
     Raises:
-        ConfigError: nothing can be written in it, or others can.
+        ConfigError: the directory cannot be written to, or other users can access it.
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def check_spool(directory: Path) -> None:
 
 
 def files_of(directory: Path) -> list[SampleFile]:
-    """The files of samples, oldest first, without links; none of a directory that is not there."""
+    """Return the files of samples, oldest first, without links; empty if the directory does not exist."""
     files = []
     for path in sorted(directory.glob(f"[0-9]*{SUFFIX}")):
         name = _NAME.fullmatch(path.name)
@@ -143,10 +143,10 @@ def files_of(directory: Path) -> list[SampleFile]:
 
 
 def read_samples(path: Path, target: str) -> list[Sample]:
-    """The samples of a file; none of a file that was dropped meanwhile, or is of another format or target.
+    """Read the samples of a file; empty if the file is gone by now, or has another format or target.
 
     Raises:
-        ConfigError: others may have written it, or it holds anything else.
+        ConfigError: other users can access the file, or it holds something else.
     """
     try:
         with open_own(path) as file:
@@ -169,15 +169,15 @@ def read_samples(path: Path, target: str) -> list[Sample]:
 
 
 class Spool:
-    """Takes finished requests, and writes them behind the caller's back.
+    """Takes finished requests and writes them to files in a thread.
 
     Args:
-        settings: with a directory that was checked. target: name of the model whose tokens they are.
-        now: seconds since the epoch.
+        settings: their directory must have passed `check_spool`. target: name of the model whose token ids they are.
+        now: clock in seconds since the epoch.
 
     Attributes:
-        counts: finished requests by outcome. failing: whether the last file could not be written. size: bytes on disk
-            when a file was written last.
+        counts: finished requests by outcome. failing: whether the last file could not be written. size: bytes of all
+            files after the last write.
     """
 
     def __init__(self, settings: Spooling, target: str, now: Callable[[], float] = time.time) -> None:
@@ -188,14 +188,14 @@ class Spool:
         self._directory, self._settings, self._target, self._now = settings.directory, settings, target, now
         self._waiting: list[Sample] = []
         self._taken: list[Sample] = []
-        """Samples that are being written: the writer looks once more when it has the directory's lock."""
+        """Samples about to be written; `forget` may still remove some until the writer has the directory's lock."""
         self._tokens = 0
         self._changed = threading.Condition()
         self._writing = threading.Lock()
         threading.Thread(target=self._run, name="whiflash-samples", daemon=True).start()
 
     def offer(self, prompt: Sequence[int], answer: Sequence[int], handles: Iterable[int] = ()) -> None:
-        """Write a finished request sooner or later, or drop it. Never waits, never raises."""
+        """Queue a finished request for the writer, or drop it if too many tokens wait. Never waits, never raises."""
         sample = Sample(list(prompt), list(answer), list(handles))
         with self._changed:
             if self._tokens + sample.tokens > WAITING:
@@ -206,25 +206,25 @@ class Spool:
             self._changed.notify()
 
     def decline(self) -> None:
-        """Count a finished request that is not to be kept."""
+        """Count a finished request that must not be written."""
         self.counts["declined"] += 1
 
     def snapshot(self) -> dict[str, Any]:
-        """Counts for `GET /whiflash/state`."""
+        """Return the counts by outcome, `bytes` and `failing` for `GET /whiflash/state`."""
         return {**self.counts, "bytes": self.size, "failing": self.failing}
 
     def flush(self) -> None:
-        """Write what waits, now."""
+        """Write all waiting samples now."""
         with self._writing:
             with self._changed:
                 self._taken, self._waiting, self._tokens = self._waiting, [], 0
             self._write()
 
     def forget(self, handle: int | None) -> None:
-        """Drop samples of `handle` that wait or are about to be written; None: all. Never waits for the disk.
+        """Drop samples with `handle` that wait or are about to be written; None: all. Never waits for the disk.
 
-        `forget_samples` drops those on disk: either the writer has the directory's lock first, or it does not write
-        what was dropped here.
+        `forget_samples` drops samples on disk. Each sample is dropped by one of the two: either the writer has
+        the directory's lock first, and `forget_samples` searches its file, or it takes its samples after this.
         """
         with self._changed:
             self._waiting, self._taken = (
@@ -291,8 +291,8 @@ def _replace(path: Path, header: bytes, lines: Sequence[bytes]) -> None:
 
 
 def prune(directory: Path, settings: Spooling, now: float) -> int:
-    """Drop a killed writer's files and old ones; beyond the bytes, those of a clock that was ahead, then the oldest.
-    Returns the bytes that are left.
+    """Remove temporary files of killed writers, files past `hours`, and, above `mib`, first files dated in the future,
+    then the oldest. Return the bytes of the remaining files.
 
     The caller has `locked` the directory. Raises OSError.
     """
@@ -307,9 +307,9 @@ def prune(directory: Path, settings: Spooling, now: float) -> int:
 
 
 def forget_samples(directory: Path, handle: int | None) -> None:
-    """Drop every sample on disk that `handle` names, and files that cannot be read or written again; None: all.
+    """Drop every sample on disk with `handle`, and files that cannot be read or rewritten; None: drop all.
 
-    No tokens are read: other threads of the caller go on meanwhile. Raises OSError if a file stays.
+    It parses handles only and no tokens, so it holds up other threads little. Raises OSError if a file stays.
     """
     with locked(directory):
         drop_staged(directory)
@@ -322,14 +322,14 @@ def forget_samples(directory: Path, handle: int | None) -> None:
 
 
 def _without(path: Path, handle: int) -> bool:
-    """Write a file again without what `handle` names; whether anything of it is to stay."""
+    """Rewrite a file without the samples that have `handle`; return whether any sample is left."""
     try:
         with open_own(path) as file:
             header = _Header.model_validate_json(file.readline())
             if handle not in header.handles:
                 return True
             named = [(line, _handles(line)) for line in file]
-    except ValueError:  # ConfigError is one; nobody knows whose it is
+    except ValueError:  # ConfigError is one; its tenants are unknown
         return False
     kept = [(line, handles) for line, handles in named if handle not in handles]
     if kept:
@@ -339,5 +339,5 @@ def _without(path: Path, handle: int) -> bool:
 
 
 def _handles(line: bytes) -> list[int]:
-    """Handles in a `Sample`'s line, which ends with them. Raises ValueError."""
+    """Parse the handles at the end of a `Sample`'s line. Raises ValueError."""
     return _Named.model_validate_json(b"{" + _HANDLES_KEY + line.rpartition(_HANDLES_KEY)[2]).handles

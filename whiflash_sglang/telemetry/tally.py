@@ -1,4 +1,4 @@
-"""Results of rounds and requests, by arm: numbers that the host has anyway."""
+"""Counts of rounds and requests by arm, from numbers that the host has without asking the device."""
 
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -9,21 +9,21 @@ from whiflash_sglang.drafts import arms
 from whiflash_sglang.spans.hints import HINT_SOURCES, HintSource
 
 REASONS = ("score", "policy", "span", "pin", "off")
-"""Reasons of a round's route."""
+"""Reasons for which a round was routed to its arm."""
 
 CACHED = ("device", "host", "storage")
-"""Places that may have kept the KV of a prompt."""
+"""Places from which a prompt's cached KV may come."""
 
 MOST_PENDING = 4096
-"""Observations that wait to be published at most; where nobody publishes, the oldest are dropped."""
+"""Most observations that wait to be published; the oldest are dropped, for instance where nobody publishes."""
 
 
 @dataclass(slots=True)
 class ArmCounts:
-    """Rounds that one arm drafted, or nobody did.
+    """Counts of the rounds of one arm (`none`: rounds without a pass).
 
-    rounds: each of one request. tokens: committed by them, the bonus token among them. proposed, accepted: drafts.
-    joined, joined_accepted: those of them that another arm put behind the arm's own, in the chain that these begin.
+    rounds: of single requests. tokens: that they committed, bonus tokens included. proposed, accepted: drafts.
+    joined, joined_accepted: the part of those drafts that another arm appended to the arm's own chain.
     """
 
     rounds: int = 0
@@ -34,7 +34,7 @@ class ArmCounts:
     joined_accepted: int = 0
 
     def add(self, tokens: int, proposed: int, first: int) -> None:
-        """A round committed `tokens`, of `proposed` drafts, of which the `first` ones were the arm's."""
+        """Count a round that committed `tokens` (bonus included) of `proposed` drafts, `first` by the arm itself."""
         self.rounds += 1
         self.tokens += tokens
         self.proposed += proposed
@@ -50,15 +50,15 @@ class ArmCounts:
 
 @dataclass(slots=True)
 class Tally:
-    """Totals since the start, and observations since they were last taken.
+    """Totals since the start, and observations since they were last published.
 
-    by_arm: every arm's and `none`'s. loaded: by arm, of ended requests whose prompt's KV came in part from the host or
-    from storage. cached: tokens of ended requests' prompts whose KV was kept, by place.
-    reasons: rounds of requests by what decided their route. requests: that began, by where their hints came from.
+    by_arm: counts of every arm and of `none`. loaded: counts by arm of ended requests whose prompt's KV came in part
+    from the host or from storage. cached: prompt tokens of ended requests whose KV was cached, by place.
+    reasons: rounds of requests by reason of their route. requests: that began, by source of their hints.
     timed_seconds: of consecutive rounds and the time between them; timed_tokens: of these rounds. priced_seconds,
-    priced_tokens: of those for which plain decoding's price was known; plain_seconds: what it would have taken for
-    these tokens. round_seconds, acceptance: observations, the latter of each request that ended and each arm that
-    drafted for it, tokens a round.
+    priced_tokens: of timed rounds for which plain decoding's price was known; plain_seconds: that plain decoding would
+    take for these tokens. round_seconds: observations of a round's time. acceptance: observations of tokens a round,
+    one for each ended request and arm that drafted for it.
     """
 
     by_arm: dict[str, ArmCounts]
@@ -76,7 +76,7 @@ class Tally:
 
     @classmethod
     def of(cls, drafters: Iterable[str]) -> "Tally":
-        """Tally of a worker with these arms."""
+        """Return an empty tally for a worker with these arms."""
         known = tuple(drafters)
         by_arm, loaded = ({arm: ArmCounts() for arm in (*known, arms.NONE)} for _ in range(2))
         return cls(by_arm, loaded)
@@ -84,7 +84,7 @@ class Tally:
     def committed(
         self, request: dict[str, ArmCounts], arm: str, reason: str, *, tokens: int, proposed: int, first: int
     ) -> None:
-        """A round of `arm` committed `tokens` of a request, whose counts are `request` (`ArmCounts.add`)."""
+        """Count a round of `arm` in the totals and in `request`, the counts of its request (`ArmCounts.add`)."""
         if arm not in request:
             request[arm] = ArmCounts()
         for counts in (self.by_arm[arm], request[arm]):
@@ -92,7 +92,7 @@ class Tally:
         self.reasons[reason] += 1
 
     def timed(self, tokens: int, seconds: float) -> None:
-        """Count a round of `tokens` which, with the pause after it, took `seconds`."""
+        """Count a round that committed `tokens` and took `seconds`, with the pause after it."""
         self.timed_tokens += tokens
         self.timed_seconds += seconds
 
@@ -103,7 +103,7 @@ class Tally:
         self.plain_seconds += plain_seconds
 
     def snapshot(self) -> dict[str, Any]:
-        """Totals for `GET /whiflash/state`."""
+        """Return the totals for `GET /whiflash/state`."""
         return {
             "by_arm": {arm: asdict(counts) for arm, counts in self.by_arm.items()},
             "loaded": {arm: asdict(counts) for arm, counts in self.loaded.items()},
@@ -118,7 +118,7 @@ class Tally:
         }
 
     def ended(self, request: dict[str, ArmCounts], cached: Mapping[str, int] | None = None) -> None:
-        """A request with these counts is gone: it ended, or was retracted. cached: of its prompt, if it ended."""
+        """Count a request that ended or was retracted. request: its counts. cached: its prompt's, if it ended."""
         for place, tokens in (cached or {}).items():
             self.cached[place] += tokens
         loaded = cached and ("host" in cached or "storage" in cached)

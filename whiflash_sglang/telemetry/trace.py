@@ -1,4 +1,5 @@
-"""The routing trace of a response: who wrote what, and why. Schema: docs/reference/traces.md. Imports no SGLang."""
+"""Routing trace of a response: which arm drafted which tokens, and why. Schema: docs/reference/traces.md. Imports no
+SGLang."""
 
 import codecs
 import time
@@ -12,18 +13,18 @@ from whiflash_sdk.hints import WIRE_VERSION, TraceLevel
 from whiflash_sglang.drafts.candidates import Part, first_of
 
 SAVED_DIGITS = 4
-"""Digits of a second: estimates are no better known."""
+"""Decimal places of saved seconds, which are estimates."""
 
 FIGURES = ("proposed", "accepted", "saved")
-"""Figures of a source: drafts, those that were right, and estimated seconds, less than 0 if they cost more."""
+"""Figures of a source of drafts: drafts, accepted drafts, and estimated seconds saved (negative if they cost more)."""
 
 
 @dataclass(slots=True)
 class Stretch:
-    """Rounds of one request that followed each other with the same arm, reason and span.
+    """Consecutive rounds of one request with the same arm, reason and span.
 
-    start: output token that the first of them committed first. tokens: committed by each round, the bonus token
-    included. proposed: draft tokens of each.
+    start, end: half-open range of output tokens that they committed. tokens: that each round committed, the bonus token
+    included. proposed: drafts of each round.
     """
 
     start: int
@@ -35,19 +36,19 @@ class Stretch:
     end: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.end = self.start + sum(self.tokens)  # kept, since every round asks for it
+        self.end = self.start + sum(self.tokens)  # stored, since every round reads it
 
 
 @dataclass(slots=True)
 class Recording:
-    """The rounds of one traced request. It belongs to the request: it ends with it, and outlives a retraction.
+    """The rounds of one traced request. It lives as long as the request, also through a retraction.
 
-    level: what was asked for; None of one that only an OpenTelemetry span carries. prompt_tokens: where the output
-    begins. spanned: whether an OpenTelemetry span is to carry its sums. began, ended: of its rounds, in seconds of the
-    host's clock; 0 before they have. spent: what its rounds cost by the worker's fitted prices, in seconds; plain: what
-    its tokens would have cost without drafts; saved: the difference by arm. sources: what its drafts were taken from,
-    each with its `FIGURES`. policy: in force when the request ended. cached: tokens of its prompt whose KV was kept, by
-    place. agent, tenant: who asked, for spans: a hint's name, and a hash of the tenant's keys.
+    level: of the trace; None if only an OpenTelemetry span carries the sums. prompt_tokens: length of the prompt.
+    spanned: whether an OpenTelemetry span carries the sums. began, ended: start of the first round and end of the last
+    in seconds of the host's clock; 0 before. spent: seconds of its rounds by the worker's fitted prices; plain: seconds
+    that plain decoding would take for its tokens; saved: the difference by arm. sources: of its drafts, each with its
+    `FIGURES`. policy: in force when the request ended. cached: prompt tokens whose KV was cached, by place. agent,
+    tenant: the caller, for OpenTelemetry spans: the hint's agent, and a hash of the tenant's keys.
     """
 
     level: TraceLevel | None
@@ -66,13 +67,14 @@ class Recording:
     tenant: str | None = None
 
     def begin(self) -> None:
-        """A round begins; the first one starts the clock."""
+        """Note that a round begins; the first one starts the clock."""
         self.began = self.began or time.perf_counter()
 
     def add(
         self, length: int, arm: str, tokens: int, *, proposed: int, reason: str, span: str | None
     ) -> None:
-        """A round of `arm` that began behind `length` committed tokens and a bonus token has ended."""
+        """Add a round of `arm` that has ended. length: tokens committed before it, prompt included, without the bonus
+        token."""
         self.ended = time.perf_counter()
         start = length + 1 - self.prompt_tokens
         last = self.stretches[-1] if self.stretches else None
@@ -84,9 +86,9 @@ class Recording:
         last.proposed.append(proposed)
 
     def price(self, arm: str, tokens: int, *, round_seconds: float, plain_seconds: float) -> float:
-        """A round of `arm` that costs `round_seconds` committed `tokens`; one without drafts costs `plain_seconds`.
+        """Add the price of a round that committed `tokens`; return the seconds that it saved.
 
-        Returns the seconds that it saved.
+        round_seconds: price of this round. plain_seconds: price of a round without drafts, which commits one token.
         """
         self.spent += round_seconds
         self.plain += tokens * plain_seconds
@@ -95,8 +97,8 @@ class Recording:
         return saved
 
     def credit(self, parts: Sequence[Part], *, proposed: int, accepted: int, saved: float) -> None:
-        """A round verified the first `proposed` of these drafts, of which `accepted` were right. It saved so many
-        seconds, which are shared out by what was right, else by what was wrong.
+        """Credit the sources of a round that verified the first `proposed` of these drafts and accepted `accepted`. The
+        seconds `saved` are divided in proportion to accepted drafts; if none was accepted, to verified ones.
         """
         verified, right = list(first_of(parts, proposed)), list[int]()
         for part in verified:
@@ -109,7 +111,7 @@ class Recording:
             figures["saved"] += saved * (accepted_here if accepted else part.drafts) / whole
 
     def until(self, completion_tokens: int) -> Iterator[Stretch]:
-        """Its stretches without what was committed beyond a stop."""
+        """Yield the stretches cut to the first `completion_tokens`: rounds may commit tokens beyond a stop."""
         for stretch in self.stretches:
             end, kept = stretch.start, []
             for tokens in stretch.tokens:
@@ -122,7 +124,7 @@ class Recording:
 
 
 def build_trace(recording: Recording, policy: str, completion_tokens: int) -> dict[str, Any]:
-    """The trace as JSON-ready data: sums, and with the level `full` the stretches, whose characters `place` adds."""
+    """Return the trace as JSON-ready data: sums, and at level `full` the stretches, whose characters `place` adds."""
     stretches = list(recording.until(completion_tokens))
     arms: dict[str, dict[str, Any]] = {}
     reasons: dict[str, int] = {}
@@ -163,7 +165,7 @@ def build_trace(recording: Recording, policy: str, completion_tokens: int) -> di
 def span_attributes(
     recording: Recording, policy: str, completion_tokens: int
 ) -> dict[str, str | int | float]:
-    """Sums of the trace as attributes of an OpenTelemetry span, which are flat: `whiflash.arm.ar.accepted`."""
+    """Return the trace's sums as flat attributes of an OpenTelemetry span, such as `whiflash.arm.ar.accepted`."""
     trace = build_trace(replace(recording, level="summary"), policy, completion_tokens)
     attributes: dict[str, Any] = {
         name: trace[name] for name in ("policy", "rounds", "switches", "gain") if name in trace
@@ -199,8 +201,8 @@ def place(trace: dict[str, Any], pieces: Sequence[str], text: str | None) -> Non
 
     Args:
         pieces: text of every output token.
-        text: what the client gets. It may end earlier, at a stop; where it is another text, the trace carries the
-            one that its offsets count in.
+        text: that the client gets. It may end earlier, at a stop. If it differs from the pieces, the trace also carries
+            their text, in which its offsets count.
     """
     raw = "".join(pieces)
     if text is None or not raw.startswith(text):
@@ -215,12 +217,11 @@ def place(trace: dict[str, Any], pieces: Sequence[str], text: str | None) -> Non
 
 
 def pieces_of(tokens: Iterable[int], vocabulary: Sequence[bytes], left_out: frozenset[int]) -> list[str]:
-    """Text of every token. A character whose bytes two tokens share belongs to the one that completes it.
+    """Return the text of every token. A character whose bytes two tokens share belongs to the second.
 
     Args:
-        tokens: output token ids; one beyond the vocabulary counts as token 0, as it does to SGLang's detokeniser.
-        vocabulary: bytes of every token. left_out: ids that have no text, such as special tokens where these are
-            skipped.
+        tokens: output token ids; an id beyond the vocabulary counts as token 0, as in SGLang's detokeniser.
+        vocabulary: bytes of every token. left_out: ids without text, such as special tokens if they are skipped.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     known = (token if token < len(vocabulary) else 0 for token in tokens)
