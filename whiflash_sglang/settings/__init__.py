@@ -1,1 +1,1 @@
-"""Flags, and what they mean to a server."""
+"""Command-line flags, and the settings of a worker that they resolve to."""

@@ -1,4 +1,4 @@
-"""Flags, and what they resolve to together with a bundle. Imports no SGLang.
+"""Flags of the command line, and the settings that they and a bundle resolve to. Imports no SGLang.
 
 A *bundle* is a directory (or hub id) with `whiflash.json`: drafters, the router and its thresholds, given to SGLang's
 own `--speculative-draft-model-path`. Without it, that path is a DFlash checkpoint and `--whiflash-eagle-draft` names
@@ -138,7 +138,7 @@ def parse_flags(given: dict[str, Any]) -> Flags:
 
 
 def flag_of(field: str) -> str:
-    """The command-line spelling of a `Flags` field."""
+    """Return the command-line spelling of a `Flags` field."""
     return "--whiflash-" + field.replace("_", "-")
 
 
@@ -211,7 +211,7 @@ def _measured(flags: Flags, manifest: Manifest | None) -> dict[str, tuple[float,
 
 
 def _without_drafters(flags: Flags, manifest: Manifest | None, draft_path: Path | None) -> Manifest | None:
-    """The rest of a bundle. Raises ConfigError where a flag names a drafter all the same."""
+    """Return the manifest without its drafters and router. Raises ConfigError if a flag or path names a drafter."""
     if flags.eagle_draft or flags.uno or (draft_path is not None and manifest is None):
         flag = next((field for field in ("eagle_draft", "uno") if getattr(flags, field)), None)
         named = flag_of(flag) if flag else "--speculative-draft-model-path"
@@ -223,7 +223,8 @@ def _without_drafters(flags: Flags, manifest: Manifest | None, draft_path: Path 
 def _drafters(
     flags: Flags, manifest: Manifest | None, draft_path: Path | None, download_dir: str | None
 ) -> dict[str, Path]:
-    """Arm → its checkpoint. A path that is no bundle is one checkpoint, whose format says which arm it is for."""
+    """Return arm → directory of its checkpoint. A draft path that is no bundle is one checkpoint of the arm that its
+    format says."""
     if draft_path is None or (manifest is None and adapter_in(draft_path)):
         named = {}
     elif manifest is not None:
@@ -244,7 +245,7 @@ def _drafters(
 def _uno(
     flags: Flags, manifest: Manifest | None, draft_path: Path | None, download_dir: str | None
 ) -> Path | None:
-    """Directory of the adapter: a flag's, the bundle's, or the draft path itself. Raises ConfigError: it has none."""
+    """Return UNO's adapter: the flag's, the bundle's, or the draft path. ConfigError if a named one has no config."""
     named = Path(flags.uno) if flags.uno else draft_path
     if not flags.uno and draft_path is not None and manifest is not None:
         named = member(draft_path, manifest, "uno", download_dir=download_dir) if manifest.uno else None
@@ -255,7 +256,7 @@ def _uno(
 
 
 def _checksums(flags: Flags, manifest: Manifest | None, bundle: Path | None) -> dict[str, str]:
-    """Checksums of what is served from the bundle: a flag may name another file."""
+    """Return the checksums of the files that are served from the bundle: not those that a flag replaces."""
     if bundle is None or manifest is None:
         return {}
     served = [PARTS[arm] for arm in manifest.drafters if not (arm == arms.AR and flags.eagle_draft)]
@@ -282,7 +283,7 @@ class PolicyChange(Strict):
 
 
 def changed(settings: Settings, change: Any) -> Settings:
-    """`settings` after a `PolicyChange` given as a dictionary.
+    """Return `settings` with a `PolicyChange`, given as a dictionary, applied.
 
     Raises:
         ConfigError: naming the field that is wrong.
@@ -304,12 +305,12 @@ def changed(settings: Settings, change: Any) -> Settings:
 
 
 def _updated(model: Model, **values: Any) -> Model:
-    """`model` with those of the values that are not None."""
+    """Return a copy of `model` with the values that are not None."""
     return model.model_copy(update={name: value for name, value in values.items() if value is not None})
 
 
 def _switched(arm: Model, switch: str | None) -> Model:
-    """A bundle's settings of an arm, with what flags say of it. switch: `on`, `off` or None."""
+    """Return a bundle's settings of an arm, switched by its flag. switch: `on`, `off`, or None to leave it as it is."""
     return _updated(arm, enabled=None if switch is None else switch == "on")
 
 
@@ -317,7 +318,7 @@ def _neural(
     flags: Flags, manifest: Manifest | None, draft_path: Path | None, download_dir: str | None
 ) -> NeuralRouter | None:
     if flags.neural_router_path is not None:
-        # Another file: the bundle's threshold and sign were made for its own.
+        # The bundle's threshold and sign do not apply: they were made for the bundle's own router.
         base = NeuralRouter(path=flags.neural_router_path)
     elif draft_path is not None and manifest is not None and manifest.router is not None:
         path = member(draft_path, manifest, "router", download_dir=download_dir)

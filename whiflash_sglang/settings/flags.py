@@ -1,4 +1,4 @@
-"""Flags that WHIFLASH adds to SGLang's command line, for every help text and for the docs. Imports no SGLang."""
+"""List of the flags that WHIFLASH adds to SGLang's command line, for help texts and docs. Imports no SGLang."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from whiflash_sglang.settings.config import Flags, flag_of
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """A flag of the command line. takes: its choices, or what kind of value. meaning: with the default, if any."""
+    """A flag of the command line. takes: its choices, or its kind of value. meaning: its help, with the default."""
 
     field: str
     name: str
@@ -19,7 +19,7 @@ class Flag:
 
 
 def flags() -> Iterator[Flag]:
-    """Every flag, in the order of `Flags`."""
+    """Yield every flag, in the order of the fields of `Flags`."""
     for field, info in Flags.model_fields.items():
         meaning = " ".join((info.description or "").split())
         default = "" if info.default is None else f" Default: {info.default}."
