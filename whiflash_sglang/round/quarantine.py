@@ -138,7 +138,7 @@ class Quarantine:
 
     @contextmanager
     def guard_ingestion(self, arm: str) -> Iterator[None]:
-        """Quarantine `arm` until a restart if it raises in the `with` block: its KV has holes that requests may share."""
+        """Quarantine `arm` until a restart if it raises in the `with` block: its KV then has holes, in shared slots."""
         try:
             yield
         except Exception as error:
