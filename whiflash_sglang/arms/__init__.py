@@ -1,1 +1,1 @@
-"""The arms behind one interface. A new drafter is a new module here; the worker does not change."""
+"""The arms: each drafter is a module here with the interface of `base.py`, so the worker needs no change for one."""

@@ -1,4 +1,4 @@
-"""The interface of a drafter to the worker."""
+"""The interface between the worker and its drafters."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,12 +19,12 @@ from whiflash_sglang.records.request import Request
 
 
 class Drafter:
-    """Every arm.
+    """A drafter, or arm.
 
     arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token). sources:
-    what its drafts are taken from, if that is not its name. passes: whether a network drafts, its `model`, whose pass
-    is timed at the start. features: which of the target's captured layers it reads, None: all. tail_width: columns of
-    feature n-1 that a draft begins with, 0 if it reads none.
+    names of what its drafts are taken from, if more than the arm's. passes: whether a network, its `model`, drafts;
+    then its pass is timed at the start. features: which of the target's captured layers it reads, None: all.
+    tail_width: columns of feature n-1 that a draft begins with, 0 if it reads none.
     """
 
     arm: str
@@ -37,32 +37,32 @@ class Drafter:
 
     @property
     def lengths(self) -> list[int]:
-        """Drafts of the passes that are captured, ascending; the longest make `max_drafts`."""
+        """Return the numbers of drafts for which passes are captured, ascending; the last is `max_drafts`."""
         return [self.max_drafts]
 
     def captured_bytes(self, requests: int) -> int:
-        """Bytes that a captured draft of so many requests takes at its peak."""
+        """Return the bytes that a captured pass for `requests` requests takes at its peak."""
         raise NotImplementedError
 
     def place(self, requests: int) -> PassInputs | None:
-        """Inputs that `draft` reads for so many requests, and padding after them; None: they may be anywhere."""
+        """Return the memory where `draft` reads its inputs for `requests` requests and padding; None: any will do."""
         return None
 
     def draft(self, batch: DraftBatch) -> Drafts:
-        """Propose tokens for requests at their `place`. KV writes at positions >= n are provisional."""
+        """Propose tokens for a batch whose inputs are at `place`. KV written at positions >= n is provisional."""
         raise NotImplementedError
 
     def calibration(self, requests: Sequence[Request], worth: Worth) -> Floats:
-        """Numbers that judge its drafts for these requests, uploaded with the round's plan.
+        """Return the numbers by which drafts for these requests are judged; the round's plan uploads them.
 
         worth: what a further draft must bring.
         """
         return ()
 
     def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
-        """`accepted` of its `proposed` drafts of a round were right, which it drafted with these `confidences`.
+        """Learn that the target accepted `accepted` of `proposed` drafts, which had these `confidences`, in a round.
 
-        Drafts that a caller ordered do not count.
+        Not called for drafts that a caller ordered.
         """
 
 
@@ -73,8 +73,8 @@ class KVDrafter(Drafter):
     `draft` in any order with other arms' rounds between them.
 
     captured_layers: target layers whose *outputs* it reads. attends_text: whether it attends over a request's text
-    while it ingests: then rows have `requests`. model: the loaded checkpoint. kv: of all slots, once they are
-    allocated.
+    while it ingests; then rows have `requests`. model: the loaded checkpoint. kv: of all slots, once `allocate` has
+    run.
     """
 
     model: TargetsParts
@@ -84,7 +84,7 @@ class KVDrafter(Drafter):
     passes = True
 
     def kv_bytes_per_token(self) -> int:
-        """Bytes its KV adds to one target slot."""
+        """Return the bytes that its KV adds to one target slot."""
         raise NotImplementedError
 
     def allocate(self, slots: int) -> None:
@@ -92,32 +92,32 @@ class KVDrafter(Drafter):
         raise NotImplementedError
 
     def capture(self, recorder: Recorder, inputs: DraftBatch) -> None:
-        """Have `draft` captured for groups of up to as many requests as `inputs` has, whose memory captures read.
+        """Capture `draft` for batches of up to as many requests as `inputs` has; captures read the memory of `inputs`.
 
-        Raises ConfigError where it cannot be captured.
+        Raises ConfigError if it cannot be captured.
         """
         raise NotImplementedError
 
     def target_written(self) -> None:
-        """Copy the target's weights again where parts of them were copied: they were written in place."""
+        """Refresh what was copied of the target's weights, after they were written in place."""
 
     def catch_up(self, rows: FeatureRows) -> None:
         """Ingest features KV-only: K and V are written, nothing is drafted (KV-only Prefill, arXiv 2606.07710).
 
-        rows: with the columns of `features` only, and with their requests where it `attends_text`.
+        rows: with the columns of `features` only, and with their requests if it `attends_text`.
         """
         raise NotImplementedError
 
 
 class TextDrafter(Drafter):
-    """An arm that drafts from the texts of requests and keeps something of each.
+    """An arm that drafts from the texts of requests and holds state for each.
 
-    Lifecycle per request: `begin` → `propose` in every round that may be its own → `end`. Between these `Request.kept`
-    has what it keeps, by its name.
+    Lifecycle per request: `begin` → `propose` in every round in which it may draft → `end`. Between these its state is
+    in `Request.kept`, by its name.
 
-    proposes: whether it drafts by `propose`, before the round is planned and without a pass; else `draft` is asked.
-    forbids: whether it drops of another arm's drafts what may not follow. on_device: whether the device drafts for it
-    too, for all requests, where the host knows texts a round late: by `copy`.
+    proposes: whether it drafts by `propose`, before the round is planned and without a pass; else by `draft`. forbids:
+    whether it removes tokens that may not follow from other arms' drafts. on_device: whether the device also drafts for
+    it, for all requests, by `copy`, since the host knows texts a round late.
     """
 
     proposes: bool = True
@@ -125,98 +125,97 @@ class TextDrafter(Drafter):
     on_device: bool = False
 
     def bytes_for(self, rows: int) -> int:
-        """Bytes that it keeps on the device for so many rows of the request table."""
+        """Return the bytes that it keeps on the device for `rows` rows of the request table."""
         return 0
 
     def begin(self, request: Request) -> None:
-        """A request begins, or begins again after a retraction: then `end` was called before."""
+        """Make the state of a request that begins, or begins again after a retraction, which calls `end` first."""
 
     def serves(self, request: Request) -> bool:
-        """Whether a request lets it draft at all."""
+        """Whether it may draft for a request at all, by the request's hints."""
         return True
 
     def propose(
         self, request: Request, length: int, history: History, worth: Worth, under_way: int = 0
     ) -> Candidate | None:
-        """Tokens that may follow the text of a request; None: nothing. Asked in every round that may be
-        its own, whichever arm drafts then.
+        """Return tokens that may follow a request's text; None if it knows of none. Called in every round in which it
+        may draft, whichever arm is chosen then.
 
-        The text ends where `history` does. Tokens committed since its last look, from any arm, show how right it
-        would have been.
+        The text ends where `history` does. It also learns here: tokens committed since its last call, by any arm, show
+        whether its proposal would have been right.
 
         Args:
-            length: n at most. history: the request's committed tokens. worth: what a further
-                draft must bring. under_way: rows that earlier rounds are expected to verify before its candidate does;
-                they commit no more tokens.
+            length: largest value that n may have. history: the request's committed tokens. worth: what a further
+                draft must bring. under_way: rows that earlier rounds are expected to verify before its candidate, and
+                so the most tokens that they commit.
         """
         return None
 
     def extends(self, request: Request) -> bool:
-        """Whether it has looked at a request, and so knows what may follow drafts of others."""
+        """Whether it can continue other arms' drafts for this request: it has looked at the request's text."""
         return False
 
     def extend_drafts(self, request: Request, drafts: Candidate, room: int, worth: Worth) -> Candidate:
-        """`drafts` as far as they may follow the text that it looked at, and what it knows to follow them; asked if it
+        """Cut `drafts` to those that may follow the text, and continue them with tokens that follow. Called if
         `extends`.
 
         Args:
-            room: tokens at most, all together. worth: what each of its own must bring.
+            room: largest number of tokens, `drafts` included. worth: what each added token must bring.
         """
         return drafts
 
     def copy(self, batch: DraftBatch, drafts: Drafts | None = None) -> Drafts:
-        """Drafts that `propose_copies` makes of every request's text, or of its text and the `drafts` after it;
-        called if it drafts `on_device`.
+        """Draft on the device by `propose_copies`: copies after every request's text, or after its text and `drafts`.
 
-        `batch.caps` are tokens at most, `drafts` among them.
+        Called if it drafts `on_device`. `batch.caps` are the largest numbers of tokens, `drafts` included.
         """
         raise NotImplementedError
 
     def promised(self, request: Request) -> Forecast | None:
-        """Forecast of the device's newest known copy for a request: then it need not propose.
+        """Return the forecast of the device's newest known copy for a request, which then needs no call of `propose`.
 
-        None: it must, since it knows the whole text, or texts that the device does not copy from.
+        None: `propose` must be called, since the host knows the text or other texts to copy from.
         """
         return None
 
     def copied(self, request: Request, copy: Candidate, committed: Sequence[int]) -> None:
-        """The device made this `copy` for a request, and its round committed these tokens."""
+        """Learn from the `copy` that the device made for a request, and the tokens that its round committed."""
 
     def end(self, request: Request) -> None:
-        """A request is gone."""
+        """Drop the state of a request that ends."""
 
     def forget(self, handle: int | None, running: Iterable[Request]) -> None:
-        """Drop what was learned of the tenant with this handle, or of all. Those that run go on."""
+        """Drop what was learned of the tenant with this handle, or of all (None). Running requests continue."""
 
     def host_bytes(self, running: Iterable[Request]) -> Mapping[str, int]:
-        """Bytes that it keeps on the host, by scope; empty for most."""
+        """Return the bytes that it keeps on the host, by scope."""
         return {}
 
     def snapshot(self, running: Iterable[Request]) -> Mapping[str, Any]:
-        """Its part of the server's state; empty for most."""
+        """Return its entries in the server's state (`GET /whiflash/state`)."""
         return {}
 
 
 def with_kv(drafters: Mapping[str, Drafter]) -> dict[str, KVDrafter]:
-    """Drafters that keep KV."""
+    """Return the drafters that have KV."""
     return {arm: drafter for arm, drafter in drafters.items() if isinstance(drafter, KVDrafter)}
 
 
 def of_text(drafters: Mapping[str, Drafter]) -> dict[str, TextDrafter]:
-    """Drafters that read texts."""
+    """Return the drafters that read texts."""
     return {arm: drafter for arm, drafter in drafters.items() if isinstance(drafter, TextDrafter)}
 
 
 def widest_of(drafters: Mapping[str, Drafter]) -> int:
-    """Most drafts of a round, whoever drafts them."""
+    """Return the largest number of drafts of a round, over all drafters; 0 without any."""
     return max((drafter.max_drafts for drafter in drafters.values()), default=0)
 
 
 def side_by_side(
     candidates: Sequence[Candidate], width: int
 ) -> tuple[np.ndarray[Any, Any], list[int], np.ndarray[Any, Any]]:
-    """As far as `width` columns hold them: tokens [N, width] int64, how many each has, and chances [N, width] float32,
-    with zeros behind.
+    """Pad candidates to arrays of `width` columns: tokens [N, width] int64, the number of tokens of each, and chances
+    [N, width] float32. Longer candidates are cut; padding is zero.
     """
     counts = [min(len(candidate.tokens), width) for candidate in candidates]
     tokens = np.zeros((len(candidates), width), dtype=np.int64)
@@ -229,7 +228,7 @@ def side_by_side(
 
 
 def padded(candidates: Sequence[Candidate], device: torch.device, width: int) -> Drafts:
-    """The same on the device, one a request."""
+    """Upload candidates, one per request, as `Drafts` of `width` columns (`side_by_side`)."""
     tokens, counts, alive = side_by_side(candidates, width)
     upload = Upload()
     tokens_at, counts_at = upload.ints(tokens.ravel()), upload.ints(counts)

@@ -1,4 +1,4 @@
-"""The diffusion arm: one DFlash block in one non-causal pass (arXiv 2602.06036)."""
+"""The arm `diffusion`: DFlash drafts a block in one non-causal pass (arXiv 2602.06036)."""
 
 import torch
 from whiflash_kernels import Drafts, dflash_catch_up, packed
@@ -14,17 +14,17 @@ from whiflash_sglang.records.core import DraftBatch
 
 
 class DFlashArm(PagedArm):
-    """One block: the bonus token at position n, then mask tokens, drafted together.
+    """Drafts a block together: the bonus token at position n, then mask tokens.
 
-    Drafts that are not expected to pay for their verification are cut off the block's end.
+    Drafts at the block's end that are not expected to pay for their verification are cut off.
 
     Entry p comes from feature p alone, at position p; context enters only as K and V, shared by all layers.
 
     Args:
-        model: loaded checkpoint. captured: the union of captured layers. layers: the checkpoint's own.
-        block: tokens that a block verifies, the bonus token included; at most as many as the checkpoint drafts and it.
-        positions: rotary positions that may occur.
-        vocabulary: [K] int64 target ids that it chooses from; None: all of them.
+        model: loaded checkpoint. captured: all layers that the target captures. layers: those that the checkpoint
+        reads. block: tokens that a block verifies, bonus token included; at most one more than the checkpoint drafts.
+        positions: number of rotary positions that may occur.
+        vocabulary: [K] int64 target ids from which it chooses; None: all of them.
     """
 
     arm = arms.DIFFUSION
@@ -51,7 +51,7 @@ class DFlashArm(PagedArm):
         self._entries = 1 if config.anchored else self._rows
         self._spans = config.spans or (LayerSpan(),) * config.num_layers
         self._head = model.head if vocabulary is None else model.head.within(vocabulary)
-        # Not the target's, which is packed with the target, and again when its weights are updated.
+        # The target's own head is packed with the target, and again when its weights are updated.
         parts = [part for part in (self._head.weight, self._head.matrix) if part is not model.target_lm_head]
         pack(part for part in parts if isinstance(part, torch.Tensor))
         if model.quantised:
@@ -64,7 +64,7 @@ class DFlashArm(PagedArm):
         self._copy(self._head.bias, self.model.head.bias)
 
     def _copy(self, held: torch.Tensor | Projection | None, whole: torch.Tensor | Projection | None) -> None:
-        """Write rows of `whole` into `held` again, which has some of them, or is the same matrix."""
+        """Refresh `held` after `whole` was written: copy the rows that it has of it, or requantise the same matrix."""
         kept = self._head.kept
         if kept is not None and isinstance(held, torch.Tensor) and isinstance(whole, torch.Tensor):
             held.copy_(whole[kept])

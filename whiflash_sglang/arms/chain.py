@@ -1,4 +1,4 @@
-"""The autoregressive arm: a chain that drafts a token a step (EAGLE-3, arXiv 2503.01840, section 3)."""
+"""The arm `ar`: a chain that drafts one token per step (EAGLE-3, arXiv 2503.01840, section 3)."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,11 +19,11 @@ from whiflash_sglang.formats.mtp import MTPDrafter
 from whiflash_sglang.records.core import DraftBatch
 
 SHORTER = (2, 3)
-"""Steps of chains that are captured beside the longest."""
+"""Numbers of drafts for which shorter chains are captured beside the longest."""
 
 
 class ChainModel(Protocol):
-    """A drafter that drafts token after token; shapes as in `Eagle3Drafter`."""
+    """A model that drafts token after token; shapes as in `Eagle3Drafter`."""
 
     @property
     def draft_vocab_size(self) -> int: ...
@@ -38,17 +38,17 @@ class ChainModel(Protocol):
 
 
 class ChainArm(PagedArm):
-    """Chain of up to `steps` drafts; it ends where another pass is not expected to pay.
+    """Drafts a chain of up to `steps` tokens, which ends where another pass is not expected to pay.
 
-    Entry p pairs feature p with the embedding of token p+1, at slot and RoPE position p. A chain's first step
-    runs all of the model at position n-1; every later step feeds back the drafter's own hidden state.
+    Entry p pairs feature p with the embedding of token p+1, at slot and RoPE position p. A chain's first step runs the
+    whole model at position n-1; every later step feeds back the drafter's own hidden state.
 
     Args:
-        model: loaded checkpoint. depth: its layers.
-        shape: heads of a layer. weight: one of its matrices, which says dtype and device.
-        captured: the union of layers that the target captures, in layer order.
-        layers: the checkpoint's own, in the order in which it reads them. width: columns of their outputs.
-        steps: drafts of a round at most.
+        model: loaded checkpoint. depth: number of its layers.
+        shape: heads of a layer. weight: one of its matrices, for dtype and device.
+        captured: all layers that the target captures, in layer order.
+        layers: those that the checkpoint reads, in its order. width: columns of their outputs together.
+        steps: largest number of drafts of a round.
     """
 
     arm = arms.AR
@@ -77,9 +77,9 @@ class ChainArm(PagedArm):
         return [*(steps for steps in SHORTER if steps < self.max_drafts), self.max_drafts]
 
     def chain(self, batch: DraftBatch, steps: int) -> Iterator[Choice]:
-        """The chain, step by step: of every request the target's id [G] and how sure the drafter is of it [G].
+        """Yield the chain's steps: for every request the target's id [G] and the drafter's confidence in it [G].
 
-        Nothing is read on the host between steps; who may read stops before.
+        No step reads the device on the host, so a caller may stop between steps at the price of a read of its own.
         """
         positions, slots, _ = batch.rows_from(-1, steps)
         token, hidden = batch.bonus, self._chain.fuse(batch.tail)
@@ -99,7 +99,7 @@ class ChainArm(PagedArm):
         return requests * self._chain.draft_vocab_size
 
     def draft(self, batch: DraftBatch) -> Drafts:
-        # Running all steps costs less if reading would wait for the device at every step, or if all are one launch.
+        # Running all steps costs less if the host would wait for the device at every step, or if all are one launch.
         if not batch.host.exact or self.captured_for(batch) is not None:
             drafts = self.drafted(batch)
             return drafts._replace(passes=drafts.tokens.shape[1])
@@ -113,13 +113,13 @@ class ChainArm(PagedArm):
 
 
 class Eagle3Arm(ChainArm):
-    """A chain whose features are fused outputs of several layers of the target.
+    """A chain whose features are the fused outputs of several layers of the target.
 
-    One layer ingests by products alone. K and V of a layer above it come from what the layers below put out, so these
-    attend over the request's text.
+    A one-layer drafter ingests features by matrix products only. K and V of a higher layer depend on the outputs of the
+    layers below, which therefore attend over the request's text.
 
     Args:
-        model: loaded checkpoint. captured, layers, steps: as of `ChainArm`. positions: rotary positions that may occur.
+        model: loaded checkpoint. captured, layers, steps: as in `ChainArm`. positions: number of rotary positions.
     """
 
     model: Eagle3Drafter
@@ -150,20 +150,20 @@ class Eagle3Arm(ChainArm):
             fused = self.model.fuse(features)
             embedded = rows.embedded(self.model.embed)
             k, v = self.model.keys_values(embedded, fused, rows.positions, self.attend_text(rows))
-            # Padding goes to slot 0, which is nobody's: which rows are padding is not for the host to know.
+            # The host does not know which rows are padding, so these write to slot 0, which belongs to no request.
             self.kv.write(self.model.config.num_layers - 1, rows.slots.clamp(min=0), k, v)
             return
         if rows.images is not None or self.model.shared_embedding is not None:
-            # Embeddings that the processes looked up together, or that images have, take the matrix's place, a row a
-            # token.
+            # Embeddings gathered from tensor-parallel ranks, or of images, replace the matrix: one row per token, which
+            # then is its number.
             weights = replace(weights, embedding=rows.embedded(self.model.embed))
             tokens = torch.arange(len(tokens), device=tokens.device)
         eagle3_catch_up(features, tokens, rows.positions, rows.slots, weights, self._rope, self.kv.pools)
 
 
 class ParallelArm(Eagle3Arm):
-    """P-EAGLE, which drafts all tokens in one pass (vLLM's `parallel_drafting`): rows behind the first have a mask for
-    a token, and for a feature. Arguments as of `Eagle3Arm`.
+    """P-EAGLE, which drafts all tokens in one pass (vLLM's `parallel_drafting`): rows after the first have a mask in
+    place of token and feature. Arguments as in `Eagle3Arm`.
     """
 
     lengths = PagedArm.lengths
@@ -188,11 +188,11 @@ class ParallelArm(Eagle3Arm):
 
 
 class MTPArm(ChainArm):
-    """A chain whose feature is the target's state behind the final norm.
+    """A chain whose feature is the target's state after the final norm.
 
     Args:
-        model: loaded from the target's files. captured, layers, steps: as of `ChainArm`. positions: rotary positions
-            that may occur.
+        model: loaded from the target's files. captured, layers, steps: as in `ChainArm`. positions: number of rotary
+            positions.
     """
 
     model: MTPDrafter
@@ -212,7 +212,7 @@ class MTPArm(ChainArm):
 
     def catch_up(self, rows: FeatureRows) -> None:
         k, v = self.model.keys_values(rows.embedded(self.model.embed), rows.features, rows.positions)
-        # Padding goes to slot 0, which is nobody's: which rows are padding is not for the host to know.
+        # The host does not know which rows are padding, so these write to slot 0, which belongs to no request.
         self.kv.write(0, rows.slots.clamp(min=0), k, v)
 
     def captured_bytes(self, requests: int) -> int:

@@ -1,8 +1,8 @@
-"""Draft length by expectation: a draft goes on as long as one more token is expected to pay for itself.
+"""Chooses draft lengths: a draft goes on while one more token is expected to pay for itself.
 
 A drafter's confidence in a token (its own top-1 probability) is calibrated while serving into the chance that the
-target accepts it, given that it accepted everything before. The product of these chances along a draft is what one
-more token is expected to bring; `Worth` says what it costs. Imports no SGLang.
+target accepts it, given that it accepted everything before. The product of these chances along a draft is the gain
+expected of one more token; `Worth` is its cost. Imports no SGLang.
 """
 
 from bisect import bisect_right
@@ -20,38 +20,38 @@ EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 """Top-1 probabilities that separate the bins of confidence."""
 
 CALIBRATION = len(EDGES) + 3
-"""Numbers that drafts are judged by: of each bin, their mean, and a row's worth."""
+"""Length of a calibration: the chance of each bin, their mean, and a row's worth."""
 
 PRIOR_WEIGHT = 8.0
-"""Tokens for which a bin is believed to be calibrated as it is: as often right as it is sure."""
+"""Weight of the prior in tokens. The prior says that a drafter is right as often as it is confident."""
 
 DECAY = 0.998
-"""Weight of a bin's earlier observations after every new one."""
+"""Factor by which a bin's earlier observations lose weight at every new one."""
 
 
 def chances() -> Rates:
-    """Chance of acceptance per bin of confidence, given that all before it were; the confidence itself is the prior."""
+    """Make the table of acceptance chances per bin of confidence; the prior is the middle of the bin."""
     return Rates(((low + high) / 2 for low, high in pairwise((0.0, *EDGES, 1.0))), PRIOR_WEIGHT, DECAY)
 
 
 class DraftLength:
-    """One drafter's chances, learned on the host; what they say of a round's drafts is worked out on the device."""
+    """The acceptance chances of one drafter, learned on the host; the device cuts a round's drafts by them."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.chances = chances()
         self._edges = torch.tensor(EDGES, device=device)
 
     def calibration(self, worth: Worth = FULL_LENGTH) -> list[float]:
-        """Numbers that a round's plan uploads, `CALIBRATION` of them: the chance of every bin of confidence, their
-        mean, and the worth of a row.
+        """Return the `CALIBRATION` numbers that a round's plan uploads: the chance of every bin, their mean, and the
+        worth of a row.
         """
         return [*self.chances.all, self.chances.mean, worth.row]
 
     def cut(self, confidences: torch.Tensor, batch: DraftBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many drafts are worth their rows, of those with `confidences` [B, W] float32: counts [B] int64, and the
-        chances [B, W] that all so far are right.
+        """Return how many drafts with `confidences` [B, W] float32 are worth their rows: counts [B] int64, and chances
+        [B, W] that each draft and all before it are right.
 
-        Always the first, so that a drafter that was wrong for a while is not forgotten.
+        The count is at least 1, so that a drafter that was wrong for a while can recover.
         """
         return cut_drafts(confidences, batch.calibration, self._edges, batch.caps)
 
@@ -68,6 +68,6 @@ class DraftLength:
         return bool(growing) and gain >= worth.draft + worth.row * len(growing)
 
     def observe(self, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
-        """The first `accepted` of the `proposed` drafts with these `confidences` were right, the next one was not."""
+        """Learn from a round: the first `accepted` of `proposed` drafts with these `confidences` were right, no more."""
         for depth, confidence in enumerate(confidences[: min(accepted + 1, proposed)]):
             self.chances.observe(bisect_right(EDGES, confidence), depth < accepted)

@@ -1,7 +1,7 @@
-"""The copying arm: no training, no forward pass, no KV (prompt lookup; SuffixDecoding, arXiv 2411.04975).
+"""The arm `lookup`: copies text, without a model or KV (prompt lookup; SuffixDecoding, arXiv 2411.04975).
 
-While it drafts, both neural drafters do nothing at all; what they missed waits in the rings and is ingested in one
-batch when one of them is chosen again.
+While it drafts, the neural drafters do nothing: features that they miss wait in the rings and are ingested in one
+batch when a drafter is chosen again.
 
 If the host would know a text a round late, the device copies from it (`propose_copies`). Then the host's index learns
 how far copies can be trusted, and keeps what tenants share.
@@ -42,12 +42,12 @@ from whiflash_sglang.records.request import Request
 
 @dataclass(slots=True)
 class _Kept:
-    """The arm's part of a request.
+    """The arm's state of a request.
 
-    learns: chances of its tenant, or of itself alone. tenant: who shares them; None: nobody. prediction:
-    what its caller expects back. alone: whether it may copy from its own text only, and nothing is known of what it
-    writes. copier: made when it is looked at first. copies: how well it does. promised: by the device's newest known
-    copy for it.
+    learns: table of chances, its tenant's or its own. tenant: who shares the table; None: nobody. prediction: the
+    answer that its caller expects. alone: whether its own text is all that may be copied: no tools, prediction or
+    grammar. copier: made at the first look. copies: how well it copies. promised: forecast of the device's newest known
+    copy.
     """
 
     learns: MatchCalibration
@@ -60,10 +60,10 @@ class _Kept:
 
 
 class LookupArm(TextDrafter):
-    """Proposes what followed the longest earlier occurrence of the text's end.
+    """Proposes the tokens that followed the longest earlier occurrence of the text's end.
 
     Args:
-        settings: widths, shortest match, chances before anything was seen.
+        settings: widths, shortest match, initial chances.
     """
 
     arm = arms.LOOKUP
@@ -77,7 +77,7 @@ class LookupArm(TextDrafter):
         self._min_match = settings.min_match
         self._compiled = available("search for copies", compiled_copies, cache_root() / "compiled")
         self._back: torch.Tensor | None = None
-        """[request rows] int64: tokens from where a request copies to its text's end; 0 where it has not copied."""
+        """[request rows] int64: distance from a request's place of copying to its text's end; 0 if it does not copy."""
         self._buckets: torch.Tensor | None = None
 
     def bytes_for(self, rows: int) -> int:
@@ -85,9 +85,9 @@ class LookupArm(TextDrafter):
         return size if self.on_device else 0
 
     def begin(self, request: Request) -> None:
-        """`hints.lookup` says what it wants copied."""
+        """Make the request's state as `hints.lookup` allows: none, its own, or its tenant's chances."""
         if self._back is not None:
-            self._back[request.row].fill_(0)  # assigning a number copies it, for which the host would wait
+            self._back[request.row].fill_(0)  # an assignment would upload the number, and the host wait
         hints, prediction = request.hints, request.prediction
         if hints.lookup == "off":
             return
@@ -121,7 +121,7 @@ class LookupArm(TextDrafter):
         return kept is not None and kept.copier is not None
 
     def extend_drafts(self, request: Request, drafts: Candidate, room: int, worth: Worth) -> Candidate:
-        """`drafts`, and the copy that they lead into."""
+        """Append to `drafts` the copy that they lead into."""
         copier, room = request.kept[self.arm].copier, min(room - len(drafts.tokens), self.max_drafts)
         if not drafts.tokens or room <= 0:
             return drafts
@@ -131,13 +131,13 @@ class LookupArm(TextDrafter):
         return drafts.followed_by(copy.tokens, copy.alive, copy.parts[0].source) if copy.tokens else drafts
 
     def calibration(self, requests: Sequence[Request], worth: Worth) -> Floats:
-        """Starting factors of each request's copies, and its table of chances, if the device copies."""
+        """Return the requests' starting factors, then their tables of chances; empty unless the device copies."""
         if not self.on_device:
             return ()
         own: list[_Kept | None] = [request.kept.get(self.arm) for request in requests]
         factors = [1.0 if kept is None else kept.copies.factor for kept in own]
         known = [self._unlearned if kept is None else kept.learns for kept in own]
-        # Many requests share a table.
+        # Many requests share a table, so each table is converted once.
         chances = {table: np.array(table.chances, dtype=np.float32) for table in set(known)}
         values: Floats = np.concatenate(
             [np.array(factors, dtype=np.float32), *(chances[table] for table in known)]
@@ -151,7 +151,7 @@ class LookupArm(TextDrafter):
             behind = drafts.counts, drafts.alive
         assert batch.text is not None
         if self._back is None or self._buckets is None:
-            with torch.inference_mode(False):  # else it could not be written outside of it
+            with torch.inference_mode(False):  # an inference tensor could not be written elsewhere
                 self._back = torch.zeros(len(batch.text), dtype=torch.int64, device=batch.caps.device)
                 self._buckets = sent(BUCKETS, batch.caps.device).to(torch.int32)
         size = len(batch)
@@ -183,7 +183,7 @@ class LookupArm(TextDrafter):
             teach(copy, committed, kept.learns, kept.copies)
 
     def forget(self, handle: int | None, running: Iterable[Request]) -> None:
-        """Drop what is known of a tenant, or of all; its requests that run now teach nobody."""
+        """Drop what was learned of a tenant, or of all (None). Its running requests go on with tables of their own."""
         self._calibrations.forget(handle)
         for kept in self._of(running):
             if kept.tenant is not None and handle in (None, handle_of(kept.tenant)):
@@ -193,12 +193,12 @@ class LookupArm(TextDrafter):
                     kept.copier.calibration = kept.learns
 
     def host_bytes(self, running: Iterable[Request]) -> Mapping[str, int]:
-        """Bytes of the running requests' indexes."""
+        """Return the bytes of the running requests' indexes."""
         copiers = (kept.copier for kept in self._of(running))
         return {"index": sum(copier.text.nbytes for copier in copiers if copier is not None)}
 
     def snapshot(self, running: Iterable[Request]) -> Mapping[str, Any]:
-        """Bytes of the running requests' indexes; tenants that something was learned of."""
+        """Return the bytes of the running requests' indexes, and the number of tenants with a table."""
         sizes = {f"{name}_bytes": size for name, size in self.host_bytes(running).items()}
         return {**sizes, "tenants": len(self._calibrations)}
 

@@ -1,4 +1,4 @@
-"""Parts that every neural arm shares: KV beside the target's slots, attention over it, drafts as long as they pay."""
+"""The base of neural arms: KV at the target's slots, attention over it, and drafts cut to the length that pays."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -25,20 +25,20 @@ from whiflash_sglang.records.core import DraftBatch
 from whiflash_sglang.records.request import Request
 
 LOGIT_BYTES = 2.5
-"""Bytes that choosing takes at its peak for one logit of 16 bits on a GPU, itself included: most of what a pass takes.
+"""Peak bytes per 16-bit logit while a GPU chooses drafts, the logit included: most of the memory of a pass.
 
-Held to it by `tests/worker/test_memory.py`.
+`tests/worker/test_memory.py` checks it.
 """
 
 MOST_ROWS = 128
-"""Ingested rows that attend at once: on a CPU each copies what it sees."""
+"""Largest number of ingested rows that attend at once: on a CPU each row copies the KV that it sees."""
 
 
 class PagedArm(KVDrafter):
-    """Base of the arms that keep KV.
+    """Base of the arms that have KV.
 
     Args:
-        layers: draft layers with KV. shape: heads of each. dtype, device: the target's.
+        layers: number of draft layers with KV. shape: heads of each. dtype, device: the target's.
     """
 
     def __init__(self, layers: int, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> None:
@@ -49,13 +49,13 @@ class PagedArm(KVDrafter):
 
     @abstractmethod
     def whole(self, batch: DraftBatch, wanted: int) -> Choice:
-        """The first `wanted` drafts of every request: target ids [G, wanted] and how sure the drafter is of each.
+        """Draft `wanted` tokens for every request: target ids [G, wanted] and the drafter's confidence in each.
 
         Reads nothing on the host.
         """
 
     def capture(self, recorder: Recorder, inputs: DraftBatch) -> None:
-        # Arms share what they read but for their own columns.
+        # Arms share the inputs' memory, except the tail, whose width differs.
         self._inputs = replace(inputs, tail=inputs.tail.new_zeros((len(inputs), self.tail_width)))
         self._captured = {
             length: CapturedPass(
@@ -79,13 +79,13 @@ class PagedArm(KVDrafter):
 
     @abstractmethod
     def logits_at_once(self, requests: int) -> int:
-        """How many logits a pass for so many requests holds at a time."""
+        """Return the largest number of logits that a pass for `requests` requests holds at a time."""
 
     def captured_bytes(self, requests: int) -> int:
         return int(self.logits_at_once(requests) * LOGIT_BYTES)
 
     def captured_for(self, batch: DraftBatch) -> CapturedPass[Drafts] | None:
-        """The shortest pass that was captured for so many requests and drafts, if one was."""
+        """Return the shortest captured pass that drafts enough for the batch; None if none has its size."""
         if self._captured is None:
             return None
         wanted = max(batch.limits)
@@ -93,7 +93,7 @@ class PagedArm(KVDrafter):
         return None if captured.size_for(len(batch)) is None else captured
 
     def drafted(self, batch: DraftBatch) -> Drafts:
-        """`whole` for a batch, and cut; replayed where it was captured: then it is good until the next replay."""
+        """Draft for a batch, and cut the drafts. Those of a captured pass are valid until its next replay."""
         wanted, size, captured = max(batch.limits), len(batch), self.captured_for(batch)
         if captured is None:
             return self.cut(*self.whole(batch, wanted), batch)
@@ -105,7 +105,7 @@ class PagedArm(KVDrafter):
         return Drafts(tokens[first], counts[:size], alive[first], confidences[first])
 
     def kv_bytes_per_token(self) -> int:
-        """Bytes its KV adds to one target slot."""
+        """Return the bytes that its KV adds to one target slot."""
         return DraftKV.bytes_per_token(self._layers, self._shape.kv_heads, self._shape.head_dim, self._dtype)
 
     def allocate(self, slots: int) -> None:
@@ -114,26 +114,26 @@ class PagedArm(KVDrafter):
         self.kv = DraftKV(self._layers, slots, shape.kv_heads, shape.head_dim, self._dtype, self._device)
 
     def calibration(self, requests: Sequence[Request], worth: Worth) -> Sequence[float]:
-        """As of `DraftLength`."""
+        """Return the calibration of `DraftLength`."""
         return self.length.calibration(worth)
 
     def cut(
         self, tokens: torch.Tensor, confidences: torch.Tensor, batch: DraftBatch, *, passes: int = 1
     ) -> Drafts:
-        """`tokens` [B, W] int64, drafted with `confidences` [B, W] float32, as far as they are worth their rows."""
+        """Cut `tokens` [B, W] int64, drafted with `confidences` [B, W] float32, to those worth their rows."""
         counts, alive = self.length.cut(confidences, batch)
         return Drafts(tokens, counts, alive, confidences, passes=passes)
 
     def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
-        """`accepted` of its `proposed` drafts of a round were right."""
+        """Learn from a round in which `accepted` of `proposed` drafts were right."""
         self.length.observe(proposed, accepted, confidences)
 
     def attend_at(
         self, slots: torch.Tensor, batch: DraftBatch, spans: Sequence[LayerSpan], *, extra: int, width: int
     ) -> Attend:
-        """Attention of `width` rows of each request that first stores their k and v at `slots` [G * width] int64.
+        """Return attention of `width` rows a request that first stores their k and v at `slots` [G * width] int64.
 
-        The rows are the last of n + `extra` entries, of which each layer's rows see what its span says.
+        The rows are the last of n + `extra` entries. A layer's span says which entries they see.
         """
         scale = self._shape.head_dim**-0.5
 
@@ -157,9 +157,9 @@ class PagedArm(KVDrafter):
         return attend
 
     def attend_text(self, rows: FeatureRows) -> Attend:
-        """Attention of rows that are ingested: their k and v are stored, then each sees its request up to itself.
+        """Return attention for ingested rows, which first stores their k and v; each row sees its request up to itself.
 
-        A padding row writes to slot 0, which is nobody's, and sees nothing.
+        A padding row writes to slot 0, which belongs to no request, and sees nothing.
         """
         requests, table = rows.requests, rows.slot_table
         assert requests is not None
@@ -193,11 +193,11 @@ class PagedArm(KVDrafter):
 
 
 def blocks_of(rows: int, runs: Sequence[int] | None) -> Iterator[tuple[int, int, int]]:
-    """Packed rows cut into (begin, end, width): rows [begin, end) attend at once, and every `width` of them are one
-    request's and follow each other.
+    """Cut packed rows into blocks (begin, end, width): rows [begin, end) attend at once, and each `width` successive
+    rows of them belong to one request.
 
-    If the host knows no `runs`, each row is a run; else a run is cut into powers of two, so that there are few
-    widths: a kernel is compiled for each.
+    If the host does not know the `runs` of rows per request, width is 1. Otherwise runs are cut into powers of two: a
+    kernel is compiled for each width, so there should be few.
     """
     if runs is None:
         yield from ((begin, min(begin + MOST_ROWS, rows), 1) for begin in range(0, rows, MOST_ROWS))
@@ -212,12 +212,12 @@ def blocks_of(rows: int, runs: Sequence[int] | None) -> Iterator[tuple[int, int,
 
 
 def _without_gradients(weight: torch.Tensor) -> torch.Tensor:
-    """Itself where it wants none: a packed copy stays with the tensor object, and one is enough."""
+    """Return `weight` detached, or itself if that is needless: each tensor object has a packed copy of its own."""
     return weight.detach() if weight.requires_grad else weight
 
 
 def dflash_weights(model: DFlashDrafter) -> DFlashWeights:
-    """K and V projections of all layers stacked, so that one product serves the whole catch-up."""
+    """Return a DFlash drafter's ingestion weights. K and V of all layers are stacked: a catch-up is one product."""
     with torch.no_grad():
         kv, kv_bias, k_norm = model.stacked()
     weights = DFlashWeights(
@@ -234,7 +234,7 @@ def dflash_weights(model: DFlashDrafter) -> DFlashWeights:
 
 
 def eagle3_weights(model: Eagle3Drafter) -> Eagle3Weights:
-    """Weights of a one-layer drafter; the norm variants before `fc` included."""
+    """Return the ingestion weights of a one-layer EAGLE-3 drafter, with those norms before `fc` that it has."""
     layer: Any = model.layers[0]
     attention = layer.attention
     norms: list[Any] = list(model.fc_norm or ())

@@ -1,8 +1,8 @@
-"""The structure arm: what a grammar forces next needs no model (SGLang's jump-forward decoding, arXiv 2312.07104; here
-it is verified like any other draft, so how the target cuts the text is the target's choice).
+"""The arm `structure`: drafts text that a grammar forces, without a model (SGLang's jump-forward decoding, arXiv
+2312.07104). Here forced text is verified like any other draft, so the target decides how it is cut into tokens.
 
 It drafts from the text only. Forced stretches are short, so they matter most after other arms' drafts and before them:
-`extend_drafts` goes on where a neural draft or a copy ends, and drops what the grammar forbids in it.
+`extend_drafts` continues a neural draft or a copy, and drops what the grammar forbids in it.
 """
 
 import codecs
@@ -33,21 +33,21 @@ from whiflash_sglang.structure.sketch import TAIL, Token, sketch
 from whiflash_sglang.structure.tools import all_forced, words_of_tools
 
 GRAMMAR, TOOLS = "grammar", "tools"
-"""Sources of drafts: the constraint of the request, or only its tools."""
+"""Sources of drafts: the request's grammar, or only its tools."""
 
 _Decoder = partial(codecs.getincrementaldecoder("utf-8"), errors="replace")
 """A token may end inside a character."""
 
 _STRINGS = re.compile(r'"(?=([^"]*)")')
-"""Texts between two quotes; the second may begin the next one."""
+"""Texts between two quotes. The closing quote may open the next text, since JSON is not parsed here."""
 
 LOOKS = 4
-"""Looks that are kept of a request: behind its text, a copy, and what the two lead into."""
+"""Number of looks kept per request: after its text, after a copy, and after what these two lead into."""
 
 
 class _Look(NamedTuple):
-    """Tokens that may follow a text. ids: drafts in question, the first `allowed` that may follow, then those of
-    `tokens`. refused: the draft after them that may not. whole: whether nothing is known after the tokens.
+    """Tokens that were found to follow a text. ids: the `allowed` drafts that may follow it, then those of `tokens`.
+    refused: the draft after them that the grammar forbids. whole: whether nothing is known to follow `tokens`.
     """
 
     ids: Sequence[int]
@@ -57,7 +57,7 @@ class _Look(NamedTuple):
     whole: bool
 
     def behind(self, written: Sequence[int]) -> "_Look | None":
-        """The same behind what was written since; None if that is something else, or all of it."""
+        """Return the look from the end of `written` on, committed since; None if that differs, or is all of it."""
         count = len(written)
         if count >= len(self.ids) or self.ids[:count] != written:
             return None
@@ -66,7 +66,7 @@ class _Look(NamedTuple):
         return _Look(self.ids[count:], max(self.allowed - count, 0), rest, refused, self.whole)
 
     def after(self, drafts: Sequence[int]) -> tuple[Sequence[Token], int] | None:
-        """Tokens that follow `drafts`, and how many of these may follow the text; None: that is not known."""
+        """Return the tokens that follow `drafts`, and how many of `drafts` may follow the text; None if unknown."""
         count, allowed = len(drafts), self.allowed
         if allowed <= count < len(self.ids) and self.ids[:count] == drafts:
             return self.tokens[count - allowed :], count
@@ -77,13 +77,13 @@ class _Look(NamedTuple):
 
 @dataclass(slots=True)
 class _Kept:
-    """The arm's part of a request.
+    """The arm's state of a request.
 
-    grammar: what constrains it, if anything does. calls: those of its tools, if any are known. guesses: those of its
-    schemas' words. begin: tokens of its prompt. layout: that of its output, without its newest tokens, `unfollowed`, of
-    which the first are `free`. known: tokens of its text when it was looked at last, 0 before. tail, unseen: the last
-    of them, and those that its grammar had not accepted yet. tokens: what followed then, whether or not it was worth
-    its rows. looks: the newest ones, as far as the text went on as they said.
+    grammar: its constraint, None without one. calls: calls that its tools let expect, None without any. tools: their
+    definitions. guesses: words of its schemas. begin: number of prompt tokens. layout: layout of its output up to its
+    newest tokens, `unfollowed`; `free`: how many of these need no look. known: tokens of its text at the last look, 0
+    before. tail, unseen: the text's last tokens, and those that its grammar had not accepted by then. tokens: what was
+    found to follow, whether or not it was worth its rows. looks: newest first, those that the text has not left.
     """
 
     chances: StructureChances
@@ -104,7 +104,7 @@ class _Kept:
 
 
 class StructureArm(TextDrafter):
-    """Proposes what the request's grammar forces.
+    """Proposes tokens that the request's grammar forces.
 
     Args:
         settings: widths. vocabulary: the target's. exhausted: whether to stop looking (`Spending`).
@@ -125,7 +125,7 @@ class StructureArm(TextDrafter):
         known = grammar is not None and all_forced(grammar.schema, hints.tools)
         calls = Calls(hints.tools, hints.spans) if hints.tools and not known else None
         if grammar is not None or calls is not None:
-            # A request that asks for nothing to be kept of its text teaches nobody.
+            # A request whose text must not be kept (`lookup`) has chances of its own.
             shared = hints.lookup == "on"
             chances = self._chances.of(request.tenant) if shared else self._chances.fresh()
             kept = request.kept[self.arm] = _Kept(chances, grammar, calls, hints.tools)
@@ -158,19 +158,19 @@ class StructureArm(TextDrafter):
         return kept is not None and kept.known > 0
 
     def extend_drafts(self, request: Request, drafts: Candidate, room: int, worth: Worth) -> Candidate:
-        """Tokens of `drafts` that the grammar allows, and tokens that are forced after them."""
+        """Cut `drafts` to those that the grammar allows, and append tokens that are forced after them."""
         kept: _Kept = request.kept[self.arm]
         tokens, allowed = self._looked(kept, drafts, room, worth)
         return self._behind(kept, drafts.first(allowed), tokens, worth)
 
     def _behind(self, kept: _Kept, drafts: Candidate, tokens: Sequence[Token], worth: Worth) -> Candidate:
-        """`drafts`, and those of `tokens` behind them that are worth their rows."""
+        """Append to `drafts` those of `tokens` that are worth their rows."""
         alive = self._worth(kept, drafts, tokens, worth)
         source = TOOLS if kept.grammar is None else GRAMMAR
         return drafts.followed_by([token.token for token in tokens[: len(alive)]], alive, source)
 
     def _worth(self, kept: _Kept, drafts: Candidate, tokens: Sequence[Token], worth: Worth) -> list[float]:
-        """Chances that each of `tokens` behind `drafts` is accepted, and all before it, of those worth their rows."""
+        """Return, for each of `tokens` worth its row, the chance that it and everything before it are accepted."""
         chance, paid = drafts.alive[-1] if drafts.tokens else 1.0, drafts.under_way
         least = drafts.least_chance(worth.least_chance, paid)
         alive = []
@@ -184,9 +184,9 @@ class StructureArm(TextDrafter):
         return alive
 
     def forget(self, handle: int | None, running: Iterable[Request]) -> None:
-        """Drop what was learned of one tenant or of all; requests that run now teach nobody any more."""
+        """Drop what was learned of one tenant or of all (None); running requests no longer teach others."""
         self._chances.forget(handle)
-        self._tables = Tables(self._vocabulary)  # of tenants' schemas
+        self._tables = Tables(self._vocabulary)  # they hold words of tenants' schemas
 
     def end(self, request: Request) -> None:
         kept: _Kept | None = request.kept.get(self.arm)
@@ -198,7 +198,7 @@ class StructureArm(TextDrafter):
             kept.chances.habits[framed] = kept.layout.as_habit()
 
     def _learn(self, kept: _Kept, committed: Sequence[int]) -> None:
-        """Compare what was proposed with what was committed since, whoever drafted that."""
+        """Compare what was proposed with what was committed since, by whichever arm."""
         if not kept.tokens:
             return
         before = kept.tail[-1]
@@ -210,7 +210,7 @@ class StructureArm(TextDrafter):
             before = written
 
     def _learn_cut(self, kept: _Kept, number: int, before: int, written: int) -> None:
-        """Another token was written behind `before` than was proposed: it may begin the same text."""
+        """Learn a tokenisation: the target wrote another token than proposed after `before`, but of the same text."""
         proposed = [token.token for token in kept.tokens[number:]]
         begin = bytes_of(self._vocabulary, [written])
         if begin and bytes_of(self._vocabulary, proposed).startswith(begin):
@@ -218,7 +218,7 @@ class StructureArm(TextDrafter):
             kept.chances.cuts.learn(before, token.token if token.usual is None else token.usual, written)
 
     def _read(self, kept: _Kept, prompt: Sequence[int]) -> None:
-        """Keep what looks need of the prompt, so that no round reads it."""
+        """Read the prompt once, for all that looks need of it, so that no round reads it."""
         schema = words_of(kept.grammar.schema) if kept.grammar else ()
         if kept.grammar:
             kept.layout.frames = frames = frames_of(kept.grammar.schema)
@@ -232,7 +232,7 @@ class StructureArm(TextDrafter):
             kept.calls.prompt = text[-PROMPT_CHARS:]
 
     def _follow(self, kept: _Kept) -> bool:
-        """The layout of what was written since, and the call in it; whether there was anything."""
+        """Advance the layout and the calls by the tokens written since; returns whether there were any."""
         if not kept.unfollowed:
             return False
         text = kept.decoder.decode(bytes_of(self._vocabulary, kept.unfollowed))
@@ -246,23 +246,23 @@ class StructureArm(TextDrafter):
     def _looked(
         self, kept: _Kept, drafts: Candidate, limit: int, worth: Worth
     ) -> tuple[Sequence[Token], int]:
-        """Tokens that follow `drafts` as far as the grammar allows, and how many of these it does; `limit` tokens
-        together.
+        """Return the tokens that follow `drafts` cut to what the grammar allows, and the number of drafts that it
+        allows; together at most `limit`.
 
-        A new look is taken only if no earlier one saw so far, or as far as rows are worth it.
+        A new look is taken only if no earlier one reaches as far, or as far as rows pay.
         """
         ids = [*drafts.tokens]
         if (known := self._known(kept, ids, drafts, limit, worth)) is not None:
             return known
         free = self._are_free(kept, ids) or (self._follow(kept) and self._are_free(kept, ids))
         if free or (kept.grammar is None and limit <= len(ids)):
-            return (), len(ids)  # nothing is forbidden, and nothing is known, or there is no room
-        look = self._look(kept, ids, limit + self.max_drafts)  # it answers for longer
+            return (), len(ids)  # nothing is forbidden; nothing is known to follow, or there is no room
+        look = self._look(kept, ids, limit + self.max_drafts)  # longer, so that it answers later calls too
         kept.looks = [look, *kept.looks][:LOOKS]
         return look.tokens[: max(limit - look.allowed, 0)], look.allowed
 
     def _are_free(self, kept: _Kept, drafts: Sequence[int]) -> bool:
-        """Whether nothing is known behind `drafts`, and nothing forbids them, as their tokens show; False: look."""
+        """Whether tokens alone show that nothing forbids `drafts` or is known to follow; False: look."""
         tokens = [*kept.unfollowed[kept.free :], *drafts]
         free = kept.calls is None or kept.calls.are_free(tokens, self._tables)
         if free and kept.grammar is not None:
@@ -274,7 +274,7 @@ class StructureArm(TextDrafter):
     def _known(
         self, kept: _Kept, ids: list[int], drafts: Candidate, limit: int, worth: Worth
     ) -> tuple[Sequence[Token], int] | None:
-        """Answer of an earlier look, as of `_looked`; None: none saw far enough."""
+        """Return `_looked`'s answer from an earlier look; None if none reaches far enough."""
         for look in kept.looks:
             if (known := look.after(ids)) is not None:
                 tokens, allowed = known
@@ -284,7 +284,7 @@ class StructureArm(TextDrafter):
         return None
 
     def _look(self, kept: _Kept, drafts: Sequence[int], limit: int) -> _Look:
-        """Look at what follows `drafts` now; `limit` tokens together."""
+        """Look at what follows `drafts` now; drafts and tokens together are at most `limit`."""
         calls, ahead, after, refused = kept.calls, None, len(drafts), None
         nothing = _Look(drafts, after, (), None, False)
         matcher = kept.grammar.matcher(self._vocabulary) if kept.grammar else None
@@ -302,7 +302,7 @@ class StructureArm(TextDrafter):
                 for look in kept.looks if refused is not None else ():
                     if look.whole and (known := look.after(drafts[:after])) is not None:
                         return _Look(look.ids, after, known[0], refused, True)
-            if calls is not None and after:  # drafts without a text end inside a character
+            if calls is not None and after:  # drafts whose text is empty end inside a character
                 text = text_of(self._vocabulary, drafts[:after])
                 calls = calls.behind(text, drafts[:after], kept.guesses) if text else None
             tokens, whole = sketch(

@@ -1,4 +1,4 @@
-"""The arm UNO: the target drafts for itself, under an adapter of its own (sglang#37667)."""
+"""The arm `uno`: the target drafts for itself, under an adapter of its own (sglang#37667)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,18 +15,18 @@ from whiflash_sglang.records.core import DraftBatch
 from whiflash_sglang.records.request import Request
 
 LOGIT_BYTES = 6
-"""Bytes of one of the pass's logits at its peak, as the head gives it and in 32 bits."""
+"""Peak bytes per logit of the pass: in the head's dtype and in 32 bits."""
 
 
 class UnoArm(TextDrafter):
-    """A block in one causal pass of the target: the bonus token at position n, then tokens of noise.
+    """Drafts a block in one causal pass of the target: the bonus token at position n, then noise tokens.
 
-    The bonus token's row goes without the adapter, so the first draft is the target's own token. The others' KV is
-    provisional: a verification writes over it before anything reads it. Noise depends on positions only, so a round
-    that is repeated drafts the same.
+    The bonus token's row runs without the adapter, so the first draft is the target's own token. The other rows' KV is
+    provisional: a verification writes over it before anything reads it. Noise depends on positions only, so a repeated
+    round drafts the same.
 
     Args:
-        model: the target under its adapter (`engine/forward/adapted.py`). drafts: most of a pass, and so rows of it.
+        model: the target under its adapter (`engine/forward/adapted.py`). drafts: most drafts of a pass, one per row.
     """
 
     arm = arms.UNO
@@ -43,7 +43,7 @@ class UnoArm(TextDrafter):
         return int(requests * self.max_drafts * self.model.vocabulary * LOGIT_BYTES)
 
     def bytes_for(self, rows: int) -> int:
-        """Those of a pass too, which is not captured."""
+        """Return the bytes of the noise and of a pass, which is not captured."""
         return self._noise.nbytes + self.captured_bytes(rows)
 
     def draft(self, batch: DraftBatch) -> Drafts:
@@ -55,7 +55,7 @@ class UnoArm(TextDrafter):
         return Drafts(tokens, counts, alive, confidences)
 
     def calibration(self, requests: Sequence[Request], worth: Worth) -> Sequence[float]:
-        """As of `DraftLength`."""
+        """Return the calibration of `DraftLength`."""
         return self.length.calibration(worth)
 
     def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
