@@ -68,6 +68,6 @@ class DraftLength:
         return bool(growing) and gain >= worth.draft + worth.row * len(growing)
 
     def observe(self, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
-        """Learn from a round: the first `accepted` of `proposed` drafts with these `confidences` were right, no more."""
+        """Learn from a round: the first `accepted` of `proposed` drafts with these `confidences` were right."""
         for depth, confidence in enumerate(confidences[: min(accepted + 1, proposed)]):
             self.chances.observe(bisect_right(EDGES, confidence), depth < accepted)
