@@ -17,7 +17,7 @@ from whiflash_sglang.cli import MORE, elsewhere
 from whiflash_sglang.errors import UsageError, WhiflashError
 
 DEBUG = "WHIFLASH_DEBUG"
-"""Environment variable: with any value, an error comes with its traceback."""
+"""Environment variable: with any value, an error is shown with its traceback."""
 INTERRUPTED = 130
 _NOT_AMONG = re.compile(r"(?:Value error, )?('([^'\n]*)' is not one of (.+))", re.DOTALL)
 
@@ -70,22 +70,22 @@ app.add_typer(lab, name="lab", rich_help_panel=MORE)
 
 def main() -> None:
     """Run the command line and end the process with its exit code; errors that a person can act on are one line."""
-    # Engine and torch warn about accelerators they look for; here that is noise around the answer.
+    # The engine and torch warn about accelerators that they do not find, which says nothing about the command's result.
     warnings.simplefilter("ignore")
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack what a client sent
-    # A terminated command still ends the servers that it started; nohup's goes on where its terminal is closed.
+        sys.stdout.reconfigure(errors="backslashreplace")  # stdout's encoding may lack a client's characters
+    # A terminated command must still end the servers that it started; one under nohup ignores the hang-up.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
-        # Typer returns an exit code that was raised, also for Ctrl-C; commands themselves return None.
+        # Typer returns the code of a `typer.Exit`, also for Ctrl-C; commands themselves return None.
         code = app(standalone_mode=False)
     except typer.TyperException as error:  # a wrong command line
         context = getattr(error, "ctx", None)
         more = "" if context is None else f" (see {context.command_path} --help)"
         message, code = error.format_message().rstrip("."), error.exit_code
-        if message:  # else a group without a command, whose help is printed
+        if message:  # empty for a group without a command, whose help is printed
             _complain(f"{_with_guess(message)}{more}", code)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def _with_guess(message: str) -> str:
-    """`message`, with the nearest choice when it names a value that is none of the choices it lists."""
+    """Return `message`; if it says that a value is not one of some choices, the nearest choice is added."""
     match = _NOT_AMONG.search(message)
     if match is None:
         return message

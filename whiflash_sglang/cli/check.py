@@ -1,4 +1,4 @@
-"""`whiflash check`: what must be right, and what is not."""
+"""`whiflash check`: checks of the installation, of drafters, of launch flags, and of a running server's texts."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ from whiflash_sglang.engine.patching import Finding
 from whiflash_sglang.errors import UsageError
 
 ANSWER = 600.0
-"""Seconds that a server may take for an answer of --echo, many of which it makes at once."""
+"""Timeout in seconds of an answer for --echo: the server makes many of them at once."""
 PACKAGES = (
     "whiflash-sglang",
     "whiflash-kernels",
@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 def findings() -> list[Finding]:
-    """Versions, the plugin's registration, the platform, every private name and every seam."""
+    """Check versions, SGLang's seams and private names, the plugin's registration, replaced names and the platform."""
     import platform
 
     from whiflash_sglang.engine import hooks
@@ -160,7 +160,7 @@ def check(
 
 
 def _check_echo(url: str, sweeps: int, api_key: str | None, *, as_json: bool) -> None:
-    """Print what came back by drafter and width; exit code 1 if more is wrong than may be."""
+    """Run --echo and print its counts by drafter and width; exit code 1 if more tokens differ than allowed."""
     from functools import partial
     from itertools import islice
 
@@ -202,7 +202,7 @@ def _check_echo(url: str, sweeps: int, api_key: str | None, *, as_json: bool) ->
 
 
 def _check_recipes(path: Path, model_path: str | None, *, as_json: bool, verbose: bool) -> None:
-    """Print a verdict on each launch in the file; exit code 1 unless all would start."""
+    """Print a verdict on each launch command in the file; exit code 1 unless all would start."""
     if (verdicts_in := check_of("recipe")) is None:
         raise UsageError(f"--recipe: {missing('lab')}")
     verdicts = verdicts_in(path, model_path)

@@ -1,7 +1,8 @@
-"""Identifiers repeated: every arm and width of verification of a server against its own plain decoding.
+"""`whiflash check --echo`: compare a server's texts, for every arm and width of verification, with plain decoding.
 
-Identifiers are opaque, so each token of a copy is unlikely until the target has read the right place. A position or a
-cache slot that is wrong at one width spoils one identifier in a hundred, which short texts do not show.
+The prompts ask it to repeat identifiers. These are opaque, so each token of a copy is unlikely unless the target reads
+the right position. A wrong position or cache slot at one width changes one identifier in a hundred, which short texts
+do not show.
 """
 
 import base64
@@ -25,14 +26,14 @@ from whiflash_sglang.files.equality import TopTwo, Verdict, is_tie
 from whiflash_sglang.files.hosts import Answer, TokenIds, ask
 
 AT_ONCE = 12
-"""Requests at once, and prompts of a sweep."""
+"""Concurrent requests, and prompts of a sweep."""
 IDENTIFIERS, LENGTH, DRAFTS, RESUMED = 6, 160, 16, 4
-"""Identifiers of a prompt; most tokens of an answer; most drafts that short answers have room for; times that an answer
-goes on from plain decoding's text after a difference."""
+"""Identifiers of a prompt; most tokens of an answer; number of lengths of short answers, which have room for 0 to 15
+drafts; times that an answer is resumed from plain decoding's text after a difference."""
 LONGEST = 4096
-"""Tokens of a stretch, which a trace is read up to."""
+"""Most tokens of a stretch; a trace with more is refused."""
 PLAIN, POLICY, PREFILL = "plain", "policy", ("prefill", 1)
-"""Plain decoding, many at once; the policy in force; a token that no round verified."""
+"""Labels of the counts: plain decoding of concurrent requests; the policy in force; tokens that no round verified."""
 GRAMMARS: Sequence[Mapping[str, Any]] = (
     {"regex": rf"(identifier [0-9A-Za-z+/=_.-]{{4,80}}\n){{{IDENTIFIERS}}}"},
     {"json_schema": json.dumps({"type": "array", "items": {"type": "string"}, "maxItems": IDENTIFIERS})},
@@ -56,13 +57,14 @@ class Generated(Answer):
 
 
 def over_http(client: httpx.Client, url: str, bodies: Sequence[Body]) -> Sequence[Body]:
-    """Answers of the server at `url` to bodies of `/generate`. Raises ServerRefusedError."""
+    """Send the bodies to `/generate` concurrently and return the server's answers. Raises ServerRefusedError."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(lambda body: ask(client, url, "/generate", Generated, body), bodies))
 
 
 def prompts(seed: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Texts that list identifiers twice and begin once more, with sampling parameters: a third have a grammar."""
+    """Yield prompts that list identifiers twice and begin a third list, with sampling parameters; every third prompt has
+    a grammar."""
     rng = random.Random(seed)
     for params in itertools.cycle((FREE, FREE, GRAMMARS[0], FREE, FREE, GRAMMARS[1])):
         raw = [rng.randbytes(16) for _ in range(IDENTIFIERS)]
@@ -74,9 +76,9 @@ def prompts(seed: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A prompt and plain decoding's answer, its tokens and the gaps between the two best log-probabilities.
+    """A prompt with plain decoding's answer: its tokens, and the gap of the two best log-probabilities at each.
 
-    pin: the arm that is asked for the tokens from `begin` to `end`. key: of the prefix cache.
+    pin: the arm that must write the tokens from `begin` to `end`. key: `extra_key` of the prefix cache.
     """
 
     prompt: Sequence[int]
@@ -89,7 +91,7 @@ class Job:
     begin: int = 0
 
     def body(self) -> Body:
-        """The request, as `/generate` takes it."""
+        """Return the request's body for `/generate`."""
         hints: Body = {"trace": "full", "infer": False, "learn": False, "off": self.pin == NONE}
         if self.pin not in (NONE, POLICY):
             hints["spans"] = [{"kind": "prose", "open": True, "prefer": self.pin, "pin": True}]
@@ -102,9 +104,9 @@ class Job:
 
 @dataclass
 class Echo:
-    """Tokens that came back, counted by arm, width (1: no drafts) and verdict. ask: `/generate` of bodies at once.
+    """Counts of a server's tokens by arm, width (1: no drafts) and verdict. ask: sends bodies to `/generate` at once.
 
-    length: tokens of an answer at most, as `LENGTH`. wrong: places of tokens that differ.
+    length: most tokens of an answer, `LENGTH`. wrong: arm, width and place of each token that differs.
     """
 
     ask: Callable[[Sequence[Body]], Sequence[Body]]
@@ -117,7 +119,7 @@ class Echo:
     _rng: random.Random = field(default_factory=lambda: random.Random(0))
 
     def sweep(self, asked: Sequence[Asked]) -> Iterator[None]:
-        """Ask for plain decoding's answers one by one, then for all of them of every arm; yields after each step."""
+        """Run plain decoding on each prompt alone, then all prompts at once with every arm; yield after each step."""
         plain = list[Job]()
         for request in asked:
             plain.append(self._plain(Job(*request, self.length, _key())))
@@ -126,9 +128,9 @@ class Echo:
         for pinned in [*([pin] for pin in pins), pins]:  # the last time each request has its own arm
             of_jobs = zip(plain, itertools.cycle(pinned), strict=False)
             jobs = [replace(request, pin=pin, key=_key()) for request, pin in of_jobs]
-            self._run(jobs)  # its prompts are not in the prefix cache,
+            self._run(jobs)  # the prompts are not in the prefix cache yet,
             self._run(jobs)  # and now they are
-            # After KV that rounds wrote for right tokens, and so short that every width is verified often.
+            # Short answers after a prefix whose KV these rounds wrote, so that every width is verified often.
             free = [job for job in jobs if job.params == FREE and job.key not in self._spoiled]
             drawn = [(job, self._rng.randrange(self.length - DRAFTS)) for job in free for _ in range(DRAFTS)]
             rooms = itertools.cycle(range(DRAFTS))
@@ -136,9 +138,9 @@ class Echo:
             yield
 
     def rows(self) -> list[Body]:
-        """A row for each arm and width: tokens compared, ties, wrong ones, and wrong ones that are allowed.
+        """Return a row for each arm and width: tokens compared, ties, wrong tokens, and the wrong tokens allowed.
 
-        None is in float32. Else plain decoding differs from itself, too: three deviations above its rate.
+        float32 allows 0. In other dtypes plain decoding differs from itself: its rate plus three standard deviations.
         """
         own = {verdict: self.counts[PLAIN, 1, verdict] for verdict in Verdict}
         rate = (own[Verdict.DIFFERENT] + 1) / max(sum(own.values()), 1)
@@ -166,7 +168,7 @@ class Echo:
         for _ in range(1 + RESUMED):
             answers = self.ask([job.body() for job in jobs]) if jobs else []
             ends = [self._compared(job, answer) for job, answer in zip(jobs, answers, strict=True)]
-            # A grammar begins with its answer: only free text goes on, under a key that has no wrong KV.
+            # A grammar cannot begin inside its answer, so only free text is resumed, under a key without wrong KV.
             jobs = [
                 replace(job, begin=end, key=_key())
                 for job, end in zip(jobs, ends, strict=True)
@@ -174,14 +176,14 @@ class Echo:
             ]
 
     def _compared(self, job: Job, answer: Body) -> int:
-        """Count an answer's tokens up to the first difference; returns the place after them."""
+        """Count an answer's tokens up to the first difference; return the place after them."""
         rounds = dict(_rounds(answer["meta_info"]["whiflash"]))
         both = itertools.zip_longest(job.tokens[job.begin : job.end], answer["output_ids"])
         for at, (plain, got) in enumerate(both):
             arm, width = rounds.get(at, PREFILL)
             arm, place = PLAIN if job.pin == NONE == arm else arm, job.begin + at
             verdict = Verdict.IDENTICAL if plain == got else Verdict.DIFFERENT
-            # Log-probabilities give the gap; the best logit, by which other dtypes decide, is unknown.
+            # Log-probabilities give the gap only. Other dtypes need the best logit, too, so there ties are not known.
             if plain != got and None not in (plain, got) and self.dtype == "float32":
                 tie = is_tie(TopTwo(best=0.0, gap=job.gaps[place]), self.dtype)
                 verdict = Verdict.TIE if tie else verdict
@@ -200,7 +202,7 @@ def _key() -> str:
 
 
 def _rounds(trace: Body) -> Iterator[tuple[int, tuple[str, int]]]:
-    """Arm and width of the round that committed each output token."""
+    """Yield each output token's place with the arm and width of the round that committed it."""
     for stretch in trace["stretches"]:
         at, emitted, drafts = (
             stretch["start"],

@@ -1,4 +1,4 @@
-"""Commands and checks that other distributions bring, found by their entry points."""
+"""Commands and checks of other distributions, which are found by their entry points."""
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -10,7 +10,7 @@ import typer
 COMMANDS = "whiflash.commands"
 """Group of entry points: functions that register commands, given the application and its group `lab`."""
 CHECKS = "whiflash.checks"
-"""Group of entry points: functions that `whiflash check` calls."""
+"""Group of entry points: functions that `whiflash check` calls for a part of its work."""
 BROUGHT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "demo": ("lab", ("demo",)),
     "bundle": ("train", ("bundle", "lab lookup-seed")),
@@ -25,23 +25,23 @@ BROUGHT: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 @cache
 def installed(group: str) -> Mapping[str, EntryPoint]:
-    """Entry points of a group by their names."""
+    """Return the installed entry points of a group, by name."""
     return {point.name: point for point in entry_points(group=group)}
 
 
 def check_of(name: str) -> Callable[..., Any] | None:
-    """The check of this name; None if no installed distribution brings it."""
+    """Load the check of this name; None if no installed distribution has it."""
     point = installed(CHECKS).get(name)
     return None if point is None else point.load()
 
 
 def missing(package: str) -> str:
-    """A sentence on a distribution that is not installed, by the extra that brings it."""
+    """Return the message that the distribution `whiflash-{package}` is not installed, and how to install it."""
     return f"whiflash-{package} is not installed: pip install dist/whiflash_{package}-*.whl (`make wheels`)"
 
 
 def register(name: str, app: typer.Typer, lab: typer.Typer) -> None:
-    """Register the commands of an entry point. One that is not installed leaves commands that say what brings them."""
+    """Register an entry point's commands. If it is not installed, its commands say which distribution has them."""
     if point := installed(COMMANDS).get(name):
         point.load()(app, lab)
         return
@@ -59,7 +59,7 @@ def register_others(app: typer.Typer, lab: typer.Typer) -> None:
 
 
 def _stand_in(group: typer.Typer, name: str, reason: str) -> None:
-    """A command that takes any words, names the missing distribution, and ends with 2."""
+    """Register a hidden command that takes any arguments, prints `reason` and exits with code 2."""
 
     def refuse() -> None:
         typer.echo(f"whiflash: error: {reason}", err=True)

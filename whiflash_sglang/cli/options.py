@@ -1,4 +1,4 @@
-"""Shared parts of several commands: options that mean one thing everywhere, and the form of a result."""
+"""Shared parts of the commands: their common options, and functions that print results."""
 
 import json
 import os
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
 MOST = 1 << 24
-"""Tokens, prompts or answers that an option may ask for."""
+"""Largest number of tokens, prompts or answers that an option takes."""
 DEFAULT_URL = "http://127.0.0.1:30000"
 UrlOption = Annotated[
     list[str] | None,
@@ -38,7 +38,7 @@ OutOption = Annotated[Path | None, typer.Option("--out", help="Write the result 
 
 
 def report(result: Mapping[str, Any], as_json: bool) -> None:
-    """Print a result: one JSON object, or a line for each of its keys."""
+    """Print a result: as one JSON object, or in a line for each of its keys."""
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -47,14 +47,14 @@ def report(result: Mapping[str, Any], as_json: bool) -> None:
 
 
 def say(text: str) -> None:
-    """Print text that others may have written: nothing in it steers a terminal."""
+    """Print text that others may have written; control characters are replaced, so that none reaches the terminal."""
     from whiflash_sdk.render.aligned import printable
 
     typer.echo(printable(text))
 
 
 def say_prose(text: str, indent: str = "") -> None:
-    """Print a paragraph in lines that the terminal has room for, no word broken."""
+    """Print a paragraph, wrapped to the terminal's width without breaking words."""
     from textwrap import wrap
 
     from whiflash_sdk.render.aligned import printable
@@ -65,15 +65,15 @@ def say_prose(text: str, indent: str = "") -> None:
 
 
 def authorization(api_key: str | None) -> dict[str, str]:
-    """Headers of a request with this key; none without one. Raises UsageError where no header can hold it."""
-    key = (api_key or "").strip()  # a file of a secret ends with a line's end
+    """Return the headers of a request with this key; empty without a key. UsageError if a header cannot hold it."""
+    key = (api_key or "").strip()  # a key read from a file ends with a newline
     if not (key.isascii() and key.isprintable()):
         raise UsageError("--api-key, WHIFLASH_API_KEY: a key has printable ASCII characters only")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def for_tables() -> "Console":
-    """Stdout, wide enough: a file or a pipe has no width of its own, and 80 columns would cut figures off."""
+    """Return a console on stdout. For a file or pipe, which have no width, 200 columns: 80 would cut figures off."""
     from rich.console import Console
 
     terminal = Console()
@@ -83,7 +83,7 @@ def for_tables() -> "Console":
 def show_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", console: "Console | None" = None
 ) -> None:
-    """Print figures. Columns that the terminal has no room for follow in a table of their own."""
+    """Print a table. Columns that do not fit into the terminal follow in a second table, with the first column."""
     from rich.table import Table
     from rich.text import Text
     from whiflash_sdk.render.aligned import printable
@@ -102,7 +102,8 @@ def show_table(
 
 
 def make_place(option: str, file: Path | None) -> None:
-    """Make the directory of a file that is written after hours. Raises ConfigError where it cannot be written."""
+    """Create the directory of a file that a command writes at its end, perhaps after hours. Raises ConfigError now if
+    the file cannot be written."""
     if file is None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +113,7 @@ def make_place(option: str, file: Path | None) -> None:
 
 
 def whole_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Numbers from 1 to 4,096, with commas between them. Raises UsageError."""
+    """Parse numbers from 1 to 4,096, separated by commas. Raises UsageError."""
     with suppress(ValueError):
         numbers = tuple(map(int, text.split(",")))
         if min(numbers) > 0 and max(numbers) <= 4096:

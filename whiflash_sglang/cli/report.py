@@ -1,4 +1,4 @@
-"""The gain of drafting: of running servers, by their counters."""
+"""`whiflash report`: computes the gain of drafting from the counters of a running server."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,13 +16,13 @@ CAVEAT = (
 
 SUMS = ("tokens", "timed_tokens", "timed_seconds", "priced_tokens", "priced_seconds", "plain_seconds")
 COUNTED = (*SUMS, "by_arm", "plain_price")
-"""Entries of a server's state that a report reads, and keeps for the next one."""
+"""Keys of a server's state that a report reads, and stores for a later report's `--since`."""
 
 
 class Brought(NamedTuple):
-    """seconds: of decode rounds, at the pace of those that were timed. gain: speed over plain decoding, in the rounds
-    for which its price was known, and saved: seconds that these saved; None if there were none. by_arm: tokens. price:
-    how far the price of plain decoding is known, as of `PlainPrice`.
+    """Gain of a server. seconds: of all decode rounds, estimated at the pace of the timed ones. gain: speed over plain
+    decoding in the rounds for which plain decoding's price was known; saved: seconds that drafting saved, at their
+    pace; None without such rounds. by_arm: tokens. price: how far plain decoding's price is known (`PlainPrice`).
     """
 
     tokens: int
@@ -33,7 +33,7 @@ class Brought(NamedTuple):
     price: Mapping[str, Any]
 
     def as_json(self, hourly: float | None) -> dict[str, Any]:
-        """hourly: what an hour of the server costs."""
+        """Return the figures for `--json`. hourly: cost of an hour of the server; None: without costs."""
         rate, gain, second = self.tokens / self.seconds, self.gain, (hourly or 0.0) / 3600
         costs = {} if hourly is None else {
             "saved_cost": None if self.saved is None else second * self.saved,
@@ -53,10 +53,10 @@ class Brought(NamedTuple):
 
 
 def brought(state: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> Brought:
-    """A server's gain by its state, since an earlier state of it or since its start.
+    """Compute a server's gain from its state: since `before`, an earlier state of it, or since its start.
 
     Raises:
-        ConfigError: it was restarted since, has decoded too little, or is another release's.
+        ConfigError: the server was restarted in between, has timed no round, or is of another release.
     """
     if missing := [name for name in COUNTED if name not in state]:
         raise ConfigError(f"its state has no {missing[0]}: use the command of the server's own release")
@@ -67,7 +67,7 @@ def brought(state: Mapping[str, Any], before: Mapping[str, Any] | None = None) -
     tokens, timed, seconds, priced_tokens, priced_seconds, plain = sums
     if min(tokens, timed, seconds) <= 0:
         raise ConfigError("the server has timed no round yet: send it requests, then ask again")
-    all_of = tokens / timed / replicas_of(state)  # a round before a prefill or a pause is not timed
+    all_of = tokens / timed / replicas_of(state)  # rounds before a prefill or a pause are not timed
     known = min(priced_tokens, priced_seconds, plain) > 0
     return Brought(
         tokens,

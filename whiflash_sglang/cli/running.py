@@ -24,11 +24,11 @@ from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, read_json_file
 from whiflash_sglang.settings.config import RouterName
 
 PATIENCE = 60.0
-"""Seconds that a server may take to answer: it does between two steps of its scheduler."""
+"""Timeout of an answer in seconds. A server answers between two steps of its scheduler, so it may take long."""
 
 
 def steer(url: str, path: str, body: dict[str, Any] | None, api_key: str | None) -> dict[str, Any]:
-    """The state of the server at `url`, after `body` was sent to the route `path` if there is one.
+    """POST `body` to the route `path` of the server at `url`, if there is one; return the server's state.
 
     Raises: ServerRefusedError.
     """
@@ -41,9 +41,9 @@ def steer(url: str, path: str, body: dict[str, Any] | None, api_key: str | None)
 
 
 def ask_every(urls: list[str] | None, act: Callable[[str], Any], as_json: bool) -> None:
-    """Report what `act` returns for the URL of each server, or of the default one.
+    """Call `act` with the URL of each server, or the default URL, and report the results.
 
-    Raises: WhiflashError, for those that refused, after every server was asked.
+    Raises: WhiflashError with the errors of all servers that refused, after every server was asked.
     """
     from whiflash_sglang.files.hosts import without_password
 
@@ -125,7 +125,7 @@ def top(
         elif once:
             console.print(screen(readings))
         else:
-            # On a screen of its own, which is gone when it is left, however that happens.
+            # The terminal's alternate screen, which disappears however the command ends.
             with Live(screen(readings), console=console, screen=True, auto_refresh=False) as live:
                 while True:
                     time.sleep(interval)
@@ -179,7 +179,7 @@ def summary(
 
 
 def _earlier(path: Path) -> dict[str, Any]:
-    """Return the states of an earlier report, by `address_of` their servers."""
+    """Return the servers' states in an earlier report, by their `address_of`. Raises UsageError."""
     from whiflash_sglang.cli.report import COUNTED
     from whiflash_sglang.files.hosts import ServerState, address_of
 

@@ -26,13 +26,12 @@ from whiflash_sglang.engine.launch.early import (
 )
 
 LANGUAGE_MODEL = ("--model-type", "llm")
-"""Else `sglang serve` asks the hub whether the model is a diffusion model."""
+"""Argument that keeps `sglang serve` from asking the hub whether the model is a diffusion model."""
 
 
 def server_arguments(arguments: list[str]) -> list[str]:
-    """Fill in what the command line, or the file of its `--config`, leaves open: the embedded target and WHIFLASH.
-
-    A model as first argument is taken as `sglang serve` takes it.
+    """Return the arguments for `sglang serve`. The embedded target and WHIFLASH are added if neither the command line
+    nor the file of its `--config` names others. A model as first argument is read as `sglang serve` reads it.
 
     Raises:
         ConfigError: the file of `--config` cannot be read.
@@ -52,12 +51,12 @@ def server_arguments(arguments: list[str]) -> list[str]:
 
 
 def server_environment(arguments: list[str]) -> dict[str, str]:
-    """Variables to set where the user did not: the embedded target writes valid arguments only under a grammar."""
+    """Environment variables to set unless the user has: the embedded target needs a grammar for valid arguments."""
     return STRICT_TOOLS if is_embedded(arguments) else {}
 
 
 def is_embedded(arguments: list[str]) -> bool:
-    """Whether command line and configuration file leave the target open."""
+    """Whether neither the command line nor the configuration file names a model, so that the embedded one serves."""
     return _names(arguments).isdisjoint(MODEL)
 
 
@@ -70,13 +69,13 @@ def _url(arguments: list[str]) -> str:
 
 
 def _names(arguments: list[str]) -> set[str]:
-    """Flags that are given, on the command line or in the file of `--config`."""
+    """Return the names of the flags on the command line and in the file of `--config`."""
     flags = as_flags(arguments)
     return {name for name, _ in pairs(flags)} | configured(flags).keys()
 
 
 class ServeCommand(TyperCommand):
-    """Its help also shows the flags that WHIFLASH adds to `sglang serve`."""
+    """Command whose help also shows the flags that WHIFLASH adds to `sglang serve`."""
 
     def format_help(self, *arguments: Any) -> None:
         super().format_help(*arguments)
@@ -110,7 +109,7 @@ def serve(
     """
     check(ctx.args)
     url = _url(ctx.args)
-    # The environment that has this command has that one, too.
+    # `sglang` is installed in the same environment as this command.
     command = [
         str(Path(sys.executable).with_name("sglang")),
         "serve",

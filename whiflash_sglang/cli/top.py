@@ -1,4 +1,4 @@
-"""States of servers, read over HTTP, and happenings between two of them, as tables of a terminal."""
+"""`whiflash top`: reads servers' states over HTTP and shows the rates between two readings as tables."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from whiflash_sglang.files.hosts import ServedModel, ServerState, ask, replicas_
 
 
 def screen(records: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """All servers as `LiveView.look` found them, one below the other."""
+    """Return a panel for each record of `LiveView.look`, one below the other."""
     return Group(*map(_server, records))
 
 
@@ -69,7 +69,7 @@ def _arms(state: Mapping[str, Any], now: Mapping[str, Any], total: Mapping[str, 
     for arm, always in sorted(total["arms"].items(), key=lambda entry: -(entry[1]["share"] or 0)):
         recent = lately.get(arm) or {}
         share = recent.get("share") if recent.get("share") is not None else always["share"]
-        colour = f"color({COLOURS.get(arm, OTHER)})"  # of the terminal's own palette
+        colour = f"color({COLOURS.get(arm, OTHER)})"  # an index of the terminal's palette
         table.add_row(
             Text(printable(arm), style=colour),
             _both(recent, always, "share", "{:.0%}"),
@@ -114,7 +114,7 @@ def _facts(
 
 
 def _both(now: Mapping[str, Any], total: Mapping[str, Any], name: str, form: str) -> str:
-    """Figure of the last interval, and the total in brackets."""
+    """Return a figure's value in the last interval, and in brackets since the start."""
     lately, always = now.get(name), total.get(name)
     if always is None:
         return "–"
@@ -122,7 +122,7 @@ def _both(now: Mapping[str, Any], total: Mapping[str, Any], name: str, form: str
 
 
 def _plain(text: str) -> str:
-    """A server's text, as text: neither markup nor a terminal's commands."""
+    """Return a server's text without effect as markup or as a terminal's control characters."""
     return escape(printable(text))
 
 
@@ -144,14 +144,14 @@ TIMEOUT = 5.0
 
 @dataclass(frozen=True, slots=True)
 class StateReading:
-    """A server's state (`GET /whiflash/state`) at `at`, in seconds of a clock that does not jump."""
+    """A server's state (`GET /whiflash/state`). at: time of the reading, in monotonic seconds."""
 
     at: float
     state: Mapping[str, Any]
 
 
 class WatchedServer:
-    """One server. url: of its root. model: what it serves, known from the first reading on."""
+    """Reads one server. url: of its root, without a password. model: that it serves; empty before the first reading."""
 
     def __init__(self, url: str, client: httpx.Client) -> None:
         self.url = without_password(url)
@@ -159,7 +159,7 @@ class WatchedServer:
         self._client, self._address = client, url
 
     def read(self) -> StateReading:
-        """Its state now. Raises: ServerRefusedError."""
+        """Read the server's state now. Raises: ServerRefusedError."""
         if not self.model:
             found = ask(self._client, self._address, "/whiflash/capabilities", ServedModel)
             self.model = str(found["model"])
@@ -167,20 +167,21 @@ class WatchedServer:
             path = f"/whiflash/state?timeout={TIMEOUT - 1:g}"
             state = ask(self._client, self._address, path, ServerState)
         except ServerRefusedError:
-            self.model = ""  # another may come up there
+            self.model = ""  # it may come back with another model
             raise
         return StateReading(time.monotonic(), state)
 
 
 class LiveView:
-    """Several servers, read together, each against its last reading."""
+    """Reads several servers at once and compares each with its last reading."""
 
     def __init__(self, servers: Sequence[WatchedServer]) -> None:
         self._servers = servers
         self._before: list[StateReading | None] = [None] * len(servers)
 
     def look(self) -> list[dict[str, Any]]:
-        """By server `url` and `error`, or `model`, `state`, and `figures` since the last look and the start."""
+        """Read all servers. Return for each `url` and `error`, or `url`, `model`, `state`, and its `figures` since the
+        last look (`now`) and since the start (`total`)."""
 
         def read(server: WatchedServer) -> StateReading | ServerRefusedError:
             try:
@@ -195,7 +196,7 @@ class LiveView:
             if isinstance(now, ServerRefusedError):
                 looked.append({"url": server.url, "error": str(now)})
                 continue
-            # Seconds of rounds, not of the clock on the wall: a server that waits for requests is not slow.
+            # The seconds are those of rounds and not wall time: a server that waits for requests is not slow.
             total = figures(now.state, now.state.get("round_seconds", 0) / replicas_of(now.state))
             lately = since(self._before[place], now)
             looked.append(
@@ -206,7 +207,7 @@ class LiveView:
 
 
 def since(before: StateReading | None, after: StateReading) -> dict[str, Any] | None:
-    """Events between two readings (`figures`), with their `seconds`; None if the server was restarted."""
+    """Return the `figures` between two readings, and `seconds`; None without a first one or after a restart."""
     if before is None or after.state.get("rounds", 0) < before.state.get("rounds", 0):
         return None
     seconds = after.at - before.at
@@ -216,9 +217,9 @@ def since(before: StateReading | None, after: StateReading) -> dict[str, Any] | 
 
 
 def figures(counts: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Rates and shares of what a state counts; None if nothing happened, and without those that no server sends.
+    """Return rates and shares of a state's counts; None if the denominator is 0, and no keys for missing counts.
 
-    counts: a state's, of some time. seconds: how long that was.
+    counts: of a state, or the difference of two. seconds: that they were counted for.
     """
     tokens, by_arm = counts.get("tokens", 0), counts.get("by_arm") or {}
     rounds = sum(arm["rounds"] for arm in by_arm.values())
@@ -245,7 +246,7 @@ def figures(counts: Mapping[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def unknown(price: Mapping[str, Any]) -> str:
-    """Return, in words for people, why a server has no gain: how far it knows the price of plain decoding."""
+    """Return the words for a gain that is unknown: how far the server knows the price of plain decoding."""
     return f"not known yet ({price['rounds']} of {price['needed']} {price['of']})"
 
 
@@ -254,7 +255,7 @@ def _ratio(count: float, whole: float) -> float | None:
 
 
 def less(after: Any, before: Any) -> Any:
-    """Numbers of `after` less those of `before`, also those inside; what is no number as it is."""
+    """Subtract the numbers of `before` from those of `after`, also in nested mappings; other values stay."""
     if isinstance(after, Mapping):
         earlier = before if isinstance(before, Mapping) else {}
         return {key: less(value, earlier.get(key, 0)) for key, value in after.items()}

@@ -1,4 +1,4 @@
-"""`whiflash trace`: a recorded conversation as a page or in the terminal."""
+"""`whiflash trace`: shows a recorded conversation as an HTML page or in the terminal."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,17 +15,16 @@ if TYPE_CHECKING:
     from whiflash_sdk.trace import Trace
 
 MOST = 1e9
-"""Seconds, tokens or rounds of a request."""
+"""Largest number of seconds, tokens or rounds of a request; a file with more is refused."""
 MOST_ROUNDS = 1 << 20
-"""Rounds that a file says there were, and does not list: each is drawn."""
+"""Most rounds of a file that it counts without listing them: each is drawn, so their number must be bounded."""
 
 
 def turns_of(path: Path) -> "list[Turn]":
-    """Turns with a trace, from a file of responses: one JSON object, a list of them, or one per line.
+    """Return the turns with a trace in a file of responses: one JSON object, a list of them, or one per line.
 
     Raises:
-        ConfigError: the file cannot be read, is not JSON, holds no response with a routing trace, or one that cannot be
-            read.
+        ConfigError: the file cannot be read, is not JSON, or holds no routing trace or a malformed one.
     """
     from whiflash_sdk.render import Turn
     from whiflash_sdk.trace import parse_trace, raw_traces
@@ -63,7 +62,7 @@ def turns_of(path: Path) -> "list[Turn]":
 
 
 def _check_figures(trace: "Trace") -> None:
-    """Raise ValueError where a trace's seconds or counts are those of no request."""
+    """Raise ValueError if a number in a trace is above `MOST`, as in no real request."""
     held = [trace, *trace.stretches, *trace.arms.values(), *trace.sources.values()]
     figures = (value for holder in held for _, value in holder if isinstance(value, int | float))
     if any(abs(value) > MOST for value in figures):
@@ -76,13 +75,13 @@ def _model_of(response: dict[str, Any]) -> str | None:
 
 
 def _text_of(response: dict[str, Any], index: int) -> str:
-    """The text of a choice, and its calls."""
+    """Return the text of a choice, followed by its tool calls."""
     if isinstance(response.get("text"), str):
         return str(response["text"])
     choices = (choice for choice in response.get("choices") or () if (choice.get("index") or 0) == index)
     choice: dict[str, Any] = next(choices, {})
     message = choice.get("message") or {}
-    # The other two are for Responses and Messages.
+    # `output` is of OpenAI's Responses, `content` of Anthropic's Messages.
     parts = [part for item in response.get("output") or () for part in item.get("content") or [item]]
     parts += response.get("content") or ()
     calls = [call["function"] for call in message.get("tool_calls") or ()]
@@ -118,7 +117,7 @@ def trace(
     if html is None:
         console = Console()
         in_colour = console.is_terminal and not console.no_color if colour is None else colour
-        # Not through typer, which takes colours that were asked for out of a pipe.
+        # `print`, because typer would remove colours in a pipe, also if the user asked for them.
         print(conversation_terminal(turns, colour=in_colour))
         return
     write_output(html, conversation_html(turns, title=file.name))
