@@ -16,14 +16,14 @@ from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.settings.config import Settings
 
 DEFAULT_RUNNING_REQUESTS = 48
-"""As upstream's speculative algorithms: rings and draft buffers are sized by it."""
+"""Default of --max-running-requests, as of SGLang's own speculative algorithms. It sizes rings and draft buffers."""
 
 
 class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
-    """The scheduler's questions to an algorithm. Deliberately not `is_eagle()`: only the bigram keys are borrowed."""
+    """Answers SGLang's questions to an algorithm. It is not `is_eagle()`, of which we need only the bigram keys."""
 
     def handle_server_args(self, server_args: Any) -> None:
-        """Fix the numbers the KV reservation is computed from: the widest block of any arm."""
+        """Set the arguments that SGLang computes its KV reservation from, by the widest block of any arm."""
         settings = settings_of(server_args)
         server_args.speculative_num_draft_tokens = widest_block(settings)
         server_args.speculative_num_steps = 1
@@ -44,7 +44,7 @@ class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
         return False
 
     def build_disagg_draft_input(self, batch: Any, last_tokens_tensor: Any, future_map: FutureMap) -> Any:
-        from whiflash_sglang.engine.scheduler import disaggregation  # a scheduler's alone
+        from whiflash_sglang.engine.scheduler import disaggregation  # only schedulers need it
 
         return disaggregation.draft_input(batch, last_tokens_tensor, future_map)
 
@@ -55,12 +55,12 @@ class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
         needs_cpu_seq_lens: bool = True,
         needs_confidence_relay: bool = False,
     ) -> FutureMap:
-        # Only where the target's attention asks for lengths on the host: a plan does with bounds.
+        # Lengths go to the host only if the target's attention asks for them, since a plan needs only bounds.
         return FutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
 
 
 def widest_block(settings: Settings) -> int:
-    """Rows that a verification has at most: the widest arm's drafts and the bonus token."""
+    """Return the largest number of rows of a request in a verification: the widest arm's drafts and the bonus token."""
     width = settings.eagle_steps + 1 if arms.AR in settings.drafters else 1
     if arms.DIFFUSION in settings.drafters:
         width = max(width, block_size_of(settings.drafters[arms.DIFFUSION], settings.block_size))
@@ -69,7 +69,7 @@ def widest_block(settings: Settings) -> int:
 
 
 def validate(server_args: Any) -> None:
-    """Stop the start where the arguments, the target or the drafters cannot work, from configurations alone.
+    """Stop the start if the arguments, the target or the drafters cannot work, judging by configurations only.
 
     Raises:
         WhiflashError: one sentence that names the flag, the model or the file. From the command line it ends the
@@ -102,7 +102,7 @@ def _judge(server_args: Any) -> None:
 
 
 def register(worker: Callable[[], type]) -> None:
-    """Put WHIFLASH into the registry, with what imports the worker's class where one is made.
+    """Add WHIFLASH to SGLang's registry. worker: imports and returns the worker's class when a worker is made.
 
     Raises:
         ValueError: another plugin took the name.
@@ -112,6 +112,6 @@ def register(worker: Callable[[], type]) -> None:
         ALGORITHM, supports_overlap=True, validate_server_args=validate, spec_class=WhiflashAlgorithm
     )
     def worker_class(server_args: Any) -> type:
-        # The first thing of ours that a scheduler calls, before it builds anything that is hooked.
+        # This is our first code that a scheduler calls, before it builds anything that a patch changes.
         hooks.in_scheduler()
         return worker()

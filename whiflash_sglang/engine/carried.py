@@ -1,4 +1,4 @@
-"""The part of a launch that travels from the command line to the scheduler: our settings, on SGLang's own record."""
+"""Carry our settings on SGLang's `ServerArgs`, from the command line to the scheduler."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ META_KEY = "whiflash"
 """Key of an answer's `meta_info` that carries its trace."""
 
 APP_PATH, WORKER_APP = "SGLANG_HTTP_SERVER_APP_PATH", "whiflash_sglang.engine.http_worker:app"
-"""Variable that names the application of SGLang's tokenizer workers, and ours."""
+"""Environment variable that names the application of SGLang's tokenizer workers, and the name of ours."""
 
 
 def settings_of(server_args: Any) -> Settings:
-    """The resolved settings of a launch. They ride on an underscore attribute: SGLang pickles those to its children."""
+    """Return a launch's resolved settings, an underscore attribute, since SGLang pickles those to child processes."""
     settings: Settings = server_args._whiflash
     return settings
 
@@ -36,5 +36,5 @@ def serves_ours() -> bool:
 
 
 def replace_settings(server_args: Any, settings: Settings) -> None:
-    """Let this process know that the settings changed while serving."""
+    """Replace the settings of this process after a change while serving."""
     server_args._whiflash = settings

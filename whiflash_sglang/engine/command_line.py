@@ -1,6 +1,6 @@
-"""Our flags on SGLang's own command lines and on `Engine(...)`.
+"""Add our flags to SGLang's own command lines and to `Engine(...)`.
 
-The values ride on `server_args._whiflash`: SGLang pickles underscore attributes to its child processes.
+The settings are kept in `server_args._whiflash`: SGLang pickles underscore attributes to its child processes.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from whiflash_sglang.settings.flags import flags
 
 
 def offer() -> None:
-    """Add the flags to every launcher. Idempotent.
+    """Install the patches that add our flags to every launcher. Idempotent.
 
-    SGLang has to know them before it can see whether WHIFLASH is asked for; without it they change nothing.
+    SGLang has to know the flags before it reads whether a launch asks for WHIFLASH; otherwise they change nothing.
     """
     patching.install(sys.modules[__name__])
 
@@ -38,7 +38,7 @@ def _dest(field: str) -> str:
     until="SGLang asks an algorithm for its flags",
 )
 def _add_flags(original: Any, parser: argparse.ArgumentParser) -> None:
-    """Command lines have our flags."""
+    """Add our flags to SGLang's command lines."""
     original(parser)
     group = parser.add_argument_group(
         "WhiFlash",
@@ -57,7 +57,7 @@ def _add_flags(original: Any, parser: argparse.ArgumentParser) -> None:
     until="SGLang asks an algorithm for its flags",
 )
 def _read_flags(original: Any, cls: Any, args: argparse.Namespace) -> Any:
-    """Our flags are read where the algorithm is ours."""
+    """Read our flags if the launch asks for WHIFLASH."""
     server_args = original(cls, args)
     given = {field: getattr(args, _dest(field), None) for field in Flags.model_fields}
     try:
@@ -79,7 +79,7 @@ def _read_flags(original: Any, cls: Any, args: argparse.Namespace) -> Any:
     makes=True,
 )
 def _engine_arguments(original: Any) -> Any:
-    """`Engine` has our flags as keywords."""
+    """Let `Engine` take our flags as keywords."""
 
     def build(**kwargs: Any) -> Any:
         given = {field: kwargs.pop(_dest(field), None) for field in Flags.model_fields}
@@ -107,7 +107,7 @@ def _require_nothing(given: dict[str, Any]) -> None:
 
 
 def attach(server_args: Any, given: dict[str, Any]) -> None:
-    """Resolve the flags and put the settings on the record, before SGLang's own resolution reads the draft path.
+    """Resolve the flags and set them on `server_args`, before SGLang's own resolution reads the draft path.
 
     Raises:
         ConfigError: naming the flag or the file.
@@ -138,7 +138,7 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
     # SGLang reads the draft path as a checkpoint before any validator of ours runs.
     draft = settings.drafters.get(arms.DIFFUSION) or settings.drafters.get(arms.AR)
     server_args.speculative_draft_model_path = None if draft is None else str(draft)
-    # Without a tokenizer there is nothing that a template could be put into, and nobody chats.
+    # A server without a tokenizer serves no chats, and SGLang has nothing to put a template into.
     if server_args.chat_template is None and settings.chat_template is not None:
         server_args.chat_template = None if server_args.skip_tokenizer_init else str(settings.chat_template)
     if server_args.tool_call_parser is None and settings.tool_call_parser is not None:

@@ -1,10 +1,9 @@
-"""When a process is given its hooks: as soon as its arguments ask for WHIFLASH, and not before.
+"""Install the patches of a process as soon as its arguments ask for WHIFLASH, and not before.
 
-The launcher knows when it has read the command line, `Engine` its keywords, and the scheduler when SGLang asks the
-registered algorithm for its worker: before pools, caches, grammars and the output streamer exist. The data-parallel
-controller, where there is one, is started by a function of ours. No other process of a server is changed, and a server
-without WHIFLASH does not even import the hooks. They stay for the life of a process, so each asks whether the server
-that it is called for is ours.
+The launcher knows it after reading the command line, `Engine` after reading its keywords, and the scheduler when SGLang
+asks the registered algorithm for its worker: before pools, caches, grammars and the output streamer exist. No other
+process of a server is changed, and a server without WHIFLASH does not even import the patches. They stay for the life
+of a process, so each checks whether the server that it is called for is ours.
 """
 
 import logging
@@ -23,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 def in_launcher(server_args: Any) -> None:
-    """Validation, traces and routes, in the process that serves HTTP, which keeps its keys to itself. Idempotent.
-    Several tokenizer workers serve HTTP from processes that SGLang starts with our module.
+    """Install validation, traces, routes and the redaction of keys in the process that serves HTTP. Idempotent.
+    Several tokenizer workers serve HTTP from processes that SGLang starts with our module (`http_worker`).
     """
     from whiflash_sglang.engine.http import routes
     from whiflash_sglang.engine.launch import arguments, keys
@@ -36,7 +35,7 @@ def in_launcher(server_args: Any) -> None:
 
 
 def in_engine() -> None:
-    """Figures and traces of answers, and what requests may bring, in the process that holds an `Engine`. Idempotent."""
+    """Install checks of requests, figures and traces in the process that holds an `Engine`. Idempotent."""
     from whiflash_sglang.engine.http import admission, recordings
     from whiflash_sglang.engine.launch import arguments
     from whiflash_sglang.engine.scheduler import figures
@@ -45,7 +44,7 @@ def in_engine() -> None:
 
 
 def in_scheduler() -> None:
-    """Install what the worker needs around it. Idempotent.
+    """Install the patches that the worker needs in its scheduler's process. Idempotent.
 
     Raises:
         IncompatibleEngineError: a private name is missing or has changed.
@@ -71,7 +70,7 @@ def in_scheduler() -> None:
 
 
 def require_names() -> None:
-    """`patching.require_names`, for a launch. A release that was not tested must have all that a server uses anywhere.
+    """Check SGLang's names at a launch. A release that was not tested must have all names that any process uses.
 
     Raises:
         IncompatibleEngineError: a private name is missing or has changed.
@@ -89,12 +88,12 @@ def require_names() -> None:
 
 
 def missing() -> list[patching.Finding]:
-    """Import all modules of this package, and those that other distributions name (`patches.BESIDE`), so that what they
-    replace is in the table; one finding for each that cannot be imported."""
+    """Import all modules of this package, and those that other distributions name (`patches.BESIDE`), so that the table
+    has all their patches. Returns a finding for each module that cannot be imported."""
     found = []
     ours = [module.name for module in walk_packages(engine.__path__, f"{engine.__name__}.")]
     for name in (*ours, *(one.value for one in entry_points(group=patches.BESIDE))):
-        if name.endswith(".http_worker"):  # it is an application
+        if name.endswith(".http_worker"):  # its import reads a launcher's shared memory
             continue
         try:
             import_module(name)

@@ -9,7 +9,7 @@ from sglang.srt.plugins import load_plugins
 
 from whiflash_sglang.engine import hooks
 
-load_plugins()  # SGLang's own application does not, and its workers ask the algorithm by name
+load_plugins()  # SGLang's own application loads none, but its workers look the algorithm up by name
 _, _server_args, _ = read_from_shared_memory(f"multi_tokenizer_args_{get_main_process_id()}")
 hooks.in_launcher(_server_args)
 app = http_server.app

@@ -1,4 +1,4 @@
-"""Members and parameters of SGLang's that are used and not replaced, by module in `names.txt`: each is checked before
+"""Read `names.txt`: SGLang's members and parameters that we use and do not replace, by module. Each is checked before
 anything is replaced.
 
 A name that is only imported is checked by its import. Replaced names have their own table (`engine/patching.py`).
@@ -11,10 +11,10 @@ from whiflash_sglang.engine.supported import has
 
 
 def _read(table: str) -> Mapping[str, tuple[str, ...]]:
-    """Without the names, and the modules with all of theirs, that the installed release does not have.
+    """Return parameters by name, without the names and whole modules that the installed release does not have.
 
-    A name whose parameters take more than a line has several. Behind a `#`, the release that brought it. A name that
-    only an older one has changes no more, and is left out.
+    A name whose parameters need more than one line has several lines. A comment gives the release that brought a name.
+    A name that only an older release has cannot change any more, so the table leaves it out.
     """
     module, there, found = "", True, dict[str, tuple[str, ...]]()
     for line in table.strip().split("\n"):
@@ -30,7 +30,7 @@ def _read(table: str) -> Mapping[str, tuple[str, ...]]:
 
 
 PRIVATE_NAMES = _read(Path(__file__).with_suffix(".txt").read_text("utf-8"))
-"""Parameters that must be among a name's own, by `module:attribute.path`; none of what is not called."""
+"""Parameters that a name must have, by `module:attribute.path`; empty for names that we do not call."""
 
 HEAVY = (
     "sglang.srt.entrypoints.http_server",

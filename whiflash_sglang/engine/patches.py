@@ -1,4 +1,4 @@
-"""Names of SGLang's that we replace or import, read off our sources: pages and comparisons need no SGLang."""
+"""List SGLang's names that we replace or import, read from our sources: pages and comparisons need no SGLang."""
 
 import ast
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from whiflash_sglang.engine.patching import first_sentence
 
 ROOT = Path(__file__).parent
 BESIDE = "whiflash.names"
-"""Group of entry points: modules of other distributions that replace or import names of SGLang's."""
+"""Group of entry points that names modules of other distributions which replace or import SGLang's names."""
 
 
 class Replaced(NamedTuple):
@@ -27,12 +27,12 @@ class Replaced(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """As the page of patches has it."""
+        """Return this entry as the page of patches prints it."""
         return f"`{self.path}`: {self.does}. Reason: {self.why}. Until {self.until}. (`{self.file}`)"
 
 
 def replaced() -> Iterator[Replaced]:
-    """Names that `around` replaces."""
+    """Yield the entry of each name that `around` replaces."""
     for file, tree in _trees():
         functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
         for function in functions:
@@ -45,7 +45,7 @@ def replaced() -> Iterator[Replaced]:
 
 
 def imported() -> Iterator[str]:
-    """`module:name` of every import from SGLang; a name may be a module."""
+    """Yield `module:name` for every import from SGLang; a name may be a module."""
     for _, tree in _trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang"):

@@ -1,8 +1,8 @@
-"""The table of SGLang's names that are replaced, made by one decorator, and the check that all names are as expected.
+"""Replace SGLang's names by one table, which a decorator fills, and check that all names are as expected.
 
-Upstream's plugin loading swallows exceptions, so nothing here relies on it: the version is checked when the plugin is
-loaded, every name that is used (`engine/names.txt`) when WHIFLASH is asked for, and what is replaced before the first
-of it is. Findings stop the start. `docs/dev/patches.md` shows the table.
+Upstream's plugin loading swallows exceptions, so nothing here relies on it. The version is checked when the plugin is
+loaded, every name that is used (`engine/names.txt`) when a launch asks for WHIFLASH, and replaced names before the
+first is replaced. A wrong name stops the start. `docs/dev/patches.md` shows the table.
 """
 
 import importlib
@@ -24,7 +24,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of a self-check."""
+    """The result of one check: which name or part, whether it is as expected, and details."""
 
     name: str
     ok: bool
@@ -36,8 +36,8 @@ class Patch:
     """One name of SGLang's that is replaced.
 
     path: `module:owner.name`. params: those that the replacement relies on. why, until: the reason, and when it may go.
-    module: ours, which `install` is called for. replaced: makes the replacement of SGLang's own. everywhere: modules
-    that imported the name by `from` get it, too. optional: not where its module cannot be imported.
+    module: the one of ours that `install` is called for. replaced: makes the replacement from SGLang's own value.
+    everywhere: modules that imported the name by `from` get it, too. optional: skipped if its module does not import.
     """
 
     path: str
@@ -55,7 +55,7 @@ PATCHES: dict[str, Patch] = {}
 """Patches by the paths of the names."""
 
 _replaced: dict[str, Any] = {}
-"""SGLang's own, by the paths of names that are replaced in this process, by the CPU platform too."""
+"""SGLang's own values, by path, of the names that we or the CPU platform have replaced in this process."""
 
 
 def around(
@@ -67,7 +67,7 @@ def around(
     everywhere: bool = False,
     optional: bool = False,
 ) -> Callable[[Function], Function]:
-    """Enter `function(original, ...)` into the table: it is called with what it replaces, and the call's arguments.
+    """Enter `function(original, ...)` into the table: it gets the function that it replaces, and the call's arguments.
 
     Args:
         paths: `module:owner.name`. params: that each must take. makes: the function is called once, with the original,
@@ -90,7 +90,7 @@ def around(
 
 
 def first_sentence(docstring: str | None) -> str:
-    """On one line, without its full stop; empty without a docstring."""
+    """Return a docstring's first sentence on one line, without its full stop; empty without a docstring."""
     return " ".join((docstring or "").split()).partition(". ")[0].rstrip(".")
 
 
@@ -109,7 +109,7 @@ def _wrapping(function: Function) -> Callable[[Any], Any]:
 
 
 def install(*modules: ModuleType) -> None:
-    """Replace what these modules of ours have in the table. Idempotent: a process may start one server after another.
+    """Replace the names that these modules of ours entered. Idempotent: a process may start one server after another.
 
     Raises:
         IncompatibleEngineError: a name is missing or has changed; nothing is replaced then.
@@ -124,8 +124,8 @@ def install(*modules: ModuleType) -> None:
 
 
 def replace(path: str, made: Callable[[Any], Any], *, everywhere: bool = False) -> None:
-    """Put what is `made` of SGLang's own in its place, once in a process. Arguments: as of `Patch`; a name that is not
-    there is made of None."""
+    """Replace the value of a name by `made(value)`, once in a process. The value is None if the name does not exist.
+    Arguments: as of `Patch`."""
     if path in _replaced:
         return
     owner, attribute = owner_of(path)
@@ -140,7 +140,7 @@ def replace(path: str, made: Callable[[Any], Any], *, everywhere: bool = False) 
 
 
 def owner_of(path: str) -> tuple[Any, str]:
-    """The owner of a name, and its last part."""
+    """Return the object that owns a name, and the last part of the name."""
     module, _, names = path.partition(":")
     *owners, attribute = names.split(".")
     found: Any = importlib.import_module(module)
@@ -150,7 +150,7 @@ def owner_of(path: str) -> tuple[Any, str]:
 
 
 def upstreams(path: str) -> Any:
-    """SGLang's own value of a name, whether this process has replaced it or not."""
+    """Return SGLang's own value of a name, whether this process has replaced it or not."""
     value = _replaced[path] if path in _replaced else getattr(*owner_of(path))
     return value.__func__ if isinstance(value, classmethod | staticmethod) else value
 
@@ -164,13 +164,13 @@ def _is_absent(patch: Patch) -> bool:
 
 
 def replaced_names() -> tuple[str, ...]:
-    """The upstream names that this process runs with a replacement of ours."""
+    """Return SGLang's names that this process has replaced."""
     return tuple(sorted(_replaced))
 
 
 def verify_names(*, heavy: bool = True) -> list[Finding]:
-    """Check SGLang's version, every name that is used, those of the HTTP process if `heavy`, and what is in the table
-    of patches so far (`hooks.missing` enters all); never raises."""
+    """Check SGLang's version and every name that is used. If `heavy`, also those of the HTTP process and of the patches
+    that have been entered so far (`hooks.missing` enters all). Never raises."""
     names = dict(PRIVATE_NAMES)
     if heavy:
         names |= {patch.path: patch.params for patch in PATCHES.values()}
@@ -194,18 +194,18 @@ def check_registration() -> Finding:
 
 
 def require_version() -> None:
-    """Raise IncompatibleEngineError where SGLang has another version; imports nothing of it."""
+    """Raise IncompatibleEngineError if SGLang has an unsupported version; imports nothing of it."""
     require(_check_version())
 
 
 def require_names() -> None:
-    """Raise IncompatibleEngineError naming the first thing that does not fit, before anything is replaced."""
+    """Raise IncompatibleEngineError for the first name that is not as expected, before anything is replaced."""
     for finding in verify_names(heavy=False):
         require(finding)
 
 
 def require(finding: Finding) -> None:
-    """Raise IncompatibleEngineError if something does not fit."""
+    """Raise IncompatibleEngineError if this finding is not as expected."""
     if not finding.ok:
         raise IncompatibleEngineError(
             f"WHIFLASH needs sglang {' or '.join(SUPPORTED)}; {finding.name}: {finding.detail}"

@@ -1,1 +1,1 @@
-"""Arguments of a launch: what WHIFLASH chooses and refuses, and processes that are watched from the start."""
+"""Arguments of a launch: those that WHIFLASH fills in, those that it refuses, and the keys that it redacts."""

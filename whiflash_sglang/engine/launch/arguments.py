@@ -1,4 +1,4 @@
-"""A launch of SGLang as WHIFLASH sees it when the arguments are read, before any weight is loaded."""
+"""Read the facts of a launch and fill in arguments that the user left open, before any weight is loaded."""
 
 import logging
 import os
@@ -25,11 +25,11 @@ ATTENTION_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_at
 class Launch:
     """The facts by which a launch is judged.
 
-    args: SGLang's arguments as resolved so far. given: the same as the user gave them. model: SGLang's configuration
-    of the target; None if only flags are known. device: `cpu` or `cuda`, or another accelerator's name. own_platform:
-    the platform of whiflash-cpu is active. xqa: TRT-LLM's attention would be its XQA kernel here (Hopper, SM120), which
-    takes one width. draft_kv: a drafter keeps KV of its own at the target's slots. uno: the target drafts under an
-    adapter.
+    args: SGLang's arguments as resolved so far. given: the arguments as the user gave them. model: SGLang's
+    configuration of the target; None if only flags are known. device: `cpu`, `cuda` or another accelerator's name.
+    own_platform: the platform of whiflash-cpu is active. xqa: TRT-LLM's attention would be its XQA kernel here (Hopper,
+    SM120), which verifies drafts of one length only. draft_kv: a drafter keeps KV of its own at the target's slots.
+    uno: the target drafts under an adapter.
     """
 
     args: Any
@@ -55,7 +55,7 @@ class Launch:
 
     @property
     def attention_backends(self) -> set[str]:
-        """Every attention backend that these arguments name."""
+        """Return all attention backends that these arguments name."""
         return {name for f in ATTENTION_FIELDS if (name := getattr(self.args, f))}
 
     @property
@@ -68,7 +68,7 @@ class Launch:
 
 
 def choose(server_args: Any) -> None:
-    """Fill in what works where the user left the choice open."""
+    """Fill in arguments that work with WHIFLASH where the user left the choice open."""
     if server_args.swa_full_tokens_ratio is None:
         # One KV pool for all layers, since no GPU has run a verification in two.
         server_args.disable_hybrid_swa_memory = True
@@ -86,16 +86,16 @@ def choose(server_args: Any) -> None:
 
 
 def choose_for_cuda(server_args: Any) -> list[str]:
-    """Fill in what works on CUDA where the user left the choice open; what the user chose is judged by
+    """Fill in arguments that work on CUDA where the user left the choice open. The user's own choices are judged by
     :mod:`whiflash_sglang.engine.launch.refusals`.
 
-    Returns: a sentence on each choice of the user's that is replaced.
+    Returns: a sentence for each of the user's choices that is replaced.
     """
-    # Upstream's own choice on Hopper; elsewhere it would be FlashInfer, for which every round would wait.
+    # FA3 is SGLang's default on Hopper. Elsewhere its default is FlashInfer, for whose plan every round would wait.
     attention = "fa3" if get_platform().is_sm90 else "triton"
     replaced = [name for name in ATTENTION_FIELDS if getattr(server_args, name) == "flashinfer"]
     for name in replaced:
-        # A half that is None follows --attention-backend, whatever SGLang makes of that.
+        # A prefill or decode backend that is None follows --attention-backend, which is filled in next.
         setattr(server_args, name, None)
     if server_args.attention_backend is None:
         server_args.attention_backend = attention
@@ -104,7 +104,7 @@ def choose_for_cuda(server_args: Any) -> list[str]:
         server_args.lora_backend = "triton"
     if server_args.cuda_graph_config is None and server_args.cuda_graph_backend_prefill is None:
         server_args.cuda_graph_backend_prefill = Backend.DISABLED
-    # Its dummy forward is a verification without a layout.
+    # The autotuner's dummy forward would be a verification without a layout of its rows.
     server_args.disable_flashinfer_autotune = True
     return [
         f"--{name.replace('_', '-')} flashinfer is replaced by {attention} (--attention-backend, or else fa3 on Hopper "
@@ -121,6 +121,6 @@ def choose_for_cuda(server_args: Any) -> list[str]:
     until="it asks the algorithm",
 )
 def _adapters_beside_drafts(original: Any, server_args: Any) -> None:
-    """LoRA starts with WHIFLASH."""
+    """Let a server with LoRA adapters start with WHIFLASH."""
     if not asks_for_ours(server_args):
         original(server_args)

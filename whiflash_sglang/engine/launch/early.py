@@ -1,7 +1,7 @@
-"""A launch judged by its words alone, within a second, before SGLang is imported.
+"""Judge a launch by its command line only, within a second, before SGLang is imported.
 
-`whiflash serve` asks before it starts SGLang; `sglang serve` and `python -m sglang.launch_server` ask when they load
-plugins. Rows that need SGLang's defaults or a target's configuration are judged later, by the same table.
+`whiflash serve` does so before it starts SGLang; `sglang serve` and `python -m sglang.launch_server` when they load
+plugins. Refusals that need SGLang's defaults or a target's configuration follow later, from the same table.
 """
 
 import errno
@@ -29,9 +29,9 @@ ALGORITHM, DRAFT = "--speculative-algorithm", "--speculative-draft-model-path"
 MODEL = ("--model-path", "--model")
 PREFIX = "--whiflash-"
 OTHERS = ("--help", "--model-type")
-"""Flags that `sglang serve` takes before its parser does."""
+"""Flags that `sglang serve` reads itself, before its parser."""
 KNOWN_PLUGINS = ("whiflash", "smg-servicer", "smg-zmq")
-"""This one, and those that come with SGLang, whose flags are in files `*_flag.py` of their packages."""
+"""Plugins whose flags are known: this one, and SGLang's own, whose packages have them in files `*_flag.py`."""
 _FIELD = re.compile(r"^    ([a-z]\w*): ", re.MULTILINE)
 _LITERAL = re.compile(r"[\"'](--[a-z][\w-]*)[\"']")
 HOST, PORT = "127.0.0.1", 30000
@@ -39,7 +39,7 @@ HOST, PORT = "127.0.0.1", 30000
 
 
 def as_flags(arguments: list[str]) -> list[str]:
-    """`arguments` as `sglang serve` reads them: the model after `--model-path`, `--config FILE` in two words."""
+    """Return `arguments` as `sglang serve` reads them: the model after `--model-path`, `--config FILE` as two words."""
     if arguments and not arguments[0].startswith("-"):
         arguments = [MODEL[0], *arguments]
     flags = []
@@ -53,7 +53,7 @@ def as_flags(arguments: list[str]) -> list[str]:
 
 
 def pairs(flags: list[str]) -> Iterator[tuple[str, str | None]]:
-    """Each flag with the word after it; None when the next flag, or nothing, follows."""
+    """Yield each flag with its value: the word after it, or None if another flag or nothing follows."""
     for flag, following in pairwise([*flags, "--"]):
         if flag.startswith("--"):
             name, joined, value = flag.partition("=")
@@ -61,10 +61,10 @@ def pairs(flags: list[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def configured(flags: list[str]) -> dict[str, Any]:
-    """Flags of SGLang's configuration file, with their values; empty without one.
+    """Return the flags of SGLang's configuration file with their values; empty without a file.
 
     Raises:
-        UsageError, ConfigError: there is no name of a file, or the file cannot be read.
+        UsageError, ConfigError: `--config` has no value, or the file cannot be read.
     """
     if "--config" not in flags:
         return {}
@@ -82,7 +82,7 @@ def configured(flags: list[str]) -> dict[str, Any]:
 
 
 def named(arguments: list[str]) -> bool:
-    """Whether these arguments of `sglang serve` ask for WHIFLASH. A file that cannot be read asks for nothing."""
+    """Whether these arguments of `sglang serve` ask for WHIFLASH. A `--config` file that cannot be read does not."""
     flags, settings = as_flags(arguments), {}
     with suppress(WhiflashError):
         settings = configured(flags)
@@ -90,7 +90,7 @@ def named(arguments: list[str]) -> bool:
 
 
 def check(arguments: list[str]) -> None:
-    """Refuse what cannot be served, as far as the words say it. WHIFLASH serves if they name no algorithm.
+    """Refuse a launch that cannot be served, as far as its arguments show. WHIFLASH serves if they name no algorithm.
 
     Args:
         arguments: as for `sglang serve`.
@@ -117,7 +117,7 @@ def check(arguments: list[str]) -> None:
 
 
 def _settings(said: Mapping[str, Any]) -> Flags:
-    """WHIFLASH's flags among those that are named."""
+    """Parse WHIFLASH's flags among all flags of a launch; raises UsageError."""
     fields, values = {flag_of(field): field for field in Flags.model_fields}, {}
     for name, value in said.items():
         if not name.startswith(PREFIX):
@@ -136,7 +136,7 @@ def _settings(said: Mapping[str, Any]) -> Flags:
 
 
 def _check_names(said: Iterable[str]) -> None:
-    """Raise UsageError for a flag that SGLang's sources do not name; to import its parser takes half a minute."""
+    """Raise UsageError for a flag that is not in SGLang's sources. Importing its parser would take half a minute."""
     plugins = entry_points(group="sglang.srt.plugins")
     packages = ["sglang", *(plugin.module.partition(".")[0] for plugin in plugins)]
     specs = [spec for package in packages if (spec := find_spec(package)) is not None]
@@ -158,7 +158,7 @@ def _check_names(said: Iterable[str]) -> None:
 
 
 def _check_place(name: str, value: Any, *, bundle: bool = False) -> None:
-    """Check that a path exists. A hub's id is left to the hub, whose names have an owner."""
+    """Check that a path exists. A hub id, OWNER/NAME, is left to the hub."""
     if not isinstance(value, str) or Path(os.path.expanduser(value)).exists():
         return
     if value.startswith(("/", ".", "~")):
@@ -182,7 +182,7 @@ def _check_bundle(settings: Flags, said: Mapping[str, Any]) -> None:
 
 
 def _launch(settings: Flags, said: Mapping[str, Any]) -> Any:
-    """Launch for rows of the table. A fact that no word names is missing, and its rows are left out."""
+    """Return a `Launch` of the facts that the arguments name. Refusals that read another fact are skipped."""
     fields = {name[2:].replace("-", "_"): _value(value) for name, value in said.items()}
     launch = SimpleNamespace(args=SimpleNamespace(**fields), given=fields, model=None, environment=os.environ)
     launch.architecture = "the target"
@@ -196,7 +196,7 @@ def _launch(settings: Flags, said: Mapping[str, Any]) -> Any:
 
 
 def _value(word: Any) -> Any:
-    """As SGLang's parser reads a word; a switch has none."""
+    """Return a flag's value as SGLang's parser reads it: a number or text; True for a switch, which has no word."""
     if not isinstance(word, str):
         return True if word is None else word
     for read in (int, float):
@@ -206,7 +206,7 @@ def _value(word: Any) -> Any:
 
 
 def check_port(host: str, port: Any) -> None:
-    """Raises UsageError: no such port. ConfigError: the address cannot be listened at."""
+    """Check that a server can listen at this address. Raises UsageError: no such port; ConfigError: it cannot."""
     if not str(port).isdecimal() or int(port) > 65535:
         raise UsageError(f"--port {port}: give a number from 1 to 65535")
     try:

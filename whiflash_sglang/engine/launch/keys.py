@@ -1,7 +1,7 @@
-"""A server's keys stay with who was given them: SGLang's log of arguments and `GET /server_info` show them.
+"""Redact a server's keys in SGLang's log of arguments and in `GET /server_info`, which show them.
 
-The route is open to every holder of the API key, and to everybody if there is only an admin key. Both could read there
-the key that opens the steering routes.
+The route is open to every holder of the API key, and to everybody if there is only an admin key. Both could read the
+admin key there, which opens the steering routes.
 """
 
 from typing import Any
@@ -19,13 +19,13 @@ CUT_OUT = "<redacted>"
     until="SGLang redacts them",
 )
 def _logged(original: Any, server_args: Any) -> Any:
-    """The log of arguments shows no keys."""
+    """Redact keys in the log of arguments."""
     return without_keys(original(server_args), server_args)
 
 
 def without_keys(value: Any, server_args: Any) -> Any:
-    """`value` with the server's keys cut out of every string in it, the command line among them. Servers without
-    WHIFLASH keep SGLang's answer.
+    """Return `value` with the server's keys cut out of all its strings, which include the command line. On servers
+    without WHIFLASH it stays as it is.
     """
     if not asks_for_ours(server_args):
         return value

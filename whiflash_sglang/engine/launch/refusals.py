@@ -1,12 +1,12 @@
-"""Launches that WHIFLASH does not take: one table of conditions.
+"""Refuse launches that WHIFLASH cannot serve, by one table of conditions.
 
 Launches that are refused here start in SGLang and then serve wrong text, crash later or silently do something else.
 Each sentence names the flag or the model and says what to do.
 
 On CUDA some attention backends do not verify drafts in layers that attend through a sliding window. A verification is a
-plain causal block at the end of each request, so a backend is right where every row of it, not the request as a whole,
-sees the keys of its window, and where attention sinks (gpt-oss) reach the kernel. Draft KV uses the slots of layers
-that see the whole context. Windowed layers share them, or have a pool of their own (`launch.arguments.choose`).
+plain causal block at the end of each request. So a backend is right if every row, not the request as a whole, sees the
+keys of its own window, and if attention sinks (gpt-oss) reach the kernel. Draft KV uses the slots of layers that see
+the whole context. Windowed layers share them, or have a pool of their own (`launch.arguments.choose`).
 """
 
 from collections.abc import Callable, Iterator
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from whiflash_sglang.engine.launch.arguments import Launch
 
 CUDA_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla")
-"""Backends that plan a verification of several widths rightly, eagerly and for a captured graph (shown on CPU tensors;
-no GPU has run any of them). `triton` has a replacement in `engine/forward/`."""
+"""Attention backends that plan a verification of several widths correctly, eagerly and for a captured graph (shown on
+CPU tensors; no GPU has run any of them). `triton` has a replacement in `engine/forward/`."""
 ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha")
-"""Attention backends on CUDA for layers with windows. `triton` runs under Triton's interpreter as a formula says; the
-others get what their documentation asks for (`tests/compat/interpreted_windows.py`; no GPU has run any).
+"""Attention backends on CUDA for layers with windows. `triton` agrees with a formula under Triton's interpreter; the
+others get the inputs that their documentation asks for (`tests/compat/interpreted_windows.py`; no GPU has run any).
 """
 
 
@@ -36,12 +36,12 @@ IMAGES = (
     "Qwen3_5ForConditionalGeneration",
     "Qwen3_5MoeForConditionalGeneration",
 )
-"""Classes that are served with images, as `tests/targets/test_images.py` compares them with plain decoding."""
+"""Classes that may be served with images: `tests/targets/test_images.py` compares each with plain decoding."""
 
 
 def has_windows(model: Any) -> bool:
-    """Whether layers of a target (SGLang's `ModelConfig`) have one, also where SGLang itself keeps their KV whole
-    (Gemma 2 and 3, OLMo 3)."""
+    """Whether layers of a target (SGLang's `ModelConfig`) have a sliding window, also if SGLang itself keeps their KV
+    for the whole context (Gemma 2 and 3, OLMo 3)."""
     from sglang.srt.configs.model_config import is_hybrid_swa_model
 
     text = model.hf_text_config
@@ -53,8 +53,8 @@ def has_windows(model: Any) -> bool:
 
 
 def has_heads_of_two_shapes(model: Any) -> bool:
-    """Whether windowed layers have other heads of K and V than the others (Gemma 4, MiMo-V2), so that one pool does not
-    hold both."""
+    """Whether the K and V heads of windowed layers differ in number or width from those of other layers (Gemma 4,
+    MiMo-V2), so that one pool cannot hold both."""
     if not has_windows(model):
         return False
     windowed = (model.swa_head_dim, model.swa_v_head_dim, model.get_swa_num_kv_heads(1))
@@ -62,14 +62,15 @@ def has_heads_of_two_shapes(model: Any) -> bool:
 
 
 class Refusal(NamedTuple):
-    """`found` gives None or False if a launch is fine, else what `sentence` names in its braces."""
+    """A condition and its message. `found` returns None or False if a launch is fine, else the text for the braces of
+    `sentence`."""
 
     found: Callable[["Launch"], Any]
     sentence: str
 
 
 def refusals_of(launch: "Launch", *, known_in_part: bool = False) -> Iterator[tuple[str, str]]:
-    """Name and sentence of every row that stops this launch. known_in_part: rows that lack a fact are left out."""
+    """Yield name and sentence of every refusal of this launch. known_in_part: skip those that lack a fact."""
     for name, refusal in REFUSALS.items():
         try:
             found = refusal.found(launch)
@@ -82,12 +83,12 @@ def refusals_of(launch: "Launch", *, known_in_part: bool = False) -> Iterator[tu
 
 
 def refusal_of(launch: "Launch") -> str | None:
-    """The first sentence that stops this launch, or None."""
+    """Return the sentence of the first refusal of this launch, or None."""
     return next((sentence for _, sentence in refusals_of(launch)), None)
 
 
 def storage_refusal(server_args: Any, backend: str, draft_kv: bool) -> str | None:
-    """The sentence that stops this storage from being attached to a server that runs; None: nothing does."""
+    """Return why this storage cannot be attached to a running server; None if it can."""
     args = SimpleNamespace(
         hicache_storage_backend=backend, enable_streaming_session=server_args.enable_streaming_session
     )
@@ -97,7 +98,7 @@ def storage_refusal(server_args: Any, backend: str, draft_kv: bool) -> str | Non
 
 
 def _on(argument: str) -> Callable[["Launch"], Any]:
-    """An argument that is off by default."""
+    """Return the condition that an argument which is off by default is on."""
     return lambda launch: bool(getattr(launch.args, argument))
 
 
@@ -106,7 +107,7 @@ def _more_than_one(argument: str) -> Callable[["Launch"], Any]:
 
 
 _peers = _more_than_one("attn_dp_size")
-"""DP attention."""
+"""The condition that DP attention is on."""
 
 
 def _set_beside_peers(variable: str) -> Callable[["Launch"], Any]:
@@ -114,13 +115,13 @@ def _set_beside_peers(variable: str) -> Callable[["Launch"], Any]:
 
 
 def _foreign_flag(launch: "Launch") -> str | None:
-    """The first flag of SGLang's other algorithms that the user gave."""
+    """Return the first flag of SGLang's other speculative algorithms that the user gave, or None."""
     given = (f for f, default in FOREIGN.items() if launch.given.get(f, default) != default)
     return next(map(_flag, given), None)
 
 
 def _architecture(condition: Callable[["Launch"], Any]) -> Callable[["Launch"], Any]:
-    """The target's architecture if `condition` holds; None if only flags are known."""
+    """Return a condition that gives the target's architecture if `condition` holds, None if only flags are known."""
     return lambda launch: launch.architecture if launch.model is not None and condition(launch) else None
 
 
@@ -131,7 +132,7 @@ def _is_uncaptured(launch: "Launch") -> bool:
 
 
 def _recurrent() -> Any:
-    """Imported when a target is judged: flags alone need none of its models' configurations."""
+    """Return the module `recurrent`. It imports configurations of models, which only a target's judgement needs."""
     from whiflash_sglang.engine.forward import recurrent
 
     return recurrent
@@ -146,7 +147,7 @@ def _has_adapters(launch: "Launch") -> bool:
 
 
 def _foreign_adapters(launch: "Launch") -> tuple[str, str] | None:
-    """The backend of LoRA that this device needs, and another one that is asked for."""
+    """Return the LoRA backend that this device needs and the one that the user chose; None if the launch is fine."""
     # On a CPU SGLang's default is replaced (`whiflash_cpu/cpu.py`).
     takes = ("triton",) if launch.device == "cuda" else ("torch_native", "csgmv")
     named = launch.args.lora_backend
@@ -154,7 +155,7 @@ def _foreign_adapters(launch: "Launch") -> tuple[str, str] | None:
 
 
 def _untested_beside_uno(launch: "Launch") -> str | None:
-    """The first part of a launch that UNO's adapter, or its pass over the target's state, was not tried with."""
+    """Return the first part of a launch that is untested with UNO's adapter or its pass over the target's state."""
     if not launch.uno:
         return None
     found = {
@@ -193,7 +194,7 @@ def _has_chunks(launch: "Launch") -> bool:
 
 
 def _untested_media(launch: "Launch") -> str | None:
-    """The target's architecture if it takes media that no test of it has; None if only flags are known."""
+    """Return the target's architecture if it takes media that no test covers; None if fine, or only flags are known."""
     model = launch.model
     if model is None or not (model.is_multimodal or model.is_audio_model):
         return None
@@ -216,14 +217,14 @@ FOREIGN: dict[str, Any] = {
     "enable_multi_layer_eagle": False,
     "uno_lora_path": None,
 }
-"""Arguments of SGLang's other algorithms, and what they are where nobody gave them."""
+"""Arguments of SGLang's other speculative algorithms, with their defaults."""
 _ONE_OF = {
     "pp_size": "a round is planned, drafted and verified by a process that has all layers",
     "dwdp_size": "its ranks do not count each other's rows, as a verification needs",
     "attn_cp_size": "drafters read the KV of all positions",
     "dcp_size": "drafters read the KV of all positions",
 }
-"""Ways to spread a model, and why WHIFLASH does not go with more than one."""
+"""Sizes of parallel groups that must be 1 with WHIFLASH, and why."""
 _REMOVE = "WHIFLASH does not work with {}; remove it"
 _ONE_TOKEN = "it decodes one token a step, and a verification has several"
 _HTTP = "WHIFLASH needs SGLang's own HTTP server, for its routes, checks and traces; "
@@ -234,7 +235,7 @@ def _flag(argument: str) -> str:
 
 
 def _removed(**reasons: str) -> dict[str, Refusal]:
-    """Switches that cannot be on, and why."""
+    """Return the refusals of switches that cannot be on. reasons: by argument."""
     return {
         argument: Refusal(_on(argument), _REMOVE.format(f"{_flag(argument)} ({reason})"))
         for argument, reason in reasons.items()
@@ -242,7 +243,7 @@ def _removed(**reasons: str) -> dict[str, Refusal]:
 
 
 def _removed_beside_draft_kv(**reasons: str) -> dict[str, Refusal]:
-    """Switches that cannot be on where a drafter keeps KV, or reads features, of its own."""
+    """Return the refusals of switches that cannot be on if a drafter keeps KV of its own or reads features."""
 
     def row(argument: str, reason: str) -> Refusal:
         sentence = (
@@ -255,7 +256,7 @@ def _removed_beside_draft_kv(**reasons: str) -> dict[str, Refusal]:
 
 
 REFUSALS: dict[str, Refusal] = {
-    # where it runs
+    # devices and parallel groups
     "device": Refusal(
         lambda x: x.device not in ("cpu", "cuda") and x.device,
         "WHIFLASH runs on the CPU and on CUDA, not on {}; serve without it",
@@ -322,7 +323,7 @@ REFUSALS: dict[str, Refusal] = {
         enable_attn_tp_input_scattered="a rank would keep features of its own tokens only",
         enable_layernorm_sp="a rank would keep features of its own tokens only",
     ),
-    # which target
+    # targets
     "recurrent": Refusal(
         _architecture(lambda x: _recurrent().has_state(x.model) and not _recurrent().is_known(x.model)),
         "{} keeps a recurrent state that cannot be set back to the last accepted draft; serve it without WHIFLASH",
@@ -388,7 +389,7 @@ REFUSALS: dict[str, Refusal] = {
         "the target is a {} file, which SGLang reads only on GPUs, untested with WHIFLASH; use a checkpoint in "
         "safetensors",
     ),
-    # who serves it
+    # files of targets, HTTP and processes
     "workers_keys": Refusal(
         lambda x: _more_than_one("tokenizer_worker_num")(x) and bool(x.args.api_key or x.args.admin_api_key),
         "SGLang checks no keys with --tokenizer-worker-num above 1; remove it, or --api-key and --admin-api-key",
@@ -401,7 +402,7 @@ REFUSALS: dict[str, Refusal] = {
         f"tokenizer workers need WHIFLASH's application for its routes, checks and traces; unset {APP_PATH}",
     ),
     "rust_server": Refusal(lambda x: x.is_set("SGLANG_RUST_SERVER"), _HTTP + "unset SGLANG_RUST_SERVER"),
-    **{  # The old name first: resolved, it is the new one too.
+    **{  # The old name comes first, since SGLang resolves it to the new one too.
         argument: Refusal(_on(argument), _HTTP + f"remove {_flag(argument)}")
         for argument in ("grpc_mode", "smg_grpc_mode", "use_ray", "encoder_only")
     },
@@ -457,7 +458,7 @@ REFUSALS: dict[str, Refusal] = {
         lambda x: x.is_set("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
         "the drafters' KV needs the size of the target's KV at the start; unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
     ),
-    # what the scheduler does
+    # scheduling
     "lora_backend": Refusal(
         _foreign_adapters,
         "--lora-backend {0[1]} lays out the rows of adapters for drafts of one length; give --lora-backend {0[0]}",
@@ -518,4 +519,4 @@ UNCAPTURED = Refusal(
     _architecture(_is_uncaptured),
     "{} has no hidden-state capture in SGLang, so no drafter can read it; give --whiflash-drafters none",
 )
-"""Beside the table: it stops a launch only if a drafter reads layers of the target."""
+"""A refusal outside the table, since it stops a launch only if a drafter reads layers of the target."""
