@@ -10,8 +10,8 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -35,7 +35,8 @@ OPTIONS: dict[str, Any] = {
     "device": "cuda",
     "dtype": "float32",
     "sampling_backend": "pytorch",
-    "max_running_requests": 6,  # each size of a graph is captured
+    "enable_custom_logit_processor": True,
+    "max_running_requests": 8,  # each size of a graph is captured
     "chunked_prefill_size": 64,
     "context_length": 200,  # some kernels are interpreted over all of it
     "skip_tokenizer_init": False,
@@ -202,7 +203,11 @@ def in_detail(world: Streams, loop: Any, launches: Any, places: set[Any]) -> dic
         "passes": {
             "greedy": steady(loop, launches),
             "sampled": steady(loop, launches, temperature=0.6, top_p=0.95),
-            **{name: steady(loop, launches, one) for name, one in ONE.items()},
+            **{name: steady(loop, launches, one) for name, one in (ONE | {"thinking": budget(0)}).items()},
+            **{
+                name: steady(loop, launches, one, ("ar", "diffusion", "none", "none") * 2)
+                for name, one in (("eight", {}), ("budget", budget(1000)))
+            },
         },
         "planted": {name: planted(world, loop, name, fault) for name, fault in FAULTS.items()},
     }
@@ -217,24 +222,32 @@ def timed(body: Callable[[], object], clock: Any) -> float:
     return float(clock.elapsed(begin, end))
 
 
+@contextmanager
+def overlapping(loop: Any) -> Iterator[Counter[bool]]:
+    """How many passes of the scheduler are not overlapped, and how many are."""
+    asked, is_disabled = Counter[bool](), loop.scheduler.is_disable_overlap_for_batch
+
+    def noted(batch: Any, last_batch: Any) -> bool:
+        disabled = bool(is_disabled(batch, last_batch))
+        asked[disabled] += 1
+        return disabled
+
+    with patch.object(loop.scheduler, "is_disable_overlap_for_batch", noted):
+        yield asked
+
+
 def under_grammars(world: Streams, loop: Any) -> dict[str, Any]:
     """Requests under grammars beside others: their texts, the passes that were not overlapped, and what they read."""
     from traffic import Arrival, mixed, play
 
-    scheduler, asked = loop.scheduler, Counter[bool]()
-    is_disabled = scheduler.is_disable_overlap_for_batch
-
-    def noted(batch: Any, last_batch: Any) -> bool:
-        disabled = is_disabled(batch, last_batch)
-        asked[bool(disabled)] += 1
-        return bool(disabled)
-
     arrivals = [Arrival(name, 0, tuple(name.encode()), params) for name, params in CONSTRAINED.items()]
-    scheduler.is_disable_overlap_for_batch = noted
     for seen in (world.stalls, world.races):
         seen.clear()
     alone = {**CONSTRAINED["regex"], "max_new_tokens": 0}  # as SGLang warms up `n` answers
-    texts = play(loop, [*mixed(seed=33, count=2, tokens=8), *arrivals, Arrival("alone", 5, (97, 98), alone)])
+    with overlapping(loop) as asked:
+        texts = play(
+            loop, [*mixed(seed=33, count=2, tokens=8), *arrivals, Arrival("alone", 5, (97, 98), alone)]
+        )
     return {
         "alone": loop.requests["alone"].finished_reason.to_json()["type"],
         "grammars": CONSTRAINED,
@@ -246,6 +259,18 @@ def under_grammars(world: Streams, loop: Any) -> dict[str, Any]:
     }
 
 
+def budget(most: int) -> dict[str, Any]:
+    """Parameters of a request that may think for so long, and does not. Its processor is a class that travels by value.
+
+    With 0 every row has a mask, since thinking may begin at each.
+    """
+    from sglang.srt.sampling.custom_logit_processor import ThinkingBudgetLogitProcessor
+
+    ids = dict(zip(ThinkingBudgetLogitProcessor.__annotations__, (5, 6, 10), strict=True))
+    kind: Any = type("Budget", (ThinkingBudgetLogitProcessor,), {"__module__": "__main__", **ids})
+    return {"custom_logit_processor": kind.to_str(), "custom_params": {"thinking_budget": most}}
+
+
 def steady(
     loop: Any,
     launches: Any,
@@ -255,6 +280,7 @@ def steady(
     **params: float,
 ) -> dict[str, int]:
     """Launches of a pass of the scheduler in which nobody comes or goes: four requests, each with another arm.
+    All passes overlap.
 
     one: parameters of the first. routes: of as many requests. graphs: whether to count what their graphs launch, too.
     """
@@ -266,8 +292,8 @@ def steady(
         plan(rows, forecasts)
         return [arm if arm in may else "none" for arm, may in zip(routes, forecasts, strict=False)]
 
-    with patch.object(controller, "route", route, create=plan is None):
-        rids = [f"steady {i} {params} {one}" for i in range(len(routes))]
+    with patch.object(controller, "route", route, create=plan is None), overlapping(loop) as asked:
+        rids = [f"steady {i} {params} {one} {len(routes)}" for i in range(len(routes))]
         for i, rid in enumerate(rids):
             prompt = [1 + i, 2, 3, 1 + i, 2, 3, 1 + i, 2]
             loop.submit(rid, prompt, max_new_tokens=60, **params, **((one or {}) if i == 0 else {}))
@@ -281,6 +307,7 @@ def steady(
         for rid in rids:
             loop.abort(rid)
         loop.run()
+    assert not asked[True]
     return min(passes[2:], key=Counter.total)
 
 

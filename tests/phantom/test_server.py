@@ -54,6 +54,7 @@ MOST_LAUNCHES = {"whiflash": 15, "sglang": 9}
 """Launches of a pass with four requests that two drafters and copies draft for, by owner: a ratchet, never raised."""
 BESIDE: dict[str, dict[str, int]] = {
     "grammar": {"whiflash": 2, "sglang": 2},
+    "thinking": {"whiflash": 2, "sglang": 2},
     "biased": {"whiflash": 1},
     "penalised": {"whiflash": 1},
     "rated": {"whiflash": 1},
@@ -230,6 +231,11 @@ def test_a_round_without_drafts_beside_sglangs_decoding() -> None:
     assert [counts for name, *counts in rows if name.startswith("in a graph: plan")] == [[*"001111"]]
     decoding, _, *ours = map(int, rows[-1][1:])
     assert max(ours) - decoding <= MORE_THAN_DECODING
+
+
+def test_a_thinking_budget_beside_seven_requests_launches_nothing(found: dict[str, Any]) -> None:
+    """Until it may end in a round, which the host knows before the forward."""
+    assert found["passes"]["budget"] == found["passes"]["eight"]
 
 
 def test_serving_compiles_nothing_of_sglangs_for_rounds(found: dict[str, Any]) -> None:
