@@ -137,6 +137,10 @@ class FittedCard:
     LAYERS: ClassVar[int] = 36
     OWN: ClassVar[float] = 0.35e-3
     """Seconds of a round beside the target's forward: estimated between 0.1 and 0.6 ms."""
+    OWN_PLAIN: ClassVar[tuple[float, float]] = (10e-6, 0.3e-6)
+    """The same of a round whose forward is stock decoding's, and more a request: computed for four launches more than
+    stock's and 1 MB a row, as counted on the phantom card (`docs/dev/findings.md`).
+    """
     DRAFTED: ClassVar[float] = 0.25e-3
     """The same of a round with a draft pass, on top."""
     ISSUED: ClassVar[float] = 1.11e-3
@@ -159,8 +163,10 @@ class FittedCard:
         return self.recorded.verifications.at_short.at(rows) - 1.46e-3 + self.OWN
 
     def forward(self, tables: CostTables, rows: int, widths: Sequence[int], contexts: Sequence[int]) -> float:
-        plain = max(widths) == 1 and not self.own_plain
-        return self._forward(rows) + self._read((0,) * len(widths) if plain else widths, contexts)
+        if max(widths) == 1 and not self.own_plain:
+            fixed, each = self.OWN_PLAIN
+            return self.stock(len(widths), sum(contexts)) + fixed + each * len(widths)
+        return self._forward(rows) + self._read(widths, contexts)
 
     def drafting(self, tables: CostTables, arm: str, requests: int, drafts: int, caught_up: int) -> float:
         seconds = self.recorded.draft(arm, requests, drafts) - self.PASS_ISSUED

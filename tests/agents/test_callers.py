@@ -14,8 +14,11 @@ import grpc
 import pytest
 from server_host import Server, ServerHost
 from tiny_models import served_pair
+from typer.testing import CliRunner
 
 from whiflash_lab.servers import free_port
+from whiflash_sglang.cli import echo
+from whiflash_sglang.cli.app import app
 
 pytestmark = pytest.mark.server
 
@@ -181,3 +184,10 @@ def test_a_call_over_grpc_is_refused(server: Server, grpc_port: int) -> None:
         except grpc.RpcError as error:
             answer = str(error).encode()
     assert b"X-WhiFlash-Tenant" in answer
+
+
+def test_the_check_by_repetition_names_its_tenants(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"AT_ONCE": 1, "LENGTH": 24, "DRAFTS": 2}.items():
+        monkeypatch.setattr(echo, name, value)
+    done = CliRunner().invoke(app, ["check", "--echo", server.url])
+    assert done.exit_code == 0, done.output

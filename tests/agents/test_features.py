@@ -279,8 +279,10 @@ def test_a_wrong_token_of_one_arm_fails_the_check(server: Server, monkeypatch: p
     """`whiflash check --echo`: the answers of a real server, and a token that somebody changed on their way."""
     asked = echo.over_http
 
-    def changed(client: httpx.Client, url: str, bodies: Sequence[echo.Body]) -> Sequence[echo.Body]:
-        answers = asked(client, url, bodies)
+    def changed(
+        client: httpx.Client, url: str, bodies: Sequence[echo.Body], **named: Any
+    ) -> Sequence[echo.Body]:
+        answers = asked(client, url, bodies, **named)
         for body, answer in zip(bodies, answers, strict=True):
             if '"prefer": "diffusion"' in body["sampling_params"]["custom_params"]["whiflash"]:
                 answer["output_ids"][-1] += 1

@@ -36,7 +36,7 @@ def sample(form: Any) -> Any:
             return [sample(part) for part in inside]
         case origin if origin is Annotated or inside:
             return sample(inside[0])
-    return {str: "auto", float: 2.0}.get(form, 2)
+    return {str: "auto", float: 2.0, bool: True}.get(form, 2)
 
 
 def spoiled(value: Any) -> Iterator[Any]:

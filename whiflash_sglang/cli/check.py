@@ -172,9 +172,10 @@ def _check_echo(url: str, sweeps: int, api_key: str | None, *, as_json: bool) ->
 
     headers, named = authorization(api_key), without_password(url)
     with httpx.Client(headers=headers, timeout=ANSWER, limits=LIMITS) as client, progress() as bar:
-        arms = ask(client, url, "/whiflash/capabilities", ServedArms)["arms"]
-        dtype = ask(client, url, "/server_info", ServedType)["dtype"]
-        over_http, texts = partial(echo.over_http, client, url), echo.prompts(seed=0)
+        shown = ask(client, url, "/whiflash/capabilities", ServedArms)
+        arms, tenant_header = shown["arms"], shown.get("tenant_header", False)
+        over_http = partial(echo.over_http, client, url, tenant_header=tenant_header)
+        dtype, texts = ask(client, url, "/server_info", ServedType)["dtype"], echo.prompts(seed=0)
         result = echo.Echo(over_http, arms, dtype, echo.LENGTH)
         steps = sweeps * (echo.AT_ONCE + len(arms) + 2)
         task = bar.add_task(f"{named} repeats identifiers", total=steps)

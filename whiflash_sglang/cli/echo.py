@@ -56,15 +56,26 @@ class Generated(Answer):
     meta_info: MetaInfo
 
 
-def over_http(client: httpx.Client, url: str, bodies: Sequence[Body]) -> Sequence[Body]:
-    """Send the bodies to `/generate` concurrently and return the server's answers. Raises ServerRefusedError."""
+def over_http(
+    client: httpx.Client, url: str, bodies: Sequence[Body], *, tenant_header: bool = False
+) -> Sequence[Body]:
+    """Send the bodies to `/generate` concurrently and return the server's answers. Raises ServerRefusedError.
+
+    tenant_header: whether the server reads the key of its prefix cache from the gateway's header only.
+    """
+
+    def answer(body: Body) -> Body:
+        headers = {"X-WhiFlash-Tenant": body["extra_key"]} if tenant_header else None
+        return ask(client, url, "/generate", Generated, body, headers)
+
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(lambda body: ask(client, url, "/generate", Generated, body), bodies))
+        return list(pool.map(answer, bodies))
 
 
 def prompts(seed: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield prompts that list identifiers twice and begin a third list, with sampling parameters; every third prompt has
-    a grammar."""
+    """Yield prompts that list identifiers twice and begin a third list, with sampling parameters; every third one has
+    a grammar.
+    """
     rng = random.Random(seed)
     for params in itertools.cycle((FREE, FREE, GRAMMARS[0], FREE, FREE, GRAMMARS[1])):
         raw = [rng.randbytes(16) for _ in range(IDENTIFIERS)]
@@ -95,7 +106,7 @@ class Job:
         hints: Body = {"trace": "full", "infer": False, "learn": False, "off": self.pin == NONE}
         if self.pin not in (NONE, POLICY):
             hints["spans"] = [{"kind": "prose", "open": True, "prefer": self.pin, "pin": True}]
-            hints["lookup"] = "memory" if self.pin == LOOKUP else "off"
+            hints["lookup"] = "on" if self.pin == LOOKUP else "off"
         params = {**self.params, "temperature": 0, "max_new_tokens": self.end - self.begin}
         params["custom_params"] = {"whiflash": json.dumps(hints)}
         ids = [*self.prompt, *self.tokens[: self.begin]]

@@ -45,6 +45,7 @@ class ServedModel(Answer):
 
 class ServedArms(Answer):
     arms: Names
+    tenant_header: bool = False
 
 
 class ServedType(Answer):
@@ -136,7 +137,12 @@ def address_of(url: str) -> str:
 
 
 def ask(
-    client: httpx.Client, url: str, path: str, shape: type[BaseModel], body: Mapping[str, Any] | None = None
+    client: httpx.Client,
+    url: str,
+    path: str,
+    shape: type[BaseModel],
+    body: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Send a GET to the server's route `path`, or a POST of `body` if there is one; return the JSON of the answer.
 
@@ -144,7 +150,7 @@ def ask(
     """
     named = without_password(url)
     try:
-        status, raw = _read(client, f"{url.rstrip('/').removesuffix('/v1')}{path}", body)
+        status, raw = _read(client, f"{url.rstrip('/').removesuffix('/v1')}{path}", body, headers)
     except httpx.ReadTimeout:
         hint = "it may be busy with a long step; ask again"
         raise ServerRefusedError(f"{named} has not answered: {hint}") from None
@@ -180,11 +186,13 @@ def ask(
     )
 
 
-def _read(client: httpx.Client, url: str, body: Mapping[str, Any] | None) -> tuple[int, bytes]:
+def _read(
+    client: httpx.Client, url: str, body: Mapping[str, Any] | None, headers: Mapping[str, str] | None
+) -> tuple[int, bytes]:
     """Return status and body of an answer. Raises httpx's errors, also for one that is too long or never ends."""
     content = bytearray()
     ends = time.monotonic() + (client.timeout.read or math.inf)
-    with client.stream("GET" if body is None else "POST", url, json=body) as answer:
+    with client.stream("GET" if body is None else "POST", url, json=body, headers=headers) as answer:
         for part in answer.iter_bytes():
             content += part
             if len(content) > MOST_ANSWER:
