@@ -1,8 +1,8 @@
-"""`assign(scores, costs) → routes` for a whole batch.
+"""Assigns arms to the requests of a batch by price: `assign(scores, costs) → routes`.
 
-Activating another drafter or verifying wider is a cost of the batch, not of one request: drafting runs once
-per active arm and verification once for all. So the subsets of active arms are compared by expected tokens
-per second; with a handful of arms that is at most a few dozen subsets.
+Another active drafter or a wider verification is a cost of the batch, not of one request: drafting runs once per active
+arm and verification once for all. So sets of active arms are compared by expected tokens per second; with a handful of
+arms these are at most a few dozen sets.
 """
 
 import math
@@ -18,25 +18,25 @@ from whiflash_sglang.prices.costs import Costs
 from whiflash_sglang.routing.policies import Scores
 
 WITHOUT_A_PASS = (arms.PROMISED, arms.NONE)
-"""Choices that run no drafter."""
+"""Choices without a drafter's pass."""
 
 UNSCORED = {arms.NONE: 0.0}
-"""Scores of a request that has none."""
+"""Scores that replace those of a request without any."""
 
 Accepted = Callable[[str, float], float]
-"""Mean number of accepted drafts, of so many drafts of an arm."""
+"""(arm, drafts) → mean number of accepted drafts of a pass with so many."""
 
 MARGIN = 0.02
-"""Keeps routes from thrashing: a switch must promise so much more tokens per second, relatively."""
+"""Relative gain in tokens per second that a switch must promise, so that routes do not flap."""
 
 
 def best_each(scores: Sequence[Scores]) -> list[str]:
-    """The arm with the highest score for every request on its own; ties go to the arm named first."""
+    """Return the arm with the highest score for each request by itself; ties go to the arm named first."""
     return [max(s, key=lambda arm: s[arm]) if s else arms.NONE for s in scores]
 
 
 class Assignment(NamedTuple):
-    """A pass for each request, or none; and by arm, to how many drafts its pass is limited."""
+    """The arm or `none` of each request (routes), and by arm the number of drafts that its pass is limited to."""
 
     routes: list[str]
     lengths: Mapping[str, int]
@@ -50,26 +50,26 @@ def assign(
     promised: Sequence[Forecast] = (),
     accepted: Accepted = lambda _, drafts: drafts,
 ) -> Assignment:
-    """One pass per request, or none, with what is promised without one (`arms.PROMISED`) or plainly.
+    """Choose for each request a drafter's pass, a candidate without a pass (`arms.PROMISED`) or plain decoding.
 
     Args:
-        scores: arm → expected accepted tokens of a pass of full length, per request.
+        scores: per request, arm → expected tokens of a round with a pass of full length.
         costs: measured latencies; None: every request takes its best arm (the paper's per-request routing).
-        previous: the arms of the last round, for the margin; empty: no margin.
-        margin: by how much a switch must be better (`MARGIN`); None: it need not be.
-        promised: what each request's round promises without a pass, if it scores `arms.PROMISED`.
-        accepted: what a limit leaves of a pass.
+        previous: each request's choice in the last round, for the margin; empty: no margin.
+        margin: relative gain that a switch must promise (`MARGIN`); None: any gain is enough.
+        promised: forecast of each request's best candidate, read if it scores `arms.PROMISED`.
+        accepted: mean number of accepted drafts of a limited pass.
 
     Returns:
-        The routes with the most expected tokens per second, unless keeping the previous ones is within the margin. The
-        lengths are those that are best for these routes.
+        The routes with the most expected tokens per second, or the previous ones if these are within the margin; and
+        the best lengths of passes for the routes returned.
     """
     if costs is None or not scores:
         return Assignment(best_each(scores), {})
     batch = _Batch(scores, costs, promised, accepted)
     best, (best_rate, lengths) = batch.best()
     if best_rate <= 0.0:
-        best, best_rate = best_each(scores), 0.0  # of scores that only order arms
+        best, best_rate = best_each(scores), 0.0  # scores of policies that only order arms
     if margin is not None and len(previous) == len(scores):
         kept = [str(p) if p in s else b for p, s, b in zip(previous, scores, best, strict=True)]
         if kept != best:
@@ -82,14 +82,14 @@ def assign(
 def best_rate(
     scores: Sequence[Scores], costs: Costs, promised: Sequence[Forecast], accepted: Accepted
 ) -> float:
-    """Most expected tokens per second, whatever the routes were."""
+    """Return the expected tokens per second of the best routes, without a margin for the previous ones."""
     return _Batch(scores, costs, promised, accepted).best()[1][0]
 
 
 class _Batch:
-    """Requests by how they rank their arms: of a set of active arms, all that rank them alike take the same.
+    """Groups requests that rank their arms alike, which take the same arm of any set, and rates choices by price.
 
-    A request without scores decodes plainly, and adds nothing to what is expected.
+    A request without scores decodes plainly and counts as no tokens.
     """
 
     def __init__(
@@ -102,21 +102,22 @@ class _Batch:
         self.limits = {arm: self._limited(arm, rows) for arm, rows in self.rows.items()}
         self.rows[arms.NONE] = PLAIN.rows
         self.alike: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
-        """Their arms, the best first → the indices of some requests."""
+        """Arms ranked by score, best first → indices of the requests that rank them so."""
         orders: dict[int, list[str]] = {}
         for index, each in enumerate(self.scores):
             rows = promised[index].rows if arms.PROMISED in each else 0
             if (order := orders.get(rows)) is None:
-                # The narrower of two arms with the same score: rows that verify nothing cost the whole batch.
+                # If two arms have the same score, the narrower one comes first: rows cost the whole batch.
                 known = self.rows | {arms.PROMISED: rows}
                 order = orders[rows] = sorted([*self.names, arms.NONE], key=known.__getitem__)
             named = order if len(each) == len(order) else [arm for arm in order if arm in each]
             self.alike[tuple(sorted(named, key=each.__getitem__, reverse=True))].append(index)
 
     def _limited(self, arm: str, rows: float) -> list[tuple[int, float, float]]:
-        """Lengths of a pass, rows that a request verifies then, and the share of its accepted drafts that are left.
+        """Return the lengths that a pass may have, each with a request's verified rows and its share of the accepted
+        drafts of a full pass.
 
-        rows: without a limit. Those beyond the arm's own drafts are copies behind them, which stay.
+        rows: verified rows with a full pass. Those beyond the arm's own drafts are copies, which a limit keeps.
         """
         *shorter, longest = self.costs.lengths(arm)
         own = min(rows - 1, longest)
@@ -130,10 +131,10 @@ class _Batch:
         return limits
 
     def best(self) -> tuple[list[str], tuple[float, Mapping[str, int]]]:
-        """The choices with the most expected tokens per second; how many, and by which lengths of passes. On ties those
-        of the smaller set.
+        """Return the choices with the most expected tokens per second, that rate, and the lengths of passes it needs.
+        Ties go to the smaller set.
 
-        Every request takes its best arm of a set of active ones. Sets without a pinned request's arm are left out.
+        In a set of active arms every request takes its best one. Sets that lack a pinned request's arm are skipped.
         """
         best, top, members = tuple[str, ...](), (-math.inf, dict[str, int]()), self.alike.values()
         choices = (
@@ -150,11 +151,11 @@ class _Batch:
         return routes, top
 
     def rate_of(self, routes: Sequence[str]) -> tuple[float, dict[str, int]]:
-        """Expected tokens per second of the batch under `routes`, and by which lengths of passes."""
+        """Return the most expected tokens per second of the batch under `routes`, and the lengths of passes by arm."""
         return self._rate((arm, (index,)) for index, arm in enumerate(routes))
 
     def _rate(self, parts: Iterable[tuple[str, Sequence[int]]]) -> tuple[float, dict[str, int]]:
-        """The same if an arm drafts for these requests, another for those, and so on."""
+        """Return the most tokens per second, and the lengths of passes by arm. parts: arms with their requests."""
         expected, rows, scored, drafted = 0.0, 0.0, defaultdict[str, float](float), Counter[str]()
         for arm, indices in parts:
             score = sum([self.scores[index][arm] for index in indices])
@@ -182,6 +183,6 @@ class _Batch:
 
 @lru_cache
 def _subsets(names: tuple[str, ...], most: int) -> list[frozenset[str]]:
-    """Sets of at most `most` arms, and `none` in each: no more are used than there are requests."""
+    """Return all sets of at most `most` of these arms, each with `none`: no more arms are used than requests exist."""
     sizes = range(min(len(names), most) + 1)
     return [frozenset((*chosen, arms.NONE)) for size in sizes for chosen in combinations(names, size)]

@@ -1,4 +1,4 @@
-"""Routes for a batch, from what every request's state knows and what the batch costs. Imports no SGLang."""
+"""Routes a batch: scores each request by the policy and its hints, then assigns arms by price. Imports no SGLang."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,15 +13,15 @@ from whiflash_sglang.routing.policies import Policy, Scores, apply_hints
 from whiflash_sglang.spans.tracker import SpanTracker
 
 Forecasts = Mapping[str, Forecast | None]
-"""Arms that may draft for a request, with what those expect of the round that look before they draft."""
+"""By arm that may draft for a request, its forecast of the round; None for an arm that forecasts nothing."""
 
 
 class Controller:
-    """The table of running requests, by row, and one policy for all.
+    """Keeps the running requests by row, routes their rounds by one policy, and learns from the results.
 
     Args:
-        policy: scores one request. costs: measured latencies, read by policies that price batches.
-        token_bytes: bytes of every token, for spans; empty: spans are not followed.
+        policy: scores one request. costs: measured latencies, used if the policy prices batches.
+        token_bytes: bytes of every token of the vocabulary, to find spans; empty: spans are not followed.
     """
 
     def __init__(self, policy: Policy, costs: Costs, token_bytes: Sequence[bytes]) -> None:
@@ -31,28 +31,28 @@ class Controller:
         self._token_bytes = token_bytes
 
     def open(self, request: Request, output: Sequence[int]) -> None:
-        """A request begins in its row, with the `output` it had before a retraction."""
+        """Add a request that begins in its row. output: tokens that it produced before a retraction."""
         self.states[request.row], request.running = request, True
         if request.hints.spans and self._token_bytes:
             request.follow(SpanTracker(request.hints.spans, self._token_bytes), output)
 
     def state(self, row: int, rid: str) -> Request:
-        """The request `rid` in `row`; if it has ended, one that does not run and is kept nowhere."""
+        """Return the request `rid` in `row`; if it has ended, a new `Request` that is not running and not stored."""
         request = self.states.get(row)
         return request if request is not None and request.rid == rid else Request(rid, row=row)
 
     def close(self, request: Request) -> None:
-        """A request is gone, and with it all that is kept of it."""
+        """Remove a request that has left, with everything that drafters keep of it."""
         del self.states[request.row]
         request.running = False
         request.kept.clear()
 
     def route(self, requests: Sequence[Request], forecasts: Sequence[Forecasts]) -> list[str]:
-        """One pass per request, or none."""
+        """Choose a drafter's pass or `none` for each request; see the function `route`."""
         return route(self.policy, requests, forecasts, self.costs)
 
     def named(self, request: Request, names: Iterable[str]) -> list[str]:
-        """Arms of `names` that the next round of a request may be routed to; others need not be asked."""
+        """Return the arms of `names` that the request's next round may be routed to; others need not be asked."""
         if request.hints.off:
             return []
         candidates, span = self.policy.candidates, request.span
@@ -66,7 +66,7 @@ class Controller:
         return request.decision.only in (None, arm) and bool(self.named(request, (arm,)))
 
     def worth(self, arm: str) -> Worth:
-        """The value that a further draft of `arm` must have; policies that price nothing draft the full length."""
+        """Return the tokens that a further draft of `arm` must bring; `FULL_LENGTH` if the policy prices nothing."""
         return self.costs.worth(arm) if self.policy.prices_batches else FULL_LENGTH
 
     def committed(
@@ -79,12 +79,12 @@ class Controller:
         start: int = 0,
         lengths: Mapping[str, int] | None = None,
     ) -> bool:
-        """A round of `arm` committed `tokens` of a request, the bonus token last.
+        """Learn that a round of `arm` committed `tokens` of a request, the bonus token last.
 
         Args:
-            decision: what the round was decided on, which its next rounds may have left behind.
-            width: rows that it verified. start: n when it began. lengths: tokens that each arm which drafted would have
-                committed alone; None: `arm` committed these.
+            decision: the round's own decision; the request may have a newer one by now.
+            width: rows that it verified. start: n when it began. lengths: by arm that drafted, tokens that it would
+                have committed alone; None: `arm` committed `tokens`.
 
         Returns whether the round is evidence for other requests too (`Decision.free`).
         """
@@ -100,14 +100,14 @@ class Controller:
         return free
 
     def _unlimited(self, arm: str, length: int, limit: int) -> float:
-        """Tokens that a round is expected to commit if its pass has its full length: if a limited one was all right, as
-        many more as usually follow.
+        """Return the tokens that a round would be expected to commit with a pass of full length: if all drafts of a
+        limited pass were accepted, the mean of further accepted drafts is added.
         """
         most = self.costs.lengths(arm)[-1]
         return length + (self.policy.accepted(arm, most, limit) if 0 < length - 1 == limit < most else 0.0)
 
     def wanted(self, request: Request, decision: Decision, priced_as: str, drafts: int) -> None:
-        """A request's round had `drafts` drafts before some were left out; a pass that was limited has full length."""
+        """Learn a round's number of drafts before any were left out. A filled limited pass counts as a full one."""
         most = self.costs.lengths(priced_as)[-1]
         drafts = most if 0 < drafts == decision.limit < most else drafts
         self.costs.wanted(priced_as, drafts, request.wanted[priced_as])
@@ -116,7 +116,7 @@ class Controller:
 def route(
     policy: Policy, requests: Sequence[Request], forecasts: Sequence[Forecasts], costs: Costs | None
 ) -> list[str]:
-    """One pass per request, or none; every request records its own. costs: None where nothing costs."""
+    """Choose and record each request's arm, or `none`, for the next round. costs: None if nothing has a price."""
     priced, scores, sources = policy.prices_batches, list[Scores](), list[str]()
     promised, teachers = list[Forecast](), list[Signals | None]()
     previous = [request.decision.keeps for request in requests]
@@ -157,9 +157,10 @@ def route(
 
 
 def _of_passes(scores: Scores, expected: Mapping[str, Forecast], *, priced: bool) -> tuple[Scores, str]:
-    """Scores of the passes, and of the best of all that needs none; and which that is.
+    """Return the score of each drafter pass, the best score without a pass (under `PROMISED`), and the source that has
+    it, or `none`.
 
-    priced: plain decoding stays beside it, since its rows may not pay; else it takes the place.
+    priced: whether plain decoding keeps a score of its own, because the rows of a candidate may not pay.
     """
     best, top = arms.NONE, scores.get(arms.NONE, -math.inf)
     for arm in expected:
@@ -175,9 +176,9 @@ def _of_passes(scores: Scores, expected: Mapping[str, Forecast], *, priced: bool
 
 
 def _usable(policy: Policy, decision: Decision, chosen: str, source: str) -> str | None:
-    """`Decision.only` of the round. source: of what needs no pass, as of `_of_passes`."""
+    """Return `Decision.only` of the round. source: the best source without a pass (`_of_passes`), or `none`."""
     if policy.joins_arms and decision.reason != "pin":
-        # If rows are dear, a device that knows more of the text than the host weighs what is promised again.
+        # The device knows newer text than the host, so it weighs candidates again if rows have a price.
         weighed = policy.prices_batches and decision.free
         if weighed or chosen != arms.NONE or not decision.expected:
             return None
@@ -193,10 +194,10 @@ def _ordered(
     promised: Forecast,
     accepted: Accepted,
 ) -> Scores:
-    """The choice of a request with a bias, at what the policy expects of it.
+    """Choose the arm of a request whose caller set a bias, and return it with its score without the bias.
 
-    A bias is worth what its caller says to that request only. Weighed against the tokens of others, sixteen tokens a
-    round that nobody gets would make their drafts look dear.
+    The bias decides within the request only. If it counted in the batch, sixteen tokens a round that nobody gets would
+    make other requests' drafts look expensive.
     """
     ((arm,), _) = assign([scores], costs, [kept], MARGIN, [promised], accepted)
     drafting, span = source if arm == arms.PROMISED else arm, decision.span
@@ -205,7 +206,7 @@ def _ordered(
 
 
 def _scored(request: Request, policy: Policy, forecast: Forecasts) -> Scores:
-    """The policy's scores with a request's hints applied; remembers what decided."""
+    """Return the policy's scores with the request's hints applied; store a new `Decision` with its signals."""
     request.foresee(forecast)
     scores, reason = apply_hints(
         policy.score(request),

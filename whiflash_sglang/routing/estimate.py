@@ -1,11 +1,11 @@
-"""Expected acceptance per arm: running means, by context, shared by all requests, or a router's predictions at the
-level of what is accepted.
+"""Estimates the acceptance length of each arm, from running means that all requests share or from a router's heads.
 
-A context is the target's entropy at the last verified position, where it is computed, and the kind of the open
-span. A request's own recent rounds outweigh the shared means the more of them there are.
+The means are kept per context: the entropy of the target at the last verified position, if it is computed, and the kind
+of the open span. A router's predictions are scaled to the acceptance that is seen. The more recent rounds a request has
+of its own, the more these outweigh the shared means.
 
-Rounds teach the shared means if the request's caller left the route to the policy (`Decision.free`). A request's later
-rounds with an arm count ever less (`REQUEST_ROUNDS`), so that one that never ends does not decide for all.
+A round teaches the shared means if its request's caller left the route to the policy (`Decision.free`). Later rounds of
+one request count ever less (`REQUEST_ROUNDS`), so that a request that never ends does not decide for all.
 """
 
 import math
@@ -18,66 +18,67 @@ from whiflash_sglang.drafts.rates import Mean
 from whiflash_sglang.records.signals import Decision, Signals
 
 ENTROPY_EDGES = (0.05, 0.5, 1.5, 3.0)
-"""Nats that separate the entropy bins."""
+"""Edges of the entropy bins, in nats."""
 
 PRIOR_LENGTH = 2.0
 PRIOR_WEIGHT = 2.0
-"""An arm nobody has seen is believed to accept this much, for this many rounds."""
+"""Acceptance length assumed for an arm without rounds, and the number of rounds that the assumption counts as."""
 
 SHARED_WEIGHT = 3.0
-"""Rounds of its own after which a request believes itself as much as the shared mean."""
+"""Number of a request's own rounds that weigh as much as the shared mean."""
 
 PREDICTED_WEIGHT = 24.0
-"""The same for a router's prediction, which knows the very position."""
+"""Number of a request's own rounds that weigh as much as a router's prediction, which is made for each position."""
 
 MEMORY = 400.0
 """Rounds after which an old observation of a context counts for little."""
 
 REQUEST_ROUNDS = 64
-"""Rounds of an arm that a request teaches in full. Its n-th one beyond counts as so many over n: a request of 10,000
-rounds counts as one of 390."""
+"""Rounds of an arm that a request teaches with full weight. Its n-th round after that has the weight of this over n, so
+10,000 rounds of one request count as 390."""
 
 LEVEL_MEMORY = 100.0
-"""The same for what a router's predictions are worth: drafts are cut shorter as soon as the server is busier."""
+"""Rounds after which an old ratio of accepted to predicted drafts (the router's level) counts for little. It is short
+because drafts are cut shorter as soon as the server is busier."""
 
 LEVEL_PRIOR = 20.0
-"""Predicted accepted drafts for which a router is believed as it is."""
+"""Number of predicted drafts that the assumption of a level of 1 counts as."""
 
 LEVEL_LIMIT = 2.0
-"""No level is higher: copies behind drafts may be many times as long as what is predicted."""
+"""Largest level. Copies after drafts count as accepted, and may be many times as long as the prediction."""
 
 TRUST_PRIOR, TRUST_MEMORY = 40.0, 1000.0
-"""Rounds for which requests' own rounds are believed to say what they seem to; after which it counts for little."""
+"""Rounds that the prior trust in requests' own means counts as; rounds after which old evidence counts little."""
 
 MEASURED_WEIGHT = 12.0
-"""Rounds for which acceptance that was measured with the bundle is believed."""
+"""Number of rounds that an acceptance length measured with the bundle counts as."""
 
 Place = tuple[int, str | None]
-"""Entropy bin, -1 if it is unknown, and kind of the open span."""
+"""Context of a mean: entropy bin (-1 if the entropy is unknown) and kind of the open span."""
 
 
 def place_of(signals: Signals | Decision) -> Place:
-    """The place of its means."""
+    """Return the context whose means apply to a round: its entropy bin and span kind."""
     entropy, span = signals.entropy, signals.span
-    # NaN where it was not measured, which is no number's equal.
+    # An entropy that was not measured is NaN, which does not equal itself.
     return bisect_right(ENTROPY_EDGES, entropy) if entropy == entropy else -1, span.kind if span else None
 
 
 class AcceptanceByPlace:
-    """Chances that a draft of an arm is right if those before it were, by its place in the pass, of all requests.
+    """Learns, per arm and place in the pass, the chance that a draft is accepted if all drafts before it were.
 
-    measured: arm → chances of its places where nothing was seen, the last one's of all places after it. An arm without
-    them, and a place without drafts, is taken for as good as the place before it.
+    All requests share it. measured: by arm, chances that were measured with the bundle, the prior of each place; the
+    last one counts for all later places. For an arm without them the prior is the chance of the place before.
     """
 
     def __init__(self, measured: Mapping[str, Sequence[float]]) -> None:
         self._measured = measured
         self._right: defaultdict[str, list[Mean]] = defaultdict(list)
         self._chances: dict[str, list[float]] = {}
-        """By arm, until the next round is seen."""
+        """Chances by arm and place, computed once until the arm's next round."""
 
     def observe(self, arm: str, drafts: int, right: int) -> None:
-        """The first `right` of `drafts` drafts were right, and the next one was not."""
+        """Learn that the first `right` of `drafts` drafts of a pass were accepted and the next one was not."""
         means = self._right[arm]
         means += [Mean() for _ in range(drafts - len(means))]
         for place, mean in enumerate(means[: min(right + 1, drafts)]):
@@ -85,7 +86,7 @@ class AcceptanceByPlace:
         self._chances.pop(arm, None)
 
     def accepted(self, arm: str, drafts: float, after: int = 0) -> float:
-        """Return how many drafts of places `after` to `drafts` are accepted on average if all before `after` were."""
+        """Return the mean number of accepted drafts in places [after, drafts), given that all drafts before were."""
         known = self._chances.get(arm)
         if known is None or len(known) < drafts:
             known = self._chances[arm] = self._expected(arm, math.ceil(drafts))
@@ -109,10 +110,11 @@ class AcceptanceByPlace:
 
 @dataclass(slots=True)
 class _Shown:
-    """Rounds of one arm, as means.
+    """Means over the rounds of one arm.
 
-    lengths, by_place: acceptance lengths. accepted, predicted: drafts that were, and those that the router predicted.
-    agreed, squares: how far own rounds moved what is expected: times how far the next one was off, and squared.
+    lengths, by_place: acceptance lengths, in all contexts and by context. accepted, predicted: accepted drafts, and
+    drafts that the router predicted. agreed, squares: regression of how far a round was off the shared estimate on how
+    far the request's own rounds would move that estimate: means of the product, and of the latter squared.
     """
 
     lengths: Mean = field(default_factory=Mean)
@@ -124,10 +126,10 @@ class _Shown:
 
 
 class AcceptanceEstimator:
-    """Mean acceptance length (bonus token included) per arm, per arm and context, with a weak prior.
+    """Estimates acceptance lengths (bonus token included) by arm and context, from means with a weak prior.
 
-    base: means that take the prior's place, of the target whose adapter writes the text. measured: arm → acceptance
-    length that was measured with the bundle.
+    base: for an adapter, the estimator of the target without adapters, whose means are the prior. measured: by arm, the
+    acceptance length measured with the bundle.
     """
 
     def __init__(
@@ -138,10 +140,10 @@ class AcceptanceEstimator:
         self._shared: dict[tuple[AcceptanceEstimator, str, Place | None], float] = (
             base._shared if base else {}
         )
-        """Lengths by arm and place, and trusts by arm, kept until the next round is seen; shared by all adapters."""
+        """Cached lengths by arm and place, and trusts (place None), until the next round; shared by all adapters."""
 
     def observe(self, arm: str, decision: Decision, length: float) -> None:
-        """A round of `arm`, of this `decision`, committed `length` tokens."""
+        """Learn that a round of `arm`, decided by `decision`, committed `length` tokens."""
         weight = min(REQUEST_ROUNDS / max(decision.tried.get(arm, 1), 1), 1.0)
         place, shown = place_of(decision), self._shown[arm]
         believed, moved = self._split(arm, decision, place)
@@ -156,24 +158,24 @@ class AcceptanceEstimator:
             shown.predicted.add(decision.predicted[arm] - 1, LEVEL_MEMORY, weight)
 
     def forget_asked(self) -> None:
-        """Drop computed means of all adapters, which keep the means of a dropped adapter alive."""
+        """Clear the cache of all adapters: its keys would keep the means of a dropped adapter in memory."""
         self._shared.clear()
 
     def rounds(self, arm: str) -> float:
-        """Decayed number of rounds seen of `arm`."""
+        """Return the decayed number of rounds of `arm` that were learned."""
         return self._shown[arm].lengths.weight
 
     def usual(self, arm: str) -> float:
-        """Acceptance length of `arm` in all contexts together."""
+        """Return the mean acceptance length of `arm` over all contexts."""
         prior = self._base.usual(arm) if self._base else self._measured.get(arm, PRIOR_LENGTH)
         return self._shown[arm].lengths.shrunk(prior, self._weight(arm, PRIOR_WEIGHT))
 
     def _weight(self, arm: str, unknown: float) -> float:
-        """Rounds that outweigh what is believed of all: more of them if that was measured, `unknown` if not."""
+        """Return how many rounds the prior of `arm` counts as: MEASURED_WEIGHT if it was measured, else `unknown`."""
         return MEASURED_WEIGHT if arm in self._measured else unknown
 
     def expect(self, arm: str, signals: Signals, place: Place | None = None) -> float:
-        """Expected acceptance length of the request's next round with `arm`. place: of `place_of`, if it is known."""
+        """Return the expected acceptance length of the request's next round with `arm`. place: its `place_of`."""
         believed, moved = self._split(arm, signals, place or place_of(signals))
         if not moved:
             return believed
@@ -183,7 +185,7 @@ class AcceptanceEstimator:
         return believed + moved * trust
 
     def _split(self, arm: str, known: Signals | Decision, place: Place) -> tuple[float, float]:
-        """Expected of any request here; and how far its own rounds would move that, were they believed."""
+        """Return the shared estimate, and how far the request's own recent rounds would move it at full trust."""
         if arm in known.predicted:
             believed, weight = 1 + (known.predicted[arm] - 1) * self._level(arm), PREDICTED_WEIGHT
         else:
@@ -194,14 +196,14 @@ class AcceptanceEstimator:
         return believed, (recent.total - believed * recent.weight) / (weight + recent.weight)
 
     def _trust(self, arm: str) -> float:
-        """The share of that which later rounds agreed with: little where requests are alike and their luck differs."""
+        """Return the share (0 to 1) of requests' own deviations from the shared mean that later rounds confirmed."""
         agreed, squares = self._shown[arm].agreed, self._shown[arm].squares
         prior = TRUST_PRIOR * (squares.value if squares.weight else 1.0)
         trust = self._base._trust(arm) if self._base else 1.0
         return min(max((agreed.total + prior * trust) / (squares.total + prior), 0.0), 1.0)
 
     def _believed(self, arm: str, place: Place) -> float:
-        """Acceptance length of `arm` in this place."""
+        """Return the shared mean acceptance length of `arm` in this context."""
         usual = self.usual(arm)
         if self._base:
             usual = max(self._base._believed(arm, place) + usual - self._base.usual(arm), 1.0)
@@ -210,7 +212,7 @@ class AcceptanceEstimator:
         return believed
 
     def _level(self, arm: str) -> float:
-        """Accepted over predicted drafts: a router predicts drafts of full length, and text like its training's."""
+        """Return accepted over predicted drafts: a router predicts full passes, of text like that of its training."""
         shown = self._shown[arm]
         prior = LEVEL_PRIOR * (self._base._level(arm) if self._base else 1.0)
         return min((shown.accepted.total + prior) / (shown.predicted.total + LEVEL_PRIOR), LEVEL_LIMIT)

@@ -1,4 +1,4 @@
-"""The paper's neural router as a policy, and what a router's predictions are to a request. Imports no torch."""
+"""The paper's neural router as a policy, and `note`, which stores a router's outputs as signals. Imports no torch."""
 
 import math
 from collections.abc import Sequence
@@ -12,10 +12,11 @@ from whiflash_sglang.routing.policies import Blind, Scores, order_pair
 
 @dataclass(frozen=True, slots=True)
 class NeuralPolicy(Blind):
-    """EAGLE-3 where the predicted ΔAL = AL(EAGLE-3) - AL(DFlash) exceeds a threshold, else DFlash (arXiv 2606.07710).
+    """Chooses EAGLE-3 if the predicted ΔAL = AL(EAGLE-3) - AL(DFlash) exceeds a threshold, else DFlash (arXiv
+    2606.07710).
 
-    threshold: tokens. min_dwell: rounds an arm is kept before the next switch. A request's first round comes before
-    any prediction; there ΔAL counts as 0.
+    threshold: tokens. min_dwell: rounds that an arm is used before the next switch. Before a request's first round
+    there is no prediction, and ΔAL counts as 0.
     """
 
     threshold: float
@@ -29,9 +30,9 @@ class NeuralPolicy(Blind):
 
 
 def note(request: Request, outputs: Sequence[float]) -> None:
-    """Keep a router's outputs for a request's next round: ΔAL, and the accepted drafts of `arms.PAIR` from its heads.
+    """Store a router's outputs as signals of the request's next round.
 
-    A router without heads leaves `Request.predicted` empty.
+    outputs: ΔAL, then the predicted accepted drafts of `arms.PAIR`. Without heads only ΔAL, and `predicted` is empty.
     """
     delta, *accepted = outputs
     request.delta = delta

@@ -1,4 +1,4 @@
-"""`score(signals) → expected accepted tokens per arm`, one policy a class.
+"""The policies, one per class: each scores the arms of a request by expected acceptance length or by rank.
 
 A policy judges one request and knows nothing of the batch; `assign` turns the scores of a whole batch into routes.
 """
@@ -19,65 +19,66 @@ from whiflash_sglang.records.signals import Decision, Signals
 from whiflash_sglang.routing.estimate import AcceptanceByPlace, AcceptanceEstimator, place_of
 
 FIRST_PROBE = 4
-"""Rounds of the batch between two probes of an arm that is not known; doubles with every probe."""
+"""Rounds of the batch before an unknown arm is probed; doubles with every probe."""
 
 PROBES_SHARE = 0.0015
-"""Share of the tokens that probes of an arm may cost: one that is hardly behind is tried the more often."""
+"""Share of all tokens that probes of an arm may cost. An arm that is hardly worse is therefore probed more often."""
 
 HOPELESS = 0.25
-"""Accepted drafts a round: an arm with fewer than one is tried the more seldom, down to what this many earn."""
+"""Accepted drafts per round. An arm with fewer than 1 is probed less often in proportion, but not below this value."""
 
 MOST_ADAPTERS = 64
-"""Adapters whose means are kept; beyond, those of the one that nobody has used for longest are dropped."""
+"""Largest number of adapters with means of their own; beyond it those of the least recently used one are dropped."""
 
 INHERITED = 5
-"""Probes of an arm, by whichever adapter's requests, that count as a new adapter's, at most: enough that adapters which
-come and go have the arm probed once in PROBE_ROUNDS / 2 rounds."""
+"""Most earlier probes of an arm, by any requests, that count for a new adapter: enough that adapters which come and go
+have the arm probed once in PROBE_ROUNDS / 2 rounds."""
 
 MOST_TOGETHER = 16
-"""Requests that probe an arm in one round, at most: more would be forgotten (`estimate.MEMORY`) before it is known."""
+"""Most requests that probe an arm in one round: means forget old rounds (`estimate.MEMORY`), so more are wasted."""
 
 
 Timings = Callable[[str], int]
+"""Returns how often an arm's draft was timed since its price was last found wrong."""
 Loss = Callable[[Mapping[int, str]], float]
-"""Share of a round's expected tokens per second that these probes, index → arm, cost."""
+"""Returns the share of a round's expected tokens per second that probes (request index → arm) cost."""
 
 
 class Probes:
-    """Requests that try an arm for a round, whatever it promises: its acceptance or its price may have changed.
+    """Chooses requests that try an unused arm for one round, since its acceptance or price may have changed.
 
-    A probe binds requests for one round, like pins of their own; what the others of the batch do is priced as ever.
-    Afterwards the margin against switching favours no arm of theirs.
-    An arm is probed at most once in as many rounds of the batch as it is known for the adapter that knows it least
-    (`_patience`): a probe costs the batch a pass, whichever adapter learns from it. It is made by requests that
+    A probe routes these requests to the arm for one round, as a pin would; the other requests of the batch are priced
+    as usual. In the next round the margin against switching favours no arm of theirs.
+
+    Between two probes of an arm at least `_patience` rounds of the batch pass, for the adapter that has seen the arm
+    least: a probe costs the batch a pass, whichever adapter learns from it. It is made by requests that
 
     - are free: a caller's pin, bias or `off` leaves nothing to try, and its rounds are no evidence for others
       (`Decision.free`);
-    - may draft with the arm, and were not routed to it for as many rounds themselves; what other requests use says
-      little of it.
+    - may draft with the arm, and were not routed to it for as many rounds of their own.
 
-    Half of them probe together, `MOST_TOGETHER` at most: those of adapters that know the arm least, of these those that
-    have gone without it longest. A draft pass takes hardly longer for several requests, and the length of one round
-    says little: `whiflash lab simulate` showed batches of 8 and 16 that kept the worse drafter for their whole run
-    after a few unlucky probes of one request each.
+    Half of them probe together, `MOST_TOGETHER` at most: first those of adapters that have seen the arm least, then
+    those that have gone without it longest. A draft pass takes hardly longer for several requests, and one round says
+    little: in `whiflash lab simulate`, batches of 8 and 16 kept the worse drafter for their whole run after a few
+    unlucky probes of one request each.
 
-    A draft source expects something (`Forecast`) and is never probed: it learns from every round.
+    A draft source makes a forecast (`Forecast`) and is never probed: it learns from every round.
     """
 
     def __init__(self, known: Callable[[str | None], AcceptanceEstimator]) -> None:
-        """known: an adapter's means, or those of none."""
+        """known: returns the estimator of an adapter, or of the target without one (None)."""
         self._known = known
         self._probed = Counter[str]()
         self._since: dict[str, int] = {}
-        """Rounds of the batch since an arm was probed, or first allowed."""
+        """By arm, rounds of the batch since it was probed, or first allowed."""
         self._losses: dict[str, float] = {}
-        """Share of its last probe's tokens that it was expected to cost."""
+        """By arm, the share of the round's tokens that its last probe was expected to cost."""
 
     def choose(self, teachers: Sequence[Signals | None], timings: Timings, loss: Loss) -> Mapping[int, str]:
-        """Index → arm for this round of the batch, one arm at most.
+        """Choose this round's probes: request index → arm, one arm at most; empty if none is due.
 
         Args:
-            teachers: of every request, None for one that is not free. timings: see `_patience`. loss: see `Loss`.
+            teachers: each request's signals, None if it is not free. timings: see `Timings`. loss: see `Loss`.
         """
         able = defaultdict[str, defaultdict[str | None, list[tuple[int, Signals]]]](lambda: defaultdict(list))
         for index, signals in enumerate(teachers):
@@ -110,12 +111,11 @@ class Probes:
         return min(max(requests // 2, 1), MOST_TOGETHER)
 
     def _patience(self, arm: str, timings: int, adapter: str | None, requests: int) -> float:
-        """Rounds without `arm` after which it is tried: the more, the better it is known, and the worse it is.
+        """Return the rounds without `arm` after which it is probed: more, the better it is known and the worse it is.
 
-        One that costs little is tried more often, `PROBES_SHARE` of all tokens at most. It is known as well as the less
-        known of its acceptance and its price: `timings`, how often a draft was timed since its price was last found
-        wrong. So what a busy moment made dear is timed again soon, if a price could make it pay. requests: that may
-        draft with it, of the adapter.
+        An arm whose probes cost little is probed more often, within `PROBES_SHARE` of all tokens. The less known of
+        acceptance and price counts, the price by `timings`. So an arm whose price a busy moment raised is timed again
+        soon, if its acceptance could make it pay. requests: those of the adapter that may draft with it.
         """
         known = self._known(adapter)
         drafts = min(max(known.usual(arm) - 1, HOPELESS), 1.0)
@@ -128,14 +128,14 @@ class Probes:
 
 
 Scores = Mapping[str, float]
-"""Arm → expected accepted tokens a round, bonus token included. An arm that is absent must not be used."""
+"""Arm → expected tokens per round, bonus token included, or a rank. A request is never routed to an absent arm."""
 
 PREFERRED, SECOND = 2.0, 1.0
 """Scores of policies that order arms without predicting lengths."""
 
 
 class Policy(Protocol):
-    """A way to score. `needs` names the signals it reads, so that nothing else is gathered."""
+    """Scores the arms of one request. `needs` names the signals that it reads; no others are computed."""
 
     @property
     def name(self) -> str: ...
@@ -145,7 +145,7 @@ class Policy(Protocol):
 
     @property
     def candidates(self) -> frozenset[str] | None:
-        """The arms that it may name, so that no other is asked what it expects of a round. None: any."""
+        """The arms that it may choose; others are not asked for candidates or forecasts. None: all arms."""
         ...
 
     @property
@@ -155,59 +155,58 @@ class Policy(Protocol):
 
     @property
     def joins_arms(self) -> bool:
-        """Whether candidates are verified beside a pass, and drafts prolonged by what others know to follow them."""
+        """Whether candidates compete with a pass for verification, and other arms extend a pass's drafts."""
         ...
 
     def score(self, signals: Signals) -> Scores:
-        """Expected accepted tokens per allowed arm; `none` is always there, so that a route always exists."""
+        """Return the score of each allowed arm. `none` always has one, so that a route always exists."""
         ...
 
     def probe(self, teachers: Sequence[Signals | None], timings: Timings, loss: Loss) -> Mapping[int, str]:
-        """A round of the whole batch begins: requests, by their index, that are to try an arm whatever it promises.
+        """Begin a round of the batch and return its probes: request index → arm that it tries regardless of scores.
 
-        teachers: of every request, None where its caller ordered the route. timings: how often an arm's price was found
-        right. loss: see `Loss`.
+        teachers: each request's signals, None if its caller ordered the route. timings, loss: see `Timings`, `Loss`.
         """
         ...
 
     def observe(self, arm: str, decision: Decision, length: float) -> None:
-        """A request's round of `arm`, of this `decision`, committed `length` tokens; its caller ordered nothing."""
+        """Learn that a round of `arm`, decided by `decision`, committed `length` tokens; its caller ordered nothing."""
         ...
 
     def judge(self, arm: str, drafts: int, right: int) -> None:
-        """The first `right` of `drafts` drafts of a pass were right, and the next one was not."""
+        """Learn that the first `right` of `drafts` drafts of a pass were accepted and the next one was not."""
         ...
 
     def accepted(self, arm: str, drafts: float, after: int = 0) -> float:
-        """Mean number of accepted drafts of a pass from place `after` to `drafts`, if all before `after` were."""
+        """Return the mean number of accepted drafts in places [after, drafts) of a pass, if all drafts before were."""
         ...
 
 
 class Blind:
-    """The common part of policies that only order arms and learn nothing while serving."""
+    """Base class of policies that only order arms and learn nothing while serving."""
 
     candidates: frozenset[str] | None = frozenset(arms.PAIR)
     prices_batches = False
     joins_arms = False
 
     def probe(self, teachers: Sequence[Signals | None], timings: Timings, loss: Loss) -> Mapping[int, str]:
-        """Nothing to try."""
+        """Return no probes: these policies learn nothing."""
         return {}
 
     def observe(self, arm: str, decision: Decision, length: float) -> None:
-        """Nothing to learn."""
+        """Ignore the round: these policies learn nothing."""
 
     def judge(self, arm: str, drafts: int, right: int) -> None:
-        """Nothing to learn."""
+        """Ignore the drafts: these policies learn nothing."""
 
     def accepted(self, arm: str, drafts: float, after: int = 0) -> float:
-        """No more than drafts; these policies limit no pass."""
+        """Return the number of drafts, as if all were accepted: these policies limit no pass."""
         return drafts - after
 
 
 def order_pair(signals: Signals, *, ar_first: bool, min_dwell: int) -> Scores:
-    """EAGLE-3 before DFlash or the other way round, plain decoding last; a drafter in use fewer than `min_dwell`
-    rounds stays first.
+    """Return scores that order EAGLE-3 and DFlash, `ar_first` or not, and plain decoding last. A drafter that was used
+    for fewer than `min_dwell` rounds stays first.
     """
     order = list(arms.PAIR if ar_first else reversed(arms.PAIR))
     if signals.previous in order and signals.dwell < min_dwell:
@@ -216,14 +215,14 @@ def order_pair(signals: Signals, *, ar_first: bool, min_dwell: int) -> Scores:
 
 
 def in_order(order: Sequence[str], signals: Signals) -> Scores:
-    """The allowed arms of `order`, best first, and plain decoding last."""
+    """Return scores that rank the allowed arms of `order`, best first, and plain decoding last."""
     scores = {arm: PREFERRED - rank for rank, arm in enumerate(order) if arm in signals.allowed}
     return {**scores, arms.NONE: 0.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Pinned(Blind):
-    """Always the same arm where it may draft; plain decoding where it may not."""
+    """Always chooses one arm, or plain decoding if that arm may not draft for the request."""
 
     name: str
     needs: frozenset[str] = frozenset()
@@ -240,10 +239,10 @@ class Pinned(Blind):
 
 @dataclass(frozen=True, slots=True)
 class EntropyPolicy(Blind):
-    """Leave the diffusion drafter where the target's entropy exceeds τ (arXiv 2606.07710, entropy router).
+    """Chooses EAGLE-3 if the target's entropy exceeds τ, else DFlash (arXiv 2606.07710, entropy router).
 
-    tau: nats. min_dwell: rounds an arm is kept before the next switch, since blind switching every block
-    was measured as a loss.
+    tau: nats. min_dwell: rounds that an arm is used before the next switch: switching every block was measured as a
+    loss.
     """
 
     tau: float
@@ -252,17 +251,17 @@ class EntropyPolicy(Blind):
     needs: frozenset[str] = field(default=frozenset({"entropy"}))
 
     def score(self, signals: Signals) -> Scores:
-        # NaN, before the first verification, exceeds nothing.
+        # Before the first verification the entropy is NaN, which exceeds no threshold.
         return order_pair(signals, ar_first=signals.entropy > self.tau, min_dwell=self.min_dwell)
 
 
 class AutoPolicy:
-    """Expected accepted tokens of every arm, from what it says of itself or from running means, of each adapter apart.
+    """Scores every arm by its expected acceptance length: its own forecast, or running means, separate by adapter.
 
-    Good without calibration: a weak prior, shared means per context, and the request's own recent rounds. An arm that
-    is not chosen and says nothing of itself is probed now and then (`Probes`). If a router with heads is loaded
-    (`heads`), its predictions take the means' place and the target's entropy is not computed; nor is it without an arm
-    that needs a mean (`passes`).
+    It needs no calibration: means have a weak prior, are shared per context, and combine with the request's own recent
+    rounds. An unused arm that makes no forecast is probed now and then (`Probes`). If a router with heads is loaded
+    (`heads`), its predictions replace the means and the target's entropy is not computed. It is not computed either if
+    no arm needs a mean (`passes` False).
     """
 
     candidates = None
@@ -277,7 +276,7 @@ class AutoPolicy:
         passes: bool = True,
         measured: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        """measured: arm → chances that its drafts are right, by place (`AcceptanceByPlace`), where nothing was seen."""
+        """measured: by arm, prior chances that its drafts are accepted, by place in the pass (`AcceptanceByPlace`)."""
         self.needs = frozenset({"delta"} if heads else {"entropy"} if passes else ())
         places = AcceptanceByPlace(measured or {})
         self.judge, self.accepted = places.observe, places.accepted
@@ -305,7 +304,7 @@ class AutoPolicy:
             self._known(decision.adapter).observe(arm, decision, length)
 
     def _known(self, adapter: str | None) -> AcceptanceEstimator:
-        """Estimator taught by the rounds of an adapter, or by those without one; a new one begins as the target's."""
+        """Return the estimator of an adapter (None: the target's). A new adapter's has the target's as its prior."""
         if adapter is None:
             return self.estimator
         if adapter not in self._adapters:
@@ -318,15 +317,15 @@ class AutoPolicy:
 
 
 PREFERENCE = 1.0
-"""Expected accepted tokens that a preferred arm gains before the request has measured it in this kind of span.
+"""Expected tokens added to the score of a preferred arm before the request has used it in this kind of span.
 
-The gain is shared with the rounds that were measured, as if it were one of them: after n rounds it is 1/(n + 1) of
-this. Simulated (`tests/routing/test_hinted.py`), a wrong preference costs at most 4 % of the speed; as a constant of
-1.5 tokens it cost 2 to 19 %.
+After n such rounds the arm gains 1/(n + 1) of this, as if the preference were one round. Simulated
+(`tests/routing/test_hinted.py`), a wrong preference costs at most 4 % of the speed; a constant 1.5 tokens cost 2 to
+19 %.
 """
 
 RANKS = 1.5
-"""The same where a policy measures nothing and only orders its arms: one rank up, and past a tie."""
+"""Score added to a preferred arm if the policy only orders arms: it moves the arm up one rank and past a tie."""
 
 
 def apply_hints(
@@ -337,13 +336,14 @@ def apply_hints(
     off: bool,
     measured: Mapping[str, Mean] | None = None,
 ) -> tuple[Scores, str]:
-    """A policy's scores with the open span's wishes, and what decided: one of `telemetry.tally.REASONS`.
+    """Apply the open span's hints to a policy's scores; return the scores and the reason (`telemetry.tally.REASONS`).
 
-    A pin routes to its arm whatever the policy says. A bias is added as it is. A preference is a belief: what the
-    request measures overrules it. Preference and bias move scores of arms that the policy offers; an arm that may
-    not draft for the request is never routed to.
+    A pin routes to its arm whatever the scores are. A bias is added to its arm's score. A preference adds less and less
+    as the request's own rounds are measured. Preference and bias only move arms that have a score; a request is never
+    routed to an arm that may not draft for it.
 
-    measured: the request's own rounds in this kind of span, by arm; None if the policy reads no measurement.
+    off: whether the request's hints turn drafting off. measured: the request's own rounds in this kind of span, by arm;
+    None if the policy only orders arms.
     """
     if off:
         return {arms.NONE: 1.0}, "off"
@@ -368,7 +368,7 @@ def _preference(arm: str, measured: Mapping[str, Mean] | None) -> float:
 
 
 class RandomPolicy(Blind):
-    """Switches at random every round. It exists to test that switching never changes text."""
+    """Chooses an arm at random every round, to test that switching never changes a text."""
 
     candidates = None
     name = "random"
