@@ -1,9 +1,9 @@
-"""Prices of a round's work in seconds: what `assign` compares, what ends drafts that do not pay, what metrics show.
+"""Prices of a round's work in seconds, for `assign`, for cutting drafts that do not pay, and for metrics.
 
-`Costs` is what every server learns of its rounds. On a CPU drafting is a line and verification a plane, refitted every
-round (`MeasuredCosts`); on a device that works behind the host prices are looked up (`tables.LookedUpCosts`). Both
-learn from the times of all rounds, pinned requests' too. One slow moment counts for little, whichever stage it fell in;
-a machine that is slower for most of a few rounds is believed at once (`fits.DriftDetector`).
+`Costs` is what every server learns from its rounds. On a CPU the price of drafting is a line and that of verification a
+plane, refitted every round (`MeasuredCosts`). On a GPU, which works asynchronously, prices are looked up
+(`tables.LookedUpCosts`). Both learn from the times of all rounds, also of pinned requests. A single slow round counts
+for little; if most of the last few rounds are slower, prices follow at once (`fits.DriftDetector`).
 """
 
 import math
@@ -18,43 +18,43 @@ from whiflash_sglang.prices.fits import LIMIT, MEMORY, STIFFNESS, WINDOW, Fit, m
 from whiflash_sglang.prices.round_clock import RoundTime
 
 PROBE_ROUNDS = 256
-"""Rounds of the batch between two probes of an arm that is well known."""
+"""Rounds of the batch between two probes of an arm whose acceptance and price are well known."""
 
 UNKNOWN = Mean()
-"""A request that had no round yet."""
+"""Mean number of drafts of a request that had no round yet."""
 
 DRAFTS_MEMORY = 32.0
-"""Requests' rounds after which a number of drafts counts for little: text that is copied begins and ends."""
+"""Rounds after which an old number of drafts counts for little. It is short because copied passages begin and end."""
 
 RATE_ROUNDS = 32
-"""Rounds that the server's present rate is taken from: it changes with every request that comes or goes."""
+"""Rounds that the server's rate in tokens per second is taken from. It changes whenever a request comes or goes."""
 
 PLAIN_ROUNDS = 8
-"""Rounds that are timed before the price of plain decoding is known, and with it what drafting brings."""
+"""Rounds that must be timed before the price of plain decoding, and so the gain of drafting, is known."""
 
 FIRST_ROUND = 0.020
-"""Seconds of a verification before the first one was timed."""
+"""Seconds assumed for a verification before the first one was timed."""
 
 FIRST_DRAFT = 0.0002
-"""Seconds that one more request adds to a draft pass, before their number differed."""
+"""Seconds that one more request is assumed to add to a draft pass, until passes of several sizes were timed."""
 
 SHORTEST = 1e-6
-"""Seconds; a clock may not have moved."""
+"""Smallest duration in seconds, because a clock may not have moved between two readings."""
 
 PRIOR_SHARE = 0.03
-"""The price of one more draft or request in a verification, as a share of it, before their number differed."""
+"""Assumed price of one more draft or request, as a share of a verification, until several sizes were timed."""
 
 LEAST_STEP = 0.25
-"""A share of a verification's mean: a step from one row to several that is smaller is none."""
+"""Smallest step in price from one row to several that is believed, as a share of a verification's mean."""
 
 LEAST_CHANCE = 0.1
-"""Chance of being accepted below which a draft is not worth its row, where rows are not priced."""
+"""Chance of acceptance below which a draft is not verified if rows have no price."""
 
 
 class Worth(NamedTuple):
-    """Expected accepted tokens that a further draft token must bring to pay for itself, at the server's present rate.
+    """Expected accepted tokens that a further draft must bring to pay for itself, at the server's present rate.
 
-    row: to verify one more row of one request. draft: to run the drafter once more, for the whole batch.
+    row: to pay for one more verified row of a request. draft: to pay for one more drafter pass, for the whole batch.
     """
 
     row: float
@@ -62,30 +62,30 @@ class Worth(NamedTuple):
 
     @property
     def least_chance(self) -> float:
-        """Chance of being accepted below which a draft that costs its row alone is not worth it."""
+        """Chance of acceptance below which a draft is not worth its row; `LEAST_CHANCE` if rows have no price."""
         return self.row or LEAST_CHANCE
 
 
 FULL_LENGTH = Worth(0.0, 0.0)
-"""No price is known: drafts are as long as they may be, down to a chance of `LEAST_CHANCE`."""
+"""Worth without known prices: drafts have full length, down to a chance of `LEAST_CHANCE`."""
 
 
 class Costs(ABC):
-    """Prices in seconds, and what every way to price learns of rounds: how wide they are, and the server's rate.
+    """Base class of prices in seconds. It learns how many drafts rounds have and the server's tokens per second.
 
     Args:
-        width: arm → most rows that a request routed to it verifies, of its own drafts; a measured mean replaces it.
+        width: arm → most rows that a request routed to it verifies, of its own drafts; used until a mean is measured.
     """
 
     priced_by = "plain rounds"
-    """Name of the rounds whose times show the price of plain decoding."""
+    """Kind of rounds, for people, whose times show the price of plain decoding."""
 
     def __init__(self, width: Callable[[str], int]) -> None:
         self._pricing_rounds = 0
         self._widest = width
         self._rows: defaultdict[str, Mean] = defaultdict(Mean)
         self._drafts: defaultdict[str, tuple[Mean, Mean]] = defaultdict(lambda: (Mean(), Mean()))
-        """Per route, drafts that there were, and the squares of how many more or fewer than usual."""
+        """By route, the mean number of drafts and the mean squared deviation from the request's usual number."""
         self._context = self._requests = 0
         self._recent: deque[tuple[int, float, float]] = deque(maxlen=RATE_ROUNDS)
         self._rate = self._gap = 0.0
@@ -93,27 +93,27 @@ class Costs(ABC):
 
     @abstractmethod
     def draft(self, arm: str, requests: int, drafts: int = 0) -> float:
-        """Seconds of a pass of `arm`, catch-up included, for `requests` requests.
+        """Return the seconds of a pass of `arm` for `requests` requests, catch-up included.
 
-        drafts: its length, one of `lengths`; 0: as long as its passes are now.
+        drafts: length of the pass, one of `lengths`; 0: the present limit (`limit`).
         """
 
     @abstractmethod
     def verify(self, rows: float, requests: int) -> float:
-        """One target forward over `rows` packed rows, and the round's fixed cost."""
+        """Return the seconds of one target forward over `rows` packed rows, with the round's fixed cost."""
 
     def lasts(self, work: float) -> float:
-        """Seconds of a round with so much work."""
+        """Return the seconds of a round whose drafting and verification take `work` seconds."""
         return work
 
     @abstractmethod
     def timings(self, arm: str) -> int:
-        """How often a draft of `arm` was timed since its price was last found wrong."""
+        """Return how often a draft of `arm` was timed since its price was last found wrong."""
 
     def plain(self, requests: int) -> float | None:
         """Return the seconds of a round of so many requests without drafts, or None while that would be a guess.
 
-        Every gain that is shown or counted starts here: what a round saved is known only if this price is.
+        Every gain that is shown or counted is relative to this price.
         """
         known = self._pricing_rounds >= PLAIN_ROUNDS
         return self.lasts(self.verify(requests, requests)) if known else None
@@ -128,17 +128,17 @@ class Costs(ABC):
 
     @abstractmethod
     def worth(self, arm: str) -> Worth:
-        """The value that a further draft token of `arm` must have. Full length until a rate was measured."""
+        """Return the tokens that a further draft of `arm` must bring; `FULL_LENGTH` until a rate was measured."""
 
     @abstractmethod
     def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
-        """Seconds by kind of work, and by arm where it is an arm's (`metrics.SERIES` says what each means).
+        """Return prices in seconds by (kind of work, arm), the arm "" if it has none (`metrics.SERIES` describes each).
 
-        0 of what was not timed yet.
+        Prices that were not timed yet are 0.
         """
 
     def observe(self, previous: RoundTime) -> None:
-        """A round and the pause after it were timed: the only way in which rounds teach what work takes."""
+        """Learn from the times of a round and of the gap after it. Rounds teach prices in no other way."""
         self._recent.append((previous.tokens, previous.seconds, previous.gap))
         tokens, seconds, gaps = zip(*self._recent, strict=True)
         longest = LIMIT * median(seconds)
@@ -147,17 +147,17 @@ class Costs(ABC):
         self._gap = paused / len(self._recent)
 
     def set_contexts(self, contexts: Sequence[int]) -> None:
-        """The round that is planned next is for requests that have so many tokens, at most."""
+        """Set the context lengths, at most, of the requests of the round that is planned next."""
         self._context, self._requests = sum(contexts), len(contexts)
 
     def widened(self, arm: str, rows: int) -> None:
-        """A request routed to `arm` verified `rows` rows."""
+        """Learn that a request routed to `arm` verified `rows` rows."""
         self._rows[arm].add(rows, MEMORY)
 
     def wanted(self, route: str, drafts: int, own: Mean) -> None:
-        """A request routed to `route` had `drafts` drafts, its own or another arm's, before some were left out.
+        """Learn that a request routed to `route` had `drafts` drafts, of any arm, before some were left out.
 
-        own: of its rounds with this route.
+        own: the request's mean over its rounds with this route, which is updated.
         """
         mean, squares = self._drafts[route]
         usual = own.shrunk(mean.value, 1.0) if mean.weight else drafts
@@ -166,11 +166,11 @@ class Costs(ABC):
         own.add(drafts, RECENT_ROUNDS)
 
     def room(self, route: str, own: Mean = UNKNOWN) -> float:
-        """Drafts that a round makes room for, of a request routed to `route`: its mean, of which one round more is
-        everybody's, and one deviation of a batch's.
+        """Return how many drafts of a request a round has rows for: the request's mean, shrunk towards the route's by
+        one round, plus a deviation divided by the square root of the batch size.
 
-        Blocks that are always full need no more, and requests that differ even out: few drafts are left out, few rows
-        are padding. Room for fewer than there are would never show that, so drafts count before some are left out.
+        Blocks that are always full need no more, and in a batch deviations average out: few drafts are left out, few
+        rows are padding. Drafts are counted before some are left out, else too little room would never be noticed.
         """
         if (known := self._drafts.get(route)) is None:
             return self._widest(route) - 1
@@ -178,28 +178,28 @@ class Costs(ABC):
         return own.shrunk(mean.value, 1.0) + math.sqrt(squares.value / max(self._requests, 1))
 
     def packed(self, requests: int, drafts: int) -> int:
-        """Drafts that a round of so many requests verifies, if its requests have `drafts`."""
+        """Return the drafts that a round of so many requests verifies if they have `drafts` in all."""
         return drafts
 
     def lengths(self, arm: str) -> tuple[int, ...]:
-        """Numbers of drafts that a pass of `arm` may be limited to before it runs, ascending, its own the last one."""
+        """Return the lengths that a pass of `arm` may be limited to before it runs, ascending; the last is no limit."""
         return (self._widest(arm) - 1,)
 
     def limit(self, lengths: Mapping[str, int]) -> None:
-        """The round that is planned next limits the passes of these arms to so many drafts."""
+        """Set by arm the number of drafts to which the round that is planned next limits its passes."""
         self._limits = lengths
 
     def length(self, arm: str) -> int:
-        """Drafts that a pass of `arm` in the round that is planned makes at most."""
+        """Return the most drafts that a pass of `arm` makes in the round that is planned."""
         return self._limits.get(arm, 0) or self.lengths(arm)[-1]
 
     def width(self, arm: str) -> float:
-        """Rows that a request routed to `arm` usually adds to verification (drafts + 1)."""
+        """Return the mean number of rows (drafts + 1) that a request routed to `arm` verifies."""
         rows = self._rows.get(arm)
         return rows.value if rows else self._widest(arm)
 
     def snapshot(self, arms: Iterable[str]) -> dict[str, Any]:
-        """`fitted` as `GET /whiflash/state` has it: by kind of work, and below that by arm where it is an arm's."""
+        """Return the prices of `fitted` as in `GET /whiflash/state`: by kind of work, then by arm if it has one."""
         prices: dict[str, Any] = {}
         for (work, arm), seconds in self.fitted(arms).items():
             if arm:
@@ -210,12 +210,13 @@ class Costs(ABC):
 
 
 def verification() -> Fit:
-    """Seconds by `work_of` a verification.
+    """Return a new fit of a verification's seconds by drafts, requests and the step from one row (`work_of`).
 
-    A busy server verifies more drafts *and* serves more requests: on one line a draft would be charged for both. One
-    row is another product than several: in float32 on two cores a second row made rounds 1.6 times as long, and eight
-    more did not. A step below `LEAST_STEP` is none: drafts' slopes say as much, and packed bfloat16 weights have none.
-    The step's spread is a quarter at most, so its prior counts for less.
+    Drafts and requests have slopes of their own, because a busy server has more of both and a draft would be charged
+    for the requests. One row uses another matrix product than several: in float32 on two cores the second row made
+    rounds 1.6 times as long, and eight more did not. A step below `LEAST_STEP` counts as none: the slope of drafts can
+    explain it, and packed bfloat16 weights have no step. The step's spread is at most a quarter, so its prior has less
+    stiffness.
     """
     return Fit(
         lambda mean: (mean * PRIOR_SHARE, mean * PRIOR_SHARE, 0.0),
@@ -227,17 +228,16 @@ def verification() -> Fit:
 
 
 def work_of(rows: float, requests: int) -> tuple[float, ...]:
-    """Drafts, requests, and 1 where a single request has drafts."""
+    """Return a verification's counts for the fit: drafts, requests, and 1 if a single request has drafts, else 0."""
     return rows - requests, requests, rows > requests == 1
 
 
 class MeasuredCosts(Costs):
-    """Costs measured in the running worker, on the host's clock.
+    """Costs on a CPU: fitted to the rounds of the running worker, on the host's clock.
 
-    Verification is everything of a round that is not drafting, and what the engine takes between two rounds on
-    average: rounds without drafts share a step of its scheduler, so by the round it would be charged to drafts. A
-    drafter that was never timed is free, so that it is tried; one that only looks is never timed: it looks in every
-    round, and says how many rows it would add.
+    Verification is all of a round except drafting, plus the mean gap between two rounds. The mean is used because
+    rounds without drafts share a scheduler step, so each round's own gap would be charged to drafts. A drafter that was
+    never timed has price 0, so that it is tried. A text drafter has no price: it looks in every round.
     """
 
     def __init__(self, width: Callable[[str], int]) -> None:
@@ -248,11 +248,11 @@ class MeasuredCosts(Costs):
         self._passes = defaultdict[str, deque[float]](lambda: deque(maxlen=WINDOW))
 
     def drafted(self, arm: str, requests: int, passes: int, seconds: float, catch_up: float = 0.0) -> None:
-        """An arm drafted (`RoundTime.drafts`): in a round, or at the start, when every arm is profiled."""
+        """Learn the seconds of an arm's draft in a round (`RoundTime.drafts`) or at the start, where arms are timed."""
         seconds = max(seconds, SHORTEST)
         before = self.draft(arm, requests)
         wrong = self._draft[arm].add((requests,), seconds + catch_up)
-        # A price below that of one more row decides nothing.
+        # A wrong price matters only above that of one more row: cheaper drafts change no route.
         matters = max(before, self.draft(arm, requests)) > PRIOR_SHARE * self._verify.at(
             work_of(requests, requests)
         )

@@ -1,54 +1,54 @@
-"""Fits of measured seconds that follow a machine and pass over its slow moments. Imports nothing of the server."""
+"""Fits of measured seconds that follow a machine's speed but not single slow moments. Imports nothing of the server."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 WINDOW = 7
-"""Observations of which most must agree before a level is moved at once: three slow moments in a row move nothing."""
+"""Last observations of which most must agree before a price jumps: three slow ones in a row move nothing."""
 
 LIMIT = 3.0
-"""An observation counts as at most so many times what was expected, and as no less than that part of it."""
+"""Largest factor between an observation and its expectation; an observation beyond it is clamped."""
 
 DRIFT = 1.6
-"""A level that most of the window is off by more than this factor was wrong. The median of seven is as far off about
-once in 2,000 rounds with lognormal noise of deviation 0.3, and never with 0.2.
+"""Factor between the median of the window and the expectation above which the price jumps. With lognormal noise of
+deviation 0.3 the median of seven is as far off about once in 2,000 rounds, with 0.2 never.
 """
 
 CHEAPER = 0.5
-"""An observation below this part of what was expected is a reason to look again soon: nothing makes work so much
-faster for a moment, but much makes it slower.
+"""An observation below this share of its expectation shows a wrong price: much can slow work down for a moment, but
+nothing makes it so much faster.
 """
 
 MEMORY = 200.0
 """Rounds after which an old measurement counts for little; machines get slower and faster while they serve."""
 
 STIFFNESS = 10.0
-"""How much data a prior slope counts for: rounds times the spread of what they differ in."""
+"""Weight of a prior slope, in the unit of the data: number of rounds times the variance of their counts."""
 
 
 def median(values: Sequence[float]) -> float:
-    """The lower of two in the middle: what is too slow is the more likely error. At least one value."""
+    """Return the median, the lower one of two: too slow is the more likely error. values: at least one."""
     return sorted(values)[(len(values) - 1) // 2]
 
 
 def within(seconds: float, expected: float) -> float:
-    """`seconds`, no further from `expected` than `LIMIT` allows."""
+    """Return `seconds`, clamped to between 1/`LIMIT` and `LIMIT` times `expected`."""
     return min(max(seconds, expected / LIMIT), expected * LIMIT)
 
 
 class DriftDetector:
-    """Observations over what was expected of them, the last `WINDOW`.
+    """Detects from the last `WINDOW` ratios of observed to expected seconds that the expectation is wrong.
 
-    A first observation agrees with itself, so a second one that took far less corrects it, and one that took far longer
-    does not.
+    The first ratio of a `Fit` is 1, so a second observation that is far lower corrects the first, and one that is far
+    higher does not (`median`).
     """
 
     def __init__(self) -> None:
         self._ratios: deque[float] = deque(maxlen=WINDOW)
 
     def judge(self, ratio: float) -> float:
-        """One more observation. Returns the factor by which the expectation was wrong, 1 for nearly all."""
+        """Add the ratio of an observation. Return the factor by which the expectation is wrong, 1 if it is not."""
         self._ratios.append(ratio)
         off = median(self._ratios)
         if 1 / DRIFT <= off <= DRIFT:
@@ -59,14 +59,14 @@ class DriftDetector:
 
 @dataclass(slots=True)
 class Correction:
-    """The ratio of rounds' seconds to those that were expected."""
+    """Learns the ratio of rounds' seconds to their expected seconds, `factor`."""
 
     factor: float = 1.0
     _weight: float = 0.0
     _watch: DriftDetector = field(default_factory=DriftDetector)
 
     def add(self, expected: float, seconds: float) -> None:
-        """A round that was expected to take `expected`, uncorrected, took `seconds`; both above 0."""
+        """Learn that a round with an uncorrected price of `expected` seconds took `seconds`; both above 0."""
         ratio = seconds / expected
         self.factor *= self._watch.judge(ratio / self.factor)
         self._weight = self._weight * (1.0 - 1.0 / MEMORY) + 1.0
@@ -74,15 +74,15 @@ class Correction:
 
 
 class Fit:
-    """seconds ≈ a + b·x by decayed least squares, x the counts of some kinds of work.
+    """Fits seconds ≈ a + b·x by decayed least squares; x are the counts of some kinds of work.
 
-    The slopes b are pulled towards priors while there is little data, and none is negative: more work is not faster,
-    only noise says so. slopes: seconds that one more of each kind costs.
+    While there is little data the slopes b stay near their priors. No slope is negative, since more work is never
+    faster. slopes: seconds that one more of each kind costs.
 
     Args:
-        prior: slopes where the mean is so many seconds. stiffness: how much data each counts for (`STIFFNESS`). least:
-            shares of the mean; a slope below its own is none. Empty: 0. first: seconds of the counts `at`, before the
-            first observation.
+        prior: mean seconds → prior slopes. stiffness: weight of each prior (`STIFFNESS`). least: smallest slopes, as
+            shares of the mean seconds; a smaller slope counts as 0. Empty: all 0. first: seconds at the counts `at`,
+            before the first observation.
     """
 
     def __init__(
@@ -103,13 +103,13 @@ class Fit:
         self._mean, self._counts, self.slopes = first, at, prior(first)
 
     def add(self, counts: Sequence[float], seconds: float) -> bool:
-        """Returns whether what was expected turned out wrong: most of the last ones differ, or this took far less."""
+        """Add an observation. Return whether the price was wrong: most last ones differ, or this one took far less."""
         expected = self.at(counts) if self._w else seconds
         off = self._watch.judge(seconds / expected)
         keep, y = 1.0 - 1.0 / MEMORY, within(seconds, expected * off)
         self._w = self._w * keep + 1.0
         self._y = self._y * off * keep + y
-        # Lists: behind a forward, which empties the caches, arrays of three numbers take 2.6 times as long.
+        # Lists: after a forward, which empties the CPU caches, arrays of three numbers take 2.6 times as long.
         for kind, (x, row) in enumerate(zip(counts, self._xx, strict=True)):
             self._x[kind] = self._x[kind] * keep + x
             self._xy[kind] = self._xy[kind] * off * keep + x * y
@@ -119,7 +119,7 @@ class Fit:
         return off != 1.0 or seconds < expected * CHEAPER
 
     def _fitted(self) -> Sequence[float]:
-        """Ridge regression of the centred sums towards the prior; of fits that do not fall, the best."""
+        """Solve for the slopes: ridge regression towards the prior, on centred sums. Slopes below `least` become 0."""
         prior, least = self._prior(self._mean), [share * self._mean for share in self._least]
         rows, free = list[list[float]](), list(range(len(least)))
         for kind, (mean, stiffness) in enumerate(zip(self._counts, self._stiffness, strict=True)):
@@ -135,13 +135,13 @@ class Fit:
             free.remove(min(short, key=lambda kind: slopes[kind] - least[kind]))
 
     def at(self, counts: Sequence[float]) -> float:
-        """Seconds, never below a tenth of the mean that was measured."""
+        """Return the expected seconds of work with these counts, at least a tenth of the measured mean."""
         each = zip(self.slopes, counts, self._counts, strict=True)
         return max(self._mean + sum(b * (count - mean) for b, count, mean in each), 0.1 * self._mean)
 
 
 def _solved(rows: list[list[float]]) -> list[float]:
-    """x of Ax = b, A positive definite. rows: of A, each with its number of b behind; used up."""
+    """Solve Ax = b for x, A positive definite. rows: those of A, each followed by its number of b; overwritten."""
     for place, row in enumerate(rows):
         for other in rows:
             if other is not row:

@@ -1,7 +1,7 @@
-"""Prices that outlive a server: tables measured at a start, in a file of their own for all that they depend on.
+"""Stores price tables measured at a server's start in a file, for later starts of the same server.
 
-The factor by which rounds correct them is not kept: it is a few rounds' work, and shows how busy this machine was. A
-CPU keeps nothing: there prices are fitted to the rounds themselves.
+The factor by which rounds correct the tables is not stored: a few rounds find it, and it shows how busy the machine is.
+On a CPU nothing is stored, because prices are fitted to the rounds themselves.
 """
 
 import json
@@ -21,7 +21,7 @@ logger = logging.getLogger("whiflash_sglang")
 
 
 class File(BaseModel):
-    """The text of a file. measured: when."""
+    """Schema of a file of prices. measured: time in ISO 8601. key: all that the prices depend on."""
 
     measured: str
     key: dict[str, str]
@@ -30,7 +30,7 @@ class File(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class KeptPrices:
-    """The file of a server's prices. key: all that they depend on; another server, in any of it, has another file."""
+    """Reads and writes the file of a server's prices. key: all that they depend on; each key has a file of its own."""
 
     directory: Path
     key: Mapping[str, str]
@@ -41,7 +41,7 @@ class KeptPrices:
         return self.directory / f"{digest}.json"
 
     def read(self) -> CostTables | None:
-        """The prices that an earlier start measured; None, with a warning if there is a file that cannot be used."""
+        """Return the prices that an earlier start measured, or None; a file that cannot be used is logged."""
         try:
             known = File.model_validate(read_json_file(self.path))
             if known.key != self.key:
@@ -60,7 +60,7 @@ class KeptPrices:
         return known.tables
 
     def write(self, tables: CostTables) -> None:
-        """Write tables for later starts. If they cannot be written, the log says so."""
+        """Write tables for later starts. An error is logged as a warning."""
         measured = datetime.now(UTC).isoformat(timespec="seconds")
         known = File(measured=measured, key=dict(self.key), tables=tables).model_dump(mode="json")
         try:

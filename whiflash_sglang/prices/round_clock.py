@@ -1,8 +1,8 @@
-"""A round's time by stages on the host's clock, and the whole of it on the device's.
+"""Times a round's stages on the host's clock, and whole rounds on the device's clock.
 
-On a CPU these are the same. On a GPU, where launches return before the work is done, a stage's seconds are those of
-launching it; a device-side breakdown needs the profiler. Whole rounds are timed there by events in the stream
-(:mod:`whiflash_sglang.device.clock`), which are read when they have come: nobody waits for one.
+On a CPU both are the same clock. On a GPU launches return before the work is done, so a stage's seconds are those of
+launching it; a breakdown on the device needs the profiler. There whole rounds are timed by events in the stream
+(:mod:`whiflash_sglang.device.clock`), which are read once they are done, without waiting.
 """
 
 import time
@@ -18,12 +18,12 @@ STAGES = ("route", "catch_up", "draft", "verify", "commit", "park")
 
 
 DraftTime = tuple[str, int, int, float, float]
-"""Arguments of `RoundClock.drafted`."""
+"""Arguments of `RoundClock.drafted`: arm, requests, passes, seconds, seconds of its catch-up."""
 
 
 @dataclass(slots=True)
 class RoundTime:
-    """A round that verified `rows` rows of `requests` requests, and what it took."""
+    """Sizes and times of one round, which verified `rows` rows of `requests` requests."""
 
     # Filled by `Round.timed`.
     rows: int
@@ -37,27 +37,28 @@ class RoundTime:
     begin: Any = None
     end: Any = None
     drafting: float = 0.0
-    drafts: Sequence[DraftTime] = ()  # what of `drafting` was an arm's
+    drafts: Sequence[DraftTime] = ()  # the part of `drafting` that belongs to an arm
 
     # Filled by `RoundClock.begin` of later rounds.
     next_begin: Any = None
-    tokens: int = 0  # that were known to be committed since the round before it began
+    tokens: int = 0  # committed tokens that became known while this was the newest round
     seconds: float = 0.0  # from its begin to its end
-    gap: float = 0.0  # while it was planned, and from its end on; at most `seconds`: a longer one was a pause
+    # Seconds of planning before it and of waiting after it. At most `seconds`: a longer gap was a pause of the server.
+    gap: float = 0.0
 
     @property
     def rest(self) -> float:
-        """Seconds that were no drafting."""
+        """Seconds of the round without drafting."""
         return max(self.seconds - self.drafting, 1e-6)
 
 
 @dataclass(slots=True)
 class RoundClock:
-    """Totals since the start, in seconds, and what the cost model learns from the last round.
+    """Times rounds: totals since the start, and each round's `RoundTime`, from which costs are learned.
 
-    timer: times whole rounds. seconds: per stage. rounds, rows: totals. round_seconds: of the stages and the time
-    between them. tokens: committed. switches: rounds of a request drafted by another arm than its round before.
-    extra_catch_up_seconds: part of the catch-up that a drafter used in every round would not have had.
+    timer: times whole rounds. seconds: host seconds by stage. rounds, rows: numbers of rounds and verified rows.
+    round_seconds: host seconds of whole rounds. tokens: committed tokens. switches: requests' rounds that were routed
+    to another arm than the round before. extra_catch_up_seconds: the part of catch-up that switching caused.
     """
 
     timer: Clock = field(default_factory=HostClock)
@@ -78,7 +79,7 @@ class RoundClock:
     _coming: deque[RoundTime] = field(default_factory=deque)
 
     def begin(self) -> list[RoundTime]:
-        """A round starts. Returns the rounds before it that are timed by now, if each came just before its next."""
+        """Begin a round. Return the earlier rounds whose times are known by now, but none before an interruption."""
         self._began, self._begin = self.now(), self.timer.record()
         self._asked = self._begin
         self._drafting, self._drafts = 0.0, []
@@ -97,11 +98,11 @@ class RoundClock:
         return timed
 
     def planned(self) -> None:
-        """The round's work begins: a device that has waited for its plan has waited for the host."""
+        """Mark the begin of the round's work after planning: a device that waited until now has waited for the host."""
         self._begin = self.timer.record()
 
     def interrupt(self) -> None:
-        """Something other than a round ran: the time until the next round says nothing about rounds."""
+        """Drop the last round's time: other work ran after it, so the time until the next round is no gap of rounds."""
         self._ended = None
 
     @contextmanager
@@ -118,24 +119,24 @@ class RoundClock:
         return time.perf_counter()
 
     def drafted(self, arm: str, requests: int, passes: int, seconds: float, catch_up: float) -> None:
-        """An arm drafted for so many requests, in `passes` passes of its model.
+        """Note that an arm drafted for so many requests, in `passes` passes of its model.
 
-        seconds, catch_up: that its drafts, and its catch-up before, took of the host.
+        seconds, catch_up: host seconds of its drafts, and of its catch-up before them.
         """
         self._drafts.append((arm, requests, passes, seconds, catch_up))
         self._drafting += seconds + catch_up
 
     def proposed(self, seconds: float) -> None:
-        """`seconds` of this round went into joining all arms' drafts and choosing among them."""
+        """Add the seconds in which this round joined all arms' drafts and chose among them."""
         self._drafting += seconds
 
     def learned(self, tokens: int) -> None:
-        """A round turned out to have committed `tokens`."""
+        """Add the `tokens` that a round, maybe an earlier one, has committed."""
         self.tokens += tokens
         self._learned += tokens
 
     def end(self, time: RoundTime) -> float:
-        """The round has issued everything. Returns its seconds on the host's clock."""
+        """End the round: all its work is issued. Return its seconds on the host's clock."""
         self.rounds += 1
         self.rows += time.rows
         seconds = self.now() - self._began
@@ -146,7 +147,7 @@ class RoundClock:
         return seconds
 
     def snapshot(self) -> dict[str, float | int]:
-        """Totals for the metrics route and the benchmark."""
+        """Return the totals for the metrics route and the benchmark."""
         return {
             "rounds": self.rounds,
             "rows": self.rows,

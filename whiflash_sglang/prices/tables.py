@@ -1,17 +1,15 @@
-"""`Costs` of a device that works behind the host: tables of captured work that were measured at the start, and one slow
-factor from the rounds that follow.
+"""`Costs` on a GPU: prices are looked up in tables that were measured at the start, times one factor learned since.
 
-There the host's clock says how long launching took, so nothing is fitted to it.
+A GPU works asynchronously: the host's clock only shows how long launching took, so no price is fitted to it.
 
-A graph costs what it was captured for: 17 rows in a graph of 20 cost 20. So a price is looked up at the smallest size
-that was measured and holds what is asked for, not interpolated between sizes. A verification also reads the context of
-all its requests, long ones cut over the chip; it is measured at two sums of them, and sums between or beyond are on the
-line through them.
+A graph costs its captured size: 17 rows in a graph of 20 cost as much as 20. So a price is that of the smallest
+measured size that holds the work, without interpolation. A verification also reads the context of all its requests, and
+long contexts are split over the chip. It is measured at two total context lengths, and a line through these gives other
+lengths.
 
-Rounds show what the tables cannot know (clocks that drop, a neighbour, the host's share): their seconds over the
-tables' price, as one factor for everything. It moves slowly, and at once if most of the last rounds agree that it is
-wrong (:mod:`whiflash_sglang.prices.fits`), as the fitted prices of :mod:`.costs` do. Whole rounds are timed by the
-device's events.
+Rounds show what the tables cannot know (lower clocks, other processes, the host's share): one factor for all prices,
+the seconds of rounds over their price. It moves slowly, and at once if most of the last rounds agree that it is wrong
+(:mod:`whiflash_sglang.prices.fits`), like the fitted prices of :mod:`.costs`. Whole rounds are timed by device events.
 """
 
 import math
@@ -30,18 +28,19 @@ from whiflash_sglang.prices.fits import MEMORY, Correction
 from whiflash_sglang.prices.round_clock import RoundTime
 
 WAITED = 0.05
-"""Share of a round's work: a longer gap says that the device waited for the host. Launches leave gaps, too."""
+"""A gap longer than this share of a round's seconds means that the device waited for the host. Launches leave small
+gaps, too."""
 
 FORGOTTEN = 0.998
-"""Share of the host's time that a round without waiting leaves: nobody knows by then whether it has become shorter."""
+"""Decay of the host's seconds per round in rounds in which the device did not wait: they may have become shorter."""
 
 LONGEST = 60.0
-"""Seconds; no pass takes as long."""
+"""Upper bound in seconds of a price in a file: no pass takes as long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Seconds by size. sizes: ascending. Beyond the last one the price grows in proportion. A file's are bounded."""
+    """Prices in seconds by size. sizes: ascending. Above the last size the price grows in proportion to the size."""
 
     sizes: tuple[Annotated[int, Field(gt=0, strict=True)], ...]
     seconds: tuple[Annotated[float, Field(gt=0, lt=LONGEST, strict=True)], ...]
@@ -53,7 +52,9 @@ class Sizes:
 
     @classmethod
     def measured(cls, sizes: Iterable[int], price: Callable[[int], float]) -> "Sizes":
-        """`price(size)` of each: more work is not faster, so a size costs at least what a smaller one does."""
+        """Measure `price(size)` for each size. A size costs at least as much as any smaller one, since more work is
+        never faster.
+        """
         ordered = tuple(sorted(set(sizes)))
         return cls(ordered, tuple(accumulate(map(price, ordered), max)))
 
@@ -63,9 +64,9 @@ class Sizes:
         return self.seconds[bisect_left(self.sizes, size)]
 
     def slope(self, size: float) -> float:
-        """Seconds of one more at this size: the slope there of the lower convex hull of all prices.
+        """Return the seconds of one more row or request at this size: the slope of the lower convex hull of all prices.
 
-        A single step would be free or dear by chance. Those that a larger size makes no dearer are passed over.
+        The step to the next size may be free or expensive by chance, and edges without a rise are skipped.
         """
         edges = _rising(self)
         place = bisect_left(edges, (size,))
@@ -74,7 +75,7 @@ class Sizes:
 
 @lru_cache
 def _rising(prices: Sizes) -> list[tuple[float, ...]]:
-    """Edges of the lower convex hull that rise: the size that each ends at, and its slope."""
+    """Return the rising edges of the prices' lower convex hull: the size at each one's end, and its slope."""
     sizes, seconds, place, edges = prices.sizes, prices.seconds, 0, list[tuple[float, ...]]()
     while place < len(sizes) - 1:
         later = range(place + 1, len(sizes))
@@ -86,7 +87,7 @@ def _rising(prices: Sizes) -> list[tuple[float, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class Verifications:
-    """Seconds by rows, at two contexts (tokens of all requests together, `short` < `long`)."""
+    """Prices of verifications in seconds by rows, at two total context lengths (`short` < `long` tokens)."""
 
     short: int
     long: int
@@ -101,17 +102,17 @@ class Verifications:
     def measured(
         cls, short: int, long: int, sizes: Collection[int], price: Callable[[int, int], float]
     ) -> "Verifications":
-        """`price(rows, context)` of each of `sizes` at both contexts."""
+        """Measure `price(rows, context)` for each of `sizes` at both contexts."""
         near = Sizes.measured(sizes, lambda rows: price(rows, short))
         far = Sizes.measured(sizes, lambda rows: price(rows, long))
         return cls(short, long, near, far)
 
     def at(self, rows: float, context: float) -> float:
-        """Seconds for requests of `context` tokens together; fewer than `short` cost as `short` do."""
+        """Return the seconds of a verification for requests with `context` tokens in all, at least `short`."""
         return self._between(self.at_short.at(rows), self.at_long.at(rows), context)
 
     def slope(self, rows: float, context: float) -> float:
-        """Seconds of one more row."""
+        """Return the seconds of one more row."""
         return self._between(self.at_short.slope(rows), self.at_long.slope(rows), context)
 
     def _between(self, near: float, far: float, context: float) -> float:
@@ -120,17 +121,17 @@ class Verifications:
 
 
 LEFT_OUT = 2.0
-"""Prices of a row that the least likely drafts of a batch are worth at least, if each is worth one at least."""
+"""Least assumed worth of a draft that finds no room in a smaller graph, as a multiple of a row's price."""
 
 
 @dataclass(frozen=True, slots=True)
 class CostTables:
-    """A round's price, from what was captured.
+    """Prices in seconds of all captured work, measured at the start.
 
-    verifications: with rows spread over as many requests as a batch has. drafts, catch_up: arm → seconds by requests
-    that draft, and by rows that are caught up. shorter: of passes that make fewer drafts, by how many. wider:
-    verifications with more than so many rows for each request, for which attention takes a larger tile. plain: rounds
-    without drafts, which have graphs of their own.
+    verifications: with rows spread over as many requests as a batch has. drafts: by arm, passes by number of requests.
+    catch_up: by arm, by number of rows. shorter: by arm and number of drafts, limited passes. wider: by rows of a
+    request, verifications with more rows for each, for which attention takes a larger tile. plain: rounds without
+    drafts, which have graphs of their own.
     """
 
     verifications: Verifications
@@ -141,17 +142,17 @@ class CostTables:
     plain: Verifications | None = None
 
     def verify(self, rows: float, requests: int, context: float) -> float:
-        """Seconds of a verification of so many rows, for requests of `context` tokens together."""
+        """Return the seconds of a verification of so many rows, for requests with `context` tokens in all."""
         if self.plain is not None and rows <= requests:
             return self.plain.at(rows, context)
         return self._by_width(rows, requests, lambda prices: prices.at(rows, context))
 
     def row(self, rows: float, requests: int, context: float) -> float:
-        """Seconds of one more row, in the tile that is taken."""
+        """Return the seconds of one more row, in the tile of attention that these rows take."""
         return self._by_width(rows, requests, lambda prices: prices.slope(rows, context))
 
     def _by_width(self, rows: float, requests: int, price: Callable[[Verifications], float]) -> float:
-        """A price by rows of a request: if its mean is between two widths, some requests have each."""
+        """Return a price for the mean rows of a request: if it is between two widths, some requests have each."""
         seconds, each = price(self.verifications), rows / max(requests, 1)
         for above, prices in self.wider.items():
             if each > above:
@@ -159,38 +160,38 @@ class CostTables:
         return seconds
 
     def draft(self, arm: str, requests: int, length: int = 0) -> float:
-        """A pass, of `length` drafts if there are shorter ones of it. 0 for an arm that runs no model."""
+        """Return the seconds of a pass, limited to `length` drafts if such passes were captured; 0 without a model."""
         if not requests or arm not in self.drafts:
             return 0.0
         return self.shorter.get(arm, {}).get(length, self.drafts[arm]).at(requests)
 
     def catch(self, arm: str, tokens: float) -> float:
-        """0 for an arm that keeps no KV."""
+        """Return the seconds in which `arm` ingests so many tokens; 0 for an arm without KV."""
         return self.catch_up[arm].at(tokens) if tokens and arm in self.catch_up else 0.0
 
 
 class LookedUpCosts(Costs):
-    """Prices from `tables`, which must be set before anything is priced.
+    """Costs on a GPU: looks prices up in `tables`, which must be set before anything is priced.
 
-    A round pads its verification to the drafts that it makes room for, so that is what rows are looked up by.
+    A round pads its verification to the drafts that it has room for, so that number of rows is looked up.
     """
 
     tables: CostTables
     priced_by = "rounds"
-    """Plain rounds of every size were timed at the start, and any rounds correct all prices by one factor."""
+    """All rounds count: plain rounds of every size were timed at the start, and any round corrects all prices."""
 
     def __init__(self, width: Callable[[str], int], overlaps: bool = True) -> None:
-        """overlaps: whether the host works beside the device; else its time comes on top."""
+        """overlaps: whether the host works while the device does; otherwise its seconds are added."""
         super().__init__(width)
         self._overlaps = overlaps
         self.correction = Correction()
         self._verified = 0
         self._host = 0.0
-        """Seconds of a round that waits for the host, as far as one is known; forgotten where none does."""
+        """Seconds of a round in which the device waits for the host; decays while no round does."""
         self._busy = Mean(1.0, 1.0)
-        """Share of rounds in which the device did not wait, which longer work makes longer."""
+        """Share of rounds in which the device did not wait for the host: only these take longer with more work."""
         self._brought = 0.0
-        """Seconds, uncorrected, in which the server commits what one draft of a round usually brings."""
+        """Worth of a verified draft in uncorrected seconds: its mean accepted tokens over the server's tokens/s."""
         self._behind: dict[str, Mean] = {}
 
     def observe(self, previous: RoundTime) -> None:
@@ -218,11 +219,11 @@ class LookedUpCosts(Costs):
             self._host = min(self._host * FORGOTTEN, previous.seconds)
 
     def lasts(self, work: float) -> float:
-        """The longer of host and device decides."""
+        """Return the seconds of a round: the longer of device and host if they overlap, else their sum."""
         return max(work, self._host) if self._overlaps else work + self._gap
 
     def timings(self, arm: str) -> int:
-        """Every price was measured, and what is corrected is all of them at once: no arm is tried for its own."""
+        """Return the count of a well-known price: every price was measured at the start, so no probe is for prices."""
         return PROBE_ROUNDS
 
     def draft(self, arm: str, requests: int, drafts: int = 0) -> float:
@@ -231,7 +232,7 @@ class LookedUpCosts(Costs):
         return self.correction.factor * (self._pass(arm, requests, drafts) + catch_up)
 
     def lengths(self, arm: str) -> tuple[int, ...]:
-        """Those that passes were captured for."""
+        """Return the lengths that passes of `arm` were captured for, ascending."""
         return (*sorted(self.tables.shorter.get(arm, ())), *super().lengths(arm))
 
     def width(self, arm: str) -> float:
@@ -241,7 +242,7 @@ class LookedUpCosts(Costs):
         return self.correction.factor * self._filled(requests, rows)[1]
 
     def worth(self, arm: str) -> Worth:
-        """A pass drafts as many as it may at once, so a further draft costs its row only."""
+        """Return the worth of a further draft: a pass drafts its full length at once, so only the row has a price."""
         if not self._rate:
             return FULL_LENGTH
         return Worth(self._rate * self._busy.value * self._row(self._verified), 0.0)
@@ -260,15 +261,16 @@ class LookedUpCosts(Costs):
         return prices
 
     def _pass(self, arm: str, requests: int, drafts: int = 0) -> float:
-        """Uncorrected."""
+        """Return the uncorrected seconds of a pass, by default of the present limit."""
         return self.tables.draft(arm, requests, drafts or self._limits.get(arm, 0))
 
     def _filled(self, requests: int, rows: float) -> tuple[int, float]:
-        """Rows that are verified in place of `rows`, and seconds, uncorrected, with what is lost by those left out.
+        """Return the rows that are verified in place of `rows`, and their uncorrected seconds with the loss of drafts
+        that are left out.
 
-        A graph of a few rows more than the one before it is not begun: the step costs more than its drafts bring. Those
-        left out are the least likely, so each is worth little more than a row costs; if rows are nearly free,
-        it is the geometric mean of that and what a draft usually brings.
+        If `rows` exceed a graph's size by a few, the smaller graph is used if that costs less than the larger graph.
+        The drafts left out are the least likely: each counts as `LEFT_OUT` prices of a row, or as the geometric mean of
+        that price and what a draft usually brings if that is more, since rows may be nearly free.
         """
         verify, sizes = self.tables.verify, self.tables.verifications.at_short.sizes
         place = bisect_left(sizes, rows)
