@@ -1,1 +1,1 @@
-"""Forced and likely text, from grammars and schemas."""
+"""Finds forced and likely text, from grammars, schemas and tools."""

@@ -1,9 +1,9 @@
-"""Tool calls that no grammar constrains: an output followed from one to the next, and what the one that is open goes on
-with, by the tools of its request.
+"""Tool calls that no grammar constrains: follows an output from call to call, and proposes how the open call continues
+by the request's tools.
 
-Nothing is forbidden. If something else is written, it is silent until another call begins; a marker that a line has
-begun with goes on, too. A call's beginning is guessed if only blanks were written of an answer, or after its reasoning.
-A call that is one JSON object follows a grammar of what it probably looks like.
+Nothing is forbidden. After unexpected text nothing is proposed until another call begins. A marker that a line has
+begun with is continued. The beginning of a call is guessed while an answer, or the text after its reasoning, is blank.
+A call that is one JSON object follows a grammar of its probable form.
 """
 
 import json
@@ -27,18 +27,18 @@ from whiflash_sglang.structure.tools import ARGUMENTS, KEPT, PARSERS, read_tools
 NO_ARGUMENTS: Final = {"type": "object", "properties": {}, "additionalProperties": False}
 
 USUAL_LEAD = "\n"
-"""Between a call's marker and the call, where nobody has written one yet: as templates show it to their models."""
+"""Text between a call's marker and the call until one is seen: as chat templates show it to their models."""
 
 LEAD: Final = "lead"
 """Key of the text between marker and call, in the record of calls seen."""
 
 _NO_VOCABULARY = ("a", "</s>")
-"""A matcher that is asked for text alone needs no tokens, and compiles in a millisecond."""
+"""Vocabulary of a matcher that is asked only for text: it needs no tokens, and compiles in a millisecond."""
 
 
 @lru_cache(maxsize=KEPT)
 def schema_of(tools: str) -> str | None:
-    """The schema of a call; None where its calls are no JSON, or their names too long."""
+    """Return the JSON schema of a call; None if calls are not JSON, or the tools' names too long together."""
     read = read_tools(tools)
     if read is None or read.form not in ARGUMENTS.values():
         return None
@@ -54,13 +54,13 @@ def schema_of(tools: str) -> str | None:
 
 @lru_cache(maxsize=KEPT)
 def compiled(tools: str) -> xgrammar.CompiledGrammar | None:
-    """The grammar of `schema_of`; None where there is none, or xgrammar refuses it.
+    """Compile the grammar of `schema_of`; None without a schema, or if xgrammar refuses it.
 
     It is compiled in the scheduler's thread, alike in every rank, so schemas are cut to their essence: a client's
-    text must not decide how long everybody waits.
+    schema must not decide how long all requests wait.
 
     Args:
-        tools: what `carried_tools` wrote, or anything.
+        tools: text of `carried_tools`, or any other text.
     """
     schema = schema_of(tools)
     if schema is None:
@@ -91,15 +91,15 @@ class _State(Enum):
     """After a marker, before the call."""
     INSIDE = auto()
     CLOSING = auto()
-    """After a complete call, before what closes it."""
+    """After a complete call, before the text that closes it."""
 
 
 class JsonCall:
-    """One call, from behind its marker on.
+    """A tool call in JSON, from the end of its marker on.
 
     Args:
-        matcher: of what a call looks like, at its beginning. seen: how earlier calls were laid out, the blanks before
-            them among it (`LEAD`). end: marks its end; empty: nothing does. tools: of the request.
+        matcher: over the grammar of a probable call, at its beginning. seen: layout of earlier calls, with the blanks
+            before them (`LEAD`). end: text that marks its end; empty: nothing does. tools: of the request.
     """
 
     def __init__(self, matcher: Matcher, seen: dict[str, str], end: str, tools: str) -> None:
@@ -111,7 +111,7 @@ class JsonCall:
 
     @property
     def seen(self) -> dict[str, str]:
-        """How it is laid out."""
+        """Return the blanks that it was laid out with, as `Layout.seen`."""
         return self._layout.seen
 
     @property
@@ -119,14 +119,14 @@ class JsonCall:
         return self.seen.get(LEAD, USUAL_LEAD)
 
     def copy(self) -> "JsonCall":
-        """A copy to look ahead with, inside `trying` only."""
+        """Return a copy to look ahead with, which is valid inside `trying` only."""
         ahead = object.__new__(JsonCall)
         ahead.__dict__.update(self.__dict__)
         ahead._layout = self._layout.copy()
         return ahead
 
     def behind(self, text: str, tokens: Sequence[int], guesses: Guesses) -> "JsonCall | None":
-        """A copy for its `pieces` behind `text`, which `tokens` are; None where it does not go on with all of them."""
+        """Return a copy after `text`, the text of `tokens`, for its `pieces`; None unless all of them may follow."""
         ahead = Ahead(self._matcher, self._layout, guesses)
         with self._matcher.trying():
             if self._state is not _State.INSIDE or ahead.accept(tokens) < len(tokens):
@@ -141,13 +141,13 @@ class JsonCall:
 
     @property
     def is_free(self) -> bool:
-        """Whether its end is in a value that may be anything, which plain text does not leave."""
+        """Whether it ends in a value that may be anything, which plain text does not leave."""
         return self._state is _State.INSIDE and self._layout.is_free
 
     def follow(self, text: str) -> str | None:
-        """Go on with what was written.
+        """Advance by `text`.
 
-        Returns the text after the call and its end, or the text that no call of these tools has; None while it is open.
+        Returns the text after the call and its end, or after its last match; None while it is open.
         """
         rest: str | None = text
         if self._state is _State.LEAD and rest:
@@ -159,7 +159,7 @@ class JsonCall:
         return rest or None
 
     def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[LikelyText]:
-        """Its probable continuation: at most `limit` characters."""
+        """Return its probable continuation, at most `limit` characters."""
         ending = self._lead + self._end if self._end else ""
         if self._state is _State.CLOSING:
             return [LikelyText(ending.removeprefix(self._waiting)[:limit], Kind.CLOSED)]
@@ -172,7 +172,7 @@ class JsonCall:
         return lead + likely(ahead, limit, likelihood, ending)
 
     def _before(self, text: str) -> str:
-        """Blanks before a call. Returns what follows them."""
+        """Follow the blanks before a call. Returns the text after them."""
         stripped = text.lstrip(BLANKS)
         self._waiting += text[: len(text) - len(stripped)]
         if stripped:
@@ -194,7 +194,7 @@ class JsonCall:
         return ""
 
     def _closing(self, text: str) -> str | None:
-        """Skip what closes the call. Returns what follows it, or the whole text if nothing closes it."""
+        """Skip the text that closes the call. Returns what follows it, or the whole text if nothing closes it."""
         whole, ending = self._waiting + text, self._lead + self._end
         if len(whole) < len(ending) and ending.startswith(whole):
             self._waiting = whole
@@ -203,28 +203,28 @@ class JsonCall:
 
 
 USUAL_BLANKS = "\n\n"
-"""Between the end of reasoning and a call, as templates show it."""
+"""Text between the end of reasoning and a call, as chat templates show it."""
 
 LOOKED_AT = 4
-"""Calls of a prompt that are looked at for how they are laid out, the newest ones."""
+"""Number of a prompt's newest calls whose layout is read."""
 
 LOOKED_AT_CHARS = 1024
-"""Characters of each of them that are looked at."""
+"""Characters that are read of each of them."""
 
 
 PROMPT_CHARS = 1 << 16
-"""Characters at a prompt's end that a round may search: it must not take longer because somebody's prompt is long."""
+"""Characters at a prompt's end that a round may search, so that a long prompt does not delay other requests."""
 
 OpenCall = JsonCall | MarkupCall
-"""The text after a marker."""
+"""A call that has begun, from the end of its marker on."""
 
 
 class Calls:
     """Follows an output, and the call in it that is open.
 
     Args:
-        tools: what `carried_tools` wrote. spans: of the request; those of kind `tool_call` give the markers, those of
-            kind `reasoning` where thinking ends.
+        tools: text of `carried_tools`. spans: of the request; those of kind `tool_call` give the markers, those of
+            kind `reasoning` the end of thinking.
         prompt: the end of its text, which shows the layout of earlier calls, and which tools they called.
     """
 
@@ -233,32 +233,32 @@ class Calls:
         self._spans = [span for span in spans if span.kind == "tool_call" and span.begin]
         self.prompt = prompt
         self._waiting = "\n"
-        """The end of the text, as far as a marker may begin in it; it begins a line itself."""
+        """The end of the text, as far as a marker may begin in it. An answer begins a line."""
         thoughts = [span for span in spans if span.kind == "reasoning"]
         self._ends = [span.end for span in thoughts if span.end]
         self._begins = [span.begin or "" for span in self._spans]
         marks = [*self._ends, *self._begins]
         self._longest, self._firsts = max(map(len, marks), default=0), frozenset(mark[0] for mark in marks)
         self._blanks = None if any(span.open for span in thoughts) else ""
-        """Since the answer began or its reasoning ended; None: something else was written."""
+        """Blanks since the answer or the text after its reasoning began; None: something else was written."""
         self._usual = ""
-        """Their usual values."""
+        """The usual blanks there."""
         self._call: OpenCall | None = None
         self._seen: dict[str, str] | None = None
         self._used: dict[str, int] = {}
         self._prompts: dict[Hashable, Any] = {}
         self._known: dict[Hashable, Any] = {}
-        """Answers to earlier calls in markup."""
+        """Answers of `MarkupCall`, cached for the request's later calls."""
 
     def are_free(self, tokens: Sequence[int], tables: Tables) -> bool:
-        """Whether nothing is known behind `tokens`: free text in JSON, or no call begins; False: that is not known."""
+        """Whether nothing is known to follow `tokens`: they are free text in JSON, or begin no call. False: unknown."""
         if self._call is not None:
             return isinstance(self._call, JsonCall) and self._call.is_free and all(map(tables.plain, tokens))
         known = self._blanks is None and self._firsts.isdisjoint(self._waiting)
         return known and all(map(tables.without(self._firsts), tokens))
 
     def behind(self, text: str, tokens: Sequence[int] = (), guesses: Guesses | None = None) -> "Calls":
-        """As it would be behind `text`, which `tokens` are; inside `trying` alone."""
+        """Return a copy after `text`, the text of `tokens`; valid inside `trying` only."""
         ahead, call = object.__new__(Calls), self._call
         ahead.__dict__.update(self.__dict__)
         ahead._call = call.behind(text, tokens, guesses) if guesses and isinstance(call, JsonCall) else None
@@ -272,7 +272,7 @@ class Calls:
         return self._call.trying() if isinstance(self._call, JsonCall) else nullcontext()
 
     def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[LikelyText]:
-        """The probable continuation, at most `limit` characters; empty: nothing is known."""
+        """Return the probable continuation, at most `limit` characters; empty if nothing is known."""
         if self._call is not None:
             return self._call.pieces(limit, guesses, likelihood)
         begun, blanks, first = self._begun(), "", Kind.OPENED
@@ -282,13 +282,13 @@ class Calls:
         call = self._behind_marker(begun[0]) if begun else None
         if begun is None or call is None:
             return []
-        # The first character of its marker shows that one begins.
+        # The first character of a marker is the guess that a call begins; the others follow from it.
         parts = (blanks, Kind.USUAL), (begun[1][:1], first), (begun[1][1:], Kind.OPENED)
         pieces = [LikelyText(text[:limit], kind) for text, kind in parts if text]
         return pieces + call.pieces(limit - len(blanks + begun[1]), guesses, likelihood)
 
     def follow(self, text: str) -> None:
-        """Go on with what was written."""
+        """Advance by `text`, in which calls begin and end."""
         if not self._spans:
             return
         while text:
@@ -302,13 +302,13 @@ class Calls:
             self._blanks = None
 
     def _begun(self) -> tuple[Span, str] | None:
-        """The span whose marker a line has begun with, and the rest of the marker."""
+        """Return the span whose marker the last line has begun with, and the marker's rest; None if there is none."""
         line = self._waiting[self._waiting.rfind("\n") + 1 :]
         pairs = [(span, begin) for span, begin in zip(self._spans, self._begins, strict=True) if line]
         return next(((span, begin[len(line) :]) for span, begin in pairs if begin.startswith(line)), None)
 
     def _outside(self, text: str) -> str:
-        """Look for where a call begins. Returns what follows it."""
+        """Look for the beginning of a call. Returns the text after its marker."""
         if self._blanks is None and self._firsts.isdisjoint(self._waiting + text):
             self._waiting = (self._waiting + text)[-self._longest :]
             return ""
@@ -326,7 +326,7 @@ class Calls:
         return text[at + len(span.begin) :]
 
     def _note_blanks(self, text: str) -> None:
-        """Whether a call may begin behind `text`."""
+        """Note the blanks after which a call may begin, or that other text was written."""
         whole = self._waiting + text
         ended = max((whole.rfind(end) + len(end) for end in self._ends if end in whole), default=0)
         if ended > len(self._waiting):
@@ -335,7 +335,7 @@ class Calls:
             self._blanks = None if text.strip(BLANKS) else (self._blanks + text)[:LOOKED_AT_CHARS]
 
     def _behind_marker(self, span: Span) -> OpenCall | None:
-        """The expected text there; None: nothing is known of such calls."""
+        """Make the call that is expected after a span's marker; None if nothing is known of such calls."""
         assert span.begin is not None
         read, end = read_tools(self._tools), span.end or ""
         if read is None:
@@ -353,9 +353,9 @@ class Calls:
         return call if call.follow(span.begin) is None else None
 
     def _habits(self, span: Span) -> dict[str, str]:
-        """How calls are laid out: as in this answer, else as in the prompt's newest ones."""
+        """Return the layout of calls: of the last one in this answer, else of the prompt's newest ones."""
         if self._seen is None:
-            # Kept for all that look ahead.
+            # Cached, so that copies that look ahead do not read the prompt again.
             self._seen = kept(self._prompts, (span.begin, span.end), lambda: self._habits_of_prompt(span))
         return dict(self._seen)
 
@@ -371,7 +371,7 @@ class Calls:
         return seen
 
     def _earlier(self, begin: str) -> list[str]:
-        """The texts after the newest markers of the prompt, the newest one last."""
+        """Return the texts after the prompt's newest markers, the newest one last."""
         prompt, texts = self.prompt, list[str]()
         end = len(prompt)
         while len(texts) < LOOKED_AT and (end := prompt.rfind(begin, 0, end)) >= 0:
@@ -379,7 +379,7 @@ class Calls:
         return texts[::-1]
 
     def _uses(self, text: str) -> int:
-        """How often a text occurs in the end of the prompt."""
+        """Return how often a text occurs in the end of the prompt."""
         if text not in self._used:
             self._used[text] = self.prompt.count(text)
         return self._used[text]

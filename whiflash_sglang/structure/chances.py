@@ -1,7 +1,7 @@
-"""Learned while serving, of every tenant by itself: how likely a token is that structure proposes, and how a target
-cuts text that it was not free to choose.
+"""Statistics that each tenant's requests share: how often proposed tokens were right, by why they were proposed, and
+how a target cuts text that it was not free to choose.
 
-A tokenizer cuts `":"get` one way; a target that would have written a blank there, and must not, cuts it another way,
+A tokenizer cuts `":"get` one way. A target that would have written a blank there, and must not, cuts it another way,
 and does so every time.
 """
 
@@ -16,25 +16,25 @@ from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, cut_behind
 from whiflash_sglang.structure.layout import Habit
 
 KEPT = 512
-"""Places that are remembered; the one that was seen least recently goes first."""
+"""Number of cuts that are remembered; the one written least recently goes first."""
 
 REASONS = 256
-"""Texts of a tenant that are kept with the reasons of their tokens, some three kilobytes each."""
+"""Number of a tenant's texts that are cached with the reasons of their tokens, some three kilobytes each."""
 
 MOST = 4
-"""Places of one text that are cut otherwise: after each of them the rest is cut again."""
+"""Largest number of replaced tokens in one text: after each of them the rest is cut again."""
 
 
 class Cuts:
-    """Tokens written last in place of the usual one, by the token before the place and the usual one."""
+    """Remembers the token last written in place of the tokenizer's, by the token before it and the tokenizer's."""
 
     def __init__(self) -> None:
         self._written: OrderedDict[tuple[int, int], int] = OrderedDict()
         self.reasons: OrderedDict[Hashable, Any] = OrderedDict()
-        """Texts as they are cut now (`sketch.cut`), by all that it depends on but chances."""
+        """Texts as they are cut now, cached for `sketch.cut` by all that it depends on but chances."""
 
     def learn(self, before: int, usual: int, written: int) -> None:
-        """After `before`, where the tokenizer has `usual`, the same text was begun with `written`."""
+        """Learn that after `before` the target wrote `written` where the tokenizer has `usual`, in the same text."""
         if self._written.pop((before, usual), usual) != written:
             self.reasons.clear()
         if written != usual:
@@ -44,9 +44,9 @@ class Cuts:
             self.reasons.clear()
 
     def applied(self, vocabulary: Vocabulary, before: int, tokens: Sequence[int]) -> list[tuple[int, int]]:
-        """The text of `tokens`, which follow `before`, as it was cut when it was seen last.
+        """Cut the text of `tokens`, which follow `before`, as it was cut when it was written last.
 
-        Each with the token that the tokenizer has in its place.
+        Returns each token with the tokenizer's at its place.
         """
         cuts: list[tuple[int, int]] = []
         rest, left = list(tokens), MOST if self._written else 0
@@ -63,7 +63,7 @@ class Cuts:
 
 
 def _cut_anew(vocabulary: Vocabulary, first: int, tokens: Sequence[int]) -> list[int] | None:
-    """The text of `tokens` behind its first token `first`; None where it does not begin with that."""
+    """Return the tokens after `first` if it begins the text of `tokens`; None if that text begins otherwise."""
     text, begin = bytes_of(vocabulary, tokens), bytes_of(vocabulary, [first])
     if not begin or not text.startswith(begin):
         return None
@@ -74,28 +74,28 @@ def _cut_anew(vocabulary: Vocabulary, first: int, tokens: Sequence[int]) -> list
 
 
 class Kind(IntEnum):
-    """Why a token was proposed. The least likely one of several counts."""
+    """Why a token was proposed; the least likely one of several reasons counts."""
 
-    __hash__ = int.__hash__  # an enum's own is Python
+    __hash__ = int.__hash__  # an enum's own is written in Python, and slow
 
     FORCED = 0
     """The grammar allows no other text."""
     SEAM = 1
-    """The first one, where what was written is not cut as its tokenizer would cut it now."""
+    """The first token, where the tokenizer would cut across its beginning: it follows text that is cut otherwise."""
     EDGE = 2
-    """The last one of what is known: a longer token may hold it and what follows."""
+    """The last token of the known text: a longer token may hold its end and what follows."""
     END = 3
     """The text may end here, and little else may follow."""
     LAYOUT = 4
     """The only punctuation, or the only type of value, that may follow, laid out as before."""
     USUAL = 5
-    """The same, laid out as is usual: nothing of the kind was written yet."""
+    """As LAYOUT, but laid out as is usual, since no such place was written yet."""
     CHOICE = 6
     """One of several punctuation marks, or of several types of value, that may follow."""
     USED = 7
-    """A name or a listed value, of those allowed here the one that this conversation used most."""
+    """A name or a listed value: of those allowed here, the one that this conversation used most."""
     WORD = 8
-    """The same where none was used: the schema's first."""
+    """As USED, but none was used more than the others: of these, the schema's first."""
     CLOSED = 9
     """Closes a tool call that is complete."""
     OPENED = 10
@@ -103,44 +103,44 @@ class Kind(IntEnum):
     ENDED = 11
     """Ends a value in markup that has begun."""
     BEGUN = 12
-    """A tool call where nothing of one was written, but one may begin."""
+    """The beginning of a tool call where nothing of one was written, but one may begin."""
     STOPPED = 13
     """The text may end here, or go on with anything."""
 
 
 SEED = (0.98, 0.7, 0.6, 0.9, 0.95, 0.6, 0.5, 0.6, 0.4, 0.9, 0.8, 0.6, 0.3, 0.5)
-"""Chances before anything was seen, by kind: guesses, which some tens of tokens overrule."""
+"""Initial chances by kind. They are guesses, which some tens of tokens overrule."""
 
 SEED_WEIGHT = 8.0
-"""Tokens that the seed counts for."""
+"""Weight of the initial chances, in tokens."""
 
 DECAY = 0.995
-"""Factor on earlier tokens at every new one of the same kind."""
+"""Factor on the weight of earlier tokens at every new one of the same kind."""
 
 
 class StructureChances:
-    """Decayed share of the tokens of each kind that were right, given that all before them were.
+    """Decayed share of proposed tokens that were right, given that all before them were, by kind.
 
-    cuts: how text was cut otherwise than its tokenizer cuts it. habits: how JSON was laid out last, by whether it
-    is in a structural tag.
+    cuts: how the target cuts text otherwise than its tokenizer. habits: the newest layout of JSON, by whether it was in
+    a structural tag.
     """
 
     def __init__(self) -> None:
         self._rates = Rates(SEED, SEED_WEIGHT, DECAY)
         self._chances = [min(chance, SURE) for chance in self._rates.all]
         self.of: Callable[[Kind], float] = self._chances.__getitem__
-        """Chance that a token of a kind is right."""
+        """Returns the chance that a token of a kind is right."""
         self.cuts = Cuts()
         self.habits: dict[bool, Habit] = {}
 
     def observe(self, kind: Kind, right: bool) -> None:
-        """A token of this kind, with all before it right, was `right` or not."""
+        """Learn whether a token of this kind, with all before it right, was `right`."""
         self._rates.observe(kind, right)
         self._chances[kind] = min(self._rates.of(kind), SURE)
 
 
 class LikelyText(NamedTuple):
-    """text: never empty. kind: why it is likely."""
+    """A piece of text that is likely to follow. text: never empty. kind: why it is likely."""
 
     text: str
     kind: Kind

@@ -1,7 +1,7 @@
-"""The probable continuation where a grammar leaves little choice: punctuation in the layout of the text so far, and
+"""Guesses the continuation where a grammar leaves little choice: punctuation in the layout of the text so far, and
 words of the schema.
 
-Only what a matcher takes is guessed, so nothing here knows schemas: it asks which of a few texts may follow.
+Only text that a matcher accepts is guessed, so nothing here reads schemas: it asks which of a few texts may follow.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -16,22 +16,22 @@ from whiflash_sglang.structure.layout import Layout, is_plain
 from whiflash_sglang.structure.matchers import Matcher
 
 VALUES = ('"', "{", "[", "0", "t", "n")
-"""How values of each type begin; a negative number, and false, if a positive one, and true, are allowed."""
+"""First characters of values, by type. `-` and `f` are left out: they are allowed where `0` and `t` are."""
 
 OPENING = VALUES[:3]
-"""Beginnings after which more can be proposed."""
+"""First characters after which more can be proposed."""
 
 FREE = "‡"
-"""Allowed only where nearly anything is: in free text, and inside a string without bounds."""
+"""A character that is allowed only where nearly any is: in free text, and inside a string without bounds."""
 
 
 class Place:
-    """A grammar's answers at one place of its texts.
+    """A grammar's cached answers at one place of its texts.
 
-    pieces: text that is forced or likely; of words the `rests` instead, what is still to come of each that may follow,
-    since requests use them differently. parts: pieces of words. then: places after a text; None: it is refused. free:
-    whether it is in free text, which plain text does not leave. ends: whether the text may end, and nothing is forced.
-    Each None where nobody asked.
+    pieces: text that is forced or likely. rests: where words may follow, the rest of each instead, since requests use
+    words differently. parts: pieces of words. then: places after a text; None: it is refused. free: whether the place
+    is in free text, which plain text does not leave. ends: whether the text may end, and nothing is forced. An answer
+    is None until it is asked for.
     """
 
     __slots__ = ("ends", "free", "parts", "pieces", "rests", "then")
@@ -46,19 +46,19 @@ class Place:
 
 
 TABLES = 32
-"""Schemas and lists of tools whose places are kept, the one that was asked for least recently goes first."""
+"""Number of schemas and lists of tools whose places are cached; the one asked for least recently goes first."""
 
 PLACES = 2048
-"""Places that are kept of each, two kilobytes or three each. Beyond, all of them begin again."""
+"""Largest number of cached places per schema, two or three kilobytes each. The cache is cleared when it is full."""
 
 TEXTS = 42
-"""Texts that are kept of each place, and where they lead. Beyond, they begin again."""
+"""Largest number of cached continuations per place. The cache is cleared when it is full."""
 
 Table = dict[Hashable, Place]
 
 
 class Tables:
-    """Places of texts, and kinds of tokens, shared by requests of one server: its engine of grammars is one.
+    """Caches of places and of kinds of tokens, shared by a server's requests, which have the same grammar engine.
 
     Args:
         vocabulary: of the target; None: tokens are not followed.
@@ -66,9 +66,9 @@ class Tables:
 
     def __init__(self, vocabulary: Vocabulary | None = None) -> None:
         self.of: Callable[..., Table] = lru_cache(maxsize=TABLES)(lambda *key: Table())
-        """The places of equal schemas, words and habits."""
+        """Returns the cache of places for a schema, words and habit."""
         self.text = cache(lambda token: whole_text(vocabulary, [token]) if vocabulary else "")
-        """A token's text; empty where it begins or ends inside a character, or has none."""
+        """Returns a token's text; empty if it begins or ends inside a character, or has none."""
         self.plain = self._kind(is_plain)
         """Whether free text goes on with a token."""
         self.without = lru_cache(maxsize=4)(lambda marks: self._kind(marks.isdisjoint))
@@ -79,11 +79,11 @@ class Tables:
 
 
 class Guesses:
-    """Guesses for one request.
+    """Guesses the continuations of one request.
 
     Args:
         words: names and values of its schema, in its order. used: how often each of them was used in the conversation.
-            tables: what grammars answered before; None: nothing.
+            tables: caches of what grammars answered; None: new ones.
     """
 
     def __init__(self, words: Sequence[str], used: Mapping[str, int], tables: Tables | None = None) -> None:
@@ -92,7 +92,7 @@ class Guesses:
         self.text = self._tables.text
 
     def place(self, layout: Layout) -> Place:
-        """The place at the end of a text; a new one where its schema does not say which it is."""
+        """Return the cached place at the end of a text; a new one if its schema does not determine the place."""
         place: Place | None = layout.known
         if place is not None:
             return place
@@ -106,7 +106,7 @@ class Guesses:
         place = table.get(key)
         if place is None:
             if len(table) >= PLACES:
-                for old in table.values():  # a request that is at one of them must not keep all
+                for old in table.values():  # else a request that is at one of them would keep all
                     old.then.clear()
                 table.clear()
             place = table[key] = Place(free=layout.is_free)
@@ -114,7 +114,7 @@ class Guesses:
         return place
 
     def next(self, matcher: Matcher, layout: Layout) -> list[LikelyText] | dict[str, str]:
-        """A likely continuation where nothing is forced; nothing if all are equally likely."""
+        """Guess what follows where nothing is forced: pieces, or by word its rest; empty if all are as likely."""
         if matcher.allows(FREE):
             return []
         if layout.inside:
@@ -128,11 +128,11 @@ class Guesses:
         return _closing(matcher, layout)
 
     def of_words(self, place: Place) -> list[LikelyText]:
-        """The rest of the likeliest word; if others are allowed there, its kind is that of what parts it from them."""
+        """Return the rest of the likeliest word; characters that part it from other words are USED or WORD."""
         rests, used = place.rests, self._used
         best = max(rests, key=lambda word: used.get(word, 0))
         others = [word for word in rests if word != best]
-        # A list of tools names each of them once.
+        # The prompt's list of tools names each of them once, so only a word used more often than the others counts.
         highest = max((used.get(word, 0) for word in others), default=0)
         kind = Kind.USED if used.get(best, 0) > highest else Kind.WORD
         if (best, kind) not in place.parts:
@@ -141,7 +141,7 @@ class Guesses:
 
 
 def parted(text: str, others: Sequence[str], kind: Kind) -> list[LikelyText]:
-    """`text` in pieces: `kind` are its characters that part it from one of the others, where none does its first."""
+    """Cut `text` into forced pieces and characters of `kind`: those that part it from `others`, else the first."""
     places = sorted({common_prefix(text, other) for other in others} - {len(text)}) or [0]
     pieces, done = [], 0
     for place in places:
@@ -152,7 +152,7 @@ def parted(text: str, others: Sequence[str], kind: Kind) -> list[LikelyText]:
 
 
 def _opening(matcher: Matcher, layout: Layout) -> list[LikelyText]:
-    """A key or a value begins, or its brackets close at once."""
+    """Guess the beginning of a key or a value, or the bracket that closes an empty container."""
     possible = [value for value in VALUES if matcher.allows(value)]
     if not possible:
         return _closing(matcher, layout)
@@ -169,7 +169,7 @@ def _opening(matcher: Matcher, layout: Layout) -> list[LikelyText]:
 
 
 def _closing(matcher: Matcher, layout: Layout) -> list[LikelyText]:
-    """A key or a value has ended."""
+    """Guess the mark after a key or a value that has ended."""
     possible = [mark for mark in ":,}]" if matcher.allows(mark)]
     if not possible:
         return []
@@ -182,20 +182,20 @@ def _closing(matcher: Matcher, layout: Layout) -> list[LikelyText]:
 
 
 STEPS = 32
-"""Pieces that are asked for in a row."""
+"""Largest number of pieces that are asked for in a row."""
 
 HOPELESS = 0.02
-"""Chance below which nothing behind a piece is looked for."""
+"""Chance of all pieces so far below which no further piece is asked for."""
 
 Likelihood = Callable[[Kind], float]
-"""Likelihood of a kind."""
+"""Returns the chance that a token of a kind is right."""
 
 
 def gather(
     step: Callable[[], Sequence[LikelyText] | None], limit: int, likelihood: Likelihood
 ) -> list[LikelyText]:
-    """Pieces of `step`, called again and again until it returns None: `limit` characters and `STEPS` pieces at most;
-    what is beyond the limit is cut off.
+    """Call `step` until it returns None and collect its pieces, up to `limit` characters and `STEPS` pieces; text
+    beyond the limit is cut off.
     """
     pieces: list[LikelyText] = []
     chance = 1.0
@@ -213,14 +213,14 @@ def gather(
 
 
 def is_whole(pieces: Sequence[LikelyText], limit: int, likelihood: Likelihood) -> bool:
-    """Whether no bound of `gather` ended what it returned."""
+    """Whether none of `gather`'s bounds cut its result short."""
     chars = sum(len(piece.text) for piece in pieces)
     return len(pieces) < STEPS and chars < limit and prod(likelihood(kind) for _, kind in pieces) >= HOPELESS
 
 
 def likely(ahead: "Ahead", limit: int, likelihood: Likelihood, ending: str = "") -> list[LikelyText]:
-    """Forced text and, if nothing is forced, what guesses say; at most `limit` characters. `ending` comes behind a text
-    that is complete. `ahead` goes on with them, and the matcher is as it was.
+    """Return forced text and, where nothing is forced, guesses, at most `limit` characters; `ending` follows a complete
+    text. `ahead` advances by them; its matcher is as it was afterwards.
     """
     with ahead.matcher.trying():
         pieces = gather(ahead.step, limit, likelihood)
@@ -231,14 +231,14 @@ def likely(ahead: "Ahead", limit: int, likelihood: Likelihood, ending: str = "")
 
 
 class Ahead:
-    """A text that is looked ahead in. Its matcher and its layout go on with it only where a place was not asked yet.
+    """A look ahead in a text. Its matcher and layout advance only where a place has no cached answer.
 
     Args:
-        matcher: of the text, but for `unseen` tokens. layout: of the text; left as it is.
+        matcher: of the text without its last tokens, `unseen`. layout: of the text; it is not changed.
 
     Attributes:
-        by_place: whether tokens are followed by places; not from inside a character. lost: the matcher refused a text
-            that passed: no time is left.
+        by_place: whether tokens are followed by cached places, which is impossible from inside a character. lost:
+            whether the matcher refused text that places allow: no time is left.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class Ahead:
         self.lost = False
 
     def fork(self, passed: str | None = None) -> "Ahead":
-        """Another one at the same place. passed: text that the matcher, and the layout, have yet to go on with."""
+        """Return another look at the same place. passed: text that the matcher and the layout have yet to follow."""
         fork = object.__new__(Ahead)
         fork.__dict__.update(self.__dict__)
         fork._own, fork._passed = None, self._passed[:] if passed is None else [passed]
@@ -263,11 +263,11 @@ class Ahead:
     def accept(
         self, tokens: Sequence[int], vocabulary: Vocabulary | None = None, *, at_once: bool = False
     ) -> int:
-        """Go on with tokens, as far as they may follow. Returns how many.
+        """Advance by tokens as far as they may follow. Returns how many.
 
         Args:
-            vocabulary: theirs; None: the matcher knows other ones, and is asked for texts.
-            at_once: whether the matcher is asked for all of them first, if no places are known.
+            vocabulary: theirs; None: the matcher has another one, and is asked for texts.
+            at_once: whether to ask the matcher for all of them together first, where no places are cached.
         """
         count, guesses = 0, self._guesses if self.by_place else None
         for token in tokens:
@@ -292,7 +292,7 @@ class Ahead:
         return count + taken
 
     def step(self) -> Sequence[LikelyText] | None:
-        """Goes on with what is forced or likely; None: neither."""
+        """Advance by text that is forced or likely, and return its pieces; None if there is none."""
         place = self._place
         if place.pieces is None and not self._asked(place):
             return None
@@ -317,7 +317,7 @@ class Ahead:
         return place.ends
 
     def now(self) -> tuple[Matcher, Layout]:
-        """Matcher and layout at the place."""
+        """Advance matcher and layout to the place, and return them."""
         if self._own is None:
             self._own = self._layout.copy()
             self.lost = self.lost or not all(map(self.matcher.accept_token, self._unseen))
@@ -330,7 +330,7 @@ class Ahead:
         return self.matcher, self._own
 
     def _asked(self, place: Place) -> bool:
-        """Ask the matcher what follows; False: no time is left."""
+        """Ask the matcher what follows `place`; False if no time is left."""
         matcher, layout = self.now()
         forced, rests = matcher.forced(), dict[str, str]()
         pieces = [LikelyText(forced, Kind.FORCED)] if forced else []
@@ -343,7 +343,7 @@ class Ahead:
         return True
 
     def _then(self, text: str, token: int | None = None) -> Place | None:
-        """The place after `text`, which may be a token; None: it is refused, or no time is left."""
+        """Return the place after `text`, which may be a token; None if it is refused or no time is left."""
         place = self._place
         if text in place.then or (place.free and is_plain(text)):
             then = place.then.get(text, place)

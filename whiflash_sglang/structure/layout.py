@@ -1,4 +1,4 @@
-"""How a JSON text is laid out, as far as it was written: whitespace is free, but nobody changes it in the middle."""
+"""Follows how a JSON text is laid out: blanks are free, but a writer seldom changes its habit in the middle."""
 
 from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -8,26 +8,26 @@ from typing import Any, Final, NamedTuple
 BLANKS = " \t\r\n"
 
 USUAL = {":": " ", ",": " "}
-"""The blanks after a character before anything was seen, as `json.dumps` writes it; nothing after others."""
+"""Usual blanks after a character, until some are seen: as `json.dumps` writes them. None after other characters."""
 
 INDENTED: Final = "\n\0"
-"""Record of a line break seen, with as many blanks as the depth asks for."""
+"""Recorded in place of a line break with as many blanks as the depth asks for."""
 
 CLOSING: Final = "}}"
-"""Key of a closing bracket that is not empty, among what was seen."""
+"""Key of `Layout.seen` for a bracket that closes a container that is not empty."""
 
 MARKS = frozenset('{}[]:,"')
-"""Blanks between these are a habit; others occur in prose, and in numbers."""
+"""Characters between which blanks are a habit. Other blanks occur in prose and in numbers."""
 
 ASKED = MARKS.union("el")
-"""Blanks behind these are asked for: a name ends with one of the letters, and a number may go on."""
+"""Characters after which blanks are guessed: `true`, `false` and `null` end with `e` or `l`; a number may go on."""
 
 LONGEST = 32
-"""Characters of blanks that may be a habit."""
+"""Largest number of blanks in a habit."""
 
 
 class Frames(NamedTuple):
-    """Texts around JSON that is laid out freely: texts that begin it, and that end it."""
+    """Fixed texts around JSON that is laid out freely: those that begin it and those that end it."""
 
     begins: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
@@ -37,7 +37,7 @@ NO_FRAMES = Frames()
 
 
 class Habit(NamedTuple):
-    """How a text was laid out. seen, unit: as of `Layout`."""
+    """The layout of an earlier text. seen, unit: as in `Layout`."""
 
     seen: Mapping[str, str]
     unit: int
@@ -45,16 +45,16 @@ class Habit(NamedTuple):
 
 @dataclass
 class Layout:
-    """Follows a text character by character.
+    """Follows a JSON text character by character and records its blanks.
 
-    frames: around the JSON whose layout it is. Nobody lays them out, so what is seen in them is not kept. habit: how
-    earlier texts were laid out, for places that were not seen yet.
-    inside: the end of the text is inside a string; `partial` is what was written of it. last: the last character that
-    is neither blank nor inside a string, a closing quote among them. blanks: those after it so far. seen: the
-    blanks between a character and the next one, the newest of equals; where a bracket closes that counts by itself.
-    depth: brackets that are open. unit: blanks that each of them indents by.
-    words: names and listed values of its schema, sorted, where `place` is all that a text depends on; None: it is not.
-    source: of the schema. known: what `Guesses.place` said of it as it is.
+    frames: texts around the JSON; they are fixed, so their blanks are not recorded. habit: layout of earlier texts, for
+    places that were not seen yet.
+    inside: whether the text ends inside a string; partial: this string so far. last: the last character that is neither
+    blank nor inside a string, closing quotes included. blanks: those after it so far. seen: newest blanks after each
+    character; those before a closing bracket are recorded apart (`_place`). depth: open brackets. unit: blanks of
+    indentation per bracket.
+    words: names and listed values of its schema, sorted, if `place` determines what may follow; else None. source: the
+    schema's text. known: `Guesses.place` of the present end, cached.
     """
 
     inside: bool = False
@@ -70,17 +70,17 @@ class Layout:
     source: str = ""
     known: Any = field(default=None, compare=False)
     _open: tuple[tuple[str, Hashable, Any], ...] = ()
-    """Containers that are open: bracket, key and what each holds so far."""
+    """Open containers: bracket, key and contents so far of each."""
     _key: Hashable = ""
     _value: Hashable = ""
-    """The newest in the innermost one, as far as it has gone on."""
+    """The newest key or value in the innermost container, as far as it is written."""
     _seen_so: frozenset[tuple[str, str]] | None = None
     _escaped: bool = False
     _tail: str = ""
     _within: dict[str, str] = field(default_factory=dict)
 
     def copy(self) -> "Layout":
-        """A copy to look ahead with."""
+        """Return a copy to look ahead with."""
         ahead = object.__new__(Layout)
         ahead.__dict__.update(self.__dict__)
         ahead.seen = dict(self.seen)
@@ -88,10 +88,10 @@ class Layout:
 
     @property
     def place(self) -> Hashable:
-        """Equal for texts that go on alike under their schema; None: that is not known.
+        """Return a key: two texts with equal keys have the same continuations under their schema. None if unknown.
 
-        Free text and digits are all the same, and an array's items count once each, whatever their order: nothing in
-        such a schema counts or orders them. Those of an array that is the whole text do not count.
+        Free texts are equal, and so are digits. An array's items count once each, in any order, since nothing in such a
+        schema counts or orders them. Items of an array that is the whole text do not count.
         """
         if self.words is None:
             return None
@@ -103,13 +103,13 @@ class Layout:
 
     @property
     def is_free(self) -> bool:
-        """Whether its end is in free text, which plain text does not leave; False: that is not known."""
+        """Whether the text ends in free text, which plain text does not leave. False: unknown."""
         if self.words is None or not self.inside or self._escaped:
             return False
         return self._listed(self.partial, whole=False) != self.partial
 
     def follow(self, text: str) -> None:
-        """Go on with what was written."""
+        """Advance by `text`; JSON begins and ends where the frames do."""
         self.known = None
         if self.frames is NO_FRAMES:
             self._follow(text)
@@ -129,12 +129,12 @@ class Layout:
         self._tail = whole[-max(map(len, self.frames.begins + self.frames.ends)) :]
 
     def blank_before(self, character: str) -> tuple[str, bool]:
-        """Blanks that are still to be written before `character`, and whether such a place was seen."""
+        """Return the blanks that are still to be written before `character`, and whether this text has such a place."""
         place, depth = _place(self.last, character), self.depth - (character in "]}")
         usual, unit = self.seen.get(place), self.unit
         if usual is None and "\n" in self.seen.get("{", "") and (self.last == "," or place == CLOSING):
-            usual = self.seen["{"]  # who writes a key on a line of its own writes all of them so
-        habit = self.habit  # of no use where this text is laid out otherwise than earlier ones
+            usual = self.seen["{"]  # a writer that begins one key on a new line does so for all
+        habit = self.habit  # it applies unless this text is already laid out otherwise
         if usual is None and habit and all(habit.seen.get(key, own) == own for key, own in self.seen.items()):
             usual, unit = habit.seen.get(place), habit.unit
         if usual is None:
@@ -145,7 +145,7 @@ class Layout:
         return left, place in self.seen
 
     def as_habit(self) -> Habit:
-        """Habit for the next text of the kind."""
+        """Return the habit for later texts of the same kind."""
         seen = (self.seen | self._within).items()
         kept = {place: usual for place, usual in seen if MARKS.issuperset(place) and len(usual) <= LONGEST}
         return Habit(kept, self.unit)
@@ -177,7 +177,7 @@ class Layout:
                     self._mark(character)
 
     def _mark(self, character: str) -> None:
-        """Go on with what `place` is made of. Text that is no JSON, such as thoughts before it, has no places."""
+        """Advance the parts of `place` by a character. Text that is not JSON, such as thoughts, has no places."""
         value, scalar = self._value, character not in '{[":,]}'
         if character in "{[":
             strange = value != ""
@@ -206,14 +206,14 @@ class Layout:
                 self._open, self._key, self._value = tuple(around), key, (bracket, held)
 
     def _listed(self, text: str, *, whole: bool) -> str:
-        """`text`, if a word of the schema is it, or begins with it; else free text."""
+        """Return `text` if it is, or unless `whole` begins, a word of the schema; else a mark for free text."""
         words = self.words or ()
         at = bisect_left(words, text)
         listed = at < len(words) and (words[at] == text if whole else words[at].startswith(text))
         return text if listed else "\0"
 
     def _indented(self) -> str:
-        """The blanks before a character, as they would be at any depth."""
+        """Return the blanks before a character, with `INDENTED` in place of indentation by the present depth."""
         line = self.blanks[1:]
         if not self.blanks.startswith("\n") or line.strip(" "):
             return self.blanks
@@ -232,12 +232,12 @@ class Layout:
 
 
 def is_plain(text: str) -> bool:
-    """Whether free text goes on with `text`: no quote ends it, and nothing needs an escape."""
+    """Whether `text` continues free text in a JSON string: no quote ends it, and nothing needs an escape."""
     return text.isprintable() and '"' not in text and "\\" not in text
 
 
 def _ends(text: str, frame: str, done: int) -> Iterator[int]:
-    """The end of `frame` in `text`, after the first `done` characters."""
+    """Yield the ends of `frame` in `text` that come after the first `done` characters."""
     at = text.find(frame, max(done - len(frame) + 1, 0))
     while at >= 0:
         yield at + len(frame)

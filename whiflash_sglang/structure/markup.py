@@ -1,7 +1,7 @@
-"""A tool call in markup (`<function=…><parameter=…>`), followed by its form and its request's tools.
+"""Follows a tool call in markup (`<function=…><parameter=…>`) by its parser's form and its request's tools.
 
-Nothing of it is nested, so no grammar is needed: at every place there are a few texts that may come next, between
-blanks there as they were before.
+Nothing in it is nested, so no grammar is needed: at every place a few texts may come next, with the blanks between
+them that were written before.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -15,26 +15,26 @@ from whiflash_sglang.structure.schemas import MOST_WORDS
 from whiflash_sglang.structure.tools import Form, Tools, listed_of, properties_of, required_of
 
 MOST_KNOWN = 256
-"""Answers that are kept of a request's calls. Beyond, they begin again."""
+"""Largest number of answers in a cache, which is cleared when it is full."""
 
 LONGEST = 256
-"""Characters of a value that are kept: its end is looked for in them."""
+"""Characters kept of an open value, in which its end is looked for."""
 
 
 class _Place(Enum):
     CALL = auto()
     ARGUMENT = auto()
-    """After a tool's name, or a value: another argument, or the end of the call."""
+    """After a tool's name or a value: another argument follows, or the end of the call."""
     OPENING = auto()
-    """After an argument's name, before what begins its value."""
+    """After an argument's name: the text that begins its value follows."""
     VALUE = auto()
     CLOSED = auto()
     DONE = auto()
 
 
 class _Option(NamedTuple):
-    """text: that may come next. part: of the form, which determines the blanks before it. then: where it leads. name:
-    of the tool or the argument that it names.
+    """A text that may come next. part: its part of the form, which determines the blanks before it. then: the place
+    after it. name: of the tool or the argument in it.
     """
 
     text: str
@@ -44,13 +44,13 @@ class _Option(NamedTuple):
 
 
 class MarkupCall:
-    """One span of calls, from behind its marker on.
+    """A span of calls, from the end of its marker on.
 
     Args:
-        tools: of the request. form: of its parser's calls. end: marks the end of the span. seen: blanks
-            before the parts of a call, the newest of equals; what is seen is put there. used: how often a text occurs
-            in the conversation. known: what its request's other calls were asked, by all that the answer depends on;
-            it goes on with what this one is asked. Options are kept with their tools.
+        tools: of the request. form: of its parser's calls. end: text that ends the span. seen: newest blanks before
+            each part of a call; this call adds its own. used: returns how often a text occurs in the conversation.
+            known: cache that the request's calls share, by all that an answer depends on; None: a new one. Options are
+            cached with their tools.
     """
 
     def __init__(
@@ -75,16 +75,16 @@ class MarkupCall:
         self._written: frozenset[str] = frozenset()
 
     def copy(self) -> "MarkupCall":
-        """A copy to look ahead with."""
+        """Return a copy to look ahead with."""
         ahead = object.__new__(MarkupCall)
         ahead.__dict__.update(self.__dict__)
         ahead.seen = dict(self.seen)
         return ahead
 
     def follow(self, text: str) -> str | None:
-        """Go on with what was written.
+        """Advance by `text`.
 
-        Returns the text after the span, or the text that no call of these tools has; None while it is open.
+        Returns the text after the span, or from where no call of these tools matches; None while it is open.
         """
         self._pending += text
         while self._place is not _Place.DONE:
@@ -108,13 +108,13 @@ class MarkupCall:
         return self._pending
 
     def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[LikelyText]:
-        """Its probable continuation: at most `limit` characters."""
+        """Return its probable continuation, at most `limit` characters."""
         return gather(self.copy()._step, limit, likelihood)
 
     def _step(self) -> list[LikelyText] | None:
-        """Goes on with what probably follows, as far as one part of the call goes; None: it is anybody's guess.
+        """Advance by the probable rest of one part of the call, and return its pieces; None if nothing is probable.
 
-        Empty: a part was complete without more.
+        Empty: the part was complete without more.
         """
         if self._place is _Place.DONE:
             return None
@@ -143,13 +143,13 @@ class MarkupCall:
         return blanks + _pieces(option.text[len(body) :], others, kind)
 
     def _options(self) -> Sequence[_Option]:
-        """The likelier ones first, where the conversation does not say otherwise."""
+        """Return the texts that may come next, likelier ones first unless the conversation says otherwise."""
         options: Sequence[_Option] = kept(self._known_options, self._state, self._options_now)
         return options
 
     @property
     def _state(self) -> tuple[Hashable, ...]:
-        """All that options depend on."""
+        """Return all that the options depend on."""
         return self._end, self._place, self._calls, self._tool, self._key, self._written
 
     @property
@@ -179,7 +179,7 @@ class MarkupCall:
 
     @property
     def _around(self) -> tuple[str, str]:
-        """The beginning and the end of a value."""
+        """Return the texts that begin and end a value."""
         begin, end = self._form.value.split("{value}")
         return begin.strip(BLANKS), end.lstrip(BLANKS).replace("{key}", self._key)
 
@@ -195,7 +195,7 @@ class MarkupCall:
         return text.replace("{string}", "true" if kind in ("string", None) else "false").replace("{key}", key)
 
     def _take(self, option: _Option) -> None:
-        """The text of `option` was written."""
+        """Advance by the text of `option`."""
         self._place = option.then
         if option.part == "call":
             self._calls += 1
@@ -205,7 +205,7 @@ class MarkupCall:
             self._written |= {option.name}
 
     def _value_ended(self) -> bool:
-        """Look for the end of the value that is open."""
+        """Look for the end of the open value. Returns whether it was written."""
         value, end, behind = self._pending.partition(self._around[1])
         if not end:
             self._pending = self._pending[-LONGEST:]
@@ -217,7 +217,7 @@ class MarkupCall:
         return True
 
     def _rest_of_value(self) -> list[LikelyText] | None:
-        """The rest of a listed value; of another one its end, if that has begun."""
+        """Return the rest of a listed value, or of another value's end if that has begun; None if neither is known."""
         pending, end = self._pending, self._around[1]
         closing = self._usual("behind")[0] + end
         body, pieces = pending.lstrip(BLANKS), []
@@ -243,7 +243,7 @@ class MarkupCall:
         return pieces
 
     def _likeliest(self, fitting: Sequence[_Option]) -> tuple[_Option, Kind]:
-        """The next texts."""
+        """Choose the likeliest of the texts that may come next, and its kind."""
         if self._place is not _Place.CALL:
             return fitting[0], Kind.CLOSED if fitting[0].part == "end" else Kind.CHOICE
         used = [self._used(option.text) for option in fitting]
@@ -251,7 +251,7 @@ class MarkupCall:
         return fitting[used.index(highest)], Kind.USED if used.count(highest) == 1 and highest else Kind.WORD
 
     def _usual(self, place: str) -> tuple[str, bool]:
-        """Blanks before a part, and whether such a place was seen."""
+        """Return the blanks before a part, and whether such a place was seen."""
         if place in self.seen:
             return self.seen[place], True
         before, behind = self._form.value.split("{value}")
@@ -260,7 +260,7 @@ class MarkupCall:
         return text[: len(text) - len(text.lstrip(BLANKS))], False
 
     def _blanks(self, place: str, written: str) -> list[LikelyText]:
-        """The part of them that is still to come."""
+        """Return the blanks before a part that are still to be written, as at most one piece."""
         usual, seen = self._usual(place)
         if not usual.startswith(written) or usual == written:
             return []
@@ -268,7 +268,7 @@ class MarkupCall:
 
 
 def kept(known: dict[Hashable, Any], key: Hashable, ask: Callable[[], Any]) -> Any:
-    """The answer of `ask`, which is asked once for each key."""
+    """Return the cached answer for `key`; `ask` is called if there is none."""
     if key not in known:
         answer = ask()
         if len(known) >= MOST_KNOWN:
@@ -278,13 +278,13 @@ def kept(known: dict[Hashable, Any], key: Hashable, ask: Callable[[], Any]) -> A
 
 
 def _pieces(text: str, others: Sequence[str], kind: Kind) -> list[LikelyText]:
-    """`text`, which may follow, as others may."""
+    """Cut `text` into pieces: it is forced unless `others` may follow, too."""
     if not text:
         return []
     return parted(text, others, kind) if others else [LikelyText(text, Kind.FORCED)]
 
 
 def _begun(text: str, ending: str) -> str:
-    """The rest of `ending`, where `text` ends with its beginning; empty where it does not."""
+    """Return the rest of `ending` if `text` ends with its beginning; else an empty text."""
     lengths = range(len(ending) - 1, 0, -1)
     return next((ending[length:] for length in lengths if text.endswith(ending[:length])), "")

@@ -1,6 +1,6 @@
-"""Matchers accept a text from left to right and know its forced continuation, over the engines that SGLang serves.
+"""Matchers: they accept a text from left to right and know its forced continuation, by SGLang's grammar engines.
 
-Nothing here moves a request's own grammar: what is accepted to look ahead is taken back, whatever happens.
+Nothing here moves a request's own grammar: text accepted to look ahead is taken back, even after an error.
 """
 
 from abc import ABC, abstractmethod
@@ -17,24 +17,24 @@ Encode = Callable[[str], Sequence[int]]
 """Text → token ids, without special tokens added."""
 
 FORCED_TOKENS = 64
-"""Tokens without a choice after which forced text counts as endless. xgrammar's own search for forced text ends where
-there is a choice. A schema that requires itself, or `root ::= "a" root`, has none: that search would never end.
+"""Number of tokens without a choice after which forced text counts as endless. xgrammar's own search for forced text
+ends at a choice. A schema that requires itself, or `root ::= "a" root`, has none: that search would never end.
 """
 
 MOST_WORDS = 512
-"""Words of a mask whose tokens are compared. More of them hold a choice: no vocabulary has as many tokens of which each
-begins the next.
+"""Largest number of a mask's non-zero words whose tokens are compared. More of them hold a choice: no vocabulary has as
+many tokens of which each begins the next.
 """
 
 
 class Matcher(ABC):
-    """A grammar that has accepted a text so far.
+    """A grammar in its state after a text.
 
-    Everything accepted inside `trying` is taken back at its end. Accepted text counts by steps, one for each token or
-    text, because engines take back as many. Code that moves the engine's own matcher makes another of these.
+    Everything accepted inside `trying` is taken back at its end. Each accepted token or text is recorded with its
+    engine's steps, which engines take back. Code that moves the engine's own matcher makes a new object.
 
     Attributes:
-        exhausted: whether no time is left, asked before each step: then nothing more is accepted or forced.
+        exhausted: whether no time is left, asked before each step; then nothing more is accepted or forced.
     """
 
     def __init__(self) -> None:
@@ -47,22 +47,22 @@ class Matcher(ABC):
         return _Trying(self)
 
     def _return_to(self, before: int) -> None:
-        """Take back all steps but the first `before` texts and tokens."""
+        """Take back all accepted tokens and texts but the first `before`."""
         if steps := sum(self._steps[before:]):
             del self._steps[before:]
             self._rollback(steps)
             self._goes_on = None
 
     def accept_token(self, token: int) -> bool:
-        """Go on with a token; False, and nothing happens, if the grammar forbids it or no time is left."""
+        """Advance by a token. Returns False, without a change, if the grammar forbids it or no time is left."""
         return self._took(self._accept_token(token) if self._may_go_on() else 0)
 
     def accept_text(self, text: str) -> bool:
-        """Go on with a text, however it is cut into tokens."""
+        """Advance by a text, however it is cut into tokens. Returns False as `accept_token` does."""
         return self._took(self._accept_text(text) if self._may_go_on() else 0)
 
     def allows(self, text: str) -> bool:
-        """Whether `text` may follow; the matcher is as it was."""
+        """Whether `text` may follow. The matcher does not advance."""
         steps = self._accept_text(text) if self._may_go_on() else 0
         if steps:
             self._rollback(steps)
@@ -75,7 +75,7 @@ class Matcher(ABC):
         return bool(steps)
 
     def _may_go_on(self) -> bool:
-        """Whether the grammar goes on, asked once a place, and time is left."""
+        """Whether the grammar has not ended, asked once per place, and time is left."""
         if self._goes_on is None:
             self._goes_on = not self.ended
         return self._goes_on and not self.exhausted()
@@ -83,7 +83,7 @@ class Matcher(ABC):
     @property
     @abstractmethod
     def ended(self) -> bool:
-        """Whether no token is accepted any more."""
+        """Whether no further token is accepted."""
 
     @property
     @abstractmethod
@@ -91,29 +91,29 @@ class Matcher(ABC):
         """Whether a token that ends the text may follow."""
 
     def forced(self) -> str:
-        """The text that must follow; empty if there is a choice, if it begins inside a character, or if no time is
-        left.
+        """Return the text that must follow; empty if there is a choice, if it begins inside a character, or if no time
+        is left.
         """
         return self._forced() if self._may_go_on() else ""
 
     @abstractmethod
     def _forced(self) -> str:
-        """The same of a grammar that goes on."""
+        """Return the text that must follow in a grammar that has not ended; empty as `forced`."""
 
     @abstractmethod
     def _accept_token(self, token: int) -> int:
-        """Steps that it took; 0: forbidden, and nothing happened."""
+        """Advance the engine by a token. Returns its steps; 0: the token is forbidden, and nothing changed."""
 
     @abstractmethod
     def _accept_text(self, text: str) -> int:
-        """The same."""
+        """Advance the engine by a text. Returns its steps; 0: the text is forbidden, and nothing changed."""
 
     @abstractmethod
     def _rollback(self, steps: int) -> None: ...
 
 
 class _Trying(AbstractContextManager[None]):
-    """As `contextmanager` makes them, in a quarter of its time: there are several in each look."""
+    """Takes back what is accepted inside it. It costs a quarter of a `contextmanager`; each look enters several."""
 
     __slots__ = ("_before", "_matcher")
 
@@ -125,12 +125,12 @@ class _Trying(AbstractContextManager[None]):
 
 
 class XGrammarMatcher(Matcher):
-    """Over an `xgrammar.GrammarMatcher`.
+    """A matcher over an `xgrammar.GrammarMatcher`.
 
     Args:
-        vocabulary: of the target; forced text is then searched token by token, `FORCED_TOKENS` at most. None: xgrammar
+        vocabulary: of the target; forced text is then searched token by token, at most `FORCED_TOKENS`. None: xgrammar
             searches, without a bound.
-        size: token ids in the grammar's masks.
+        size: number of token ids in the grammar's masks.
     """
 
     def __init__(self, matcher: Any, vocabulary: Vocabulary | None = None, size: int = 0) -> None:
@@ -150,14 +150,14 @@ class XGrammarMatcher(Matcher):
         if endless is not None:
             return endless.decode(errors="ignore")
         if self.exhausted():
-            return ""  # whether there is a choice was not found out, and without one xgrammar's search has no end
+            return ""  # without a choice, xgrammar's search has no end, and no time was left to find out
         try:
             return str(self._matcher.find_jump_forward_string())
         except UnicodeDecodeError:
             return ""
 
     def _endless(self) -> bytes | None:
-        """`FORCED_TOKENS` tokens of text that must follow; None: there is a choice before, where a search ends."""
+        """Return the text of `FORCED_TOKENS` forced tokens; None if a choice comes first, where searches end."""
         if self._vocabulary is None:
             return None
         text = b""
@@ -170,9 +170,9 @@ class XGrammarMatcher(Matcher):
         return text
 
     def _only(self, vocabulary: Vocabulary) -> int | None:
-        """The shortest token that may follow, which all others begin with; None: there is a choice.
+        """Return the shortest token that may follow, if all others begin with its text; None if there is a choice.
 
-        A longer one's text need not follow: behind `"` alone `]` may, too, though `",` is a token and `"]` is none.
+        A longer one's text need not follow: after `"` also `]` may, though `",` is a token and `"]` is none.
         """
         mask = _scratch(self._size)
         self._matcher.fill_next_token_bitmask(mask)
@@ -205,19 +205,19 @@ class XGrammarMatcher(Matcher):
 
 @lru_cache(maxsize=1)
 def _scratch(size: int) -> "np.ndarray[Any, np.dtype[np.int32]]":
-    """A bit for each of `size` token ids, [1, words] int32. Each use overwrites it."""
+    """Return a bit mask of `size` token ids, [1, words] int32. Each use overwrites it."""
     return np.zeros((1, -(-size // 32)), np.int32)
 
 
 def _bits(word: int, first: int) -> Iterator[int]:
-    """`first` and the number of each bit that is set."""
+    """Yield `first` plus the number of each bit that is set."""
     while word:
         yield first + (word & -word).bit_length() - 1
         word &= word - 1
 
 
 class GuidanceMatcher(Matcher):
-    """Over an `llguidance.LLMatcher`, which takes tokens only. encode: of its tokenizer."""
+    """A matcher over an `llguidance.LLMatcher`, which takes only tokens. encode: of its tokenizer."""
 
     def __init__(self, matcher: Any, encode: Encode) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class GuidanceMatcher(Matcher):
 
     @property
     def ended(self) -> bool:
-        # If nothing else may follow it takes no token, not even the one that ends the text.
+        # A stopped matcher takes no token, not even the one that ends the text.
         return bool(self._matcher.is_stopped())
 
     @property
@@ -255,10 +255,10 @@ class GuidanceMatcher(Matcher):
 
 
 class Grammar(Protocol):
-    """The constraint of one request, as its engine keeps it.
+    """The constraint of one request, as its engine holds it.
 
-    known: committed tokens, the prompt's among them, that it has accepted; prompt: those of the prompt. end: the token
-    that ends a text under it; None: none does. schema: what it was compiled from, where that is JSON, else empty.
+    known: committed tokens, prompt included, that it has accepted; prompt: those of the prompt. end: the token that
+    ends a text under it; None: none does. schema: the JSON that it was compiled from; empty if it was none.
     """
 
     @property
@@ -274,7 +274,7 @@ class Grammar(Protocol):
     def end(self) -> int | None: ...
 
     def matcher(self, vocabulary: Vocabulary) -> Matcher | None:
-        """The matcher, as far as it has accepted; None if nothing is constrained now.
+        """Return a matcher in the state after the accepted tokens; None if nothing is constrained now.
 
         Args:
             vocabulary: of the target.

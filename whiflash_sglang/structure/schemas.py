@@ -1,4 +1,4 @@
-"""The words of a schema: names of properties and tools, and the values that it lists."""
+"""Reads schemas: names of properties and tools, listed values, and whether a grammar of them is bounded."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -9,10 +9,10 @@ from whiflash_sglang.spans.hints import json_of
 from whiflash_sglang.structure.layout import NO_FRAMES, Frames
 
 MOST_WORDS = 128
-"""Words of one schema that are looked at; each is asked for where a name or a listed value begins."""
+"""Largest number of words read of one schema: a matcher is asked for each where a name or a listed value begins."""
 
 MOST_CHARS = 1 << 16
-"""Longer schemas are not read: reading one of a mebibyte took 0.8 s."""
+"""Longest schema that is read, in characters: reading one of a mebibyte took 0.8 s."""
 
 CONTENTS = ("schema", "json_schema")
 """Keys under which a structural tag has its schemas."""
@@ -21,20 +21,20 @@ LISTED = ("enum", "const")
 
 
 MOST_NODES = 256
-"""Schemas and listed values of all tools together that a guessed call knows."""
+"""Largest number of schemas and listed values, of all tools together, in the grammar of a guessed call."""
 
 MOST_LISTED_CHARS = 4096
-"""Characters of listed values that it knows."""
+"""Characters of listed values in it, at most."""
 
 MOST_NAMED_CHARS = 8192
-"""Characters of names, of tools and properties, that it knows."""
+"""Characters of names of tools and properties in it, at most."""
 
 DEEPEST = 8
-"""Levels that it knows."""
+"""Levels of schemas in it, at most."""
 
 
 class Essence:
-    """Copies of schemas with types, names and listed values alone, so that their grammar compiles in milliseconds.
+    """Copies schemas reduced to types, names and listed values, so that their grammar compiles in milliseconds.
 
     xgrammar takes seconds to hours for others: many optional properties with `minProperties`, repeats in a `pattern`,
     hundreds of levels, long lists. A guess needs none of that. All schemas of one object share its bounds.
@@ -44,12 +44,12 @@ class Essence:
         self._nodes, self._chars, self._named = MOST_NODES, MOST_LISTED_CHARS, MOST_NAMED_CHARS
 
     def knows(self, name: str) -> bool:
-        """Whether a name is within the bounds, which it counts for."""
+        """Whether a name is within the bound on names, towards which it counts."""
         self._named -= len(name)
         return self._named >= 0
 
     def of(self, schema: object, level: int = 0) -> dict[str, Any]:
-        """A part beyond the bounds may be anything."""
+        """Return the essence of a schema. A part beyond the bounds may be anything."""
         self._nodes -= 1
         if not isinstance(schema, dict) or self._nodes < 0 or level > DEEPEST:
             return {}
@@ -72,7 +72,7 @@ class Essence:
         properties: dict[str, Any] = {}
         for name, value in schema["properties"].items():
             if self._nodes <= 0 or not self.knows(name):
-                return {"properties": properties}  # others may follow
+                return {"properties": properties}  # without a list of required ones, others may follow
             properties[name] = self.of(value, level + 1)
         asked = schema.get("required")
         required = [name for name in properties if name in asked] if isinstance(asked, list) else []
@@ -86,12 +86,12 @@ class Essence:
 
 
 MOST_PLAIN_CHARS = 8192
-"""Characters at most of a schema whose grammar xgrammar may search for forced text without a bound (milliseconds)."""
+"""Longest schema, in characters, whose grammar xgrammar may search for forced text without a bound (milliseconds)."""
 
 TYPES = {"object", "array", "string", "number", "integer", "boolean", "null"} | {
     *("structural_tag", "triggered_tags", "tag", "json_schema", "const_string", "any_text")
 }
-"""Types of schemas and parts of a structural tag that force no more text than they hold."""
+"""Types of schemas, and of parts of a structural tag, that force no more text than they hold."""
 
 REPEATING = frozenset({"$ref", "$dynamicRef", "$recursiveRef", "pattern", "patternProperties"})
 
@@ -103,7 +103,7 @@ def is_plain(text: str) -> bool:
     """Whether a grammar forces no more text than its schema has: nothing in it refers to itself or is repeated.
 
     Args:
-        text: as of `words_of`; empty where the grammar is made of none.
+        text: as in `words_of`; empty if the grammar is made of none.
     """
     whole = _read(text) if len(text) <= MOST_PLAIN_CHARS else None
     if not isinstance(whole, dict):
@@ -120,12 +120,12 @@ def is_plain(text: str) -> bool:
 PLACED = {"type", "properties", "required", "items", "anyOf", "enum", "const", "additionalProperties"} | {
     *("$ref", "$defs", "definitions", "$schema", "title", "description", "default", "examples")
 }
-"""Keywords under which a text goes on as its place says (`Layout.place`): none of them counts, or looks into text."""
+"""Keywords under which `Layout.place` determines what may follow: none of them counts, or looks into text."""
 
 
 @lru_cache(maxsize=256)
 def words_of_places(text: str) -> tuple[str, ...] | None:
-    """All names and listed values of a schema, sorted, if its texts go on as their place says; else None.
+    """Return all names and listed values of a schema, sorted; None unless `Layout.place` determines what may follow.
 
     Args:
         text: a JSON schema.
@@ -137,7 +137,7 @@ def words_of_places(text: str) -> tuple[str, ...] | None:
     ):
         return None
     if len(roots) > 1 and any(root["type"] == "array" for root in roots):
-        return None  # items of a whole text part its alternatives
+        return None  # items of a whole text decide between alternatives, but are no part of its place
     words: set[str] = set()
     open_ = [whole]
     while open_:
@@ -161,7 +161,7 @@ def words_of_places(text: str) -> tuple[str, ...] | None:
 
 @lru_cache(maxsize=256)
 def words_of(text: str) -> tuple[str, ...]:
-    """Words as JSON strings hold them, in the schema's order, each once; empty if it is not JSON.
+    """Return a schema's words as JSON strings hold them, in its order, each once; empty if it is not JSON.
 
     Args:
         text: a JSON schema, or a structural tag in either of SGLang's formats.
@@ -176,7 +176,7 @@ def words_of(text: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=256)
 def frames_of(text: str) -> Frames:
-    """The text around the JSON in a structural tag, in either of SGLang's formats; nothing if it is none."""
+    """Return the texts around JSON in a structural tag, in either of SGLang's formats; NO_FRAMES if it is none."""
     begins: dict[str, None] = {}
     ends: dict[str, None] = {}
     for tag in _parts(text):
@@ -188,7 +188,7 @@ def frames_of(text: str) -> Frames:
 
 @lru_cache(maxsize=256)
 def forced_contents(text: str) -> frozenset[str]:
-    """The schemas in a structural tag that must be used, as `canonical` writes them; else none."""
+    """Return the schemas of a structural tag that requires a call, as `canonical` writes them; empty if it does not."""
     parts = list(_parts(text))
     if not any(tag.get("at_least_one") is True for tag in parts):
         return frozenset()
@@ -196,17 +196,17 @@ def forced_contents(text: str) -> frozenset[str]:
 
 
 def canonical(schema: Any) -> str:
-    """Equal schemas are written alike."""
+    """Write a schema as JSON: equal schemas have equal texts."""
     return json.dumps(schema, sort_keys=True)
 
 
 def _parts(text: str) -> Iterator[dict[str, Any]]:
-    """Objects of a structural tag; schemas are data."""
+    """Yield the objects of a structural tag, without those inside its schemas."""
     return _objects(_read(text), lambda tag: [value for name, value in tag.items() if name not in CONTENTS])
 
 
 def _objects(whole: Any, inside: Callable[[dict[str, Any]], Iterable[Any]]) -> Iterator[dict[str, Any]]:
-    """The objects in JSON, each before what is `inside` it, which is looked into, too."""
+    """Yield the objects in JSON, each before those in the values that `inside` returns for it."""
     open_ = [whole]
     while open_:
         value = open_.pop()
@@ -219,7 +219,7 @@ def _objects(whole: Any, inside: Callable[[dict[str, Any]], Iterable[Any]]) -> I
 
 @lru_cache(maxsize=4)
 def _read(text: str) -> Any:
-    """None where it is no JSON, or too long. Nobody writes into it."""
+    """Parse JSON; None if it is no JSON or too long. The result is cached, so nobody may write into it."""
     try:
         return json_of(text) if len(text) <= MOST_CHARS else None
     except (ValueError, RecursionError):
@@ -227,7 +227,7 @@ def _read(text: str) -> Any:
 
 
 def _words(schema: Any) -> Iterator[str]:
-    """Breadth does not matter, order does: a key comes before what is inside it."""
+    """Yield the words of a schema or structural tag, a key before the words inside it."""
 
     def inside(node: dict[str, Any]) -> list[Any]:
         return [value for name, value in node.items() if name not in LISTED or isinstance(value, dict)]

@@ -1,4 +1,4 @@
-"""The next tokens that a grammar forces: the text that is known, cut as the target would cut it."""
+"""Proposes tokens: text that a grammar forces, or that is likely, cut as the target would cut it."""
 
 import operator
 from collections.abc import Sequence
@@ -11,20 +11,20 @@ from whiflash_sglang.structure.chances import REASONS, Cuts, Kind, LikelyText
 from whiflash_sglang.structure.guesses import FREE, Ahead, Guesses, Likelihood, is_whole, likely
 
 NOTHING = -1
-"""Before the first token of a text."""
+"""In place of a token id, before the first token of a text."""
 
 CHARS_PER_TOKEN = 16
-"""Characters that are cut into tokens for each token that may be proposed."""
+"""Characters of text that are asked for, and cut into tokens, per token that may be proposed."""
 
 TAIL = 6
-"""Tokens of what was written that are cut together with what follows: pieces of words meet at the seam."""
+"""Tokens at the text's end that are cut again with what follows, since a word may cross the seam."""
 
 BREAKS = frozenset(bytes([code]) for code in range(128) if not chr(code).isalnum() and chr(code) != "'")
-"""Characters that end a word or a number before them: tokenizers part texts there, but for contractions."""
+"""Characters that end a word or a number before them: tokenizers cut there, except in contractions."""
 
 
 class Token(NamedTuple):
-    """One token to propose, and why. usual: the one that the tokenizer has in its place; None: itself."""
+    """A token to propose, and why. usual: the tokenizer's token in its place; None: the same."""
 
     token: int
     kind: Kind
@@ -43,19 +43,18 @@ def sketch(
     guesses: Guesses | None = None,
     calls: Calls | None = None,
 ) -> tuple[list[Token], bool]:
-    """At most `limit` tokens that are likely to follow a text, all of them allowed by its grammar; and whether nothing
-    is known behind them.
+    """Return at most `limit` tokens that are likely to follow a text, all allowed by its grammar, and whether nothing
+    is known to follow them.
 
-    If a call is open, its tools expect more, and the grammar allows it, that is taken.
+    If a tool call is open, the continuation that its tools expect is taken if more of its tokens are expected right.
 
-    Work, for each of the two: at most `STEPS` pieces are asked for, `limit` times `CHARS_PER_TOKEN` characters and the
-    tail are cut (of text that was cut otherwise before, what is behind such a place again, `chances.MOST` times),
-    `limit` tokens accepted and taken back.
+    Work for each of the two: at most `STEPS` pieces are asked for; `limit` times `CHARS_PER_TOKEN` characters and the
+    tail are cut, at most `chances.MOST` parts of them again; `limit` tokens are accepted and taken back.
 
     Args:
-        ahead: at the end of the text; left as it is. None: no grammar constrains it. tail: the last tokens of it.
-        end: the token that ends a text; None: none is proposed. likelihood: of a kind; the least likely one of a
-            token's reasons is its kind. calls: of the request's tools, which forbid nothing; guesses: for them.
+        ahead: at the end of the text; it is not changed. None: no grammar constrains it. tail: the text's last tokens.
+        end: the token that ends a text; None: none is proposed. likelihood: of a kind; a token's kind is the least
+            likely of its reasons. calls: of the request's tools, which forbid nothing; guesses: for them.
         cuts: how such text was cut before.
     """
     chars = limit * CHARS_PER_TOKEN
@@ -73,14 +72,14 @@ def sketch(
 
 
 def _expected(tokens: Sequence[Token], likelihood: Likelihood) -> float:
-    """How many of them are right."""
+    """Return how many of the tokens are expected to be right."""
     return sum(accumulate((likelihood(token.kind) for token in tokens), operator.mul), 0.0)
 
 
 def _allowed(
     ahead: Ahead, vocabulary: Vocabulary, tokens: Sequence[Token], limit: int, end: int | None
 ) -> list[Token]:
-    """The first of `tokens` that may follow, and `end` behind them where the text is complete then."""
+    """Return the first of `tokens` that may follow, and `end` after them if the text is complete then."""
     with ahead.matcher.trying():
         allowed = [*tokens[: ahead.accept([token.token for token in tokens], vocabulary, at_once=True)]]
         if len(allowed) < len(tokens) or ahead.lost:
@@ -104,10 +103,10 @@ def cut(
     cuts: Cuts,
     limit: int,
 ) -> list[Token]:
-    """The pieces' text in the tokens that the target would most likely use behind `tail`, the first `limit` of them.
+    """Cut the pieces' text into the tokens that the target would most likely use after `tail`; at most `limit`.
 
-    The tail is cut again together with the text, since a word that it leaves open is cut otherwise alone; where no
-    token begins at the seam, the text is cut by itself.
+    The tail's open word is cut again together with the text, since the parts of a word are cut otherwise than the
+    whole. If no token begins at the seam, the text is cut by itself.
     """
     tail = _open_word(vocabulary, tail[-TAIL:])
     key = *tail, *pieces
@@ -126,7 +125,7 @@ def cut(
 def _reasons(
     vocabulary: Vocabulary, tail: Sequence[int], pieces: Sequence[LikelyText], cuts: Cuts
 ) -> list[tuple[Token, Sequence[Kind] | None]]:
-    """Tokens of `cut`, and the kinds of each; None: it is of that kind only."""
+    """Return the tokens of `cut`, each with the kinds of its characters; None if they have one kind, the token's."""
     text = "".join(piece.text for piece in pieces)
     tokens = cut_behind(vocabulary, text_of(vocabulary, tail), text)
     first = Kind.FORCED
@@ -149,7 +148,7 @@ def _reasons(
 
 
 def _open_word(vocabulary: Vocabulary, tail: Sequence[int]) -> Sequence[int]:
-    """The end of `tail` that may be cut together with what follows: the newest that begins behind a whole word."""
+    """Return the end of `tail` to cut again with what follows: from the newest token that begins after a word."""
     parts = [bytes_of(vocabulary, (token,)) for token in tail]
     for at in range(len(parts) - 1, 0, -1):
         if parts[at][:1] in BREAKS and parts[at - 1][-1:].isalnum():

@@ -1,4 +1,4 @@
-"""The seconds that rounds spend on grammars, and the requests whose grammar is too dear for drafts.
+"""Measures the seconds that rounds spend on grammars, and finds requests whose grammar is too dear for drafts.
 
 A token's work in a grammar has no bound: a hundred nested repeats take xgrammar a tenth of a second, and each further
 token takes longer. Plain decoding pays it twice a token, for the mask and for the token itself. A draft pays it again
@@ -10,33 +10,33 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 REQUEST_SECONDS = 0.05
-"""A request that spends so much in a round takes no drafts in the next ones."""
+"""Seconds of a round from which on a request takes no drafts in the next rounds."""
 
 ROUND_SECONDS = 0.25
 """Seconds that all requests of a round may spend together, beside the step each is in when its share is used up."""
 
 LOOKING = 0.5
-"""Part of a request's share for finding drafts; the rest is left for their masks."""
+"""Part of a request's share for finding drafts; the rest is for their masks."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 16, 1024
-"""Rounds without drafts: the first time, and at most. Each pause is twice as long as the one before it."""
+"""Rounds without drafts: in the first pause, and at most. Each pause is twice as long as the one before it."""
 
 ResultT = TypeVar("ResultT")
 
 
 class _Request:
-    """spent: seconds in this round. pause: rounds of its last pause; left: those of them that are still to come."""
+    """A request's time. spent: seconds in this round. pause: rounds of its last pause; left: those still to come."""
 
     spent, pause, left = 0.0, 0, 0
 
 
 class Spending:
-    """Time that requests of one process spend.
+    """Measures the time that each request of a process spends on its grammar.
 
     Args:
-        clock: seconds of this thread's work: those of a busy machine are nobody's. wall: seconds that pass, never
-            fewer, which cost less to read. cuts: whether work ends early when a share is used up. Several ranks must
-            do the same work, and their clocks differ.
+        clock: seconds of this thread's work, since time lost on a busy machine is no request's. wall: seconds that
+            pass, never fewer, which cost less to read. cuts: whether work ends early when a share is used up. Several
+            ranks must do the same work, and their clocks differ, so they do not cut.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Spending:
         self._share = REQUEST_SECONDS
 
     def begin(self, rids: Sequence[str]) -> None:
-        """A round of these requests begins: judge the one before it. Other requests are forgotten."""
+        """Begin a round of these requests, and set pauses by the round before it. Other requests are forgotten."""
         self._requests = {rid: self._requests[rid] for rid in rids if rid in self._requests}
         for request in self._requests.values():
             if request.spent >= REQUEST_SECONDS:
@@ -68,12 +68,12 @@ class Spending:
         self._share = min(REQUEST_SECONDS, ROUND_SECONDS / max(len(self._requests), 1))
 
     def is_dear(self, rid: str) -> bool:
-        """Whether a request takes no drafts in this round."""
+        """Whether a request takes no drafts in this round, since its grammar was too dear."""
         request = self._requests.get(rid)
         return request is not None and request.left > 0
 
     def on(self, rid: str, work: Callable[[], ResultT], part: float = 1.0) -> ResultT:
-        """Result of `work`. Its seconds count for the request; `exhausted` in it means `part` of its share."""
+        """Run `work`, counting its seconds for the request; `exhausted` in it means `part` of its share."""
         request = self._current = self._requests.setdefault(rid, _Request())
         self._began, self._limit = self._clock(), part * self._share
         self._least_end = self._wall() + self._limit - request.spent
@@ -84,7 +84,7 @@ class Spending:
             self._current = None
 
     def exhausted(self) -> bool:
-        """Whether the work that is being done should end, since its request's share of the round is used up."""
+        """Whether the running work should end, since its request's share of the round is used up."""
         request = self._current
         if not self._cuts or request is None or self._wall() < self._least_end:
             return False

@@ -1,4 +1,4 @@
-"""A request's tools and the form of its calls: the HTTP process hands them to the scheduler's."""
+"""A request's tools and the form of its calls, as the HTTP process sends them to the scheduler."""
 
 import json
 from collections.abc import Hashable, Mapping, Sequence
@@ -10,12 +10,12 @@ from whiflash_sglang.structure.schemas import MOST_WORDS, canonical, forced_cont
 
 
 class Form(NamedTuple):
-    """A call between the markers of its span. Blanks at the ends of a part are usual, not fixed.
+    """The text of calls between the markers of a span. Blanks at the ends of a part are usual, not fixed.
 
-    call: begins it, with the tool's {name}, and with its {index} where they are counted. argument: begins one, with its
-    {key}, whether its value is a {string} ("true" or "false"), or its {type}. value: the text around one. close:
-    ends the call; empty where the span's end does. end: blanks before that. several: whether more calls may follow in
-    one span.
+    call: begins a call, with the tool's {name}, and with its {index} if calls are counted. argument: begins an
+    argument, with its {key}, its {type}, or whether its value is a {string} ("true" or "false"). value: the text around
+    a value. close: ends the call; empty if the span's end does. end: blanks before the span's end. several: whether a
+    span may have several calls.
     """
 
     call: str
@@ -27,7 +27,7 @@ class Form(NamedTuple):
 
 
 def _invoke(prefix: str = "", name: str = "invoke", parameter: str = "parameter", string: str = "") -> Form:
-    """Form of `<invoke name="…"><parameter name="…">`."""
+    """Make the form of calls like `<invoke name="…"><parameter name="…">`."""
     return Form(
         f'\n<{prefix}{name} name="{{name}}">',
         f'\n<{prefix}{parameter} name="{{key}}"{string}>',
@@ -86,25 +86,25 @@ PARSERS: Final[dict[str, Form]] = {
         several=True,
     ),
 }
-"""Marked as `whiflash_sdk.presets` says."""
+"""Forms of calls in markup, by `--tool-call-parser`. `whiflash_sdk.presets` has the markers of their spans."""
 
 
 ARGUMENTS: Final = {
     **dict.fromkeys(("hermes", "qwen", "qwen25", "trinity"), "arguments"),
     "llama3": "parameters",
 }
-"""Parsers whose calls are one JSON object, and the name of the arguments in it."""
+"""Parsers whose calls are one JSON object, and the name that its arguments have in it."""
 
 MOST_FUNCTIONS: Final = 128
-"""Tools of a request whose calls are guessed: their grammar compiles in 0.1 s, that of 3,000 in 5 s."""
+"""Most tools of a request whose calls are guessed: their grammar compiles in 0.1 s, that of 3,000 in 5 s."""
 
 KEPT = 128
-"""Lists of tools that are kept read and compiled, whoever sent them: equal lists share one."""
+"""Number of lists of tools that are cached as read and compiled; requests with equal lists share one."""
 
 
 class Tools(NamedTuple):
-    """form: the name of the arguments of calls in JSON, else a key of `PARSERS`. functions: name and schema of
-    the parameters of each, whatever its caller gave. known: what was asked about calls of them (`MarkupCall`).
+    """A request's tools. form: for calls in JSON the name of their arguments, else a key of `PARSERS`. functions: name
+    and parameters' schema of each tool, as the caller gave it. known: options of calls, cached for `MarkupCall`.
     """
 
     form: str
@@ -113,12 +113,12 @@ class Tools(NamedTuple):
 
 
 def carried_tools(functions: Sequence[tuple[str | None, object]], parser: str | None) -> str | None:
-    """The tools of a request and the form of its calls, for `custom_params`.
+    """Write the tools of a request and the form of its calls as JSON, for `custom_params`.
 
-    None if calls of this parser are not known, or if the text is too long or nests too deep.
+    None if calls of this parser are not known, or if the tools are too many, their text too long or nested too deep.
 
     Args:
-        functions: name and schema of the parameters of each. parser: the server's `--tool-call-parser`.
+        functions: name and parameters' schema of each tool. parser: the server's `--tool-call-parser`.
     """
     form = ARGUMENTS.get(parser or "", parser if parser in PARSERS else None)
     if form is None or len(functions) > MOST_FUNCTIONS:
@@ -126,14 +126,14 @@ def carried_tools(functions: Sequence[tuple[str | None, object]], parser: str | 
     try:
         text = json.dumps([form, functions], ensure_ascii=False)
         text[: MAX_TOOLS_CHARS + 1].encode()
-    except (RecursionError, UnicodeEncodeError):  # SGLang refuses such a schema by name; half a character
+    except (RecursionError, UnicodeEncodeError):  # nested too deep, which SGLang refuses; half a character
         return None
     return text if len(text) <= MAX_TOOLS_CHARS else None
 
 
 @lru_cache(maxsize=KEPT)
 def read_tools(text: str) -> Tools | None:
-    """None where `carried_tools` did not write it."""
+    """Parse the text of `carried_tools`; None if it is another text."""
     if len(text) > MAX_TOOLS_CHARS:
         return None
     try:
@@ -144,7 +144,7 @@ def read_tools(text: str) -> Tools | None:
 
 
 def words_of_tools(text: str) -> tuple[str, ...]:
-    """Names of the tools, then the words of their schemas."""
+    """Return the names of the tools, then the words of their schemas."""
     tools = read_tools(text)
     if tools is None:
         return ()
@@ -157,7 +157,7 @@ def all_forced(schema: str, tools: str) -> bool:
     """Whether a grammar forces a call and states all that its tools do: calls in JSON, of strict tools.
 
     Args:
-        schema: of the grammar, as of `Grammar`.
+        schema: of the grammar, as in `Grammar`.
     """
     read, contents = read_tools(tools), forced_contents(schema)
     if read is None or read.form not in ARGUMENTS.values() or not contents:
@@ -166,20 +166,20 @@ def all_forced(schema: str, tools: str) -> bool:
 
 
 def properties_of(parameters: object) -> Mapping[str, Any]:
-    """Schemas of a tool's arguments by name, in their order; none where they are not written as an object's."""
+    """Return the schemas of a tool's arguments by name, in order; empty unless `parameters` describe an object."""
     properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
     return {str(key): schema for key, schema in properties.items()} if isinstance(properties, Mapping) else {}
 
 
 def required_of(parameters: object) -> frozenset[str]:
-    """Names of the arguments that a call must have."""
+    """Return the names of the arguments that a call must have."""
     required = parameters.get("required") if isinstance(parameters, Mapping) else None
     names = required if isinstance(required, list) else ()
     return frozenset(key for key in names if isinstance(key, str))
 
 
 def listed_of(schema: object) -> tuple[str, ...]:
-    """The only values that an argument may have, as markup shows them; empty where it is free."""
+    """Return the only values that an argument may have, as markup shows them; empty if it may have others."""
     if not isinstance(schema, Mapping):
         return ()
     listed = schema.get("enum")
