@@ -1,6 +1,6 @@
-"""Draft checkpoints in SGLang's and Hugging Face's format: read and written, with errors that name the thing.
+"""Read and write draft checkpoints in SGLang's and Hugging Face's format, with errors that name file and key.
 
-Checkpoints hold separate `q_proj`/`k_proj`/`v_proj` and `gate_proj`/`up_proj`; the modules hold them fused.
+Checkpoints store `q_proj`, `k_proj`, `v_proj` and `gate_proj`, `up_proj` separately; the modules fuse each group.
 """
 
 import json
@@ -28,7 +28,7 @@ WEIGHTS = "model.safetensors"
 QUANTISED = (("fp8", None), ("compressed-tensors", "float-quantized"))  # methods and formats that are read
 MOST_LAYERS, MOST_ROWS, MOST_OF_A_HEAD = 1000, 256, 8192
 """Upper bounds of a drafter's layers or captured features, of a block's rows, and of a head's dimensions. No published
-file is near one; beyond them a damaged file would take minutes or all memory before its tensors are compared.
+file comes near them; without them a damaged file could take minutes or all memory before its tensors are compared.
 """
 
 IN_FILES = {
@@ -42,7 +42,7 @@ IN_FILES = {
     "input_norm": ("input_layernorm",),
     "mlp_norm": ("post_attention_layernorm",),
 }
-"""Parts of a decoder layer, and what files call them, stacked by rows; others have the same name."""
+"""Parameter of a decoder layer → its tensors in files, stacked by rows. Parameters not listed keep their name."""
 
 
 def integer(
@@ -73,7 +73,7 @@ def number(
 
 
 def layer_ids(config: Mapping[str, Any], key: str, path: Path, section: str = "") -> tuple[int, ...]:
-    """A setting that lists layers. Raises `CheckpointError` naming file, `section` and key otherwise."""
+    """Return a setting that lists layer numbers. Raises `CheckpointError` naming file, `section` and key otherwise."""
     layers = config.get(key)
     if not layers or not isinstance(layers, list) or {int} != set(map(type, layers)):
         raise misfit(path, f"{section}{key} must be a list of layer numbers, got {layers!r:.200}")
@@ -81,7 +81,7 @@ def layer_ids(config: Mapping[str, Any], key: str, path: Path, section: str = ""
 
 
 def attention_shape(config: Mapping[str, Any], path: Path) -> AttentionShape:
-    """Head counts. Raises `CheckpointError` where the key/value heads do not divide the heads."""
+    """Return head counts and head size. Raises `CheckpointError` if the key/value heads do not divide the heads."""
     heads = integer(config, "num_attention_heads", path)
     kv_heads = integer(config, "num_key_value_heads", path, default=heads)
     hidden = integer(config, "hidden_size", path)
@@ -92,13 +92,13 @@ def attention_shape(config: Mapping[str, Any], path: Path) -> AttentionShape:
 
 
 def _rope(config: Mapping[str, Any], path: Path, head_dim: int, positions: int) -> dict[str, Any]:
-    """Return rotary settings with which angles can be computed: they were, once. Raises `CheckpointError` otherwise."""
+    """Return the rotary settings, after computing frequencies from them as a check. Raises `CheckpointError`."""
     try:
         parameters = rope_parameters(config)
         Rotary(parameters, head_dim, positions)
     except CheckpointError as error:
         raise misfit(path, str(error)) from None
-    except Exception as error:  # transformers' functions raise whatever such settings meet first
+    except Exception as error:  # transformers' functions raise errors of any kind for bad settings
         keys = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
         named = {key: config[key] for key in keys if config.get(key) is not None}
         why = f"{type(error).__name__}: {error!s:.100}"
@@ -107,7 +107,7 @@ def _rope(config: Mapping[str, Any], path: Path, head_dim: int, positions: int) 
 
 
 def trunk(config: Mapping[str, Any], path: Path, *, positions: int, eps: float) -> dict[str, Any]:
-    """Fields of a configuration that every format has; `positions` and `eps` if the file leaves them out.
+    """Return the configuration fields that all formats share; `positions` and `eps` are defaults for missing keys.
 
     Raises:
         CheckpointError: naming file and key of what does not fit.
@@ -128,7 +128,7 @@ def trunk(config: Mapping[str, Any], path: Path, *, positions: int, eps: float) 
 
 
 def trunk_json(config: Any) -> dict[str, Any]:
-    """The inverse of `trunk`, as all formats spell it, with what all drafters that we write have in common."""
+    """Return the `config.json` keys that all written drafters share, from a configuration (inverse of `trunk`)."""
     sizes = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings", "rms_norm_eps")
     return {
         **{name: getattr(config, name) for name in sizes},
@@ -145,8 +145,8 @@ def trunk_json(config: Any) -> dict[str, Any]:
 
 
 def check_target(path: Path, name: str, config: Any, width: int, embedding: Tensor, vocab: int) -> None:
-    """Raise CheckpointError where a drafter, by `name`, does not fit the matrix that it embeds with, whose rows have
-    `width` numbers, or `vocab` ids.
+    """Raise CheckpointError if a drafter of the format `name` does not fit its embedding matrix, whose rows must have
+    `width` numbers, or has more than `vocab` ids.
     """
     if embedding.shape[1] != width:
         raise CheckpointError(
@@ -158,9 +158,9 @@ def check_target(path: Path, name: str, config: Any, width: int, embedding: Tens
 
 
 def read_weights(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors of a directory, one file or several: `.safetensors`, else `pytorch_model*.bin`, of which only tensors are
-    unpickled. `prefix`: what their names begin with; others stay on the disk. Raises `CheckpointError` where a file is
-    damaged or missing, or there is none.
+    """Read the tensors of a directory from one or several files: `.safetensors`, else `pytorch_model*.bin`, from which
+    only tensors are unpickled. `prefix`: read only tensors whose names begin so. Raises `CheckpointError` if a
+    file is damaged or missing, or there is none.
     """
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
     if not files:
@@ -189,7 +189,7 @@ def holds(path: Path, prefix: str) -> bool:
 
 @contextmanager
 def _undamaged(file: Path) -> Iterator[None]:
-    """Raises `CheckpointError` where what is inside cannot read a file."""
+    """Raise `CheckpointError` if the code inside the `with` block cannot read `file`."""
     try:
         yield
     except UnpicklingError:
@@ -215,7 +215,7 @@ def _read_file(file: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def _check_shards(path: Path, found: set[str]) -> None:
-    """Every file that an index names is there."""
+    """Raise `CheckpointError` if an index of shards names a file that is not in `found`."""
     for index in (path / f"{WEIGHTS}.index.json", path / "pytorch_model.bin.index.json"):
         if not index.is_file() or not any(name.endswith(index.name.split(".")[1]) for name in found):
             continue
@@ -233,11 +233,11 @@ def _first_line(error: Exception) -> str:
 
 
 class Unfilled(TorchFunctionMode):
-    """Makes modules whose parameters have one dtype and any numbers, for a caller that fills them all: to draw a
-    thousand million in float32 takes seconds, and four bytes each.
+    """Makes modules with uninitialised parameters of one dtype, for a caller that fills them all: drawing a billion
+    random numbers in float32 takes seconds, and four bytes each.
 
-    `room` bounds the numbers that they hold together, so that sizes of a damaged `config.json` take neither memory nor
-    time. Raises `CheckpointError` beyond it, naming `path`.
+    `room` is the largest number of elements of all modules together, so a damaged `config.json` with huge sizes takes
+    neither memory nor time. Raises `CheckpointError` beyond it, naming `path`.
     """
 
     def __init__(self, dtype: torch.dtype, path: Path, room: int = sys.maxsize) -> None:
@@ -267,14 +267,14 @@ class Unfilled(TorchFunctionMode):
 
 
 class WeightReader:
-    """Hands out a checkpoint's tensors by name, checking kinds, shapes and numbers."""
+    """Reads a checkpoint's tensors by name, and checks dtypes, shapes and that values are finite."""
 
     def __init__(self, path: Path, weights: Mapping[str, Tensor]) -> None:
         self._path, self._weights = path, weights
 
     @classmethod
     def of(cls, path: Path, renamed: Mapping[str, str]) -> "WeightReader":
-        """Read a directory, whose names may begin with `model.`; renamed: other exporters' names → the usual ones."""
+        """Read a directory; drops the prefix `model.` of names. renamed: another exporter's name → the usual name."""
         found = {name.removeprefix("model."): tensor for name, tensor in read_weights(path).items()}
         return cls(path, {renamed.get(name, name): tensor for name, tensor in found.items()})
 
@@ -282,8 +282,8 @@ class WeightReader:
         return name in self._weights
 
     def modules(self, dtype: torch.dtype) -> Unfilled:
-        """Return the mode in which the modules are made that these tensors fill: they hold hardly more numbers."""
-        # Twice, and a million: what is missing, or of another size, is named by its own sentence.
+        """Return the mode for making the modules that these tensors fill, with a bound on the modules' size."""
+        # The bound is generous, because a missing tensor or a wrong size has an error message of its own.
         return Unfilled(dtype, self._path, 2 * sum(map(Tensor.numel, self._weights.values())) + 2**20)
 
     def tensor(self, name: str, shape: tuple[int | None, ...] | None = None) -> Tensor:
@@ -324,7 +324,7 @@ class WeightReader:
         return found.float() * factors
 
     def _check_finite(self, value: Tensor, name: str) -> None:
-        # One pass without a copy: NaN shows in both ends.
+        # One pass without a copy: a NaN makes both minimum and maximum NaN.
         if value.numel() and not torch.stack(value.detach().aminmax()).isfinite().all():
             raise self._wrong(
                 f"{name} holds NaN or infinity as {value.dtype}, so no draft could be right: fetch it again, or serve "
@@ -351,8 +351,8 @@ class WeightReader:
     def fill_drafter(
         self, drafter: nn.Module, names: Mapping[str, str], parts: Mapping[str, tuple[str, ...]] = IN_FILES
     ) -> None:
-        """Every parameter; `names`: outside its layers, those that files call otherwise; `parts`: as `IN_FILES`, in its
-        layers. Raises `CheckpointError`.
+        """Fill every parameter of a drafter. names: parameter outside the layers → its name in files, if that differs.
+        parts: the same for its layers, like `IN_FILES`. Raises `CheckpointError`.
         """
         for name, parameter in _outside_layers(drafter).items():
             self.fill(parameter, names.get(name, name))
@@ -366,7 +366,7 @@ class WeightReader:
     def fill_layer(
         self, layer: Mapping[str, Tensor], prefix: str, names: Mapping[str, tuple[str, ...]] = IN_FILES
     ) -> None:
-        """Parameters of a decoder layer, by their names in it; queries, keys and values also from one `qkv_proj`."""
+        """Fill a decoder layer's parameters, by name; queries, keys and values may also come from one `qkv_proj`."""
         for name, parameter in layer.items():
             part, kind, parts = _in_files(name, names)
             whole = f"{prefix}self_attn.qkv_proj.{kind}"
@@ -376,8 +376,8 @@ class WeightReader:
                 self.fill(parameter, *(f"{prefix}{each}.{kind}" for each in parts))
 
     def offsets(self, name: str, rows: int, vocab: int) -> Tensor:
-        """[rows] int64, what is added to a row of the head for the target's id; zeros where the vocabularies are equal
-        and the tensor is missing.
+        """Return [rows] int64: the target's id of a head row minus the row's number. Zeros if the tensor is missing and
+        the vocabularies are equal.
 
         Raises:
             CheckpointError: it is missing otherwise, has another size, or leads out of the vocabulary of `vocab` ids.
@@ -426,7 +426,7 @@ class WeightReader:
 
 
 def _in_files(name: str, names: Mapping[str, tuple[str, ...]]) -> tuple[str, str, tuple[str, ...]]:
-    """A parameter of a layer: its part, whether it is a weight or a bias, and the part's names in files."""
+    """Split a layer parameter's name: its module, its kind ("weight", "bias"), and the module's names in files."""
     part, _, kind = name.rpartition(".")
     return part, kind, names.get(part, (part.removeprefix("convolutions."),))
 
@@ -436,7 +436,7 @@ def _outside_layers(drafter: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def drafter_weights(drafter: nn.Module, first: str = "layers.0.") -> dict[str, Tensor]:
-    """The inverse of `WeightReader.fill_drafter`; `first`: the prefix of the first layer."""
+    """Return a drafter's weights by their names in files. first: prefix of the first layer."""
     weights: dict[str, Tensor] = dict(_outside_layers(drafter))
     layers: Any = drafter.layers
     for index, layer in enumerate(layers):
@@ -464,7 +464,7 @@ def write_checkpoint(
         .clone()
         for name, tensor in weights.items()
     }
-    with staged(path / "config.json") as text, staged(path / WEIGHTS) as file:  # the weights come first
+    with staged(path / "config.json") as text, staged(path / WEIGHTS) as file:  # moves the weights first
         save_file(tensors, file, metadata={"format": "pt"})
         text.write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
         for each in (file, text):

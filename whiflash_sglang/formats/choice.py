@@ -1,4 +1,4 @@
-"""A drafter's choice of tokens, and its confidence."""
+"""Choose a drafter's tokens from its logits, with a confidence for each."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from whiflash_kernels.packed import linear
 
 
 class Choice(NamedTuple):
-    """Choices by row of logits: token [N] int64, the first of the largest; confidence [N] fp32, its probability."""
+    """The choice for each row of logits: token [N] int64, the first of the largest; confidence [N] fp32, its chance."""
 
     token: Tensor
     confidence: Tensor
@@ -24,8 +24,8 @@ class Choice(NamedTuple):
 class Shard:
     """A process's rows of a head that several processes share.
 
-    rows: [K'] int64, ascending: numbers in the whole head of the rows that this process has, perhaps none. gather: a
-    tensor [N, C] float32 of every process → [P, N, C], the same in all of them; all must call it alike.
+    rows: [K'] int64, ascending: the row numbers of this process in the whole head, perhaps none. gather: collects a
+    tensor [N, C] float32 from every process into [P, N, C]; all processes must call it in the same order.
     """
 
     rows: Tensor
@@ -33,10 +33,10 @@ class Shard:
 
 
 def choose(logits: Tensor, shard: Shard | None = None) -> Choice:
-    """The drafter's first choice for every row of `logits` [N, V], any float type.
+    """Choose the likeliest token for every row of `logits` [N, V], any float type.
 
-    With a `shard` the logits are of its rows alone, [N, K'], and the choice is that of all shards together: each sends
-    its largest logit, that one's row and the logarithm of its sum, three floats a row of logits. Exact ties go to the
+    With a `shard` the logits cover only its rows, [N, K'], and the choice is among all shards: each process sends its
+    largest logit, that logit's row and its log-sum-exp, three floats for each row of logits. Exact ties go to the
     lowest row, as in one process; rows are exact in fp32 up to 2**24.
     """
     if shard is None:
@@ -48,7 +48,7 @@ def choose(logits: Tensor, shard: Shard | None = None) -> Choice:
 
 
 def _candidates(logits: Tensor, rows: Tensor) -> Tensor:
-    """[N, 3] float32: largest logit, its row in the whole head, log-sum-exp; of a shard without rows none counts."""
+    """Return [N, 3] float32: largest logit, its row in the whole head, log-sum-exp. A shard without rows never wins."""
     if not len(rows):
         nothing = torch.tensor([-math.inf, math.inf, -math.inf], device=logits.device)
         return nothing.expand(len(logits), 3).contiguous()
@@ -61,11 +61,11 @@ def _by_kernel(logits: Tensor) -> bool:
 
 
 def _likeliest(logits: Tensor) -> Choice:
-    """The first choice for each row of logits [N, V].
+    """Choose the likeliest token for each row of logits [N, V].
 
-    On a GPU in one read of the logits: torch reads them, and a copy in 32 bits, some 16 times over.
+    On a GPU a kernel reads the logits once; torch reads them, and a float32 copy, about 16 times.
 
-    A row without any probability, as of a drafter that gives NaN, has NaN there.
+    The confidence is NaN for a row without any probability, such as NaN logits.
     """
     if not _by_kernel(logits):
         top = logits.max(-1)
@@ -75,7 +75,7 @@ def _likeliest(logits: Tensor) -> Choice:
 
 
 def _top(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logit of each row of [N, V]: its index, int64; its value, and the row's log-sum-exp, fp32."""
+    """Return each row's largest logit in [N, V]: its index, int64; its value, fp32; and the row's log-sum-exp, fp32."""
     row, chance = _likeliest(logits)
     value = logits.gather(-1, row[:, None])[:, 0].float()
     total = value - chance.log() if _by_kernel(logits) else logits.float().logsumexp(-1)
@@ -84,9 +84,9 @@ def _top(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A head that is no plain matrix: the target's own, quantised.
+    """The target's quantised head, used in place of a plain matrix.
 
-    rows: that it has here. project: [N, H] → [N, rows], by the target's own quantisation.
+    rows: its number of rows in this process. project: [N, H] → [N, rows], by the target's own quantisation.
     """
 
     rows: int
@@ -96,19 +96,19 @@ class Projection:
         return self.rows
 
     def __getitem__(self, rows: Tensor) -> "Projection":
-        """Some of its rows [K'] int64; the others are computed all the same."""
+        """Select `rows` [K'] int64 of the head. Each product still computes all rows and then selects."""
         return Projection(len(rows), lambda hidden: self.project(hidden)[:, rows])
 
 
 @dataclass(frozen=True, slots=True)
 class DraftHead:
-    """Logits over what a drafter chooses from.
+    """Computes logits over the tokens that a drafter chooses from.
 
-    weight: [K, H], or a `Projection` of as many rows. ids: [K] int64, the target's id of each row; None: the rows are
-    the target's vocabulary. matrix: [K, R], a second one over the same rows, of drafters whose tokens depend on one
-    another. bias: [K], of the logits by `weight`. shard: where other processes have the other rows; then `weight`,
-    `matrix` and `bias` have those of this process, and `ids` all. kept: [K] int64, which rows these are of the head
-    that this one is `within`.
+    weight: [K, H], or a `Projection` of K rows. ids: [K] int64, the target's id of each row; None: the rows are the
+    target's vocabulary. matrix: [K, R], a second matrix over the same rows, for drafters whose tokens depend on one
+    another. bias: [K], added to the logits of `weight`. shard: set if other processes have the other rows; then
+    `weight`, `matrix` and `bias` have this process's rows, and `ids` has all. kept: [K] int64, the numbers of these
+    rows in the larger head that `within` selected from.
     """
 
     weight: Tensor | Projection
@@ -119,29 +119,29 @@ class DraftHead:
     bias: Tensor | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] → [..., K], of this process's rows."""
-        # Flat: of rows [B, D, H] that are not contiguous, as a block's without its first, torch would copy the matrix
-        # B times, 88 ms instead of 2 for four requests and 12,288 rows.
+        """Compute the logits of `hidden`, [..., H] → [..., K], for this process's rows."""
+        # Flattened, because for rows [B, D, H] that are not contiguous (a block without its first row) torch would copy
+        # the matrix B times: 88 ms instead of 2 for four requests and 12,288 rows.
         flat = hidden.flatten(0, -2)
         rows = self.weight
         logits = rows.project(flat) if isinstance(rows, Projection) else linear(flat, rows, self.bias)
         return logits.view(*hidden.shape[:-1], len(rows))
 
     def second(self, latent: Tensor) -> Tensor:
-        """[..., R] → [..., K], by the second matrix. Raises ValueError where there is none."""
+        """Multiply `latent` by the second matrix, [..., R] → [..., K]. Raises ValueError if there is none."""
         if self.matrix is None:
             raise ValueError("this head has no second matrix")
         return linear(latent, self.matrix)
 
     def choose(self, logits: Tensor) -> Choice:
-        """The first choice for every row of `logits` [N, K]; its tokens are rows of the whole head."""
+        """Choose the likeliest row of the whole head for every row of `logits` [N, K]; see `target_ids`."""
         return choose(logits, self.shard)
 
     def candidates(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` largest of every row of `logits` [N, K]: the target's ids [N, count] int64 and logits, float32.
+        """Return the `count` largest of every row of `logits` [N, K]: target ids [N, count] int64, logits float32.
 
-        Each of several processes sends the largest of its shard, two floats a candidate. Fewer where the head has fewer
-        rows.
+        Each of several processes sends its shard's largest, two floats per candidate. A head with fewer rows gives
+        fewer candidates.
         """
         here = logits.topk(min(count, logits.shape[-1]))
         if self.shard is None:
@@ -155,22 +155,22 @@ class DraftHead:
         return self.target_ids(rows.gather(-1, top.indices).long()), top.values
 
     def total(self, logits: Tensor) -> Tensor:
-        """Log-sum-exp [N] float32 of every row of `logits` [N, K], of all processes' shards together."""
+        """Return the log-sum-exp [N] float32 of every row of `logits` [N, K], over the shards of all processes."""
         sums = _top(logits)[2] if _by_kernel(logits) else logits.float().logsumexp(-1)
         return sums if self.shard is None else self.shard.gather(sums[:, None])[..., 0].logsumexp(0)
 
     def beside(self, matrix: Tensor | None) -> "DraftHead":
-        """The same head with `matrix`, over all of its rows, as its second."""
+        """Return this head with `matrix` [rows of the whole head, R] as its second matrix."""
         if matrix is not None and self.shard is not None:
             matrix = matrix[self.shard.rows]
         return replace(self, matrix=matrix)
 
     def target_ids(self, rows: Tensor) -> Tensor:
-        """Rows of the whole head → the target's ids, any shape."""
+        """Map rows of the whole head to the target's ids, any shape."""
         return rows if self.ids is None else self.ids[rows]
 
     def within(self, vocabulary: Tensor) -> "DraftHead":
-        """The same head over the ids `vocabulary` [K'] int64 only.
+        """Return this head reduced to the target ids `vocabulary` [K'] int64.
 
         Raises:
             ValueError: an id that this head does not draft.
@@ -193,11 +193,11 @@ class DraftHead:
 
 @dataclass(frozen=True, slots=True)
 class SharedVocabulary:
-    """The parts of a target that drafters read if its vocabulary is split, or quantised.
+    """The embedding and head of a target whose vocabulary is split over processes, or quantised.
 
-    size: V. embed: token ids [N] int64 → [N, H], the same in every process; all must call it alike. None where the
-    embedding is a plain matrix that every process has all of. shard: of the head, None where every process has all of
-    it. head: where it is quantised; its rows of this process.
+    size: V. embed: token ids [N] int64 → [N, H], equal in every process; all processes must call it in the same order.
+    None if every process has the whole embedding as a plain matrix. shard: this process's rows of the head, None if
+    every process has all. head: this process's rows of a quantised head, else None.
     """
 
     size: int
@@ -207,13 +207,13 @@ class SharedVocabulary:
 
 
 class TargetsParts(nn.Module):
-    """A drafter, which embeds and chooses as the target does unless it has a matrix of its own.
+    """Base of the drafters: embeds tokens and chooses drafts with the target's matrices, unless a format has its own.
 
     Attributes:
         target_embedding, target_lm_head: [V, H], the target's, not part of the checkpoint.
         config: sizes and variants, a record of its format.
-        shared: the target's parts if its vocabulary is split or quantised: the matrices hold this process's rows, if
-            any. quantised: whether it multiplies in float8.
+        shared: set if the target's vocabulary is split or quantised; then the matrices have this process's rows, if
+            any. quantised: whether the drafter's products use float8.
     """
 
     config: Any
@@ -229,11 +229,11 @@ class TargetsParts(nn.Module):
 
     @property
     def shared_embedding(self) -> Callable[[Tensor], Tensor] | None:
-        """It embeds by this if its process does not have the whole matrix."""
+        """The function that embeds token ids if this process lacks the whole matrix, else None."""
         return None if self.shared is None else self.shared.embed
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [T] int64 → [T, H]; what is embedded already stays as it is."""
+        """Embed token ids [T] int64 → [T, H]; floating-point input is returned unchanged."""
         if tokens.is_floating_point():
             return tokens
         shared = self.shared_embedding
@@ -241,7 +241,7 @@ class TargetsParts(nn.Module):
 
     @property
     def head(self) -> DraftHead:
-        """The head that it chooses by: its own, or the target's."""
+        """The head that chooses the drafts: here the target's."""
         shared = self.shared
         if shared is None:
             return DraftHead(self.target_lm_head, None)
@@ -249,15 +249,15 @@ class TargetsParts(nn.Module):
         return DraftHead(rows, None, shard=shared.shard)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, H] → [T, K], by its head, this process's part of it."""
+        """Compute the head's logits, [T, H] → [T, K], for this process's rows."""
         return self.head.logits(hidden)
 
     def choose(self, hidden: Tensor) -> Choice:
-        """[T, H] → the first choice for each: the target's id, and how sure the drafter is of it."""
+        """Choose the likeliest token for each state [T, H]: the target's id, and the drafter's confidence."""
         head = self.head
         choice = head.choose(head.logits(hidden))
         return Choice(self.target_ids(choice.token), choice.confidence)
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
-        """Ids in the draft vocabulary → ids in the target's, any shape."""
+        """Map ids of the draft vocabulary to the target's ids, any shape."""
         return draft_ids

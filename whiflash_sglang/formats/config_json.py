@@ -1,4 +1,4 @@
-"""Reading `config.json` of a checkpoint, without importing what builds the model."""
+"""Read a checkpoint's `config.json` without importing the modules that build the model."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,12 @@ from whiflash_sglang.files.jsonl import read_json_file
 
 
 def misfit(path: Path, text: str) -> CheckpointError:
-    """`text` of the `config.json` of a checkpoint directory, which does not fit."""
+    """Return the error `text` about the `config.json` in the checkpoint directory `path`."""
     return CheckpointError(f"{path}/config.json: {text}")
 
 
 def read_json_config(path: Path, name: str = "config.json") -> dict[str, Any]:
-    """`config.json` of a checkpoint directory, or its file `name`. Raises `CheckpointError`: missing or damaged."""
+    """Read `config.json`, or the file `name`, of a checkpoint directory. Raises `CheckpointError` if that fails."""
     file = path / name
     try:
         config = read_json_file(file, finite=False)
@@ -31,8 +31,8 @@ def read_json_config(path: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def read_config_of(path: Path, architectures: tuple[str, ...]) -> dict[str, Any]:
-    """`config.json` of a checkpoint of one of `architectures`. Raises `CheckpointError` where it is missing, damaged,
-    or says another one.
+    """Read the `config.json` of a checkpoint of one of `architectures`. Raises `CheckpointError` if it is missing,
+    damaged, or names another architecture.
     """
     config = read_json_config(path)
     if not set(architectures).intersection(config.get("architectures") or []):

@@ -1,4 +1,4 @@
-"""A published draft format: its name, how its files are read, which model they fill."""
+"""Describe a published draft format (name, reader, model class), and find a checkpoint's format by `config.json`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ class DraftFormat:
     """One family of checkpoints.
 
     Attributes:
-        name: as people call it. arm: which arm it becomes, of `whiflash_sglang.drafts.arms`.
-        keys: what `format_key` gives for its checkpoints, each of one format only.
-        layers_key: where its `config.json` lists the target's layers; None: it is part of the target and reads what its
-            head reads.
+        name: the usual name. arm: the arm that its drafters serve, of `whiflash_sglang.drafts.arms`.
+        keys: values of `format_key` for its checkpoints; no two formats share one.
+        layers_key: key of its `config.json` that lists the target's layers; None: it is part of the target and reads
+            the target's final state.
         read: `config.json` → the arm's configuration; raises `CheckpointError` naming the key that does not fit.
         model: the drafter's class; its `load` reads the weights.
-        published: who publishes it, for the documentation. defined_by: the implementation it is compared with.
-        upstream: SGLang's algorithm for these checkpoints, which benchmarks compare with; None: it has none.
+        published: its publishers, for the documentation. defined_by: the implementation that tests compare it with.
+        upstream: SGLang's algorithm for these checkpoints, which benchmarks compare with; None if it has none.
     """
 
     name: str
@@ -37,10 +37,10 @@ class DraftFormat:
 
 
 def merged(path: Path, config: Json, *sections: str) -> dict[str, Any]:
-    """`config` of the checkpoint at `path`, and over it what its nested `sections` say, the last over those before.
+    """Merge the nested `sections` of `config` over its top level; later sections win. path: the checkpoint, for errors.
 
     Raises:
-        CheckpointError: one is no object.
+        CheckpointError: a section is no object.
     """
     settings = dict(config)
     for name in sections:
@@ -52,7 +52,7 @@ def merged(path: Path, config: Json, *sections: str) -> dict[str, Any]:
 
 
 def format_key(path: Path, config: Json) -> str | None:
-    """A checkpoint's name: `speculators/TYPE`, a projector that changes the draft pass, or its architecture."""
+    """Return the key of a checkpoint's format: `speculators/TYPE`, `projector/TYPE`, or its architecture."""
     kind = config.get("speculators_model_type")
     if kind:
         return f"speculators/{kind}"
@@ -63,7 +63,7 @@ def format_key(path: Path, config: Json) -> str | None:
 
 
 def pick(formats: Mapping[str, DraftFormat], config: Json, path: Path) -> DraftFormat:
-    """The format of the checkpoint at `path`. Raises CheckpointError naming what it says and what is known."""
+    """Return the format of the checkpoint at `path`. Raises CheckpointError naming its key and the known keys."""
     key = format_key(path, config)
     if key in formats:
         return formats[str(key)]

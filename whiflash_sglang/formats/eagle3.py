@@ -1,7 +1,7 @@
-"""The EAGLE-3 drafter (arXiv 2503.01840) in SGLang's checkpoint format, without SGLang.
+"""The EAGLE-3 drafter (arXiv 2503.01840), read from SGLang's checkpoint format. Imports no SGLang.
 
-A decoder layer whose QKV input is [norm(embedding of the next token); norm(fused target feature)], and in some
-checkpoints more layers on top of it. Entry p of their caches pairs the embedding of token p+1 with the target's feature
+It has a decoder layer whose QKV input is [norm(embedding of the next token); norm(fused target feature)], and in some
+checkpoints more layers above it. Entry p of their caches pairs the embedding of token p+1 with the target's feature
 at p, at RoPE position p; a later draft step feeds back the last layer's state before the final norm. Numerics follow
 `sglang/srt/models/llama_eagle3.py` of SGLang 0.5.23.
 """
@@ -43,14 +43,14 @@ class Eagle3Config:
 
     Attributes:
         target_hidden_size: size of one captured feature; `num_features` of them are concatenated.
-        draft_vocab_size: None where the drafter uses the target's own head.
-        target_layer_ids: layers whose outputs are captured; empty where SGLang's default is left.
+        draft_vocab_size: rows of the drafter's own head; None: it uses the target's head.
+        target_layer_ids: layers whose outputs are captured; empty: SGLang's default.
         norm_before_fc: one norm over the concatenation. fc_norm: one norm for each feature.
         norm_output: a draft step feeds back the state after the final norm.
         norm_before_residual: the layer adds to the normed feature, not to the feature. head_norms: queries and keys are
             normed. own_embedding: the file's embedding was trained, so it is used instead of the target's.
-        upper_norm: layers above the first call the norm before attention so. mask_token: of P-EAGLE, at rows behind the
-            first, which all draft in one pass; None: a chain.
+        upper_norm: name of the norm before attention in layers above the first. mask_token: P-EAGLE's token at rows
+            after the first, which all draft in one pass; None: a chain drafter.
     """
 
     hidden_size: int
@@ -78,11 +78,11 @@ class Eagle3Config:
 
     @property
     def brings_embedding(self) -> bool:
-        """Whether it embeds with a matrix of its file instead of the target's."""
+        """Whether the drafter embeds with a matrix of its checkpoint instead of the target's."""
         return self.own_embedding or self.target_hidden_size != self.hidden_size
 
     def layers_of(self, num_target_layers: int) -> tuple[int, ...]:
-        """Target layers whose outputs are read, for a target of that many.
+        """Return the target layers whose outputs are read, for a target of `num_target_layers` layers.
 
         SGLang's ids name the layer *before* which the state is captured; its default is [2, L//2, L-3], which are the
         outputs of [1, L//2-1, L-4]. An explicit list in the checkpoint already names outputs (SGLang adds one to each).
@@ -91,7 +91,7 @@ class Eagle3Config:
         return self.target_layer_ids or (1, last // 2 - 1, last - 4)
 
     def to_json(self) -> dict[str, Any]:
-        """The `config.json` that SGLang reads. Raises ValueError for variants that it does not know."""
+        """Return the `config.json` for SGLang. Raises ValueError for variants that SGLang cannot load."""
         if self.norm_before_residual or self.head_norms or self.attention_bias or self.own_embedding:
             raise ValueError("only what SGLang loads is written")
         layers = list(self.target_layer_ids)
@@ -109,7 +109,7 @@ class Eagle3Config:
 
 
 def parse(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
-    """A `LlamaForCausalLMEagle3`'s configuration. Raises `CheckpointError` naming the field that does not fit."""
+    """Read a `LlamaForCausalLMEagle3`'s configuration. Raises `CheckpointError` naming the field that does not fit."""
     if config.get("hidden_act", "silu") != "silu":
         raise misfit(path, f"hidden_act {config['hidden_act']!r} is not supported, only silu")
     if config.get("architectures") == ["LlamaForCausalLM"] and not config.get("draft_vocab_size"):
@@ -140,7 +140,7 @@ def parse(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
     )
     if token is None:
         return read
-    # As vLLM 0.33 (`llama_eagle3.py`) reads P-EAGLE: SGLang knows neither it nor these keys.
+    # P-EAGLE is read as in vLLM 0.33 (`llama_eagle3.py`), since SGLang knows neither it nor these keys.
     if integer({"ptd_token_id": token}, "ptd_token_id", path, minimum=0) >= read.vocab_size:
         raise misfit(path, f"ptd_token_id {token} is not in the vocabulary of {read.vocab_size}")
     read = replace(read, norm_before_residual=bool(config.get("norm_before_residual", False)))
@@ -149,8 +149,8 @@ def parse(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
 
 
 def parse_deepspec(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
-    """DeepSpec's `Qwen3Eagle3Model`: Qwen3's head norms, features named at the top level, a head over the whole
-    vocabulary. Raises `CheckpointError` naming the field that does not fit.
+    """Read the configuration of DeepSpec's `Qwen3Eagle3Model`: Qwen3's head norms, layer ids at the top level, a head
+    over the whole vocabulary. Raises `CheckpointError` naming the field that does not fit.
     """
     layers = layer_ids(config, "target_layer_ids", path)
     read = parse(path, {**config, "draft_vocab_size": config.get("vocab_size"), "tie_word_embeddings": False})
@@ -166,7 +166,7 @@ def parse_deepspec(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
 
 
 def _names(config: Eagle3Config) -> dict[str, str]:
-    """Tensor names of other files, and ours."""
+    """Return tensor name in other exporters' files → our name."""
     earlier = enumerate(("low", "mid", "high"))
     upper = (f"layers.{index}." for index in range(1, config.num_layers))
     names = {f"aux_norm_{place}.weight": f"fc_norm.{i}.weight" for i, place in earlier}
@@ -192,8 +192,8 @@ class _Layer(nn.Module):
     def forward(
         self, residual: Tensor, entry: Tensor, angles: Angles, index: int, attend: Attend, norm: RMSNorm
     ) -> tuple[Tensor, Tensor]:
-        """`residual` [T, H] and what attention reads [T, H or 2H] → the new residual, and its `norm`, [T, H] each."""
-        # The caller may need the residual that it handed in; this one is ours to give up.
+        """Run the layer on `residual` [T, H] and attention's input `entry` [T, H or 2H] → new residual, its `norm`."""
+        # A new tensor, since `norm.add` overwrites its input and the caller may need the residual.
         residual = residual + self.attention(entry, angles, index, attend)
         return norm.add(residual, self.mlp(self.mlp_norm(residual)))
 
@@ -203,7 +203,7 @@ class Eagle3Drafter(TargetsParts):
 
     Attributes:
         d2t: [draft_vocab] int64 offsets, target id = d2t[i] + i; None where the vocabularies are the same.
-        mask_hidden: [F], P-EAGLE's feature of rows without one; None for a chain.
+        mask_hidden: [F], P-EAGLE's feature for the rows of mask tokens; None for a chain drafter.
     """
 
     config: Eagle3Config
@@ -213,7 +213,7 @@ class Eagle3Drafter(TargetsParts):
     def __init__(
         self, config: Eagle3Config, target_embedding: Tensor, target_lm_head: Tensor | None = None
     ) -> None:
-        """Untrained. `target_lm_head` [V, H] serves where `draft_vocab_size` is None."""
+        """Make an untrained drafter. `target_lm_head` [V, H] is its head if `draft_vocab_size` is None."""
         borrows = config.draft_vocab_size is None
         super().__init__(target_embedding, target_lm_head if borrows else None)
         if borrows and target_lm_head is None:
@@ -240,11 +240,11 @@ class Eagle3Drafter(TargetsParts):
 
     @property
     def draft_vocab_size(self) -> int:
-        """Rows of the head that drafts."""
+        """Number of tokens that the head can draft."""
         return self.config.draft_vocab_size or self.config.vocab_size
 
     def fuse(self, features: Tensor) -> Tensor:
-        """`features` [T, num_features · Ht], layers in ascending order → [T, H]."""
+        """Fuse `features` [T, num_features · Ht], layers in ascending order, into [T, H]."""
         if self.input_norm is not None:
             features = self.input_norm(features)
         if self.config.fc_norm:
@@ -258,10 +258,10 @@ class Eagle3Drafter(TargetsParts):
     def keys_values(
         self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend | None = None
     ) -> tuple[Tensor, Tensor]:
-        """KV-only pass: next-token ids [T], fused features [T, H], positions [T] → k, v of the last layer, [T, Hkv, D].
+        """Compute the last layer's k and v, [T, Hkv, D], from next-token ids [T], fused features [T, H], positions [T].
 
-        They come from what the layers below it put out: those run whole, and `attend` is given their k and v. One layer
-        needs no attention. Raises `CheckpointError` for several layers without `attend`.
+        Layers below the last run completely, and `attend` stores their k and v. A drafter of one layer needs no
+        attention. Raises `CheckpointError` for several layers without `attend`.
         """
         if attend is None and self.config.num_layers > 1:
             raise CheckpointError(
@@ -276,9 +276,9 @@ class Eagle3Drafter(TargetsParts):
     def forward(
         self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        """One step: next-token ids [T] int64, fused features or fed-back states [T, H], positions [T].
+        """Run one draft step: next-token ids [T] int64, fused features or fed-back states [T, H], positions [T].
 
-        Returns [T, H] what the chain's next step feeds back, and [T, H] what the head reads.
+        Returns the state [T, H] that the chain's next step feeds back, and the state [T, H] that the head reads.
         """
         angles = self.rotary.angles(positions)
         residual, entry = self._below_last(tokens, hidden, angles, attend)
@@ -288,17 +288,17 @@ class Eagle3Drafter(TargetsParts):
 
     @property
     def head(self) -> DraftHead:
-        """The head that it chooses by: its own, or the target's."""
+        """The head that chooses the drafts: the checkpoint's own, else the target's."""
         return super().head if self.lm_head is None else DraftHead(self.lm_head.weight, None)
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
-        """Ids in the draft vocabulary → ids in the target's, any shape."""
+        """Map ids of the draft vocabulary to the target's ids, any shape."""
         return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
 
     def _below_last(
         self, tokens: Tensor, hidden: Tensor, angles: Angles, attend: Attend | None
     ) -> tuple[Tensor, Tensor]:
-        """Residual and input of the last layer's attention; the layers below it run."""
+        """Run the layers below the last; returns residual and input of the last layer's attention."""
         layers: list[Any] = list(self.layers)
         residual = normed = layers[0].hidden_norm(hidden)
         if not self.config.norm_before_residual:
@@ -321,7 +321,7 @@ class Eagle3Drafter(TargetsParts):
         shared: SharedVocabulary | None = None,
         config: Eagle3Config | None = None,
     ) -> "Eagle3Drafter":
-        """Read a checkpoint directory; `config`: where it is not a `LlamaForCausalLMEagle3`'s own.
+        """Read a checkpoint directory. config: of another format than `LlamaForCausalLMEagle3`; None: read here.
 
         Raises:
             CheckpointError: naming what is missing or does not fit.
@@ -337,7 +337,7 @@ class Eagle3Drafter(TargetsParts):
         check_target(path, "EAGLE-3", config, config.hidden_size, target_embedding, vocab)
         with reader.modules(dtype):
             drafter = cls(config, target_embedding, target_lm_head)
-        # An embedding of its own is whole in every process.
+        # Every process has the whole of an embedding that the checkpoint brings.
         drafter.shared = replace(shared, embed=None) if shared and config.brings_embedding else shared
         reader.fill_drafter(drafter, {})
         if config.draft_vocab_size is not None:

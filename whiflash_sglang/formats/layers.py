@@ -1,6 +1,6 @@
-"""Layers that both drafters share: attention whose context and cache belong to the caller, norm, MLP, rotary positions.
+"""Layers that all drafters share: attention whose context and cache belong to the caller, norm, MLP, rotary positions.
 
-Rotary positions are a Hugging Face configuration's, in NeoX (half-split) layout. Checkpoints that rotate neighbouring
+Rotary settings have Hugging Face's form, and the layout is NeoX's (half-split). Checkpoints that rotate neighbouring
 pairs instead are permuted when they are loaded (`half_split`).
 """
 
@@ -19,24 +19,24 @@ from whiflash_sglang.formats.packed import Linear
 
 
 class Angles(NamedTuple):
-    """Angles of T rows; R <= head_dim is the rotary width, the rest passes through.
+    """Rotary angles of T rows. R <= head_dim is the rotary width; a head's other dimensions stay unrotated.
 
-    table: [N, R] fp32, cosines in the first half of a row, sines in the second. rows: [T] int64, each row's in `table`;
-    None: 0 … T-1.
+    table: [N, R] fp32, cosines in the first half of a row, sines in the second. rows: [T] int64, each row's index in
+    `table`; None: 0 … T-1.
     """
 
     table: Tensor
     rows: Tensor | None = None
 
     def halves(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, [T, 1, R // 2] each."""
+        """Return the rows' cosines and sines, [T, 1, R // 2] each."""
         table = self.table if self.rows is None else self.table[self.rows]
         cosine, sine = table[:, None].chunk(2, dim=-1)
         return cosine, sine
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration's rotary settings in one dictionary, whichever of the two spellings it uses.
+    """Return a configuration's rotary settings in one dictionary, from either of the two spellings.
 
     transformers ≥ 5 writes `rope_parameters`; older files write `rope_theta` and `rope_scaling`. If only a part of a
     head is rotated, `rope_dim` says how many of its dimensions, or `partial_rotary_factor` which share.
@@ -44,7 +44,7 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     parameters.setdefault("rope_type", parameters.pop("type", "default"))
     parameters.setdefault("rope_theta", float(config.get("rope_theta", 10000.0)))
-    # Copied from targets that count positions in three dimensions; a drafter of text has one.
+    # Some drafters copied these keys from targets with positions in three dimensions; text has one dimension.
     for key in ("mrope_section", "mrope_interleaved"):
         parameters.pop(key, None)
     if parameters["rope_type"] == "mrope":
@@ -56,13 +56,13 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rotary_width(parameters: Mapping[str, Any], head_dim: int) -> int:
-    """How many of a head's first dimensions are rotated."""
+    """Return how many of a head's first dimensions are rotated."""
     return int(parameters.get("rope_dim") or head_dim * parameters.get("partial_rotary_factor", 1.0))
 
 
 def half_split(rows: Tensor, heads: int, width: int) -> Tensor:
-    """Rows [heads · D, …] of a projection (or a norm's [D], one head) whose neighbours 2i, 2i+1 rotate together,
-    reordered so that i and i + `width` / 2 do. Scores stay: queries and keys are permuted alike.
+    """Reorder rows [heads · D, …] of a projection (or a norm's [D]) in which neighbours 2i, 2i+1 rotate together, so
+    that i and i + `width` / 2 do. Scores stay equal, since queries and keys are permuted in the same way.
     """
     size = len(rows) // heads
     order = torch.cat([torch.arange(0, width, 2), torch.arange(1, width, 2), torch.arange(width, size)])
@@ -70,14 +70,14 @@ def half_split(rows: Tensor, heads: int, width: int) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """Angles of positions; frequencies by transformers' `ROPE_INIT_FUNCTIONS`, everything in fp32.
+    """Computes the angles of positions in fp32, with frequencies by transformers' `ROPE_INIT_FUNCTIONS`.
 
-    Raises `CheckpointError` for a rope type that transformers does not know, a rotary width that a head has not, or
-    frequencies that are no numbers above 0.
+    Raises `CheckpointError` for a rope type that transformers does not know, a rotary width that exceeds a head, or
+    frequencies that are not finite numbers above 0.
     """
 
     def __init__(self, parameters: Mapping[str, Any], head_dim: int, max_positions: int) -> None:
-        """`parameters` as `rope_parameters` returns them."""
+        """Compute the frequencies from `parameters`, the result of `rope_parameters`."""
         super().__init__()
         kind, width = parameters["rope_type"], rotary_width(parameters, head_dim)
         if not 2 <= width <= head_dim or width % 2:
@@ -114,19 +114,19 @@ class Rotary(nn.Module):
         self._table: Tensor | None = None
 
     def tabulate(self, positions: int, device: torch.device) -> Tensor:
-        """Compute the angles of positions 0 … `positions` - 1 once: from now on they are looked up.
+        """Compute the angles of positions 0 … `positions` - 1 once; later calls of `angles` look them up.
 
-        Returns [positions, R] fp32, as `Angles.table`.
+        Returns `Angles.table`, [positions, R] fp32.
         """
         self._table = None
         self._table = self.angles(torch.arange(positions, device=device)).table
         return self._table
 
     def angles(self, positions: Tensor) -> Angles:
-        """Angles of `positions` [T] int64; if there is a table, each is below its length."""
+        """Return the angles of `positions` [T] int64. After `tabulate`, positions must be below the table's length."""
         if self._table is not None:
             return Angles(self._table, positions)
-        # Held outside the module's buffers: `.to(bfloat16)` must not round the frequencies.
+        # Not a buffer of the module, because `.to(bfloat16)` must not round the frequencies.
         self._frequencies = self._frequencies.to(positions.device)
         angles = positions.to(torch.float32)[:, None] * self._frequencies
         table = torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -146,7 +146,7 @@ def rotate(x: Tensor, angles: Angles) -> Tensor:
 
 
 def rotate_both(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
-    """`rotate` of queries and keys, which nobody else may need unrotated: it may write to them."""
+    """Rotate queries and keys like `rotate`, possibly in place: nobody else may use the unrotated tensors."""
     if not rotates_fused(q, angles.table.shape[-1]):
         return rotate(q, angles), rotate(k, angles)
     rotate_in_place(q, k, angles.table, angles.rows)
@@ -170,7 +170,7 @@ class AttentionShape(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight, in fp32 inside, in `x`'s dtype outside."""
+    """RMS norm, x / rms(x) · weight: computed in fp32, returned in `x`'s dtype."""
 
     unit_offset: ClassVar[bool] = False
 
@@ -180,20 +180,20 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., size] → [..., size]."""
+        """Norm `x`, [..., size] → [..., size]."""
         return rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)
 
     def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of two [T, size], which are given up, and its norm."""
+        """Add `x` to `residual`, [T, size] each; returns the sum and its norm. Both inputs may be overwritten."""
         return add_rms_norm(residual, x, self.weight, self.eps, unit_offset=self.unit_offset)
 
     def scale(self) -> Tensor:
-        """[size], what the normed input is multiplied by; of Gemma's in fp32."""
+        """Return the factor of the normed input, [size]; for Gemma's norm 1 + weight in fp32."""
         return 1.0 + self.weight.float() if self.unit_offset else self.weight
 
 
 class GemmaRMSNorm(RMSNorm):
-    """x / rms(x) · (1 + weight), multiplied in fp32: near one, bf16 would lose the weight's digits."""
+    """Gemma's norm, x / rms(x) · (1 + weight), multiplied in fp32: near one, bf16 loses the weight's digits."""
 
     unit_offset = True
 
@@ -212,8 +212,8 @@ class Attention(nn.Module):
         out_bias: bool | None = None,
         norm: type[RMSNorm] = RMSNorm,
     ) -> None:
-        """`width` is the input's size (2H in EAGLE-3's first layer), `hidden` the output's. `bias`: of all four
-        projections; `out_bias`: of the last, where it differs. `norm`: of the heads.
+        """Make random weights. width: the input's size (2H in EAGLE-3's first layer). hidden: the output's size. bias:
+        of all four projections; out_bias: of the last, if it differs. norm: class of the head norms.
         """
         super().__init__()
         self.shape = shape
@@ -226,7 +226,7 @@ class Attention(nn.Module):
             self.k_norm = norm(shape.head_dim, head_norm_eps)
 
     def forward(self, x: Tensor, angles: Angles, layer: int, attend: Attend) -> Tensor:
-        """`x` [T, width] → [T, hidden]."""
+        """Attend from `x` [T, width] → [T, hidden]; `attend` stores k and v of `layer` and mixes the values."""
         heads, kv_heads, head_dim = self.shape
         qkv = self.qkv(x).view(len(x), heads + 2 * kv_heads, head_dim)
         q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
@@ -237,7 +237,7 @@ class Attention(nn.Module):
         return mixed
 
     def keys_values(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
-        """`x` [T, width] → k and v, each [T, Hkv, D]; neither queries nor attention are computed."""
+        """Compute only k and v of `x` [T, width], each [T, Hkv, D], k normed and rotated."""
         own = slice(self.query_size, None)
         bias = None if self.qkv.bias is None else self.qkv.bias[own]
         kv = packed.linear(x, packed.rows(self.qkv.weight, own), bias)
@@ -248,14 +248,14 @@ class Attention(nn.Module):
 
 
 class Clamped(NamedTuple):
-    """gpt-oss's activation: gate · sigmoid(alpha · gate) · (up + 1), the gate cut above and `up` at ± `limit`."""
+    """gpt-oss's activation: gate · sigmoid(alpha · gate) · (up + 1), gate at most `limit`, up within ± `limit`."""
 
     alpha: float
     limit: float
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) · up(x)), gate and up in one projection; with `clamped`, gpt-oss's form of it."""
+    """The MLP down(silu(gate(x)) · up(x)), gate and up in one projection; with `clamped`, gpt-oss's activation."""
 
     def __init__(self, hidden: int, intermediate: int, clamped: Clamped | None = None) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ class SwiGLU(nn.Module):
         self.clamped = clamped
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, hidden] → [T, hidden]."""
+        """Apply the MLP to `x`, [T, hidden] → [T, hidden]."""
         gate_up = self.gate_up(x)
         if self.clamped is None:
             activated = silu_and_mul(gate_up)

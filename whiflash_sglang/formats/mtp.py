@@ -1,9 +1,9 @@
-"""A target's own next-token head (multi-token prediction, arXiv 2412.19437, section 2.2), without SGLang.
+"""A target's own next-token head (multi-token prediction, arXiv 2412.19437, section 2.2). Imports no SGLang.
 
-One decoder layer over projection([norm(embedding of the next token); norm(the target's state)]). Entry p of its cache
-pairs the embedding of token p+1 with the target's state at p, behind the final norm, at RoPE position p; a later draft
-step feeds back the head's own state behind its final norm. Numerics follow `mimo_mtp.py` and `glm4_moe_nextn.py` in the
-`models/` of SGLang 0.5.23, whose EAGLE worker runs one layer so, step after step.
+It is one decoder layer over projection([norm(embedding of the next token); norm(the target's state)]). Entry p of its
+cache pairs the embedding of token p+1 with the target's state at p, after the final norm, at RoPE position p; a later
+draft step feeds back the head's own state after its final norm. Numerics follow `mimo_mtp.py` and `glm4_moe_nextn.py`
+in the `models/` of SGLang 0.5.23, whose EAGLE worker runs the one layer at every draft step.
 """
 
 from collections.abc import Mapping
@@ -25,13 +25,13 @@ from whiflash_sglang.formats.layers import Attend, Attention, AttentionShape, RM
 from whiflash_sglang.formats.packed import Linear
 
 GATHERING = 3
-"""Memory traffic of a gathered weight: it is read, written and read again."""
+"""Memory accesses per gathered weight: it is read, written and read again."""
 
 
 class Routed(NamedTuple):
-    """experts: how many, in `groups` of which `open_groups` are chosen from; each row goes to `chosen` experts.
-    intermediate_size: of an expert; shared_size: of the one that all rows go to, 0 where there is none. normalised:
-    whether the weights of a row's experts sum to one before they are multiplied by `scale`.
+    """Settings of a layer of experts. experts: their number, in `groups` groups; each row uses `chosen` experts of its
+    best `open_groups` groups. intermediate_size: of an expert. shared_size: of the expert of all rows, 0 for none.
+    normalised: whether the weights of a row's experts sum to one before they are multiplied by `scale`.
     """
 
     experts: int
@@ -45,7 +45,7 @@ class Routed(NamedTuple):
 
 
 def read_routed(path: Path, config: Mapping[str, Any]) -> Routed:
-    """The experts of a GLM-4.5 layer. Raises `CheckpointError` naming the key that does not fit."""
+    """Read the experts' settings of a GLM-4.5 layer. Raises `CheckpointError` naming the key that does not fit."""
     for key, served in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("hidden_act", "silu")):
         if config.get(key, served) != served:
             raise misfit(path, f"{key} {config[key]!r} is not supported, only {served}")
@@ -63,11 +63,11 @@ def read_routed(path: Path, config: Mapping[str, Any]) -> Routed:
 
 
 class Experts(nn.Module):
-    """SwiGLU experts and DeepSeek-V3's way to choose among them (arXiv 2412.19437, section 2.1.2): by sigmoids, with a
-    bias that decides who is chosen and not what it weighs.
+    """SwiGLU experts, chosen as in DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): by sigmoids, with a bias that changes
+    which experts are chosen but not their weights.
 
     Attributes:
-        gate: [E, H], and bias: [E], in float32 whatever the other weights are in; held outside the parameters, which
+        gate: [E, H], and bias: [E], in float32 whatever the dtype of other weights, so they are no parameters, which
             are rounded. gate_up: [E, 2I, H]; down: [E, I, H].
     """
 
@@ -82,7 +82,7 @@ class Experts(nn.Module):
         self.shared = SwiGLU(hidden, routed.shared_size) if routed.shared_size else None
 
     def fill(self, reader: WeightReader, prefix: str) -> None:
-        """Read the weights below `prefix`, where they were moved to already."""
+        """Read the weights whose names begin with `prefix` into the parameters, on the parameters' device."""
         device = self.down.device
         gate_up, down = self.gate_up.detach(), self.down.detach()
         experts, hidden = self.routed.experts, down.shape[2]
@@ -99,13 +99,13 @@ class Experts(nn.Module):
             reader.fill(self.shared.down.weight, f"{prefix}shared_experts.down_proj.weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, H] → [T, H]."""
+        """Apply the experts to `x`, [T, H] → [T, H]."""
         weights, ids = self.route(x)
         mixed = self._gathered(x, weights, ids) if self._few(len(x)) else self._all(x, weights, ids)
         return mixed if self.shared is None else mixed + self.shared(x)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [T, H] → weights [T, chosen] float32 and experts [T, chosen] int64."""
+        """Choose the experts of rows `x` [T, H]: weights [T, chosen] float32 and experts [T, chosen] int64."""
         routed = self.routed
         scores = torch.sigmoid(x.float() @ self.gate.t())
         biased = scores + self.bias
@@ -121,7 +121,7 @@ class Experts(nn.Module):
         return weights * routed.scale, ids
 
     def peak_bytes(self, rows: int) -> int:
-        """Bytes that a pass over so many rows holds beside its weights at most."""
+        """Return the largest number of bytes that a pass over `rows` rows holds besides the weights."""
         experts, _, hidden = self.down.shape
         size = self.routed.intermediate_size
         of_a_row = (2 * size * hidden) if self._few(rows) else 3 * experts * size
@@ -141,7 +141,7 @@ class Experts(nn.Module):
         return mixed
 
     def _all(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """Two products over all experts; those that were not chosen weigh nothing."""
+        """Compute two products over all experts; an expert that is not chosen has weight 0."""
         dense = torch.zeros(len(x), self.routed.experts, device=x.device).scatter(1, ids, weights)
         inner = silu_and_mul((x @ self.gate_up.flatten(0, 1).t()).view(len(x) * self.routed.experts, -1))
         inner = inner.view(len(x), self.routed.experts, -1) * dense[..., None].to(x.dtype)
@@ -151,12 +151,12 @@ class Experts(nn.Module):
 
 COUNT = "num_nextn_predict_layers"
 POSITIONS, EPS = 32768, 1e-6
-"""Defaults of a target that names none."""
+"""Defaults of `max_position_embeddings` and `rms_norm_eps`, for targets that name none."""
 
 
 class Names(NamedTuple):
-    """Tensors of a head beside its decoder layer, behind the head's prefix. hidden_first: the projection reads the
-    target's state before the embedding.
+    """Tensor names of a head's parts outside its decoder layer, without the prefix. hidden_first: the projection's
+    input is [state; embedding], not [embedding; state].
     """
 
     embedding_norm: str
@@ -175,9 +175,9 @@ class MTPConfig:
     """Sizes and variants of a head.
 
     Attributes:
-        prefix: what its tensors' names begin with in the target's files.
-        attention: heads of what its KV keeps.
-        routed: its experts; None where `intermediate_size` is that of one network.
+        prefix: beginning of its tensors' names in the target's files.
+        attention: head counts and head size.
+        routed: its experts; None: it has one MLP of `intermediate_size`.
         head_norms: queries and keys are normed. blank_first: at position 0 no embedding is read.
     """
 
@@ -197,21 +197,21 @@ class MTPConfig:
 
     @property
     def target_hidden_size(self) -> int:
-        """It is part of the target."""
+        """The target's hidden size, which is the head's own, because the head is part of the target."""
         return self.hidden_size
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers, each with K/V of its own."""
+        """Number of decoder layers with K and V: one."""
         return 1
 
     def layers_of(self, num_target_layers: int) -> tuple[int, ...]:
-        """It reads the state behind the final norm, as SGLang hands it to a next-token head."""
+        """Return the id of the state after the target's final norm, which SGLang passes to a next-token head."""
         return (num_target_layers,)
 
 
 def parse_mimo(path: Path, config: Mapping[str, Any]) -> MTPConfig:
-    """MiMo's: a Qwen2 layer in `model.mtp_layers`. Raises `CheckpointError` naming the key that does not fit."""
+    """Read MiMo's head, a Qwen2 layer in `model.mtp_layers`. Raises `CheckpointError` naming the key at fault."""
     _check(path, config)
     return MTPConfig(
         prefix="model.mtp_layers.0.",
@@ -225,7 +225,7 @@ def parse_mimo(path: Path, config: Mapping[str, Any]) -> MTPConfig:
 
 
 def parse_glm(path: Path, config: Mapping[str, Any]) -> MTPConfig:
-    """GLM-4.5's: one more layer, with experts. Raises `CheckpointError` naming the key that does not fit."""
+    """Read GLM-4.5's head, one more layer with experts. Raises `CheckpointError` naming the key that does not fit."""
     _check(path, config)
     rotated = {"partial_rotary_factor": 0.5} | dict(config)
     return MTPConfig(
@@ -240,7 +240,7 @@ def parse_glm(path: Path, config: Mapping[str, Any]) -> MTPConfig:
 
 
 def _check(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` where the target has no head, several, or one that is not read."""
+    """Raise `CheckpointError` if the target has no next-token head, several, or a quantised one."""
     count = config.get(COUNT) or 0
     if not count:
         raise misfit(path, f"{COUNT} is {config.get(COUNT)}: this target has no next-token head of its own")
@@ -251,7 +251,7 @@ def _check(path: Path, config: Mapping[str, Any]) -> None:
 
 
 class MTPDrafter(TargetsParts):
-    """A chain drafter of one decoder layer that shares the target's embedding and head, which are not read again."""
+    """A chain drafter of one decoder layer that uses the loaded target's embedding and head."""
 
     config: MTPConfig
 
@@ -285,22 +285,22 @@ class MTPDrafter(TargetsParts):
 
     @property
     def draft_vocab_size(self) -> int:
-        """Rows of the head that drafts."""
+        """Number of tokens that the head can draft: the whole vocabulary."""
         return self.config.vocab_size
 
     def fuse(self, features: Tensor) -> Tensor:
-        """The target's states [T, H] as they are."""
+        """Return the target's states [T, H] unchanged, since there is nothing to fuse."""
         return features
 
     def keys_values(self, tokens: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """KV-only pass: next-token ids [T], the target's states [T, H], positions [T] → k, v each [T, Hkv, D]."""
+        """Compute k and v, each [T, Hkv, D], from next-token ids [T], the target's states [T, H] and positions [T]."""
         entry = self._entry(tokens, hidden, positions)
         return self.attention.keys_values(self.input_norm(entry), self.rotary.angles(positions))
 
     def forward(
         self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        """One step, as of `Eagle3Drafter`: next-token ids, the target's or fed-back states, positions."""
+        """Run one draft step, with the parameters of `Eagle3Drafter.forward`; states are the target's or fed back."""
         angles = self.rotary.angles(positions)
         residual = self._entry(tokens, hidden, positions)
         residual = residual + self.attention(self.input_norm(residual), angles, 0, attend)
@@ -309,7 +309,7 @@ class MTPDrafter(TargetsParts):
         return normed, normed
 
     def peak_bytes(self, rows: int) -> int:
-        """Bytes that its experts take for so many rows of a draft pass."""
+        """Return the largest number of bytes that the experts hold for a draft pass of `rows` rows."""
         return self.mlp.peak_bytes(rows) if isinstance(self.mlp, Experts) else 0
 
     def _entry(self, tokens: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Matrices of drafters and targets with a copy in blocks or in float8 (`whiflash_kernels.packed`)."""
+"""Give matrices of drafters and targets a packed copy, in blocks or in float8 (`whiflash_kernels.packed`)."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +12,7 @@ from whiflash_kernels.float8 import multiplies
 from whiflash_sglang.errors import ConfigError
 
 MEMORY_SHARE = 0.25
-"""Share of the memory that is free when copies are made, which they may take."""
+"""Largest share of the free memory that packed copies may take."""
 
 _CONTAINER = Path("/sys/fs/cgroup")
 
@@ -21,14 +21,14 @@ class Linear(nn.Linear):
     """`torch.nn.Linear` that multiplies by its weight's packed copy where there is one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., N]."""
+        """Multiply `x` [..., K] by the weight, or by its packed copy → [..., N]."""
         return packed.linear(x, self.weight, self.bias)
 
 
 def free_memory() -> int:
-    """Bytes that may still be taken: of the machine, or of the container (cgroup v2) where that has less.
+    """Return the free memory in bytes: of the machine, or of the container (cgroup v2) if that has less.
 
-    Pages of files count as a container's own, though the kernel takes back what is not in use of them: and the weights
+    A container's usage counts the page cache, which the kernel can reclaim, so inactive pages are added: the weights
     have just been read from files.
     """
     free = psutil.virtual_memory().available
@@ -41,23 +41,23 @@ def free_memory() -> int:
 
 
 def pack(weights: Iterable[Tensor], at_most: float | None = None) -> int:
-    """Pack what gains from it, unless that would take more than `at_most` bytes, or where none are named more than
-    `MEMORY_SHARE` of the free memory: bytes taken."""
+    """Pack the weights that get faster, unless that takes more than `at_most` bytes (None: `MEMORY_SHARE` of the
+    free memory). Returns the bytes taken."""
     return packed.pack(weights, MEMORY_SHARE * free_memory() if at_most is None else at_most)
 
 
 def pack_modules(model: nn.Module) -> int:
-    """:func:`pack` for every `Linear` of `model`."""
+    """Pack the weight of every `Linear` of `model`; returns the bytes taken (see :func:`pack`)."""
     return pack(module.weight for module in model.modules() if isinstance(module, Linear))
 
 
 def quantise_modules(model: Any) -> None:
-    """Multiply by a loaded drafter's matrices in float8; arms choose its head. Raises ConfigError: no kernels."""
+    """Quantise a drafter's `Linear` weights to float8; arms quantise its head. Raises ConfigError without kernels."""
     weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
     if weights[0].is_cuda and not multiplies(weights[0]):
         raise ConfigError("quantization: fp8 needs 16 bits and compute capability 8.9; remove the key")
     if (head := model.target_lm_head) is not None:
-        model.target_lm_head = head.detach()  # with a copy of its own: the target's products stay as they are
+        model.target_lm_head = head.detach()  # a tensor of its own, so the target's products stay unquantised
     model.quantised = True
     packed.quantise(weights)
-    model.eval()  # what it has stacked of them
+    model.eval()  # stacks the projection again, from quantised weights

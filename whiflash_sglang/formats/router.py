@@ -1,6 +1,6 @@
-"""The neural router (arXiv 2606.07710): the target's final hidden state → 2-layer MLP with GELU → predicted ΔAL.
+"""The neural router (arXiv 2606.07710), an MLP with GELU from the target's final state to the gain ΔAL.
 
-The published release does not name its tensors, so a file is read by shape: one matrix [M, H] and one [1, M], each
+The published release does not name its tensors, so they are found by shape: one matrix [M, H] and one [1, M], each
 with an optional bias. Our files also say in their metadata what ΔAL means (`delta_sign`), and may carry two *heads*
 (`heads.weight` [2, M], `heads.bias` [2]) on the same hidden layer: the drafts that a round of EAGLE-3 and of DFlash
 is expected to get accepted, for policies that weigh tokens against cost.
@@ -25,8 +25,8 @@ _HEADS = "heads."
 
 
 class Layers(NamedTuple):
-    """The MLP as `whiflash_kernels.router_mlp` takes it; row 0 of the second layer is ΔAL = AL(EAGLE-3) - AL(DFlash),
-    rows 1 and 2, where the file has heads, the drafts accepted of EAGLE-3 and of DFlash.
+    """The MLP's weights for `whiflash_kernels.router_mlp`. Row 0 of the second layer is ΔAL = AL(EAGLE-3) - AL(DFlash);
+    rows 1 and 2, if the file has heads, are the accepted drafts of EAGLE-3 and of DFlash.
 
     `w1` [M, H], `b1` [M], `w2` [1 or 3, M], `b2` [1 or 3].
     """
@@ -38,22 +38,22 @@ class Layers(NamedTuple):
 
 
 class Router(nn.Module):
-    """Predicts the gain in acceptance length, and with heads both acceptance lengths."""
+    """Predicts EAGLE-3's gain in acceptance length over DFlash, and with heads the accepted drafts of both."""
 
     def __init__(self, hidden_size: int, width: int, *, heads: bool = False) -> None:
-        """Untrained; `hidden_size` is the target's, `width` the MLP's."""
+        """Make an untrained router; `hidden_size` is the target's, `width` the MLP's."""
         super().__init__()
         self.first = nn.Linear(hidden_size, width)
         self.second = nn.Linear(width, 1)
         self.heads = nn.Linear(width, 2) if heads else None
 
     def forward(self, final: Tensor) -> Tensor:
-        """`final` [B, H] states after the target's final norm, at the last committed position → ΔAL [B]."""
+        """Predict ΔAL [B] from `final` [B, H], the target's final-normed states at the last committed position."""
         predicted: Tensor = self.second(self._hidden(final))[:, 0]
         return predicted
 
     def predict(self, final: Tensor) -> tuple[Tensor, Tensor]:
-        """`final` [B, H] → ΔAL [B], and drafts accepted of EAGLE-3 and of DFlash [B, 2].
+        """Predict from `final` [B, H]: ΔAL [B], and the accepted drafts of EAGLE-3 and of DFlash [B, 2].
 
         Raises `CheckpointError` if the router has no heads.
         """
@@ -66,7 +66,7 @@ class Router(nn.Module):
         return F.gelu(self.first(final.to(self.first.weight.dtype)))
 
     def layers(self) -> Layers:
-        """The weights for the kernel."""
+        """Return the weights for the kernel."""
         seconds = [self.second] if self.heads is None else [self.second, self.heads]
         return Layers(
             self.first.weight.detach(),
@@ -112,7 +112,7 @@ class Router(nn.Module):
 
 
 def _read(path: Path) -> tuple[Path, dict[str, Tensor], str | None]:
-    """The file, its tensors, and what its metadata says of its ΔAL."""
+    """Return the router's file, its tensors (float32), and the `delta_sign` of its metadata, None if missing."""
     file = path
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
@@ -135,7 +135,7 @@ def _read(path: Path) -> tuple[Path, dict[str, Tensor], str | None]:
 
 
 def _sign(file: Path, named: str | None, setting: str | None) -> str:
-    """The meaning of the file's ΔAL: as its metadata or the settings name it."""
+    """Return the sign of the file's ΔAL, from its metadata or the settings. Raises CheckpointError if they differ."""
     sign = named or setting
     if sign is None:
         raise CheckpointError(
@@ -151,7 +151,7 @@ def _sign(file: Path, named: str | None, setting: str | None) -> str:
 
 
 def _fit(file: Path, tensors: dict[str, Tensor], hidden_size: int) -> dict[str, Tensor]:
-    """The state of a `Router`."""
+    """Return the state dictionary of a `Router` from the file's tensors, found by shape. Raises CheckpointError."""
     plain = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HEADS)}
     matrices = [tensor for tensor in plain.values() if tensor.ndim == 2]
     vectors = [tensor for tensor in plain.values() if tensor.ndim == 1]

@@ -1,7 +1,7 @@
-"""RedHat's speculators: EAGLE-3, DFlash, DSpark and xPress with the decoder's settings in `transformer_layer_config`.
+"""Read checkpoints of RedHat's speculators: EAGLE-3, DFlash, DSpark and xPress, with a `transformer_layer_config`.
 
-`speculators_model_type` names the format. Layer ids name what the verifier's layers *read*, which is what the layer
-before put out; a reduced `draft_vocab_size` comes with a head of its own and `d2t`. Follows the classes of
+`speculators_model_type` names the format. A layer id names the target's layer that *reads* the captured state, so the
+layer before it put it out. A reduced `draft_vocab_size` comes with a head of its own and `d2t`. Follows the classes of
 vllm-project/speculators, which SGLang 0.5.23 does not load.
 """
 
@@ -31,7 +31,7 @@ Heads = Callable[[Path, Json], dict[str, Any]]
 def read_block(
     path: Path, config: Json, kind: type[C], heads: Heads | None = None, from_anchor: bool = False
 ) -> C:
-    """A block speculator's: a `kind`, and what `heads` reads of it. from_anchor: of a file that does not say.
+    """Read a block drafter's configuration as a `kind`, with the fields that `heads` reads. from_anchor: the default.
 
     Raises:
         CheckpointError: naming the field that does not fit.
@@ -52,7 +52,7 @@ def read_block(
 
 
 def read_eagle3(path: Path, config: Json) -> Eagle3Config:
-    """An `Eagle3Speculator`'s or a `PEagleSpeculator`'s. Raises CheckpointError naming the field that does not fit."""
+    """Read an `Eagle3Speculator` or `PEagleSpeculator`. Raises CheckpointError naming the field that does not fit."""
     layer = _decoder(path, config)
     key = eagle3.LAYERS_KEY
     named = _outputs(path, config, key) if config.get(key) else ()
@@ -84,7 +84,7 @@ def read_eagle3(path: Path, config: Json) -> Eagle3Config:
 
 
 def _decoder(path: Path, config: Json) -> dict[str, Any]:
-    """`transformer_layer_config` with what it leaves out: files hold what differs from the class's defaults."""
+    """Return `transformer_layer_config` with the defaults of its class, which files leave out."""
     said = config.get("transformer_layer_config")
     kind = said.get("model_type") if isinstance(said, dict) else None
     if not isinstance(said, dict) or kind not in ("qwen3", "llama"):
@@ -93,13 +93,13 @@ def _decoder(path: Path, config: Json) -> dict[str, Any]:
         )
     whole = AutoConfig.for_model(**said).to_dict()
     rope = whole.get("rope_parameters") or {}
-    if "sliding_attention" in rope:  # one for each kind of layer: the drafter has the first
+    if "sliding_attention" in rope:  # one entry per kind of layer; the drafter uses this one
         whole["rope_parameters"] = rope["sliding_attention"]
     return {**whole, **{key: said[key] for key in _WINDOW_KEYS if said.get(key) is not None}}
 
 
 def _outputs(path: Path, settings: Json, key: str) -> tuple[int, ...]:
-    """Layers whose outputs are captured, from ids of the layers that read them."""
+    """Return the layers whose outputs are captured, from the ids of the layers that read them."""
     layers = layer_ids(settings, key, path)
     if 0 in layers:
         raise misfit(path, f"{key} asks for the embedding (0), which is not captured")
@@ -107,7 +107,7 @@ def _outputs(path: Path, settings: Json, key: str) -> tuple[int, ...]:
 
 
 def _reduced(path: Path, config: Json, layer: Json) -> int | None:
-    """Rows of the drafter's own head; None where it drafts from the whole vocabulary, with the target's."""
+    """Return the rows of the drafter's own head; None if it drafts the whole vocabulary, with the target's head."""
     rows = integer(config, "draft_vocab_size", path)
     return None if rows == integer(layer, "vocab_size", path) else rows
 

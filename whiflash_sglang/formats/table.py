@@ -32,12 +32,12 @@ class Draft(NamedTuple):
     config: Any
 
     def load(self, **options: Any) -> Any:
-        """Its drafter, weights and all; `options` as `DFlashDrafter.load` and `Eagle3Drafter.load` take them."""
+        """Load the drafter with its weights; `options` are those of `DFlashDrafter.load` and `Eagle3Drafter.load`."""
         return self.format.model.load(self.path, config=self.config, **options)
 
 
 def read_draft(path: Path, arm: str | None = None) -> Draft:
-    """The format of the checkpoint directory `path`, from its `config.json` alone.
+    """Read the format and configuration of the checkpoint directory `path`, only from its `config.json`.
 
     Args:
         arm: the arm it must be for; None: any.
@@ -52,7 +52,7 @@ def read_draft(path: Path, arm: str | None = None) -> Draft:
         return Draft(path, draft_format, draft_format.read(path, config))
     except CheckpointError:
         raise
-    except Exception as error:  # transformers' classes have errors of their own for values of another kind
+    except Exception as error:  # transformers' classes raise errors of their own for values of a wrong type
         raise CheckpointError(
             f"{path}/config.json has a value of another kind than its format gives it ({type(error).__name__}: "
             f"{error!s:.200}); fetch it again"

@@ -1,6 +1,6 @@
 """UNO's adapter: a LoRA in PEFT's layout, under which a target drafts for itself (SGLang's `speculative/uno_lora.py`).
 
-Its `adapter_config.json` is judged here; SGLang reads the weights (`engine/forward/adapted.py`). Imports no SGLang.
+This module checks its `adapter_config.json`; SGLang reads the weights (`engine/forward/adapted.py`). Imports no SGLang.
 """
 
 from pathlib import Path
@@ -13,9 +13,9 @@ CONFIG = "adapter_config.json"
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Layers of a target that an adapter may change, as in UNO's own engine (ifm-ai/uno)."""
 MOST_RANK, MOST_ALPHA = 1024, 65536
-"""Upper bounds: SGLang's pool of adapters is as wide as the rank, so a damaged file would take all memory."""
+"""Upper bounds: the rank is the width of SGLang's pool of adapters, so a damaged file could take all memory."""
 _PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal")}
-"""Keys of PEFT that may be set, and the values under which the product of the two factors stays theirs alone."""
+"""Key of PEFT → its accepted values, with which the adapter is a plain product of its two factors."""
 _ELSEWHERE = {
     "r",
     "lora_alpha",
@@ -26,18 +26,18 @@ _ELSEWHERE = {
     "auto_mapping",
 }
 _ELSEWHERE |= {"base_model_name_or_path", "revision", "peft_version", "megatron_core", "qalora_group_size"}
-"""Keys that change no product, and those that are read. Any other key that is set may change the product or its layers
-(PEFT adds some each release), and SGLang ignores it or refuses it later.
+"""Keys that change no product, and keys that are read here. Any other key that is set may change the product or its
+layers (PEFT adds keys in each release), and SGLang would ignore it or refuse it later.
 """
 
 
 def adapter_in(path: Path) -> Path | None:
-    """The directory of an adapter: `path`, or its `adapter/`, where published targets have it beside their weights."""
+    """Return the directory of an adapter, or None: `path`, or `path/adapter`, where published targets have it."""
     return next((place for place in (path, path / "adapter") if (place / CONFIG).is_file()), None)
 
 
 def read_adapter(path: Path) -> dict[str, Any]:
-    """`adapter_config.json` of a directory that `adapter_in` found.
+    """Read and check `adapter_config.json` in an adapter's directory (`adapter_in`).
 
     Raises:
         CheckpointError: naming the file and the key that is missing, unknown or does not fit.

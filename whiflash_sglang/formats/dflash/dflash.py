@@ -1,10 +1,10 @@
-"""The DFlash block drafter (arXiv 2602.06036) in the `DFlashDraftModel` checkpoint format, without SGLang.
+"""The DFlash block drafter (arXiv 2602.06036), read from `DFlashDraftModel` checkpoints. Imports no SGLang.
 
 A block is the last committed (bonus) token followed by mask tokens; one non-causal pass drafts them all. The
 context enters only as extra K/V, projected by every layer from one fused feature per token. Embedding and LM
 head are the target's. Numerics follow `sglang/srt/models/dflash.py` of SGLang 0.5.23.
 
-Other formats share this trunk: they add to its layers, or to how its states become tokens (`propose`).
+Other formats subclass this trunk and change its layers, or how its states become tokens (`propose`).
 """
 
 from collections.abc import Callable, Mapping
@@ -47,7 +47,7 @@ from whiflash_sglang.formats.packed import Linear
 
 
 class BlockConv(nn.Module):
-    """Depthwise convolutions around a sublayer f, back over the rows of one block, whose kernels follow the input x.
+    """Causal depthwise convolutions over a block's rows, before and after a sublayer f, with kernels computed from x.
 
     y = conv(f(conv(x, before)), after)        conv(x, w)_t = Σ_j w_tj · x_{t-j}, rows of the same block
     [before_t | after_t] = base + P x_t, one P x_t for every `group` channels
@@ -57,18 +57,18 @@ class BlockConv(nn.Module):
         super().__init__()
         self.shape = shape
         base = torch.zeros(2, shape.taps, size)
-        base[:, 0] = 1.0  # untrained: the sublayer alone
+        base[:, 0] = 1.0  # untrained, the convolutions change nothing
         self.base_kernel = nn.Parameter(base)
         self.kernel_projection = Linear(size, 2 * shape.taps * (size // shape.group), bias=False)
 
     def kernels(self, x: Tensor) -> Tensor:
-        """`x` [T, H] → [2, T, taps, H], of the input and of the output."""
+        """Compute the kernels before and after the sublayer from `x` [T, H]: [2, T, taps, H]."""
         taps, group = self.shape
         moved: Tensor = self.kernel_projection(x).view(len(x), 2, taps, -1).repeat_interleave(group, -1)
         return (self.base_kernel + moved).transpose(0, 1)
 
     def convolve(self, x: Tensor, kernel: Tensor, rows: int) -> Tensor:
-        """`x` [T, H], whole blocks of `rows`, by `kernel` [T, taps, H] → [T, H]."""
+        """Convolve `x` [T, H], whole blocks of `rows`, with `kernel` [T, taps, H] → [T, H]."""
         out = kernel[:, 0] * x
         blocks = x.view(-1, rows, x.shape[-1])
         for tap in range(1, min(self.shape.taps, rows)):
@@ -78,7 +78,7 @@ class BlockConv(nn.Module):
 
 
 class DFlashLayer(nn.Module):
-    """A decoder layer; its K and V are computed in the same way from the context."""
+    """A decoder layer. Its K and V of context tokens come from the same projection as those of the block."""
 
     def __init__(self, config: DFlashConfig) -> None:
         super().__init__()
@@ -96,14 +96,14 @@ class DFlashLayer(nn.Module):
                 self.convolutions[name] = BlockConv(size, config.convolution)
 
     def forward(self, hidden: Tensor, angles: Angles, index: int, attend: Attend, rows: int) -> Tensor:
-        """`hidden` [T, H], whole blocks of `rows`, which is given up, → [T, H]."""
+        """Run the layer on `hidden` [T, H], whole blocks of `rows` → [T, H]. `hidden` may be overwritten."""
         attention = partial(self.attention, angles=angles, layer=index, attend=attend)
         attended = self._within("attention_conv", attention, self.input_norm(hidden), rows)
         hidden, normed = self.mlp_norm.add(hidden, attended)
         return hidden + self._within("mlp_conv", self.mlp, normed, rows)
 
     def _within(self, name: str, sublayer: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        """`sublayer` of `x` [T, H], between its convolutions where the checkpoint has them."""
+        """Apply `sublayer` to `x` [T, H], between its two convolutions if the checkpoint has them."""
         if name not in self.convolutions:
             return sublayer(x)
         around: Any = self.convolutions[name]
@@ -113,13 +113,13 @@ class DFlashLayer(nn.Module):
 
 
 def norm_of(config: DFlashConfig) -> type[RMSNorm]:
-    """The kind of norm that a checkpoint has throughout."""
+    """Return the norm class that all layers of a checkpoint use."""
     return GemmaRMSNorm if config.gemma_norm else RMSNorm
 
 
 @torch.no_grad()
 def fold_variants(config: DFlashConfig, attention: Attention) -> None:
-    """Variants that are plain attention with other weights: V's scale, and RoPE over neighbouring dimensions."""
+    """Fold two variants into attention's weights, in place: V's scale, and RoPE over neighbouring dimensions."""
     heads, kv_heads, head_dim = attention.shape
     rotated = (heads + kv_heads) * head_dim
     width = rotary_width(config.rope, head_dim)
@@ -140,8 +140,8 @@ MASK_EMBEDDING = "mask_embedding.pt"
 class DFlashDrafter(TargetsParts):
     """A block-diffusion drafter.
 
-    Attributes: `embedding_scale`, what the target multiplies its embedding by (Gemma), to be set for it; `head`, its
-    own, over the target ids that it drafts, or the target's.
+    Attributes: `embedding_scale`, the target's factor of its embedding (Gemma), set by the caller. `target_mtp`, the
+    checkpoint's own head [rows, H], and `own_ids`, its rows' target ids; None: the target's head drafts.
     """
 
     embedding_scale: float = 1.0
@@ -149,18 +149,18 @@ class DFlashDrafter(TargetsParts):
     own_ids: Tensor | None
     mask_embedding: Tensor | None
     names: ClassVar[Mapping[str, str]] = {}
-    """Parameters that a format adds to the trunk, and other names of theirs in files."""
+    """Parameter that a format adds to the trunk → its name in files, if that differs."""
     renamed: ClassVar[dict[str, str]] = {
         "encoder.fc.weight": "fc.weight",
         "encoder.output_norm_enc.weight": "hidden_norm.weight",
     }
-    """Tensor names of other exporters, and the usual ones."""
+    """Tensor name of another exporter → the usual name."""
     layer: ClassVar[type[nn.Module]] = DFlashLayer
     logits_held: ClassVar[int] = 1
-    """Logits of a draft and a token that `propose` holds at a time."""
+    """How many copies of all drafts' logits `propose` holds at once, for estimates of memory."""
 
     def __init__(self, config: DFlashConfig, target_embedding: Tensor, target_lm_head: Tensor) -> None:
-        """Untrained."""
+        """Make an untrained drafter that uses the target's embedding and head, [V, H] each."""
         super().__init__(target_embedding, target_lm_head)
         self.config = config
         size, eps = config.hidden_size, config.rms_norm_eps
@@ -176,16 +176,16 @@ class DFlashDrafter(TargetsParts):
 
     @property
     def head(self) -> DraftHead:
-        """As of the class."""
+        """The head that drafts: the checkpoint's own, else the target's."""
         return super().head if self.target_mtp is None else DraftHead(self.target_mtp, self.own_ids)
 
     def fuse(self, features: Tensor) -> Tensor:
-        """`features` [T, len(config.target_layer_ids) · Ht] → the context feature [T, H] that all layers share."""
+        """Fuse `features` [T, len(config.target_layer_ids) · Ht] into the context feature [T, H] of all layers."""
         fused: Tensor = self.hidden_norm(self.fc(features))
         return fused
 
     def keys_values(self, fused: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """KV-only pass for every layer at once, one projection: `fused` [T, H], `positions` [T].
+        """Compute K and V of context tokens for all layers with one projection. `fused`: [T, H]. `positions`: [T].
 
         Returns k and v, each [layers, T, Hkv, D], k normed and rotated. Exact for any number of layers.
         """
@@ -199,12 +199,12 @@ class DFlashDrafter(TargetsParts):
         return rotated.view(k.shape), v
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[T] int64 → [T, H], as the target embeds them."""
+        """Embed token ids [T] int64 → [T, H] as the target does, with its factor."""
         hidden = super().embed(tokens)
         return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Blocks: bonus and mask ids [B, rows] int64 at `positions` [B, rows] → final-normed states [B, rows, H]."""
+        """Run blocks of bonus and mask ids [B, rows] int64 at `positions` [B, rows] → normed states [B, rows, H]."""
         size, rows = tokens.shape
         ids = tokens.flatten()
         hidden = self.embed(ids)
@@ -218,35 +218,35 @@ class DFlashDrafter(TargetsParts):
         return normed.view(size, rows, -1)
 
     def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
-        """The first `wanted` drafts of every block.
+        """Choose the first `wanted` drafts of every block.
 
         Args:
             states: [B, rows, H] of `forward`, the bonus token's row first. bonus: [B] int64, the token at that row.
-            head: `head`, or a part of it.
+            head: the property `head`, or a reduced form of it (`DraftHead.within`).
 
         Returns:
-            tokens, the target's ids, and confidences, each [B, wanted].
+            tokens (the target's ids) and confidences, each [B, wanted].
         """
         rows = self.draft_rows(states, wanted)
         choice = head.choose(head.logits(rows.flatten(0, 1)))
         return Choice(head.target_ids(choice.token).view(-1, wanted), choice.confidence.view(-1, wanted))
 
     def draft_rows(self, states: Tensor, wanted: int) -> Tensor:
-        """[B, rows, H] → the states [B, wanted, H] that draft."""
+        """Select the states of the first `wanted` drafts: [B, rows, H] → [B, wanted, H]."""
         first = 0 if self.config.from_anchor else 1
         return states[:, first : first + wanted]
 
     def target_written(self) -> None:
-        """The weights of the target were written in place: what was made of them follows."""
+        """Recompute what is derived from the target's weights, which were written in place; here nothing is."""
 
     def train(self, mode: bool = True) -> "DFlashDrafter":
-        """Switch modes; the stacked projection is kept in evaluation mode only."""
+        """Switch modes; only evaluation mode stores the stacked projection, as training changes its weights."""
         super().train(mode)
         self._context = None if mode else self.stacked()
         return self
 
     def stacked(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """K and V rows of all layers [layers · 2 · Hkv · D, H], their biases, and the K norms [layers, D], new."""
+        """Stack all layers' K and V rows [layers · 2 · Hkv · D, H], their biases, and the K norms [layers, D]."""
         attentions: list[Any] = [layer.attention for layer in self.layers]
         rows = attentions[0].query_size
         weight = torch.cat([attention.qkv.weight[rows:] for attention in attentions])
@@ -269,7 +269,7 @@ class DFlashDrafter(TargetsParts):
         shared: SharedVocabulary | None = None,
         config: DFlashConfig | None = None,
     ) -> "DFlashDrafter":
-        """Read a checkpoint directory; `config`: where it is not a `DFlashDraftModel`'s own.
+        """Read a checkpoint directory. config: of another format than `DFlashDraftModel`; None: read here.
 
         Raises:
             CheckpointError: naming what is missing or does not fit.
@@ -286,7 +286,7 @@ class DFlashDrafter(TargetsParts):
         return drafter.to(device=device, dtype=dtype).eval()
 
     def fill(self, reader: WeightReader) -> None:
-        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
+        """Fill the drafter from the checkpoint's tensors. Raises `CheckpointError` naming the tensor at fault."""
         reader.fill_drafter(self, self.names)
         layers: list[Any] = list(self.layers)
         for layer in layers:
@@ -299,7 +299,7 @@ class DFlashDrafter(TargetsParts):
         """Write `config.json` and `model.safetensors`; SGLang's `DFLASH` loads the result as it is.
 
         Raises:
-            ValueError: a variant, which is read only.
+            ValueError: the configuration is a variant, which can only be read.
         """
         write_checkpoint(path, self.config.to_json(), drafter_weights(self), dtype)
 

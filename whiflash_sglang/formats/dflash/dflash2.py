@@ -1,11 +1,11 @@
-"""DFlash2: DFlash's trunk with convolutions, and a selector that walks the likeliest candidates of every row.
+"""The DFlash2 drafter: DFlash's trunk with convolutions, and a selector among the likeliest candidates of every row.
 
     score_k(c) = unary_k(c) + <A[token_{k-1}] * P h_k, B[c]>, c among row k's candidates, token_0 the bonus token
-    unary = cap · tanh(m · logits / cap), or m · logits where there is no cap
+    unary = cap · tanh(m · logits / cap), or m · logits without a cap
 
-Each draft is the best candidate behind the one chosen before it, so of SGLang's lattice of pairs one row is computed.
-Its confidence is its share among the candidates, times theirs of the whole vocabulary by their unary scores: what is no
-candidate may be right, too. Numerics follow `DFlash2DraftModel` of SGLang 0.5.23.
+Each draft is the best candidate after the previous draft, so only one row of SGLang's lattice of pairs is computed.
+Its confidence is its probability among the candidates, times the candidates' share of the whole vocabulary by unary
+scores, since a token outside the candidates may be right. Numerics follow `DFlash2DraftModel` of SGLang 0.5.23.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ _READ_HERE = ("selector_rank", "output_multiplier", "final_logit_softcapping")
 
 @dataclass(frozen=True, slots=True)
 class DFlash2Config(DFlashConfig):
-    """selector_rank: of A, B and P. top: candidates of a row. multiplier, softcap: of their logits; 0 for no cap."""
+    """DFlash2's settings. selector_rank: R. top: candidates per row. multiplier, softcap: m and cap; 0: no cap."""
 
     selector_rank: int = 0
     top: int = 0
@@ -54,7 +54,7 @@ def read_dflash2(path: Path, config: Mapping[str, Any]) -> DFlash2Config:
 
 
 class CandidateSelector(nn.Module):
-    """A and B, [V, R] each, and P [R, H]."""
+    """The selector's weights: A and B, [V, R] each, and P [R, H] of the module's formula."""
 
     def __init__(self, config: DFlash2Config) -> None:
         super().__init__()
@@ -63,23 +63,23 @@ class CandidateSelector(nn.Module):
         self.hidden_projection = Linear(config.hidden_size, config.selector_rank, bias=False)
 
     def scores(self, previous: Tensor, projected: Tensor, candidates: Tensor) -> Tensor:
-        """[B, K]: of `candidates` [B, K] behind tokens `previous` [B], in rows projected to [B, R]."""
+        """Score `candidates` [B, K] after tokens `previous` [B] → [B, K]. projected: [B, R], P times the states."""
         keys = self.successor_codebook[candidates]
         return torch.einsum("br,bkr->bk", self.predecessor_codebook[previous] * projected, keys)
 
 
 class DFlash2Drafter(DFlashDrafter):
-    """A block drafter whose tokens are chosen among candidates, each by the one before it."""
+    """A block drafter that chooses each token among candidates, given the token before it."""
 
     config: DFlash2Config
 
     def __init__(self, config: DFlash2Config, target_embedding: Tensor, target_lm_head: Tensor) -> None:
-        """Untrained."""
+        """Make an untrained drafter; see `DFlashDrafter`."""
         super().__init__(config, target_embedding, target_lm_head)
         self.candidate_selector = CandidateSelector(config)
 
     def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
-        """As `DFlashDrafter.propose`, among the candidates of every row."""
+        """Choose drafts among the candidates of every row; see `DFlashDrafter.propose`."""
         rows = self.draft_rows(states, wanted)
         logits = head.logits(rows.flatten(0, 1))
         ids, largest = head.candidates(logits, self.config.top)
@@ -98,7 +98,7 @@ class DFlash2Drafter(DFlashDrafter):
         return Choice(torch.stack(tokens, 1), torch.stack(sure, 1) * of_all.exp())
 
     def _unary(self, logits: Tensor) -> Tensor:
-        """Logits, any shape, scaled and capped."""
+        """Scale and cap logits of any shape."""
         scaled = logits * self.config.multiplier
         cap = self.config.softcap
         return cap * torch.tanh(scaled / cap) if cap else scaled

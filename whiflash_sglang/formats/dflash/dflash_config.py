@@ -1,7 +1,6 @@
-"""A block drafter's `config.json`, in the `DFlashDraftModel` format and what later ones share with it.
+"""Read a block drafter's `config.json`: the `DFlashDraftModel` format, and the keys that later formats share.
 
-Keys are read as `parse_dflash_draft_config` of SGLang 0.5.23 reads them: one in `dflash_config` wins over
-the same key at the top level.
+As in `parse_dflash_draft_config` of SGLang 0.5.23, a key in `dflash_config` wins over the same key at the top level.
 """
 
 from collections.abc import Mapping
@@ -24,9 +23,9 @@ from whiflash_sglang.formats.layers import AttentionShape, Clamped
 
 ARCHITECTURE = "DFlashDraftModel"
 ALIASES = ("MuseGlimmerAssistantModel",)
-"""Other architectures that are the same model."""
+"""Names of other architectures for the same model."""
 DEFAULT_BLOCK = 16
-"""Default of a checkpoint that names none, as in SGLang."""
+"""Block size of a checkpoint that names none, as in SGLang."""
 
 _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "selector_rank": (None, 0),
@@ -36,12 +35,12 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "has_embed_tokens": (None, False),
     "xpress_candidate_topc": (None, 0),
 }
-"""Settings that change the draft pass in ways that only some formats know, and the values at which they do not."""
+"""Setting that only some formats support → the values with which it changes nothing."""
 
 
 class LayerSpan(NamedTuple):
-    """A row's view in one layer. causal: nothing after it in its block. window: entries before it at most, None: all;
-    a window goes with causal.
+    """The entries that a block's row sees in one layer. causal: no later rows of its block. window: largest number of
+    entries before it, None for all; a window is always causal.
     """
 
     causal: bool = False
@@ -49,9 +48,9 @@ class LayerSpan(NamedTuple):
 
 
 class BlockConvolution(NamedTuple):
-    """Norms of a block's rows, around each sublayer.
+    """Shape of the convolutions around each sublayer (`dflash.BlockConv`).
 
-    taps: rows that count, a row's own included. group: channels that share a kernel's change.
+    taps: rows that a kernel covers, the current one included. group: channels that share a kernel's dynamic part.
     """
 
     taps: int
@@ -65,14 +64,14 @@ class DFlashConfig:
     Attributes:
         block_size: rows of a draft pass, the bonus token's included.
         mask_token_id: the token at the positions to be drafted.
-        target_layer_ids: target layers whose outputs are concatenated, in this order; empty where SGLang's default is
-            left. num_target_layers: as the checkpoint says, None where it does not.
-        spans: per layer, what a row sees; empty: everything.
+        target_layer_ids: target layers whose outputs are concatenated, in this order; empty: SGLang's default.
+            num_target_layers: the target's number of layers, None if the checkpoint does not say.
+        spans: the entries that a row sees, by layer; empty: all entries in every layer.
         from_anchor: the bonus token's row drafts too, so that a block gives as many drafts as it has rows.
-        draft_vocab_size: rows of the drafter's own head; None where it uses the target's.
-        value_scale: what V is multiplied by. neighbours: RoPE turns neighbouring dimensions, not halves.
-        convolution: around the sublayers of every layer; None: there is none. head_norm_eps: of queries and keys, if it
-            is not `rms_norm_eps`.
+        draft_vocab_size: rows of the drafter's own head; None: it uses the target's head.
+        value_scale: factor of V. neighbours: RoPE rotates pairs of neighbouring dimensions, not halves.
+        convolution: around the sublayers of every layer, or None. head_norm_eps: of the norms of queries and keys;
+            None: `rms_norm_eps`.
     """
 
     hidden_size: int
@@ -98,29 +97,29 @@ class DFlashConfig:
     convolution: BlockConvolution | None = None
     head_norm_eps: float | None = None
     anchored: ClassVar[bool] = False
-    """Rows see the context and the bonus token's entry, and are the whole block, however few drafts are wanted."""
+    """Whether every draft pass has a whole block of rows that see the bonus token's entry as context (FlashMap)."""
 
     @property
     def num_features(self) -> int:
-        """Captured features that `fc` takes."""
+        """Number of captured features that `fc` reads."""
         return len(self.target_layer_ids) or self.num_layers
 
     @property
     def max_drafts(self) -> int:
-        """Tokens that one block drafts."""
+        """Largest number of tokens that one block drafts."""
         return self.block_size if self.from_anchor else self.block_size - 1
 
     def rows(self, drafts: int) -> int:
-        """Rows of a draft pass for that many drafts."""
+        """Return the number of rows of a draft pass that gives `drafts` drafts."""
         return self.block_size if self.anchored else drafts + (not self.from_anchor)
 
     @property
     def target_hidden_size(self) -> int:
-        """Size of one captured feature: the target's own."""
+        """Size of one captured feature: the target's hidden size."""
         return self.hidden_size
 
     def layers_of(self, num_target_layers: int) -> tuple[int, ...]:
-        """Target layers whose outputs are read, for a target of that many: those named, else evenly from 1 to L-3."""
+        """Return the target layers whose outputs are read: those of the checkpoint, else evenly from 1 to L-3."""
         if self.target_layer_ids:
             return self.target_layer_ids
         if self.num_layers == 1:
@@ -129,7 +128,7 @@ class DFlashConfig:
         return tuple(round(1 + index * span / (self.num_layers - 1)) for index in range(self.num_layers))
 
     def to_json(self) -> dict[str, Any]:
-        """The `config.json` that SGLang reads. Raises ValueError for variants, which are read only."""
+        """Return the `config.json` for SGLang. Raises ValueError for variants, which can only be read."""
         if self.variant or self.from_anchor or type(self) is not DFlashConfig:
             raise ValueError("only plain DFlash drafters are written")
         layers = {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)}
@@ -141,7 +140,7 @@ class DFlashConfig:
         }
 
     def trunk_json(self) -> dict[str, Any]:
-        """Sizes, as every format of the family spells them."""
+        """Return the `config.json` keys that all block formats share."""
         return {
             **trunk_json(self),
             "model_type": "qwen3",
@@ -152,7 +151,7 @@ class DFlashConfig:
 
     @property
     def variant(self) -> bool:
-        """Whether a layer of the trunk, or what it chooses from, differs from the published model."""
+        """Whether a layer of the trunk, or its draft vocabulary, differs from the published DFlash model."""
         others = ("rms_norm_eps", "max_position_embeddings", "from_anchor")
         variants = (field for field in fields(DFlashConfig) if field.default is not MISSING)
         return any(
@@ -166,11 +165,11 @@ C = TypeVar("C", bound=DFlashConfig)
 def parse(
     path: Path, config: Mapping[str, Any], kind: type[C], *, known: tuple[str, ...] = (), **decided: Any
 ) -> C:
-    """A block drafter's configuration from a `config.json` of z-lab's layout, nested keys first.
+    """Read a block drafter's configuration from a `config.json` in z-lab's layout; nested keys win.
 
     Args:
-        kind: what to make of it. known: variants of `_PLAIN_VALUES` that the caller reads itself. decided: fields that
-            the format adds or decides.
+        kind: class of the result. known: keys of `_PLAIN_VALUES` that the caller reads itself. decided: fields that
+            the caller adds or sets.
 
     Raises:
         CheckpointError: naming the field that does not fit, or the variant that this format has no draft pass for.
@@ -226,8 +225,8 @@ def _target_layers(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spans(path: Path, settings: Mapping[str, Any], layers: int) -> tuple[LayerSpan, ...]:
-    """As SGLang takes them: full layers see the whole block and sliding ones what is before, unless `is_causal` says
-    otherwise; Hugging Face's window counts the token itself.
+    """Return each layer's span, by SGLang's rules: full layers see the whole block, sliding layers only earlier
+    entries, unless `is_causal` says otherwise. Hugging Face's window counts the token itself.
     """
     kinds, causal = settings.get("layer_types"), settings.get("is_causal")
     if kinds is None:

@@ -1,10 +1,10 @@
-"""Domino (arXiv 2605.29707): DFlash's trunk, and a recurrent state of the block's tokens that corrects further drafts.
+"""The Domino drafter (arXiv 2605.29707): DFlash's trunk, and a recurrent state over a block that corrects drafts.
 
     s_0 = 0      s_k = GRU(E[token_{k-1}], s_{k-1}), token_0 the bonus token
     logits_1 = head · h_1      logits_k = head · h_k + W2 · silu(W1 · [h_k | s_k])
 
-Numerics follow `domino_greedy_rollout` of SGLang 0.5.23 with every token as a candidate; its default corrects the 2,048
-that the block likes best.
+Numerics follow `domino_greedy_rollout` of SGLang 0.5.23 with every token as a candidate; SGLang's default corrects only
+the 2,048 tokens with the largest logits.
 """
 
 from collections.abc import Mapping
@@ -26,18 +26,18 @@ from whiflash_sglang.formats.packed import Linear
 
 @dataclass(frozen=True, slots=True)
 class DominoConfig(DFlashConfig):
-    """state_size: of the recurrent state. rank: of a correction, which W2 spreads over the vocabulary."""
+    """Domino's settings. state_size: of the recurrent state. rank: of a correction, which W2 maps to the vocabulary."""
 
     state_size: int = 0
     rank: int = 0
 
     @property
     def max_drafts(self) -> int:
-        """Tokens that one block drafts: a row fewer than it has, whichever row is first."""
+        """Largest number of tokens that one block drafts: one less than its rows, with and without `from_anchor`."""
         return self.block_size - 1
 
     def rows(self, drafts: int) -> int:
-        """Rows of a draft pass for that many drafts."""
+        """Return the number of rows of a draft pass that gives `drafts` drafts."""
         return drafts + 1
 
 
@@ -60,7 +60,7 @@ def read_domino(path: Path, config: Mapping[str, Any]) -> DominoConfig:
 
 
 class DominoDrafter(DFlashDrafter):
-    """A block drafter whose tokens depend on all of those before them in the block."""
+    """A block drafter whose tokens depend on all earlier tokens of the block."""
 
     config: DominoConfig
     names: ClassVar[Mapping[str, str]] = {
@@ -69,7 +69,7 @@ class DominoDrafter(DFlashDrafter):
     }
 
     def __init__(self, config: DominoConfig, target_embedding: Tensor, target_lm_head: Tensor) -> None:
-        """Untrained."""
+        """Make an untrained drafter; see `DFlashDrafter`."""
         super().__init__(config, target_embedding, target_lm_head)
         size, state = config.hidden_size, config.state_size
         self.prefix_gru = nn.GRUCell(size, state, bias=False)
@@ -81,11 +81,11 @@ class DominoDrafter(DFlashDrafter):
 
     @property
     def head(self) -> DraftHead:
-        """The target's head, with the rows of W2 beside it."""
+        """The target's head, with W2 as its second matrix."""
         return super().head.beside(self.get_parameter("embed_proj.2.weight"))
 
     def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
-        """As `DFlashDrafter.propose`, each token but the first corrected by the state of those before it."""
+        """Choose drafts token by token; from the second on, the state of earlier tokens corrects the logits."""
         rows = self.draft_rows(states, wanted)
         logits = head.logits(rows)
         previous, state = bonus, rows.new_zeros(len(rows), self.config.state_size)

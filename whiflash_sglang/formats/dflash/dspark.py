@@ -1,8 +1,8 @@
-"""DSpark (arXiv 2607.05147): DFlash's trunk, a Markov head that corrects the block token by token, a confidence head.
+"""The DSpark drafter (arXiv 2607.05147): DFlash's trunk, a Markov head that corrects token by token, a confidence head.
 
     logits_k = head · h_k + W2 · latent(W1[token_k-1], h_k)       confidence_k = sigmoid(w · [h_k | W1[token_k-1]] + b)
 
-Every row of a block drafts, the bonus token's too, unless `sample_from_anchor` is false. A Markov rank of 0 is
+Every row of a block drafts, the bonus token's too, unless `sample_from_anchor` is false. A Markov rank of 0 means
 DeepSpec's DFlash. Numerics follow `sglang/srt/models/dspark.py` of SGLang 0.5.23, which refuses rank 0.
 """
 
@@ -26,12 +26,12 @@ from whiflash_sglang.formats.packed import Linear
 ARCHITECTURES = ("Qwen3DSparkModel", "DSparkDraftModel", "LingDSparkModel")
 HEAD_TYPES = ("vanilla", "gated", "rnn")
 DEFAULT_ROWS = 7
-"""Drafts of a block, of a checkpoint that does not say."""
+"""Drafts of a block if the checkpoint does not say."""
 
 
 @dataclass(frozen=True, slots=True)
 class DSparkConfig(DFlashConfig):
-    """A DFlash trunk and its heads.
+    """Settings of a DFlash trunk, a Markov head and a confidence head.
 
     Attributes:
         markov_rank: 0 for no Markov head. markov_head: one of `HEAD_TYPES`.
@@ -44,7 +44,7 @@ class DSparkConfig(DFlashConfig):
     confidence_with_markov: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """DeepSpec's `config.json`, which SGLang reads too. Raises ValueError for variants of the trunk."""
+        """Return DeepSpec's `config.json`, which SGLang reads too. Raises ValueError for variants of the trunk."""
         if self.variant:
             raise ValueError("only plain DSpark drafters are written")
         return {
@@ -77,12 +77,12 @@ def read_dspark(path: Path, config: Mapping[str, Any]) -> DSparkConfig:
 
 
 def read_heads(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that `DSparkConfig` adds. Raises CheckpointError naming the one that does not fit."""
+    """Read the fields that `DSparkConfig` adds. Raises CheckpointError naming the field that does not fit."""
     rank = integer(settings, "markov_rank", path, minimum=0, default=0)
     kind = settings.get("markov_head_type") or ("vanilla" if rank == 0 else None)
     if kind not in HEAD_TYPES:
         raise misfit(path, f"markov_head_type {kind!r} is not one of {', '.join(HEAD_TYPES)}")
-    # A checkpoint that does not say has one, as SGLang takes it.
+    # As in SGLang, a checkpoint that does not say has a confidence head, which reads W1 if there is one.
     with_markov = bool(settings.get("confidence_head_with_markov", rank > 0))
     confidence = bool(settings.get("enable_confidence_head", True))
     if confidence and with_markov and not rank:
@@ -96,12 +96,12 @@ def read_heads(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class DSparkDrafter(DFlashDrafter):
-    """A block drafter whose tokens depend on those before them in the block."""
+    """A block drafter whose tokens depend on the token before them, or with an RNN on all earlier ones."""
 
     config: DSparkConfig
 
     def __init__(self, config: DSparkConfig, target_embedding: Tensor, target_lm_head: Tensor) -> None:
-        """Untrained."""
+        """Make an untrained drafter; see `DFlashDrafter`."""
         super().__init__(config, target_embedding, target_lm_head)
         rank, size = config.markov_rank, config.hidden_size
         self.markov_head = nn.ModuleDict()
@@ -118,12 +118,12 @@ class DSparkDrafter(DFlashDrafter):
 
     @property
     def head(self) -> DraftHead:
-        """Its or the target's head, with the rows of W2 beside it."""
+        """The checkpoint's own head, else the target's, with W2 as its second matrix."""
         rows = self.get_parameter("markov_head.markov_w2.weight") if self.config.markov_rank else None
         return super().head.beside(rows)
 
     def heads(self) -> dict[str, nn.Parameter]:
-        """Parts that it adds to the trunk, by published names."""
+        """Return the parameters that DSpark adds to the trunk, by published names."""
         return {
             name: parameter
             for name, parameter in self.named_parameters()
@@ -131,7 +131,7 @@ class DSparkDrafter(DFlashDrafter):
         }
 
     def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
-        """As `DFlashDrafter.propose`, each token corrected by the one before it."""
+        """Choose drafts token by token, each corrected by the token before it; see `DFlashDrafter.propose`."""
         rows = self.draft_rows(states, wanted)
         plain = not self.config.markov_rank
         token, sure = (
@@ -155,9 +155,9 @@ class DSparkDrafter(DFlashDrafter):
         return Choice(torch.stack(tokens, 1), torch.stack(sure, 1))
 
     def latents(self, rows: Tensor, before: Tensor) -> Tensor:
-        """The input of W2, [B, D, R], of states `rows` [B, D, H] behind tokens `before` [B, D]."""
+        """Compute W2's input [B, D, R] from states `rows` [B, D, H] and the tokens `before` them [B, D]."""
         state, latents = self._begin(rows), []
-        embedded = self._embedded(before)  # at once: each look-up's gradient is as large as the whole table
+        embedded = self._embedded(before)  # once: each look-up's gradient is as large as the table
         for step in range(rows.shape[1]):
             latent, state = self._latent(embedded[:, step], rows[:, step], state)
             latents.append(latent)
@@ -167,13 +167,13 @@ class DSparkDrafter(DFlashDrafter):
         return rows.new_zeros(len(rows), self.config.markov_rank)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
-        """W1's rows of `tokens` [...]: [..., R]."""
+        """Look up W1's rows of `tokens` [...] → [..., R]."""
         embedded: Tensor = self.markov_head["markov_w1"](tokens)
         return embedded
 
     def _latent(self, embedded: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """W2's input and next `state`, [B, R] each. embedded: [B, R] earlier tokens' rows of W1. hidden: [B,
-        H] states.
+        """Compute W2's input and the next `state`, [B, R] each. embedded: [B, R] rows of W1 for the previous tokens.
+        hidden: [B, H] states of the rows.
         """
         if self.config.markov_head == "vanilla":
             return embedded, state
@@ -186,7 +186,7 @@ class DSparkDrafter(DFlashDrafter):
         return torch.tanh(output), gate * state + (1 - gate) * torch.tanh(candidate)
 
     def confidence_logits(self, rows: Tensor, before: Tensor) -> Tensor:
-        """The confidence head's output, [B, D] float32, of states `rows` [B, D, H] behind tokens `before` [B, D]."""
+        """Compute the confidence head's logits [B, D] float32 from states `rows` [B, D, H], tokens `before` [B, D]."""
         features = rows
         if self.config.confidence_with_markov:
             features = torch.cat([rows, self._embedded(before)], -1)

@@ -1,13 +1,13 @@
-"""FlashMap (PyPI: flashmap 0.1.0): a flow map, which jumps from noise to the tokens of a block in one pass.
+"""The FlashMap drafter (PyPI: flashmap 0.1.0): a flow map from noise to the tokens of a block in one pass.
 
     h_0 = x_embed(norm(mean of E) + g · norm(z E)), z a row of noise over the vocabulary for each draft
     h = h + gate ∘ f(scale ∘ layer_norm(h) + shift), f in every layer: self-attention in the block, attention to the
     context, an MLP                             logits = E_out · head(scale ∘ layer_norm(h) + shift)
 
-The context is a fused feature of every token, and the bonus token's embedding in place of its feature. Scales, shifts
-and gates follow from the times of the jump, 0 and 1: they are computed when a checkpoint is loaded, and so is h_0. The
-publisher draws new noise for every block; here `DRAWS` blocks are drawn once, from a fixed seed, and the bonus token's
-position picks one. So a round that is replayed drafts the same, on every rank. Numerics follow `FlashMapDraftModel`.
+The context is a fused feature of every token; the bonus token's embedding replaces its feature. Scales, shifts and
+gates depend only on the times of the jump, 0 and 1: they are computed when a checkpoint is loaded, and so is h_0. The
+publisher draws new noise for every block. Here `DRAWS` blocks are drawn once, from a fixed seed, and the bonus token's
+position selects one, so a replayed round has the same drafts, on every rank. Numerics follow `FlashMapDraftModel`.
 """
 
 import math
@@ -33,18 +33,18 @@ from whiflash_sglang.formats.layers import Angles, Attend, Attention, RMSNorm, r
 from whiflash_sglang.formats.packed import Linear
 
 DRAWS, AT_ONCE = 16, 8192
-"""Blocks of noise, and tokens that are embedded at a time for them."""
+"""Number of noise blocks, and of tokens that are embedded at a time to make them."""
 _IN_LAYERS = {
     f"{ours}.{part}": tuple(name.replace("self_attn", theirs) for name in IN_FILES[f"attention.{part}"])
     for ours, theirs in (("attention", "cross_attn"), ("self_attn", "self_attn"))
     for part in ("qkv", "out", "q_norm", "k_norm")
 }
-"""Parts of a layer, and what files call them."""
+"""Parameter of a layer's two attentions → its tensors in files."""
 
 
 @dataclass(frozen=True, slots=True)
 class FlashMapConfig(DFlashConfig):
-    """The map is `hidden_size` wide. layer_norm_eps: of modulated norms. time_scale: of times, before their sines."""
+    """FlashMap's settings. layer_norm_eps: of modulated norms. time_scale: factor of times before their sines."""
 
     target_hidden_size: int = 0
     layer_norm_eps: float = 1e-6
@@ -54,7 +54,7 @@ class FlashMapConfig(DFlashConfig):
 
 def read_flashmap(path: Path, config: Mapping[str, Any]) -> FlashMapConfig:
     """Read a release's `config.json`. Raises CheckpointError naming the field that does not fit."""
-    # Others draft in several jumps, over states as wide as the vocabulary.
+    # Other models draft in several jumps, over states as wide as the vocabulary.
     for key, served in (("flow_map", True), ("num_steps", 1)):
         if config.get(key, served) != served:
             raise misfit(path, f"{key} {config[key]!r} is not supported, only {served!r}")
@@ -73,7 +73,7 @@ def read_flashmap(path: Path, config: Mapping[str, Any]) -> FlashMapConfig:
 
 
 class Modulated(nn.Module):
-    """A layer norm. `modulation` [3, H]: scale and shift of the normed input, and the gate of what is made of it."""
+    """A layer norm with `modulation` [3, H]: scale and shift of the normed input, and gate of the sublayer's output."""
 
     modulation: Tensor
 
@@ -83,17 +83,17 @@ class Modulated(nn.Module):
         self.register_buffer("modulation", torch.zeros(3, config.hidden_size), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, H] → [T, H]."""
+        """Norm `x`, then scale and shift it, [T, H] → [T, H]."""
         scale, shift, _ = self.modulation
         return F.layer_norm(x, scale.shape, scale, shift, self.eps)
 
     def add(self, hidden: Tensor, made: Tensor) -> Tensor:
-        """`hidden` and, behind the gate, what is made of it, [T, H] each → [T, H]."""
+        """Add the sublayer's output `made`, times the gate, to `hidden`, [T, H] each → [T, H]."""
         return torch.addcmul(hidden, self.modulation[2], made)
 
 
 class FlashMapLayer(nn.Module):
-    """A layer of the map; K and V of its `attention` are computed as DFlash's, from the context alone."""
+    """A layer of the map. Its `attention` sees only the context, whose K and V are computed as in DFlash."""
 
     def __init__(self, config: FlashMapConfig) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class FlashMapLayer(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": Linear(size, inner), "fc2": Linear(inner, size)})
 
     def forward(self, hidden: Tensor, angles: Angles, rows: int, seen: Callable[[Tensor], Tensor]) -> Tensor:
-        """`hidden` [T, H], whole blocks of `rows` → [T, H]. seen: queries [T, heads, D] → what they see outside."""
+        """Run the layer on `hidden` [T, H], whole blocks of `rows`. seen: queries [T, heads, D] → context attention."""
         attended = self.self_attn(self.self_attn_adaln(hidden), angles, 0, partial(_in_blocks, rows))
         hidden = self.self_attn_adaln.add(hidden, attended)
         attended = self._crossed(self.cross_attn_adaln(hidden), angles, seen)
@@ -118,7 +118,7 @@ class FlashMapLayer(nn.Module):
         weight = packed.rows(attention.qkv.weight, slice(attention.query_size))
         q = packed.linear(x, weight).view(len(x), attention.shape.heads, -1)
         assert attention.q_norm is not None
-        # Two halves, since one kernel rotates two tensors.
+        # Split in two, because the fused kernel rotates two tensors.
         first, second = attention.q_norm(q).chunk(2, 1)
         q = torch.cat(rotate_both(first, second, angles), 1)
         mixed: Tensor = attention.out(seen(q).reshape(len(x), -1))
@@ -126,13 +126,13 @@ class FlashMapLayer(nn.Module):
 
 
 def _in_blocks(rows: int, _: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of every block of `rows` to itself, [T, heads, D] each."""
+    """Compute attention within every block of `rows`; q, k, v and the result are [T, heads, D] each."""
     q, k, v = (x.reshape(-1, rows, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
 
 
 class FlashMapDrafter(DFlashDrafter):
-    """A block drafter whose rows begin as noise: `starts` [DRAWS, rows, H], h_0 of every block of it."""
+    """A block drafter whose rows begin as noise: `starts` [DRAWS, rows, H] holds h_0 of every noise block."""
 
     config: FlashMapConfig
     layer: ClassVar[type[nn.Module]] = FlashMapLayer
@@ -140,7 +140,7 @@ class FlashMapDrafter(DFlashDrafter):
     _folded: DraftHead
 
     def __init__(self, config: FlashMapConfig, target_embedding: Tensor, target_lm_head: Tensor) -> None:
-        """Untrained."""
+        """Make an untrained drafter; see `DFlashDrafter`."""
         super().__init__(config, target_embedding, target_lm_head)
         size, theirs = config.hidden_size, config.target_hidden_size
         norm = partial(RMSNorm, eps=config.rms_norm_eps)
@@ -153,13 +153,13 @@ class FlashMapDrafter(DFlashDrafter):
 
     @property
     def head(self) -> DraftHead:
-        """The target's head behind the map's, one matrix, with its bias."""
+        """The map's output layer and the target's head, multiplied into one matrix with a bias."""
         return self._folded
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Blocks behind the bonus tokens [B, 1] int64 at `positions` [B, 1] → normed states [B, rows, H].
+        """Draft blocks after the bonus tokens [B, 1] int64 at `positions` [B, 1] → normed states [B, rows, H].
 
-        `attend` stores one entry of a request, the bonus token's, and is given queries of `rows`.
+        `attend` stores one entry for each request, the bonus token's, and receives the queries of its block.
         """
         rows, first = self.config.block_size, positions[:, 0]
         anchor = self.anchor_norm(self.anchor_proj(self.embed(tokens[:, 0])))
@@ -174,13 +174,13 @@ class FlashMapDrafter(DFlashDrafter):
 
     @classmethod
     def load(cls, path: Path, **options: Any) -> Any:
-        """As `DFlashDrafter.load`."""
+        """Read a checkpoint directory like `DFlashDrafter.load`, then compute `starts` and the folded head."""
         drafter: Any = super().load(path, **options)
         drafter.starts, drafter._folded = drafter._begin(), drafter._fold()
         return drafter
 
     def fill(self, reader: WeightReader) -> None:
-        """As `DFlashDrafter.fill`."""
+        """Fill the drafter from the checkpoint's tensors, and compute the modulations; see `DFlashDrafter.fill`."""
         reader.fill_drafter(self, {"out.weight": "head.weight", "out.bias": "head.bias"}, _IN_LAYERS)
         follows = F.silu(self._times(reader))
         for name, module in self.named_modules():
@@ -191,11 +191,11 @@ class FlashMapDrafter(DFlashDrafter):
                 module.modulation = _affine(reader, f"{name}.linear", follows, rows).view(3, -1)
                 module.modulation[0] += 1
         if (drafted := self.config.draft_vocab_size) is not None:
-            # All ids, the most frequent first: `draft_vocab.safetensors`.
+            # `draft_vocab.safetensors` lists all ids, the most frequent first.
             self.own_ids = reader.ids("ids", drafted, self.config.vocab_size)
 
     def _times(self, reader: WeightReader) -> Tensor:
-        """The jump's beginning and end, embedded: [C]."""
+        """Embed the jump's beginning and end, 0 and 1, as one vector [C]."""
         half = reader.tensor("time_embed.linear_1.weight", (None, None)).shape[1] // 2
         rates = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
         embedded = []
@@ -208,7 +208,7 @@ class FlashMapDrafter(DFlashDrafter):
 
     @torch.no_grad()
     def _begin(self) -> Tensor:
-        """`starts`, of the target's embedding."""
+        """Compute `starts` from the target's embedding."""
         rows, vocab = DRAWS * self.config.block_size, self.config.vocab_size
         weight, generator = self.x_embed.weight, torch.Generator().manual_seed(0)
         mean = weight.new_zeros(1, self.config.target_hidden_size, dtype=torch.float32)
@@ -223,7 +223,7 @@ class FlashMapDrafter(DFlashDrafter):
 
     @torch.no_grad()
     def _fold(self) -> DraftHead:
-        """`head`, of the target's."""
+        """Compute `head` from the target's head."""
         head = super(DFlashDrafter, self).head
         if self.own_ids is not None:
             head = head.within(self.own_ids)
@@ -231,7 +231,7 @@ class FlashMapDrafter(DFlashDrafter):
         return replace(head, weight=both[:-1].t().contiguous(), bias=both[-1].clone(), kept=None)
 
     def target_written(self) -> None:
-        """Write again where it is what is made of the target's embedding and head."""
+        """Recompute `starts` and the folded head in place, after the target's weights were written in place."""
         now, had = self._fold(), self._folded
         pairs: Any = ((self.starts, self._begin()), (had.weight, now.weight), (had.bias, now.bias))
         for held, value in pairs:

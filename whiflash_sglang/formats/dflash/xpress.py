@@ -1,11 +1,11 @@
-"""xPress (arXiv 2608.02438): DFlash's trunk, and a causal refiner that corrects a whole block in a few passes.
+"""The xPress drafter (arXiv 2608.02438): DFlash's trunk, and a causal refiner that corrects a block in a few passes.
 
     x_k = W_in · [D_h h_k | D_g mean(h) | W1[token_{k-1}]]      y_k = x_k + Σ_{j≤k} L_kj * x_j
     logits_k = head · h_k + W2 · (y_k + down(silu(gate(y_k)) · up(y_k)))
 
-A pass reads the tokens of the one before it, the first those that the trunk drafts: draft k is settled after k passes.
-The head has learned with the token before the bonus token in the bonus token's row. vLLM 0.33 (`qwen3_xpress.py`) has
-the bonus token there, and so has this. Otherwise numerics follow `XPressRefinerHead` of speculators 0.9.0.
+A pass reads the tokens of the previous pass; the first pass reads the trunk's drafts. Draft k is final after k
+passes. In training, the bonus token's row read the token before the bonus token. vLLM 0.33 (`qwen3_xpress.py`) reads
+the bonus token there, and so does this module. Otherwise numerics follow `XPressRefinerHead` of speculators 0.9.0.
 """
 
 from collections.abc import Mapping
@@ -26,12 +26,12 @@ from whiflash_sglang.formats.packed import Linear
 
 _MATRICES = {"token_embed": "w1", "readout": "w2"} | {name: name for name in ("down_h", "down_g", "in_proj")}
 _MATRICES |= {f"mlp_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-"""Matrices of the refiner as speculators names them, and as in files that vLLM serves."""
+"""Matrix of the refiner in speculators' files → its name in files that vLLM serves."""
 
 
 @dataclass(frozen=True, slots=True)
 class XPressConfig(DFlashConfig):
-    """rank, mlp_size: of the refiner. passes: in which it corrects a block."""
+    """xPress's settings. rank, mlp_size: of the refiner. passes: number of passes that correct a block."""
 
     rank: int = 0
     mlp_size: int = 0
@@ -39,7 +39,7 @@ class XPressConfig(DFlashConfig):
 
 
 def read_refiner(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that `XPressConfig` adds, and `from_anchor`. Raises CheckpointError naming the field that does not fit."""
+    """Read the fields that `XPressConfig` adds, and `from_anchor`. Raises CheckpointError naming the field at fault."""
     settings = merged(path, config, "dflash_config")
     rank = integer(settings, "xpress_rank", path, default=256)
     ratio = integer(settings, "xpress_mlp_ratio", path, default=2)
@@ -53,7 +53,7 @@ def read_refiner(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Refiner(nn.Module):
-    """The input of W2 for every row of a block, which is causal in the tokens before the rows."""
+    """Computes W2's input for every row of a block, causally from the tokens before the rows."""
 
     def __init__(self, config: XPressConfig) -> None:
         super().__init__()
@@ -68,12 +68,12 @@ class Refiner(nn.Module):
         self.w2 = Linear(rank, config.draft_vocab_size or config.vocab_size, bias=False)
 
     def rows(self, states: Tensor) -> Tensor:
-        """The part that all passes share: `states` [B, rows, H] → [B, rows, 2R]."""
+        """Compute the part of the input that all passes share: `states` [B, rows, H] → [B, rows, 2R]."""
         block = self.down_g(states.mean(1, keepdim=True))
         return torch.cat([self.down_h(states), block.expand(-1, states.shape[1], -1)], -1)
 
     def forward(self, rows: Tensor, before: Tensor) -> Tensor:
-        """`rows` [B, W, 2R] behind the tokens `before` [B, W] → [B, W, R]."""
+        """Compute W2's input [B, W, R] from `rows` [B, W, 2R] and the tokens `before` them [B, W]."""
         x = self.in_proj(torch.cat([rows, self.w1(before)], -1))
         y = x + torch.einsum("rkj,bjr->bkr", self.mix["L"][:, : x.shape[1], : x.shape[1]].tril(), x)
         latent: Tensor = y + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y))
@@ -81,7 +81,7 @@ class Refiner(nn.Module):
 
 
 class XPressDrafter(DFlashDrafter):
-    """A block drafter whose tokens are corrected together, each by those before it in the block."""
+    """A block drafter that corrects all tokens together, each by the tokens before it in the block."""
 
     config: XPressConfig
     logits_held = 2
@@ -92,17 +92,17 @@ class XPressDrafter(DFlashDrafter):
     }
 
     def __init__(self, config: XPressConfig, target_embedding: Tensor, target_lm_head: Tensor) -> None:
-        """Untrained."""
+        """Make an untrained drafter; see `DFlashDrafter`."""
         super().__init__(config, target_embedding, target_lm_head)
         self.xpress_head = Refiner(config)
 
     @property
     def head(self) -> DraftHead:
-        """Its or the target's head, with the rows of W2 beside it."""
+        """The checkpoint's own head, else the target's, with W2 as its second matrix."""
         return super().head.beside(self.xpress_head.w2.weight)
 
     def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
-        """As `DFlashDrafter.propose`, all tokens corrected in every pass. A confidence is the last pass's."""
+        """Choose drafts with the trunk, then correct all of them in every pass. Confidences are the last pass's."""
         logits = head.logits(self.draft_rows(states, wanted).flatten(0, 1))
         first = bonus[:, None].expand(-1, 2 - self.config.from_anchor)
         rows = self.xpress_head.rows(states)[:, : first.shape[1] + wanted - 1]
