@@ -1,3 +1,3 @@
-"""Drafters, trained on answers of their target."""
+"""Train drafters on their target's answers, and put them together in bundles."""
 
 __version__ = "0.1.0"

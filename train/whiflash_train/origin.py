@@ -1,4 +1,4 @@
-"""Parts that drafters take over from a target: the vocabulary that they share, sizes, and layers to begin as."""
+"""Read the parts of a target with which its drafters begin: embedding, head, sizes, and layers to copy."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,16 +18,16 @@ from whiflash_sglang.formats.layers import AttentionShape, rope_parameters
 from whiflash_train.target import TargetModel
 
 ORIGIN = "target.json"
-"""File of a directory that SGLang's scheduler wrote (`whiflash_train/engine/recorder.py`)."""
+"""File that SGLang's scheduler writes beside the matrices (`whiflash_train/engine/recorder.py`)."""
 
 
 def vocabulary_file(directory: Path, rank: int) -> Path:
-    """Rows of embedding and head that one of SGLang's processes had."""
+    """Return the file with the rows of embedding and head that SGLang's process `rank` holds."""
     return directory / f"vocabulary-{rank}.safetensors"
 
 
 class VocabularyMatrices(NamedTuple):
-    """embedding, head: [V, H]. embedding_scale: what the target multiplies rows of its embedding by."""
+    """A target's matrices. embedding, head: [V, H]. embedding_scale: the target's factor of its embeddings."""
 
     embedding: Tensor
     head: Tensor
@@ -37,10 +37,10 @@ class VocabularyMatrices(NamedTuple):
     def read(
         cls, directory: Path, name: str, *, device: torch.device, dtype: torch.dtype
     ) -> "VocabularyMatrices":
-        """The tensors that SGLang wrote for the target of that name, on `device`: the rows of all processes together.
+        """Read the matrices that SGLang wrote for the target `name`, rows of all its processes joined, onto `device`.
 
         Raises:
-            CheckpointError: it wrote nothing yet, or for another target.
+            CheckpointError: SGLang wrote nothing yet, or for another target.
         """
         try:
             facts = read_json_file(directory / ORIGIN)
@@ -64,15 +64,15 @@ class VocabularyMatrices(NamedTuple):
 
 @dataclass
 class ServedOrigin:
-    """A target that only SGLang knows: the tensors that it wrote, and its `config.json`.
+    """A target that only SGLang can run, described by the tensors that SGLang wrote and by its `config.json`.
 
-    If that does not give the shape of a drafter's layers (a target of experts or of latent attention), the training
-    configuration does. They rotate whole heads by plain RoPE, whatever the target does.
+    If `config.json` does not give the sizes of a drafter's layers (a target with experts or latent attention), the
+    training configuration does. The drafter's layers always rotate whole heads by plain RoPE.
 
     Attributes:
-        embedding, head: [V, H]. embedding_scale: what the target multiplies rows of its embedding by. final_norm: [H],
-        weights of a drafter's last norm. attention_shape, intermediate_size, rope, max_positions, eps: those of a
-        drafter's layers. layers: none of the target's own are known, for drafters to begin as.
+        embedding, head: [V, H]. embedding_scale: the target's factor of its embeddings. final_norm: [H], weights of a
+        drafter's last norm. attention_shape, intermediate_size, rope, max_positions, eps: those of a drafter's
+        layers. layers: empty, since drafters cannot begin as layers of this target.
     """
 
     embedding: Tensor
@@ -99,10 +99,12 @@ class ServedOrigin:
         final_norm: Tensor,
         dtype: torch.dtype,
     ) -> "ServedOrigin":
-        """Args:
-            target: its directory. name: in the configuration. told: directory of `ORIGIN`.
-            layers: `num_attention_heads`, `num_key_value_heads`, `head_dim` and `intermediate_size` of a drafter, in
-                the place of the target's own. final_norm: [H].
+        """Read a target from what SGLang wrote.
+
+        Args:
+            target: its directory. name: in the configuration. told: directory of `ORIGIN`. final_norm: [H].
+            layers: a drafter's `num_attention_heads`, `num_key_value_heads`, `head_dim` and `intermediate_size`; they
+                replace the target's.
 
         Raises:
             CheckpointError: something is missing, or does not fit the target.
@@ -133,10 +135,10 @@ class ServedOrigin:
 
 
 Origin = TargetModel | ServedOrigin
-"""A target, as drafters begin from it."""
+"""A target with the parts that new drafters begin with."""
 
 
 def for_training(target: Origin) -> dict[str, Any]:
-    """Options with which a checkpoint for this target is loaded: on the CPU, in float32."""
+    """Return the options that load a drafter of this target for training: on the CPU, in float32."""
     matrices = {"target_embedding": target.embedding.float(), "target_lm_head": target.head.float()}
     return {"device": torch.device("cpu"), "dtype": torch.float32, **matrices}

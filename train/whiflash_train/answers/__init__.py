@@ -1,1 +1,1 @@
-"""Training data of drafters: prompts, the target's answers to them, and the stores of these."""
+"""Training data of drafters: prompts, the target's answers, and stores of answers with features."""

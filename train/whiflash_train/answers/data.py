@@ -1,4 +1,4 @@
-"""`whiflash train --step data`: prompts in, the target's answers and features out, resumable at any sequence."""
+"""Answer prompts with the target and store answers and features (`whiflash train --step data`); a rerun continues."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,13 +20,13 @@ from whiflash_train.config import Data, TrainConfig
 
 _MIN_ANSWER = 4
 SHARD = "shard0of1"
-"""Named as when processes could divide prompts: runs that began then go on."""
+"""Name of the store. It dates from when several processes could share the prompts, so that older runs continue."""
 _RESERVE = 2**30  # bytes left free on the disk
 
 
 @dataclass
 class DataSummary:
-    """Counts of a run. elsewhere: prompts that another shard of the work directory has answered."""
+    """Counts of a run. elsewhere: prompts that another shard has answered. stopped: why the run ended early."""
 
     sequences: int = 0
     elsewhere: int = 0
@@ -42,7 +42,7 @@ def is_embedded(target: str) -> bool:
 
 
 def target_path(name: str) -> Path:
-    """`embedded`, a local directory or a hub id → a local directory. Raises ConfigError: the hub gave nothing."""
+    """Return the local directory of `embedded`, a directory or a hub id. Raises ConfigError if the hub fails."""
     if is_embedded(name):
         return ensure_target()
     if Path(name).is_dir():
@@ -53,7 +53,7 @@ def target_path(name: str) -> Path:
     files = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
     try:
         return Path(snapshot_download(name, allow_patterns=files))
-    except (HTTPError, OSError, ValueError) as error:  # its own errors are among these
+    except (HTTPError, OSError, ValueError) as error:  # the hub's own errors are subclasses of these
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
             f"{name}: no directory here, and the hub gave nothing ({why}): check the name, the network, HF_TOKEN"
@@ -62,7 +62,7 @@ def target_path(name: str) -> Path:
 
 @contextmanager
 def shard_of(config: TrainConfig, shard: str) -> Iterator[tuple[ServedTarget, FeatureStore]]:
-    """The target, and the shard of that name, for this run alone. Raises ConfigError: one of them cannot be had."""
+    """Yield the running target and the store `shard`, locked for this run. Raises ConfigError if one is unavailable."""
     served = serve(
         target_path(config.target),
         config.target,
@@ -81,7 +81,7 @@ def shard_of(config: TrainConfig, shard: str) -> Iterator[tuple[ServedTarget, Fe
 
 
 def generate_data(config: TrainConfig) -> DataSummary:
-    """Answer the configured prompts into `<work>/data/shard0of1`; goes on where a killed run stopped."""
+    """Answer the configured prompts into `<work>/data/shard0of1`, continuing where a killed run stopped."""
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
     rows = [row for source in config.data.prompts for row in read_prompts(source)]
@@ -89,7 +89,7 @@ def generate_data(config: TrainConfig) -> DataSummary:
     ordered = list(balanced(rows, config.data.category_weights, config.seed))[: config.data.limit]
     directory = config.work / "data" / SHARD
     if has_answers(directory):
-        # Before the target is started: starting it writes what drafters of these data begin with.
+        # Checked before the target starts, because its start overwrites the matrices that drafters begin with.
         check_same_run(directory, _facts(config), begun=True)
     with shard_of(config, SHARD) as (target, store):
         check_same_run(store.path, _facts(config), begun=bool(store.records))
@@ -105,7 +105,7 @@ def generate_data(config: TrainConfig) -> DataSummary:
 
 
 def _facts(config: TrainConfig) -> dict[str, Any]:
-    """Facts that decide an answer, rounding apart."""
+    """Return the settings that determine the answers, except for rounding."""
     template = config.chat_template
     engine = {"data.engine": config.data.engine} if config.data.engine else {}
     return {
@@ -124,7 +124,7 @@ def _facts(config: TrainConfig) -> dict[str, Any]:
 def answer_rows(
     rows: Sequence[dict[str, Any]], target: ServedTarget, store: FeatureStore, *, keep_loops: bool = False
 ) -> DataSummary:
-    """Generate answers to `rows` that `store` does not hold yet, and append them."""
+    """Generate the answers to `rows` that `store` lacks, and append them. keep_loops: do not cut a closing loop."""
     stored = {record.id for record in store.records}
     settings, summary = target.settings, DataSummary(sequences=len(stored))
 
@@ -149,7 +149,7 @@ def answer_rows(
 
 
 def read_prompts(source: str) -> list[dict[str, Any]]:
-    """Rows of a JSONL file, or of a Hugging Face data set (`hf:<id>` with a `messages` column)."""
+    """Read the rows of a JSONL file, or of a Hugging Face data set (`hf:<id>` with a `messages` column)."""
     if not source.startswith("hf:"):
         return read_rows(Path(source))
     from datasets import load_dataset

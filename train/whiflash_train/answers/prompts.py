@@ -1,4 +1,4 @@
-"""Prompt rows as the server would see them: rendered with the bundle's template, grammar attached.
+"""Render prompt rows as the server would, with the bundle's template and each request's grammar; split off test rows.
 
 `response_format` is a JSON schema with any whitespace (the server's default); `tool_choice: required` under the
 `hermes` parser is a structural tag whose argument schema is open unless the tool is strict.
@@ -6,9 +6,9 @@
 Prompts are held out (`split`) if no training prompt is about anything that an evaluation prompt is about. A prompt is
 about its topics:
 
-user          a simulated user, named anywhere but in the system message; benchmarks of agents give each task one
-conversation  the first user turn: a recorded conversation is cut into a prompt for each of its turns
-tool          a tool's whole definition, where there is one user turn; longer conversations share their tools by nature
+user          a simulated user, named outside the system message; benchmarks of agents have one per task
+conversation  the first user turn, since a recorded conversation gives one prompt for each of its turns
+tool          a tool's whole definition, if there is one user turn; longer conversations naturally share tools
 schema        the schema that the answer must fit
 """
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 
 Grammar = dict[str, str]
-"""The sampling parameter of SGLang's that constrains an answer."""
+"""SGLang's sampling parameter that constrains an answer: name → JSON text."""
 
 
 def response_format_grammar(response_format: dict[str, Any]) -> Grammar | None:
-    """The grammar of an OpenAI `response_format`; None for plain text."""
+    """Return the grammar of an OpenAI `response_format`; None for plain text."""
     kind = response_format["type"]
     if kind == "text":
         return None
@@ -52,8 +52,8 @@ def response_format_grammar(response_format: dict[str, Any]) -> Grammar | None:
 
 
 def tool_call_grammar(tools: Sequence[dict[str, Any]]) -> Grammar | None:
-    """At least one Hermes tool call, as `tool_choice: required` asks of SGLang's `hermes` parser; None where it asks
-    nothing of tools like these.
+    """Return the grammar of `tool_choice: required` under SGLang's `hermes` parser: at least one tool call. None if the
+    parser has no constraint for these tools.
     """
     from sglang.srt.entrypoints.openai.protocol import Tool
     from sglang.srt.function_call.function_call_parser import FunctionCallParser
@@ -64,7 +64,7 @@ def tool_call_grammar(tools: Sequence[dict[str, Any]]) -> Grammar | None:
 
 
 class PromptRow(NamedTuple):
-    """One request: token ids of the rendered conversation and the grammar that constrains its answer."""
+    """A request: token ids of the rendered conversation, and the grammar that constrains its answer."""
 
     id: str
     category: str
@@ -77,7 +77,7 @@ class _Message(BaseModel):
 
 
 class _Row(BaseModel):
-    """The keys of a row that are read here: SGLang and the template judge the rest."""
+    """The keys of a row that this module reads. SGLang and the template check the others."""
 
     messages: Annotated[list[_Message], Field(min_length=1)]
     id: str = ""
@@ -87,7 +87,7 @@ class _Row(BaseModel):
 
 
 def check_row(row: Any, where: str) -> None:
-    """Raises ConfigError, after `where`: a key that is read here is missing, or of another type."""
+    """Raise ConfigError, beginning with `where`, if a key of `_Row` is missing or has another type."""
     try:
         _Row.model_validate(row)
     except ValidationError as error:
@@ -96,7 +96,7 @@ def check_row(row: Any, where: str) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL prompt file, each with an id and a category. Raises ConfigError naming the line that is wrong."""
+    """Read the rows of a JSONL prompt file and add missing ids and categories. Raises ConfigError naming the line."""
     rows = []
     for number, row in parse_json_lines(read_text(path, MOST_BYTES << 6), path):
         check_row(row, f"{path}, line {number}")
@@ -110,7 +110,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def check_ids(rows: Iterable[dict[str, Any]]) -> None:
-    """Raises ConfigError where two rows share an id: the prompt would be answered twice."""
+    """Raise ConfigError if two rows share an id, since answers are stored by id."""
     seen: set[str] = set()
     for row in rows:
         if row["id"] in seen:
@@ -123,7 +123,7 @@ def check_ids(rows: Iterable[dict[str, Any]]) -> None:
 def balanced(
     rows: Iterable[dict[str, Any]], weights: Mapping[str, float], seed: int
 ) -> Iterator[dict[str, Any]]:
-    """The rows shuffled so that every prefix mixes the categories in proportion to `weights` (default 1)."""
+    """Yield the rows shuffled so that every prefix mixes the categories in proportion to `weights` (default 1)."""
     generator = random.Random(seed)
     queues: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -144,8 +144,8 @@ def balanced(
 
 
 def served_tools(where: str, tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """As SGLang's chat route hands tools to a template: with all fields of its type, as `"defer_loading": null`. Raises
-    ConfigError, after `where`: one is not of that type.
+    """Return tools as SGLang's chat route passes them to a template: with all fields of its `Tool`, even null.
+    Raises ConfigError, beginning with `where`, if a tool does not validate.
     """
     if not tools:
         return None
@@ -160,8 +160,8 @@ def served_tools(where: str, tools: Sequence[Mapping[str, Any]] | None) -> list[
 def prepare(
     row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", template: str | None, required_share: float
 ) -> PromptRow:
-    """Render one row, `required_share` of those with tools (chosen by their id) with `tool_choice: required`. Raises
-    ConfigError: the template refuses it.
+    """Render a row. A share `required_share` of the rows with tools, chosen by id, gets `tool_choice: required`. Raises
+    ConfigError if the template refuses the messages.
     """
     messages, where = [_served(message) for message in row["messages"]], f"prompt {row['id']}"
     tools = served_tools(where, row.get("tools"))
@@ -179,35 +179,35 @@ def prepare(
 
 
 def _served(message: dict[str, Any]) -> dict[str, Any]:
-    """As SGLang hands a message to a template: nothing said is empty text, arguments of a call are an object."""
+    """Return a message as SGLang passes it to a template: missing content is "", a call's arguments are an object."""
     calls = [{**call, "function": {**call["function"]}} for call in message.get("tool_calls") or ()]
     for function in (call["function"] for call in calls):
-        with suppress(AttributeError, KeyError, ValueError):  # an object, none, or what SGLang refuses
+        with suppress(AttributeError, KeyError, ValueError):  # an object, missing, or refused later
             function["arguments"] = read_json(function["arguments"])
     given = {name: value for name, value in message.items() if value is not None}
     return {"content": "", **given, **({"tool_calls": calls} if calls else {})}
 
 
 USERS = r"\b[a-z]+_[a-z]+_\d{4}\b"
-"""tau-bench's users, such as mia_li_3668."""
+"""Pattern of tau-bench's user names, such as mia_li_3668."""
 
 UNNAMED = "unnamed user"
-"""User of a conversation that never names one, in a source whose evaluated conversations have users."""
+"""Reason in `Split.dropped`: the row names no user, though held-out rows of its source do."""
 
 Topic = tuple[str, str]
-"""Its kind, and what it is."""
+"""A topic: its kind ("user", "conversation", "tool", "schema") and its value."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """kept: the training rows that stay. dropped: how many went, by source and by what they share."""
+    """Result of `split`. kept: remaining training rows. dropped: number of dropped rows, by source and shared kind."""
 
     kept: list[dict[str, Any]]
     dropped: Counter[tuple[str, str]]
 
 
 def topics_of(row: dict[str, Any], users: re.Pattern[str]) -> set[Topic]:
-    """Topics of a row."""
+    """Return a row's topics; `users` matches names of simulated users."""
     dialogue = [message for message in row["messages"] if message["role"] != "system"]
     turns = [_text(message) for message in dialogue if message["role"] == "user"]
     topics = {("user", name) for name in users.findall(json.dumps(dialogue))}
@@ -221,10 +221,10 @@ def topics_of(row: dict[str, Any], users: re.Pattern[str]) -> set[Topic]:
 
 
 def split(train: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], users: str = USERS) -> Split:
-    """Leave out of `train` what shares a topic with `held_out`.
+    """Drop the rows of `train` that share a topic with `held_out`.
 
-    A user's conversations belong together, and so do a conversation's prompts, whether or not each of them names the
-    user: what one of them shares, all of them share.
+    All conversations of a user belong together, and so do all prompts of a conversation, even those that do not name
+    the user: if one of them shares a topic, all are dropped.
     """
     pattern = re.compile(users)
     learned = [topics_of(row, pattern) for row in train]
@@ -247,7 +247,7 @@ def split(train: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], u
 
 
 def _grown(taken: set[Topic], rows: Sequence[set[Topic]]) -> set[Topic]:
-    """`taken`, with the users and conversations that hang together with it."""
+    """Return `taken` with all users and conversations that rows link to it, directly or through others."""
     while True:
         linked = taken | {topic for topics in rows if _linking(topics) & taken for topic in _linking(topics)}
         if linked == taken:

@@ -1,7 +1,7 @@
-"""Records of a run, written beside what it makes.
+"""Write the records of a run beside its results.
 
 `provenance.json` holds command, revision, versions, data, hardware and time. `run.json` holds the data, the
-configuration and the starting point that a run which goes on must share with the run that began.
+configuration and the starting point, which must be equal when a later run continues it.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _PACKAGES = ("torch", "transformers", "xgrammar", "safetensors", "sglang", "whif
 
 
 def begun(config: TrainConfig, stores: Sequence[FeatureStore]) -> dict[str, Any]:
-    """Everything of `provenance.json` that is known when a run starts."""
+    """Return the part of `provenance.json` that is known when a run starts."""
     return {
         **made_by(_PACKAGES),
         "threads": torch.get_num_threads(),
@@ -37,7 +37,7 @@ def begun(config: TrainConfig, stores: Sequence[FeatureStore]) -> dict[str, Any]
 
 
 def _index(store: FeatureStore) -> bytes:
-    """A shard's records as JSON, which name its data, not their content."""
+    """Return a shard's records as JSON: ids, lengths and offsets of its sequences, not their tokens."""
     return "".join(map(json.dumps, store.records)).encode()
 
 
@@ -45,14 +45,14 @@ RECORD = "run.json"
 
 
 def check_same_run(directory: Path, facts: Mapping[str, Any], *, begun: bool) -> None:
-    """Compare `facts` with those that the run in `directory` began with; keep them where it begins now.
+    """Compare `facts` with those that the run in `directory` began with; a new run writes them instead.
 
     Args:
-        facts: JSON values by name, nested as they like.
-        begun: whether there is something to go on from.
+        facts: JSON values by name, possibly nested.
+        begun: whether the directory holds a run to continue.
 
     Raises:
-        ConfigError: naming what has changed.
+        ConfigError: naming the facts that have changed, with both values.
     """
     record = directory / RECORD
     now = _flat(read_json(json.dumps(facts)))
@@ -76,13 +76,13 @@ def check_same_run(directory: Path, facts: Mapping[str, Any], *, begun: bool) ->
 
 
 def data_digest(store: FeatureStore) -> str:
-    """SHA-256 of a shard's index and token ids; features follow from them."""
+    """Return the SHA-256 of a shard's index and token ids, which determine its features."""
     tokens = bytes.fromhex(sha256(store.path / "tokens.bin"))
     return hashlib.sha256(_index(store) + tokens).hexdigest()
 
 
 def checkpoint_digest(checkpoint: Path | None) -> str | None:
-    """SHA-256 of a checkpoint's configuration and weights; None for none."""
+    """Return the SHA-256 of a checkpoint's configuration and weights; None if `checkpoint` is None."""
     if checkpoint is None:
         return None
     digest = hashlib.sha256()

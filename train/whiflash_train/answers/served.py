@@ -1,4 +1,4 @@
-"""Answers and features of a target that SGLang's offline engine runs and captures."""
+"""Get a target's answers, and the features of texts, from SGLang's offline engine."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class GeneratedAnswer(NamedTuple):
-    """A finished generation: `tokens` prompt and answer, `states` [len(tokens) - 1, captured + 1, H]."""
+    """A finished generation: `tokens` of prompt and answer, `states` [len(tokens) - 1, captured + 1, H]."""
 
     prompt: PromptRow
     tokens: list[int]
@@ -32,7 +32,7 @@ class GeneratedAnswer(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A prompt that SGLang refuses."""
+    """A prompt that SGLang refuses, with the reason."""
 
     prompt: PromptRow
     reason: str
@@ -40,9 +40,9 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True)
 class ServedTarget:
-    """The target while data are made: it answers prompts, and gives the features of texts.
+    """The running target during data generation: it answers prompts and computes the features of texts.
 
-    template: Jinja text instead of the tokenizer's own. capture: layers whose outputs are the features, ascending.
+    template: Jinja text that replaces the tokenizer's. capture: layers whose outputs are the features, ascending.
     """
 
     engine: "OfflineEngine"
@@ -60,7 +60,7 @@ class ServedTarget:
         *,
         keep_loops: bool = False,
     ) -> Iterator[GeneratedAnswer]:
-        """Yield answers as they finish. Prompts that SGLang refuses, as those that are too long, go to `on_skip`.
+        """Yield answers as they finish. `on_skip` receives the prompts that SGLang refuses, such as too long ones.
 
         A closing loop is cut off unless `keep_loops`.
         """
@@ -72,7 +72,7 @@ class ServedTarget:
                 yield done
 
     def states(self, texts: Iterable[tuple[int, list[int]]]) -> Iterator[tuple[int, Tensor]]:
-        """Features and final states [T, captured + 1, H] of texts, with their keys, as they are done."""
+        """Yield each text's key, and its features and final states [T, captured + 1, H], in the order of completion."""
 
         async def one(key: int, text: list[int]) -> tuple[int, Tensor]:
             try:
@@ -94,14 +94,14 @@ class ServedTarget:
                 max_new_tokens=self.settings.max_new_tokens,
                 **(prompt.grammar or {}),
             )
-            # The token that ends an answer is no part of a loop.
+            # The end token after a loop would hide it, since it breaks the repetition.
             loop = loop_start(answer[:-1] if finished else answer)
             if loop is not None and not keep_loops:
                 answer, finished = answer[:loop], False
             tokens = [*prompt.tokens, *answer]
-            # SGLang takes prompts that are a few tokens shorter than what an answer may fill.
+            # SGLang may refuse this text: its longest prompt is a few tokens shorter than prompt and answer.
             states = await self._features(tokens[:-1])
-        except WhiflashError:  # of this package: no refusal of SGLang's
+        except WhiflashError:  # this package's errors mean a broken engine, not a refused prompt
             raise
         except ValueError as error:
             return Skipped(prompt, str(error))
@@ -121,10 +121,10 @@ def serve(
     seed: int,
     shard: str = "answers",
 ) -> Iterator[ServedTarget]:
-    """The target at `path`, called `name`, in an engine. Tensors that drafters take over from it go to `work/target`.
+    """Run the target at `path` in an engine as `name`. It writes the drafters' first matrices to `work/target`.
 
     Raises:
-        ConfigError: SGLang does not know its layers' outputs, or the engine cannot be started so.
+        ConfigError: SGLang cannot capture these layers' outputs, or the engine does not start with these settings.
     """
     from whiflash_train.engine.offline import EnginePlace, OfflineEngine
 
@@ -139,7 +139,7 @@ def serve(
             "(CUDA_VISIBLE_DEVICES=)"
         )
     threads = {"OMP_NUM_THREADS": hardware.threads} if hardware.threads else {}
-    with patch_environment(**threads):  # the processes that it starts inherit them
+    with patch_environment(**threads):  # the engine's processes inherit it
         engine = OfflineEngine(
             path,
             capture,

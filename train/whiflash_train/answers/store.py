@@ -1,8 +1,8 @@
 """An append-only store of generated sequences and the target's features, safe against being killed.
 
 Layout of a directory: `tokens.bin` (int32), `features.bin` (bf16, `[sum of lengths - 1, vectors, H]`), and
-`index.jsonl`, one line per sequence, written last, when the rest is on the disk. Sequences that the index does not
-name, or the others do not hold, are cut off on reopening, so a reader or a resumed writer sees whole ones only.
+`index.jsonl`, one line per sequence, written last, when the rest is on the disk. Reopening drops sequences that are
+missing in the index or incomplete in the other files, so readers and resumed writers see whole sequences only.
 """
 
 import json
@@ -28,7 +28,7 @@ META = "meta.json"
 
 
 class SequenceRecord(NamedTuple):
-    """One line of the index. length: of prompt and answer. looped: the answer was cut. A store fills offsets in."""
+    """One line of the index. length: of prompt and answer. looped: the answer looped. `append` fills in the offsets."""
 
     id: str
     category: str
@@ -41,12 +41,12 @@ class SequenceRecord(NamedTuple):
 
     @property
     def feature_length(self) -> int:
-        """Rows of features: the last token was never fed to the target."""
+        """Number of feature rows, one less than tokens: the target never read the last token."""
         return self.length - 1
 
 
 class Sequence(NamedTuple):
-    """`tokens` [N] int64; `features` [N - 1, vectors - 1, H]; `final` [N - 1, H] (after the final norm)."""
+    """A stored sequence: `tokens` [N] int64, `features` [N - 1, vectors - 1, H], final states `final` [N - 1, H]."""
 
     record: SequenceRecord
     tokens: Tensor
@@ -55,14 +55,14 @@ class Sequence(NamedTuple):
 
 
 class FeatureStore:
-    """Sequences on disk with hidden states of size `hidden` per token: one for each of `layers`, then the final one;
-    `vectors` counts both.
+    """Stores sequences on disk with hidden states of size `hidden` for each token: the outputs of `layers`, then the
+    final state. `vectors` counts all of them.
     """
 
     def __init__(self, path: Path, *, hidden: int, layers: list[int]) -> None:
-        """Open or create; `records` are those that the files hold whole.
+        """Open or create the store; `records` has the sequences that are complete in all files.
 
-        Raises `ValueError` where the directory was written with other layers or sizes, or its `meta.json` is damaged.
+        Raises `ValueError` if the directory was written with other layers or sizes, or its `meta.json` is damaged.
         """
         path.mkdir(parents=True, exist_ok=True)
         self.path, self.vectors, self.hidden, self.layers = path, len(layers) + 1, hidden, layers
@@ -83,11 +83,11 @@ class FeatureStore:
 
     @property
     def bytes_used(self) -> int:
-        """Bytes of tokens and features that the index names."""
+        """Bytes that the tokens and features of all indexed sequences take."""
         return sum(self._ends().values())
 
     def truncate_to_index(self) -> None:
-        """Drop what a killed writer left behind. Call once, before the first `append`."""
+        """Drop incomplete sequences of a killed writer. Call once, before the first `append`."""
         for path, end in self._ends().items():
             with path.open("ab") as file:
                 file.truncate(end)
@@ -99,7 +99,7 @@ class FeatureStore:
     def append(self, record: SequenceRecord, tokens: list[int], states: Tensor) -> None:
         """Add one sequence: `states` [length - 1, vectors, H]. Offsets in `record` are filled in here.
 
-        Raises `OSError` (no space) with everything before it intact.
+        Raises `OSError` (no space); all earlier sequences stay intact.
         """
         record = record._replace(token_offset=self._token_end(), feature_offset=self._feature_end())
         if states.shape != (record.feature_length, self.vectors, self.hidden):
@@ -113,7 +113,7 @@ class FeatureStore:
         self.records.append(record)
 
     def read(self, record: SequenceRecord) -> Sequence:
-        """One sequence, copied into memory."""
+        """Read the sequence of `record` into memory."""
         raw = np.fromfile(
             self.path / "features.bin",
             dtype=np.int16,
@@ -124,7 +124,7 @@ class FeatureStore:
         return Sequence(record, self.read_tokens(record), states[:, :-1], states[:, -1])
 
     def read_tokens(self, record: SequenceRecord) -> Tensor:
-        """Token ids [length] int64 of one sequence."""
+        """Read the token ids [length] int64 of the sequence of `record`."""
         tokens = np.fromfile(
             self.path / "tokens.bin", dtype=np.int32, count=record.length, offset=record.token_offset * 4
         )
@@ -147,9 +147,9 @@ def has_answers(path: Path) -> bool:
 
 
 def unique_answers(stores: Iterable[FeatureStore]) -> list[tuple[FeatureStore, SequenceRecord]]:
-    """Every answer of `stores`, but one a prompt: where shards answered the same prompt, the first one's.
+    """Return the answers of `stores`, one per prompt; if several shards answered it, the first shard's answer.
 
-    Two answers to a prompt are the target's two ways out of a tie; together they would count for twice as much.
+    Two answers to a prompt differ only by rounding; with both, the prompt would count twice.
     """
     first_answers: dict[str, tuple[FeatureStore, SequenceRecord]] = {}
     for store in stores:
@@ -160,7 +160,7 @@ def unique_answers(stores: Iterable[FeatureStore]) -> list[tuple[FeatureStore, S
 
 @contextmanager
 def alone(directory: Path, name: str = ".lock") -> Iterator[None]:
-    """Keep other runs from a directory, which is made, by a lock of that name. Raises ConfigError: one works in it."""
+    """Lock a directory by its file `name`; makes it if missing. Raises ConfigError if another run has the lock."""
     directory.mkdir(parents=True, exist_ok=True)
     try:
         lock = locked(directory, name).acquire(blocking=False)
@@ -180,7 +180,7 @@ def _append(path: Path, data: bytes) -> None:
 
 
 def _shape(directory: Path) -> dict[str, Any]:
-    """Content of `META`, with all of its keys. Raises ConfigError."""
+    """Read a store's `META`, with all of its keys. Raises ConfigError if it is damaged."""
     try:
         stored = read_json_file(directory / META)
         return {"vectors": stored["vectors"], "hidden": int(stored["hidden"]), "layers": stored["layers"]}
@@ -203,9 +203,9 @@ def _read_index(path: Path) -> list[SequenceRecord]:
 
 
 def open_stores(config: TrainConfig) -> list[FeatureStore]:
-    """Every shard that `whiflash train --step data` has written so far under the work directory.
+    """Open every shard that `whiflash train --step data` has written so far under the work directory.
 
-    Raises `ValueError` where a shard holds other layers than the configuration captures.
+    Raises `ValueError` if a shard has other layers than the configuration captures.
     """
     return [
         FeatureStore(path, hidden=_shape(path)["hidden"], layers=config.capture)

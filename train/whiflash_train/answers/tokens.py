@@ -1,10 +1,11 @@
-"""Generated token ids in one small file, and features computed again from them.
+"""Export generated token ids to one small file, and recompute their features.
 
-Features take 7 KB a token and are cheap to recompute (one forward over a whole sequence); the token ids take two
-bytes and were expensive to generate, so they are what is kept.
+Features take 7 KB per token and are cheap to recompute (one forward over a whole sequence). Token ids take two bytes
+and are expensive to generate, so the file holds only them.
 
-Two shards may have answered one prompt. A shard answers with continuous batching, so the shapes of its products depend
-on what else it answers, and bf16 rounds them differently: where two tokens are nearly as good, greedy answers part.
+Two shards may have answered the same prompt differently. The shapes of a shard's products depend on its
+other requests (continuous batching), and bf16 rounds differently: greedy answers diverge where two tokens are nearly
+equally likely.
 """
 
 import zlib
@@ -26,11 +27,11 @@ from whiflash_train.answers.store import FeatureStore, SequenceRecord, unique_an
 _SMALL_VOCABULARY = 2**16
 _FIELDS = {"lengths": "length", "prompt_lengths": "prompt_length", "ids": "id", "categories": "category"}
 _FIELDS |= {"looped": "looped", "finished": "finished"}
-"""Arrays of a file, one entry a sequence, and the fields of a `SequenceRecord` that they hold."""
+"""Array of a file, with one entry per sequence → the field of `SequenceRecord` that it holds."""
 
 
 def export_tokens(stores: Sequence[FeatureStore], path: Path) -> int:
-    """Write every stored sequence, one a prompt, to a compressed .npz; returns the number of tokens.
+    """Write the stored sequences, one for each prompt, to a compressed .npz; returns the number of tokens.
 
     Arrays: `tokens` (uint16 if the ids fit, else int32), and the keys of `_FIELDS`.
     """
@@ -46,9 +47,9 @@ def export_tokens(stores: Sequence[FeatureStore], path: Path) -> int:
 
 
 class Exported:
-    """An `export_tokens` file: entry i of `columns` ("tokens" apart) and `tokens(i)` [N] int64 are a sequence.
+    """Reads a file of `export_tokens`. Sequence i is entry i of `columns` (except "tokens") and `tokens(i)` [N] int64.
 
-    Raises ConfigError where the file is missing or is no such file.
+    Raises ConfigError if the file is missing or has another content.
     """
 
     def __init__(self, path: Path, columns: Iterable[str] = ("lengths", "prompt_lengths", "ids")) -> None:
@@ -63,31 +64,31 @@ class Exported:
             ) from None
 
     def tokens(self, index: int) -> Tensor:
-        """Prompt and answer."""
+        """Return the token ids [N] int64 of sequence `index`, prompt and answer."""
         end = int(self._ends[index])
         ids = self.columns["tokens"][end - int(self.columns["lengths"][index]) : end]
         return torch.from_numpy(ids.astype(np.int64))
 
     def firsts(self) -> list[int]:
-        """The first sequence of every prompt, ascending: there are more where shards answered the same prompt."""
+        """Return the index of each prompt's first sequence, ascending. Shards may have answered the same prompt."""
         return sorted(np.unique(self.columns["ids"], return_index=True)[1].tolist())
 
 
 def rebuild_features(
     path: Path, target: ServedTarget, store: FeatureStore, prompts: Collection[str] | None = None
 ) -> int:
-    """Run the target over the sequences of an `export_tokens` file and append what `store` lacks; returns how many.
+    """Run the target over the sequences of an `export_tokens` file, and append those that `store` lacks.
 
-    Resumable: sequences that the store holds are passed over. The first of several answers to a prompt counts.
+    Returns the number of appended sequences. A rerun skips stored sequences. Each prompt's first answer is used.
 
     Args:
-        prompts: ids of those to take; None for all.
+        prompts: ids of the prompts to use; None for all.
     """
     exported = Exported(path, _FIELDS)
     stored = {record.id for record in store.records}
     wanted = {name for name in exported.ids if name not in stored and (prompts is None or name in prompts)}
     missing = [index for index in exported.firsts() if exported.ids[index] in wanted]
-    # All but the last token, which the target was never fed.
+    # The last token is left out, because the target never read it when it generated the answer.
     texts = ((index, exported.tokens(index)[:-1].tolist()) for index in missing)
     with progress() as bar:
         task = bar.add_task("recomputing features", total=len(missing))
