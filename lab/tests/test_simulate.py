@@ -7,9 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from whiflash_lab import simulate
-from whiflash_lab.simulate import DRAFTS, FIXED, H100, PAIR, ROW, Host, SimulatedLoad, Simulation, continuing
+from whiflash_lab.simulate import DRAFTS, FIXED, H100, PAIR, ROW, Host, SimulatedLoad, Simulation
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.drafts import arms
+from whiflash_sglang.drafts.rates import continuing
 
 FIGURES = Path(__file__).parents[2] / "results/gpu/shaped.json"
 

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Forecast
+from whiflash_sglang.drafts.rates import continuing
 from whiflash_sglang.files.jsonl import read_json_file
 from whiflash_sglang.prices.round_clock import RoundTime
 from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
@@ -44,15 +45,6 @@ ACCEPTANCE = {
     "MT-Bench": {arms.AR: 3.86, arms.DIFFUSION: 3.16},
 }
 """Tokens a round. EAGLE-3: Llama-3.1-8B, 7 steps (SpecForge). DFlash: Qwen3-8B, 15 drafts, T = 1 (AngelSlim)."""
-
-
-def continuing(mean: float, most: int) -> float:
-    """The chance r that a draft is followed by another, if of up to `most` there are `mean`: 1 + r + … + r^(most-1)."""
-    low, high = 0.0, 1.0
-    for _ in range(27):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(middle**i for i in range(most)) < mean else (low, middle)
-    return low
 
 
 class PublishedPair(NamedTuple):

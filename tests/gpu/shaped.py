@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from served import on_device
 from watched import Memory, Trace, Waits, stepping, watching
 
-from whiflash_sglang.prices.tables import continuing
+from whiflash_sglang.drafts.rates import continuing
 
 LABEL = "8B-shaped target and drafters with random weights; acceptance pinned to the mean recorded on the embedded pair"
 REPORT = Path(__file__).resolve().parents[2] / "results" / "benchmark" / "report.json"

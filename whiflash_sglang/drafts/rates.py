@@ -67,3 +67,15 @@ class Rates:
         """Count an observation of a kind, which was `right` or not."""
         self._right[kind] = self._right[kind] * self._decay + right
         self._seen[kind] = self._seen[kind] * self._decay + 1.0
+
+
+def continuing(mean: float, most: int) -> float:
+    """Return the chance r that a draft is followed by another right one, from a mean of up to `most` tokens a round.
+
+    It solves 1 + r + … + r^(most-1) = `mean`.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(27):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**i for i in range(most)) < mean else (low, middle)
+    return low
