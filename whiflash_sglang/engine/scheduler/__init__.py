@@ -1,1 +1,1 @@
-"""Between SGLang's scheduler and the worker: requests' lives, memory, prices, stops, metrics."""
+"""Connects SGLang's scheduler with the worker: lives of requests, memory, prices, stops, metrics."""

@@ -1,4 +1,4 @@
-"""Reading the worker's state and changing its policy while it serves, over SGLang's internal-state messages."""
+"""Read the worker's state and change its policy while it serves, by SGLang's internal-state messages."""
 
 import asyncio
 import itertools
@@ -19,21 +19,21 @@ from whiflash_sglang.settings.config import PolicyChange, RouterName
 KEY = "whiflash"
 FORGET = f"{KEY}.forget"
 EVERYBODY = -1
-"""In place of a handle."""
+"""The value in place of a tenant's handle that means all tenants."""
 ROUTERS: tuple[str, ...] = get_args(RouterName)
 
 FIRST_PAUSE = 0.01
-"""Seconds before a question is asked again; doubled every time."""
+"""Seconds before the replicas are asked for their states again; doubled every time."""
 
 _questions = itertools.count()
-"""Answers carry their question's process and number: one that comes too late is not taken for another's."""
+"""Numbers of requests for states. An answer has its request's process and number, so a late one is recognised."""
 
 
 async def states_of(manager: Any, seconds: float) -> list[dict[str, Any]]:
-    """Our state of every replica of a server.
+    """Return WHIFLASH's state of every replica of a server.
 
     Args:
-        manager: SGLang's tokenizer manager. seconds: to wait for them.
+        manager: SGLang's tokenizer manager. seconds: to wait for all replicas.
 
     Raises:
         SilentReplicaError: at least one has not answered by then.
@@ -48,11 +48,11 @@ async def states_of(manager: Any, seconds: float) -> list[dict[str, Any]]:
                 states = [answer.internal_state.get(KEY, {}) for answer in answers]
                 if all(state.pop("question", None) == request.rid for state in states):
                     return states
-                # A replica that is an answer behind would stay so: what comes while nobody asks is dropped.
+                # A replica that is one answer behind would stay so, but answers that arrive in this pause are dropped.
                 await asyncio.sleep(pause)
                 pause *= 2
     except TimeoutError:
-        # One question is asked at a time: these are the answers to it, which may be another's, SGLang's own too.
+        # SGLang asks one question at a time. These are the answers to it, which may be somebody else's question.
         heard = [int(answer.rid) for answer in ask._result_values or ()]
         raise SilentReplicaError(heard, ask._fan_out, seconds) from None
 
@@ -63,16 +63,16 @@ def change_request(message: Mapping[str, float]) -> SetInternalStateReq:
 
 
 def state_request() -> GetInternalStateReq:
-    """Make the request that asks a scheduler for our state alone.
+    """Make the request that asks a scheduler for our state only.
 
-    SGLang's own request, which anybody's `GET /server_info` sends, gets no such state: two readings of it reveal
-    what was accepted of the requests that run.
+    SGLang's own request, which anybody's `GET /server_info` sends, does not get this state: two readings of it reveal
+    how many drafts of the running requests were accepted.
     """
     return GetInternalStateReq(rid=f"{KEY}.{os.getpid()}.{next(_questions)}")
 
 
 class InternalState(SchedulerInternalStateController):  # type: ignore[misc]
-    """SGLang's controller, which answers our questions, changes our policy and forgets tenants, too."""
+    """SGLang's controller, which also answers requests for our state, changes our policy and forgets tenants."""
 
     def get_internal_state(self, recv_req: GetInternalStateReq) -> Any:
         replica, worker, rid = get_parallel().dp_rank, self.scheduler.draft_worker, str(recv_req.rid)
@@ -89,7 +89,7 @@ class InternalState(SchedulerInternalStateController):  # type: ignore[misc]
 
 
 def encode(change: dict[str, Any]) -> dict[str, float]:
-    """A valid `PolicyChange` as SGLang's message carries it: numbers only, so a router travels as its index."""
+    """Encode a valid `PolicyChange` for SGLang's message, which carries only numbers: a router becomes its index."""
     values = PolicyChange.model_validate(change).model_dump(exclude_none=True)
     if "router" in values:
         values["router"] = ROUTERS.index(values["router"])
@@ -97,7 +97,7 @@ def encode(change: dict[str, Any]) -> dict[str, float]:
 
 
 def _decoded(key: str, value: Any) -> dict[str, Any]:
-    """A `PolicyChange` of one field. Raises ConfigError for what `encode` would not have made."""
+    """Decode a `PolicyChange` of one field. Raises ConfigError for a value that `encode` does not make."""
     field = key.removeprefix(f"{KEY}.")
     if type(value) not in (int, float):
         raise ConfigError(f"a number is needed (got {value!r})")
@@ -109,7 +109,7 @@ def _decoded(key: str, value: Any) -> dict[str, Any]:
 
 
 def encode_forget(handle: int | None) -> dict[str, int]:
-    """Forget whoever has this handle, or all, as SGLang's message carries it."""
+    """Encode for SGLang's message that the tenant with this handle, or all tenants, shall be forgotten."""
     return {FORGET: EVERYBODY if handle is None else handle}
 
 

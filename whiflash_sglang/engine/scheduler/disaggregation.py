@@ -1,10 +1,10 @@
-"""Prompts that one server computes and another continues (`--disaggregation-mode`).
+"""Serve prompts that one server computes and another continues (`--disaggregation-mode`).
 
-A prefill server sends drafters' KV behind the target's. Requests of a decode server see no prefill: they begin where
-SGLang asks for the first draft input. The last feature does not travel, so drafters that begin with it wait a round.
+A prefill server sends drafters' KV after the target's. A decode server has no prefills: its requests begin when SGLang
+asks for the first draft input. The last feature does not travel, so drafters that begin with it wait a round.
 
-SGLang pairs what is sent and received by place, so both servers have the same drafters. A prefill server's registration
-has a field for layouts of KV, and it carries ours.
+SGLang pairs sent and received buffers by position, so both servers need the same drafters. A prefill server registers
+the layout of its draft KV in SGLang's field for layouts of KV.
 """
 
 from typing import Any
@@ -21,16 +21,16 @@ from whiflash_sglang.engine.scheduler.spec_worker import DraftInput
 
 
 def prefills_only() -> bool:
-    """Whether this server's requests end with their first token here."""
+    """Whether this is a prefill server, where requests end with their first token."""
     return bool(get_disagg().disaggregation_mode == "prefill")
 
 
 def draft_input(batch: Any, bonus: Any, future_map: FutureMap) -> DraftInput:
-    """Input of the first round of the batch's requests. bonus: [B] int64, the first token of each."""
+    """Return the input of the first round of a decode server's batch. bonus: [B] int64, each request's first token."""
     worker = our_worker()
     assert worker is not None, "requests came before the worker was made"
     for req in batch.reqs:
-        copy = req.__dict__.pop("_whiflash_kv", None)  # of one that was retracted
+        copy = req.__dict__.pop("_whiflash_kv", None)  # saved when it was retracted
         if copy is not None:
             worker.primary_draft_kv_pool.load_cpu_copy(copy, slots_of(worker, req))
     worker.adopt(batch)
@@ -49,7 +49,7 @@ def draft_input(batch: Any, bonus: Any, future_map: FutureMap) -> DraftInput:
     until="a worker may name what its KV depends on",
 )
 def _with_layout(original: Any, self: Any, url: str, payload: Any) -> None:
-    """A prefill server registers what its draft KV was made with, in the field for layouts of KV."""
+    """Register what a prefill server's draft KV was made with, in SGLang's field for layouts of KV."""
     worker = our_worker()
     if worker is not None and worker.draft_layout is not None:
         payload = {**payload, "kv_layout": worker.draft_layout}
@@ -57,10 +57,10 @@ def _with_layout(original: Any, self: Any, url: str, payload: Any) -> None:
 
 
 class PreallocQueue(DecodePreallocQueue):  # type: ignore[misc]
-    """SGLang's, which ends a request with a sentence if its prefill server's KV cannot be continued here."""
+    """SGLang's queue, which ends a request with an error if its prefill server's KV cannot be continued here."""
 
     def add(self, req: Any, is_retracted: bool = False, is_rebootstrap: bool = False) -> None:
-        """A room is one request's until its KV is here (sglang #40125)."""
+        """Abort a request whose bootstrap room another one holds until its KV has arrived (sglang #40125)."""
         late = (waiting for waiting, *_ in self.transfer_queue._deferred_releases)
         rooms = {w.req.bootstrap_room for w in (*self.queue, *self.transfer_queue.queue, *late)}
         again = is_retracted or is_rebootstrap or req.bootstrap_host == FAKE_BOOTSTRAP_HOST
@@ -78,18 +78,19 @@ class PreallocQueue(DecodePreallocQueue):  # type: ignore[misc]
         if reason is None:
             super()._init_receiver(decode_req, prefill_dp_rank)
             return
-        # The record stays: asking again would wait for the other server in the scheduler's loop. A server that is
-        # restarted misses heartbeats, and then SGLang drops it.
+        # The prefill server's record stays, since asking that server again would block the scheduler's loop. If it is
+        # restarted, it misses heartbeats, and SGLang drops the record.
         manager.record_failure(receiver.bootstrap_room, reason)
         manager.update_status(receiver.bootstrap_room, KVPoll.Failed)
         receiver.conclude_state = KVPoll.Failed
 
 
 def mismatch(worker: Any, info: Any, ranks: int, address: str) -> str | None:
-    """Why a prefill server's KV cannot be continued here, if it cannot.
+    """Return why a prefill server's KV cannot be continued here; None if it can.
 
     Args:
-        info: SGLang's record of it. ranks: of this server that share attention. address: where it registers.
+        info: SGLang's record of that server. ranks: number of this server's that attend together. address: of its
+            registration.
     """
     if info.kv_layout != worker.draft_layout:
         return (

@@ -1,5 +1,5 @@
-"""Draft KV as SGLang copies it beside the target's: to host memory and back, and from a prefill server to a decode
-server. To SGLang all drafters' KV is one more pool at the target's slots.
+"""Let SGLang copy draft KV with the target's: to host memory and back, and from a prefill server to a decode server. To
+SGLang all drafters' KV is one more pool at the target's slots.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ COPYING = "--enable-hierarchical-cache and --disaggregation-mode"
 
 
 class DraftPool(MHATokenToKVPool):  # type: ignore[misc]
-    """All drafters' layers, one after the other, over the tensors that the drafters hold.
+    """A pool of SGLang's over the KV tensors of all drafters, whose layers follow one another.
 
     Args:
-        target: the target's pool, whose slots it shares. kvs: of the drafters, by arm. layers: of the target, with
-            each of which one of the drafters' is loaded from the host.
+        target: the target's pool, whose slots it shares. kvs: the drafters' KV, by arm. layers: number of the target's;
+            with each of them SGLang loads one of the drafters' from the host.
 
     Raises:
         ConfigError: one pool of SGLang's cannot hold them.
@@ -74,7 +74,7 @@ def copies_kv() -> bool:
 
 
 def pool_of(target: Any, drafters: Mapping[str, KVDrafter]) -> DraftPool | None:
-    """Pool that is copied beside the target's; None without drafters with KV. target: the wrapped target."""
+    """Return the pool to copy beside the target's; None if no KV is copied or no drafter has KV. target: wrapped."""
     if not drafters or not copies_kv():
         return None
     kvs = {arm: drafter.kv for arm, drafter in drafters.items()}
@@ -82,15 +82,15 @@ def pool_of(target: Any, drafters: Mapping[str, KVDrafter]) -> DraftPool | None:
 
 
 def layout_of(target: Any, drafters: Mapping[str, KVDrafter]) -> str | None:
-    """Equal for servers that can read each other's copies; None if plain SGLang can, and if nothing is copied.
+    """Return a name that servers share if they can read each other's copies; None if plain SGLang can, or copies none.
 
-    A page has the drafters' KV, and all layers of the target or those without windows.
+    A page has the drafters' KV, and that of all layers of the target or of those without windows.
     """
     if not copies_kv():
         return None
     two_pools = isinstance(target.runner.token_to_kv_pool, BaseSWAKVPool)
     if not drafters:
-        # Plain SGLang has two.
+        # Plain SGLang has two pools for a target with windows.
         return "whiflash-one-pool" if not two_pools and has_windows(target.runner.model_config) else None
     models = {arm: drafter.model for arm, drafter in drafters.items()}
     return f"whiflash-{_digest(models)}{'-two-pools' if two_pools else ''}"

@@ -1,11 +1,11 @@
-"""SGLang's own figures of speculation: of the rounds that ran and the drafts that were proposed.
+"""Make SGLang's own figures of speculation count the rounds that ran and the drafts that were proposed.
 
-Upstream takes every step for one forward that proposes the widest block to every request. Here a step has several
-rounds, and a round proposes what was expected to pay. How many rows a forward verified upstream counts where a
-drafter sets it from request to request: its `cap` figures (the bonus token's row among them), which the worker fills.
-Rows less forwards are the drafts, and the acceptance rates are put on them.
+Upstream counts every step as one forward that proposes the widest block to every request. Here a step may have several
+rounds, and a round proposes only drafts that are expected to pay. Upstream has figures for drafters that choose the
+number of rows per request: its `cap` figures, which count the bonus token's row too, and the worker fills them. Rows
+minus forwards are the drafts, by which the acceptance rates are computed.
 
-Requests for them on an OpenAI route (`return_spec_tokens_details`) get them in vLLM's shape, too, which harnesses read.
+OpenAI requests with `return_spec_tokens_details` also get the figures in vLLM's form, which benchmark harnesses read.
 """
 
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ from whiflash_sglang.engine.patching import around
 
 
 def accept_rate(accepted: int, proposed: int) -> float:
-    """Share of the drafts that were right; 0 where nothing was proposed, as upstream has it."""
+    """Return the share of the proposed drafts that were accepted; 0 if none was proposed, as upstream does."""
     return accepted / proposed if proposed else 0.0
 
 
 class MetricsReporter(SchedulerMetricsReporter):  # type: ignore[misc]
-    """SGLang's, of a scheduler of ours: counts, log lines, Prometheus."""
+    """SGLang's reporter of counts, log lines and Prometheus metrics, in a scheduler of ours."""
 
     spec_num_correct_drafts: Any
 
@@ -37,7 +37,7 @@ class MetricsReporter(SchedulerMetricsReporter):  # type: ignore[misc]
         num_cap_tokens: int = 0,
         **named: Any,
     ) -> None:
-        """Upstream counts one forward of every request a step; each forward commits one token that is no draft.
+        """Count all forwards of a step, of which upstream counts one. Each commits one token that is no draft.
 
         All but the last of a step verify one row of every request.
         """
@@ -48,14 +48,14 @@ class MetricsReporter(SchedulerMetricsReporter):  # type: ignore[misc]
         )
 
     def report_decode_stats(self, *args: Any, **named: Any) -> None:
-        """Upstream divides accepted drafts by forwards times the widest block, in the middle of its report: the
-        dividend is scaled for as long as it takes, so that the quotient is the rate.
+        """Report the rate of proposed drafts. Upstream divides accepted drafts by forwards times the widest block in
+        the middle of its report, so the dividend is scaled during the call to make the quotient that rate.
         """
         accepted, forwards = self.spec_num_correct_drafts, self.spec_num_forward_ct
         rate = accept_rate(accepted, self.spec_num_cap_tokens - forwards)
         self.spec_num_correct_drafts = rate * forwards * (get_spec().speculative_num_draft_tokens - 1)
         super().report_decode_stats(*args, **named)
-        if self.spec_num_forward_ct:  # it was not time to report, and counting goes on
+        if self.spec_num_forward_ct:  # it was not yet time to report, so counting goes on
             self.spec_num_correct_drafts = accepted
 
 
@@ -66,7 +66,7 @@ class MetricsReporter(SchedulerMetricsReporter):  # type: ignore[misc]
     until="it rates by its own `cap` figures",
 )
 def _of_an_answer(original: Any, self: Any, meta_info: dict[str, Any], recv_obj: Any, i: int) -> None:
-    """Figures of an answer count the drafts that were proposed."""
+    """Compute the figures of an answer from the drafts that were proposed."""
     original(self, meta_info, recv_obj, i)
     if asks_for_ours(self.server_args) and "spec_num_proposed_drafts" in meta_info:
         proposed = recv_obj.spec_num_cap_tokens[i] - recv_obj.spec_verify_ct[i]
@@ -79,8 +79,8 @@ DETAILS = "spec_tokens_details"
 
 
 def acceptance_in(answer: Mapping[str, Any]) -> dict[str, Any] | None:
-    """vLLM's `metrics` of an OpenAI answer or a chunk, from SGLang's `spec_tokens_details` of its one choice; None
-    without these, or of several choices.
+    """Return vLLM's `metrics` for an OpenAI answer or chunk, from SGLang's `spec_tokens_details` of its one choice;
+    None without these details, or with several choices.
 
     A round that drafted nothing is a step that accepted nothing. The histogram has a count for every number of drafts
     that fits a block. Source: github.com/vllm-project/vllm/pull/48915.

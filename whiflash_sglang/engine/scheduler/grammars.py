@@ -1,4 +1,4 @@
-"""SGLang's grammars, as far as the structure arm needs them."""
+"""Read SGLang's grammars for the structure arm."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ class RequestGrammar:
     def matcher(self, vocabulary: Vocabulary) -> Matcher | None:
         grammar = own_grammar(self._req)
         if isinstance(grammar, ReasonerGrammarObject):
-            # While the model thinks nothing is constrained, and it stops whenever it likes.
+            # Nothing is constrained while the model thinks, and it may stop thinking at any token.
             active = getattr(grammar, "reasoning_in_grammar", False) or grammar._is_generation()
             grammar = grammar.grammar if active else None
         if grammar is None or grammar.is_terminated():
@@ -45,11 +45,11 @@ class RequestGrammar:
         if isinstance(grammar, XGrammarGrammar):
             searched = None if is_plain(self.schema) else vocabulary
             return XGrammarMatcher(grammar.matcher, searched, grammar.vocab_size)
-        # Its module is imported only where it serves. Another backend (outlines) cannot be asked token by token.
+        # llguidance is known by this member, since its module is imported only if it serves. Outlines has no matcher.
         guidance = getattr(grammar, "ll_matcher", None)
         return None if guidance is None else GuidanceMatcher(guidance, vocabulary.encode)
 
 
 def grammar_of(req: Any) -> Grammar | None:
-    """Constraint of a request; None: nothing constrains it."""
+    """Return the constraint of a request; None if nothing constrains it."""
     return None if own_grammar(req) is None else RequestGrammar(req)

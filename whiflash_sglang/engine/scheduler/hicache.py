@@ -1,4 +1,4 @@
-"""Draft KV follows the target's into host memory and storage (`--enable-hierarchical-cache`).
+"""Copy draft KV with the target's to host memory and storage (`--enable-hierarchical-cache`).
 
 To SGLang the drafters' pool (`DraftPool`) is a sidecar: copied with the target's pages, loaded before the target's last
 layer, and required of every page that storage offers.
@@ -17,7 +17,7 @@ from whiflash_sglang.engine.scheduler.releases import flush, our_worker
 
 
 def plan(pool: DraftPool | None) -> HiCacheDraftPlan:
-    """The pools that SGLang copies beside the target's KV: none without a host tier, or without drafters with KV."""
+    """Return SGLang's plan with the pool to copy beside the target's KV; empty without a host tier or draft KV."""
     if pool is None or not get_memory().enable_hierarchical_cache:
         return HiCacheDraftPlan()
     return HiCacheDraftPlan(HiCacheDraftMode.SIDECAR, (pool,))
@@ -29,8 +29,8 @@ def plan(pool: DraftPool | None) -> HiCacheDraftPlan:
     until="SGLang asks its worker before it copies",
 )
 def _flushing_first(original: Any, self: HiCacheController) -> None:
-    """All copies to the host are submitted here, also those of slots that were released a moment ago: what is parked
-    of these is ingested first.
+    """Ingest the parked features of requests that ended before SGLang submits copies to the host. All copies are
+    submitted here, also those of slots that were released a moment ago.
     """
     worker = our_worker()
     if self.write_queue and worker is not None:
@@ -45,10 +45,10 @@ def _flushing_first(original: Any, self: HiCacheController) -> None:
     until="a sidecar names what its pages depend on",
 )
 def _of_these_drafters(original: Any, model_name: str | None, host_pool: Any) -> str | None:
-    """Storage is keyed by the drafters, too.
+    """Key storage by the drafters, too.
 
-    It outlives the server. Another pair would read this one's draft KV, a server without drafters has keys of another
-    kind, and one whose windowed layers have a pool of their own other pages.
+    Storage outlives the server. Other drafters would read this server's draft KV, a server without drafters has keys of
+    another kind, and one whose windowed layers have a pool of their own stores other pages.
     """
     name: str | None = original(model_name, host_pool)
     worker = our_worker()
@@ -64,7 +64,7 @@ def _of_these_drafters(original: Any, model_name: str | None, host_pool: Any) ->
     until="a sidecar may decline a page",
 )
 def _while_whole(original: Any, self: UnifiedRadixCache, node_id: Any) -> None:
-    """Nothing is stored once a drafter's KV has holes: here it drafts no more, but the next server's would."""
+    """Store nothing once a drafter's KV has holes: it drafts no more on this server, but would on the next one."""
     worker = our_worker()
     if worker is None or all(map(worker.quarantine.ingests, worker.kv_arms)):
         original(self, node_id)

@@ -1,16 +1,16 @@
-"""The drafters' share of the KV budget, room for what is reserved beyond a request's text, and the largest sampled
-verification, once at the start.
+"""Reserve memory before SGLang sizes its pools: for draft KV and rings, for slots beyond a request's text, and for
+sampling the largest verification, which is tried once at the start.
 
-SGLang sizes its KV pool from bytes per token and a fixed overhead. Both drafters keep KV beside every target
-slot, and the rings are allocated up front, so both numbers grow by what the worker reserves.
+SGLang sizes its KV pool from bytes per token and a fixed overhead. Drafters keep KV beside every target slot, and the
+rings are allocated up front, so both numbers grow by what the worker reserves.
 
 A decoding request holds slots for two blocks beyond its text, but with pages of one token a row of the request table
-has room for little more than one behind the context's end: near it the write would leave the row.
+has room for little more than one beyond the context, so that near its end the write would leave the row.
 
-Greedy verifications need little beside the graph that they replay. A sampled one copies logits, a few rows at a time,
-and sorts probabilities, and it may come first when the KV pool has taken the rest. So the pool leaves it room
-(`sampling_bytes`), and the scheduler lets the worker run it before the first request: what does not fit ends the start,
-not a request.
+Greedy verifications need little memory beside the graph that they replay. A sampled one copies logits, a few rows at a
+time, and sorts probabilities, and the first may come when the KV pool has taken the rest. So the pool leaves room for
+it (`sampling_bytes`), and the worker runs it before the first request: if it does not fit, the start fails and not a
+request.
 """
 
 import logging
@@ -36,22 +36,22 @@ from whiflash_sglang.engine.scheduler.releases import our_worker
 from whiflash_sglang.errors import ConfigError
 
 LOGIT_BYTES = 26
-"""Bytes that sampling may take at its peak for one logit, the copy that it works in included. The way that sorts,
-torch's own top-k and top-p, is held to it by `tests/worker/test_rehearsal.py`; FlashInfer's sorts nothing.
+"""Bytes that sampling may take at its peak for one logit, its working copy included. `tests/worker/test_rehearsal.py`
+checks this for torch's own top-k and top-p, which sort; FlashInfer's do not.
 """
 
 
 def sampling_bytes(rows: int, vocabulary: int) -> int:
-    """Bytes that sampling `rows` rows takes at its peak."""
+    """Return the bytes that sampling `rows` rows takes at its peak."""
     return min(rows, sampling.SAMPLED_ROWS) * vocabulary * LOGIT_BYTES
 
 
 def rehearse_sampling(runner: Any, rows: int) -> None:
-    """Sample `rows` rows, or as many as are sampled at once, with everything on that takes memory, on the runner's
+    """Sample `rows` rows, or as many as are sampled at once, with all options that take memory, on the runner's
     device.
 
     Raises:
-        ConfigError: there is no room for it.
+        ConfigError: the device has no memory left for it.
     """
     vocabulary, device, rows = runner.model_config.vocab_size, runner.device, min(rows, sampling.SAMPLED_ROWS)
     info = SamplingBatchInfo(
@@ -84,7 +84,7 @@ logger = logging.getLogger("whiflash_sglang")
 class Reservation:
     """Memory that a worker asks for: bytes per KV slot, and bytes independent of the slots.
 
-    rows: those of the largest verification. whole: bytes of a KV slot with the target's, once the pools are sized.
+    rows: of the largest verification. whole: bytes of a KV slot of target and drafters, once the pools are sized.
     """
 
     per_token: int
@@ -96,11 +96,11 @@ class Reservation:
 def reserve(
     parts: Mapping[str, int], *, per_token: int, requests: int, widest: int, device: torch.device
 ) -> Reservation:
-    """Called by the worker before the pools are sized.
+    """Return the worker's reservation, which it makes before the pools are sized.
 
     Args:
-        parts: bytes of what it allocates for up to so many requests, by name. per_token: of the drafters' KV. widest:
-            most rows of a request.
+        parts: bytes that the worker allocates for `requests` requests, by name. per_token: bytes of the drafters' KV.
+            widest: most rows of a request.
     """
     reservation = Reservation(per_token, sum(parts.values()), requests * widest)
     if device.type == "cuda":
@@ -115,18 +115,18 @@ def reserve(
 
 
 def request_rows(requests: int) -> int:
-    """Rows of the request table for so many that run. A decode server has more, of requests that arrive."""
+    """Return the rows of the request table for `requests` running ones. A decode server has more, for arriving ones."""
     disaggregation = get_disagg()
     decodes = disaggregation.disaggregation_mode == "decode"
     return requests + 1 + (disaggregation.disaggregation_decode_extra_slots or 0 if decodes else 0)
 
 
 def for_requests(target: Any, requests: int, widest: int, end_bytes: int) -> dict[str, int]:
-    """Bytes for so many requests beside their rings: tables of text and of stops, and what verifying them takes.
+    """Return the bytes, by part, that `requests` requests take beside their rings: tables, graphs and sampling.
 
-    Upstream sizes its reserve for graphs and activations by requests and by the prefill's chunk. It does not know of
-    verified rows: their logits in 32 bits, each graph's features, and what sampling all of them takes. On a
-    CPU nothing is sized by what is left, so that part is left out there.
+    Upstream sizes its reserve for graphs and activations by requests and by the prefill's chunk. It does not include
+    verified rows: their logits in 32 bits, each graph's features, and the sampling of all rows. On a CPU no pool is
+    sized by the memory that is left, so that part is left out there.
 
     Args:
         target: the wrapped target, whose capture has been set. widest: most rows of a request. end_bytes: what the end
@@ -141,7 +141,7 @@ def for_requests(target: Any, requests: int, widest: int, end_bytes: int) -> dic
     vocabulary, kept = target.shape.vocab_size, 0
     if graphs.enabled(target.device):
         row_bytes = target.row_bytes + end_bytes
-        # Tables of attention are in SGLang's own reserve for graphs.
+        # SGLang's own reserve for graphs covers attention's tables.
         kept = graphs.bytes_for(requests, widest, vocabulary=vocabulary, row_bytes=row_bytes)
     sampled = sampling_bytes(graphs.most_rows(requests, widest), vocabulary)
     return {"tables": table, "graphs": kept, "sampling": sampled}
@@ -154,7 +154,7 @@ def for_requests(target: Any, requests: int, widest: int, end_bytes: int) -> dic
     until="it sizes them by verified rows",
 )
 def _holding_verified_rows(original: Any, self: Any, *args: Any, max_batch_size: int, **named: Any) -> None:
-    """Records of a forward (routed experts, an indexer's choices), which SGLang sizes by prefills and requests."""
+    """Make records of a forward (routed experts, an indexer's choices) large enough for all verified rows."""
     worker = our_worker()
     rows = 0 if worker is None else worker.reservation.rows
     original(self, *args, max_batch_size=max(max_batch_size, rows), **named)
@@ -166,7 +166,7 @@ def _holding_verified_rows(original: Any, self: Any, *args: Any, max_batch_size:
     until="SGLang makes rows as long as it reserves",
 )
 def _holding_the_reserve(original: Any) -> int:
-    """Rows of the request table have room for what is reserved. Columns of a request's row beyond the context."""
+    """Make rows of the request table long enough for reserved slots. Returns their columns beyond the context."""
     reserve = get_alloc_reserve_per_decode() if serves_ours() else 0
     return max(int(original()), reserve)
 
@@ -178,7 +178,7 @@ def _holding_the_reserve(original: Any) -> int:
     until="a worker may reserve bytes",
 )
 def _accounting(original: Any, kvc: Any, *args: Any, **kwargs: Any) -> Any:
-    """Pools leave room for draft KV and rings."""
+    """Leave room for draft KV and rings when SGLang sizes its pools."""
     configurator = original(kvc, *args, **kwargs)
     worker = our_worker()
     if worker is None or kvc.is_draft_worker:

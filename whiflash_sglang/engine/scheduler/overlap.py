@@ -1,4 +1,4 @@
-"""Under overlap scheduling: results that come when the next round runs, and work between two forwards."""
+"""Handle overlap scheduling: results that arrive while the next round runs, and work between two forwards."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +13,8 @@ from whiflash_sglang.records.core import Results, Verified
 
 
 def carry(output: Any, results: Download[Results], learn: Callable[..., object]) -> list[list[int]]:
-    """Have the results travel with `output`, SGLang's record of the forward, until the scheduler processes it and
-    `learn` takes them. Returns what is known of the round's tokens: nothing.
+    """Attach the results to `output`, SGLang's record of the forward, until the scheduler processes it and `learn`
+    takes them. Returns the round's tokens that the host knows yet: an empty list.
     """
     results.learn = learn
     output.auxiliary_device_output = append_auxiliary_output(output.auxiliary_device_output, results)
@@ -23,9 +23,9 @@ def carry(output: Any, results: Download[Results], learn: Callable[..., object])
 
 @contextmanager
 def behind_forward(runner: Any) -> Iterator[None]:
-    """Work issued here runs after the forward that is under way, and before the scheduler's next work.
+    """Order the work that is issued in this context after the current forward and before the scheduler's next work.
 
-    Its own stream, on which it processes results, is ahead of the forward. Without overlap scheduling there is one.
+    The scheduler's stream, on which it processes results, is ahead of the forward's. Without overlap there is only one.
     """
     if get_schedule().disable_overlap_schedule:
         yield
@@ -35,14 +35,14 @@ def behind_forward(runner: Any) -> Iterator[None]:
     forward.wait_stream(scheduling)
     with device.stream(forward):
         yield
-    # It read the slot table, which the next batch writes to.
+    # The work reads the slot table, which the next batch writes to.
     scheduling.wait_stream(forward)
 
 
 def attach(batch: Any, verified: Verified, stride: int) -> None:
-    """Arrange hidden states of the packed rows as those of the tokens: `stride` columns a request.
+    """Arrange the packed rows' hidden states as SGLang expects the tokens': `stride` columns a request.
 
-    If a request has fewer rows, others fill the columns: nobody reads them.
+    If a request has fewer rows, other rows fill its columns, which nobody reads.
     """
     if not batch.return_hidden_states:
         return

@@ -1,10 +1,10 @@
-"""Prices of work, measured at the start on requests that are none: tables, or a profile of drafters on a CPU.
+"""Measure prices of work at the start, with made-up requests: tables on CUDA, a profile of drafters on a CPU.
 
-Everything is issued as it will be while serving, by the same functions, from graphs where they were captured: a
-verification for every number of rows at two contexts, a draft of every arm for every size of a group, a catch-up for
-every number of tokens. A clock times it (:mod:`whiflash_sglang.device.clock`): events on a GPU, or the host's.
+Work is issued as it will be while serving, by the same functions, from graphs where they were captured: a verification
+for every number of rows at two contexts, a draft of every arm for every number of requests, a catch-up for every number
+of tokens. A clock times it (:mod:`whiflash_sglang.device.clock`): events on a GPU, or the host's.
 
-Tables are kept for later starts (:mod:`whiflash_sglang.prices.kept`), under all that they depend on.
+Tables are kept for later starts (:mod:`whiflash_sglang.prices.kept`), under a key of all that they depend on.
 
 Nothing is cached yet, so the slot table and the KV slots are free to be used: verified rows read distinct slots, as
 contexts do while serving, and drafts write to the padding slot.
@@ -42,46 +42,46 @@ from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Veri
 from whiflash_sglang.records.core import DraftBatch
 
 LONGEST = 131072
-"""Tokens of context, of all requests together, that verifications are timed with at most.
+"""Largest sum of contexts over all requests, in tokens, with which verifications are timed.
 
-FA3, and `verify_attention` behind Triton attention, cut long prefixes over the chip: a verification takes as long as
+FA3, and `verify_attention` for Triton attention, split long prefixes over the chip: a verification's time depends on
 the sum of contexts, however it is divided, and larger sums are on the line (`results/gpu/verification.json`: 2.7 to
 3.4 ns a token and layer from 32,768 to 819,200 tokens). So servers of any context are timed in seconds.
 """
 
 WALKED = 16384
-"""The same for latent attention: Triton's walks a prefix in one program, which takes up to fifty times as long."""
+"""Largest sum for latent attention: Triton's kernel walks a prefix in one program, up to fifty times as long."""
 
 FLAT = 8192
-"""The shorter context, if the longer one is twice as long. Up to there a cut prefix takes as long as none: each program
-of an H200 has a share of the least size until eight KV heads have 8,448 tokens.
+"""The shorter sum of contexts that is timed, if the longer one is at least twice as long. Up to it a split prefix takes
+no time: each program of an H200 has a share of the smallest size until eight KV heads have 8,448 tokens.
 """
 
 SHORTER = 16
-"""Else the shorter context is this part of the longer one."""
+"""Otherwise the shorter sum is the longer one divided by this."""
 
 BATCHES = (1, 2, 4, 8)
-"""Requests that drafters are profiled with."""
+"""Numbers of requests with which drafters are profiled on a CPU."""
 
 CONTEXT = 32
-"""Tokens that every request of a draft pass pretends to have, if a request may have as many."""
+"""Context in tokens of each made-up request of a draft pass, if the target takes as many."""
 
 TIMINGS = 3
-"""A profile takes the fastest of so many: an arm that looks dear because something else ran at the start is timed again
-only by probes, one that looks cheap by its next round.
+"""Measurements of which a profile takes the fastest. If something else ran at the start and an arm looks slow, only
+probes time it again; an arm that looks fast is timed again by its next round.
 """
 
 PRICED = re.compile(
     "attention|backend|compile|context|deepep|determin|dtype|eager|expert|fp32|fp8|fus|graph|layers|lm_head|lora|moe|nvls|"
     "offload|overlap|page|quant|reduce|size|symm|tf32"
 )
-"""Arguments of a server that may change what work takes, by their names. A price of another server would be wrong for
-good; one more measurement takes seconds.
+"""Names of server arguments that may change how long work takes. A price of another server would stay wrong; measuring
+once more takes seconds.
 """
 
 
 class CatchUps(Protocol):
-    """Members of catch-ups that are timed (`round/catch_up.py`)."""
+    """The members of `round/catch_up.py` by which catch-ups are timed."""
 
     rings: FeatureRings
     arms: tuple[str, ...]
@@ -92,16 +92,16 @@ class CatchUps(Protocol):
 
 
 def costs_of(device: torch.device, width: Callable[[str], int], overlaps: bool) -> Costs:
-    """Prices of routes on a device: looked up where the host's clock would time launches. width: as of `Costs`.
-    overlaps: as of `LookedUpCosts`.
+    """Return the prices of routes on a device: looked up on CUDA, where the host's clock would time only launches, else
+    measured every round. width: as of `Costs`. overlaps: as of `LookedUpCosts`.
     """
     return LookedUpCosts(width, overlaps) if device.type == "cuda" else MeasuredCosts(width)
 
 
 def price(costs: Costs, start: "Start", ranks: Ranks) -> None:
-    """Learn what `costs` must know before the first request: what an earlier start kept, or what is measured now.
+    """Give `costs` the prices that it needs before the first request: kept by an earlier start, or measured now.
 
-    The first process looks for it and keeps it; all measure, or none does.
+    Only the first process reads and writes kept prices; either all processes measure or none does.
     """
     if isinstance(costs, LookedUpCosts):
         kept = KeptPrices(cache_root() / "prices", start.key(ranks.size))
@@ -116,7 +116,7 @@ def price(costs: Costs, start: "Start", ranks: Ranks) -> None:
 
 
 class Start:
-    """A server before its first request. requests: that a batch has at most."""
+    """Times the work of a server before its first request. requests: the most of a batch."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class Start:
         self.host, self.clock, self.requests = host, clock, requests
 
     def key(self, size: int) -> dict[str, str]:
-        """All that prices depend on. size: processes that serve the model."""
+        """Return all that prices depend on, as text by name. size: number of processes that serve the model."""
         runner = self.target.runner
         values = {
             "device": _name(self.target.device),
@@ -144,7 +144,7 @@ class Start:
                 for name, value in sorted(get_context().resolved_server_args_dict().items())
                 if PRICED.search(name)
             },
-            # Memory of a pass says how many rows its head has, which no configuration says.
+            # The memory of a pass shows how many rows its head has, which no configuration holds.
             "drafters": {
                 arm: f"{d.lengths} {d.captured_bytes(self.requests)} {_digest(d.model.config)}"
                 for arm, d in self.passing.items()
@@ -156,7 +156,7 @@ class Start:
         return {name: str(value) for name, value in values.items()}
 
     def tables(self) -> CostTables:
-        """Measure. Waits for the device."""
+        """Measure the prices of all work. Waits for the device."""
         (sizes, most), (short, long) = self._rows(), self._contexts()
         verifications = Verifications.measured(short, long, sizes, partial(self._verification, most))
         wider = {above: self._wider(verifications, above, sizes, most) for above in self._widths()}
@@ -166,14 +166,14 @@ class Start:
         for arm, drafter in self.passing.items():
             lengths = {n: Sizes.measured(groups, partial(self._pass, drafter, n)) for n in drafter.lengths}
             drafts[arm], shorter[arm] = lengths.pop(drafter.max_drafts), lengths
-        # The scheduler would wait for the target's last forward of these in place of the first prefill.
+        # Otherwise the scheduler would wait for the last of these forwards in place of the first prefill.
         self.target.runner.shared_read_done_event = None
         tokens = self._tokens()
         catch_up = {arm: Sizes.measured(tokens, partial(self._catch_up, arm)) for arm in self.sync.arms}
         return CostTables(verifications, drafts, catch_up, shorter, wider, plain)
 
     def profile(self, costs: MeasuredCosts) -> None:
-        """Time drafts that are passes, for a few batch sizes. Every write goes to the engine's padding slot."""
+        """Time the drafters' passes for a few batch sizes. Every write goes to the engine's padding slot."""
         for arm, drafter in self.passing.items():
             for size in (size for size in BATCHES if size <= len(self.target.slot_table)):
                 draft = partial(drafter.draft, self._batch(drafter, drafter.max_drafts, size))
@@ -182,34 +182,34 @@ class Start:
 
     @property
     def _widest(self) -> int:
-        """Rows that a request verifies at most."""
+        """Return the largest number of rows that a request verifies."""
         return widest_of(self.drafters) + 1
 
     def _rows(self) -> tuple[list[int], int]:
-        """Rows of the verifications that are timed, and the most requests of one: the graphs' where there are any."""
+        """Return the numbers of rows to time verifications with, and the most requests of one; the graphs' if any."""
         graphs = self.target.runner.decode_cuda_graph_runner
         if isinstance(graphs, VerifyGraphs):
             return graphs.capture_num_tokens, graphs.requests
         return graded(most_rows(self.requests, self._widest)), self.requests
 
     def _contexts(self) -> tuple[int, int]:
-        """Tokens of context that verifications are timed with."""
+        """Return the shorter and the longer sum of contexts, in tokens, to time verifications with."""
         latent = self.target.runner.model_config.attention_arch == AttentionArch.MLA
         most = min(self.target.context_len - self._widest, self.target.kv_slots)
         long = min(most, WALKED if latent else LONGEST)
         return (long // SHORTER if latent or long < 2 * FLAT else FLAT), long
 
     def _widths(self) -> list[int]:
-        """Rows of a request up to which attention takes its smaller tile; none if no request has more."""
+        """Return, in a list, the most rows of a request for attention's smaller tile; empty if no request has more."""
         config, parallel = self.target.runner.model_config, get_parallel()
         heads = config.get_max_num_attention_heads() // parallel.attn_tp_size
         rows = NARROW // (heads // config.get_num_kv_heads(parallel.attn_tp_size))
         return [rows] if 0 < rows < self._widest and config.attention_arch != AttentionArch.MLA else []
 
     def _wider(self, narrow: Verifications, above: int, sizes: Sequence[int], most: int) -> Verifications:
-        """Price verifications of which each request has more than `above` rows.
+        """Price verifications in which each request has more than `above` rows.
 
-        Measured at the longer context only: what the tile adds is in proportion to the context.
+        They are timed at the longer context only: the extra time of the larger tile is proportional to the context.
         """
         near, far = narrow.at_short, narrow.at_long
 
@@ -226,14 +226,14 @@ class Start:
         )
 
     def _tokens(self) -> list[int]:
-        """Tokens of the catch-ups that are timed."""
+        """Return the numbers of tokens to time catch-ups with."""
         return self.sync.sizes(self.requests * self._widest)
 
     def _pass(self, drafter: Drafter, length: int, requests: int) -> float:
         return measure(partial(drafter.draft, self._batch(drafter, length, requests)), self.clock)
 
     def _batch(self, drafter: Drafter, length: int, requests: int) -> DraftBatch:
-        """A batch of so many requests that are none, with at most `length` drafts each."""
+        """Return a batch of `requests` made-up requests, with at most `length` drafts each."""
         table, context = self.target.slot_table, min(CONTEXT, self.target.context_len)
         rows = torch.arange(requests, device=table.device)
         starts, caps, bonus = (torch.full_like(rows, n) for n in (context, drafter.max_drafts, 0))
@@ -252,9 +252,9 @@ class Start:
         return measure(self.sync.idle(arm, tokens), self.clock)
 
     def _verification(self, requests: int, rows: int, context: int, *, plain: bool = False) -> float:
-        """Seconds for `rows` rows of up to so many requests, which have `context` tokens together.
+        """Time a verification of `rows` rows of up to `requests` requests, with `context` tokens together: seconds.
 
-        plain: in the graph of rounds without drafts, which one row for each request takes; else in a verification's.
+        plain: in the graph of rounds without drafts, with one row for each request; else in a verification's graph.
         """
         target, device = self.target, self.target.device
         count = min(rows, requests)
@@ -277,8 +277,8 @@ class Start:
 
 @contextmanager
 def _spread_slots(target: Target, requests: int, columns: int) -> Iterator[None]:
-    """Requests in rows 1, 2, … that have slots of their own for so many tokens, as far as there are slots, also in a
-    pool of windowed layers.
+    """Give made-up requests in rows 1, 2, … slots of their own for `columns` tokens, as far as there are slots, also in
+    a pool of windowed layers.
     """
     pool = target.runner.token_to_kv_pool
     page = int(pool.page_size)
@@ -304,7 +304,7 @@ def _name(device: torch.device) -> str:
 
 
 def _kernels() -> str:
-    """Equal for kernels of the same sources: versions of a checkout have one number."""
+    """Return a digest of the kernels' sources, since the version number of a checkout does not change with them."""
     sources = sorted(Path(whiflash_kernels.__file__).parent.rglob("*.py"))
     return _digest([source.read_bytes() for source in sources])
 

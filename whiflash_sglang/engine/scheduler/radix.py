@@ -1,4 +1,4 @@
-"""Bigram keys in the radix tree.
+"""Give the radix tree bigram keys.
 
 EAGLE-3's entry p holds the *next* token, so with plain keys the last cached slot before a branch would hold
 another continuation's KV. Upstream turns bigram keys on only for `is_eagle()`; here they are turned on for
@@ -24,7 +24,7 @@ from whiflash_sglang.engine.patching import around
     makes=True,
 )
 def _with_bigrams(original: Any) -> Any:
-    """The tree has bigram keys where EAGLE-3 drafts."""
+    """Give the radix tree bigram keys if EAGLE-3 drafts."""
 
     @wraps(original, updated=())
     def build(*args: Any, **kwargs: Any) -> Any:
@@ -42,7 +42,7 @@ class BigramTree(UnifiedRadixCache):  # type: ignore[misc]
     """
 
     def checkpoint_into_tree(self, req: Any, *, up_to: int, **named: Any) -> None:
-        """A finished request's key ends with its last token, which has no KV: drafters have ingested that pair."""
+        """End a finished request's key with its last token, which has no KV: drafters have ingested that pair."""
         if req.finished():
             up_to = min(up_to + 1, len(req.origin_input_ids) + len(req.output_ids_through_stop))
         super().checkpoint_into_tree(req, up_to=up_to, **named)

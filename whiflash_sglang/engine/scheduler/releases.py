@@ -1,7 +1,6 @@
-"""Every request's arrival, and every end of its KV, retraction and preemption included; SGLang reports neither to its
-worker.
+"""Report every end of a request's KV to the worker, retraction and preemption included.
 
-Its own hook covers finished requests only; `release_kv_cache` is the one function they all go through.
+SGLang's own hook covers finished requests only; `release_kv_cache` is the one function that all ends go through.
 """
 
 from collections.abc import Callable
@@ -23,13 +22,13 @@ _worker: Callable[[], Any] = nobody
 
 
 def notify(worker: Any) -> None:
-    """Functions of SGLang that lead to no scheduler find this worker from now on; it is not kept alive."""
+    """Make `our_worker` return this worker, for patches that get no scheduler. The reference is weak."""
     global _worker
     _worker = ref(worker)
 
 
 def our_worker() -> Any:
-    """The worker of this process's engine; None if that is not one of ours."""
+    """Return the worker of this process's engine; None if the engine does not run WHIFLASH."""
     return _worker() if serves_ours() else None
 
 
@@ -41,11 +40,11 @@ def our_worker() -> Any:
     everywhere=True,
 )
 def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
-    """The worker hears of every end of a request's KV."""
+    """Report every end of a request's KV to the worker."""
     worker = our_worker()
     if worker is not None:
-        saved = req.kv.retraction_backup is not None  # by a decode server that retracts it
-        # A session keeps the slots of a turn that is retracted, too.
+        saved = req.kv.retraction_backup is not None  # a decode server retracts it
+        # A session keeps the slots even of a turn that is retracted.
         kept = checkpoint or saved or (req.session is not None and req.session.streaming)
         worker.stages.lifecycle.released(req, kept=kept)
         if kept and (saved or not worker.flushes_later):
@@ -57,13 +56,13 @@ def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> No
 
 
 def slots_of(worker: Any, req: Any) -> torch.Tensor:
-    """[n] int64, of a request's KV."""
+    """Return the slots of a request's KV, [n] int64."""
     slots: torch.Tensor = worker.target.slot_table[req.kv.req_pool_idx, : req.seqlen - 1].long()
     return slots
 
 
 def flush(worker: Any) -> None:
-    """Ingest what is parked of requests that were released, if there is anything."""
+    """Ingest the parked features of requests that were released, if there are any."""
     if worker.sync.leaving:
         with behind_forward(worker.target.runner):
             worker.sync.flush()
@@ -76,9 +75,9 @@ def flush(worker: Any) -> None:
     until="a session keeps what was computed",
 )
 def _keeping_what_was_computed(original: Any, self: StreamingSession, req: Any) -> bool:
-    """A session keeps a turn's slots up to its last token, which no forward has seen.
+    """Let a session keep a turn's slots up to its last token, which no forward has seen.
 
-    Upstream takes what is allocated for computed: true of plain decoding, which allocates no slot before it needs it.
+    Upstream takes allocated slots for computed ones, as they are in plain decoding, which allocates each when needed.
     """
     session = req.session
     known = len(req.origin_input_ids) + len(req.output_ids_through_stop)
@@ -90,9 +89,9 @@ def _keeping_what_was_computed(original: Any, self: StreamingSession, req: Any) 
 
 
 def clear_turns(turns: dict[str, Any], rid: str | None) -> None:
-    """End a session's turns after that of `rid`, or all, and take them out of it.
+    """End a session's turns after that of `rid`, or all, and remove them from `turns`.
 
-    SGLang deletes from a dictionary that it goes through, and twice where two turns have one id: its scheduler ends.
+    SGLang deletes from the dictionary that it iterates over, and twice if two turns have one id: its scheduler ends.
     """
     waiting = list(turns.values()) if rid is None else []
     if rid is not None and rid in turns:

@@ -1,7 +1,7 @@
-"""Requests for a prompt's log-probabilities alone (`max_new_tokens` 0, `/v1/score`), served as by plain decoding.
+"""Serve requests that want only a prompt's log-probabilities (`max_new_tokens` 0, `/v1/score`) as plain decoding does.
 
-SGLang samples nothing for a batch of them and reads scores at chosen positions, but not with a speculative algorithm:
-an algorithm of its own may draft from what a prefill sampled.
+SGLang samples nothing for a batch of them and reads scores at chosen positions, but not with a speculative algorithm,
+since its own algorithms may draft from the token that a prefill sampled.
 """
 
 from sglang.srt.managers.schedule_batch import Req
@@ -17,7 +17,7 @@ from whiflash_sglang.engine.patching import around
     makes=True,
 )
 def _as_plain(original: property) -> property:
-    """A request for scores alone is served as by plain decoding."""
+    """Serve a request that wants only scores as plain decoding does."""
 
     def is_prefill_only(self: Req) -> bool:
         return self.sampling_params.max_new_tokens == 0 if serves_ours() else bool(original.__get__(self))

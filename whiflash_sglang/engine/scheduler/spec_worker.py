@@ -1,4 +1,4 @@
-"""The scheduler's contract with a speculative worker (spec v2)."""
+"""Convert between SGLang's scheduler and our rounds: its contract with a speculative worker (spec v2)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -54,7 +54,7 @@ class DraftInput(SpecInput):  # type: ignore[misc]
 
 
 def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int]) -> Round:
-    """A round of a decode batch of SGLang's. under_way: rows that earlier rounds verify for the request in a row."""
+    """Make a round of SGLang's decode batch. under_way: for a row id, rows that unfinished rounds verify for it."""
     row_ids = row_ids_of(batch)
     least, most = _lengths(batch, row_ids, under_way)
     budgets = [
@@ -77,17 +77,17 @@ def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int]) -
 
 
 def next_round(batch: Any, turn: Round, done: GenerationBatchResult, tokens: Sequence[list[int]]) -> Round:
-    """The same requests a round later, in the same step of the scheduler; `batch` follows.
+    """Return the next round of the same requests, in the same step of the scheduler. Updates `batch`, too.
 
     done: `round_result` of a round that drafted nothing. tokens: that it committed, per request, on the host.
     """
     lengths = [n + len(run) for n, run in zip(turn.most, tokens, strict=True)]
     starts = done.new_seq_lens
-    # Both stay where they are.
+    # Lengths on the device and on the host are set separately, so that none is copied.
     batch.seq_lens, batch.seq_lens_cpu = starts, torch.from_numpy(np.array(lengths))
     batch.seq_lens_sum = sum(lengths)
     for req in turn.reqs:
-        # Upstream counts the last forward of a step; this one is not the last, and drafted nothing.
+        # Upstream counts only a step's last forward, so this earlier one, with one row and no drafts, is added here.
         req.spec_verify_ct += 1
         req.update_spec_correct_drafts_histogram(0)
         req.spec_num_cap_tokens += 1
@@ -112,8 +112,8 @@ def any_ended(turn: Round, tokens: Sequence[list[int]]) -> bool:
 
 
 def any_tracked(batch: Any, turn: Round, tokens: Sequence[list[int]]) -> bool:
-    """Whether the round of these `tokens` kept a state for the tree: the scheduler looks for that at the end of a
-    step's last round.
+    """Whether the round that committed `tokens` kept a recurrent state for the tree. The scheduler looks for one only
+    at the end of a step's last round.
     """
     every = recurrent.tracks_every(batch)
     return every is not None and any(
@@ -124,7 +124,7 @@ def any_tracked(batch: Any, turn: Round, tokens: Sequence[list[int]]) -> bool:
 def _lengths(
     batch: Any, row_ids: Sequence[int], under_way: Callable[[int], int]
 ) -> tuple[list[int], list[int]]:
-    """n per request, at least and at most: the same if the attention backend asked for it."""
+    """Return lower and upper bounds of each request's n; both exact if the attention backend needs host lengths."""
     if batch.seq_lens_cpu is not None:
         exact = batch.seq_lens_cpu.tolist()
         return exact, exact
@@ -135,7 +135,7 @@ def _lengths(
 
 
 def row_ids_of(batch: Any) -> list[int]:
-    """The requests' rows of the request table."""
+    """Return the requests' rows of the request table."""
     indices = batch.req_pool_indices if batch.req_pool_indices_cpu is None else batch.req_pool_indices_cpu
     rows: list[int] = indices.tolist()
     return rows
@@ -149,14 +149,14 @@ def prefill_rows(
     upload: Upload,
     read: torch.Tensor | None = None,
 ) -> tuple[FeatureRows, list[int], torch.Tensor, torch.Tensor]:
-    """Describe an extend batch. Facts that the device does not know go there with `upload`, which is sent.
+    """Describe an extend batch to the drafters. Facts that the device does not know go there with `upload`.
 
-    At a chunk's end the next token is the prompt's, not the sampled one, which SGLang throws away; it is one of the
+    At a chunk's end the next token is the prompt's, not the sampled one, which SGLang throws away; it is a token of the
     output if a request begins again after a retraction. Before an image's position it is token 0, and `read` [tokens,
-    H], what the target read, has the position itself, unless it is the next chunk's.
+    H], the rows that the target read, has the position itself, unless that is in the next chunk.
 
-    Returns the packed prompt tokens, tokens of each request that have KV behind them, the last packed row of each [B],
-    and the token behind each [B], as `core.readable` has it.
+    Returns the packed prompt tokens, each request's number of tokens with KV after this batch, its last packed row [B]
+    and the token after that row [B], as `core.readable` has it.
     """
     lens, prefixes = list(batch.extend_lens), list(batch.prefix_lens)
     lengths = [prefix + length for prefix, length in zip(prefixes, lens, strict=True)]
@@ -188,12 +188,12 @@ class Chances(list[torch.Tensor]):
     """Log-probabilities of committed tokens, by request. They may still be on their way to the host."""
 
     def tolist(self) -> list[list[float]]:
-        """As of a tensor, which SGLang takes it for."""
+        """Return the log-probabilities as lists. SGLang calls this, since it takes the object for a tensor."""
         return [chances.tolist() for chances in self]
 
 
 def put_rates(output: Any, rates: torch.Tensor, rated: Rated, requests: int) -> None:
-    """Give SGLang what was `rated` of a batch, in its form: one entry for each column of each request.
+    """Give SGLang the log-probabilities that were `rated`, in its form: one entry for each column of each request.
 
     Args:
         output: SGLang's record of the logits. rates: as of `Epilogue.signals`, or a copy that is on its way.
@@ -213,19 +213,19 @@ def put_rates(output: Any, rates: torch.Tensor, rated: Rated, requests: int) -> 
 
 
 class RoundResult(GenerationBatchResult):  # type: ignore[misc]
-    """The result of a round, whose tensors come down in one buffer."""
+    """The result of a round, whose tensors come to the host in one buffer."""
 
     results: Download[Results]
     rated: Rated | None
 
     def copy_to_cpu(self, *args: Any, **named: Any) -> None:
-        """As upstream, which copies what is in the buffer again, field by field."""
+        """Copy the result to the host. Upstream alone would copy the buffer's tensors again, field by field."""
         self.next_token_ids, self.accept_lens, self.cap_lens = torch.empty(0), None, None
         super().copy_to_cpu(*args, **named)
         results, at = self.results, self.results.at
 
         def here(place: Any) -> torch.Tensor:
-            """On its way to the host if SGLang carries it, else on the device."""
+            """Return a tensor of the buffer on the host: on its way there if SGLang carries it, else copied now."""
             field = results[place]
             return field if field.device.type == "cpu" else field.cpu()
 
@@ -237,10 +237,10 @@ class RoundResult(GenerationBatchResult):  # type: ignore[misc]
 
 
 def round_result(verified: Verified, results: Download[Results]) -> GenerationBatchResult:
-    """The record the scheduler reads: `stride` columns of tokens per request, of which accept_lens count. All else is
-    the forward's.
+    """Return the record that the scheduler reads: `stride` columns of tokens per request, of which accept_lens count.
+    Its other fields are the forward's.
 
-    Proposals differ from request to request: `cap_lens` is upstream's record of that, the rows that were verified.
+    The number of drafts differs from request to request: `cap_lens`, upstream's field for it, has the verified rows.
     """
     at, tokens, seq_lens = results.at, results[results.at.tokens], results[results.at.seq_lens]
     made = replace(
@@ -254,14 +254,14 @@ def round_result(verified: Verified, results: Download[Results]) -> GenerationBa
         speculative_output_stride=tokens.shape[1],
         new_seq_lens=seq_lens,
     )
-    # SGLang carries them, or takes rates from them.
+    # The results are needed later if SGLang carries them or takes log-probabilities from them.
     if results.learn is not None or verified.rated is not None:
         made.__class__, made.results, made.rated = RoundResult, results, verified.rated
     return made
 
 
 def step_result(rounds: Sequence[GenerationBatchResult]) -> GenerationBatchResult:
-    """One record of several rounds: only the last of them may have drafted, so the others have a column each."""
+    """Join the results of a step's rounds. Only the last round may have drafted, so the others have a column each."""
     last, size = rounds[-1], len(rounds[-1].accept_lens)
     if len(rounds) == 1:
         return last
@@ -280,7 +280,7 @@ def step_result(rounds: Sequence[GenerationBatchResult]) -> GenerationBatchResul
 
 
 def _joined(records: Sequence[TopkCaptureOutput | None]) -> TopkCaptureOutput | None:
-    """One record of those that forwards left for the host to keep, if they left any."""
+    """Join the records that forwards left for the host to keep; None if they left none."""
     left = [record for record in records if record is not None]
     if not left:
         return None
@@ -292,7 +292,7 @@ def _joined(records: Sequence[TopkCaptureOutput | None]) -> TopkCaptureOutput | 
 
 
 def idle_result(device: torch.device) -> GenerationBatchResult:
-    """The result of a round without requests."""
+    """Return the result of a round without requests."""
     empty = torch.empty((0,), dtype=torch.int64, device=device)
     return GenerationBatchResult(
         next_token_ids=empty,
@@ -304,5 +304,5 @@ def idle_result(device: torch.device) -> GenerationBatchResult:
 
 
 def max_running_requests() -> int:
-    """Requests that may run at once, as the scheduler resolved it."""
+    """Return the largest number of requests that run at once, as the scheduler resolved it."""
     return int(get_schedule().max_running_requests)

@@ -1,6 +1,6 @@
-"""Several rounds in one step of the scheduler: when it would only be in the way.
+"""Decide whether another round may follow in the same step of the scheduler.
 
-Between two rounds the scheduler takes its mail, rebuilds the batch, copies it and streams what was committed. Plain
+Between two steps the scheduler reads its mail, rebuilds the batch, copies it and streams committed tokens. Plain
 decoding pays less for that than a speculative round does, so rounds that draft nothing go on without it.
 """
 
@@ -10,8 +10,8 @@ from whiflash_sglang.engine.forward import sampling
 
 
 def has_mail(scheduler: Any) -> bool:
-    """Whether requests, aborts or messages wait for the scheduler, or requests whose grammars are compiled, of which it
-    alone notices that one is ready. True where its mailbox cannot be asked.
+    """Whether requests, aborts or messages wait for the scheduler, or requests for the compilation of their grammars,
+    whose end only the scheduler notices. True if its mailbox cannot be polled.
     """
     receiver = scheduler.request_receiver
     sockets = [
@@ -26,7 +26,7 @@ def needs_scheduler(batch: Any) -> bool:
     """Whether a token of this batch depends on what the scheduler does with the one before it, or on its records.
 
     Penalties and processors follow the committed text there; log-probabilities and hidden states are collected from
-    one forward of a step. A stop string is found there, and what was aborted ends there.
+    one forward of a step. The scheduler also finds stop strings and ends aborted requests.
     """
     return bool(
         batch.return_logprob

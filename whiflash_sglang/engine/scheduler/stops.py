@@ -1,9 +1,9 @@
-"""Runs of accepted tokens end where plain decoding ends, before anything keeps them.
+"""End each run of accepted tokens where plain decoding would end, before anything keeps the run.
 
 SGLang looks for stop strings and patterns in all the text of a run at once, when its tokens are in the request: the
-first string of its list wins over the first one in the text, a string behind a stop token over the token, and a pattern
-meets other beginnings and ends. By then the tokens behind the stop are counted as reasoning and committed. So a run is
-cut where SGLang cuts those that complete a grammar, and only its last token can end the request. Under overlap
+first string of its list wins over the first one in the text, a string after a stop token over the token, and a pattern
+meets other beginnings and ends. By then the tokens after the stop are counted as reasoning and committed. So a run is
+cut where SGLang cuts runs that complete a grammar, and only its last token can end the request. Under overlap
 scheduling a run may also pass the token limit. The worker itself ends runs at stop tokens (`StopTable`).
 """
 
@@ -18,17 +18,17 @@ from whiflash_sglang.engine.patching import around
 
 
 class BatchResultProcessor(SchedulerBatchResultProcessor):  # type: ignore[misc]
-    """SGLang's, of a scheduler of ours."""
+    """SGLang's processor of results, in a scheduler of ours."""
 
     __slots__ = ()
 
     def advance_grammar_fsm(self, result: Any, batch: Any) -> None:
-        """As upstream, but for prompts alone (`scores`), of which nothing was sampled: their token is a filler."""
+        """Advance grammars by results, except for prompts that only want scores (`scores`): their token is a filler."""
         if not (batch.forward_mode.is_extend() and batch.is_prefill_only):
             super().advance_grammar_fsm(result, batch)
 
     def _resolve_spec_v2_tokens(self, result: Any, batch: Any) -> list[list[int]]:
-        """Committed tokens by request: a run ends at the token that ends the request."""
+        """Return the committed tokens by request. A run ends at the token that ends the request."""
         runs: list[list[int]] = super()._resolve_spec_v2_tokens(result, batch)
         for i, req in enumerate(batch.reqs):
             if req.is_retracted or req.finished() or req.to_finish:
@@ -44,12 +44,12 @@ class BatchResultProcessor(SchedulerBatchResultProcessor):  # type: ignore[misc]
 
 
 def _kept(req: Req, run: list[int]) -> int:
-    """Tokens of a run up to the one that ends the request if they come one by one; all if none does."""
+    """Return how many tokens of a run plain decoding would keep: up to the one that ends the request, or all."""
     room = min(len(run), req.sampling_params.max_new_tokens - len(req.output_ids))
     if room < 2 or not _ends_in_text(req):
         return room
     seen = copy(req)
-    seen.grammar = None  # It has taken the whole run already.
+    seen.grammar = None  # The grammar has taken the whole run already.
     seen.output_ids = req.output_ids[-req._stop_match_tail_len(1) :]
     for kept, token in enumerate(run[:room], 1):
         seen.output_ids.append(token)
@@ -70,7 +70,7 @@ def _ends_in_text(req: Req) -> bool:
     until="it finds the first stop of a run",
 )
 def _by_the_last_token(original: Any, self: Req, new_accepted_len: int = 1) -> None:
-    """Only the last token of a run ends a request by its text."""
+    """Let only the last token of a run end a request by its text."""
     if new_accepted_len > 1 and _ends_in_text(self) and serves_ours():
         new_accepted_len = 1
     original(self, new_accepted_len)

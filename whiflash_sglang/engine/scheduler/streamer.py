@@ -1,8 +1,8 @@
-"""Recordings of traced requests: on SGLang's own requests, and out of the scheduler with a request's last output.
-`compat.http.recordings` makes traces of them.
+"""Keep recordings of traced requests on SGLang's own requests, and send each with its request's last output.
+`engine/http/recordings.py` makes traces of them.
 
-Traces are read off the requests themselves, so they end with them, however they end. The output of requests that did
-not ask is the one that SGLang sends without us.
+A recording is an attribute of its request, so it ends with the request, however that ends. Outputs of requests that
+asked for no trace are the ones that SGLang sends without us.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ _RECORDING = "_whiflash_recording"
 
 
 def recording_of(req: Any, level: TraceLevel | None) -> Recording | None:
-    """Return the request's recording, begun now if it has none yet; None if nobody is to see it."""
+    """Return the request's recording, begun now if it has none yet; None if neither a trace nor a span needs it."""
     found: Recording | None = getattr(req, _RECORDING, None)
     if found is None:
         spanned = bool(req.time_stats.trace_ctx.tracing_enable)
@@ -30,19 +30,19 @@ def recording_of(req: Any, level: TraceLevel | None) -> Recording | None:
 
 
 def cached_of(req: Any) -> dict[str, int]:
-    """Tokens of a prompt whose KV was kept, by where it was: on the `device`, in `host` memory or in `storage`."""
+    """Return the number of a prompt's cached tokens by place: `device`, `host` memory, `storage`; without zeros."""
     places = {place: int(getattr(req, f"cached_tokens_{place}")) for place in CACHED}
     return {place: tokens for place, tokens in places.items() if tokens}
 
 
 class OutputStreamer(SchedulerOutputStreamer):  # type: ignore[misc]
-    """SGLang's, of a scheduler of ours: a request's recording leaves with its last output."""
+    """SGLang's streamer of outputs, in a scheduler of ours: a request's recording leaves with its last output."""
 
     __slots__ = ()
     has_additional_customized_info = True
 
     def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
-        """A list of at most one recording for each of `reqs`, where one that ends has any."""
+        """Return a list of at most one recording for each of `reqs`; empty if no request that ends has one."""
         recordings = [getattr(req, _RECORDING, None) if req.finished() else None for req in reqs]
         if not any(recordings):
             return {}

@@ -1,7 +1,7 @@
-"""SGLang's scheduler in a server of ours: a class of its own, with SGLang's override points.
+"""Make SGLang's scheduler, in a server of ours, an instance of a subclass that uses SGLang's override points.
 
-SGLang's registry of hooks replaces a class for all servers of a process, and swallows failures. So the instance becomes
-one while it is made: when its worker and its caches are there, and before it makes the parts that are ours.
+SGLang's registry of hooks replaces a class for all servers of a process, and swallows failures. So the instance changes
+its class while it is made: when its worker and its caches are there, and before it makes the parts that we replace.
 """
 
 from dataclasses import fields
@@ -38,8 +38,8 @@ WRITES = (UpdateWeightFromDiskReqInput, UpdateWeightsFromIPCReqInput, EndWeightU
     until="an algorithm may name a subclass of `Scheduler`",
 )
 def _becoming(original: Any, self: Any) -> None:
-    """A scheduler of ours becomes a `WhiflashScheduler`. SGLang calls this once, when its collector has its labels and
-    the worker its memory.
+    """Make a scheduler of ours a `WhiflashScheduler`. SGLang calls this once, when its metrics collector has its labels
+    and the worker its memory.
     """
     original(self)
     if not is_ours(self):
@@ -54,7 +54,7 @@ def _becoming(original: Any, self: Any) -> None:
 
 
 class WhiflashScheduler:
-    """Our scheduler's additions to SGLang's, before which it comes among the bases."""
+    """Our additions to SGLang's scheduler, whose class follows this one among the bases."""
 
     metrics_reporter: Any
     request_receiver: Any
@@ -90,18 +90,18 @@ class WhiflashScheduler:
         self.internal_state = InternalState(self, self.internal_state.record_step_time)
 
     def init_req_max_new_tokens(self, req: Any) -> None:
-        """Called once for each request that arrives, which has its session by then."""
+        """Report an arriving request to the worker. SGLang calls this once a request, which has its session by then."""
         super().init_req_max_new_tokens(req)  # type: ignore[misc]
         self.draft_worker.stages.lifecycle.arrived(req)
 
     def process_input_requests(self, recv_reqs: Any) -> None:
-        """Called in every pass of the loop, in all processes alike, also while nothing runs."""
+        """Report writes of the target's weights to the worker. Every process calls this in each pass of its loop."""
         super().process_input_requests(recv_reqs)  # type: ignore[misc]
         if any(isinstance(request, WRITES) for request in recv_reqs):
             self.draft_worker.target_written()
 
     def handle_generate_request(self: Any, recv_req: Any) -> None:
-        """A turn that replaces others of its session ends them first."""
+        """End the turns of a session that this request's turn replaces, before SGLang handles it."""
         asked = recv_req.session_params
         if asked is not None and asked.replace and asked.id in self.session_controller:
             session = self.session_controller.get(asked.id)
@@ -110,12 +110,12 @@ class WhiflashScheduler:
         super().handle_generate_request(recv_req)  # type: ignore[misc]
 
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
-        """Called for each request when its grammar is compiled."""
+        """Take over the logit processors of a request. SGLang calls this once its grammar is compiled."""
         take_over(req)
         super()._add_request_to_queue(req, is_retracted)  # type: ignore[misc]
 
     def abort_request(self: Any, recv_req: Any) -> None:
-        """Abort the request of this id: SGLang's aborts all whose ids begin with it, so those have others meanwhile."""
+        """Abort only the request of this id. SGLang aborts all whose ids begin so; others are renamed meanwhile."""
         decoding = self.disagg_decode_prealloc_queue
         queues = (self.disagg_prefill_bootstrap_queue, decoding, self.disagg_decode_transfer_queue)
         held = [self.waiting_queue, self.grammar_manager.grammar_queue, self.collect_inflight_reqs()]
@@ -133,7 +133,7 @@ class WhiflashScheduler:
                 req.rid = req.rid[1:]
 
     def update_running_batch(self, batch: Any) -> Any:
-        """Without SGLang's own penalties of a running batch: verifications count tokens elsewhere."""
+        """Switch off SGLang's own penalties of a running batch, since verifications count tokens elsewhere."""
         penalties = batch.sampling_info.penalizer_orchestrator
         if penalties.is_required:
             for penalizer in penalties.penalizers.values():
@@ -142,7 +142,7 @@ class WhiflashScheduler:
         return super().update_running_batch(batch)  # type: ignore[misc]
 
     def process_batch_result(self, *args: Any, **named: Any) -> None:
-        """Requests that end here are flushed together: until the next batch is made nobody writes to their rows."""
+        """Flush all requests that end here together: until the next batch is made nobody writes to their rows."""
         self.has_run = True
         self.draft_worker.flushes_later = True
         try:
@@ -152,15 +152,15 @@ class WhiflashScheduler:
             releases.flush(self.draft_worker)
 
     def on_idle(self) -> None:
-        """SGLang checks its pools here, and we ours: once, behind the last batch."""
+        """Check our caches where SGLang checks its pools, but only once after the last batch."""
         if self.has_run and self.is_fully_idle():
             self.has_run = False
             self.draft_worker.stages.lifecycle.check_integrity()
         super().on_idle()  # type: ignore[misc]
 
     def is_fully_idle(self: Any, *args: Any, **named: Any) -> bool:
-        """Nobody runs whose answer has left. SGLang's next pass would put these requests away, and until then it
-        refuses a flush, also that of new weights.
+        """Whether nothing runs. Requests whose answers have left are put away first: SGLang does that in its next pass,
+        and until then refuses to flush its cache, also for new weights.
         """
         batches = [batch for batch in (self.last_batch, self.running_batch) if batch is not None]
         if self.chunked_req is None and all(req.finished() for batch in batches for req in batch.reqs):
@@ -172,5 +172,5 @@ class WhiflashScheduler:
 
 
 def _as(kind: type, made: Any) -> Any:
-    """A dataclass's instance as one of its subclass `kind`."""
+    """Convert a dataclass's instance to the subclass `kind`."""
     return kind(**{field.name: getattr(made, field.name) for field in fields(made)})
