@@ -1,1 +1,1 @@
-"""Copying from a request's own context. Pure Python: imports neither SGLang nor torch."""
+"""Copies text from a request's own context. Pure Python: imports neither SGLang nor torch."""

@@ -1,7 +1,7 @@
-"""How likely a copied token is right, learned while serving, of every tenant by itself.
+"""Tables of how likely a copied token is right, learned while serving, one per tenant.
 
-Two things show it: how long the match is, and whether the places that match agree on what comes next. For every
-combination a decayed count of how often a token copied then was right, given that all before it were.
+Two things show it: how long the match is, and whether the places that match agree on the next token. Each combination
+has a decayed count of how often a token copied then was right, given that all before it were.
 """
 
 from bisect import bisect_right
@@ -19,44 +19,44 @@ BUCKETS = (1, 2, 3, 4, 6, 9, 14, 22)
 
 
 class Agreement(IntEnum):
-    """The matching places' votes on the next token."""
+    """How the matching places vote on the next token."""
 
     ALONE = 0
-    """There is one place."""
+    """Only one place matches."""
     UNANIMOUS = 1
-    """All places say the same."""
+    """All places have the same token."""
     LEADING = 2
-    """Places differ, and the one copied from matches longer than those that say otherwise."""
+    """Places differ, and the one copied from matches longer than those with another token."""
     CONTESTED = 3
-    """Places that match as long say otherwise."""
+    """Places that match as long have another token."""
 
 
 Seed = Sequence[Sequence[float]]
-"""Chances before anything was seen: one row per bucket, in it one chance per agreement."""
+"""Initial chances: one row per bucket, in it one chance per agreement."""
 
 KINDS = len(Agreement)
 EVEN_ODDS: Seed = ((0.5,) * KINDS,) * len(BUCKETS)
-"""`seed` starts from this if nothing was measured."""
+"""The seed if nothing was measured."""
 
 SEED_WEIGHT = 4.0
-"""Observations that the seed counts for."""
+"""Weight of the seed, in observations."""
 
 DECAY = 0.995
-"""Factor on earlier observations at every new one of the same kind."""
+"""Factor on the weight of earlier observations at every new one of the same kind."""
 
 REQUEST_WEIGHT = 64.0
-"""Right copies for which a request is believed to copy as well as its tenant's others."""
+"""Weight, in right copies, of the prior that a request copies as well as its tenant's others."""
 
 SURE = 0.995
-"""No chance is higher: even a long run ends."""
+"""Largest chance: even a long run of right tokens ends."""
 
 
 TENANTS = 512
-"""Tenants whose chances are kept, some 4 KiB each; whoever asked least recently begins with the seed again."""
+"""Number of tenants whose tables are kept, some 4 KiB each. The one used least recently begins with the seed again."""
 
 
 class MatchCalibration:
-    """Running chance that a copied token is right, for all requests of a tenant.
+    """The chance that a copied token is right, by match length and agreement, for all requests of a tenant.
 
     Raises:
         ValueError: the seed has not one row per bucket with one chance per agreement.
@@ -72,15 +72,15 @@ class MatchCalibration:
 
     @staticmethod
     def bucket(length: int) -> int:
-        """Bucket of a match of `length` >= 1 tokens."""
+        """Return the bucket of a match of `length` >= 1 tokens."""
         return bisect_right(BUCKETS, length) - 1
 
     def chance(self, length: int, agreement: int) -> float:
-        """Chance that the token copied after a match of `length` is right."""
+        """Return the chance that the token copied after a match of `length` is right."""
         return self._rates.of(self.bucket(length) * KINDS + agreement)
 
     def along(self, length: int, agreement: int, count: int) -> list[float]:
-        """Chances of `count` tokens of a copy that goes on after a match of `length`, none above `SURE`."""
+        """Return the chances of `count` tokens of a copy that begins after a match of `length`, none above `SURE`."""
         chances: list[float] = []
         while count > 0:
             bucket = self.bucket(length)
@@ -91,16 +91,16 @@ class MatchCalibration:
 
     @property
     def addresses(self) -> tuple[int, int]:
-        """Those of its rates, for compiled code."""
+        """Return the addresses of its rates, for compiled code."""
         return self._rates.addresses
 
     @property
     def chances(self) -> list[float]:
-        """Chance of every bucket and agreement, bucket by bucket."""
+        """Return the chance of every bucket and agreement, bucket by bucket."""
         return self._rates.all
 
     def observe(self, length: int, agreement: int, right: bool) -> None:
-        """A token copied after a match of `length`, with all before it accepted, was `right` or not."""
+        """Learn whether a token copied after a match of `length`, with all before it accepted, was `right`."""
         self._rates.observe(self.bucket(length) * KINDS + agreement, right)
 
 
@@ -108,13 +108,13 @@ Table = TypeVar("Table")
 
 
 class PerTenant(Generic[Table]):
-    """Every tenant's own table of what was learned, each begun alike.
+    """The tables of all tenants, each learned from the tenant's own requests.
 
     A tenant's text moves its own proposals only. Requests without a key, which share SGLang's prefix cache
     too, have one table together, which no tenant reads.
 
     Args:
-        fresh: a table that nothing was learned in. limit: tenants that are kept.
+        fresh: makes a table in which nothing was learned. limit: number of tenants whose tables are kept.
     """
 
     def __init__(self, fresh: Callable[[], Table], limit: int = TENANTS) -> None:
@@ -123,15 +123,15 @@ class PerTenant(Generic[Table]):
         self._tenants: OrderedDict[Tenant, Table] = OrderedDict()
 
     def __len__(self) -> int:
-        """Tenants that something was learned of."""
+        """Return the number of tenants with a table."""
         return len(self._tenants)
 
     def fresh(self) -> Table:
-        """A table for one request alone, which leaves nothing behind."""
+        """Make a table for a single request, which leaves nothing behind."""
         return self._fresh()
 
     def of(self, tenant: Tenant | None) -> Table:
-        """The table that the tenant's requests share; None: those without a key."""
+        """Return the table that the tenant's requests share; None: that of requests without a key."""
         if tenant is None:
             return self._keyless
         table = self._tenants.pop(tenant, None) or self.fresh()
@@ -141,7 +141,7 @@ class PerTenant(Generic[Table]):
         return table
 
     def forget(self, handle: int | None = None) -> None:
-        """Drop what was learned of one tenant, or of everybody; requests that run now teach nobody any more."""
+        """Drop what was learned of one tenant, or of all (None); requests that run now no longer teach others."""
         if handle is None:
             self._keyless = self.fresh()
         for tenant in list(self._tenants):
@@ -150,7 +150,7 @@ class PerTenant(Generic[Table]):
 
 
 class RequestCalibration:
-    """How much better or worse than its tenant's others a request copies: copies begun right over those expected to be.
+    """How much better a request copies than its tenant's others: copies begun right over those expected to be.
 
     It moves a whole copy, not each of its tokens: a factor on every one of them would be raised to the copy's length.
     """
@@ -159,15 +159,15 @@ class RequestCalibration:
         self._right = self._expected = REQUEST_WEIGHT
 
     def adjust(self, chance: float) -> float:
-        """The chance that a copy's first token is right, as it is for this request; `chance`: for all of its tenant."""
+        """Return the chance that this request's copy begins right, from the `chance` of all its tenant's requests."""
         return min(chance * self.factor, SURE)
 
     @property
     def factor(self) -> float:
-        """Copies begun right over those expected to be."""
+        """Return the number of copies begun right over that of those expected to be."""
         return self._right / self._expected
 
     def observe(self, chance: float, right: bool) -> None:
-        """A copy's first token, at `chance` (of all of the tenant's requests), was `right` or not."""
+        """Learn whether a copy's first token was `right`; its `chance` is that of all the tenant's requests."""
         self._right += right
         self._expected += chance

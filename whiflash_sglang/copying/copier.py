@@ -1,4 +1,4 @@
-"""One request's copies: from its own text, and from what its caller expects back.
+"""Finds one request's copies: in its own text, and in the answer that its caller expects.
 
 The longest match wins, the newest of equals. Counting which continuation is the most frequent did no better on
 training answers; how much the places agree shows instead how far to trust the copy (see `calibration`).
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from whiflash_kernels.cpu.copies import CompiledCopies
 
 Match = tuple[Place, Sequence[int]]
-"""A place that matches, and what followed there."""
+"""A place that matches, and the tokens that followed there."""
 
 SOURCES = CONTEXT, PREDICTION = "context", "prediction"
-"""The sources of a copy: prompt and answer, what the caller expects back."""
+"""The sources of a copy: the prompt and answer, or the answer that the caller expects."""
 
 
 def teach(
     copy: Candidate, committed: Sequence[int], judge: MatchCalibration, request: RequestCalibration | None
 ) -> None:
-    """Show `judge`, and what is known of the `request` itself, how right a `copy` was: `committed` followed."""
+    """Update the table `judge`, and the `request`'s own factor, by how right a `copy` was: `committed` followed."""
     compared = zip(copy.tokens, copy.agreements, committed, strict=False)
     for length, (copied, agreement, token) in enumerate(compared, copy.matched):
         right = copied == token
@@ -40,13 +40,13 @@ def teach(
 
 
 class Copier:
-    """One request. `look` proposes, and whatever is committed next shows how right it was, whoever drafted.
+    """Proposes a request's copies by `look`, and learns from the tokens committed next, whichever arm drafted them.
 
     Args:
         calibration: shared by the tenant's requests. min_match: shortest match worth copying from, in tokens.
-        prediction: what the caller expects back, preferred to the text where both match as long. request: what is known
-            of how it copies; None: nothing. compiled: searches in place of `_find` and `_propose`, where nothing is
-            predicted; None: there is no compiler.
+        prediction: the expected answer, preferred to the text if both match as long. request: how well it has copied so
+            far; None: unknown. compiled: searches in place of `_find` and `_propose`, unless there is a prediction;
+            None: there is no compiler.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Copier:
         self._source: Place | None = None
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Append what was committed since: the prompt first, then round by round."""
+        """Append the tokens committed since, and learn from them: the prompt first, then round by round."""
         judge = self.calibration if self._source is None else self._judge(self._source)
         teach(self._copy, tokens, judge, self._request if judge is self.calibration else None)
         self._copy = NOTHING
@@ -77,8 +77,8 @@ class Copier:
         self.text.extend(tokens)
 
     def look(self, limit: int, worth: float, paid: int = 0) -> Candidate:
-        """The copy after the text's end: up to `limit` tokens, the first and the first `paid` in any case, each of the
-        others accepted with a chance of at least `worth` if those that are paid are.
+        """Return the copy after the text's end, up to `limit` tokens: the first and the first `paid` in any case, the
+        others while each is accepted with a chance of at least `worth`, given that the paid ones are.
         """
         self._copy = NOTHING
         if self._compiled is not None:
@@ -96,9 +96,9 @@ class Copier:
     def look_beyond(
         self, drafts: Sequence[int], alive: float, limit: int, worth: float, paid: int = 0
     ) -> Candidate:
-        """Up to `limit` tokens to copy after `drafts`, which are accepted with a chance of `alive`.
+        """Return up to `limit` tokens to copy after `drafts`, which are accepted with a chance of `alive`.
 
-        Every one is worth verifying or paid. Nothing is learned from them: all is looked for again once committed.
+        Every one is worth verifying or paid. Nothing is learned from them: `look` searches again after the commit.
         """
         if paid <= 0 and alive < worth:
             return NOTHING
@@ -112,7 +112,7 @@ class Copier:
     def _searched(
         self, compiled: "CompiledCopies", drafts: Sequence[int], limit: int, chances: tuple[float, float, int]
     ) -> tuple[Candidate, int]:
-        """The copy behind `drafts`, and where it begins. chances: as `worth`, `chance` and `paid` of `_propose`."""
+        """Search by compiled code: return the copy after `drafts` and its place. chances: as in `_propose`."""
         if limit <= 0 or not len(self.text):
             return NOTHING, 0
         copied_from = -1 if self._source is None else self._source.source
@@ -125,11 +125,11 @@ class Copier:
         return Candidate(tokens, alive, [Part(CONTEXT, len(tokens))], 0, matched, agreements), source
 
     def _find(self, drafts: Sequence[int], limit: int) -> list[Match]:
-        """Places that match the text's end, `drafts` behind it included, and what followed there, newest first."""
+        """Return places that match the end of the text and `drafts`, and what followed there, newest first."""
         end = [*self.text.end, *drafts][-MAX_MATCH:] if drafts else self.text.end
         places = list(self.text.places_of(end) if drafts else self.text.places())
         if self._source is not None and self._source.text is self.text:
-            # Moved on: a chain's newest places may have left it behind.
+            # The place copied from has moved on, and may no longer be among a chain's newest ones.
             copied_on = self.text.place_at(self._source.source + len(drafts), end)
             if copied_on in places:
                 places.remove(copied_on)
@@ -147,7 +147,7 @@ class Copier:
     def _propose(
         self, matches: Sequence[Match], best: int, worth: float, chance: float = 1.0, paid: int = 0
     ) -> Candidate:
-        """The copy from place `best`; `chance`: that everything before it is accepted. worth, paid: as of `look`."""
+        """Make the copy from place `best`. chance: that everything before it is accepted. worth, paid: as in `look`."""
         place, copy = matches[best]
         judge, length = self._judge(place), place.length
         agreements: list[int] = []
@@ -166,22 +166,22 @@ class Copier:
         return Candidate(list(copy[:count]), alive[:count], parts, 0, length, agreements[:count])
 
     def _judge(self, place: Place) -> MatchCalibration:
-        """The features by which a copy from `place` is judged."""
+        """Return the table of chances for copies from `place`: the prediction's or the tenant's."""
         if (predicted := self._prediction) is not None and place.text is predicted.text:
             return predicted.calibration
         return self.calibration
 
 
 def _best(matches: Sequence[Match]) -> int:
-    """The longest match, the first of equals."""
+    """Return the index of the longest match, the first of equals."""
     lengths = [place.length for place, _ in matches]
     return lengths.index(max(lengths))
 
 
 def _votes(matches: Sequence[Match], copy: Sequence[int]) -> Iterator[tuple[Agreement, int]]:
-    """How places judge the tokens of a `copy` from one of them: for how many in a row alike.
+    """Yield how the places vote on the tokens of a `copy` from one of them, and on how many tokens in a row so.
 
-    At each token those vote that agreed with the copy so far.
+    At each token those places vote that agreed with the copy so far.
     """
     shared = [len(copy) if ahead == copy else common_prefix(ahead, copy) for _, ahead in matches]
     following: Sequence[int] = range(len(matches))

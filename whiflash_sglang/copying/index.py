@@ -1,4 +1,4 @@
-"""Earlier places of a text's end: hash chains over one and two tokens, as in LZ77.
+"""Finds where a text's end occurred earlier, by hash chains over one and two tokens, as in LZ77.
 
 Source: prompt lookup decoding; SuffixDecoding (arXiv 2411.04975) keeps a suffix tree of frequencies instead. Bounded
 for any text: a query follows `MAX_STEPS` links of a chain, keeps `MAX_CANDIDATES` places and compares `MAX_MATCH`
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from whiflash_kernels.cpu.copies import CompiledCopies
 
 MAX_CANDIDATES = 8
-"""Earlier occurrences that a query keeps, newest first. Four did as well as 32 on training answers."""
+"""Number of occurrences that a query keeps, newest first. Four did as well as 32 on training answers."""
 
 MAX_STEPS = 32
-"""Links of a chain that a query follows: places of other tokens with the same hash count too."""
+"""Number of a chain's links that a query follows. Places of other tokens with the same hash count too."""
 
 MAX_MATCH = 32
-"""Longest match that is distinguished from longer ones."""
+"""Longest match that is measured: a longer one counts as this long."""
 
 GAP = -1
-"""In front of a text's first token; no token has this id. Ids below it are positions of images (`core.readable`)."""
+"""Id before a text's first token; no token has it. Ids below it are positions of images (`core.readable`)."""
 
 _FIRST_HEADS = 256
 _MIX = 0x9E3779B1  # Knuth's multiplicative hash: 2^32 over the golden ratio
 
 
 class Place(NamedTuple):
-    """`length` tokens before `source` in `text` equal the end of what was searched for."""
+    """A place that matches: the `length` tokens before `source` in `text` equal the end that was searched for."""
 
     length: int
     source: int
@@ -38,15 +38,15 @@ class Place(NamedTuple):
 
 
 class SuffixIndex:
-    """A text, extended at the end only.
+    """An index of a text that is extended at the end only.
 
     Args:
-        growing: what is searched for is the end of this text itself, so a copy that reaches the end goes on with what
-            it copied; otherwise it ends there.
+        growing: whether this text's own end is searched for, so that a copy that reaches the end goes on with what it
+            copied; otherwise it ends there.
         compiled: links the chains in place of `_link`; None: there is no compiler.
 
     Attributes:
-        fields: the arrays' addresses and sizes, for compiled code; as of the last `extend`.
+        fields: the arrays' addresses and sizes, for compiled code; valid until the next `extend`.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class SuffixIndex:
         self.extend(tokens)
 
     def _allocate(self, size: int) -> None:
-        """Room for `size` tokens, none of them linked."""
+        """Allocate chains for `size` tokens, without links."""
         # Chain entry i: the last place before i with the same hash of its last token, or of its last two; -1: none.
         self._one_before, self._two_before, self._one_heads, self._two_heads = arrays = [
             array("i", [-1]) * size for _ in range(4)
@@ -70,17 +70,17 @@ class SuffixIndex:
 
     @property
     def end(self) -> Sequence[int]:
-        """The last `MAX_MATCH` tokens: all that a search compares."""
+        """Return the last `MAX_MATCH` tokens: all that a search compares."""
         return self._tokens[-MAX_MATCH:]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays, what they hold in reserve included."""
+        """Return the bytes of the arrays, their reserve included."""
         arrays = (self._tokens, self._one_before, self._two_before, self._one_heads, self._two_heads)
         return sum(getsizeof(a) for a in arrays)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Append committed tokens; constant time each, spread over the doublings of the tables."""
+        """Append committed tokens, in constant time each, averaged over the doublings of the tables."""
         start = len(self._tokens)
         self._tokens.extend(iter(tokens))  # an array of another type is only taken as an iterator
         self._broken = self._broken or min(self._tokens[start:], default=0) < 0
@@ -109,14 +109,14 @@ class SuffixIndex:
             before = token
 
     def places(self) -> list[Place]:
-        """Earlier occurrences of the text's own end, newest first: of two tokens or more, else of one."""
+        """Return earlier occurrences of the text's own end, newest first: of two tokens or more, else of one."""
         end = len(self._tokens) - 1
         if end < 1:
             return []
         return self._follow(self._two_before[end], self._one_before[end], self.end)
 
     def places_of(self, suffix: Sequence[int]) -> list[Place]:
-        """Occurrences of the end of another text, newest first: of two tokens or more, else of one."""
+        """Return occurrences of another text's end, newest first: of two tokens or more, else of one."""
         if not suffix or not self._tokens:
             return []
         suffix = suffix[-MAX_MATCH:]
@@ -125,9 +125,9 @@ class SuffixIndex:
         return self._follow(two, self._one_heads[last & mask], suffix)
 
     def place_at(self, source: int, suffix: Sequence[int]) -> Place:
-        """How long a match with the end of a text the place before `source` is; 0: none, or beyond this text.
+        """Measure how far the tokens before `source` match the end of a text; length 0 if not, or beyond this text.
 
-        suffix: the text's last `MAX_MATCH` tokens at most.
+        suffix: the last tokens of the text that is searched for, at most `MAX_MATCH`.
         """
         text, length, limit = self._tokens, 0, len(suffix)
         # A match of full length takes one comparison, of arrays in C.
@@ -145,7 +145,7 @@ class SuffixIndex:
         for _ in range(MAX_STEPS):
             if two < 1 or len(places) == MAX_CANDIDATES:
                 break
-            # An overlapping occurrence is allowed: a repeated unit continues itself.
+            # Occurrences may overlap the text's end: a repeated unit continues itself.
             if text[two] == last and text[two - 1] == before:
                 places.append(self.place_at(two + 1, suffix))
             two = self._two_before[two]
@@ -160,8 +160,8 @@ class SuffixIndex:
         return places
 
     def continuation(self, source: int, count: int, drafts: Sequence[int] = ()) -> Sequence[int]:
-        """Up to `count` tokens from `source`, a growing text's `drafts` behind its end included; none from the first on
-        that is below zero.
+        """Return up to `count` tokens from `source` on, before the first below zero. At the end of a growing text
+        `drafts` follow, then the copy repeats.
         """
         ahead = self._tokens[source : source + count]
         if self._broken and min(ahead, default=0) < 0:

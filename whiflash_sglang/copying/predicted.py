@@ -1,6 +1,6 @@
-"""The text that a caller expects back, and where an answer is in it (OpenAI's predicted outputs).
+"""The text that a caller expects as answer, and the answer's place in it (OpenAI's predicted outputs).
 
-An answer follows its prediction token by token. If it leaves it, the place at which it comes back is looked for: the
+An answer follows its prediction token by token. Once it differs, the place at which it comes back is searched: the
 longest match with the answer's end, and of equals the nearest one ahead of where it left.
 """
 
@@ -11,21 +11,21 @@ from whiflash_sglang.copying.calibration import MatchCalibration
 from whiflash_sglang.copying.index import MAX_MATCH, Place, SuffixIndex
 
 BEGINNING = 6
-"""Tokens that the beginning of a prediction counts as, where nothing is written yet that could match."""
+"""Match length of a prediction's beginning while nothing is written yet that could match."""
 
 NEAR = 64
-"""Tokens behind the place where an answer left its prediction in which every place is looked at."""
+"""Number of tokens, after the place where an answer left its prediction, at which every place is compared."""
 
 SETTLED = 3
-"""Tokens that an answer follows before the place where it left its prediction earlier is given up for this one."""
+"""Tokens that an answer follows at a new place before the search begins there instead of where it left earlier."""
 
 
 class Prediction:
     """One request's prediction. `follow` is given the answer; `place` is where the answer goes on if it is right.
 
     Args:
-        tokens: the predicted answer's. prompt: how many tokens `follow` is given before the answer's. calibration:
-            judges copies from it, of this request alone: how right a caller is says nothing of other copies.
+        tokens: the predicted answer's. prompt: number of tokens that `follow` is given before the answer's.
+            calibration: chances of this request's copies from it: how right a caller is says nothing of other copies.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class Prediction:
 
     @property
     def is_followed(self) -> bool:
-        """Whether most of the answer was in it so far."""
+        """Whether most of the answer so far followed it."""
         return 2 * (self.accepted + BEGINNING) >= self._answer
 
     @property
     def rejected(self) -> int:
-        """Tokens of the prediction that did not."""
+        """Return the number of its tokens that did not appear in the answer where they were expected."""
         return len(self) - self.accepted
 
     def follow(self, tokens: Sequence[int]) -> None:
-        """The text goes on with these; bounded work for each."""
+        """Advance by tokens of the text, with bounded work for each."""
         answer = tokens[self._prompt :]
         self._prompt = max(self._prompt - len(tokens), 0)
         self._answer += len(answer)
@@ -73,7 +73,7 @@ class Prediction:
                 self.place = self._nearest(list(self._end))
 
     def place_behind(self, drafts: Sequence[int]) -> Place:
-        """The place at which the answer goes on after `drafts`, if these are right."""
+        """Return the place at which the answer goes on after `drafts`, if these are right."""
         if not drafts:
             return self.place
         length, source, text = self.place
@@ -89,5 +89,5 @@ class Prediction:
         return max(places, key=self._nearness, default=Place(0, self._left, self.text))
 
     def _nearness(self, place: Place) -> tuple[int, bool, int]:
-        """The longer the better, then ahead of where the answer left, then near."""
+        """Rank a place: a longer match first, then one ahead of where the answer left, then a near one."""
         return place.length, place.source > self._left, -abs(place.source - self._left)

@@ -1,6 +1,6 @@
-"""Tenants: who shares what was learned of a text, and how one is forgotten.
+"""Tenants: whose requests share what was learned of a text, and the handles by which tenants are forgotten.
 
-A tenant is whoever shares SGLang's cache salt and extra key: what the prefix cache already treats as one.
+A tenant is all requests with the same cache salt and extra key, which SGLang's prefix cache treats as one already.
 """
 
 import hashlib
@@ -8,14 +8,14 @@ import hashlib
 from whiflash_sglang.errors import ConfigError
 
 Tenant = bytes
-"""SHA-256 of the keys: they are secrets, and of any length."""
+"""SHA-256 of a tenant's keys, which are secrets and of any length."""
 
 HANDLES = 2**63
-"""How many handles there are."""
+"""Number of possible handles."""
 
 
 def tenant_of(extra_key: str | None, cache_salt: str | None) -> Tenant | None:
-    """The tenant that shares text with a request, from SGLang's two keys; None: nobody."""
+    """Return the tenant of a request, from SGLang's two keys; None without a key."""
     if not extra_key and not cache_salt:
         return None
     parts = [(key or "").encode("utf-8", "surrogatepass") for key in (extra_key, cache_salt)]
@@ -23,7 +23,7 @@ def tenant_of(extra_key: str | None, cache_salt: str | None) -> Tenant | None:
 
 
 def handle_of(tenant: Tenant) -> int:
-    """A tenant as a number of 63 bits, for messages that carry numbers only; good enough to forget by."""
+    """Return 63 bits of a tenant's hash, for messages that carry only numbers. They suffice to forget it by."""
     return int.from_bytes(tenant[:8], "big") >> 1
 
 
@@ -32,8 +32,8 @@ _PARTS = ("agent", "block")
 
 
 def parse_forget(body: dict[str, object]) -> int | None:
-    """The handle of the tenant whose requests carried these keys; None for everybody, which takes only
-    `{"all": true}`.
+    """Return the handle of the tenant whose requests carried the keys in `body`; None for `{"all": true}`, which asks
+    for all tenants.
 
     Raises:
         ConfigError: naming the field that is wrong.
