@@ -1,1 +1,1 @@
-"""State that switching between drafters keeps: watermarks, backlog rings, known tokens, draft KV."""
+"""State that outlasts a switch of drafters: watermarks, backlog rings, known tokens, draft KV."""

@@ -11,22 +11,22 @@ import torch
 from whiflash_kernels import BacklogRings, Claims, PassInputs, claim_backlogs, draft_inputs, park, unpark
 from whiflash_kernels.structs import PADDING
 
-TOKENS = 64  # of features that a request's ring holds for its idle drafters before a flush
+TOKENS = 64  # features that a request's ring holds for idle drafters before a flush
 TOGETHER = 256
-"""Tokens of a catch-up that others join. A GPU reads a drafter's weights for as long as it computes with so many."""
+"""Tokens of a catch-up up to which half-full rings join it: a GPU computes with so many while it reads the weights."""
 
 
 class FeatureSlice:
-    """Selects a drafter's layers out of the captured union.
+    """Selects a drafter's layers out of all captured ones.
 
-    The target captures the union of all drafters' layers once, concatenated in layer order: [T, U * H].
+    The target captures the layers of all drafters once, concatenated in layer order: [T, U * H].
 
     Args:
-        captured: the union, ascending. wanted: the drafter's layers in the order its projection expects.
+        captured: all captured layers, ascending. layers: the drafter's, in the order that its projection expects.
         hidden: the target's hidden size H.
 
     Raises:
-        ValueError: a wanted layer is not captured.
+        ValueError: a layer of the drafter's is not captured.
     """
 
     def __init__(self, captured: tuple[int, ...], layers: tuple[int, ...], hidden: int) -> None:
@@ -36,10 +36,10 @@ class FeatureSlice:
         index = tuple(captured.index(layer) for layer in layers)
         self.hidden, self._layers = hidden, len(captured)
         self.chunks = None if index == tuple(range(len(captured))) else index
-        """Places of its layers among the captured ones, as kernels take them; None: they are the captured ones."""
+        """Indices of its layers among the captured ones, as kernels take them; None: it reads all, in their order."""
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
-        """[T, U * H] → [T, len(wanted) * H]; the input itself when nothing has to be selected."""
+        """Select its columns: [T, U * H] → [T, len(layers) * H]; returns the input itself if it reads all."""
         if self.chunks is None:
             return features
         grid = features.view(-1, self._layers, self.hidden)
@@ -47,13 +47,13 @@ class FeatureSlice:
 
 
 class Watermarks:
-    """How far each drafter's KV is valid, per request row.
+    """Lengths up to which each drafter's KV is valid, per request row.
 
     `device` [arms, request rows] int64 is what holds: it moves with lengths that the device alone may know. The host
     keeps lower bounds, which are exact as long as it knows every n, so that no ring overflows.
 
     Args:
-        arms: names of the drafters that keep KV.
+        arms: names of the drafters that have KV.
         capacity: tokens a ring holds per request.
         rows: of the request table.
     """
@@ -67,9 +67,9 @@ class Watermarks:
         self._lower: dict[int, dict[str, int]] = {}
 
     def reset(self, row: int, length: int) -> None:
-        """The request in `row` now has `length` tokens, all of them valid for every drafter (after a prefill).
+        """Set the host's watermarks of `row` to `length`, which a prefill has made valid for every drafter.
 
-        The host's side; `device` is written by whoever prefilled.
+        `device` is set by `put`.
         """
         self._lower[row] = dict.fromkeys(self.arms, length)
 
@@ -78,7 +78,7 @@ class Watermarks:
         self._lower.pop(row, None)
 
     def synced(self, row: int, arm: str) -> int:
-        """Length up to which `arm`'s KV is valid for the request in `row`, at least."""
+        """Return the least length up to which `arm`'s KV is valid for the request in `row`, as the host knows it."""
         return self._lower[row][arm]
 
     def known(self, row: int) -> bool:
@@ -86,27 +86,27 @@ class Watermarks:
 
     @property
     def rows(self) -> Set[int]:
-        """Rows of requests that run."""
+        """Return the rows of running requests."""
         return self._lower.keys()
 
     def claim(
         self, rows: torch.Tensor, lengths: torch.Tensor, due: torch.Tensor, into: Claims | None = None
     ) -> Claims:
-        """Between where and where every arm has to ingest; from now on it counts as done.
+        """Move the watermarks of arms that catch up to n, and return from where to where every arm has to ingest.
 
         Args:
             rows: [B] int64 request rows. lengths: [B] int64, n. due: [arms, B] int64, 1 where an arm catches up.
-            into: where captured catch-ups read it.
+            into: memory where captured catch-ups read the result.
         """
         return claim_backlogs(self.device, rows, lengths, due, into=into)
 
     def put(self, rows: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Every arm has ingested the requests in rows [B] int64 up to lengths [B] int64 (after a prefill)."""
+        """Set the device's watermarks of rows [B] int64 to lengths [B] int64, for every arm (after a prefill)."""
         if self.arms:
             self.device.index_copy_(1, rows, lengths.expand(len(self.arms), -1))
 
     def flushed(self, row: int, arm: str, length: int) -> None:
-        """The host knows that `arm` has ingested `row` up to `length`. Raises ValueError when it would move back."""
+        """Raise the host's watermark of `arm` in `row` to `length`. Raises ValueError if it would move back."""
         if length < self._lower[row][arm]:
             raise ValueError(
                 f"watermark of {arm!r} cannot go back from {self._lower[row][arm]} to {length} (row {row})"
@@ -123,14 +123,14 @@ class Watermarks:
         widths: Sequence[int],
         verifying: int | None = None,
     ) -> tuple[list[int], int]:
-        """Indices of the requests that `arm` has to catch up before this round, and most tokens that they ingest
-        together: exactly those if n is known. From now on it counts as done.
+        """Choose the requests that `arm` has to catch up before this round. Returns their indices, and the most tokens
+        that they ingest together: exactly those if n is known. From now on it counts as done.
 
-        Requests that chose the arm catch up to n. Another request catches up only when its ring could overflow after
-        this round's verification commits up to `width` more tokens: flushed, never dropped. If a pass runs for such
-        requests only, those with half a ring join it, which spares them a pass of their own. Feature n-1 stays parked
-        through any flush. Rows of requests that have ended are passed over. All requests together have committed no
-        more beyond what the host knows than the rows that are being verified, `verifying`.
+        Requests that chose the arm catch up to n. Another request catches up only if its ring could overflow after this
+        round's verification commits up to `width` more tokens: its features are ingested, never dropped. If a pass runs
+        for such requests only, those with half a ring join it, which spares them a pass of their own. Feature n-1 stays
+        parked through any flush. Rows of requests that have ended are passed over. All requests together have committed
+        no more beyond what the host knows than the rows that are being verified, `verifying`.
         """
         behind = [
             high - self._lower[row][arm] if self.known(row) else 0
@@ -173,12 +173,12 @@ class FeatureRows:
         return int(self.positions.shape[0])
 
     def of(self, columns: FeatureSlice | None) -> "FeatureRows":
-        """The same with the columns of one drafter only; None: all."""
+        """Return the rows with the columns of one drafter only; None: unchanged."""
         return self if columns is None else replace(self, features=columns(self.features))
 
     def embedded(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Embeddings of the position behind each row for a drafter, [N, H']: tokens by its `embed`, images as the
-        target read them if both are as wide.
+        """Embed the token after each row for a drafter, [N, H']: tokens by its `embed`, images as the target read them
+        if both are as wide.
         """
         tokens = embed(self.next_tokens)
         if self.images is None or self.images[1].shape[1] != tokens.shape[1]:
@@ -188,7 +188,7 @@ class FeatureRows:
 
 
 def columns_of(columns: FeatureSlice | None) -> tuple[tuple[int, ...] | None, int]:
-    """Chunks of a captured row and their width, as kernels take what a drafter reads; None: the whole row."""
+    """Return a drafter's chunks of a captured row and their width, as kernels take them; (None, 0): the whole row."""
     return (None, 0) if columns is None else (columns.chunks, columns.hidden)
 
 
@@ -219,9 +219,9 @@ class FeatureRings:
         *,
         widest: int,
     ) -> None:
-        """Keep `counts[b]` rows of `features` [T, F], from row `row_starts[b]`, at positions from `begins[b]`.
+        """Store `counts[b]` rows of `features` [T, F], from row `row_starts[b]`, at positions from `begins[b]`.
 
-        `widest`: no count is larger. Rings without columns keep nothing.
+        `widest`: no count is larger. Rings without columns store nothing.
         """
         if not self.rings.features.shape[2]:
             return
@@ -240,11 +240,11 @@ class FeatureRings:
     ) -> FeatureRows:
         """Gather parked positions [begins, ends) of every request into one packed batch.
 
-        Slots are resolved now, since the tree may remap them. Rows in excess are padding, at slot -1.
+        Slots are looked up now, since the tree may remap them. Surplus rows are padding, at slot -1.
 
         Args:
             request_rows, begins, ends: [B] int64. slot_table: [rows, ctx] int32, request row and position → KV slot.
-            wanted: a drafter's columns; None: all. owned: with their requests.
+            rows: of the result. wanted: a drafter's columns; None: all. owned: whether rows name their requests.
         """
         chunks, width = columns_of(wanted)
         features, tokens, positions, slots, request_of_row = unpark(
@@ -268,12 +268,11 @@ class FeatureRings:
         tail: bool,
         into: PassInputs | None = None,
     ) -> PassInputs:
-        """`rows`, `lengths`, `bonus`, `limits` and feature n-1 of the requests `members` [M] int64 of a batch, None
-        takes all, without a copy; and what their drafts are cut by.
+        """Gather the inputs of a pass for the requests `members` [M] int64 of a batch; None: all, without a copy.
 
         Args:
-            rows, lengths, bonus, limits: [B] int64 each, of the whole batch. calibration: float32. wanted: the
-                drafter's columns; None: all.
+            rows, lengths, bonus, limits: [B] int64 each, of the whole batch. calibration: float32, by which drafts are
+                cut. wanted: the drafter's columns; None: all.
             tail: whether it reads feature n-1. into: a drafter's `place`.
         """
         chunks, width = columns_of(wanted)

@@ -10,11 +10,11 @@ from whiflash_kernels import PenaltyTable
 from whiflash_sglang.device.transfers import Upload
 
 MOST_PENALISED, MORE = 128, 16
-"""Places that graphs read, at most: more memory would be kept from KV. And places by which the table grows."""
+"""Largest number of places that graphs read, since more would take memory from KV; number by which the table grows."""
 
 
 class Penalties(NamedTuple):
-    """Those of a request.
+    """Penalties and biases of a request.
 
     bias: by token. answer: position of its first generated token. From position `enough` on `stops` may end it.
     """
@@ -29,10 +29,10 @@ class Penalties(NamedTuple):
 
 
 class PenaltyRows:
-    """`Penalties` of each row's request.
+    """The `Penalties` of each row's request.
 
-    few: `PenaltyTable` of all rows with the first `places` places, always where it is. data: with all places that were
-    needed; the same tensors until more were.
+    few: `PenaltyTable` of all rows with the first `places` places, always at the same address. data: with all places
+    that were needed; the same tensors until there are more than `places`.
     """
 
     def __init__(self, rows: int, vocabulary: int, places: int, device: torch.device | str) -> None:
@@ -45,7 +45,7 @@ class PenaltyRows:
         self._free, self._taken = list(range(places)), dict[int, list[int]]()
 
     def begin(self, upload: Upload, row: int, penalties: Penalties | None) -> None:
-        """A request begins in `row`. So from when `upload` is sent on. None: its logits stay as they are."""
+        """Set the penalties of a request that begins in `row`, once `upload` is sent. None: no logits change."""
         known = row in self._taken
         self.end(row)
         if penalties is None:
@@ -55,7 +55,7 @@ class PenaltyRows:
             return
         while len(self._free) < 2:
             self._grow()
-        # While it may not end it has another bias, which forbids its stops.
+        # A request that may not end yet takes a second place, with a bias that forbids its stops until then.
         taken = [self._free.pop(0) for _ in range(1 + (penalties.enough > penalties.answer))]
         self._taken[row], ids = taken, list[torch.Tensor]()
 
@@ -73,7 +73,7 @@ class PenaltyRows:
         upload.then_floats(penalties[:3], self.few.factors[row].copy_)
 
     def end(self, row: int) -> None:
-        """The request in `row` gives its places up, if it has any."""
+        """Free the places of the request in `row`, if it has any."""
         if row in self._taken:
             self._free, self._taken[row] = sorted([*self._free, *self._taken[row]]), []
 
@@ -82,13 +82,13 @@ class PenaltyRows:
         return any(self._taken.get(row) for row in rows)
 
     def exceed_few(self, rows: Iterable[int]) -> bool:
-        """Whether one has a place that `few` has not, which none has before the table grew."""
+        """Whether a request in one of `rows` has a place that `few` has not; before the table grows none has."""
         few, grown = len(self.few.bias), self.data is not self.few
         return grown and any(place >= few for row in rows for place in self._taken.get(row, ()))
 
     def _grow(self) -> None:
         size = len(self.data.bias)
-        with torch.inference_mode(False):  # else it could not be written outside of it
+        with torch.inference_mode(False):  # an inference tensor could not be written elsewhere
             bias, counts = (torch.nn.functional.pad(t, (0, 0, 0, MORE)) for t in self.data[2:])
         self.data = self.data._replace(bias=bias, counts=counts)
         self._free += range(size, size + MORE)

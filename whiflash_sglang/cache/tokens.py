@@ -1,6 +1,6 @@
-"""The text of running requests, on the device: what penalties count, and what is looked up and copied.
+"""Tables of running requests on the device: their text, which penalties and copies read, stops, sampling and draft KV.
 
-The host's lists lag behind rounds that are still running, this table does not.
+The host's lists lag behind rounds that are still running; these tables do not.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from whiflash_sglang.device.transfers import Upload
 
 
 class TokenTable:
-    """`[request rows, context + margin]` int64; entry (r, p) is the token at position p while p <= n.
+    """The text of running requests: `[request rows, context + margin]` int64; (r, p) is the token at position p <= n.
 
     Args:
         margin: the widest block that `put_block` may write past the context's end.
@@ -34,7 +34,7 @@ class TokenTable:
         upload.then(tokens, lambda text: place.copy_(text))
 
     def put_block(self, rows: torch.Tensor, starts: torch.Tensor, tokens: torch.Tensor) -> None:
-        """tokens [B, W] from positions starts [B]; tokens beyond a request's new length are overwritten later."""
+        """Write tokens [B, W] at positions from starts [B]; those beyond a new length are overwritten later."""
         if not tokens.shape[1]:
             return
         offsets = torch.arange(tokens.shape[1], device=tokens.device)
@@ -42,19 +42,19 @@ class TokenTable:
 
 
 FEW = 8
-"""Tokens that may end a request for which there is room from the start."""
+"""Number of stop tokens of a request for which there is room from the start."""
 
 NO_TOKEN = -1
 
 
 class StopTable:
-    """The tokens that end the request of each row, `NO_TOKEN` where a request has fewer than there are columns.
+    """The tokens that end the request of each row; `NO_TOKEN` fills the other columns.
 
-    Plain decoding never reaches tokens after such a one: neither the engine nor anything of ours may learn of
-    it, so `accept_and_commit` cuts there.
+    Plain decoding never reaches tokens after such a token: neither the engine nor this package may learn of them, so
+    `accept_and_commit` cuts there.
 
-    few: `[request rows, FEW]` int64, the first of each, always in the same place. data: `[request rows, FEW or more]`
-    int64, all of them; `few` unless a request has more.
+    few: `[request rows, FEW]` int64, the first stops of each, always at the same address. data: `[request rows, FEW or
+    more]` int64, all of them; `few` itself unless a request has more.
     """
 
     def __init__(self, rows: int, device: torch.device | str) -> None:
@@ -62,10 +62,10 @@ class StopTable:
         self._exceeding: set[int] = set()
 
     def begin(self, upload: Upload, row: int, stops: Sequence[int]) -> None:
-        """A request begins in `row` that each of `stops` ends; empty: none does. So from when `upload` is sent on."""
+        """Set the tokens that end the request that begins in `row`, from when `upload` is sent. Empty: none does."""
         missing = len(stops) - self.data.shape[1]
         if missing > 0:
-            with torch.inference_mode(False):  # else it could not be written outside of it
+            with torch.inference_mode(False):  # an inference tensor could not be written elsewhere
                 self.data = torch.nn.functional.pad(self.data, (0, missing), value=NO_TOKEN)
 
         def put(sent: torch.Tensor) -> None:
@@ -79,7 +79,7 @@ class StopTable:
         else:
             self._exceeding.discard(row)
             if not self._exceeding:
-                self.data = self.few  # every round looks through all columns
+                self.data = self.few  # narrow again, since every round looks through all columns
 
     def exceed_few(self, rows: Iterable[int]) -> bool:
         """Whether a request in one of `rows` has more stops than `few` holds."""
@@ -87,12 +87,12 @@ class StopTable:
 
 
 class SamplingRows:
-    """How the request of each row is sampled, and the seed of its noise: another one whenever a request begins.
+    """The sampling parameters of each row's request, and the seed of its noise, drawn whenever a request begins.
 
-    data: `SamplingTable` of all rows, always in the same place.
+    data: `SamplingTable` of all rows, always at the same address.
 
     Args:
-        seed: of the seeds: the same in all ranks, where the same requests begin in the same order.
+        seed: of the generator of seeds: equal in all ranks, in which the same requests begin in the same order.
     """
 
     def __init__(self, rows: int, seed: int, device: torch.device | str) -> None:
@@ -103,7 +103,7 @@ class SamplingRows:
         self._seeds = Random(seed)
 
     def begin(self, upload: Upload, row: int, parameters: Sequence[float]) -> None:
-        """A request begins in `row`. So from when `upload` is sent on.
+        """Set the sampling of a request that begins in `row`, from when `upload` is sent.
 
         parameters: temperature, top_k, top_p, min_p.
         """
@@ -114,8 +114,8 @@ class SamplingRows:
 class DraftKV:
     """K and V of every draft layer, `[layers, slots, Hkv, D]` each.
 
-    The slots are the target's: whoever owns a target slot owns the drafter's entry beside it. `pools` are the
-    same tensors layer by layer, as the catch-up kernels take them.
+    The slots are the target's: the owner of a target slot owns the drafter's entry at it. `pools` are the same tensors
+    layer by layer, as the catch-up kernels take them.
     """
 
     def __init__(
