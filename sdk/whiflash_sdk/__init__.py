@@ -1,4 +1,4 @@
-"""WhiFlash's client side: routing hints on the OpenAI client, and what they bought."""
+"""WhiFlash's client side: sends routing hints with OpenAI's and Anthropic's clients, and reads routing traces."""
 
 import logging
 

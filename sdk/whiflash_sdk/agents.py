@@ -1,4 +1,4 @@
-"""Names of agents: `with agent("planner"): client.chat.completions.create(...)`, and those that frameworks give."""
+"""Names of agents, by blocks and by frameworks: `with agent("planner"): client.chat.completions.create(...)`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Agent = str | Callable[[], "str | None"]
 
 
 def agent(name: str) -> AbstractContextManager[Hints]:
-    """Calls inside the block are this agent's, in this thread or task, over what a framework says and the client.
+    """Name the agent of the calls inside the block, in this thread or task; wins over a framework's and the client's.
 
     Traces and reports name the agent; drafts do not depend on it.
 
@@ -25,6 +25,6 @@ def agent(name: str) -> AbstractContextManager[Hints]:
 
 
 def name_of(agent: Agent | None) -> str | None:
-    """The name now, as it is sent."""
+    """Return the agent's name at this call, as it is sent; None if it has none."""
     name = agent() if callable(agent) else agent
     return name_sent(name) if name else None

@@ -1,8 +1,8 @@
-"""Does this server route? `GET /whiflash/capabilities`, asked now and then per base URL and key.
+"""Capabilities of a server, by `GET /whiflash/capabilities`: asked for every base URL and key, now and again.
 
-An answer holds for five minutes; of the statuses only a 404 says that there are no routes. Everything else (busy, wrong
-key, unreachable, a page instead of the document) is asked again, after a second at first and after a minute at last.
-Meanwhile a server that was known to route stays known.
+An answer holds for five minutes. The status 404 also is an answer: the server does not route. After any other failure
+(busy, wrong key, unreachable, a page instead of the document) the SDK asks again, after a second at first and after a
+minute at last. Meanwhile a server that was known to route stays known.
 """
 
 from __future__ import annotations
@@ -76,22 +76,24 @@ class Capabilities(BaseModel):
     tenant_header: bool = False
 
     def assumed(self) -> Capabilities:
-        """Capabilities that a caller wrote: what they leave open, a server of this release understands."""
+        """Complete capabilities that a caller wrote: fields that are not set get the values of a server of this
+        release."""
         latest = {"routes": ROUTES, "prediction_tokens": PREDICTION_TOKENS}
         return self.model_copy(update={k: v for k, v in latest.items() if k not in self.model_fields_set})
 
 
 @dataclass(eq=False)
 class AskedServer:
-    """State of one base URL, as one key sees it.
+    """State of the server at one base URL, as one key sees it.
 
-    One caller asks; those that come meanwhile wait for its answer, or go on with the one that is being renewed.
+    One caller asks the server; callers that come meanwhile wait for its answer, or use the one that is being renewed.
     Threads wait at one lock and the tasks of an event loop at another, because a thread that waits for a task of
     its own loop would wait for ever.
 
-    url: the route that was asked, without a password. alone: whether `/v1/models` lists the model of `found` and no
-    other; None: it was not asked. was_alone: what it said before. trouble: why `found` is None. failures: in a row;
-    lists: of the list. next_probe: earliest time of the next question, by `now`.
+    url: the route that is asked, without a password. found: the server's capabilities. alone: whether `/v1/models`
+    lists their model and no other; None: not asked. was_alone: its value before. trouble: why `found` is None.
+    failures: of the route, in a row; lists: failures of `/v1/models`, in a row. next_probe: earliest time of the next
+    question, by `now`.
     """
 
     url: str
@@ -105,11 +107,11 @@ class AskedServer:
     threads: Lock = field(default_factory=Lock)
 
     def is_due(self, model: str | None) -> bool:
-        """Whether something has to be asked before a request for this model; None: for any."""
+        """Whether the server must be asked again before a request for this model; None: for any model."""
         return now() >= self.next_probe or self.needs_list(model)
 
     def is_known(self, model: str | None) -> bool:
-        """Whether a request for this model goes out without waiting for the answer of whoever asks."""
+        """Whether a request for this model need not wait while another caller asks the server."""
         return self.found is not None and not self.needs_list(model)
 
     def needs_list(self, model: str | None) -> bool:
@@ -121,7 +123,7 @@ class AskedServer:
         return self.found is not None and self.alone is None and not _names(self.found, model)
 
     def listed(self, models: object) -> None:
-        """Take the answer of `/v1/models`; other names than its model's, and its adapters', are of other servers."""
+        """Take the answer of `/v1/models`. Names other than the model's and its adapters' are another server's."""
         entries = models.get("data") if isinstance(models, dict) else None
         name = self.found and self.found.model
         others = [entry for entry in entries or () if isinstance(entry, dict) and entry.get("parent") != name]
@@ -129,13 +131,13 @@ class AskedServer:
         self.lists = 0 if entries else self.lists
 
     def unlisted(self) -> None:
-        """The list did not come: its last one holds, and it is asked for again, later each time."""
+        """Note that `/v1/models` failed: keep the last list, and ask again after a time that doubles."""
         self.alone = self.was_alone
         self.next_probe = now() + _wait(self.lists)
         self.lists += 1
 
     def answered(self, body: object) -> None:
-        """Take the body of a 200."""
+        """Take the body of an answer with status 200."""
         known, self.found = self.found, _read(body)
         last = self.was_alone if self.alone is None else self.alone
         self.was_alone = last and known is not None and self.found == known
@@ -146,7 +148,7 @@ class AskedServer:
             self._keep(f"routes: {self.found!r}")
 
     def failed(self, error: Exception) -> None:
-        """Take what was raised instead. Its message may quote a key: only its kind is kept."""
+        """Take the error of a question. Only its type is stored, because its message may quote a key."""
         status = _status(error)
         kinds = {kind.__name__ for kind in type(error).__mro__}  # four libraries have such classes
         if status == 404:
@@ -162,14 +164,14 @@ class AskedServer:
             self._ask_again(f"could not be asked ({type(error).__name__})")
 
     def refused(self, name: str) -> None:
-        """Take that a request was refused for a field of ours, and served without it: another server answers now."""
+        """Note that a request was refused for our field `name` and served without it, so another server answers now."""
         self.found = None
         self._keep(f"answered, but {name} was refused")
 
     def require(self, model: str | None, *, strict: bool) -> Capabilities | None:
-        """`found`, if it is of this model; else an error under `strict`, or one warning per URL and trouble.
+        """Return the capabilities if they are for this model; else warn once per URL and trouble and return None.
 
-        Raises: UnsupportedServerError under `strict`.
+        Raises: UnsupportedServerError under `strict`, in place of the warning.
         """
         trouble = self.trouble
         if self.found is not None:
@@ -185,7 +187,8 @@ class AskedServer:
                 "do with wrap(client, capabilities=…)"
             )
         warning = (self.url, trouble)
-        # A request says itself that nothing was reached. Its model is anybody's text, so warnings are bounded.
+        # An unreachable server needs no warning, since the request fails, too. The number of warnings is bounded,
+        # because they hold the request's model, which is anybody's text.
         if trouble != "could not be reached" and warning not in _warned and len(_warned) < MOST_WARNINGS:
             _warned.add(warning)
             warn_unsupported(f"{reason}. Requests go out without hints")
@@ -204,7 +207,7 @@ class AskedServer:
 
 
 def _wait(failures: int) -> float:
-    """Seconds until a question is asked again that failed so often before."""
+    """Return the seconds to wait before asking again, after so many earlier failures."""
     return float(min(FIRST_RETRY_SECONDS * 2 ** min(failures, 16), LONGEST_RETRY_SECONDS))
 
 
@@ -212,32 +215,32 @@ def _status(error: Exception) -> Any:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-# Known servers, the oldest first; locks that asyncio or trio tasks of one event loop wait at; what was warned of.
+# Known servers, the oldest first; locks for the tasks of one event loop; URLs and troubles that were warned about.
 _servers: dict[tuple[int, bytes], AskedServer] = {}
 _LOCKS: RunVar[WeakKeyDictionary[AskedServer, anyio.Lock]] = RunVar("whiflash_locks")
 _warned: set[tuple[str, str]] = set()
 
 
 def capabilities(client: OpenAI) -> Capabilities | None:
-    """The server's capabilities; None if it does not route or could not be asked.
+    """Return the server's capabilities; None if it does not route or could not be asked.
 
-    Takes the client's own timeout at most, and never more than two seconds a phase (connect, read).
+    It takes at most the client's own timeout, and never more than two seconds a phase (connect, read).
     """
     return ask(OfClient(client)).found
 
 
 async def async_capabilities(client: AsyncOpenAI) -> Capabilities | None:
-    """`capabilities` for an async client; never more than two seconds in all."""
+    """Return the server's capabilities, for an async client (see `capabilities`); takes at most two seconds in all."""
     return (await async_ask(OfClient(client))).found
 
 
 def ask(
     asker: Asker, timeout: float | Timeout | NotGiven | None = None, model: str | None = None
 ) -> AskedServer:
-    """State of the asker's server, asked again if it is time.
+    """Return what is known about the asker's server, after asking it if that is due.
 
-    timeout: that of the request that wants to know, which the probe does not outlast; not given, the asker's. model:
-    the one that the request is for.
+    timeout: of the request that needs the answer, which bounds the question; if not given, the asker's. model: that
+    the request names.
     """
     url, server = _server(asker)
     if server.is_due(model):
@@ -253,7 +256,7 @@ def ask(
 async def async_ask(
     asker: Asker, timeout: float | Timeout | NotGiven | None = None, model: str | None = None
 ) -> AskedServer:
-    """`ask` for an asynchronous asker."""
+    """Return what is known about the asker's server, for an asynchronous asker (see `ask`)."""
     url, server = _server(asker)
     if server.is_due(model) and not ((lock := _lock(server)).locked() and server.is_known(model)):
         limits = _limits(asker, timeout)
@@ -271,7 +274,7 @@ async def async_ask(
 def _probe(
     asker: Asker, url: str, server: AskedServer, limits: dict[str, float], model: str | None
 ) -> Flow[None]:
-    """Ask for what is due: the document, and the list of models if it decides."""
+    """Ask for the capabilities if they are due, and for the list of models if it decides about this model."""
     with untraced():
         if server.is_due(None):
             try:
@@ -289,7 +292,7 @@ def _probe(
 
 
 def _lock(server: AskedServer) -> anyio.Lock:
-    """Lock at which the running event loop's tasks wait for this server's answer."""
+    """Return the lock at which the running event loop's tasks wait for this server's answer."""
     try:
         locks = _LOCKS.get()
     except LookupError:
@@ -299,7 +302,7 @@ def _lock(server: AskedServer) -> anyio.Lock:
 
 
 def _server(asker: Asker) -> tuple[str, AskedServer]:
-    """The address to ask, and what is known of it under the asker's key in this process."""
+    """Return the URL to ask, and the state of that server for the asker's key in this process."""
     base = urlsplit(asker.base)
     # The server's root is the base URL without its API version: `/v1` is where OpenAI's routes live.
     route = base.path.rstrip("/").removesuffix("/v1") + "/whiflash/capabilities"
@@ -307,7 +310,7 @@ def _server(asker: Asker) -> tuple[str, AskedServer]:
         urlunsplit((base.scheme, netloc, route, "", ""))
         for netloc in (base.netloc, base.netloc.rpartition("@")[2])
     )
-    # A fork has locks of its own: nobody there will release those that its parent's threads held.
+    # The process id is part of the key: in a fork nobody would release locks that its parent's threads hold.
     server = _servers.setdefault((os.getpid(), asker.fingerprint(url)), AskedServer(shown))
     for oldest in list(_servers)[:-MOST_SERVERS] if len(_servers) > MOST_SERVERS else ():
         _servers.pop(oldest, None)
@@ -315,7 +318,7 @@ def _server(asker: Asker) -> tuple[str, AskedServer]:
 
 
 def _limits(asker: Asker, timeout: float | Timeout | NotGiven | None) -> dict[str, float]:
-    """Seconds by phase, of what httpx takes as a timeout; the library itself may be HTTPX or HTTPX 2."""
+    """Return seconds by phase, at most `PROBE_SECONDS`, from any timeout that HTTPX or HTTPX 2 takes."""
     asked: Any = asker.timeout if timeout is None or type(timeout).__name__ == "NotGiven" else timeout
     if hasattr(asked, "as_dict"):
         asked = asked.as_dict()
@@ -330,7 +333,7 @@ def _longest(limits: dict[str, float]) -> float:
 
 
 def _names(capabilities: Capabilities, model: str | None) -> bool:
-    """Whether the document is of this model by name; a request without a name goes to whoever answers."""
+    """Whether the capabilities are for this model by name. A request without a name goes to any model."""
     return model is None or capabilities.model in ("", model)
 
 
@@ -339,5 +342,5 @@ def _read(body: object) -> Capabilities | None:
         capabilities = Capabilities.model_validate(body)
     except ValidationError:  # a page or a catch-all route, not our document
         return None
-    # All of it was answered: what a server leaves out it does not have (`assumed`).
+    # All fields count as set: a server does not have what it leaves out, so `assumed` must not add it.
     return capabilities.model_copy(update=dict(capabilities)) if capabilities.version == 1 else None

@@ -1,4 +1,4 @@
-"""`wrap`: the OpenAI or Anthropic client the user already has, sending hints with what it sends anyway."""
+"""`wrap`: makes an existing OpenAI or Anthropic client send hints with its requests."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class ApiClient(Protocol):
 
     @property
     def default_headers(self) -> Any:
-        """Sent with every request."""
+        """Return the headers that are sent with every request."""
 
 
 ClientT = TypeVar("ClientT", bound=ApiClient)
 
 _WRAPPED: Final = "_whiflash_settings"
 _ITSELF: Final = "_whiflash_itself"
-"""Whether the settings are of `wrap`, and not of the client that this one was made from."""
+"""Whether `wrap` was called on this client; else its settings are inherited from the client that it was made from."""
 _OWNER: Final = "_whiflash_owner"
 _DOORS: Final = ("copy", "with_options", "request")
 
@@ -90,16 +90,16 @@ def wrap(client: ClientT, **settings: Unpack[ClientSettings]) -> ClientT:
 
 
 def apart(client: Any, owner: object) -> Any:
-    """A client with the same settings that `owner` has for itself, to be wrapped; the one made for it before, if it is.
+    """Return a copy of the client that only `owner` uses, to be wrapped; the client itself if it is such a copy.
 
-    A tracer set on the client only goes on seeing the copy's requests.
+    A tracer that replaced `request` on this client only also sees the copy's requests.
     """
     held = vars(client).get(_OWNER)
     if held is not None and held() is owner:
         return client
     try:
         made = client.with_options()
-    except TypeError:  # a subclass whose arguments are others
+    except TypeError:  # a subclass with other arguments
         made = _view(client)
     own = vars(client).get("request")
     if own is not None and _WRAPPED not in vars(client):
@@ -109,7 +109,7 @@ def apart(client: Any, owner: object) -> Any:
 
 
 def _view(client: Any) -> Any:
-    """A client that sends through the same connections, and makes resources of its own, which ask through it."""
+    """Return a copy of the client on the same connections; its resources (`chat`, ...) send through the copy."""
     made = copy.copy(client)
     told: Told | None = vars(made).pop(_WRAPPED, None)
     for name in tuple(vars(made)):
@@ -122,19 +122,19 @@ def _view(client: Any) -> Any:
 
 
 def settings_of(client: Any) -> Told | None:
-    """Settings of a wrapped client; None if it is not wrapped."""
+    """Return the settings of a wrapped client; None if it is not wrapped."""
     told: Told | None = vars(client).get(_WRAPPED)
     return told
 
 
 def settings_below(client: Any) -> Told | None:
-    """Settings of an `http_client` of this SDK that a client sends through; None of another's."""
+    """Return the settings of the SDK's `http_client` that a client sends through; None for another HTTP client."""
     told: Told | None = getattr(getattr(getattr(client, "_client", None), "_transport", None), "told", None)
     return told
 
 
 def _install(client: Any, told: Told, origin: Any = None) -> None:
-    """Wrap a client; one that was made from `origin` has the settings from there."""
+    """Wrap a client. origin: the wrapped client that it was made from, if any."""
     already = _WRAPPED in vars(client)
     vars(client)[_WRAPPED], vars(client)[_ITSELF] = told, origin is None
     if already:
@@ -146,7 +146,7 @@ def _install(client: Any, told: Told, origin: Any = None) -> None:
 
 
 def _inherited(client: Any, name: str) -> Callable[[], Callable[..., Any]]:
-    """Finds the method that a wrapped one goes on to, at every call: tracers replace it on the class at any time."""
+    """Return a function that finds the client's own method at each call: tracers may replace it on the class later."""
     own = vars(client).get(name)
     return lambda: own or functools.partial(getattr(type(client), name), client)
 
@@ -164,7 +164,7 @@ def _wrapping_copy(client: Any, name: str) -> Callable[..., Any]:
 
 
 def _hinting_request(client: Any) -> Callable[..., Any]:
-    """The client's one door to the network, with hints put in and traces taken out."""
+    """Return a `request` method, which all calls of the client use, that adds hints and takes traces out."""
     inherited = _inherited(client, "request")
     is_async = isinstance(client, api_clients(asynchronous=True))
     drive, asks = (run_async, async_ask) if is_async else (run, ask)
@@ -191,7 +191,7 @@ def _hinting_request(client: Any) -> Callable[..., Any]:
 
 
 def _route(options: Any) -> str | None:
-    """The route that a JSON object is posted to; None for another request: bytes go out as they are."""
+    """Return the route that a JSON object is posted to; None for other requests, which are sent unchanged."""
     raw = getattr(options, "content", None) is not None or bool(options.files)
     if raw or options.method.lower() != "post" or not isinstance(options.json_data, Mapping | None):
         return None
@@ -199,7 +199,7 @@ def _route(options: Any) -> str | None:
 
 
 def _carrying(options: Any, body: Mapping[str, Any]) -> Any:
-    """The request with this body; what is not in it is left out."""
+    """Return the request's options with this body; fields that are not in `body` are removed."""
     own = options.json_data or {}
     extra = {name: value for name, value in body.items() if name not in own or own[name] is not value}
     kept = {name: value for name, value in own.items() if name in body}

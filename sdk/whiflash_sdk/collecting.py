@@ -1,4 +1,4 @@
-"""Traces of everything asked inside a block, for frameworks that keep the responses to themselves.
+"""Collects the traces of all calls inside a block, for frameworks that do not return the responses.
 
 `with collect() as collected: agent.run(…)`, then `collected.traces`; `collect(client)` for a client that other threads
 use.
@@ -35,7 +35,7 @@ from whiflash_sdk.trace import (
 class CollectedCall:
     """One call of a wrapped client.
 
-    began: by a clock that never jumps. span: OpenTelemetry's, if one records.
+    began: in monotonic seconds. span: OpenTelemetry's, if one records.
     """
 
     agent: str | None
@@ -50,7 +50,7 @@ class CollectedCall:
     _texts: dict[int | None, list[str]] = field(default_factory=dict)
 
     def take(self, body: Any) -> bool:
-        """Keep the traces of an answer, or of a chunk or an event of one: JSON or an object. True if it has any."""
+        """Store the traces of an answer, or of its chunk or event, as JSON or an object. True if it has any."""
         if self.response_id is None:
             answer = answer_in(body)
             self.response_id, self.model = (text_or_none(field_of(answer, name)) for name in ("id", "model"))
@@ -64,24 +64,24 @@ class CollectedCall:
         return bool(traces)
 
     def end(self) -> None:
-        """The answer is complete, or nobody reads on."""
+        """End the call: the answer is complete, or nobody reads on. Adds the figures to the OpenTelemetry span."""
         if self.ended is not None:
             return
-        # The wall clock may jump in between.
+        # The end is not read from the wall clock, which may jump during the call.
         self.ended = self.started + timedelta(seconds=time.monotonic() - self.began)
         if self.span is not None and self._sent:
-            with contextlib.suppress(TraceError):  # whoever asks for the trace gets it
+            with contextlib.suppress(TraceError):  # `traces` raises it
                 share = Share.of("", list(self.traces()))
                 add_to(self.span, share, (self.response_id, self.model, self.agent))
 
     @property
     def raw_traces(self) -> list[Any]:
-        """The traces that came so far, one a choice, as the server sent them."""
+        """Return the traces received so far, one for each choice, as the server sent them."""
         texts = {choice: "".join(parts) for choice, parts in self._texts.items()}
         return [with_text(raw, texts) for raw in self._sent.values()]
 
     def traces(self) -> Iterator[CollectedTrace]:
-        """One a choice, once the answer has ended. Raises: TraceError for a broken one."""
+        """Yield a trace for each choice, once the answer has ended. Raises: TraceError for a malformed one."""
         names = ("response_id", "model", "agent", "started", "ended")
         fields = {name: getattr(self, name) for name in names}
         for raw in self.raw_traces if self.ended else ():
@@ -97,21 +97,21 @@ class Collected:
         self._calls: list[CollectedCall] = []
 
     def add(self, call: CollectedCall) -> None:
-        """Keep a call that starts."""
+        """Add a call that starts."""
         self._calls.append(call)
 
     @property
     def traces(self) -> list[CollectedTrace]:
-        """One trace a choice of every call that has ended, in the order the calls started.
+        """Return a trace for each choice of every call that has ended, in the order in which the calls started.
 
-        Raises: TraceError for a broken one.
+        Raises: TraceError for a malformed one.
         """
         return [trace for call in list(self._calls) for trace in call.traces()]
 
     def report(self) -> Report:
-        """Report of the calls that have ended: by agent, tool, turn and drafter.
+        """Report the calls that have ended: by agent, tool, turn and drafter.
 
-        Raises: TraceError for a broken trace.
+        Raises: TraceError for a malformed trace.
         """
         return Report.of(self.traces)
 
@@ -122,15 +122,15 @@ _SCOPES: Final = "_whiflash_scopes"
 
 @contextmanager
 def collect(*clients: Any) -> Iterator[Collected]:
-    """Collect the traces of the calls made until the block ends; a stream's when it is read to its end.
+    """Collect the traces of the calls made in the block. A stream's trace is there once it was read to its end.
 
     Without clients: the calls of every wrapped client in this thread or task, in tasks started inside and in
-    `asyncio.to_thread`. Threads that one starts oneself, and pools of them, do not know of the block (they do with
-    Python's `-X thread_inherit_context`, from 3.14 on, and if you give them `copy_context().run`).
+    `asyncio.to_thread`. Other threads and pools do not inherit the block, except with Python's
+    `-X thread_inherit_context` (from 3.14 on), or if you run `copy_context().run` in them.
 
-    With clients, wrapped ones or those of `http_client`: every call of these, and of clients made from them, in
-    whatever thread or task, and no others. For blocks at the same time that are not to mix, give each a client of its
-    own: `client.with_options()`.
+    With clients, wrapped ones or those of `http_client`: the calls of these, and of clients made from them, in any
+    thread or task, and no others. To keep two concurrent blocks apart, give each a client of its own:
+    `client.with_options()`.
 
     Raises: TypeError for a client that is not wrapped.
     """
@@ -150,7 +150,7 @@ def collect(*clients: Any) -> Iterator[Collected]:
 
 
 def open_scope(client: Any, origin: Any = None) -> None:
-    """Let `collect(client)` see this client's calls, and blocks on the client that it was made from see them too."""
+    """Let `collect(client)` see this client's calls. Blocks on `origin`, which it was made from, see them, too."""
     outer = vars(origin)[_SCOPES] if origin is not None else ()
     vars(client)[_SCOPES] = (*outer, [])
 
@@ -164,7 +164,7 @@ def _scope(client: Any) -> list[Collected]:
 
 
 def start(client: Any, agent: str | None) -> CollectedCall:
-    """A call of this client, made now and here, in every block that it belongs to."""
+    """Start a call of this client, and add it to every `collect` block that it belongs to."""
     call = CollectedCall(agent)
     by_client = (collected for scope in vars(client)[_SCOPES] for collected in tuple(scope))
     for collected in dict.fromkeys((*_COLLECTING.get(), *by_client)):

@@ -1,4 +1,4 @@
-"""Hints nobody had to write: read from the request's own tools, response format and messages."""
+"""Derives spans from a request's own tools, tool choice and response format, without hints of the user."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from whiflash_sdk.presets import REASONING_PARSERS, TOOL_CALL_PARSERS, likely_sp
 def derive_spans(
     body: Mapping[str, Any], tool_parser: str | None, reasoning_parser: str | None
 ) -> tuple[Span, ...]:
-    """The spans that a block's open span joins; none for a parser that is not known here.
+    """Derive the spans that are sent together with a block's open span; none if a parser is unknown here.
 
-    A server infers spans for requests that bring none, and knows its own parsers' markers.
+    Without a block the server infers the spans, and it knows the markers of its own parsers.
 
     body: the request as sent, without `extra_body`.
     tool_parser, reasoning_parser: names of the server's parsers, from its capabilities.
@@ -38,7 +38,7 @@ def _knows(presets: Mapping[str, object], parser: str | None) -> bool:
 
 
 def open_first(spans: tuple[Span, ...], opened: Span) -> tuple[Span, ...]:
-    """`spans` with the one of `opened`'s kind open from the start, carrying its wishes; else it leads."""
+    """Put `opened` first. A span of the same kind keeps its markers and takes over its open, prefer, pin and bias."""
     for index, span in enumerate(spans):
         if span.kind == opened.kind:
             wishes = opened.model_dump(include={"open", "prefer", "pin", "bias"})

@@ -1,4 +1,4 @@
-"""Why hints may have no effect: what a client, its server and the way between them allow, and what an answer shows.
+"""Diagnoses why hints have no effect: `doctor` checks a client and its server, `explain` an answer's trace.
 
 print(*whiflash_sdk.doctor(client), sep="\\n")
 print(*whiflash_sdk.explain(response), sep="\\n")
@@ -29,9 +29,9 @@ _UNUSED: Final = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that hints need.
+    """Result of one check.
 
-    name: of what was looked at. ok: whether it is as hints need it; None: nothing shows it. detail: what was found, and
+    name: of the check. ok: whether hints can have an effect; None: nothing shows it. detail: what was found, and
     what would help.
     """
 
@@ -45,17 +45,17 @@ class Finding:
 
 
 def doctor(client: OpenAI, model: str | None = None) -> list[Finding]:
-    """Look at what hints need, from the client to the server's drafters; nothing is generated.
+    """Check what hints need, from the client to the server's drafters; nothing is generated.
 
     client: wrapped or not. model: that requests will name; None: any.
 
-    Returns: findings in the order in which a request meets them; those behind one that fails may be missing.
+    Returns: findings in the order in which a request meets them; those after a failed one may be missing.
     """
     return list(_findings(client, ask(OfClient(client), model=model), model))
 
 
 async def async_doctor(client: AsyncOpenAI, model: str | None = None) -> list[Finding]:
-    """`doctor` for an async client."""
+    """Check what hints need, for an async client (see `doctor`)."""
     return list(_findings(client, await async_ask(OfClient(client), model=model), model))
 
 
@@ -123,11 +123,11 @@ def _parsers(answer: Capabilities) -> Iterator[Finding]:
 
 
 def explain(response: object, choice: int = 0) -> list[Finding]:
-    """Effect of each hint on an answer, by its trace, and what would help if one had none.
+    """Explain from an answer's trace which effect each hint had, and what would help if it had none.
 
     response: as `routing` takes it. choice: index of the choice.
 
-    Returns: findings; one that fails names a hint without effect. `ok` is None if a hint was not sent or too few drafts
+    Returns: findings; a failed one names a hint without effect. `ok` is None if a hint was not sent or too few drafts
     show its effect.
 
     Raises: TraceError, TypeError as `routing` does.
@@ -165,7 +165,7 @@ def _brought(trace: Trace) -> Iterator[Finding]:
     for name in dict.fromkeys((*trace.sources, *_UNUSED)):
         told = trace.sources.get(name)
         if told is not None:
-            useless = False if told.proposed >= 16 else None  # few say little
+            useless = False if told.proposed >= 16 else None  # fewer drafts show nothing
             saved = "" if told.saved is None else f", {told.saved:.3f} s saved by estimate"
             detail = f"{told.accepted} of {told.proposed} drafts accepted{saved}"
             yield Finding(name, True if told.accepted else useless, detail)

@@ -1,4 +1,4 @@
-"""Files that a request's conversation shows: read from its body, of any route, whatever a tool puts around them."""
+"""Reconstructs the file that an agent is about to edit from the tool calls and results in a request's body."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from whiflash_sdk.presets import MARKUP_ARGUMENTS
 from whiflash_sdk.reading import json_or_none, text_or_none
 
 _NUMBER: Final = re.compile(r" *L?(\d{1,9}) ?(\t|→|:|\||│)")
-"""Before every line: `cat -n` and `nl` (tab), Claude Code (arrow), SWE-agent (colon), OpenHands (bar), bat (box)."""
+"""Line numbers of `cat -n` and `nl` (tab), Claude Code (arrow), SWE-agent (colon), OpenHands (bar), bat (box)."""
 _BLANK_FOLLOWS: Final = (":", "|", "│")
-"""Some tools write a blank after these."""
+"""Separators after which some tools write a blank."""
 _HEADER: Final = re.compile(r"^\[File: (.+?) \(\d+ lines total\)\]\r?$", re.MULTILINE)
 _AROUND: Final = re.compile(
     r"\[File: .*\]|\(\d+ more lines (above|below)\)|\(Open file: .*\)|\(Current directory: .*\)|bash-\$|"
     r"\(this is the (beginning|end) of the file\)|\(End of file\b.*\)|"
     r"Here's the result of running `cat -n` on .*|--- FILE CONTENT.*---|</?(file|content|file_content|output)\b[^>]*>"
 )
-"""Whole lines above and below a file."""
+"""Whole lines that tools write above and below a file."""
 _REMINDER: Final = ("\n<system-reminder>", "</system-reminder>")
 _ELEMENT: Final = re.compile(r"\s*<(file|content|file_content|output)\b[^>\n]*>\n(.*?)\n?</\1>\s*", re.DOTALL)
 _FENCE: Final = re.compile(r"(?:[^\n]*\n){0,2}```[^\n`]*\n(.*?)\n?```\s*", re.DOTALL)
@@ -30,9 +30,9 @@ _FENCES_ITSELF: Final = (".md", ".mdx", ".rst", ".txt")
 
 
 def file_shown(shown: str, path: str, *, numbered: bool = False) -> str | None:
-    """The file's lines in a tool's result; None if it is not clear which these are.
+    """Extract a file's text from a tool's result; None if it is not clear which lines are the file's.
 
-    numbered: results without numbers of lines are no views, as an edit's are.
+    numbered: accept results with line numbers only, as for edits, whose results may be a message.
     """
     if shown.rstrip().endswith(_REMINDER[1]) and _REMINDER[0] in shown:
         shown = shown.partition(_REMINDER[0])[0].rstrip("\n") + "\n"
@@ -53,7 +53,7 @@ def file_shown(shown: str, path: str, *, numbered: bool = False) -> str | None:
 
 
 def _is_view(lines: list[str], numbered: dict[int, re.Match[str]]) -> bool:
-    """Whether the numbers are a view's: something around them is, or most lines have one."""
+    """Whether the line numbers are those of a file view: lines around it look like one, or most lines have a number."""
     if any(_AROUND.fullmatch(line.strip()) for place, line in enumerate(lines) if place not in numbered):
         return bool(numbered)
     if len(numbered) == 1 and (only := next(iter(numbered.values())))[1] != "1" and only[2] in _BLANK_FOLLOWS:
@@ -62,12 +62,12 @@ def _is_view(lines: list[str], numbered: dict[int, re.Match[str]]) -> bool:
 
 
 def _indent(texts: list[str]) -> int:
-    """Blanks before every line: an odd number of them includes one that is not the file's."""
+    """Return the number of blanks before every line. An odd number includes one that the tool wrote."""
     return min((len(text) - len(text.lstrip(" ")) for text in texts if text.strip()), default=0)
 
 
 def _unframed(shown: str, path: str) -> str:
-    """A file without numbers: what an element, a fence, or lines above and below it frame."""
+    """Extract a file without line numbers from the element, the fence, or the lines above and below that frame it."""
     framed = _ELEMENT.fullmatch(shown)
     if framed:
         return framed[2] + "\n"
@@ -96,17 +96,17 @@ _ANSWERS: Final = {
     "tool_result": ("tool_use_id", "content"),
     "function_call_output": ("call_id", "output"),
 }
-"""Fields of a call's result, by its role or type."""
+"""Fields of a tool result that hold the call's id and the content, by its role or type."""
 _LOOKED_AT: Final = 1024
-"""Messages, parts and calls that are read, from the end: a long conversation costs no more per turn."""
+"""Most messages, parts and calls that are read, from the end, so that a long conversation does not cost more a turn."""
 _LONGEST: Final = 2**18
-"""Characters of a file or result that are read: more than a server takes of a prediction."""
+"""Most characters of a file or result that are read: more than a server takes of a prediction."""
 
 
 def file_to_edit(body: Mapping[str, Any], parser: str | None) -> str | None:
-    """The file that was read or written last, as a call writes it, if the request offers a tool that edits.
+    """Return the file that was read or written last, as a tool call would write it; None without a tool for edits.
 
-    parser: the server's parser of tool calls: most write a file as a JSON string, some as it is.
+    parser: the server's parser of tool calls: most formats write a file as a JSON string, some as it is.
     """
     text = _last_file(_touches(islice(_parts(body), _LOOKED_AT))) if _offers_edits(body) else ""
     if not text:
@@ -115,7 +115,8 @@ def file_to_edit(body: Mapping[str, Any], parser: str | None) -> str | None:
 
 
 class _Touch(NamedTuple):
-    """A call on a file: what it writes, or replaces by what, and what came back; an empty path if it is on none."""
+    """A tool call on a file: the content that it writes, or the old and new text of its edit, and its result (`shown`);
+    the path is empty if it names no file."""
 
     path: str
     written: str
@@ -125,9 +126,9 @@ class _Touch(NamedTuple):
 
 
 def _last_file(touches: Iterable[_Touch]) -> str:
-    """Text of the file that was touched last, by its calls from the last on; empty if it is not known.
+    """Return the text of the file that was touched last; empty if unknown. touches: the last call first.
 
-    A call that writes a file or reads it decides what is known, whatever was before.
+    A call that writes or reads a file decides its text, so earlier calls on it are not needed.
     """
     touched: dict[str, list[_Touch]] = {}
     latest: deque[str] = deque()
@@ -147,7 +148,7 @@ def _last_file(touches: Iterable[_Touch]) -> str:
 
 
 def _replayed(touches: list[_Touch]) -> str:
-    """The file after these calls, the last one first. If it was known, an edit's result shows no more of it."""
+    """Return the file's text after these calls, the last call first. A result counts while the text is unknown."""
     text = ""
     for path, written, old, new, shown in reversed(touches):
         text = written or (text.replace(old, new, 1) if old else "")
@@ -164,7 +165,7 @@ def _touches(parts: Iterable[Mapping[str, Any]]) -> Iterator[_Touch]:
 
 
 def _touch(arguments: Mapping[str, Any], shown: str) -> _Touch:
-    """The touch of a call. A view that names its file itself counts as written."""
+    """Build the touch of a call. A result that shows a file with its path counts as one that wrote it."""
     path = "" if _first(arguments, _SEARCHES) else _first(arguments, _PATHS)
     if path:
         written, old, new = (_first(arguments, names) for names in (_CONTENTS, _OLD, _NEW))
@@ -184,8 +185,8 @@ def _offers_edits(body: Mapping[str, Any]) -> bool:
 
 
 def _parts(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Messages, their calls and the parts of their content, the last first: each route has calls and results among
-    these."""
+    """Yield messages, their calls and the parts of their content, the last first: calls and results of every route are
+    among these."""
     messages = body.get("messages", body.get("input"))
     for message in reversed(messages if isinstance(messages, list) else []):
         if isinstance(message, Mapping):
@@ -196,18 +197,18 @@ def _parts(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _calls(item: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Id and arguments of the tool that it calls."""
+    """Yield the id and the arguments of the tool call in this item, if there is one."""
     function = item.get("function")
     arguments = function.get("arguments") if isinstance(function, Mapping) else item.get("arguments")
     arguments = item.get("input") if item.get("type") == "tool_use" else arguments
-    if isinstance(arguments, str):  # most calls name no file, and need not be read
+    if isinstance(arguments, str):  # calls that name no file need not be parsed
         arguments = json_or_none(arguments) if "path" in arguments or "file" in arguments else {}
     if isinstance(arguments, Mapping):
         yield text_or_none(item.get("call_id", item.get("id"))) or "", arguments
 
 
 def _results(item: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Id of the call that it answers, and what this brought."""
+    """Yield the call's id and the text of the tool result in this item, if there is one."""
     for kind in ("role", "type"):
         if names := _ANSWERS.get(text_or_none(item.get(kind)) or ""):
             name, content = map(item.get, names)
@@ -215,7 +216,7 @@ def _results(item: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _plain(content: object) -> str:
-    """The text of a result."""
+    """Return the text of a result's content, cut at `_LONGEST` characters."""
     parts = content if isinstance(content, list) else [{"text": content}]
     texts = (text_or_none(item.get("text")) or "" for item in parts if isinstance(item, Mapping))
     return "".join(texts)[:_LONGEST]

@@ -1,4 +1,4 @@
-"""All errors, as one tree below `WhiFlashError`, and warnings.
+"""Errors and warnings of the SDK; all errors derive from `WhiFlashError`.
 
 Errors of the OpenAI client pass through as they are. A request that is refused for its hints is repeated without
 them; under `strict=True` it is the client's `openai.BadRequestError`, whose message names the field.
@@ -27,7 +27,7 @@ class HintError(WhiFlashError, ValueError):
 
 
 class UnsupportedServerError(WhiFlashError):
-    """`strict=True` was asked for and the server at this base URL does not understand hints."""
+    """Under `strict=True`: the server at this base URL does not understand hints."""
 
 
 class TraceError(WhiFlashError, ValueError):
@@ -35,11 +35,11 @@ class TraceError(WhiFlashError, ValueError):
 
 
 class UnsupportedServerWarning(UserWarning):
-    """Once per base URL and reason: requests go out without hints, which the server does not read or has refused."""
+    """Warning, once per base URL and reason, that requests are sent without hints, which the server does not accept."""
 
 
 def warn_unsupported(message: str, category: type[Warning] = UnsupportedServerWarning) -> None:
-    """Warn at the line that called the client."""
+    """Warn with the location of the user's line that called the client."""
     frame: FrameType | None = sys._getframe()
     level = 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _SKIPPED:
@@ -52,9 +52,9 @@ _failed: list[str] = []
 
 
 def guessed(guess: Callable[..., ResultT], *args: object, otherwise: ResultT) -> ResultT:
-    """Result of a guess about a request, which breaks none: the first of all that fails is a warning.
+    """Return `guess(*args)`; if it raises, `otherwise`, so that no request fails. Warns at the first failure only.
 
-    It names the kind of the error and its place only, since a message may quote text of others.
+    The warning has the error's type and place only, since its message may quote text of others.
     """
     try:
         return guess(*args)

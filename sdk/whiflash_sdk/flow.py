@@ -1,6 +1,6 @@
-"""One flow for blocking and asynchronous clients: a generator yields each step, and one of two drivers runs it.
+"""Flows: code for both blocking and asynchronous clients. A generator yields each step, and one of two drivers runs it.
 
-A step is yielded as what it brought, or as an awaitable of that. The flow gets the result, or the error that it raised.
+A step is a result, or an awaitable of one. The driver sends the result into the flow, or throws the step's error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Flow = Generator[Any, Any, ResultT]
 
 
 def run(flow: Flow[ResultT]) -> ResultT:
-    """Result of the flow. Its steps are done when they are yielded."""
+    """Run a flow whose steps are results already, and return its result."""
     step = None
     try:
         while True:
@@ -25,7 +25,7 @@ def run(flow: Flow[ResultT]) -> ResultT:
 
 
 async def run_async(flow: Flow[ResultT]) -> ResultT:
-    """Result of the flow. Its steps are awaited."""
+    """Run a flow, awaiting its steps, and return its result."""
     try:
         step = next(flow)
         while True:

@@ -1,7 +1,7 @@
-"""Hints: what an agent knows about the text it is going to get.
+"""Hints: what an agent knows in advance about the text of the answer.
 
 The wire format is `docs/reference/hints.md`. These models are its only schema: the server validates with them, too,
-behind bounds of its own (`whiflash_sglang.spans.hints`). A request carries one JSON string in SGLang's
+after it has bounded the text (`whiflash_sglang.spans.hints`). A request carries one JSON string in SGLang's
 `custom_params`, which nests two levels at most.
 """
 
@@ -36,7 +36,7 @@ TraceLevel = Literal["summary", "full"]
 WIRE_KEY: Final = "whiflash"
 WIRE_VERSION: Final = 1
 INFERRED_KEY: Final = "whiflash_inferred"
-"""Beside it: the spans are the SDK's guess, which the server does not count as the caller's."""
+"""Key beside `WIRE_KEY`: the spans are the SDK's guess, and the server does not count them as the caller's."""
 MAX_SPANS: Final = 16
 MAX_MARKER_CHARS: Final = 64
 MAX_BYTES: Final = 8192
@@ -49,7 +49,7 @@ BiasAmount = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS, allow_inf_nan=Fal
 
 
 class _Hint(BaseModel):
-    """A model that raises HintError where it is made, and pydantic's error where others' text is validated."""
+    """Base model that raises HintError if it is constructed with a wrong field; validation raises pydantic's error."""
 
     if not TYPE_CHECKING:  # checkers see the fields
 
@@ -60,7 +60,7 @@ class _Hint(BaseModel):
                 path, reason = first_fault(error, type(self))
                 raise HintError(f"{type(self).__name__}{path}: {reason}") from None
 
-        __init__.__pydantic_base_init__ = True  # validation goes on without it
+        __init__.__pydantic_base_init__ = True  # so that validation does not call it
 
 
 class Span(_Hint):
@@ -126,7 +126,7 @@ class Hints(_Hint):
     learn: bool = True
 
     def encode(self) -> str:
-        """The JSON string for `custom_params`. Raises: HintError if it is longer than 8 KiB.
+        """Return the JSON string for `custom_params`. Raises: HintError if it is longer than 8 KiB.
 
         Every field that was set is written, defaults too: `off=False` on a call must override a client's `off`.
         """
@@ -139,15 +139,15 @@ class Hints(_Hint):
         return text
 
     def custom_params(self) -> dict[str, str]:
-        """SGLang's `custom_params` for a request that carries these hints."""
+        """Return SGLang's `custom_params` for a request with these hints."""
         return {WIRE_KEY: self.encode()}
 
     def extra_body(self, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """`extra_body` for one call of the OpenAI client, and for every framework that passes one on.
+        """Return `extra_body` for one call of the OpenAI client, or of a framework that passes it on.
 
-        others: what else is to go there; it is not changed. Its `custom_params` keep what is not ours.
+        others: further fields, which are not changed; their `custom_params` are kept beside ours.
 
-        Raises: HintError if the hints are too long, or the others' `custom_params` no mapping.
+        Raises: HintError if the hints are too long, or if the `custom_params` in `others` are no mapping.
         """
         body = dict(others or {})
         params = body.get("custom_params") or {}
@@ -156,12 +156,12 @@ class Hints(_Hint):
         return {**body, "custom_params": {**params, **self.custom_params()}}
 
     def over(self, outer: Hints) -> Hints:
-        """These hints, with what they leave unset taken from `outer`."""
+        """Return these hints; fields that are not set are taken from `outer`."""
         return outer.model_copy(update={name: getattr(self, name) for name in self.model_fields_set})
 
 
 def name_sent(name: str) -> str:
-    """A name of any agent as the hint: the end of a long one, which distinguishes paths; `?` for what is no text."""
+    """Return an agent's name as the hint sends it: the last 64 characters, where paths differ; `?` for surrogates."""
     return name[-MAX_NAME_CHARS:].encode(errors="replace").decode()
 
 
@@ -175,7 +175,7 @@ def decode(text: object) -> Hints:
 
 
 def first_fault(error: ValidationError, of: type[BaseModel] = Hints) -> tuple[str, str]:
-    """The path of the first field that is wrong, such as `.spans[2].begin`, and what to change there.
+    """Return the path of the first wrong field, such as `.spans[2].begin`, and what to change there.
 
     of: the model that was validated.
     """
@@ -217,7 +217,7 @@ _REASONS: Final = {
         f"must be between {-MAX_BIAS:g} and {MAX_BIAS:g}",
     ),
 }
-"""Messages by the field that is wrong, or else by pydantic's name of the fault."""
+"""Messages by the wrong field's name, or else by pydantic's type of error."""
 
 
 def _words(error: ErrorDetails) -> str:
@@ -225,5 +225,5 @@ def _words(error: ErrorDetails) -> str:
 
 
 def _path(parts: Iterable[int | str]) -> str:
-    """Names are a client's: cut, and without characters that no log shows."""
+    """Join a field's path. Names come from a client, so they are cut, and other characters than ASCII are escaped."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{ascii(key[:32])[1:-1]}" for key in parts)

@@ -1,7 +1,6 @@
-"""Askers of a server: an OpenAI or Anthropic client, or one HTTP request of anybody's.
+"""Askers: who asks a server for its capabilities, an OpenAI or Anthropic client or the HTTP request of any library.
 
-Each knows how to ask with the credentials of the request that wants to know, and has a digest of these, so that the
-answer to one key is not another's.
+Each asks with its own credentials, and has a digest of these, so that the answer for one key is not used for another.
 """
 
 from __future__ import annotations
@@ -24,38 +23,38 @@ _SECRET_WORDS: Final = frozenset(
         *("password", "project", "secret", "token"),
     }
 )
-"""Words of the names of headers that authenticate: `Authorization`, `X-Api-Key`, `OpenAI-Organization`."""
+"""Words by which a header counts as authentication: `Authorization`, `X-Api-Key`, `OpenAI-Organization`."""
 _OF_ONE_REQUEST: Final = re.compile(
     rb"connection|content-.*|accept.*|if-.*|range|expect|te|trailer|transfer-encoding|idempotency-key",
     re.IGNORECASE,
 )
-"""Headers that a question for capabilities does not take from the request that wants to know."""
+"""Headers that a question for capabilities does not copy from the request that needs the answer."""
 _READABLE: Final = [(b"accept", b"application/json"), (b"accept-encoding", b"identity")]
 _CLOSES: Final = {"connection": "close"}
-"""A question leaves no connection: it would be of one event loop, and an asynchronous client may serve several."""
+"""Header that closes a question's connection: it would belong to one event loop, but a client may serve several."""
 _MAKERS: Final = (
     *("_api_key_provider", "_azure_ad_token_provider", "_azure_ad_token"),  # of OpenAI's clients
     *("workload_identity", "_provider", "credentials"),  # of its third version, and of Anthropic's
 )
-"""Attributes from which a client makes its keys, which are in no header before a request is sent."""
+"""Attributes from which a client makes its keys, which no header has before a request is sent."""
 
 
 def base_classes(name: str) -> tuple[type, ...]:
-    """The classes of a name that Anthropic's and both of OpenAI's HTTP libraries have, of those that are imported."""
+    """Return the classes of this name in HTTPX and HTTPX 2, as far as these are imported."""
     return tuple(getattr(sys.modules[of], name) for of in ("httpx", "httpx2") if of in sys.modules)
 
 
 def api_clients(*, asynchronous: bool) -> tuple[type, ...]:
-    """The classes of the clients that `wrap` takes, of those libraries that are imported."""
+    """Return the client classes that `wrap` takes, of `openai` and `anthropic` as far as these are imported."""
     prefix = "Async" if asynchronous else ""
     libraries = ((sys.modules.get("openai"), "OpenAI"), (sys.modules.get("anthropic"), "Anthropic"))
     return tuple(getattr(library, prefix + name) for library, name in libraries if library is not None)
 
 
 class OfClient:
-    """An OpenAI or Anthropic client.
+    """Asker for an OpenAI or Anthropic client.
 
-    base: the URL that `/chat/completions` or `/messages` follows. timeout: of its requests, as HTTPX takes it.
+    base: the URL before `/chat/completions` or `/messages`. timeout: of its requests, as HTTPX takes it.
     """
 
     def __init__(self, client: Any) -> None:
@@ -67,19 +66,19 @@ class OfClient:
         self.timeout = client.timeout
 
     def get(self, url: str, limits: Mapping[str, float]) -> Flow[Any]:
-        """The JSON body of a 200; follows no redirect, which would get the keys.
+        """Return the JSON body of a 200. It follows no redirect, which would receive the keys.
 
-        limits: seconds by phase. Raises: whatever the client raises.
+        limits: seconds by phase. Raises: the client's errors.
         """
         options = {"headers": _CLOSES, "max_retries": 0, "follow_redirects": False}
         options["timeout"] = self._library.Timeout(**limits)
         return (yield self._client.get(url, cast_to=object, options=options))
 
     def fingerprint(self, url: str) -> bytes:
-        """Address and authentication as a digest, so that no secret is kept.
+        """Return a digest of address and authentication; a digest, so that no secret is stored.
 
-        The cookie jar is left out: balancers set new cookies as they please. So is a key that is made for every
-        request: what makes it identifies it. Two clients that differ only in their TLS certificates share an answer.
+        It leaves out the cookie jar, since balancers set new cookies at any time, and keys that are made for every
+        request, whose maker is in it instead. Clients that differ only in their TLS certificates share an answer.
         """
         client = self._client
         http: Any = client._client
@@ -93,7 +92,7 @@ class OfClient:
 
 
 class OfRequest:
-    """One HTTP request, and the client that is to send it. It is asked as `OfClient` is."""
+    """Asker for one HTTP request and the HTTP client that will send it; has the members of `OfClient`."""
 
     def __init__(self, http: Any, request: Any, base: str) -> None:
         self._http, self._request, self.base = http, request, base
@@ -113,7 +112,7 @@ class OfRequest:
         return read_json(answer.content)
 
     def fingerprint(self, url: str) -> bytes:
-        """Cookies are left out, as `OfClient` does: balancers set new ones as they please."""
+        """Return a digest of address and authentication, without cookies, which balancers replace at any time."""
         sent = {**self._request.headers, **self._request.url.params}
         sent.pop("cookie", None)
         return _digest(url, sent, None, id(self._http.auth))
@@ -132,5 +131,5 @@ def _digest(url: str, sent: Mapping[str, Any], *more: object) -> bytes:
 
 
 def _authenticates(name: str) -> bool:
-    """Whether a header or query field may decide who asks. Others change from request to request, as request ids do."""
+    """Whether a header or query field may identify the caller. Others, such as request ids, change with requests."""
     return not _SECRET_WORDS.isdisjoint(re.split("[-_]", name.lower())) and name.lower() != "idempotency-key"

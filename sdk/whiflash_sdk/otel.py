@@ -1,6 +1,6 @@
-"""Attributes on the OpenTelemetry span that is current when a call begins: the GenAI conventions', and `whiflash.*`.
+"""Sets attributes on the OpenTelemetry span that is current when a call begins: the GenAI conventions', `whiflash.*`.
 
-Nothing of OpenTelemetry is needed: a program that traces has imported it.
+The SDK does not import OpenTelemetry: a program that traces has imported it.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ _ADDING: Final = threading.Lock()
 
 
 def current_span() -> Any:
-    """The span that records here; None where nobody traces."""
+    """Return the current OpenTelemetry span if it records; None without tracing."""
     api: Any = sys.modules.get("opentelemetry.trace")
     span = None if api is None else api.get_current_span()
     return span if span is not None and span.is_recording() else None
 
 
 def untraced() -> AbstractContextManager[Any]:
-    """Instrumentations record nothing inside the block: a question of ours is no call of the program's."""
+    """Return a context in which OpenTelemetry's instrumentations record nothing, for the SDK's own questions."""
     tools: Any = sys.modules.get("opentelemetry.instrumentation.utils")
     return nullcontext() if tools is None else tools.suppress_instrumentation()
 
 
 def add_to(span: Any, share: Share, call: tuple[str | None, str | None, str | None]) -> None:
-    """Add an answer to its span, which may have others': figures are summed up, and what somebody set stays.
+    """Add an answer's figures to its span. They are added to those of other answers; attributes that were set stay.
 
-    share: sums over the choices of the answer. call: its id, model and agent. The first two are for a span of one
-    inference, as the conventions have it.
+    share: sums over the choices of the answer. call: id, model and agent of the answer. Id and model are set only on a
+    span of a single inference, as the conventions say.
     """
     with _ADDING:
         if not span.is_recording():
@@ -54,7 +54,7 @@ def add_to(span: Any, share: Share, call: tuple[str | None, str | None, str | No
 
 
 def _is_inference(span: Any, held: Mapping[str, Any]) -> bool:
-    """Whether a span is of one call of a model, and not of a request or an agent that makes several."""
+    """Whether a span is of a single call of a model, and not of a request or an agent that makes several calls."""
     operation, kind = held.get("gen_ai.operation.name"), held.get("openinference.span.kind")
     if operation or kind:
         return operation in ("chat", "text_completion", "generate_content") or kind == "LLM"

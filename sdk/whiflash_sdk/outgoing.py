@@ -1,4 +1,4 @@
-"""Fields that hints add to the JSON body of an outgoing request, for clients and for HTTP transports alike."""
+"""Adds hints, predictions and tenants to the JSON body of an outgoing request, for clients and HTTP transports."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from whiflash_sdk.spans import block_hints, opened_span
 
 _DERIVED: Final = ("chat/completions", "completions")
 _CONVERTED: Final = ("responses", "v1/messages")
-"""Requests that a server converts: the SDK does not read their tools."""
+"""Routes whose requests a server converts to chat completions: the SDK does not read their tools."""
 REFUSALS: Final = (400, 422)
 _ADDED: Final = ("custom_params", "prediction", "cache_salt")
 """Fields of a request that the SDK may add or extend."""
 _INSIDE: Final = (f"custom_params.{WIRE_KEY}", "prediction.content")
-"""Named by a server that reads these fields and refuses what one request says in them."""
+"""Names in the refusal of a server that reads these fields, but refuses their value in this request."""
 _FLAGS: Final = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
     ("", "0", "false", "no", "off"), False
 )
 
 
 class ClientSettings(TypedDict, total=False):
-    """The arguments of `wrap`, as the adapters and `http_client` pass them on."""
+    """Arguments of `wrap`, which the adapters and `http_client` take, too."""
 
     hints: Hints | None
     strict: bool
@@ -45,7 +45,7 @@ class ClientSettings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Told:
-    """Settings of one wrapped client."""
+    """Settings of one wrapped client: the arguments of `wrap`, completed by `of`."""
 
     hints: Hints
     strict: bool
@@ -64,9 +64,9 @@ class Told:
         agent: Agent | None = None,
         tenant: str | None = None,
     ) -> Told:
-        """The settings of `wrap`, completed.
+        """Complete the arguments of `wrap` by their defaults and the environment variable `WHIFLASH_SDK_DISABLE`.
 
-        Raises: ValueError for an empty tenant, and for a variable that says neither yes nor no.
+        Raises: ValueError for an empty tenant, and if the variable's value is neither yes nor no.
         """
         if tenant == "":
             raise ValueError("tenant: give a name, or None where no text is to be shared")
@@ -77,22 +77,22 @@ class Told:
             capabilities = False
         elif isinstance(capabilities, Capabilities):
             capabilities = capabilities.assumed()
-        trace = True if trace in (None, "summary") else trace  # so that two wraps with one level are alike
+        trace = True if trace in (None, "summary") else trace  # both are one level, so they must be equal
         return cls((hints or Hints()).over(Hints(trace=trace)), strict, capabilities, agent, tenant)
 
 
 def route_of(path: str) -> str | None:
-    """Route that a POST to this path asks for, if it may take hints; None: another one. It is the end of the path."""
+    """Return the route at the end of a POST's path if it may take hints; None for other routes."""
     path = path.partition("?")[0]
     return next((route for route in (*_DERIVED, *_CONVERTED) if path.endswith(f"/{route}")), None)
 
 
 class Outgoing:
-    """One request's body: as it goes out, and as it would without hints, in case the server refuses what was added.
+    """One request's body with hints, and without them, in case the server refuses the fields that were added.
 
-    server: what is known of it; None if `told` says what it can do.
+    server: what is known about it; None if `told` has its capabilities.
 
-    Raises: HintError for hints of the call's own that are malformed; UnsupportedServerError if the client is strict.
+    Raises: HintError for malformed hints of the call itself; UnsupportedServerError if the client is strict.
     """
 
     def __init__(self, body: Mapping[str, Any], route: str, told: Told, server: AskedServer | None) -> None:
@@ -104,23 +104,26 @@ class Outgoing:
             self.plain = _with_hints(body, route, told, None)
         said = _said(self.body)
         self.agent: str | None = text_or_none(said.get("agent"))
-        """The name that goes out."""
+        """The agent's name in the hints that are sent."""
         self.traced = bool(said.get("trace"))
         self.whole_text = said.get("trace") == "full"
         """Whether the trace may count in the answer's text."""
 
     def refused(self, status: int, text: str) -> str | None:
-        """Field of ours that the server names as it refuses the request; None: it names none, or `strict` is set."""
+        """Return the added field that the server's refusal names; None if it names none, or under `strict`.
+
+        status, text: of the server's answer."""
         if status not in REFUSALS or self._strict:
             return None
         self._is_read = any(field in text for field in _INSIDE)
-        if self._is_read and "cache_salt" in self.body:  # the tenant is no hint
+        if self._is_read and "cache_salt" in self.body:  # the tenant is no hint: it is sent again
             self.plain = {**self.plain, "cache_salt": self.body["cache_salt"]}
         added = (name for name in _ADDED if self.body.get(name) != self.plain.get(name))
         return next((name for name in added if name in text), None)
 
     def served_without(self, name: str) -> None:
-        """The same request was served without our fields, with a warning: hints rest where nobody reads them."""
+        """Note that the request was served without our fields, and warn. Later requests to a server that does not know
+        the field `name` are sent without hints."""
         self.traced = False
         if self._is_read:
             warn_unsupported(f"the server refuses what {name} says. The request was repeated without hints")
@@ -135,7 +138,7 @@ class Outgoing:
 
 
 def at_once(does: Callable[..., ResultT], *args: Any) -> ResultT:
-    """The step that calls a function here."""
+    """Call a function as a step of a flow, in this thread."""
     return does(*args)
 
 
@@ -151,13 +154,13 @@ def exchange(
     work: Callable[..., Any] = at_once,
     fails: type[Exception] = Exception,
 ) -> Flow[Any]:
-    """One request and its answer, of clients and of HTTP transports. Steps are those of `flow`.
+    """Send a request with hints, again without them if they are refused, and return the answer. It is a `flow.Flow`.
 
     owner: the client whose `collect` blocks see the call.
-    ask: the step that brings what is known of the server of a model.
-    send: sends a body and returns the answer; for a refusal it raises what it `fails` with, with the `response`.
-    take: has the answer's traces read.
-    work: the step that calls a function that takes long for a long body.
+    ask: the step that returns what is known about the server, given the request's model.
+    send: sends a body and returns the answer; for a refusal it raises `fails` with the `response`.
+    take: reads the answer's traces.
+    work: the step that calls a function whose time grows with the body.
     """
     server = (yield ask(text_or_none(body.get("model")))) if told.capabilities is None else None
     going = yield work(Outgoing, body, route, told, server)
@@ -166,7 +169,7 @@ def exchange(
         answer = yield from send(going.body)
     except fails as error:
         response: Any = getattr(error, "response", None)
-        text = getattr(response, "text", None)  # others' exceptions hold a dictionary, or a method
+        text = getattr(response, "text", None)  # in others' exceptions it may be a dictionary or a method
         refused = going.refused(response.status_code, text) if isinstance(text, str) else None
         if refused is None:
             raise
@@ -178,7 +181,7 @@ def exchange(
 
 
 def _found(told: Told, server: AskedServer | None, model: str | None) -> Capabilities | bool | None:
-    """Capabilities to go by for a request for this model."""
+    """Return the capabilities that apply to a request for this model; None if hints must not be sent."""
     capabilities = told.capabilities
     if server is not None:
         return server.require(model, strict=told.strict)
@@ -188,7 +191,7 @@ def _found(told: Told, server: AskedServer | None, model: str | None) -> Capabil
 
 
 def _takes(capabilities: Capabilities | bool | None, route: str) -> bool:
-    """Whether requests of this route may say anything to the server."""
+    """Whether requests of this route may have fields of ours, given the server's capabilities."""
     if route in _DERIVED:
         return True
     if isinstance(capabilities, Capabilities):
@@ -197,7 +200,7 @@ def _takes(capabilities: Capabilities | bool | None, route: str) -> bool:
 
 
 def _said(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The hints that go out; malformed ones say nothing, and the server refuses them."""
+    """Return the hints in a body as JSON; empty if they are malformed, which the server will refuse."""
     params = body.get("custom_params")
     sent = params.get(WIRE_KEY) if isinstance(params, Mapping) else None
     hints = json_or_none(sent) if isinstance(sent, str) else None
@@ -207,13 +210,13 @@ def _said(body: Mapping[str, Any]) -> Mapping[str, Any]:
 def _with_hints(
     body: Mapping[str, Any], route: str, told: Told, capabilities: Capabilities | bool | None
 ) -> Mapping[str, Any]:
-    """The body with its final hints; without any where the server has no use for them.
+    """Return the body with its final hints, prediction and tenant; without hints if `capabilities` are falsy.
 
-    capabilities: True where the server's parsers are not known.
+    capabilities: True if the server's parsers are not known.
     """
     params = body.get("custom_params")
     if params is not None and not isinstance(params, Mapping):
-        return body  # not ours to judge: the server will
+        return body  # malformed: the server will refuse it
     rest = {name: value for name, value in body.items() if name != "custom_params"}
     params = dict(params or {})
     carried = params.pop(WIRE_KEY, None)
@@ -235,14 +238,14 @@ def _with_hints(
 def _derived(
     body: Mapping[str, Any], route: str, hints: Hints, capabilities: Capabilities | bool
 ) -> tuple[Span, ...]:
-    """The spans beside a block's: the server infers none for a request that brings one."""
+    """Derive the spans to send beside a block's span: the server infers none for a request that has spans."""
     if not (hints.infer and isinstance(capabilities, Capabilities) and route in _DERIVED):
         return ()
     return derive_spans(body, capabilities.tool_call_parser, capabilities.reasoning_parser)
 
 
 def _salted(body: Mapping[str, Any], inside: Session | None, told: Told) -> dict[str, Any]:
-    """The tenant as a salt; the request's own one wins, and null is none."""
+    """Return the tenant as the field `cache_salt`; empty without a tenant, or if the request has a salt."""
     tenant = (inside.tenant if inside else None) or told.tenant
     return {} if tenant is None or body.get("cache_salt") is not None else {"cache_salt": tenant}
 
@@ -250,7 +253,8 @@ def _salted(body: Mapping[str, Any], inside: Session | None, told: Told) -> dict
 def _predicted(
     capabilities: Capabilities | bool, body: Mapping[str, Any], inside: Session | None
 ) -> dict[str, Any]:
-    """The enclosing block's prediction, or its session's, if the server understands it; the request's own one wins."""
+    """Return the field `prediction` of the enclosing block or session; empty if the request has one, or if the server
+    reads none."""
     assumed = capabilities if isinstance(capabilities, Capabilities) else Capabilities(version=1).assumed()
     if "prediction" in body or assumed.prediction_tokens == 0:
         return {}
@@ -260,5 +264,5 @@ def _predicted(
     )
     if text is None:
         return {}
-    # A file may have been read with surrogates for bytes that are no text: no request can carry these.
+    # A file may have been read with surrogates for bytes that are no text, which no request can carry.
     return {"prediction": {"type": "content", "content": text.encode(errors="replace").decode()}}

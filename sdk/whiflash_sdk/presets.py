@@ -1,8 +1,8 @@
-"""How chat templates mark tool calls and reasoning, and the spans a request is likely to write.
+"""Markers of tool calls and reasoning in chat templates, and the spans that a request is likely to write.
 
 Markers are those that SGLang 0.5.23's parsers of the same names look for; a test compares them with its classes.
-A marker here is what all variants of a format share, so `<tool_call>` covers both the tight and the newline style,
-and Hunyuan's end where its tokenizers begin to differ. `response_template` has none: its markers are its template's.
+A marker here is the part that all variants of a format share, so `<tool_call>` covers both the tight and the newline
+style, and Hunyuan's ends where its tokenizers begin to differ. `response_template` has no markers of its own.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ REASONING_PARSERS: Final[dict[str, tuple[Span, ...]]] = {
     "muse": (_thought(" to=self<|message|>", "<|eom|>"),),
 }
 
-# Parsers of models whose template, or whose training, starts the output inside the reasoning.
+# Reasoning parsers of models whose output starts inside the reasoning, by their template or training.
 OPENS_REASONING: Final = frozenset(
     {
         *("deepseek-r1", "gigachat35", "step3", "step3p5", "qwen3-thinking", "minimax"),
@@ -91,7 +91,7 @@ OPENS_REASONING: Final = frozenset(
 )
 
 
-# Parsers of models that write a call's arguments in markup, so their strings as they are, not as JSON.
+# Tool-call parsers of models that write arguments in markup: their strings are written as they are, not as JSON.
 MARKUP_ARGUMENTS: Final = frozenset(
     {
         *("qwen3_coder", "step3p5", "nanbeige", "mimo", "glm", "glm45", "ling3", "poolside_v1", "spark25"),
@@ -111,21 +111,21 @@ def likely_spans(
     reasoning_open: bool | None = None,
     prefill: str = "",
 ) -> tuple[Span, ...]:
-    """The spans a request will write, from what it asks for; parsers that are not known add none.
+    """Return the spans that a request's output is likely to have. Parsers that are not known here add no spans.
 
-    tool_parser, reasoning_parser: the server's parser names.
+    tool_parser, reasoning_parser: names of the server's parsers.
     has_tools: the request offers tools and does not forbid them.
     response_format: the request's `response_format.type`.
     forced: the grammar makes the output a tool call from its first token (`tool_choice` required or named).
-    reasoning_open: the prompt ends inside the reasoning; None takes the parser's habit.
-    prefill: the beginning of the answer, which the request itself brings.
+    reasoning_open: the prompt ends inside the reasoning; None: as is usual for the parser.
+    prefill: the beginning of the answer, if the request contains it.
     """
     reasoning = REASONING_PARSERS.get(reasoning_parser or "", ())
     if reasoning_open is None:
         reasoning_open = reasoning_parser in OPENS_REASONING
     tools = TOOL_CALL_PARSERS.get(tool_parser or "", ()) if has_tools else ()
     if has_tools and forced:
-        # At its first byte the output is already inside the call: the begin marker is part of the grammar.
+        # The output is inside the call from its first byte, because the grammar contains the begin marker.
         first, *others = tools or (Span(kind="tool_call", open=True),)
         tools = (first.model_copy(update={"open": True}), *others)
     whole_json = response_format in ("json_object", "json_schema")
@@ -137,7 +137,7 @@ def likely_spans(
 
 
 def _after(span: Span, text: str) -> Span:
-    """The span as `text` leaves it: the output goes on where the text stops."""
+    """Return the span, open or closed as `text` leaves it: the output continues after this text."""
     is_open, at = span.open, 0
     while marker := span.end if is_open else span.begin:
         place = text.find(marker, at)

@@ -1,4 +1,4 @@
-"""JSON that others wrote: clients, servers and models."""
+"""Reads and edits JSON that others wrote: clients, servers and models."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 DEEPEST: Final = 200
-"""Levels of lists and objects. Pydantic's reader has the same bound."""
+"""Most nested levels of lists and objects. Pydantic's reader has the same bound."""
 _EMPTY: Final = re.compile(rb"[ \t\r\n]*\}")
 
 
 class TooDeepError(ValueError):
-    """A JSON text that may be right, and nests deeper than it is read."""
+    """A JSON text nests deeper than `DEEPEST` levels, and may be valid otherwise."""
 
     def __init__(self) -> None:
         super().__init__(f"JSON nests deeper than {DEEPEST} levels; nothing of it was read")
 
 
 def read_json(text: str | bytes) -> Any:
-    """The value of a JSON text, shallow enough for recursive functions.
+    """Read the value of a JSON text, shallow enough for recursive functions.
 
     Raises: ValueError for text that is not JSON; TooDeepError, which is one, for more than `DEEPEST` levels.
     """
@@ -35,7 +35,7 @@ def read_json(text: str | bytes) -> Any:
 
 
 def json_or_none(text: str | bytes) -> Any:
-    """`read_json`; None for text that it does not read."""
+    """Read the value of a JSON text; None if `read_json` raises for it."""
     try:
         return read_json(text)
     except ValueError:
@@ -43,12 +43,12 @@ def json_or_none(text: str | bytes) -> Any:
 
 
 def text_or_none(value: object) -> str | None:
-    """A value of others' JSON, which may be anything, if it is text."""
+    """Return a value from others' JSON if it is a string, else None."""
     return value if isinstance(value, str) else None
 
 
 def is_deep(document: Any) -> bool:
-    """Whether a JSON text's value nests deeper than `DEEPEST`: what reads or writes it calls itself for each level."""
+    """Whether a JSON value nests deeper than `DEEPEST`, which bounds the recursion of code that reads or writes it."""
     holders = [document]
     for _ in range(DEEPEST):
         inside = (holder.values() if isinstance(holder, dict) else holder for holder in holders)
@@ -57,10 +57,10 @@ def is_deep(document: Any) -> bool:
 
 
 def edit_json(text: bytes, old: Mapping[str, Any], new: Mapping[str, Any]) -> bytes:
-    """A JSON object with other members. Members that are only added go in front, and the rest stays as it was written:
-    numbers, repeated keys and escapes. The same `text` is returned if nothing changes.
+    """Return the JSON object with the members `new`. Members that are only added go in front, and the rest stays as it
+    was written: numbers, repeated keys and escapes. If nothing changes, it returns the same `text`.
 
-    old: the value of `text`, or none of its members.
+    old: the value of `text`, or empty if it was not read.
     """
     changed = [name for name in {**old, **new} if name not in old or old[name] != new.get(name)]
     if not changed:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from whiflash_sdk.trace import ArmTotals, CollectedTrace, Trace, sum_known
 
 NO_AGENT, NO_TOOL = "no agent", "text only"
-"""Rows of answers whose request named no agent, and of those that call no tool."""
+"""Names of the rows for answers whose request named no agent, and for answers that call no tool."""
 
 
 class Share(BaseModel):
@@ -40,18 +40,18 @@ class Share(BaseModel):
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens per round, the bonus token counted."""
+        """Return the tokens per round, bonus tokens included; 0 without rounds."""
         return self.tokens / self.rounds if self.rounds else 0.0
 
     @property
     def by_drafter(self) -> str:
-        """Acceptance length of each drafter, the one with the most tokens first; empty in a drafter's own row."""
+        """Return each drafter's acceptance length as text, by falling tokens; empty in a drafter's own row."""
         arms = sorted(self.arms.items(), key=lambda item: -item[1].tokens)
         return " · ".join(f"{arm} {totals.acceptance_length:.2f}" for arm, totals in arms)
 
     @classmethod
     def of(cls, name: str, traces: Sequence[Trace]) -> Share:
-        """The sums of these traces."""
+        """Sum these traces up in a row with this name."""
         names = dict.fromkeys(arm for trace in traces for arm in trace.arms)
         arms = {arm: ArmTotals.sum(trace.arms[arm] for trace in traces if arm in trace.arms) for arm in names}
         return cls(
@@ -81,7 +81,7 @@ class Report(BaseModel):
 
     @classmethod
     def of(cls, traces: Sequence[CollectedTrace]) -> Report:
-        """The report of these traces, in their order."""
+        """Make the report of these traces; the turns are in their order."""
         turns = tuple(
             Share.of(f"{number}. {agent_of(trace)}: {tools_of(trace)}", [trace])
             for number, trace in enumerate(traces, 1)
@@ -95,7 +95,7 @@ class Report(BaseModel):
 
     @property
     def groups(self) -> Iterator[tuple[str, tuple[Share, ...]]]:
-        """Every table's title and rows; the drafters' rows are answers' in which they drafted."""
+        """Yield the title and the rows of each table. A drafter's row counts the answers in which it drafted."""
         drafters = tuple(
             Share(name=arm, answers=sum(arm in turn.arms for turn in self.turns), **dict(totals))
             for arm, totals in sorted(self.total.arms.items(), key=lambda item: -item[1].tokens)
@@ -103,30 +103,30 @@ class Report(BaseModel):
         yield from (("Agent", self.agents), ("Tool", self.tools), ("Turn", self.turns), ("Drafter", drafters))
 
     def html(self) -> str:
-        """A page of its own: no script, nothing loaded."""
+        """Render the report as a self-contained HTML page, without scripts or external files."""
         from whiflash_sdk.render.page import report_html
 
         return report_html(self)
 
     def __str__(self) -> str:
-        """Tables for `print`."""
+        """Return the report as text tables, for `print`."""
         from whiflash_sdk.render.text import report
 
         return report(self)
 
 
 def agent_of(trace: CollectedTrace) -> str:
-    """The agent's row."""
+    """Return the name of the answer's row in the table of agents."""
     return trace.agent or NO_AGENT
 
 
 def tools_of(trace: CollectedTrace) -> str:
-    """The tools' row."""
+    """Return the name of the answer's row in the table of tools."""
     return ", ".join(trace.tools) or NO_TOOL
 
 
 def _by(key: Callable[[CollectedTrace], str], traces: Sequence[CollectedTrace]) -> tuple[Share, ...]:
-    """A row for every key, the one with the most tokens first."""
+    """Sum the traces up in a row for every key, the row with the most tokens first."""
     names = dict.fromkeys(map(key, traces))
     rows = [Share.of(name, [trace for trace in traces if key(trace) == name]) for name in names]
     return tuple(sorted(rows, key=lambda row: -row.tokens))

@@ -15,13 +15,13 @@ from whiflash_sdk.hints import Hints, name_sent
 
 @dataclass(frozen=True)
 class Session:
-    """Calls inside the block are of this tenant and agent, in this thread or task.
+    """Names the tenant and the agent of the calls inside the block, in this thread or task.
 
-    An inner session that leaves a field out has the outer one's. If a request offers a tool that edits files, the file
-    that the conversation read or wrote last is sent as its prediction. A call, an inner block or `predict` wins.
+    An inner session inherits fields that it leaves out. If a request offers a tool that edits files, the file that the
+    conversation read or wrote last is sent as its prediction. A call, an inner block or `predict` wins.
 
-    tenant: whose text the answers are, as `wrap(tenant=)` has it. agent: name of the agent. predicts: whether files are
-    predicted, which they are by default.
+    tenant: owner of the answers' text, as in `wrap(tenant=)`. agent: name of the agent. predicts: whether files are
+    predicted; the default is yes.
 
     Raises: ValueError for an empty tenant.
     """
@@ -42,11 +42,11 @@ class Session:
         _SESSION.leave(self)
 
     def hints(self) -> Hints:
-        """Hints with the agent's name."""
+        """Return hints with the agent's name, empty without one."""
         return Hints(agent=name_sent(self.agent)) if self.agent else Hints()
 
     def prediction(self, body: Mapping[str, Any], parser: str | None) -> str | None:
-        """The file that this request may edit. parser: the server's, of tool calls."""
+        """Return the file that this request may edit; None if unknown. parser: the server's parser of tool calls."""
         return None if self.predicts is False else file_to_edit(body, parser)
 
 
@@ -54,7 +54,7 @@ _SESSION: BlockValue[Session | None] = BlockValue("whiflash_session", None)
 
 
 def session() -> Session | None:
-    """The enclosing sessions as one: the innermost wins, field by field."""
+    """Merge the enclosing sessions field by field, the innermost first; None outside of sessions."""
     held = [one for one in _SESSION.held() if one]
 
     def field(name: str) -> Any:
@@ -64,5 +64,5 @@ def session() -> Session | None:
 
 
 def naming_sessions() -> list[Session]:
-    """The enclosing sessions that have an agent, the innermost first."""
+    """Return the enclosing sessions that name an agent, the innermost first."""
     return [one for one in _SESSION.held() if one and one.agent]

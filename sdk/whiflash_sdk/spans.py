@@ -1,7 +1,7 @@
 """Hints for a block of code: `with spans.tool_call(): client.chat.completions.create(...)`.
 
-A block says what the model is about to write. It holds for the calls made inside it, in this thread
-or task, and blocks nest: the innermost that says something wins.
+A block says which kind of text the answer starts with. It holds for the calls made inside it, in this thread
+or task. Blocks nest, and the innermost one wins.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from whiflash_sdk.session import naming_sessions
 __all__ = ["code", "hinted", "json", "prose", "reasoning", "tool_call"]
 
 _BLOCK: BlockValue[tuple[Hints, int]] = BlockValue("whiflash_block", (Hints(), 0))
-"""Hints of the `hinted` blocks, and in how many sessions with an agent the innermost of them is."""
+"""Merged hints of the `hinted` blocks, and the number of sessions with an agent around the innermost of them."""
 _OPENED: BlockValue[Span | None] = BlockValue("whiflash_opened", None)
 
 
 def block_hints() -> Hints:
-    """The hints of the enclosing `hinted` blocks and sessions, the innermost first; empty outside."""
+    """Merge the hints of the enclosing `hinted` blocks and sessions, the innermost first; empty outside."""
     (held, depth), named = _BLOCK.get(), naming_sessions()
     return held if len(named) <= depth else named[0].hints().over(held)
 
 
 def opened_span() -> Span | None:
-    """The span that the innermost enclosing block says the output starts in."""
+    """Return the span in which the output starts by the innermost block, such as `code`; None outside."""
     return _OPENED.get()
 
 
 @contextmanager
 def hinted(hints: Hints) -> Iterator[Hints]:
-    """Calls inside the block carry these hints, over those of outer blocks and of the client."""
+    """Add these hints to the calls inside the block; they win over those of outer blocks and of the client."""
     merged = hints.over(block_hints())
     with _BLOCK.holding((merged, len(naming_sessions()))):
         yield merged
 
 
 class Opening(Protocol):
-    """`with spans.code(): …`. Keywords: as of `Span`."""
+    """Type of the blocks `tool_call`, `json`, `code`, ...: `with spans.code(): …`. The keywords are those of `Span`."""
 
     def __call__(
         self, *, prefer: Arm | None = None, pin: bool = False, bias: Mapping[Arm, float] | None = None

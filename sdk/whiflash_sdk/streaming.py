@@ -1,7 +1,7 @@
-"""Answers as they pass: read for their traces, whoever sent the request, and without what only traces need.
+"""Reads traces from answers while they pass to the caller, and takes out the chunks that only carry a trace.
 
 A server sends the trace of a streamed completion in a last chunk of its own, without choices. It is taken out, so that
-every chunk has a first choice as it does elsewhere. Everything else passes byte for byte.
+every chunk has a first choice, as with other servers. Everything else passes byte for byte.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from whiflash_sdk.trace import CALL, keep_stream
 
 _EVENT_END: Final = re.compile(rb"\n\r?\n|\r\r")
 _BLANK: Final = b" \t\r\n\xef\xbb\xbf"
-"""Bytes that may be in front of a document: a byte order mark, too."""
+"""Bytes that may precede a document: whitespace, and those of a byte order mark."""
 _TELLS: Final = re.compile(rb'"sglext"|"tool_calls"\s*:\s*\[|"tool_use"')
 _DATA: Final = re.compile(rb"(?:^|[\r\n])data: ?([^\r\n]*)")
 
 
 class Passing:
-    """The bytes of one answer, on their way to who asked.
+    """Passes the bytes of one answer on to the caller and reads their traces.
 
-    An answer that begins with a brace is one JSON document; any other is taken for server-sent events, whatever its
-    content type: gateways change that.
+    An answer that begins with a brace is one JSON document; any other counts as server-sent events. The content type
+    does not decide, because gateways change it.
 
-    call: takes the traces in them. whole_text: the trace may count in the answer's text, so all of it is read.
+    call: stores the traces. whole_text: read all events, because the trace may have offsets in the answer's text.
     """
 
     def __init__(self, call: CollectedCall, *, whole_text: bool) -> None:
@@ -46,7 +46,7 @@ class Passing:
         self._passed = 0
 
     def feed(self, data: bytes) -> bytes:
-        """Take bytes that arrived; return those to pass on. A stream's are whole events."""
+        """Take bytes that arrived, and return those to pass on: of a stream of events only whole events."""
         searched = max(len(self._waiting) - 3, 0)
         self._waiting += data
         if self._is_document is None and (begun := data.lstrip(_BLANK)):
@@ -64,7 +64,7 @@ class Passing:
         return b"".join(events)
 
     def end(self) -> bytes:
-        """The answer is complete or nobody reads on: the bytes that are left."""
+        """End the call and return the remaining bytes: the answer is complete, or nobody reads on."""
         rest, self._waiting = bytes(self._waiting), bytearray()
         if self._is_document:
             _take(self._call, json_or_none(rest))
@@ -73,7 +73,7 @@ class Passing:
         return rest
 
     def _takes(self, event: bytes) -> bool:
-        """Keep the traces of an event. True if it holds nothing else."""
+        """Store the traces of an event; True if it holds nothing else and must not be passed on."""
         first = self._call.response_id is None
         if not (first or self._whole_text or _TELLS.search(event)):
             return False
@@ -85,7 +85,7 @@ class Passing:
 
 
 def _take(call: CollectedCall, body: Any) -> bool:
-    """`call.take`, of an answer that may have other types than OpenAI's: reading it breaks nobody's stream."""
+    """Store the traces by `call.take`; False if the answer has unexpected types, so that no stream breaks."""
     try:
         return call.take(body)
     except (AttributeError, TypeError, ValueError):
@@ -98,7 +98,7 @@ def _holds_nothing_else(body: dict[str, Any]) -> bool:
     return is_ours and body.get("choices") == [] and not body.get("usage")
 
 
-@functools.lru_cache(64)  # a client's text
+@functools.lru_cache(64)  # bounded, as a client sends it
 def decodes(library: Any, coding: str) -> bool:
     """Whether an HTTP library reads answers with this content coding."""
     if not coding.isascii():
@@ -113,14 +113,14 @@ def decodes(library: Any, coding: str) -> bool:
 
 @functools.cache
 def _streams(library: Any) -> tuple[type, type]:
-    """The byte streams of an HTTP library (HTTPX, or HTTPX 2), with `Passing` in between."""
+    """Return the sync and async byte stream classes of an HTTP library (HTTPX, HTTPX 2) that read through `Passing`."""
 
     class SharedStream:
         def __init__(self, stream: Any, items: Any, passing: Passing) -> None:
             self._stream, self._items, self._passing = stream, items, passing
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(self._stream, name)  # what others keep there
+            return getattr(self._stream, name)  # attributes that other code stored there
 
     class SyncStream(SharedStream, library.SyncByteStream):  # type: ignore[misc]
         def __iter__(self) -> Iterator[bytes]:
@@ -150,9 +150,9 @@ def _streams(library: Any) -> tuple[type, type]:
 
 
 def watch(response: Any, call: CollectedCall, *, whole_text: bool) -> Passing | None:
-    """Have an HTTP response read as it passes. Its stream is replaced, or read where that has happened.
+    """Read the traces of an HTTP response while it passes: replace its stream, or its content if that was read before.
 
-    Returns what reads a stream; None: nothing is left to read, or nothing can be.
+    Returns the `Passing` of the stream; None if the response was read before, or its coding is unknown.
     """
     response.extensions[CALL] = call
     passing = Passing(call, whole_text=whole_text)
@@ -172,13 +172,13 @@ def watch(response: Any, call: CollectedCall, *, whole_text: bool) -> Passing | 
         items = inner.aiter_bytes() if is_async else inner.iter_bytes()
         del response.headers["content-encoding"]
     response.headers.pop("content-length", None)
-    # The collector must find none of the iterators below: closing takes a lock that it may have been called under.
+    # The garbage collector must not find the inner iterators: closing one takes a lock that it may run under.
     response.stream = _streams(library)[is_async](stream, items if is_async else iter(items), passing)
     return passing
 
 
 def note(result: Any, call: CollectedCall, *, whole_text: bool) -> None:
-    """Take the trace of a client's result: a parsed answer, a raw one, or a stream, which brings it when it ends."""
+    """Take the trace of a client's result: a parsed answer, a raw one, or a stream, whose trace comes at its end."""
     if isinstance(result, BaseModel | Mapping):
         _take(call, result)
         call.end()
@@ -189,7 +189,7 @@ def note(result: Any, call: CollectedCall, *, whole_text: bool) -> None:
     is_answer = isinstance(response, answers)
     if not is_answer:
         return
-    below = getattr(getattr(response, "stream", None), "_stream", None)  # it does not hold the response
+    below = getattr(getattr(response, "stream", None), "_stream", None)  # it has no reference to the response
     passing = watch(response, call, whole_text=whole_text)
     if raw is None and below is not None and not response.is_closed and not hasattr(result, "__aiter__"):
 
@@ -207,10 +207,10 @@ _starting = threading.Lock()
 
 
 def _close_when_lost(response: Any, close: Callable[[], None]) -> None:
-    """Close what a response reads in a thread of its own when the response is gone, wherever that is noticed.
+    """Call `close` in a separate thread when the response is garbage-collected.
 
-    The garbage collector may notice it inside httpcore, under the lock of the connection pool, which closing a
-    response takes too: there it may only be noted, and `SimpleQueue.put` is made for that.
+    The collector may run inside httpcore, under the lock of the connection pool, which closing a response takes, too.
+    So the finaliser only puts `close` into a queue: `SimpleQueue.put` is reentrant.
     """
     global _closer
     with _starting:
@@ -223,6 +223,6 @@ def _close_when_lost(response: Any, close: Callable[[], None]) -> None:
 def _close_lost() -> None:
     while True:
         close = _lost.get()
-        with contextlib.suppress(Exception):  # the connection is gone already, in whatever way
+        with contextlib.suppress(Exception):  # the connection is closed already
             close()
         del close

@@ -1,4 +1,4 @@
-"""The routing trace: which drafter wrote what, why, and what it bought.
+"""Routing traces: which drafter drafted which tokens, why, and the estimated time saved.
 
 The server puts it into the response as `sglext.whiflash` (OpenAI routes) or `meta_info.whiflash`
 (native route); the schema is documented in `docs/reference/traces.md`. Positions are output token offsets,
@@ -20,16 +20,16 @@ from whiflash_sdk.reading import text_or_none
 Offset = Annotated[int, Field(ge=0)]
 
 CALL: Final = "whiflash_call"
-"""Extension of an HTTP response of ours that holds its call."""
+"""Key of an HTTP response's extensions under which the SDK stores the call."""
 STREAMS: Final[dict[str, Any]] = {}
-"""The newest calls whose answer is a stream, by the response's id: a stream's final answer may outlive the stream."""
+"""Newest calls whose answer is a stream, by the response's id: for final answers that outlive their stream."""
 MOST_STREAMS: Final = 256
 
 
 def keep_stream(response_id: str, call: Any) -> None:
-    """Keep a call for `traces` of its final answer; the oldest one makes room."""
+    """Store a call, so that the traces of its final answer can be found; above `MOST_STREAMS` the oldest goes."""
     STREAMS[response_id] = call
-    for oldest in list(STREAMS)[:-MOST_STREAMS]:  # a copy: other threads keep theirs meanwhile
+    for oldest in list(STREAMS)[:-MOST_STREAMS]:  # a copy, since other threads add calls meanwhile
         STREAMS.pop(oldest, None)
 
 
@@ -69,7 +69,7 @@ class Stretch(BaseModel):
 
     @property
     def tokens(self) -> int:
-        """Output tokens of the stretch."""
+        """Number of output tokens of the stretch."""
         return self.end - self.start
 
     @property
@@ -102,7 +102,7 @@ class ArmTotals(BaseModel):
 
     @classmethod
     def sum(cls, totals: Iterable[ArmTotals]) -> ArmTotals:
-        """The sums; of drafts only if every one of them has these."""
+        """Add totals up. Drafts are summed only if all totals have them."""
         rows = list(totals)
         is_told = all(row.proposed is not None and row.accepted is not None for row in rows)
         names = ("rounds", "tokens", "proposed", "accepted") if is_told else ("rounds", "tokens")
@@ -111,7 +111,7 @@ class ArmTotals(BaseModel):
 
 
 def sum_known(values: Iterable[float | None]) -> float | None:
-    """The sum of those that are known; None: none is."""
+    """Sum the values that are not None; None if all are."""
     numbers = [value for value in values if value is not None]
     return sum(numbers) if numbers else None
 
@@ -175,12 +175,12 @@ class Trace(BaseModel):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Speed of this request without its prefill; None if the server does not send its seconds."""
+        """Return the request's speed without its prefill, in tokens a second; None if the server sends no seconds."""
         return self.tokens / self.seconds if self.seconds else None
 
     def __str__(self) -> str:
-        """The figures in a few lines, for `print`; `repr` has all of it, `whiflash_sdk.render` the text in colours."""
-        from whiflash_sdk.render.text import figures  # which reads this module
+        """Return the figures in a few lines, for `print`; `repr` has all fields, `whiflash_sdk.render` the text."""
+        from whiflash_sdk.render.text import figures  # here, since it imports this module
 
         return figures(self)
 
@@ -203,7 +203,7 @@ class CollectedTrace(Trace):
 
 
 def routing(response: object, choice: int = 0) -> Trace | None:
-    """The trace that came with a response; None if it carries none.
+    """Return the routing trace of a response; None if it has none.
 
     response: a chat or text completion or a response of the Responses API, parsed or raw, a stream of a wrapped
         client once it has ended, a stream's chunk or event, or the JSON of any of them; of the native route, an item
@@ -220,7 +220,7 @@ def routing(response: object, choice: int = 0) -> Trace | None:
 
 
 def parse_trace(raw: object) -> Trace:
-    """One trace as the server sent it. Raises: TraceError if it does not follow the schema."""
+    """Parse one trace as the server sent it. Raises: TraceError if it does not follow the schema."""
     try:
         trace = Trace.model_validate(raw)
     except ValidationError as error:
@@ -232,11 +232,11 @@ def parse_trace(raw: object) -> Trace:
 
 
 def raw_traces(response: Any) -> list[Any]:
-    """The traces a response carries, one a choice, unread; full ones with the text that they count in."""
+    """Return the traces of a response, one for each choice, unparsed; full ones with the text of their offsets."""
     if isinstance(response, list):
         return [raw for item in response for raw in raw_traces(item)]
     if not isinstance(response, Mapping | BaseModel):
-        # The client's event streams hold the stream that they read, and streams and raw responses their HTTP response.
+        # An event stream of the client holds a raw stream, and streams and raw responses hold their HTTP response.
         holder = getattr(response, "_raw_stream", response)
         answer = getattr(holder, "http_response", None) or getattr(holder, "response", None)
         call = getattr(answer, "extensions", {}).get(CALL)
@@ -251,19 +251,19 @@ def raw_traces(response: Any) -> list[Any]:
     sent = [with_text(raw, texts) for raw in sent_traces(response)]
     whole = field_of(response, "object") == "chat.completion" or field_of(response, "type") == "message"
     if whole and not sent:
-        # `stream.get_final_completion()` puts it together from chunks: the trace is with the stream.
+        # `stream.get_final_completion()` builds a response from chunks, so the trace is stored with the stream's call.
         call = STREAMS.get(field_of(response, "id"))
         return [] if call is None else list(call.raw_traces)
     return sent
 
 
 def answer_in(body: Any) -> Any:
-    """The answer that an event is about: events of Responses and of Messages hold it."""
+    """Return the response object inside an event of Responses or Messages; other bodies are returned as they are."""
     return field_of(body, "response") or field_of(body, "message") or body
 
 
 def sent_traces(body: Any) -> list[Any]:
-    """The traces in a response's, a chunk's or an event's own body, as they were sent."""
+    """Return the traces in the body of a response, a chunk or an event, as they were sent."""
     # The last event of a Responses stream holds the response.
     for holder in (body, field_of(body, "response")):
         fields = holder if isinstance(holder, Mapping) else getattr(holder, "model_extra", None) or {}
@@ -276,7 +276,7 @@ def sent_traces(body: Any) -> list[Any]:
 
 
 def with_text(raw: Any, texts: Mapping[int | None, str]) -> Any:
-    """A full trace with the text that it counts in: the server leaves it out where the response has it."""
+    """Add the text of its offsets to a full trace: the server leaves the text out if the response has it."""
     if not isinstance(raw, dict) or raw.get("text") is not None or not _has_offsets(raw.get("stretches")):
         return raw
     text = texts.get(raw.get("choice", 0), texts.get(None))
@@ -289,15 +289,15 @@ def _has_offsets(stretches: Any) -> bool:
 
 
 def text_of(choice: Any) -> str:
-    """The text of one choice of a response or chunk, as an object or as JSON."""
+    """Return the text of one choice of a response or chunk, which may be an object or JSON."""
     holder = field_of(choice, "message") or field_of(choice, "delta") or choice
     return text_or_none(field_of(holder, "content") or field_of(choice, "text")) or ""
 
 
 def tools_called(response: Any) -> dict[int, tuple[str, ...]]:
-    """Names of the tools that a response, a chunk or an event calls, by choice; a chunk names each once.
+    """Return the names of the tools that a response, a chunk or an event calls, by choice; a stream names each once.
 
-    The event that ends a response of the Responses API holds all of it; Messages begin a block for each call.
+    The event that ends a response of the Responses API holds all calls; Messages begin a block for each call.
     """
     names_by_choice = {}
     for choice in field_of(response, "choices") or ():
@@ -313,12 +313,12 @@ def tools_called(response: Any) -> dict[int, tuple[str, ...]]:
 
 
 def texts_of(response: Any) -> dict[int | None, str]:
-    """The text that a response or a chunk brings, by choice; by None that of a native item, whatever its number."""
+    """Return the text in a response or a chunk by choice; of an item of the native route under the key None."""
     if isinstance(response, Mapping) and isinstance(response.get("text"), str):
         return {None: response["text"]}
     return {field_of(choice, "index") or 0: text_of(choice) for choice in field_of(response, "choices") or ()}
 
 
 def field_of(holder: Any, name: str) -> Any:
-    """A field of an object or of JSON; None where there is none."""
+    """Return a field of an object or of a JSON object; None if it has no such field."""
     return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)

@@ -1,4 +1,4 @@
-"""Hints below the client: an HTTP client for whoever takes an `http_client`, which does what `wrap` does.
+"""HTTP clients that send hints as `wrap` does, for libraries that take an `http_client`.
 
 OpenAI(http_client=whiflash_sdk.http_client())
 """
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from openai import DefaultAsyncHttpxClient, DefaultHttpxClient
 
 LONGEST: Final = 8 * 2**20
-"""Bytes of a body that is read. Longer ones get what the settings say, and nothing that depends on the body."""
+"""Most bytes of a body that is parsed. Longer ones get the fields of the settings, but nothing derived from it."""
 BRIEF: Final = 2**17
-"""Bytes of a body that an event loop may wait for; longer ones are read in a thread."""
+"""Bytes from which a body is parsed in a thread, so that the event loop does not wait for it."""
 _OBJECT: Final = re.compile(rb"[ \t\r\n]*\{")
 
 
@@ -41,7 +41,7 @@ class HttpClient(Protocol):
 
     @property
     def is_closed(self) -> bool:
-        """Whether it can send no more."""
+        """Whether the client was closed."""
 
 
 HttpT = TypeVar("HttpT", bound=HttpClient)
@@ -52,10 +52,10 @@ def http_client(inner: None = None, **settings: Unpack[ClientSettings]) -> Defau
 @overload
 def http_client(inner: HttpT, **settings: Unpack[ClientSettings]) -> HttpT: ...
 def http_client(inner: Any = None, **settings: Unpack[ClientSettings]) -> Any:
-    """An HTTP client that sends routing hints with completions, responses and messages, and takes traces out.
+    """Return an HTTP client that sends routing hints with completions, responses and messages, and takes traces out.
 
-    Libraries that take an HTTP client need no support of their own: hints go in as `wrap` puts them in, by the same
-    code. The server is asked with the headers of the request, once for each address and authentication.
+    Libraries that take an HTTP client need no support of their own: hints are added by the same code as in `wrap`.
+    The server is asked with the headers of the request, once for each address and authentication.
 
     inner: the client that sends, with its proxies, certificates and authentication: an `httpx.Client`, or an
         `httpx2.Client` for libraries that are built on HTTPX 2. None: OpenAI's own default.
@@ -76,7 +76,7 @@ def async_http_client(inner: None = None, **settings: Unpack[ClientSettings]) ->
 @overload
 def async_http_client(inner: HttpT, **settings: Unpack[ClientSettings]) -> HttpT: ...
 def async_http_client(inner: Any = None, **settings: Unpack[ClientSettings]) -> Any:
-    """`http_client` for asynchronous clients: `httpx.AsyncClient` and `httpx2.AsyncClient`."""
+    """Return an `http_client` for asynchronous clients: above an `httpx.AsyncClient` or `httpx2.AsyncClient`."""
     import openai
 
     return _above(inner or openai.DefaultAsyncHttpxClient(), "AsyncClient", settings)
@@ -96,7 +96,7 @@ def _above(inner: Any, name: str, settings: ClientSettings) -> Any:
 
 @functools.cache
 def _transports(library: Any) -> tuple[type, type]:
-    """The transports of an HTTP library: two ways to run one flow."""
+    """Return the sync and the async transport class of an HTTP library, which run the same flow."""
 
     class Shared:
         owner: Any
@@ -130,14 +130,14 @@ async def _joined(parts: AsyncIterator[bytes]) -> bytes:
 
 
 class _FailedError(Exception):
-    """An answer that is none. response: its status and text, as in clients' errors. answer: as it came."""
+    """The answer has no success status. response: its status and text, as in clients' errors. answer: unchanged."""
 
     def __init__(self, answer: Any, text: str) -> None:
         self.answer, self.response = answer, SimpleNamespace(status_code=answer.status_code, text=text)
 
 
 def _exchange(way: Any, request: Any) -> Flow[Any]:
-    """One request and its answer. way: the transport that sends."""
+    """Send a request, with hints if its route takes them, and return the answer. way: the transport that sends."""
     route = route_of(request.url.path) if request.method == "POST" else None
     if route is None:
         return (yield way.send(request))
@@ -162,15 +162,15 @@ def _exchange(way: Any, request: Any) -> Flow[Any]:
     steps: dict[str, Any] = {"ask": asking, "send": send, "take": watch, "work": work, "fails": _FailedError}
     try:
         return (yield from exchange(way.owner, way.told, route, body, **steps))
-    except HintError:  # of the request's own: the server's refusal names it
+    except HintError:  # hints of the request itself: the server will refuse them
         return (yield way.send(request))
     except _FailedError as failed:
         return failed.answer
 
 
 def _read(content: bytes) -> dict[str, Any] | None:
-    """The body of a request; None if it is no JSON object. A longer or deeper one than is read is taken as empty:
-    what the settings add goes in front of what it has."""
+    """Parse the body of a request; None if it is no JSON object. If it is too long or too deep, the result is empty, so
+    that the fields of the settings are added in front of its own."""
     if len(content) > LONGEST:
         return {} if _OBJECT.match(content) else None
     try:
@@ -190,13 +190,13 @@ def _asker(way: Any, request: Any, route: str) -> OfRequest:
 def _carrying(
     library: Any, request: Any, content: bytes, own: Mapping[str, Any], body: Mapping[str, Any]
 ) -> Any:
-    """The request with this body; the same one if it is its own."""
+    """Return the request with this body; the same object if the body is unchanged."""
     edited = edit_json(content, own, body)
     if edited is content:
         return request
     gone = (b"content-length", b"transfer-encoding", b"accept-encoding")
     headers = [(name, value) for name, value in request.headers.raw if name.lower() not in gone]
-    if "accept-encoding" in request.headers:  # a refusal has to be read
+    if "accept-encoding" in request.headers:  # the SDK must be able to read a refusal
         codings = request.headers["accept-encoding"].split(",")
         kept = [coding for coding in codings if decodes(library, coding.partition(";")[0].strip().lower())]
         headers.append((b"accept-encoding", ",".join(kept).strip().encode() or b"identity"))
@@ -206,7 +206,7 @@ def _carrying(
 
 
 def _text(library: Any, response: Any, raw: bytes) -> str:
-    """The text of an answer; empty if its coding is broken."""
+    """Decode the text of an answer; empty if its content coding is broken."""
     try:
         return str(library.Response(response.status_code, headers=response.headers.raw, content=raw).text)
     except library.DecodingError:
@@ -214,7 +214,7 @@ def _text(library: Any, response: Any, raw: bytes) -> str:
 
 
 def _unread(library: Any, response: Any, raw: bytes) -> Any:
-    """A response that was read, to be read as if it had not been."""
+    """Return a copy of a response whose raw bytes were read, which the caller can read again."""
     return type(response)(
         response.status_code,
         headers=response.headers.raw,

@@ -1,4 +1,4 @@
-"""LangChain and LangGraph: `wrap_model(ChatOpenAI(…))`, then `.bind_tools(…)` and all the rest."""
+"""Adapter for LangChain and LangGraph: `wrap_model(ChatOpenAI(…))`, then `.bind_tools(…)` and so on."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ModelT = TypeVar("ModelT", bound=BaseChatOpenAI)
 def wrap_model(model: ModelT, **settings: Unpack[ClientSettings]) -> ModelT:
     """Give the model wrapped clients of its own, with the settings of `whiflash_sdk.wrap`, and return the model.
 
-    Calls carry the name of their agent, or of their node in a graph, as `agent`, unless something else is said.
+    Calls carry the name of their agent, or of their node in a graph, as `agent`, unless the settings name another.
 
-    Hints for one runnable alone: `model.bind(extra_body=Hints(…).extra_body())`.
+    Hints for a single runnable: `model.bind(extra_body=Hints(…).extra_body())`.
     """
     settings.setdefault("agent", node)
-    if model.root_client is not None:  # where the key is an async function there is none
+    if model.root_client is not None:  # None if the key is an async function
         model.root_client = wrap(apart(model.root_client, model), **settings)
         model.client = model.root_client.chat.completions
     if model.root_async_client is not None:
@@ -32,18 +32,18 @@ def wrap_model(model: ModelT, **settings: Unpack[ClientSettings]) -> ModelT:
 
 
 _OF_AGENTS: Final = ("", "model", "tools")
-"""Nodes of an agent that LangChain made; its middleware's have a dot in their names."""
+"""Names of the nodes inside a LangChain agent; those of its middleware have a dot in their names."""
 
 
 def node() -> str | None:
-    """The agent that LangChain's `create_agent` made, or the LangGraph node, that is running here; None outside.
+    """Return the name of the running LangChain agent (`create_agent`) or LangGraph node; None outside.
 
-    Inner graphs' nodes are behind outer ones': `team/planner`, and behind the agent whose tool runs their graph.
+    A node of an inner graph follows the outer node, `team/planner`, or the agent whose tool runs the graph.
     """
     config = var_child_runnable_config.get() or {}
     metadata = config.get("metadata") or {}
     path = str(metadata.get("langgraph_checkpoint_ns") or metadata.get("langgraph_node") or "")
-    # A namespace holds `node:task id` for every graph, and numbers of tasks that one node started.
+    # A namespace holds `node:task id` for every graph, and the numbers of tasks that a node started, which are dropped.
     nodes = [step.split(":")[0] for step in path.split("|") if not step.isdigit()]
     agent = metadata.get("lc_agent_name")
     if not agent:

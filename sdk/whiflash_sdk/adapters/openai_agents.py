@@ -1,4 +1,4 @@
-"""OpenAI Agents SDK: `Agent(model=wrap_model(OpenAIChatCompletionsModel(…)))`."""
+"""Adapter for the OpenAI Agents SDK: `Agent(model=wrap_model(OpenAIChatCompletionsModel(…)))`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ModelT = TypeVar("ModelT", OpenAIChatCompletionsModel, OpenAIResponsesModel)
 def wrap_model(model: ModelT, **settings: Unpack[ClientSettings]) -> ModelT:
     """Give the model a wrapped client of its own, with the settings of `whiflash_sdk.wrap`, and return the model.
 
-    Calls carry the running agent's name, unless something else is said. Hints for one agent alone go into its
+    Calls carry the running agent's name, unless the settings name another. Hints for a single agent go into its
     `ModelSettings(extra_body=Hints(…).extra_body())`.
     """
     settings.setdefault("agent", running_agent)
@@ -26,10 +26,10 @@ def wrap_model(model: ModelT, **settings: Unpack[ClientSettings]) -> ModelT:
 
 
 def running_agent() -> str | None:
-    """The agent that is running here; None outside.
+    """Return the name of the running agent; None outside.
 
-    Its span is around those of its calls, also where tracing is disabled; a span keeps the one that it took the place
-    of in a private field.
+    The agent's span encloses those of its calls, also if tracing is disabled. The enclosing span is found in a private
+    field of the current one.
     """
     span = get_current_span()
     while span is not None and not isinstance(span.span_data, AgentSpanData):

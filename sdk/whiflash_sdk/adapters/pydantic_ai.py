@@ -1,4 +1,4 @@
-"""pydantic-ai: `Agent(wrap_model(OpenAIChatModel(…, provider=…)))`."""
+"""Adapter for pydantic-ai: `Agent(wrap_model(OpenAIChatModel(…, provider=…)))`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ModelT = TypeVar("ModelT", OpenAIChatModel, OpenAIResponsesModel)
 def wrap_model(model: ModelT, **settings: Unpack[ClientSettings]) -> ModelT:
     """Give the model a wrapped client of its own, with the settings of `whiflash_sdk.wrap`, and return the model.
 
-    Calls carry the running agent's name, unless something else is said. Hints for one run alone:
+    Calls carry the running agent's name, unless the settings name another. Hints for a single run:
     `model_settings={"extra_body": Hints(…).extra_body()}`.
     """
     settings.setdefault("agent", running_agent)
@@ -35,7 +35,7 @@ def wrap_model(model: ModelT, **settings: Unpack[ClientSettings]) -> ModelT:
 
 
 def _with_client(provider: object, client: object) -> object:
-    """A copy of the provider for this client; with HTTP connections of its own if closing it closes them."""
+    """Copy the provider for this client. The copy has its own HTTP client if the provider closes its HTTP client."""
     made = copy.copy(provider)
     vars(made)["_client"] = client
     if getattr(made, "_own_http_client", None) is not None:
@@ -45,7 +45,7 @@ def _with_client(provider: object, client: object) -> object:
 
 
 def running_agent() -> str | None:
-    """The agent that is running here; None outside, and in versions that do not expose it."""
+    """Return the name of the running agent; None outside, and in versions that do not expose it."""
     context = get_current_run_context() if get_current_run_context is not None else None
     name: str | None = getattr(getattr(context, "agent", None), "name", None)
     return name

@@ -1,4 +1,4 @@
-"""smolagents: `ToolCallingAgent(model=wrap_model(OpenAIModel(…)))`."""
+"""Adapter for smolagents: `ToolCallingAgent(model=wrap_model(OpenAIModel(…)))`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ModelT = TypeVar("ModelT", bound=OpenAIModel)
 def wrap_model(model: ModelT, **settings: Unpack[ClientSettings]) -> ModelT:
     """Give the model a wrapped client of its own, with the settings of `whiflash_sdk.wrap`, and return the model.
 
-    Calls carry the running agent's name, of one without a name its class's, unless something else is said. Hints for
+    Calls carry the running agent's name, or its class's name without one, unless the settings name another. Hints for
     every call of this model: `OpenAIModel(…, extra_body=Hints(…).extra_body())`.
     """
     settings.setdefault("agent", running_agent)
@@ -27,9 +27,9 @@ def wrap_model(model: ModelT, **settings: Unpack[ClientSettings]) -> ModelT:
 
 
 def running_agent() -> str | None:
-    """The agent whose step calls the model; None outside.
+    """Return the name of the agent whose step calls the model; None outside.
 
-    smolagents hands a model nothing but messages, so the agent is looked for among the callers.
+    smolagents passes only messages to a model, so the agent is searched for in the calling frames.
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None:

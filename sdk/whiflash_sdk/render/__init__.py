@@ -1,4 +1,4 @@
-"""A trace to look at: a self-contained HTML page, or text for a terminal."""
+"""Renders traces as a self-contained HTML page, or as text for a terminal."""
 
 from whiflash_sdk.render.aligned import Turn
 from whiflash_sdk.render.page import conversation_html, html

@@ -1,4 +1,4 @@
-"""Contents that both renderers show: the response cut at its stretches, its rounds one by one, its totals."""
+"""Contents for both renderers: the response cut at its stretches, its rounds one by one, and its totals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REASONS: Final = {
 _CONTROLS: Final = {
     **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
     0x7F: 0x2421,
-    # C1 controls steer terminals too; direction overrides would show text in an order it does not have.
+    # C1 controls also act on terminals, and direction overrides would show text in a wrong order.
     **dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD),
 }
 
@@ -41,7 +41,7 @@ class Turn(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of the text; `stretch` is None for what no round wrote, such as the prefill's token.
+    """A part of the text. stretch: that wrote it; None for text of no round, such as the prefill's token.
 
     number: of the stretch, from 1.
     """
@@ -60,11 +60,11 @@ SOURCES: Final = {
     "ar": "EAGLE-3",
     "diffusion": "DFlash",
 }
-"""Sources of drafts."""
+"""Descriptions of the sources of drafts, by name."""
 
 
 def pieces(turn: Turn) -> list[Piece]:
-    """The response cut at its stretches; in one piece if the server could not cut it."""
+    """Cut the response at its stretches; it stays one piece if the trace has no offsets in this text."""
     stretches = turn.trace.stretches
     text = turn.text if turn.trace.text is None else turn.trace.text
     if stretches and all(s.chars is not None and s.chars[1] <= len(text) for s in stretches):
@@ -73,7 +73,7 @@ def pieces(turn: Turn) -> list[Piece]:
 
 
 def _cut(text: str, stretches: Sequence[Stretch]) -> Iterator[Piece]:
-    """`text` at the offsets of its stretches; text between two of the same span is part of that span."""
+    """Cut `text` at the offsets of its stretches; text between two stretches of one span is part of that span."""
     end, span = 0, stretches[0].span
     for number, stretch in enumerate(stretches, 1):
         begin, after = stretch.chars or (end, end)
@@ -84,9 +84,9 @@ def _cut(text: str, stretches: Sequence[Stretch]) -> Iterator[Piece]:
 
 
 def by_author(piece: Piece) -> list[tuple[str, bool]]:
-    """The piece cut into drafts and the target's own tokens, which are True.
+    """Cut the piece into accepted drafts (False) and the target's own tokens (True).
 
-    In one piece where nobody drafted, or where the server did not cut rounds.
+    It stays one piece if its rounds had no drafts, or if the trace has no lengths of rounds.
     """
     rounds = piece.stretch.round_chars if piece.stretch and piece.stretch.arm != "none" else None
     lengths = [length for both in rounds or () for length in both]
@@ -97,18 +97,18 @@ def by_author(piece: Piece) -> list[tuple[str, bool]]:
 
 
 def printable(text: str) -> str:
-    """Text that any output takes: control characters as pictures, what misleads or is no text replaced."""
+    """Replace characters that no output should get: controls by pictures, misleading ones and surrogates by marks."""
     return text.translate(_CONTROLS).encode("utf-8", "replace").decode()
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Drafters' names, each once: those that are known first."""
+    """Return drafters' names in order, each once: known drafters first."""
     distinct = set(names)
     return [arm for arm in KNOWN_ARMS if arm in distinct] + sorted(distinct.difference(KNOWN_ARMS))
 
 
 def describe(stretch: Stretch) -> str:
-    """Figures of a stretch, in one line."""
+    """Describe the figures of a stretch in one line."""
     facts = [count(stretch.tokens, "token"), count(stretch.rounds, "round")]
     facts.append(f"acceptance length {stretch.acceptance_length:.2f}")
     if stretch.proposed is not None:
@@ -117,7 +117,7 @@ def describe(stretch: Stretch) -> str:
 
 
 def why(stretch: Stretch, before: Stretch | None) -> str:
-    """Reason for which a stretch began, in one line: the change of drafter, or of what is around it."""
+    """Say why a stretch began, in one line: the change of drafter or of span, and the routing reason."""
     if before is None:
         sentence = f"Began with {stretch.arm}"
     elif before.arm != stretch.arm:
@@ -133,7 +133,7 @@ def why(stretch: Stretch, before: Stretch | None) -> str:
 
 
 def summary(trace: Trace) -> str:
-    """A response in lines of a narrow terminal."""
+    """Summarise a response's figures in lines of at most 80 characters."""
     facts = [f"policy {trace.policy}", count(trace.tokens, "token"), count(trace.rounds, "round")]
     facts += [f"acceptance length {trace.acceptance_length:.2f}", count(trace.switches, "switch", "switches")]
     if trace.tokens_per_second is not None:
@@ -145,19 +145,19 @@ def summary(trace: Trace) -> str:
 
 
 def everything(trace: Trace) -> ArmTotals:
-    """The totals of all drafters."""
+    """Return the totals over all drafters."""
     sums = ArmTotals.sum(trace.arms.values())
     return sums.model_copy(update={"rounds": trace.rounds, "tokens": trace.tokens})
 
 
 def reasons(trace: Trace) -> str:
-    """Rounds by what decided about them, in one line."""
+    """List the number of rounds by routing reason, in one line."""
     counts = (f"{count(rounds, 'round')} by {reason}" for reason, rounds in trace.reasons.items())
     return printable(" · ".join(counts))
 
 
 def held_back(trace: Trace) -> str:
-    """The drafter that brought fewest tokens for its rounds, in one line; empty if all brought as many."""
+    """Name the drafter whose rounds fell most tokens short of the mean, in one line; empty if all are near it."""
     missing = {arm: sums.rounds * trace.acceptance_length - sums.tokens for arm, sums in trace.arms.items()}
     arm = max(missing, key=missing.__getitem__, default="")
     if not arm or missing[arm] < 0.5:
@@ -171,10 +171,10 @@ def held_back(trace: Trace) -> str:
 
 
 def seconds(saved: float | None) -> str:
-    """An estimate of saved time; empty where there is none."""
+    """Format an estimate of saved seconds; empty for None."""
     return "" if saved is None else f"{saved:.2f} s"
 
 
 def count(number: int, singular: str, many: str = "") -> str:
-    """A number of things, in words."""
+    """Format a number with its noun in the singular or plural."""
     return f"{number} {singular if number == 1 else many or singular + 's'}"

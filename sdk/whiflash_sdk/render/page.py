@@ -1,4 +1,4 @@
-"""The HTML page: one file, no script, nothing loaded. In its template, `page.html`, text from the model is data."""
+"""Renders the HTML page: one file, no script, nothing loaded. Its template `page.html` escapes text from the model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from whiflash_sdk.report import Report
 from whiflash_sdk.trace import Stretch, Trace
 
 FITTING: Final = 200
-"""Tokens that are distinguishable in a timeline as wide as the page."""
+"""Most tokens that are distinguishable in a timeline as wide as the page."""
 DEEPEST_ZOOM: Final = 64
 _TICKS: Final = 8
 
 
 class Column(NamedTuple):
-    """Tokens of one stretch, or those between two that no round wrote.
+    """A column of the timeline: the tokens of one stretch, or tokens between two stretches that no round wrote.
 
     place: among the columns, from 1. number: of the stretch, from 1.
     """
@@ -37,12 +37,12 @@ class Column(NamedTuple):
 
     @property
     def span(self) -> str | None:
-        """Span of the stretch."""
+        """Return the span of the stretch; None without a stretch or span."""
         return self.stretch.span if self.stretch else None
 
 
 def columns_of(stretches: Sequence[Stretch]) -> list[Column]:
-    """The columns of a timeline, from left to right."""
+    """Return the columns of a timeline, from left to right."""
     columns: list[Column] = []
     end, before = 0, None
     for number, stretch in enumerate(stretches, 1):
@@ -55,7 +55,7 @@ def columns_of(stretches: Sequence[Stretch]) -> list[Column]:
 
 
 def zooms(tokens: int) -> list[int]:
-    """How many times as wide as the page a timeline of so many tokens may be drawn."""
+    """Return the zooms of a timeline of so many tokens: its possible widths as multiples of the page's."""
     levels = [1]
     while levels[-1] < DEEPEST_ZOOM and tokens > FITTING * levels[-1]:
         levels.append(levels[-1] * 2)
@@ -63,9 +63,9 @@ def zooms(tokens: int) -> list[int]:
 
 
 def ticks(tokens: int) -> list[tuple[int, float]]:
-    """Numbers below the lanes, each with the zoom from which it is shown."""
+    """Return the token numbers below the timeline, each with the zoom from which it is shown."""
     step = next(step for step in _steps() if tokens <= step * _TICKS)
-    # A narrow page has room for half of them.
+    # A narrow page (zoom 0.5) has room for every second number.
     zooms_by_place: dict[int, float] = dict.fromkeys(range(0, tokens + 1, 2 * step), 0.5)
     for level in zooms(tokens):
         if step % level == 0:
@@ -75,7 +75,7 @@ def ticks(tokens: int) -> list[tuple[int, float]]:
 
 
 def _steps() -> Iterator[int]:
-    """Tokens between two numbers of the axis: round ones, whose halves are round too."""
+    """Yield possible distances between two numbers of the axis, ascending: 1, 2, 5, 10, 20, 50, ..."""
     size = 1
     while True:
         yield from (size, 2 * size, 5 * size)
@@ -83,34 +83,34 @@ def _steps() -> Iterator[int]:
 
 
 _LONG: Final = 2000
-"""Characters of a text that is shown in a box of its own, until its reader asks for all of it."""
+"""Characters from which a text is shown in a box that the reader can expand."""
 _QUOTED: Final = 60
 
 
 def html(
     trace: Trace, text: str = "", *, title: str = "Who drafted this answer", model: str | None = None
 ) -> str:
-    """A page that shows one response. See `conversation_html`."""
+    """Render one response as a self-contained HTML page (see `conversation_html`)."""
     return conversation_html([Turn(title, text, trace, model)], title=title)
 
 
 def conversation_html(turns: Sequence[Turn], *, title: str = "WhiFlash trace") -> str:
-    """A self-contained page: each response's figures, its timeline, its text coloured by drafter, and tables.
+    """Render a self-contained HTML page: each response's figures, timeline, text coloured by drafter, and tables.
 
-    Works without network and script, by keyboard (Tab walks the timeline), in light and dark, wide and narrow.
+    It works without network and script, by keyboard (Tab walks the timeline), in light and dark, wide and narrow.
     """
     arms = [arm for turn in turns for arm in turn.trace.arms]
     return str(_template().conversation(title, turns, arms))
 
 
 def report_html(report: Report) -> str:
-    """A self-contained page: what several answers came to, by agent, tool, turn and drafter."""
+    """Render a self-contained HTML page of the sums over several answers, by agent, tool, turn and drafter."""
     return str(_template().report(report, "WhiFlash report"))
 
 
 @cache
 def _template() -> Any:
-    """The template's macros."""
+    """Load the template; its macros are attributes of the result."""
     page, style = (
         files("whiflash_sdk.render").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css")
     )
@@ -127,7 +127,7 @@ def _shown(value: object) -> object:
 
 
 def _class_of(arm: str) -> str:
-    """The class that has a drafter's colours."""
+    """Return the CSS class with a drafter's colours."""
     return f"arm-{arm}" if arm in KNOWN_ARMS else "arm-other"
 
 
@@ -136,16 +136,16 @@ def _before(trace: Trace, number: int) -> Stretch | None:
 
 
 def _texts_of(parts: Sequence[Piece]) -> dict[int, str]:
-    """Texts by number of the stretch."""
+    """Return the text of each stretch, by its number."""
     return {piece.number: piece.text for piece in parts if piece.stretch is not None}
 
 
 def _runs(parts: Iterable[Piece | Column]) -> list[tuple[str | None, list[Piece | Column]]]:
-    """Neighbours in the same span, with it."""
+    """Group consecutive parts of the same span; return each span with its parts."""
     return [(span, list(run)) for span, run in groupby(parts, key=lambda piece: piece.span)]
 
 
 def _quoted(text: str) -> str:
-    """The beginning of a text, in one line."""
+    """Quote the beginning of a text in one line."""
     short = " ".join(text[: 4 * _QUOTED].split())
     return short[:_QUOTED] + ("…" if len(short) > _QUOTED else "")

@@ -1,4 +1,4 @@
-"""The terminal's view: the same facts as the page, in colours a terminal has."""
+"""Renders traces for a terminal: the same contents as the HTML page, in the terminal's colours."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from whiflash_sdk.report import Report
 from whiflash_sdk.trace import Trace
 
 COLOURS: Final = {"ar": 4, "diffusion": 3, "lookup": 2, "structure": 5, "none": 8}
-"""Numbers in the terminal's own palette, by drafter."""
+"""Indices of colours in the terminal's palette, by drafter."""
 OTHER: Final = 6
 MOST_ROUNDS: Final = 10_000
-"""Rounds that the strip shows of a stretch without counts."""
+"""Most rounds that the strip shows for a stretch without counts by round."""
 _LEVELS: Final = "▁▂▃▄▅▆▇█"
 
 SAVED: Final = "estimated time saved"
@@ -34,26 +34,26 @@ SAVED: Final = "estimated time saved"
 def terminal(
     trace: Trace, text: str = "", *, title: str = "Who drafted this answer", colour: bool = True
 ) -> str:
-    """One response as text; without `colour` each stretch is preceded by its drafter's name."""
+    """Render one response as text; without `colour` each stretch is preceded by its drafter's name."""
     return conversation_terminal([Turn(title, text, trace)], colour=colour)
 
 
 def conversation_terminal(turns: Sequence[Turn], *, colour: bool = True) -> str:
-    """Each response with its stretches, a strip of its rounds and its totals.
+    """Render each response as text: its stretches, a strip of its rounds, and its totals.
 
-    Escape sequences in the model's text come out as pictures of their characters.
+    Escape sequences in the model's text are shown as pictures of their characters.
     """
     return "\n".join(line for number, turn in enumerate(turns, 1) for line in _turn(turn, number, colour))
 
 
 def figures(trace: Trace) -> str:
-    """Counts of a trace, without the text that it is about."""
+    """Render the counts of a trace, without the response's text."""
     lines = (summary(trace), reasons(trace), *map(printable, trace.notes), *_totals(trace), *_sources(trace))
     return "\n".join(line for line in lines if line)
 
 
 def report(found: Report) -> str:
-    """Tables of what several answers came to."""
+    """Render the tables of a report over several answers."""
     return "\n".join(_report(found))
 
 
@@ -121,7 +121,7 @@ def _paint(text: str, code: str, colour: bool) -> str:
 
 
 def _strip(trace: Trace, colour: bool) -> str:
-    """Every round, by the tokens that it committed; a mean where the server sent no counts."""
+    """Draw a bar for each round, by the tokens that it committed; their mean if the trace has no counts by round."""
     rounds = [
         (tokens, stretch.arm)
         for stretch in trace.stretches
