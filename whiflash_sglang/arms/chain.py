@@ -154,8 +154,8 @@ class Eagle3Arm(ChainArm):
             self.kv.write(self.model.config.num_layers - 1, rows.slots.clamp(min=0), k, v)
             return
         if rows.images is not None or self.model.shared_embedding is not None:
-            # Embeddings gathered from tensor-parallel ranks, or of images, replace the matrix: one row per token, which
-            # then is its number.
+            # Embeddings gathered from tensor-parallel ranks, or of images, replace the matrix, one row per token: the
+            # number of a token's row replaces its id.
             weights = replace(weights, embedding=rows.embedded(self.model.embed))
             tokens = torch.arange(len(tokens), device=tokens.device)
         eagle3_catch_up(features, tokens, rows.positions, rows.slots, weights, self._rope, self.kv.pools)

@@ -26,7 +26,7 @@ PRIOR_WEIGHT = 8.0
 """Weight of the prior in tokens. The prior says that a drafter is right as often as it is confident."""
 
 DECAY = 0.998
-"""Factor by which a bin's earlier observations lose weight at every new one."""
+"""Factor on the weight of a bin's earlier observations at every new one."""
 
 
 def chances() -> Rates:

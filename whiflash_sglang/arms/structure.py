@@ -36,7 +36,7 @@ GRAMMAR, TOOLS = "grammar", "tools"
 """Sources of drafts: the request's grammar, or only its tools."""
 
 _Decoder = partial(codecs.getincrementaldecoder("utf-8"), errors="replace")
-"""A token may end inside a character."""
+"""Decodes the bytes of tokens, which may end inside a character."""
 
 _STRINGS = re.compile(r'"(?=([^"]*)")')
 """Texts between two quotes. The closing quote may open the next text, since JSON is not parsed here."""
@@ -79,7 +79,7 @@ class _Look(NamedTuple):
 class _Kept:
     """The arm's state of a request.
 
-    grammar: its constraint, None without one. calls: calls that its tools let expect, None without any. tools: their
+    grammar: its constraint, None without one. calls: calls that are expected of its tools, if any are. tools: their
     definitions. guesses: words of its schemas. begin: number of prompt tokens. layout: layout of its output up to its
     newest tokens, `unfollowed`; `free`: how many of these need no look. known: tokens of its text at the last look, 0
     before. tail, unseen: the text's last tokens, and those that its grammar had not accepted by then. tokens: what was

@@ -85,5 +85,5 @@ class Signals:
         return self.allowed.difference(self.expected) if self.expected else self.allowed
 
     def without(self, arm: str) -> float:
-        """Rounds that the request has gone since it was last routed to `arm`; infinite if it never was."""
+        """Return the rounds that the request has begun since it was last routed to `arm`; infinite if it never was."""
         return self.rounds - self.last[arm] if arm in self.last else math.inf

@@ -30,7 +30,7 @@ USUAL_LEAD = "\n"
 """Text between a call's marker and the call until one is seen: as chat templates show it to their models."""
 
 LEAD: Final = "lead"
-"""Key of the text between marker and call, in the record of calls seen."""
+"""Key of `JsonCall.seen` for the text between a marker and its call."""
 
 _NO_VOCABULARY = ("a", "</s>")
 """Vocabulary of a matcher that is asked only for text: it needs no tokens, and compiles in a millisecond."""

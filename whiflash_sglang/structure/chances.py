@@ -97,11 +97,11 @@ class Kind(IntEnum):
     WORD = 8
     """As USED, but none was used more than the others: of these, the schema's first."""
     CLOSED = 9
-    """Closes a tool call that is complete."""
+    """The end of a tool call that is complete."""
     OPENED = 10
-    """The rest of a tool call's marker, and the blanks behind it."""
+    """The rest of a tool call's marker, and the blanks after it."""
     ENDED = 11
-    """Ends a value in markup that has begun."""
+    """The rest of the markup that ends a value, after its beginning."""
     BEGUN = 12
     """The beginning of a tool call where nothing of one was written, but one may begin."""
     STOPPED = 13
