@@ -150,7 +150,7 @@ class AskedServer:
     def failed(self, error: Exception) -> None:
         """Take the error of a question. Only its type is stored, because its message may quote a key."""
         status = _status(error)
-        kinds = {kind.__name__ for kind in type(error).__mro__}  # four libraries have such classes
+        kinds = {kind.__name__ for kind in type(error).__mro__}  # by name, for four libraries
         if status == 404:
             self.found = None
             self._keep("answered 404")

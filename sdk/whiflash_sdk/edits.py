@@ -57,7 +57,7 @@ def _is_view(lines: list[str], numbered: dict[int, re.Match[str]]) -> bool:
     if any(_AROUND.fullmatch(line.strip()) for place, line in enumerate(lines) if place not in numbered):
         return bool(numbered)
     if len(numbered) == 1 and (only := next(iter(numbered.values())))[1] != "1" and only[2] in _BLANK_FOLLOWS:
-        return False  # as in `12:30`
+        return False  # such as the time `12:30`
     return 2 * len(numbered) > sum(bool(line.strip()) for line in lines)
 
 

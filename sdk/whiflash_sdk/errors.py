@@ -63,6 +63,6 @@ def guessed(guess: Callable[..., ResultT], *args: object, otherwise: ResultT) ->
         fault = f"a guess about a request failed: {type(error).__name__} in line {at.lineno} of {at.filename}"
         if not _failed:
             _failed.append(fault)
-            with contextlib.suppress(RuntimeWarning):  # where warnings are errors
+            with contextlib.suppress(RuntimeWarning):  # raised if warnings are errors
                 warn_unsupported(f"{fault}. Requests go out without it. Please report this", RuntimeWarning)
         return otherwise

@@ -108,7 +108,7 @@ class OfRequest:
             extensions={"timeout": dict(limits)},
         )
         answer = yield self._http.send(asked, follow_redirects=False)
-        answer.raise_for_status()  # older HTTPX returns nothing
+        answer.raise_for_status()  # not chained: None in older HTTPX
         return read_json(answer.content)
 
     def fingerprint(self, url: str) -> bytes:

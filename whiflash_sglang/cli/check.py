@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 def findings() -> list[Finding]:
-    """Check versions, SGLang's seams and private names, the plugin's registration, replaced names and the platform."""
+    """Check versions, that all modules import, SGLang's private names, the plugin's registration, and the platform."""
     import platform
 
     from whiflash_sglang.engine import hooks

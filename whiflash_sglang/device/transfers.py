@@ -136,7 +136,7 @@ class Download(Generic[RecordT]):
 
     def consume(self, batch: Any, commits: Sequence[Any]) -> None:
         """Call `learn`; SGLang calls this after the copy, with the tokens in the requests and not yet streamed."""
-        learn, self.learn = self.learn, None  # it holds the round's tensors
+        learn, self.learn = self.learn, None  # frees the round's tensors
         assert learn is not None
         kept = [() if commit is None else commit.token_ids for commit in commits]
         learn(self.read(), kept)

@@ -104,6 +104,6 @@ NOTHING = Candidate()
 def common_prefix(first: Sequence[object], second: Sequence[object]) -> int:
     """Length of the longest common prefix of two sequences."""
     most = min(len(first), len(second))
-    if first[:most] == second[:most]:  # in C
+    if first[:most] == second[:most]:  # a fast path, in C
         return most
     return next((number for number in range(most) if first[number] != second[number]), most)

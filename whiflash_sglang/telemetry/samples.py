@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 FORMAT: Final = 1
 SUFFIX: Final = ".jsonl"
 BATCH: Final = 64
-"""Requests that wait before a file is written without waiting for `SECONDS`."""
+"""Number of waiting requests at which a file is written before `SECONDS` have passed."""
 SECONDS: Final = 10.0
 """Longest time in seconds that a finished request waits to be written."""
 PRUNED: Final = 3600.0
