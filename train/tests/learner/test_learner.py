@@ -174,7 +174,7 @@ def test_the_next_pass_waits_for_requests_that_its_bundle_has_not_learned_from(
     assert learn_once(learning._replace(tokens=500)).judged == 8
 
 
-@pytest.mark.parametrize("until", [None, "later", float("nan"), 2 * time.time()])
+@pytest.mark.parametrize("until", [None, "later", float("nan"), 1e10])
 def test_a_date_of_anything_hides_no_sample(tmp_path: Path, until: object) -> None:
     """Nor does that of a clock that was ahead."""
     (tmp_path / LEARNED).write_text(json.dumps({"until": until}))
