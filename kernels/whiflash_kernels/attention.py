@@ -1,4 +1,4 @@
-"""Attention of a drafter's few query rows over its paged KV, with lengths that only the device knows."""
+"""Attention of a drafter's few query rows over its paged KV; lengths are read on the device only."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def draft_attention(
     window: int | None = None,
     longest: int | None = None,
 ) -> Tensor:
-    """Attend from ``width`` rows of each request to its paged entries, those of the rows themselves included.
+    """Compute attention of ``width`` query rows per request over its paged KV, the rows' own K and V included.
 
     Request b has e = seq_lens[b] + extra entries, the last ``width`` of them its own rows'; its row i is at
     p = e - width + i. With G = Hq // Hkv:

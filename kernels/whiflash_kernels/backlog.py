@@ -1,4 +1,4 @@
-"""Parking committed features in per-request rings, claiming ragged backlogs and packing them out of there."""
+"""Ops on the per-request rings of features: park committed ones, claim ragged backlogs, pack those into a batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -65,7 +65,7 @@ def park(
     Source: Lazy Catch-up, WhiFlash, arXiv 2606.07710.
     """
     if all(length == 1 for length in lengths.tolist()):
-        # A round without drafts leaves these; see block.py.
+        # A round without drafts parks one row per request: the fast path, as in block.py.
         source, ring_rows = row_starts, request_slots.long() * rings.capacity + begins % rings.capacity
     else:
         source, ring_rows = _ragged(rings.capacity, request_slots, begins, lengths, row_starts)
@@ -76,7 +76,7 @@ def park(
 def check_chunks(
     rings: BacklogRings, *_: Any, chunks: Sequence[int] | None = None, chunk_width: int = 0, **__: Any
 ) -> None:
-    """Raise ValueError for column groups outside of the features."""
+    """Raise ValueError if a column group of ``chunks`` is outside the features."""
     width = rings.features.shape[2]
     if chunks and not (
         chunk_width > 0 and width % chunk_width == 0 and all(0 <= c < width // chunk_width for c in chunks)
@@ -177,7 +177,7 @@ def _check_claim(
 def claim_backlogs(
     watermarks: Tensor, request_slots: Tensor, seq_lens: Tensor, due: Tensor, *, into: Claims | None = None
 ) -> Claims:
-    """Claim the tokens that every drafter is to ingest now, which count as ingested from now on.
+    """Return the tokens that each drafter must ingest now, and advance its watermarks past them.
 
     With w = watermarks[a, request_slots[b]]: begins[a, b] = w, and ends[a, b] = max(w, seq_lens[b]) if due[a, b] is not
     0, else w, so that there is nothing between. watermarks[a, request_slots[b]] = ends[a, b]. With ``into`` that is
@@ -204,7 +204,7 @@ def claim_backlogs(
     """
     slots = request_slots.long()
     begins = watermarks[:, slots]
-    # No watermark is below 0, so what is not due stays.
+    # Watermarks are at least 0, so a product of 0 leaves those that are not due unchanged.
     ends = torch.maximum(begins, seq_lens * due)
     watermarks.index_copy_(1, slots, ends)
     found = Claims(slots, begins, ends)
@@ -218,7 +218,7 @@ def claim_backlogs(
 def _ragged(
     capacity: int, request_slots: Tensor, begins: Tensor, lengths: Tensor, row_starts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Source row and ring row of everything that is parked."""
+    """Return the source row and the ring row of every row that is parked, [N] int64 each."""
     kept = lengths.clamp_max(capacity).long()
     owner = torch.repeat_interleave(kept)
     # Index inside the request's run of rows; a run longer than the ring keeps its last `capacity` rows.

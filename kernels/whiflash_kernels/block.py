@@ -1,4 +1,4 @@
-"""Building and committing verification blocks whose requests have different routes and widths."""
+"""Ops that pack and commit a verification whose requests have different drafters and widths."""
 
 from typing import Any
 
@@ -58,7 +58,7 @@ def prepare_mixed_block(
     Compared: SGLang's ``prepare_dflash_draft_block`` has one width for the batch; FlashInfer's ragged helpers
     need ``qo_indptr`` beforehand and give no ids.
     """
-    # One row a request, known beforehand: the round in which a few microseconds of small operators show most.
+    # A round without drafts has one row per request and is the shortest, so saving small operators shows most here.
     if not drafts.shape[1] and all(width == 1 for width in widths.tolist()):
         return _padded(rows, *_one_row_each(bonus, seq_lens, request_slots, req_to_token))
     widths = widths.long()
@@ -82,7 +82,7 @@ def _check_slots(widths: Tensor, _: Tensor, __: Tensor, slots: GraphSlots, **___
 def fill_slots(
     widths: Tensor, seq_lens: Tensor, request_slots: Tensor, slots: GraphSlots, *, rows: int, empty: int
 ) -> None:
-    """Write a batch, and slots for the rows that it leaves, to where a verification's graph reads its requests.
+    """Write a batch into the slots that a verification's graph reads, and share its padding rows among the other slots.
 
     Slot b < B is request b. With R = S - B and left = rows - sum(widths), slot B + i has left // R + (i < left % R)
     rows, ``empty`` tokens and request slot 0. Nothing else reads ``slots`` while it is written.
@@ -92,7 +92,7 @@ def fill_slots(
             ``rows``.
         slots: of S slots, written in place.
         rows: of the graph; where S = B all are the requests' own.
-        empty: what attention takes for the length of a slot without a request.
+        empty: length that attention reads for a slot without a request.
 
     Raises:
         ValueError: there are more requests than slots.
@@ -137,7 +137,7 @@ def accept_and_commit(
     stops: Tensor,
     text: Tensor,
 ) -> Committed:
-    """Longest accepted prefix of each request up to a token that ends it, its bonus token and its new length.
+    """Accept each request's longest prefix of correct drafts, up to a stop token, and write its tokens to the text.
 
     With s = qo_indptr[b] and w = min(qo_indptr[b + 1] - s, stride): accepted = the number of leading
     i < w - 1 with predictions[s + i] == input_ids[s + i + 1]; accept_lens = accepted + 1 (0 when w = 0);
@@ -173,7 +173,7 @@ def accept_and_commit(
     Source: speculative sampling, arXiv 2211.17192, for a point-mass draft distribution.
     """
     if stride == 1 and qo_indptr.tolist() == list(range(qo_indptr.shape[0])):
-        # A request ends behind its only token whether that is a stop or not.
+        # With one row per request a stop changes nothing: only one token is committed.
         bonus = predictions[: seq_lens.shape[0]].clone()
         accept_lens, tokens, last = torch.ones_like(bonus, dtype=torch.int32), bonus[:, None].clone(), None
     elif predictions.numel() == 0 or seq_lens.numel() == 0:
@@ -196,7 +196,7 @@ def accept_and_commit(
 def _one_row_each(
     bonus: Tensor, seq_lens: Tensor, request_slots: Tensor, req_to_token: Tensor
 ) -> tuple[Tensor, ...]:
-    """Ids, positions, KV slots and owners, and where each request's rows begin."""
+    """Return ids, positions, KV slots, request of each row, and `qo_indptr`, for one row per request."""
     indptr = torch.arange(bonus.shape[0] + 1, dtype=torch.int32, device=bonus.device)
     slots = req_to_token[request_slots, seq_lens].long()
     return bonus, seq_lens.to(torch.int64, copy=True), slots, indptr[:-1].long(), indptr
@@ -218,7 +218,7 @@ def _padded(
 def _accepted(
     predictions: Tensor, input_ids: Tensor, qo_indptr: Tensor, stops: Tensor, stride: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`accept_lens`, `tokens`, `bonus` and `last_rows`. stops: [B, S]."""
+    """Return `accept_lens`, `tokens`, `bonus` and `last_rows` of `Committed`. stops: [B, S]."""
     starts, widths = qo_indptr[:-1].long(), qo_indptr.diff().clamp_max_(stride)
     column = torch.arange(stride, device=widths.device)
     # Rows past a request's width are read (clamped into the tensor) and then masked away.

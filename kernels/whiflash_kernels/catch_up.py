@@ -130,8 +130,8 @@ def eagle3_catch_up(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, computed in float32; rounded once to ``x``'s dtype, or on a GPU torch's, which
-    rounds the weight, too."""
+    """Apply RMSNorm over the last dimension, in float32 and rounded once to ``x``'s dtype; on a GPU torch's RMSNorm,
+    which also rounds the weight."""
     if weight.ndim == 1 and backend_for(x) == "triton":
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     wide = x.float()
@@ -141,7 +141,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @op()
 def layer_input(fused: Tensor, next_tokens: Tensor, weights: Eagle3Weights) -> Tensor:
-    """[RMSNorm(embedding of the next token) | RMSNorm(fused)]: [N, 2H] in the dtype of ``fused``."""
+    """Return the layer's input [RMSNorm(next token's embedding) | RMSNorm(fused)], [N, 2H] in ``fused``'s dtype."""
     embedded = rms_norm(F.embedding(next_tokens, weights.embedding), weights.input_norm, weights.eps)
     return torch.cat([embedded, rms_norm(fused, weights.hidden_norm, weights.eps)], dim=-1)
 
@@ -156,7 +156,7 @@ def write_kv(
     rope_table: Tensor,
     pools: KVPools,
 ) -> None:
-    """Norm and rotate K, and scatter K and V of ``kv`` ``[N, L*2*Hkv*D]`` into the pools."""
+    """Apply RMSNorm and RoPE to K, and scatter K and V of ``kv`` ``[N, L*2*Hkv*D]`` into the pools."""
     layers, (_, heads, dim) = len(pools.k), pools.k[0].shape
     if cache_slots.numel() and int(cache_slots.min()) < 0:
         keep = cache_slots >= 0
@@ -179,7 +179,7 @@ def write_kv(
 
 
 def eagle3_fuse(features: Tensor, weights: Eagle3Weights) -> Tensor:
-    """``fc`` of the concatenated features, after the checkpoint's optional norms: [N, H]."""
+    """Return ``fc`` of the concatenated features, after the checkpoint's optional norms: [N, H]."""
     if weights.concat_norm is not None:
         features = rms_norm(features, weights.concat_norm, weights.eps)
     if weights.chunk_norms is not None:

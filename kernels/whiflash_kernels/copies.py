@@ -34,7 +34,7 @@ def propose_copies(
     min_match: int = 1,
     behind: tuple[Tensor, Tensor] | None = None,
 ) -> Drafts:
-    """Propose for every request what followed an earlier occurrence of its text's end.
+    """Propose for every request the tokens that followed an earlier occurrence of its text's last tokens.
 
     Request b's text is t = tokens[request_slots[b], :L], L = seq_lens[b] + 1: the bonus token is known. With
     ``behind`` = (counts, alive) what is proposed goes behind counts[b] drafts, which the caller has written behind the
@@ -91,7 +91,7 @@ def propose_copies(
     places = _places(tokens, slots, lengths, sources)
     matched = _matched(tokens, slots, lengths, places)
     matched = torch.where(matched < min_match, 0, matched)
-    # The first place given is the one to go on with: a later one of the same place adds nothing.
+    # Place 0 continues the last copy. A duplicate of it among the others would count its vote twice.
     matched[:, 1:].masked_fill_(places[:, 1:] == places[:, :1], 0)
     best = matched.argmax(1)  # the first of equals: places come newest first
     length, source = (t.gather(1, best[:, None])[:, 0] for t in (matched, places))
@@ -130,7 +130,7 @@ def propose_copies(
 
 
 def _places(tokens: Tensor, slots: Tensor, lengths: Tensor, sources: Tensor) -> Tensor:
-    """[B, 1 + PLACES]: where the last copy goes on, then the newest places that match, 0 where there are fewer."""
+    """Return places to copy from, [B, 1 + PLACES]: where the last copy goes on, then the newest matches, 0 if fewer."""
     longest = max(int(lengths.max()), 1) if len(lengths) else 1
     place = torch.arange(longest, device=tokens.device)
     text = tokens[slots, :longest]
@@ -147,7 +147,7 @@ def _places(tokens: Tensor, slots: Tensor, lengths: Tensor, sources: Tensor) -> 
 
 
 def _matched(tokens: Tensor, slots: Tensor, lengths: Tensor, places: Tensor) -> Tensor:
-    """[B, P]: tokens before each place that equal the text's end."""
+    """Return the length of each place's match, [B, P]: tokens before it that equal the last tokens of the text."""
     back = torch.arange(1, MOST_MATCHED + 1, device=tokens.device)
     at_place = places[:, :, None] - back
     at_end = (lengths[:, None] - back)[:, None]

@@ -1,4 +1,4 @@
-"""The implementation that runs: Triton on CUDA tensors, the torch reference elsewhere."""
+"""Chooses the implementation of an op: Triton on CUDA tensors, the torch reference elsewhere."""
 
 import os
 from collections.abc import Callable
@@ -41,9 +41,9 @@ def backend_for(tensor: Tensor) -> Backend:
 
 
 def op(check: Callable[..., None] | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """The decorator of an op, whose body is its torch reference.
+    """Return the decorator of an op, whose body is its torch reference.
 
-    ``check`` sees the arguments first, and raises for those that do not fit. Then `implementation` runs.
+    ``check`` is called with the arguments first and raises if they do not fit. Then `implementation` runs.
     """
 
     def decorate(reference: Callable[P, R]) -> Callable[P, R]:
@@ -59,11 +59,11 @@ def op(check: Callable[..., None] | None = None) -> Callable[[Callable[P, R]], C
 
 
 def implementation(reference: Callable[P, R], arguments: tuple[Any, ...]) -> Callable[P, R]:
-    """The function that serves the first tensor of ``arguments``: a reference, or the one of its name in Triton's
-    module of its module's name, which has the same signature. Triton is imported when needed.
+    """Return the function that runs on the device of the first tensor of ``arguments``: the reference, or its namesake
+    with the same signature in the module of that name in ``triton_kernels``, which is imported when needed.
 
     Raises:
-        ValueError, RuntimeError: as `backend_for`.
+        ValueError, RuntimeError: from `backend_for`.
     """
     tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
     if backend_for(tensor) == "torch":

@@ -1,4 +1,4 @@
-"""Drafts of a batch between drafting and verification: cut, laid side by side, chosen among."""
+"""Ops on a batch's drafts between drafting and verification: cut, put side by side, choose among them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ def _check_cut(confidences: Tensor, calibration: Tensor, edges: Tensor, limits: 
 def cut_drafts(
     confidences: Tensor, calibration: Tensor, edges: Tensor, limits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How many of a drafter's tokens are worth their rows, from how sure it is of each.
+    """Count the drafts of each request that are worth their rows, from the drafter's confidence in each.
 
     With bin(c) = the number of edges <= c and worth = the last of calibration: alive[m, i] = the product of
     calibration[bin(confidences[m, j])] over j <= i, and counts[m] = min(limits[m], 1 + the number of i >= 1 with
@@ -234,8 +234,8 @@ def choose_drafts(
 
 
 def _sound(tokens: Tensor, drafted: Tensor, alive: Tensor, confidences: Tensor) -> Tensor:
-    """[B]: how many of the first tokens can be drafts: `drafted` as they are, with numbers for chances."""
-    # NaN is what does not equal itself.
+    """Return the number of leading valid drafts, [B]: ids that clamping left unchanged, chances that are not NaN."""
+    # NaN does not equal itself.
     sound = (tokens == drafted) & (alive == alive)
     columns = min(confidences.shape[1], tokens.shape[1])
     sure = confidences[:, :columns]
@@ -249,7 +249,7 @@ def _lay(into: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 def put_block(text: Tensor, request_slots: Tensor, seq_lens: Tensor, tokens: Tensor) -> None:
-    """Write tokens [B, W] behind the lengths [B]."""
+    """Write tokens [B, W] to the text, from position seq_lens[b] + 1 on."""
     column = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
     text[request_slots[:, None], seq_lens[:, None] + column] = tokens
 
@@ -265,7 +265,7 @@ def _aligned(
     limits: Tensor,
     least: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, counts and chances of one candidate a request behind the text as it is."""
+    """Return tokens, counts and chances of one candidate per request, cut to what follows the text as it is now."""
     columns = tokens.shape[1]
     column = torch.arange(columns, device=seq_lens.device)
     passed = seq_lens + 1 - at
@@ -282,7 +282,7 @@ def _aligned(
 
 
 def _joined(tokens: Tensor, counts: Tensor, alive: Tensor, appended: Drafts) -> tuple[Tensor, Tensor, Tensor]:
-    """`appended` behind the drafts of every request: it overwrites padding only."""
+    """Append `appended` to the drafts of every request; it overwrites only padding."""
     width, extra = tokens.shape[1], appended.tokens.shape[1]
     column = counts[:, None] + torch.arange(extra, device=counts.device)
     tokens = F.pad(tokens, (0, extra)).scatter_(1, column, appended.tokens)[:, :width]
@@ -294,19 +294,19 @@ def _joined(tokens: Tensor, counts: Tensor, alive: Tensor, appended: Drafts) -> 
 
 
 def _gain(counts: Tensor, alive: Tensor, worth: float) -> Tensor:
-    """[B]: accepted drafts that are expected, net of what their rows must bring."""
+    """Return the expected accepted drafts minus ``worth`` for each row, [B]."""
     column = torch.arange(alive.shape[1], device=counts.device)
     return torch.where(column < counts[:, None], alive - worth, 0.0).sum(1)
 
 
 def _likeliest(alive: Tensor, counts: Tensor, most: int) -> Tensor:
-    """[B]: how many drafts of each request are among the `most` likeliest of the batch."""
+    """Return how many drafts of each request are among the `most` likeliest of the batch, [B] int32."""
     size, width = alive.shape
     if size * width <= most:
         return counts
     column = torch.arange(width, device=counts.device)
     real = torch.where(column < counts[:, None], alive, -1.0)
-    # Depth by depth, so that of equals the earlier one stays.
+    # Sorted depth by depth, so that the earlier of two equal chances is kept.
     order = real.T.reshape(-1).argsort(descending=True, stable=True)[:most]
     kept = torch.zeros(width * size, dtype=torch.int32, device=order.device).index_fill_(0, order, 1)
     return torch.minimum(kept.view(width, size).sum(0, dtype=torch.int32), counts)

@@ -1,4 +1,4 @@
-"""Matrices in float8 with a scale for each row, multiplied by SGLang's compiled kernels: half the bytes of 16 bits."""
+"""Matrices in float8 with a scale per row, half the bytes of 16-bit ones, multiplied by SGLang's compiled kernels."""
 
 from functools import cache
 from importlib import import_module
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FLOAT8, LARGEST, LEAST = torch.float8_e4m3fn, 448.0, 1e-30
-"""The type, its largest number, and the least scale."""
+"""The dtype, its largest number, and the smallest scale of a row."""
 
 
 class Float8(NamedTuple):
@@ -31,7 +31,7 @@ def multiplies(x: Tensor) -> bool:
 
 
 def quantise_rows(x: Tensor, into: Float8 | None = None) -> Float8:
-    """Rows of x [N, K], contiguous, over max(|row|) / 448, rounded to float8 (arXiv 2209.05433); `into` is written."""
+    """Quantise rows of x [N, K], contiguous, over max(|row|) / 448 to float8 (arXiv 2209.05433), written to `into`."""
     if into is None:
         into = Float8(torch.empty_like(x, dtype=FLOAT8), x.new_empty(len(x), dtype=torch.float32))
     if multiplies(x):
@@ -43,7 +43,7 @@ def quantise_rows(x: Tensor, into: Float8 | None = None) -> Float8:
 
 
 def product(x: Tensor, weight: Float8, bias: Tensor | None) -> Tensor:
-    """x [T, K], quantised, times `weight`, plus bias [N] → [T, N] in x's dtype; sums are float32.
+    """Multiply x [T, K], quantised, by `weight` and add bias [N] → [T, N] in x's dtype; sums are float32.
 
     If values are wider, sums are rounded once more before they are scaled.
     """

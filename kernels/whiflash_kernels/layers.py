@@ -1,10 +1,9 @@
-"""Norm, gated activation and rotation of a decoder layer: FlashInfer's kernels on CUDA, compiled ones on a CPU once a
-process has set them with :func:`use`, torch elsewhere.
+"""Norm, gated activation and rotation of a decoder layer, by FlashInfer on CUDA, by compiled functions on a CPU if a
+process has set them with :func:`use`, else by torch.
 
-Whether FlashInfer is there is found out when this module is imported; it is imported when one of its kernels is first
-needed. It compiles some of them then, for which it needs CUDA's compiler: where one cannot be had torch runs, and a
-warning says so. Its kernels take 16-bit tensors, a CPU's bfloat16 and float32. None knows of gradients: while they are
-recorded torch runs.
+FlashInfer is imported when one of its kernels is first needed. It compiles some of them then, with CUDA's compiler. If
+one cannot be compiled, torch runs and a warning is logged. FlashInfer takes 16-bit tensors, the compiled functions
+bfloat16 and float32. Neither computes gradients, so torch runs while gradients are recorded.
 """
 
 import logging
@@ -37,9 +36,9 @@ def use(layers: CompiledLayers | None) -> None:
 
 
 def compiled_for(*tensors: Tensor) -> CompiledLayers | None:
-    """Layers in :func:`use`, if they take all of these together; None: torch runs.
+    """Return the layers set by :func:`use` if they take all of these tensors together, else None: torch runs.
 
-    A dispatch mode, which records operators or replaces them, would miss a call outside of torch.
+    Torch also runs under a dispatch mode, which records or replaces operators and would miss the compiled call.
     """
     unseen = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack()
     if _compiled is None or unseen or not fits(*tensors):
@@ -54,7 +53,7 @@ def _flashinfer(module: str) -> Any:
 
 @cache
 def _compiles(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether every kernel that is called here runs there, tried once on a few numbers."""
+    """Whether every FlashInfer kernel that this module calls runs on `device`, tried once on a few numbers."""
     rows = torch.ones(2, 64, dtype=dtype, device=device)
     heads, at = rows[:, None].clone(), torch.zeros(2, dtype=torch.int64, device=device)
     try:
@@ -92,7 +91,7 @@ def runs_fused(x: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
-    """out = x / sqrt(mean(x ** 2) + eps) * weight over the last dimension, or * (1 + weight) with ``unit_offset``.
+    """Return x / sqrt(mean(x ** 2) + eps) * weight over the last dimension, or * (1 + weight) with ``unit_offset``.
 
     Args:
         x: [..., size] float; last dimension contiguous. weight: [size] float.
@@ -123,18 +122,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
 def add_rms_norm(
     residual: Tensor, x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """residual + x, and `rms_norm` of the sum.
+    """Return residual + x and `rms_norm` of the sum.
 
     Args:
-        residual, x: [T, size] float of one dtype, contiguous; given up, since the results may take their memory.
-        weight, eps, unit_offset: as of `rms_norm`.
+        residual, x: [T, size] float of one dtype, contiguous; both may be overwritten by the results.
+        weight, eps, unit_offset: see `rms_norm`.
 
     Returns:
         The sum and its norm, [T, size] each.
 
     Grid: FlashInfer's, one launch. Numerics: float32 inside; kernels norm the sum before rounding it, torch after.
-    Fallback: a CPU's compiled norm, else torch; both leave the arguments as they are.
-    Source: as of `rms_norm`.
+    Fallback: a CPU's compiled norm, else torch; both leave the arguments unchanged.
+    Source: see `rms_norm`.
     """
     if runs_fused(x) and x.is_contiguous() and residual.is_contiguous():
         norm = _flashinfer("norm")
@@ -148,7 +147,7 @@ def add_rms_norm(
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """out = silu(gate) * up of [gate | up].
+    """Return silu(gate) * up of [gate | up].
 
     Args:
         gate_up: [T, 2 * size] float.
@@ -202,7 +201,7 @@ def rotate_in_place(q: Tensor, k: Tensor, table: Tensor, rows: Tensor | None) ->
 
 
 def write_rows(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor) -> None:
-    """k_pool[slots] = k, v_pool[slots] = v.
+    """Write K and V to their slots: k_pool[slots] = k, v_pool[slots] = v.
 
     Args:
         k, v: [T, Hkv, D] each, or as many numbers a row, in the dtype of their pool. k_pool, v_pool: [S, Hkv, D],

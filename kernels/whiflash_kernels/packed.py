@@ -1,9 +1,9 @@
-"""Products with a copy of the weight: in blocks, for a CPU's matrix kernels, or in float8; or by a kernel of ours.
+"""Matrix products with a packed copy of the weight (in oneDNN's blocks, or in float8), or by a compiled kernel.
 
-oneDNN, which runs torch's bfloat16 products on CPUs, reads a weight in blocks. Given rows, as torch keeps them, it
-copies them into blocks at every call, which takes as long as the product itself where that has a dozen rows or fewer:
-decoding, verifying, drafting. A second copy, in blocks, costs the weight's size in memory and saves that. The kernels
-are the same, and so are their results.
+oneDNN, which runs torch's bfloat16 products on CPUs, reads a weight in blocks. If it gets rows, as torch stores them,
+it copies them into blocks at every call. With a dozen rows or fewer (decoding, verifying, drafting) that takes as long
+as the product. A permanent copy in blocks costs the weight's size in memory and saves that time. The kernels are the
+same, and so are their results.
 
 On processors for which oneDNN has no bfloat16 (AVX2 alone) torch's products are slow. There a compiled kernel
 (`whiflash_kernels.cpu.products`) takes weights as they are, once a process has set it with :func:`use`.
@@ -26,7 +26,7 @@ from whiflash_kernels.processor import onednn_has_bfloat16
 _COPY, _FLOAT8 = "_whiflash_packed", "_whiflash_float8"
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""As `torch.nn.functional.linear` of bfloat16 on a CPU."""
+"""A function like `torch.nn.functional.linear`, for bfloat16 on a CPU."""
 
 _compiled: Product | None = None
 
@@ -54,8 +54,8 @@ def _is_matrix(weight: Tensor) -> bool:
 
 
 def packable(weight: Tensor) -> bool:
-    """Whether products with `weight` [N, K] gain from a copy in blocks, and stay the same bit by bit: bfloat16 on a CPU
-    whose oneDNN kernels were seen to."""
+    """Whether products with `weight` [N, K] gain from a copy in blocks and stay the same bit by bit: bfloat16 on a CPU
+    whose oneDNN kernels were compared (`_same_bits`)."""
     return _is_matrix(weight) and not weight.requires_grad and _same_bits()
 
 
@@ -63,12 +63,12 @@ def packable(weight: Tensor) -> bool:
 def _same_bits() -> bool:
     """Whether oneDNN multiplies bfloat16 on this processor, and packed weights give what torch's own products give.
 
-    Which kernel it takes depends on the processor, and no table of them promises that: so a few products are compared.
+    The kernel that oneDNN takes depends on the processor, and nothing documents equal results, so a few are compared.
     """
     if not onednn_has_bfloat16():
         return False
     generator = torch.Generator().manual_seed(0)
-    # Suppressed: an operator that this processor's build of torch has not.
+    # RuntimeError: this build of torch lacks an operator; then the answer is no.
     with torch.inference_mode(False), torch.no_grad(), suppress(RuntimeError):
         for inner, outer in ((7, 3), (100, 65), (576, 960), (1536, 576)):
             weight = torch.randn(outer, inner, generator=generator).bfloat16()
@@ -113,7 +113,7 @@ def unpack(weights: Iterable[Tensor]) -> None:
 def quantise(weights: Iterable[object]) -> None:
     """Keep a copy in float8 beside each weight [N, K], for :func:`linear`: on a CPU its numbers in a wider type.
 
-    Not of what is no tensor, or has a size that is no multiple of 16: kernels leave these, too.
+    Objects that are no tensors are skipped, and sizes that are no multiple of 16, which the kernels do not take.
     """
     with torch.inference_mode(False), torch.no_grad():
         for weight in weights:
@@ -126,13 +126,13 @@ def quantise(weights: Iterable[object]) -> None:
 
 
 def requantise(weight: object) -> None:
-    """`weight` was written in place: its copy in float8, if it has one, is too."""
+    """Quantise `weight` again, which was written in place, if it has a copy in float8."""
     if (held := getattr(weight, _FLOAT8, None)) is not None:
         quantise_rows(cast("Tensor", weight).detach(), into=held)
 
 
 def rows(weight: Tensor, which: slice) -> Tensor:
-    """A view of some rows, with those of its copy in float8; one in blocks has no rows."""
+    """Return a view of some rows of a weight, with these rows of its float8 copy; a copy in blocks has no rows."""
     part = weight[which]
     if (held := getattr(weight, _FLOAT8, None)) is not None:
         setattr(part, _FLOAT8, Float8(*(each[which] for each in held)))
@@ -140,7 +140,7 @@ def rows(weight: Tensor, which: slice) -> Tensor:
 
 
 def follow(weight: Tensor) -> None:
-    """Make the weight's copies, in blocks and in float8, of the numbers that were written into it."""
+    """Renew the weight's copies, in blocks and in float8, after numbers were written into it."""
     requantise(weight)
     if is_packed(weight):
         unpack([weight])
@@ -153,7 +153,7 @@ def is_packed(weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, by the weight's copy, or by the kernel that is in :func:`use`.
+    """Compute `torch.nn.functional.linear` with the weight's packed copy, or by the kernel set with :func:`use`.
 
     Numerics of a copy in blocks: oneDNN's sums in float32, rounded once; bit by bit those of
     `torch.nn.functional.linear`, which rounds once more before it adds a bias to rows of more than two dimensions that

@@ -1,4 +1,4 @@
-"""The inputs of a drafter's pass, and the rows that it writes."""
+"""Ops that gather a drafter pass's inputs and compute its rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +42,7 @@ def draft_inputs(
     into: PassInputs | None = None,
     padding: int = 0,
 ) -> PassInputs:
-    """Gather the requests that one drafter drafts for out of a batch, with the feature that a chain starts from.
+    """Gather from a batch the requests that one drafter drafts for, each with the feature that a chain starts from.
 
     For member m, b = members[m] and s = request_slots[b]: the four numbers of request b, and
     tail[m] = rings.features[s, (seq_lens[b] - 1) % capacity], of which only the columns of ``chunks``. With ``into``
@@ -58,7 +58,7 @@ def draft_inputs(
             empty sequence none.
         chunk_width: columns of one group; needed with ``chunks``.
         into: contiguous, written in place: what a captured pass reads.
-        padding: length of a request that is none.
+        padding: length of a padding request.
 
     Returns:
         `PassInputs` of M requests: the first of ``into``, or new and contiguous, but for the calibration, which is the
@@ -113,7 +113,7 @@ def pass_rows(
     width: int,
     fill: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Positions, KV slots and token ids of a draft pass, ``width`` rows of every request.
+    """Return positions, KV slots and token ids of a draft pass with ``width`` rows per request.
 
     Row i of request g is at p = seq_lens[g] + offset + i; its KV goes to req_to_token[request_slots[g], p]. A padding
     request of a captured pass has p < 0: its row is at 0, and its KV goes to slot 0. Ids are bonus[g] for i = 0 and

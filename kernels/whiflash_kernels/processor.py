@@ -1,4 +1,4 @@
-"""The abilities of this machine's processor."""
+"""Detects the instructions of this machine's processor."""
 
 import platform
 from functools import cache
@@ -22,7 +22,7 @@ def onednn_has_bfloat16() -> bool:
 
 
 def instructions() -> str:
-    """Distinguishes this processor's instructions from those of another that shares the directory."""
+    """Return a string that differs between processors with different instructions, which may share a directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The neural router: the target's final hidden state to predicted gains."""
+"""The neural router's MLP: from the target's final hidden state to predicted gains."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +16,7 @@ def _check(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> No
 
 @op(_check)
 def router_mlp(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """Two linear layers with an exact (erf) GELU between them.
+    """Compute the router's outputs: two linear layers with an exact (erf) GELU between them.
 
     out = w2 . GELU(w1 . hidden + b1) + b2.
 
@@ -45,6 +45,6 @@ def router_mlp(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -
 
 
 def in_torch(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """The fallback."""
+    """Compute `router_mlp` in torch."""
     inner = F.gelu(F.linear(hidden.to(w1.dtype), w1, b1))
     return F.linear(inner, w2, b2).float()

@@ -1,4 +1,4 @@
-"""Routing statistics of the target's distribution, in one read of its logits."""
+"""Entropy, top-1 probability and argmax of the target's distribution, in one read of its logits."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ vocabulary of 49,152 four times faster than one pass over all of them."""
 
 
 def check_logits(logits: Tensor, rows: Tensor | None = None) -> None:
-    """Raise ValueError for logits of another layout than every op on them takes."""
+    """Raise ValueError unless logits are [rows, V], V > 0, contiguous along the vocabulary."""
     if logits.ndim != 2 or logits.shape[1] == 0 or (logits.shape[0] and logits.stride(1) != 1):
         raise ValueError(
             "logits must be [rows, vocabulary], contiguous along the vocabulary, got shape "
@@ -25,7 +25,7 @@ def check_logits(logits: Tensor, rows: Tensor | None = None) -> None:
 
 @op(check_logits)
 def routing_stats(logits: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropy, top-1 probability and argmax of each row's softmax.
+    """Compute entropy, top-1 probability and argmax of each row's softmax.
 
     With m = max x, z = sum exp(x - m): entropy = ln z - sum (x - m) exp(x - m) / z, top1 = 1 / z, argmax = the
     first index of m.

@@ -1,4 +1,4 @@
-"""The token of every verified row: the likeliest, or one drawn with noise that belongs to a request and a position.
+"""Samples a token for every verified row: the likeliest, or a draw with noise fixed by request and position.
 
 Noise is a function of a request's seed, a position and a token. So a row that was rejected is drawn again with the same
 noise, and a graph replays the draw. A text does not depend on what was drafted or who was served beside it. Penalties
@@ -16,11 +16,11 @@ from whiflash_kernels.routing import check_logits
 from whiflash_kernels.structs import PenaltyTable, SamplingTable
 
 GREEDY = 1
-"""A request with at most so many likeliest tokens takes the likeliest."""
+"""Largest top_k of a greedy request, which takes the likeliest token."""
 FEWEST_SORTED = 64
-"""Columns that are sorted first; more only where a row keeps more."""
+"""Number of likeliest columns that are sorted first; more are sorted only if a row keeps more."""
 LEAST = 1e-8
-"""Least difference from 1 that a logarithm is taken of."""
+"""Smallest value of 1 - u, u uniform noise, whose logarithm is taken."""
 
 
 def _check(logits: Tensor, *_: Any, masks: tuple[Tensor, Tensor] | None = None, **__: Any) -> None:
@@ -108,7 +108,7 @@ def sample_rows(
 
 
 def _drawn(x: Tensor, parameters: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """[R] int64, drawn from x [R, V], which is overwritten. parameters: [R, 4]. seeds, positions: [R] int64."""
+    """Draw tokens [R] int64 from x [R, V], which is overwritten. parameters: [R, 4]. seeds, positions: [R] int64."""
     temperature, top_k, top_p, min_p = parameters.unbind(1)
     largest = x.max(dim=1, keepdim=True).values
     x -= largest.clamp_min(torch.finfo(x.dtype).min)
@@ -125,7 +125,7 @@ def _drawn(x: Tensor, parameters: Tensor, seeds: Tensor, positions: Tensor) -> T
         while True:
             found = x.topk(columns, dim=1) if columns < size else x.sort(dim=1, descending=True)
             least = _least_kept(found.values, total, parameters)
-            # Tokens as likely as the last column may go on behind it.
+            # If the last sorted column is still kept, further ones may be as likely, so more are sorted.
             if columns == size or bool((least > found.values[:, -1]).all()):
                 break
             columns = min(16 * columns, size)
@@ -139,10 +139,10 @@ def _drawn(x: Tensor, parameters: Tensor, seeds: Tensor, positions: Tensor) -> T
 
 
 def _least_kept(x: Tensor, total: Tensor, parameters: Tensor) -> Tensor:
-    """[R], the least logarithm of a chance that is kept.
+    """Return the lowest log-chance that top_k, top_p and min_p keep, [R].
 
     Args:
-        x: [R, C] descending, of which the first is 0. total: [R, 1], all chances in units of the first.
+        x: [R, C] log-chances relative to the first, descending. total: [R, 1], sum of all chances in the same unit.
     """
     _, top_k, top_p, min_p = (each[:, None] for each in parameters.unbind(1))
     mass = x.exp()
@@ -153,7 +153,7 @@ def _least_kept(x: Tensor, total: Tensor, parameters: Tensor) -> Tensor:
 
 
 def exponential(seeds: Tensor, positions: Tensor, vocabulary: int, ids: Tensor | None = None) -> Tensor:
-    """E of `sample_rows`: [R, V] float32, or of the tokens ``ids`` [R, C] alone.
+    """Return the noise E of `sample_rows`, [R, V] float32, or only for the tokens ``ids`` [R, C].
 
     Args:
         seeds, positions: [R] int64.
@@ -172,7 +172,7 @@ def exponential(seeds: Tensor, positions: Tensor, vocabulary: int, ids: Tensor |
 
 
 def _keys(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Two int32 for each row, the second odd: of its 64 bits, mixed as by SplitMix64."""
+    """Hash each row's seed and position by SplitMix64 and return its 64 bits as two int32, the second made odd."""
     z = seeds + (positions + 1) * _signed(0x9E3779B97F4A7C15)
     for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, None)):
         z = z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))
@@ -201,7 +201,7 @@ def penalise_rows(
     text: Tensor,
     table: PenaltyTable,
 ) -> None:
-    """Change the logits of packed rows in place, as plain decoding would have them there.
+    """Apply penalties and biases to the logits of packed rows in place, as plain decoding would at each position.
 
     Upstream's workers hold penalties for a whole block or drop them. With rows, requests, slots and positions as of
     `sample_rows`, (place, early, answer, enough) = table.places[s] and c(v) the number of v among text[s, answer :

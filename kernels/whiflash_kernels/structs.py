@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 PADDING = -(1 << 20)
-"""``starts`` of a padding request: before position 0 at whatever step."""
+"""``starts`` of a padding request: its positions stay below 0 at every step of a pass."""
 
 PAD_ROW = -1
-"""Marks rows without an owner: ``cache_slots`` and ``request_of_row`` of padding rows of a backlog."""
+"""``cache_slots`` and ``request_of_row`` of padding rows of a backlog, which no request owns."""
 
 
 @dataclass(frozen=True)
 class BacklogRings:
-    """Parked target features: position p of request slot r is at ``[r, p % capacity]``."""
+    """Rings of parked target features: position p of request slot r is at ``[r, p % capacity]``."""
 
     features: Tensor
     """[slots, capacity, width], as captured (bf16 on a GPU); last dimension contiguous."""
@@ -51,47 +51,47 @@ class BacklogRings:
 
 
 PLACES = 8
-"""Earlier occurrences that are compared, the newest of them."""
+"""Number of earlier occurrences that are compared, the newest ones."""
 MOST_MATCHED = 32
-"""Longest match that is distinguished from longer ones."""
+"""Longest match that is measured; longer matches count as this long."""
 SURE = 0.995
-"""No token's chance is higher: even a long run ends."""
+"""Largest chance of a copied token: even a long copy ends."""
 
 
 class Drafts(NamedTuple):
-    """Drafts of some requests, one row a request: of one drafter, copies, or of a whole batch after `lay_drafts`."""
+    """Drafts, one row per request: those of one drafter, copies, or those of a whole batch after `lay_drafts`."""
 
     tokens: Tensor
-    """[M, W] int64, for the positions behind each text; anything past ``counts``."""
+    """[M, W] int64, for the positions after each text; undefined past ``counts``."""
     counts: Tensor
-    """[M] int64; 0 where nobody drafted."""
+    """[M] int64 drafts of each request; 0 if nobody drafted for it."""
     alive: Tensor | None = None
     """[M, W] float32: the chance that a token and all before it are accepted; None where the drafter cannot say."""
     confidences: Tensor | None = None
-    """[M, C] float32, a drafter's own, by which it learns; None where it has none. 0 in a batch for such drafters."""
+    """[M, C] float32, the drafter's top-1 probabilities, from which it learns; None if it has none, 0 in a batch."""
     faults: Tensor | None = None
-    """[M] int32, 1 where a drafter's tokens could not be drafts and were left out; None before that is known."""
+    """[M] int32, 1 if a drafter's tokens were invalid (id or NaN) and left out; None before that is checked."""
     passes: int = 1
-    """Forward passes of the drafter's model that they took; 0: there is no model, and no price but that of rows."""
+    """Forward passes of the drafter's model that they took; 0 without a model: then only rows have a price."""
     matched: Tensor | None = None
-    """[M] int64, of copies: tokens before the place copied from that match the text's end, at most 32."""
+    """[M] int64, copies only: tokens before the place copied from that match the text's end, at most 32."""
     agreements: Tensor | None = None
-    """[M, W] int32, of copies: how the places judge each token; 0 past ``counts``."""
+    """[M, W] int32, copies only: how the places judge each token (`propose_copies`); 0 past ``counts``."""
 
 
 class Chosen(NamedTuple):
-    """The drafts that are verified."""
+    """The drafts that were chosen for verification."""
 
     tokens: Tensor
-    """[B, W] int64; anything from column ``widths`` - 1."""
+    """[B, W] int64; undefined from column ``widths`` - 1 on."""
     widths: Tensor
-    """[B] int32, rows that each request verifies: its drafts and one."""
+    """[B] int32, rows that each request verifies: its drafts and the bonus token."""
     first_drafts: Tensor
-    """[B] int32: how many of the drafts that were laid are as far to the front as those that are verified."""
+    """[B] int32: the smaller of a request's verified drafts and the drafts of its first arm (``first_counts``)."""
     source: Tensor
-    """[B] int32, where they are from: 0 the drafts that were laid, k the host's k-th candidate, -1 the copies."""
+    """[B] int32, source of the drafts: 0 `lay_drafts`, k the host's k-th candidate, -1 the device's copies."""
     wanted: Tensor
-    """[B] int32: drafts before requests competed for rows."""
+    """[B] int32: drafts of each request before requests competed for rows."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class KVPools:
 
     @cached_property
     def addresses(self) -> Tensor:
-        """[2, L] int64 on the pools' device: data pointers of K, then of V; built before any capture."""
+        """Data pointers of K, then of V, [2, L] int64 on the pools' device; built before any capture."""
         pointers = [[pool.data_ptr() for pool in self.k], [pool.data_ptr() for pool in self.v]]
         return torch.tensor(pointers, dtype=torch.int64, device=self.k[0].device)
 
@@ -201,8 +201,8 @@ class MixedBlock(NamedTuple):
 
 
 class GraphSlots(NamedTuple):
-    """The requests of a verification as its graph reads them, at places of their own. A slot without a request has rows
-    that are padding."""
+    """The tensors from which a verification's graph reads its requests. The rows of a slot without a request are
+    padding."""
 
     widths: Tensor
     """[S] int32, rows of each slot."""
@@ -230,11 +230,11 @@ class PassInputs(NamedTuple):
     tail: Tensor
     """[S, columns] in the rings' dtype: the feature that a chain starts from, of length - 1."""
     calibration: Tensor
-    """[C] float32, what the drafts of all are cut by (`cut_drafts`)."""
+    """[C] float32, chances by which all requests' drafts are cut (`cut_drafts`)."""
 
 
 class Claims(NamedTuple):
-    """Rows that each of A drafters ingests of S requests: none if an end is no later than its beginning."""
+    """Positions [begin, end) that each of A drafters ingests of S requests; none if end <= begin."""
 
     request_slots: Tensor
     """[S] int64."""
@@ -245,17 +245,17 @@ class Claims(NamedTuple):
 
 
 class SamplingTable(NamedTuple):
-    """How the request of each slot is sampled; slot 0 is nobody's."""
+    """Sampling parameters of the request in each slot; slot 0 has no request."""
 
     parameters: Tensor
     """[slots, 4] float32, contiguous: temperature above 0, top_k, top_p, min_p; min_p below 0: its absolute value, and
     top_p counts from what top_k keeps."""
     seeds: Tensor
-    """[slots] int64, of a request's noise."""
+    """[slots] int64, seed of each request's noise."""
 
 
 class PenaltyTable(NamedTuple):
-    """Penalties and bias of the request of each slot; slot 0 is nobody's."""
+    """Penalties and bias of the request in each slot; slot 0 has no request."""
 
     factors: Tensor
     """[slots, 3] float32, contiguous: frequency, presence and repetition penalty."""
@@ -265,11 +265,11 @@ class PenaltyTable(NamedTuple):
     bias: Tensor
     """[places, V] float32, contiguous."""
     counts: Tensor
-    """[places, V] int32, contiguous: a place to count in."""
+    """[places, V] int32, contiguous: scratch memory for counts of tokens."""
 
 
 class Committed(NamedTuple):
-    """A verification's outcome, for each request."""
+    """The outcome of a verification for each request."""
 
     accept_lens: Tensor
     """[B] int32, accepted drafts plus the bonus token; 0 for a request without rows."""

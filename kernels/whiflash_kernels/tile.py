@@ -1,4 +1,4 @@
-"""The tile of attention that a request's rows take, for kernels and for who prices them."""
+"""The limit between attention's two tile sizes, for the kernels and for the prices of verifications."""
 
 NARROW = 16
-"""Rows times query heads of a KV head, of one request, up to which Triton's kernel takes its smaller tile."""
+"""Largest product of a request's rows and query heads per KV head for which Triton's kernel takes its smaller tile."""

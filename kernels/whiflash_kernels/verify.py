@@ -1,4 +1,4 @@
-"""Attention of a verification's packed rows behind their requests' paged prefixes, whatever each request's width."""
+"""Attention of a verification's packed rows over their requests' paged prefixes, with a width per request."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from whiflash_kernels import dispatch
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
-"""Dtypes that a pool may have beside q's."""
+"""Dtypes that a KV pool may have, besides that of q."""
 
 
 def _check(
@@ -72,7 +72,7 @@ def verify_attention(
     v_scale: float = 1.0,
     plans: dict[Any, Any] | None = None,
 ) -> None:
-    """Attend from each request's rows to its prefix in the pools and, causally, to its rows.
+    """Compute attention of each request's rows over its prefix in the pools and, causally, over these rows.
 
     Request b has the rows t of qo_indptr[b] to qo_indptr[b + 1], and n = kv_indptr[b + 1] - kv_indptr[b] entries of its
     prefix. Its keys are k_scale * k_pool[kv_indices[kv_indptr[b] + j]] for 0 <= j < n, then k of its rows; its values
@@ -85,7 +85,7 @@ def verify_attention(
 
     Args:
         q: [T, Hq, D] float. k, v: [T, Hkv, D], q's dtype: of the rows themselves.
-        out: [T, Hq, D], written in place where rows are somebody's.
+        out: [T, Hq, D], written in place; padding rows are not written.
         k_pool, v_pool: [S, Hkv, D], q's dtype or 8-bit floats, which ``k_scale`` and ``v_scale`` multiply.
         qo_indptr, kv_indptr: [B + 1] int64 or int32, ascending. A request without rows is padding. Places of kv_indptr
             behind are not read.
@@ -132,7 +132,7 @@ def verify_attention(
 
 
 def sums_bytes(requests: int, most: int, heads: int, kv_heads: int, dim: int, device: torch.device) -> int:
-    """Bytes of sums that `verify_attention` keeps on a GPU during a forward, for requests of up to ``most`` rows."""
+    """Return the bytes of `verify_attention`'s partial sums in a GPU forward, for requests of up to ``most`` rows."""
     from whiflash_kernels.triton_kernels import verify
 
     return verify.sums_bytes(requests, most, heads, kv_heads, dim, device)

@@ -1,4 +1,4 @@
-"""Compiling what a round launches between models before anybody waits for it."""
+"""Compiles the kernels that rounds launch between models' forwards, before the first request."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ from whiflash_kernels.structs import BacklogRings, Claims, Drafts, PassInputs, S
 
 @dataclass(frozen=True)
 class Served:
-    """Sizes and tables of a server for which kernels are compiled.
+    """The sizes and tables of a server, for which kernels are compiled.
 
     Args:
-        text: [request rows, positions] int64; row 0 is nobody's, and is written to. req_to_token: [request rows,
-            positions] int32. stops: [request rows, S] int64. rings: of parked features. watermarks: [drafters, request
-            rows] int64, of which row 0 may be claimed. sampling: by request row.
-        requests: of the largest batch. widths: drafts that arms make at most. candidates: of each request from
-            the host, and tokens of each at most. vocabulary: ids that the target has. bins: of confidence.
-        columns: of each drafter with KV its chunks and their width, as `unpark` takes them, and whether it starts from
-            a feature. copied: most tokens of a copy and buckets of its chances, None where the device copies nothing.
+        text: [request rows, positions] int64; row 0, which no request has, is written to. req_to_token: [request rows,
+            positions] int32. stops: [request rows, S] int64. rings: parked features. watermarks: [drafters, request
+            rows] int64; row 0 may be claimed. sampling: by request row.
+        requests: size of the largest batch. widths: largest number of drafts of each arm. candidates: number of the
+            host's candidates per request, and most tokens of each. vocabulary: ids of the target. bins: of confidence.
+        columns: for each drafter with KV, its chunks and their width, as `unpark` takes them, and whether it starts
+            from a feature. copied: most tokens of a copy and buckets of its chances; None if the device copies nothing.
     """
 
     text: Tensor
@@ -48,29 +48,29 @@ class Served:
 
 
 def warm_up(served: Served) -> None:
-    """Launch what rounds launch between models, once for every size that kernels are compiled for.
+    """Launch every kernel that rounds launch between models' forwards, once for each size that it is compiled for.
 
-    Waits for nothing; does nothing on a CPU, where nothing is compiled.
+    It does not wait for the device. On a CPU it does nothing, since nothing is compiled there.
     """
     if served.text.device.type != "cpu" and backend_for(served.text) == "triton":
         launch_all(served)
 
 
 def launch_all(served: Served) -> None:
-    """`warm_up` on any device."""
+    """Launch the kernels of `warm_up` on any device."""
     _of_one_request(served)
     _of_batches(served)
 
 
 def _of_one_request(served: Served) -> None:
-    """Launch kernels whose programs serve one request each, or a few of any number: they have one size."""
+    """Launch the kernels that are compiled once for any number of requests: a program serves one or a few of them."""
     device, text = served.text.device, served.text
     zeros, ones = (make(1, dtype=torch.int64, device=device) for make in (torch.zeros, torch.ones))
     if len(served.watermarks):
         none = torch.zeros_like(served.watermarks[:, :1], memory_format=torch.contiguous_format)
         for claims in (None, Claims(zeros.clone(), none.clone(), none.clone())):
             claim_backlogs(served.watermarks, zeros, zeros, none, into=claims)
-        # As a prefill parks; rounds do in their graph.
+        # Only a prefill parks outside a graph.
         park(served.rings, served.rings.features[0, :1], zeros, zeros, zeros, zeros, zeros, max_length=1)
     calibration = torch.ones(served.bins + 2, dtype=torch.float32, device=device)
     for chunks, width, starts in served.columns:
@@ -110,18 +110,18 @@ def _of_one_request(served: Served) -> None:
 
 
 def _of_batches(served: Served) -> None:
-    """Launch kernels that look at all requests: one size for a few, one for more."""
+    """Launch the kernels whose programs look at all requests, for each size of batch that they are compiled for."""
     from whiflash_kernels.triton_kernels.launch import FEWEST_LANES
 
     text, stops, requests = served.text, served.stops, served.requests
     device, size = text.device, 1
     while True:
         zeros = torch.zeros(size, dtype=torch.int64, device=device)
-        members = torch.arange(size, device=device)  # a part names no request twice
+        members = torch.arange(size, device=device)  # a part may not name a request twice
         count, columns = served.candidates
         nothing = torch.zeros(size, count, dtype=torch.int64, device=device)
         unlikely = torch.zeros(size, count, columns, dtype=torch.float32, device=device)
-        # A server whose arms propose nothing has no candidates to choose among.
+        # Without arms that propose there are no candidates to choose among.
         candidates = (None, Drafts(unlikely.long(), nothing, unlikely)) if count else (None,)
         for width in sorted(served.widths):
             chances = torch.zeros(size, width, dtype=torch.float32, device=device)

@@ -1,6 +1,6 @@
-"""C++ sources, compiled for this machine's processor the first time that they are wanted.
+"""Compiles C++ sources for this machine's processor at their first use.
 
-`available` is the one place for the fallback to torch, `checked` for the comparison with it.
+`available` decides on the fallback to torch, `checked` compares the compiled functions with torch.
 """
 
 import ctypes
@@ -24,22 +24,22 @@ logger = logging.getLogger("whiflash_kernels")
 K = TypeVar("K")
 
 _PATIENCE = 120
-"""Seconds after which a compiler is given up. It takes two."""
+"""Seconds after which a compiler run is stopped; one usually takes two."""
 
 _DIGEST = hashlib.sha256().digest_size
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-std=c++17")
 
 
 def profiled(name: str) -> Any:
-    """A context that torch's profiler records as the operator `whiflash::NAME`, as it does torch's own; half a
-    microsecond."""
+    """Return a context that torch's profiler records as the operator `whiflash::NAME`, like torch's own. Entering it
+    takes half a microsecond."""
     return torch._C._profiler._RecordFunctionFast(f"whiflash::{name}")
 
 
 def available(what: str, compiled: Callable[[Path], K], directory: Path) -> K | None:
-    """``compiled(directory)``, where it can be had; a log line says why it cannot, and torch, or Python, runs.
+    """Return ``compiled(directory)``, or None, with a log line, if it is unavailable: then torch or Python runs.
 
-    The kernels' loops are written for AVX2 and AVX-512. ``WHIFLASH_KERNELS=torch`` leaves torch's.
+    The kernels' loops are written for AVX2 and AVX-512. ``WHIFLASH_KERNELS=torch`` selects torch.
     """
     if os.environ.get("WHIFLASH_KERNELS") == "torch":
         return None
@@ -54,7 +54,7 @@ def available(what: str, compiled: Callable[[Path], K], directory: Path) -> K | 
 
 
 def checked(library: ctypes.CDLL, kernel: K, agrees: Callable[[K], bool]) -> K:
-    """``kernel`` of a library, if it may run in this process.
+    """Return ``kernel`` if its library may run in this process.
 
     Raises:
         OSError: the library does not share torch's threads, or computes something else than torch.
@@ -68,7 +68,7 @@ def checked(library: ctypes.CDLL, kernel: K, agrees: Callable[[K], bool]) -> K:
 
 
 def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """The library of one C++ source and the headers beside it, compiled into `directory` unless it is there already.
+    """Load the library of one C++ source, and compile it into `directory` unless it is there already.
 
     The library's name depends on source, compiler, compiler version, flags and processor, so machines may share the
     directory. The library is written beside and renamed, so processes may start together. It ends with a digest of
@@ -111,7 +111,7 @@ def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDL
 
 @cache
 def _own_directory(directory: Path) -> Path:
-    """`directory`, as a path that stays the same directory whoever renames it or a parent of it.
+    """Return a path to `directory` that stays valid if somebody renames it or a parent of it.
 
     It is this process's user's alone (0700), or OSError is raised. The path leads through an open file descriptor, so
     what was checked is what libraries are loaded from. The descriptor stays open: its number is part of the path, and
@@ -135,7 +135,7 @@ def _is_private(status: os.stat_result) -> bool:
 
 
 def _is_ours(library: Path) -> bool:
-    """Whether the file is this user's and ends with the digest of the rest: half a library would end the process."""
+    """Whether the file is this user's and ends with the digest of the rest: loading half a library would crash."""
     if not library.exists() or not _is_private(library.lstat()):
         return False
     content = library.read_bytes()

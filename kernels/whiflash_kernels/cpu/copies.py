@@ -12,7 +12,7 @@ _SOURCE = Path(__file__).with_name("copies.cpp")
 
 
 class CompiledCopies:
-    """The compiled functions. One of a process and directory, for one thread; `compiled_copies` makes it."""
+    """Calls the compiled search. There is one per process and directory (`compiled_copies`), for one thread."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -50,7 +50,7 @@ class CompiledCopies:
         observed: tuple[int, int],
         chances: tuple[float, float, float, int],
     ) -> tuple[list[int], list[float], list[int], int, int]:
-        """A copy's tokens, chances and agreements, the length of its match, and its source; no tokens: none matches.
+        """Return a copy's tokens, chances, agreements, match length and source. Without tokens no place matches.
 
         Args:
             text: as of `link`. observed: addresses of `right` and `seen`. chances: the factor on the first one, the

@@ -1,4 +1,4 @@
-"""Norm, gated activation, rotation and K and V of decoder layers on a CPU: one call each where torch makes a dozen.
+"""Compiled norm, gated activation, rotation and KV write of decoder layers on a CPU: one call for a dozen of torch.
 
 `layers.cpp` says what is computed and how. :mod:`whiflash_kernels.layers` calls it once a process has set it there.
 """
@@ -20,15 +20,15 @@ _NORM, _ACTIVATION, _ROTATION, _KEEPING = map(
 )
 _KINDS = {torch.bfloat16: 0, torch.float32: 1}
 _IN_MEMORY = (Tensor, torch.nn.Parameter)
-"""Types whose numbers are where their pointer says; subclasses may have none."""
+"""Tensor types whose data pointer can be read; other subclasses may have no memory of their own."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledLayers:
-    """The compiled functions. One of a process and directory; :func:`compiled_layers` makes it.
+    """Calls the compiled functions. There is one per process and directory (:func:`compiled_layers`).
 
-    Each takes tensors for which :func:`fits` says yes, of one dtype, and raises ValueError for shapes that do not fit
-    each other: it would read beyond them. Results are new tensors, rounded once from float32.
+    Each takes tensors that :func:`fits` accepts, of one dtype, and raises ValueError if their shapes do not fit each
+    other, because it would read beyond them. Results are new tensors, rounded once from float32.
     """
 
     library: ctypes.CDLL
@@ -36,7 +36,7 @@ class CompiledLayers:
     def norm(
         self, x: Tensor, weight: Tensor, eps: float, offset: float, added: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x + `added` (or x itself), and sum / rms(sum) * (weight + offset) of the sum before it is rounded.
+        """Return sum = x + `added` (or x itself), and sum / rms(sum) * (weight + offset) from the unrounded sum.
 
         x, added: [..., size]. weight: [size], contiguous.
         """
@@ -67,7 +67,7 @@ class CompiledLayers:
         return total, out
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up of [gate | up], [..., 2 * size] → [..., size]."""
+        """Return silu(gate) * up of [gate | up], [..., 2 * size] → [..., size]."""
         size = gate_up.shape[-1] // 2
         rows = _rows(gate_up)
         out = gate_up.new_empty(*gate_up.shape[:-1], size)
@@ -158,13 +158,13 @@ def fits(*tensors: Tensor) -> bool:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., size] as [T, size], without a copy if rows are evenly apart."""
+    """View [..., size] as [T, size]; it is copied if rows are not evenly spaced."""
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 @cache
 def compiled_layers(directory: Path) -> CompiledLayers:
-    """Compile the functions into `directory`, or load them from there, and ask whether they agree with torch.
+    """Compile the functions into `directory`, or load them from there, and check that they agree with torch.
 
     Raises:
         OSError: they cannot be compiled or loaded, do not share torch's threads, or compute something else.

@@ -1,4 +1,4 @@
-"""Attention over a paged KV pool on a CPU, read in place: no gathered copies, no masks, a call a layer.
+"""Compiled attention over a paged KV pool on a CPU, read in place: no gathered copies, no masks, one call per layer.
 
 `paged_attention.cpp` says what is computed and how. It takes bfloat16, and every layout that
 :class:`whiflash_kernels.reference.paged_attention.PagedAttentionPlan` takes.
@@ -39,7 +39,7 @@ class _Tensors(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class CompiledAttention:
-    """The compiled kernel. One of a process and directory; :func:`compiled_attention` makes it."""
+    """Calls the compiled kernel. There is one per process and directory (:func:`compiled_attention`)."""
 
     library: ctypes.CDLL
 
@@ -53,9 +53,9 @@ class CompiledAttention:
         request_rows: Tensor | None = None,
         window: int | None = None,
     ) -> "CompiledPlan":
-        """The plan of one forward's batch: arguments and errors of `PagedAttentionPlan.build`.
+        """Plan one forward's batch; arguments and errors are those of `PagedAttentionPlan.build`.
 
-        `slot_table` is read when layers run, so it keeps its entries until they have.
+        `slot_table` is read when layers run, so it must not change before they have.
         """
         check_lengths(slot_table, q_lens, kv_lens, causal)
         rows = (
@@ -86,7 +86,7 @@ class CompiledAttention:
         scale: float,
         window: int | None,
     ) -> Tensor:
-        """`whiflash_kernels.attention.draft_attention`, of what :func:`fits` takes."""
+        """Compute `whiflash_kernels.attention.draft_attention` for tensors that :func:`fits` accepts."""
         requests = len(request_slots)
         plan = CompiledPlan(
             self.library,
@@ -117,7 +117,7 @@ class CompiledPlan:
     def run(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, sinks: Tensor | None = None
     ) -> Tensor:
-        """One layer's attention: arguments of `PagedAttentionPlan.run`, all of bfloat16.
+        """Compute one layer's attention; arguments are those of `PagedAttentionPlan.run`, all bfloat16.
 
         q: [T, Hq, D], heads and dimensions contiguous, or it is copied. k_cache, v_cache: [S, Hkv, D or Dv], dimensions
         contiguous. Returns [T, Hq, Dv] bfloat16, a new tensor.
@@ -186,7 +186,7 @@ def fits(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
 
 @cache
 def compiled_attention(directory: Path) -> CompiledAttention:
-    """Compile the kernel into `directory`, or load it from there, and ask it whether it agrees with torch.
+    """Compile the kernel into `directory`, or load it from there, and check that it agrees with torch.
 
     Raises:
         OSError: it cannot be compiled or loaded, does not share torch's threads, or computes something else.
@@ -197,7 +197,7 @@ def compiled_attention(directory: Path) -> CompiledAttention:
 
 
 def _agrees(attention: CompiledAttention) -> bool:
-    """Whether a few small batches come out as the reference's, to bfloat16's rounding."""
+    """Whether a few small batches give the reference's results up to bfloat16's rounding."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Products of bfloat16 on processors with AVX2 and no instruction for bfloat16, compiled at their first use.
+"""Compiled bfloat16 products for processors with AVX2 and without bfloat16 instructions.
 
 There torch takes 4 to 7 times as long as for float32, and a verification of twelve rows eleven times as long as a step
 of one. `products.cpp` says what is computed and how.
@@ -21,12 +21,12 @@ _PROFILED = compiler.profiled("product")
 
 @dataclass(frozen=True, slots=True)
 class CompiledProducts:
-    """The compiled kernel. One of a process and directory; :func:`compiled_products` makes it."""
+    """Calls the compiled kernel. There is one per process and directory (:func:`compiled_products`)."""
 
     library: ctypes.CDLL
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`torch.nn.functional.linear` of bfloat16 on a CPU.
+        """Compute `torch.nn.functional.linear` for bfloat16 on a CPU.
 
         Numerics: sums in float32 in an order that depends on K alone, rounded once.
 
@@ -63,7 +63,7 @@ class CompiledProducts:
 
 @cache
 def compiled_products(directory: Path) -> CompiledProducts:
-    """Compile the kernel into `directory`, or load it from there, and ask it whether it agrees with torch.
+    """Compile the kernel into `directory`, or load it from there, and check that it agrees with torch.
 
     Raises:
         OSError: it cannot be compiled or loaded, does not share torch's threads, or computes something else.
@@ -76,7 +76,7 @@ def compiled_products(directory: Path) -> CompiledProducts:
 
 
 def _agrees(products: CompiledProducts) -> bool:
-    """Whether a few small products come out as float32's, to bfloat16's rounding."""
+    """Whether a few small products equal float32's up to bfloat16's rounding."""
     generator = torch.Generator().manual_seed(0)
     for rows, inner, outer in ((1, 576, 33), (5, 100, 17), (64, 8, 16)):
         x, weight = (torch.randn(n, inner, generator=generator).bfloat16() for n in (rows, outer))

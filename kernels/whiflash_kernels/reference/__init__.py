@@ -1,1 +1,1 @@
-"""Attention in plain torch: of drafters, and of whole batches over paged KV."""
+"""Attention in plain torch: drafters' attention, and whole batches over paged KV."""

@@ -42,7 +42,7 @@ def draft_attention(
     mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
     mask = mask[:, None].repeat(1, 1, groups, 1)
     table = req_to_token[:, :longest].index_select(0, request_slots)
-    # Entries that a request lacks are read from its first slot: elsewhere may be NaN, which no mask hides.
+    # Entries beyond a request's end are read from its first slot: other slots may hold NaN, which no mask hides.
     table = torch.where(entry < ends[:, None], table, table[:, :1])
     # The G query heads of a KV head become rows of one matrix, so K and V are never repeated.
     # `embedding` is the fastest row gather on a CPU.

@@ -1,4 +1,4 @@
-"""Ragged attention over a paged KV pool, in plain torch, a request at a time.
+"""Ragged attention over a paged KV pool in plain torch, one request at a time.
 
     out[t, h] = softmax_j(scale * q[t, h] . K[slot(r, j), h // G]) @ V[slot(r, j), h // G]
 
@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import embedding
 
 ROWS = 32
-"""Query rows of a block: few, so that scores stay near the cores."""
+"""Query rows per block: few, so that the scores stay in the CPU's caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +80,15 @@ class Request:
 
 
 def softmax_beside(scores: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last dimension of ``scores`` [..., n] fp32 and one more entry, of score ``sinks`` [...], which
-    takes its share and has no value (attention sinks, as gpt-oss has one a head)."""
+    """Return the softmax over the last dimension of ``scores`` [..., n] fp32 and one more score, ``sinks`` [...], which
+    takes its share and has no value (attention sinks; gpt-oss has one per head)."""
     beside = sinks.to(scores.dtype)[..., None].expand(*scores.shape[:-1], 1)
     return torch.cat([scores, beside], -1).softmax(-1)[..., :-1]
 
 
 @dataclass(frozen=True, slots=True)
 class PagedAttentionPlan:
-    """Everything of one forward's attention that does not depend on the layer. Build once, run per layer."""
+    """The part of one forward's attention that is the same in all layers. Build once, run per layer."""
 
     num_rows: int
     requests: tuple[Request, ...]
@@ -135,7 +135,7 @@ class PagedAttentionPlan:
         scale: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One layer's attention.
+        """Compute one layer's attention.
 
         Args:
             q: [T, Hq, D], T = sum(q_lens), rows packed per request.
@@ -190,8 +190,8 @@ def _planned(
 def _additive_mask(
     rows: int, entries: int, own: int, window: int | None, device: torch.device
 ) -> torch.Tensor:
-    """[rows, entries] fp32 of 0 and -inf: row i sees entries up to ``own + i``, with a window from ``own + i - window``
-    on.
+    """Return a mask of 0 and -inf, [rows, entries] fp32: row i sees entries up to ``own + i``, with a window only those
+    from ``own + i - window`` on.
     """
     hidden = torch.full((rows, entries), float("-inf"), device=device)
     mask = hidden.triu(own + 1)

@@ -15,13 +15,13 @@ from whiflash_kernels.triton_kernels.launch import is_hopper, lanes, multiproces
 from whiflash_kernels.triton_kernels.shares import LEAST, LOG2E, merge, product, share_of, shares_of, sums_for
 
 ENTRIES = 64
-"""Entries of one step of the loop."""
+"""KV entries that one step of the loop reads."""
 MOST_ROWS = 128
-"""Rows of one tile: ``width`` times the query heads of a KV head, cut where there are more."""
+"""Most rows of one tile. A tile's rows are ``width`` times the query heads of a KV head; more rows take more tiles."""
 WIDE = 256
-"""Dimensions of a head above which tiles of 16 rows and entries take the place of these: more would not fit."""
+"""Head size above which tiles have 16 rows and 16 entries, because larger tiles would not fit."""
 FEWEST_ENTRIES = 64
-"""Entries of a share at least. At one request a program's steps are what is waited for, and its sums are few bytes."""
+"""Least entries of a share. With one request a round waits for a program's steps, and merging sums costs few bytes."""
 PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
@@ -203,7 +203,7 @@ def draft_attention(
         TILES=tiles,
         ROWS=rows,
         COLUMNS=columns,
-        # Scores of 128 rows for 64 entries would spill.
+        # Scores of 128 rows by 64 entries would not fit into registers.
         STEP=16 if wide else ENTRIES // 2 if rows > 64 else ENTRIES,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda and not q.is_meta,
@@ -216,9 +216,9 @@ def draft_attention(
 
 
 def shares_for(requests: int, programs: int, longest: int, device: torch.device) -> int:
-    """Into how many shares all entries are cut, roughly, for ``programs`` each: as fill the chip, or as there can be.
+    """Return into about how many shares all entries are cut: enough to fill the chip with ``programs`` for each share.
 
-    It depends on sizes that the host knows, not on lengths: a captured launch keeps it.
+    It depends on sizes that the host knows, not on lengths, so a captured launch keeps it.
     """
     fill = triton.cdiv(multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR, programs)
     return min(fill, requests * (triton.cdiv(longest, FEWEST_ENTRIES) - 1) + 1)

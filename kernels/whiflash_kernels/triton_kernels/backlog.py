@@ -1,6 +1,6 @@
 # ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Parking and unparking: ragged row copies whose indices never leave the registers."""
+"""Kernels that park and unpark features: ragged row copies whose indices never leave the registers."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from whiflash_kernels.triton_kernels.launch import FEWEST_LANES, power_of_two
 
 COLUMNS = 2048
 CLAIMS = 128
-"""Backlogs of one program."""
+"""Number of backlogs that one program claims."""
 
 
 @triton.jit(do_not_specialize=["max_length"])
@@ -38,7 +38,7 @@ def _park_kernel(
     request = tl.program_id(0) // max_length
     inside = tl.program_id(0) % max_length
     length = tl.load(lengths + request)
-    # A run longer than the ring would write a place twice, in no order; its head is left out instead.
+    # A run longer than the ring would write a place twice, in undefined order, so its head is left out.
     if (inside >= length) | (inside < length - capacity):
         return
     slot = tl.load(request_slots + request).to(tl.int64)
@@ -119,7 +119,7 @@ def _unpark_kernel(
     owner = 0
     before = 0
     total = tl.full([], 0, tl.int32)
-    # A few requests at a time: so one kernel serves any number of them.
+    # Requests are read a few at a time, so that one compiled kernel serves any number of them.
     for first in range(0, requests, LANES):
         request = first + tl.arange(0, LANES)
         known = request < requests

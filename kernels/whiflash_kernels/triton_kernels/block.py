@@ -1,6 +1,6 @@
 # ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Building and committing mixed-width blocks, one launch each."""
+"""Kernels that pack and commit verifications with a width per request, one launch each."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from whiflash_kernels.structs import Committed, GraphSlots, MixedBlock
 from whiflash_kernels.triton_kernels.launch import draft_columns, lanes
 
 COMPARISONS = 4096
-"""Entries of the row-by-request comparison that a program holds: 32 for each of its 128 threads."""
+"""Most entries of the row-by-request comparison in a program: 32 for each of its 128 threads."""
 
 MAX_REQUESTS = 4096
 
@@ -47,7 +47,7 @@ def _prepare_kernel(
     owner = tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), axis=1)
     start = tl.sum(tl.where(request[None, :] < owner[:, None], width[None, :], 0), axis=1)
     inside = row < rows
-    # Past the last request the count of smaller ends includes the unused lanes of the block.
+    # For rows after the last request the count of smaller ends includes the unused lanes of the block.
     used = inside & (row < tl.sum(width, axis=0))
     offset = row - start
     bonus_token = tl.load(bonus + owner, mask=used, other=0)

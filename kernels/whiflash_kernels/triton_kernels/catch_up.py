@@ -1,6 +1,6 @@
 # ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The parts of a KV-only catch-up before and after its products, fused."""
+"""Fused kernels of a KV-only catch-up: the parts before and after its matrix products."""
 
 import torch
 import triton

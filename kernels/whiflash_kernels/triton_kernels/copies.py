@@ -14,14 +14,14 @@ from whiflash_kernels.structs import MOST_MATCHED, PLACES, SURE, Drafts
 from whiflash_kernels.triton_kernels.launch import power_of_two
 
 TILE = 1024
-"""Places of one step back through a text."""
+"""Number of places that one step back through a text compares."""
 
 _SURE = tl.constexpr(SURE)
 
 
 @triton.jit
 def _newest(matches, place, found, out, MOST: tl.constexpr):
-    """Append the places that match, newest first, while there is room; the count afterwards, room or not."""
+    """Append the places that match, newest first, while there is room. Return the count with those that had no room."""
     order = found + tl.cumsum(matches.to(tl.int32), 0) - 1
     tl.store(out + order, place.to(tl.int64), mask=matches & (order < MOST))
     return found + tl.sum(matches.to(tl.int32), 0)
@@ -109,7 +109,7 @@ def _judge_places_kernel(
     last = tl.load(back + slot)
     source = tl.where((last > 0) & (last < length), length - last, 0)
 
-    # Place 0 is where the last copy goes on.
+    # Place 0 continues the last copy.
     index = tl.arange(0, PADDED)
     listed = (index > 0) & (index <= MOST)
     any_two = tl.load(twos + request * MOST) > 0
@@ -192,7 +192,7 @@ def propose_copies(
     if requests == 0:
         return copies
     slots, lengths = request_slots.contiguous(), seq_lens.contiguous()
-    # Without them any pointer will do: the kernels do not read it.
+    # Without drafts any pointer will do: the kernels do not read it.
     counts, alive = (slots, factors[:, None]) if behind is None else (behind[0].contiguous(), behind[1])
     _find_places_kernel[(requests,)](
         tokens,

@@ -1,6 +1,6 @@
 # ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Cutting, laying and choosing drafts: one program a request."""
+"""Kernels that cut drafts, put them side by side and choose among them: one program per request."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from whiflash_kernels.structs import Chosen, Drafts
 from whiflash_kernels.triton_kernels.launch import draft_columns, lanes
 
 RIVALS = 128
-"""Chances of the batch that a request's own are compared with at a time."""
+"""Number of the batch's chances with which a request's own are compared at a time."""
 
 
 @triton.jit(do_not_specialize=["bins", "width", "row_stride"], do_not_specialize_on_alignment=["calibration"])

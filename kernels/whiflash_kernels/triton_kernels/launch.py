@@ -1,4 +1,4 @@
-"""Sizes that launches share."""
+"""Sizes of launches, shared by the Triton kernels."""
 
 from functools import lru_cache
 
@@ -11,7 +11,7 @@ MODELLED_MULTIPROCESSORS = 132
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of ``device``, or the modelled number where it is not a CUDA device."""
+    """Return the number of multiprocessors of ``device``, or the modelled number if it is not a CUDA device."""
     if device.type != "cuda":
         return MODELLED_MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -25,7 +25,7 @@ def is_hopper(tensor: torch.Tensor) -> bool:
 
 
 def power_of_two(count: int) -> int:
-    """The smallest power of two that is at least ``count`` and 1: Triton's block shapes must be such."""
+    """Return the smallest power of two that is at least ``count`` and 1, as Triton's block shapes require."""
     return 1 << max(count - 1, 0).bit_length()
 
 
@@ -33,10 +33,10 @@ FEWEST_LANES, FEWEST_COLUMNS = 64, 32
 
 
 def lanes(requests: int) -> int:
-    """Lanes of a program that looks at all ``requests``: few sizes, since a kernel is compiled for each."""
+    """Return the lanes of a program that looks at all ``requests``: few sizes, since a kernel is compiled for each."""
     return power_of_two(max(requests, FEWEST_LANES))
 
 
 def draft_columns(width: int) -> int:
-    """Columns of a program that looks at ``width`` drafts of a request; as of `lanes`."""
+    """Return the columns of a program that looks at ``width`` drafts of a request: few sizes, as for `lanes`."""
     return power_of_two(max(width, FEWEST_COLUMNS))

@@ -1,6 +1,6 @@
 # ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Inputs and rows of draft passes, one launch each."""
+"""Kernels that gather a draft pass's inputs and compute its rows, one launch each."""
 
 from collections.abc import Sequence
 

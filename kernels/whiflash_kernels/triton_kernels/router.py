@@ -1,6 +1,6 @@
 # ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The router's MLP for small batches: the first layer's units are spread over the chip."""
+"""The router's MLP for small batches, with the first layer's units spread over the chip."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from whiflash_kernels.router import in_torch
 from whiflash_kernels.triton_kernels.launch import power_of_two
 
 MAX_ROWS = 64
-"""Above this the products are worth cuBLAS's tiles, and launches no longer dominate."""
+"""Largest batch for these kernels: above it cuBLAS's tiles are faster, and launches no longer dominate."""
 
 ROWS = 16
 UNITS = 16

@@ -28,7 +28,7 @@ _FAR = tl.constexpr(-200.0)
 
 @triton.jit
 def _absorb(x, start, lane, peak, total, moment, group, group_start, WIDE: tl.constexpr):
-    """Add a tile of logits to the lanes' states; the sums are in base-2 units relative to ``peak``."""
+    """Add a tile of logits to each lane's running state; the sums are in base-2 units relative to ``peak``."""
     tile_peak = tl.max(x, axis=1)
     new_peak = tl.maximum(peak, tile_peak)
     shift = (peak - new_peak) * _LOG2E
@@ -146,7 +146,7 @@ def routing_stats(logits: Tensor, rows: Tensor | None = None) -> tuple[Tensor, T
     if count == 0:
         return stats
     aligned = (logits.data_ptr() | logits.stride(0) * logits.element_size()) % 16 == 0
-    # Off the 16-byte grid a group could not be loaded at once, and Triton would spread it over threads.
+    # A group that is not aligned to 16 bytes could not be loaded at once, and Triton would spread it over threads.
     wide = 16 // logits.element_size() if aligned else 1
     tiles = triton.cdiv(vocab, LANES * wide)
     wanted = triton.cdiv(multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR, count)

@@ -1,6 +1,6 @@
 # ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The token of every verified row in two launches, without a sort; penalties before in three."""
+"""Samples a token for every verified row in two launches, without a sort; three launches before apply penalties."""
 
 import torch
 import triton
@@ -21,7 +21,7 @@ _LOWEST = tl.constexpr(-1e30)
 
 @triton.jit
 def _request(row, qo_indptr, seq_lens, request_slots, requests, SLOTS: tl.constexpr):
-    """The request slot of a packed row, 0 without one, its position, and the first row of its request."""
+    """Return a packed row's request slot (0 without a request), its position, and its request's first row."""
     request = tl.arange(0, SLOTS)
     ends = tl.load(qo_indptr + 1 + request, mask=request < requests, other=2147483647)
     owner = tl.sum((ends <= row).to(tl.int32), axis=0)
@@ -43,13 +43,13 @@ def _keys(seed, position):
 
 @triton.jit
 def _noise(token, key, factor):
-    """The base-2 logarithm of an exponentially distributed variable."""
+    """Return the base-2 logarithm of a token's exponentially distributed noise."""
     h = token.to(tl.uint32) * factor + key
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
     h = h ^ (h >> 16)
     uniform = ((h & 0x7FFFFFFF).to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10
-    # -ln(1 - u) loses the digits of a small u.
+    # For small u, -ln(1 - u) would lose digits, so the series is used.
     series = uniform * (1.0 + uniform * (0.5 + uniform * (0.3333333333 + uniform * 0.25)))
     direct = -tl.log(tl.maximum(1.0 - uniform, 1e-8))
     return tl.log2(tl.where(uniform < 0.015625, series, direct))
@@ -129,16 +129,16 @@ def _scan_kernel(
 
 @triton.jit
 def _reaching(x, least):
-    """Whether numbers reach one whose bits are ``least``, in the order of numbers."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)  # of one zero
+    """Whether each x is at least the number whose order-preserving bits are ``least``."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # + 0.0 makes -0.0 the same zero
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >= least
 
 
 @triton.jit
 def _mass_of_likeliest(base, words, vocab, scale, peak, top_k, TILE: tl.constexpr, MASKED: tl.constexpr):
-    """Mass of the tokens with fewer than top_k likelier ones; bisection finds the least of them."""
+    """Return the mass of the tokens with fewer than top_k likelier ones; bisection finds the least likely of them."""
     lane = tl.arange(0, TILE)
-    # At least top_k tokens reach ``low``, first -inf; fewer reach ``high``, first more than +inf.
+    # At least top_k tokens reach ``low``, which begins at -inf; fewer reach ``high``, which begins above +inf.
     low, high = tl.full([], -2139095041, tl.int32), tl.full([], 2139095041, tl.int32)
     while low + 1 < high:
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
@@ -272,7 +272,7 @@ def sample_rows(
     )
     sizes = len(request_slots), vocab, logits.stride(0), 0 if bits is None else bits.stride(0)
     constants = {"SLOTS": lanes(len(request_slots)), "TILE": TILE, "MASKED": bits is not None}
-    most = power_of_two(tiles)  # not of the splits: a kernel is compiled for each
+    most = power_of_two(tiles)  # of tiles, not splits, which vary: a kernel is compiled for each
     _scan_kernel[(count, splits)](*read, *sizes, slice_length, splits, **constants, num_warps=SCAN_WARPS)
     _pick_kernel[(count,)](*read, tokens, *sizes, splits, **constants, SPLITS=most, num_warps=PICK_WARPS)
     return tokens

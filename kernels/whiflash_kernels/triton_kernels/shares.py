@@ -1,9 +1,9 @@
 # ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Attention whose long requests are cut into shares: how drafts' are cut, and how all sums of shares are merged.
+"""Cuts long requests' KV into shares for draft attention, and merges the sums of shares for all attention.
 
-The device alone knows lengths, so a grid depends on sizes only. Every program counts how many shares each request's
-entries are cut into, and takes one. Only cut requests leave sums, which a second launch merges.
+Only the device knows lengths, so a grid depends on sizes only. Every program counts how many shares each request's
+entries are cut into, and takes one. Only cut requests leave partial sums, which a second launch merges.
 """
 
 from typing import NamedTuple
@@ -14,18 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 MERGED = 4096
-"""Sums that a program merges at once."""
+"""Numbers of partial sums that a program merges at once."""
 MERGERS = 8
-"""Programs that merge a row of a head: each takes every eighth of the requests that are cut."""
+"""Most programs that merge the same row of a head: each takes every eighth cut request."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-1e30)
-"""A peak below all scores."""
+"""Initial maximum of the online softmax, below all scores."""
 
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """float32 product of two tiles; Triton's interpreter multiplies bfloat16 as if it were integers."""
+    """Multiply two tiles into float32. WIDEN is for Triton's interpreter, which multiplies bfloat16 as integers."""
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
@@ -33,11 +33,11 @@ def product(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def shares_of(entries, shares, fewest, STEP: tl.constexpr):
-    """How many shares each of the requests' ``entries`` is cut into, at least one: ``shares - 1`` above that in all.
+    """Return how many shares each request's ``entries`` are cut into: one each, and up to ``shares - 1`` more in all.
 
-    Together they are ``shares`` or fewer for up to half as many requests: a few programs behind those that run at once
-    take as long as all of them. If there are more requests, no share is longer than all entries over half of
-    ``shares``, or ``fewest``, rounded up to whole steps. None is empty.
+    For up to ``shares / 2`` requests all shares together are at most ``shares``: a few programs after the first wave
+    would take as long as that wave. For more requests a share is at most as long as all entries over ``shares / 2``, or
+    ``fewest``, rounded up to whole steps. No share is empty.
     """
     cut_for = tl.maximum(shares - tl.sum((entries > 0).to(tl.int32), axis=0), tl.cdiv(shares, 2))
     most = tl.maximum(tl.cdiv(tl.sum(entries.to(tl.int64), axis=0), cut_for).to(tl.int32), fewest)
@@ -48,9 +48,9 @@ def shares_of(entries, shares, fewest, STEP: tl.constexpr):
 
 @triton.jit
 def share_of(item, lane, counts, merges, lists):
-    """Share ``item`` of requests with so many each: its request, which of its shares, of how many, and its sums' place.
-
-    A program that ``lists`` writes to ``merges`` which requests are cut, as of `Sums`.
+    """Return for share ``item`` of the batch: its request, its number among the request's shares, their count, and the
+    place of its sums. counts: shares of each request. A program that ``lists`` writes the cut requests to ``merges``
+    (`Sums`).
     """
     ends, cut = tl.cumsum(counts, axis=0), counts > 1
     firsts = tl.cumsum(tl.where(cut, counts, 0), axis=0) - counts
@@ -112,8 +112,8 @@ def _merge_shares_kernel(
 
 
 class Sums(NamedTuple):
-    """Sums of cut requests' shares: of weighted V [places * rows, D] and peaks with totals [places * rows, 2], float32;
-    merges: int32, how many requests are cut, and of each itself, its first place and its shares."""
+    """Partial sums of cut requests' shares, float32: weighted V [places * rows, D]; peaks with totals [places * rows,
+    2]. merges: int32, the number of cut requests, then for each its index, first place and number of shares."""
 
     partial: Tensor
     peaks: Tensor
@@ -121,12 +121,12 @@ class Sums(NamedTuple):
 
 
 def places(requests: int, shares: int) -> int:
-    """Shares that leave sums, at most: those above one a request are fewer than ``shares``, and so are cut requests."""
+    """Return the most shares that leave sums: at most ``shares - 1`` requests are cut, into so many extra shares."""
     return min(2 * (shares - 1), requests + shares - 1)
 
 
 def sums_for(requests: int, shares: int, rows: int, dim: int, device: torch.device) -> Sums:
-    """Room for the sums of ``rows`` (of all heads) of each cut request."""
+    """Allocate the sums of ``rows`` (of all heads) for each share of a cut request."""
     kept = places(requests, shares) * rows
     return Sums(
         torch.empty(kept, dim, dtype=torch.float32, device=device),
@@ -138,7 +138,8 @@ def sums_for(requests: int, shares: int, rows: int, dim: int, device: torch.devi
 def merge(
     sums: Sums, out: Tensor, width: int, kv_heads: int, columns: int, qo_indptr: Tensor | None = None
 ) -> None:
-    """Write the rows of cut requests to ``out`` [rows, Hq, D]; ``width`` of each, or at most, by ``qo_indptr``."""
+    """Merge the sums of cut requests into their rows of ``out`` [rows, Hq, D]. width: rows of each request, or with
+    ``qo_indptr`` the most."""
     heads, dim = out.shape[1:]
     cut = (len(sums.merges) - 1) // 3
     _merge_shares_kernel[(width * heads, min(cut, MERGERS))](

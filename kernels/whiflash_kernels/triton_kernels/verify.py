@@ -20,18 +20,18 @@ from whiflash_kernels.triton_kernels.launch import is_hopper, lanes, multiproces
 from whiflash_kernels.triton_kernels.shares import LEAST, LOG2E, merge, places, product, sums_for
 
 KEYS = 64
-"""Keys of one step of the loop."""
+"""Keys that one step of the loop reads."""
 MOST_ROWS = 64
-"""Rows of one tile; a request with more (rows times query heads of a KV head) has several, which share keys in L2."""
+"""Most rows of one tile (rows times query heads of a KV head); further tiles of a request find its keys in L2."""
 NARROW = tl.constexpr(NARROW_ROWS)
-"""Rows of a tile that has as few or fewer: a request's that verifies little in a server that may verify much, and those
-behind a whole tile (17 rows of four heads are 64 and 4)."""
+"""Rows of the smaller tile, for requests that verify few rows and for the rest after whole tiles (17 rows of four heads
+are 64 and 4)."""
 FEWEST_KEYS = 256
-"""Keys of a share at least: a request with fewer is never cut."""
+"""Least keys of a share: a request with fewer is never cut."""
 PROGRAMS_PER_MULTIPROCESSOR = 2
-"""Programs that all keys are dealt to: one wave of two resident ones, or two of one."""
+"""Programs per multiprocessor among which all keys are divided: one wave if two fit at once, else two waves."""
 STAGES = 2
-"""Steps of the loop over a prefix that are under way: three are untried on a card."""
+"""Pipeline stages of the loop over a prefix; three have not been tried on a GPU."""
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _step(
     query, keys, values, seen, peak, total, sums, factor, cap,
     CAPPED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, in powers of two."""
+    """Add a step of keys to the online softmax, in powers of two; return the new peak, total and sums."""
     scores = product(query, tl.trans(keys), PRECISION, WIDEN) * factor
     if CAPPED:
         scores = cap * (1 - 2 / (tl.exp2(scores / cap * (2 * LOG2E)) + 1))
@@ -82,7 +82,7 @@ def _add_rows(
     query, peak, total, sums, k, v, first_row, rows, turn, live, window, k_row, v_row, column, wide, factor, cap,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Add the request's own first ``rows``, each for itself and those behind it. Few are not worth a pipeline."""
+    """Add the request's own first ``rows`` as keys, each seen by itself and later rows. Few rows need no pipeline."""
     for start in tl.range(0, rows, STEP, num_stages=1):
         entry = start + tl.arange(0, STEP)
         there = entry < rows
@@ -108,11 +108,11 @@ def _attend(
     SUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Attend from a tile of a request's rows to the keys from ``begin`` to ``stop`` of its prefix.
+    """Compute a tile of a request's rows over the keys from ``begin`` to ``stop`` of its prefix.
 
-    The tile begins with row ``first`` of rows times query heads of ``kv_head``, where the pools begin. With
-    the ``last`` of the request's keys come its own rows. A ``whole`` request is written to ``out``, of others sums
-    are kept at place ``kept``.
+    The tile begins with row ``first`` of (rows times query heads of ``kv_head``), at which the pools' pointers begin.
+    ``last``: the request's own rows are added, too. ``whole``: the result is written to ``out``; otherwise partial sums
+    are written at place ``kept``.
     """
     row = first + tl.arange(0, ROWS)
     turn, head = row // GROUPS, kv_head * GROUPS + row % GROUPS
@@ -159,11 +159,11 @@ def _plan_kernel(
     qo_indptr, kv_indptr, programs, spans, merges, most, window, requests, shares, fewest,
     GROUPS: tl.constexpr, WINDOWED: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Deal the steps of all requests to ``shares`` programs a KV head, of all tiles together.
+    """Divide the steps of all requests among ``shares`` programs per KV head, counted over all tiles.
 
-    Each program writes its own line of ``programs`` [shares, 4]: first and last request, excluded, and first and last
-    step, excluded, of all steps in a row. The first one writes ``spans`` [requests, 3]: steps where a request begins
-    and ends, and how many cut requests are before it, or -1 if it is not cut; and ``merges`` as of `Sums`.
+    Each program writes its line of ``programs`` [shares, 4]: its range of requests and its range of steps, ends
+    excluded, in the sequence of all requests' steps. The first program writes ``spans`` [requests, 3]: steps at which a
+    request begins and ends, and the number of cut requests before it, -1 if it is not cut; and ``merges`` (`Sums`).
     """
     program, lane = tl.program_id(0), tl.arange(0, LANES)
     there = lane < requests
@@ -293,10 +293,10 @@ def verify_attention(
         STEP=step,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda and not q.is_meta,
-        # Hopper multiplies 64 rows by four warps; of eight, four would do the same again.
+        # Hopper multiplies 64 rows with four warps; with eight, four would repeat the work of the others.
         num_warps=4 if columns <= 128 and (rows * columns < 64 * 128 or is_hopper(q)) else 8,
         num_stages=STAGES,
-        maxnreg=255,  # for a third program on a multiprocessor some architectures would spill
+        maxnreg=255,  # else some architectures spill registers to fit a third program per multiprocessor
     )
     merge(sums, out, most, kv_heads, columns, qo_indptr)
 
@@ -304,7 +304,7 @@ def verify_attention(
 def _planned(
     qo: Tensor, kv: Tensor, window: int | None, most: int, groups: int, kv_heads: int, rows: int, step: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How the steps of a batch are dealt: programs, spans and merges, as `_plan_kernel` writes them."""
+    """Plan how the steps of a batch are divided: return programs, spans and merges as `_plan_kernel` writes them."""
     requests, shares, fewest = (
         len(qo) - 1,
         shares_for(kv_heads, qo.device),
@@ -324,7 +324,8 @@ def _planned(
 
 
 def shares_for(kv_heads: int, device: torch.device) -> int:
-    """How many programs a KV head's keys are dealt to, at most, whatever their number: a captured launch keeps it."""
+    """Return the number of programs among which a KV head's keys are divided. It does not depend on lengths, so a
+    captured launch keeps it."""
     return max(multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR // kv_heads, 2)
 
 
