@@ -157,8 +157,8 @@ class Acceptance(Strict):
 
     @property
     def chances(self) -> tuple[float, ...]:
-        """The chance that a draft is right if those before it were, at each place: one for all, of which the length
-        comes out.
+        """Each draft's chance to be accepted if all drafts before it are: one value for all, found by bisection so that
+        the expected tokens of a round equal `length`.
         """
         low, high = 0.0, 1.0
         for _ in range(27):
