@@ -1,4 +1,4 @@
-"""Bundles put together from trained parts, or from published ones, whose weights are fetched when they are served."""
+"""Put bundles together from trained parts, or from published ones, whose weights are fetched when they are served."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ from whiflash_train.config import TrainConfig
 def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
     """Copy EAGLE-3 and the configured block drafter from the work directory; write `whiflash.json`.
 
-    An existing bundle keeps what else its manifest says, its router and thresholds, too.
+    An existing bundle keeps the other keys of its manifest, such as router and thresholds.
 
     Raises:
         ConfigError: a drafter has not been trained yet.
@@ -46,7 +46,7 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
             raise ConfigError(f"{trained} holds no checkpoint: run `whiflash train --step {name_of}` first")
         place = bundle / name_of
         replace_directory(trained, place)
-        # Its files are checked against these when they are loaded.
+        # Loading the bundle compares its files with these digests.
         sources[key] = {"files": digests(sorted([*place.glob("config.json"), *place.glob("*.safetensors")]))}
     target = f"embedded:{EMBEDDED_BUNDLE}" if config.target == "embedded" else config.target
     manifest: dict[str, Any] = {"schema_version": 1, "name": name, "target": target}
@@ -59,7 +59,7 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
 
 
 def replace_directory(source: Path, place: Path) -> None:
-    """Copy `source` to `place`, which is replaced by two renames once the copy is complete."""
+    """Replace the directory `place` by a copy of `source`: two renames, once the copy is complete."""
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=place.parent) as scratch:
         copied, old = Path(scratch) / "new", Path(scratch) / "old"
         shutil.copytree(source, copied)
@@ -82,12 +82,12 @@ def update_manifest(bundle: Path, changes: Mapping[str, Any]) -> None:
 
 
 _KEPT = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "mask_embedding.pt")
-"""Files of a drafter that its loader reads."""
+"""Patterns of the files that a drafter's loader reads."""
 
 
 class BundleParts(NamedTuple):
-    """Directories or hub ids, each with @revision if wanted. eagle3, diffusion: one of them may be None.
-    router_sign: for a router that does not say its own.
+    """Parts of a new bundle: directories or hub ids, optionally with @revision. eagle3, diffusion: one may be None.
+    router_sign: for a router whose file does not name its sign.
     """
 
     target: str
@@ -98,17 +98,17 @@ class BundleParts(NamedTuple):
 
 
 def create(parts: BundleParts, out: Path, name: str | None = None) -> dict[str, Any]:
-    """Write a bundle into `out`: `whiflash.json`, and copies of what was given as a directory.
+    """Write a bundle into `out`: `whiflash.json`, and copies of the parts that are directories.
 
-    Hub ids stay ids, pinned to the commit they are at now, and are fetched when the bundle is served. Nothing is
-    written where something does not fit.
+    Hub ids stay ids, pinned to their current commit, and are fetched when the bundle is served. If a part does not
+    fit, nothing is written.
 
     Returns:
         The manifest.
 
     Raises:
-        ConfigError: `out` exists, the hub gave nothing, no drafter was given, or one beside a router.
-        CheckpointError: a drafter is not known or does not fit the target, naming the file and the key.
+        ConfigError: `out` exists, the hub fails, there is no drafter, or only one with a router.
+        CheckpointError: a drafter's format is unknown or does not fit the target; names the file and the key.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; give --out a new directory")
@@ -157,10 +157,10 @@ def with_drafters(
 ) -> None:
     """Write a bundle `out`, whole or not at all: a copy of another one with other drafters.
 
-    Only its owner can read it, since weights may repeat what they were trained on. Parts on a hub stay there.
+    Only its owner can read it, since weights may reveal their training texts. Parts on a hub are not copied.
 
     Args:
-        checkpoints: the other drafters, by arm. notes: JSON files of the new bundle, by name.
+        checkpoints: the new drafters, by arm. notes: content of further JSON files of the bundle, by file name.
 
     Raises:
         ConfigError: `copy_member` refuses a file of the bundle. OSError: also if `out` is a directory with files.
@@ -188,7 +188,7 @@ def with_drafters(
 
 
 def _members(found: Found, key: str) -> list[Path]:
-    """Files of a directory that are copied; a router may be given as its one file."""
+    """Return the files of a directory part to copy; a router may also be a single file."""
     if key == "router" and found.config.name != "config.json":
         return [found.config]
     patterns = ("*.safetensors",) if key == "router" else _KEPT

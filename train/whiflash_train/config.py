@@ -27,7 +27,7 @@ class Hardware(_Strict):
 
     @property
     def place(self) -> dict[str, Any]:
-        """`device` and `dtype` of a model."""
+        """`device` and `dtype` as torch objects, for a model's constructor."""
         import torch
 
         return {"device": torch.device(self.device), "dtype": getattr(torch, self.dtype)}
@@ -136,7 +136,7 @@ class _BlockSection(_Strict):
 
     @property
     def depth(self) -> int:
-        """How many layers it has."""
+        """Number of the drafter's layers."""
         return self.num_layers or len(self.source_layers)
 
     @model_validator(mode="after")
@@ -230,11 +230,11 @@ class TrainConfig(_Strict):
 
     @property
     def block(self) -> DFlash | DSpark:
-        """The section of `block_drafter`. Raises `ConfigError` where there is none."""
+        """The section that `block_drafter` names. Raises `ConfigError` if the file lacks it."""
         return self.dflash if self.block_drafter == "dflash" else self.dspark_section()
 
     def dspark_section(self) -> DSpark:
-        """`dspark`. Raises `ConfigError` where the file has none."""
+        """Return the section `dspark`. Raises `ConfigError` if the file lacks it."""
         if self.dspark is None:
             raise ConfigError(
                 "the configuration has no section dspark, which holds this drafter's settings: add it, or train dflash"

@@ -1,4 +1,4 @@
-"""Origin of a result: command, revision, versions, hardware, and load of the machine."""
+"""Record a result's origin: command, revision, versions, hardware, and load of the machine."""
 
 import os
 import platform
@@ -20,16 +20,16 @@ _MEASURED = ("whiflash-sglang", "whiflash-kernels", "sglang", "torch", "transfor
 _SECRET = re.compile(
     r"""((?:api[-_]key|password)[=\s\0]+)(?:(?<=\0)[^\0]+|'[^']{,512}'|"[^"]{,512}"|[^\s\0]+)|(://)[^\s\0/@]*(?=@)"""
 )
-"""A key or a password behind its flag, or in a URL, in words that NUL divides; a word may hold flags of a server."""
+"""Matches a key or password after its flag or in a URL, in words separated by NUL; a word may contain flags."""
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:
-    """Words of a command with its keys and passwords as asterisks."""
+    """Return the words of a command with its keys and passwords replaced by asterisks."""
     return _SECRET.sub(r"\1\2***", "\0".join(words)).split("\0") if words else []
 
 
 def made_by(packages: Sequence[str]) -> dict[str, Any]:
-    """Command, revision, versions and hardware of this process. Names no directory of this machine, and no secret."""
+    """Return command, revision, versions and hardware of this process, without local directories or secrets."""
     program, *arguments = without_secrets(sys.argv)
     return {
         "command": [
@@ -49,22 +49,22 @@ def made_by(packages: Sequence[str]) -> dict[str, Any]:
 
 
 def threads() -> int:
-    """Compute threads of every server that is measured: the user's OMP_NUM_THREADS, or all cores."""
+    """Return the number of compute threads of each measured server: the user's OMP_NUM_THREADS, else all cores."""
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
 def environment(bundle: Path) -> dict[str, Any]:
-    """Everything of a measurement that does not depend on its plan."""
+    """Return what every measurement records: `made_by`, the number of threads, the digests of the bundle's weights."""
     return {**made_by(_MEASURED), "threads": threads(), "bundle_sha256": weights_of(bundle)}
 
 
 def weights_of(bundle: Path) -> dict[str, str]:
-    """Digest of each file of weights."""
+    """Return the SHA-256 of each .safetensors file of a bundle, by relative path."""
     return {str(path.relative_to(bundle)): sha256(path) for path in sorted(bundle.rglob("*.safetensors"))}
 
 
 def checkout(directory: Path) -> dict[str, Any]:
-    """Revision of the checkout that holds `directory`."""
+    """Return the Git revision of the checkout that contains `directory`, and whether it has uncommitted changes."""
     return {
         "revision": _git("rev-parse", "HEAD", here=directory),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", here=directory)),
@@ -72,7 +72,7 @@ def checkout(directory: Path) -> dict[str, Any]:
 
 
 def busy() -> dict[str, float]:
-    """How busy the machine is: load averages of 1 and 5 minutes, free memory in GB."""
+    """Measure the machine's load: load averages of 1 and 5 minutes, free memory in GiB."""
     minute, five, _ = os.getloadavg()
     return {
         "load_1min": minute,
@@ -82,7 +82,7 @@ def busy() -> dict[str, float]:
 
 
 def _git(*arguments: str, here: Path) -> str:
-    with suppress(OSError):  # it is not installed
+    with suppress(OSError):  # Git is not installed
         return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True).stdout.strip()
     return ""
 

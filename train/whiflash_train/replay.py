@@ -1,8 +1,8 @@
-"""Drafts that every arm would have had accepted at every position of an answer, without a server.
+"""Replay every arm at every position of an answer, without a server: how many of its drafts would be accepted.
 
-The text is the target's own whichever arm drafts, so an arm is replayed at every answer position: how many of its draft
-tokens agree with the text that followed. All arms start from the same committed prefix (same-round counterfactuals,
-arXiv 2606.07710), which is what routers learn from and what oracles are made of.
+The text is the target's own whichever arm drafts, so the replay counts how many of an arm's draft tokens agree with
+the text that followed. All arms start from the same committed prefix (same-round counterfactuals, arXiv 2606.07710).
+Routers learn from these counts, and oracles are computed from them.
 """
 
 import hashlib
@@ -42,8 +42,8 @@ from whiflash_train.rounds import agreed, loop_start
 
 
 class PairParts(NamedTuple):
-    """A server's means of drafting: checkpoints by arm, in the order of `arms.PAIR`, drafts of a chain, the vocabulary
-    of blocks, copying, arms that multiply in fp8.
+    """A server's drafting setup. checkpoints: arm → directory, in the order of `arms.PAIR`. eagle_steps: drafts of a
+    chain. dflash_vocabulary: as in a manifest. lookup: the copying arm. quantised: arms with fp8 products.
     """
 
     checkpoints: Mapping[str, Path]
@@ -54,7 +54,7 @@ class PairParts(NamedTuple):
 
     @classmethod
     def of_bundle(cls, bundle: Path, eagle_steps: int = 5) -> "PairParts":
-        """As the bundle's manifest says."""
+        """Read the setup from the bundle's manifest."""
         manifest = load_manifest(bundle)
         checkpoints = {arm: member(bundle, manifest, PARTS[arm]) for arm in manifest.drafters}
         vocabulary, lookup = manifest.dflash_vocabulary, lookup_of(manifest)
@@ -62,7 +62,7 @@ class PairParts(NamedTuple):
 
     @property
     def captured(self) -> list[int]:
-        """Target layers that they read, ascending. Raises ConfigError: one drafts in a way that is not replayed."""
+        """Target layers that the drafters read, ascending. Raises ConfigError if a drafter cannot be replayed."""
         drafts = [*map(read_draft, self.checkpoints.values())]
         for path, _, config in drafts:
             if getattr(config, "anchored", False) or getattr(config, "mask_token", None) is not None:
@@ -73,10 +73,10 @@ class PairParts(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """The drafters by arm, loaded, one of which may be missing, and the settings of the copying arm.
+    """The loaded drafters by arm, one or two, and the settings of the copying arm.
 
-    `block_head`: what a block drafter chooses from. `digest`: of everything that decides what they draft; replays are
-    kept under it.
+    block_head: the head that chooses the block drafter's tokens, or None. digest: of everything that determines the
+    drafts; it names the file of stored replays.
     """
 
     drafters: Mapping[str, Any]
@@ -87,7 +87,7 @@ class Pair(NamedTuple):
 
     @classmethod
     def load(cls, parts: PairParts, target: VocabularyMatrices | Origin) -> "Pair":
-        """Read the checkpoints. Raises `CheckpointError` where one does not fit the target."""
+        """Load the checkpoints. Raises `CheckpointError` if one does not fit the target."""
         digest = hashlib.sha256(json.dumps([parts.eagle_steps, parts.dflash_vocabulary]).encode())
         for path in parts.checkpoints.values():
             for file in (path / "config.json", *sorted(path.glob("*.safetensors"))):
@@ -115,20 +115,20 @@ class Pair(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Drafts of one round. tokens: the target's ids. alive: the chance that each and all before it are accepted."""
+    """Drafts of one round. tokens: the target's ids. alive: chances that each and all before it are right."""
 
     tokens: Sequence[int]
     alive: Sequence[float]
 
     def followed_by(self, more: "Chain") -> "Chain":
-        """With `more` behind it, whose chances count what is before."""
+        """Append the chain `more`, whose chances already include those of this chain."""
         return Chain([*self.tokens, *more.tokens], [*self.alive, *more.alive])
 
 
 class Copied(NamedTuple):
-    """`accepted` [P] copied tokens that were right in a round at answer position i; `expected` [P] fp64: how many
-    the arm expected; `proposed` [P]: tokens that were copied;
-    `behind`: arm → [P] what would be copied behind its drafts.
+    """Replay of the copying arm. accepted [P]: copied tokens that were right in a round at answer position i.
+    expected [P] fp64: how many the arm expected to be right. proposed [P]: how many it copied.
+    behind: arm → [P] chains, the copies after that arm's drafts.
     """
 
     accepted: NDArray[np.int64]
@@ -144,13 +144,13 @@ def replay_lookup(
     calibration: MatchCalibration,
     drafted: Mapping[str, Sequence[Chain]] = {},
 ) -> Copied:
-    """Replay the arm at every position of an answer, without memory across requests. Switched off it copies nothing.
+    """Replay the copying arm at every position of an answer, on its text only. A disabled arm copies nothing.
 
-    `calibration` and the request's own learn as it goes, a token at a time: from the first token of every proposal.
+    `calibration` and the request's own calibration learn after each token, from the first token of every proposal.
 
     Args:
         tokens: prompt and answer. prompt_length: tokens of the prompt. drafted: arm → [P] drafts of a trained drafter;
-            a copy goes on behind them, up to the width of both together.
+            a copy continues them, up to the larger of both arms' widths in all.
     """
     positions = len(tokens) - prompt_length - 1
     accepted, proposed = (np.zeros(positions, dtype=np.int64) for _ in range(2))
@@ -179,20 +179,20 @@ def replay_lookup(
 
 
 JOINED = {arm: f"{arm}+{arms.LOOKUP}" for arm in arms.PAIR}
-"""A trained drafter whose drafts are followed by the copy that they lead into, as `auto` serves it."""
+"""Arm → name of that arm with copied tokens after its drafts, as the router `auto` serves it."""
 
 ALL_ARMS = (*arms.PAIR, arms.LOOKUP)
 
-_BLOCKS = 64  # whose drafts are multiplied with the whole vocabulary at once
+_BLOCKS = 64  # Blocks per product with the head, to bound the memory of logits.
 
 Lengths = NDArray[np.int64]
 
 
 class Rounds(NamedTuple):
-    """Rounds of the trained drafters, at every position where a round can start, [P] each.
+    """Rounds of the trained drafters, at each of the P positions where a round can start.
 
-    accepted: arm → drafts accepted. tokens: arm → [P, D] int32, its drafts. alive: arm → [P, D] fp32, the products of
-    its confidences so far.
+    accepted: arm → [P] accepted drafts. tokens: arm → [P, D] int32, its drafts. alive: arm → [P, D] fp32, for each
+    draft the product of confidences up to it.
     """
 
     accepted: dict[str, Lengths]
@@ -200,14 +200,14 @@ class Rounds(NamedTuple):
     alive: dict[str, NDArray[np.float32]]
 
     def add(self, arm: str, right: Tensor, choice: Choice) -> None:
-        """`right` [P, D] bool: drafts that equal the text. `choice`: the drafts, [P, D] each."""
+        """Add an arm's rounds. right: [P, D] bool, drafts that equal the text. choice: the drafts, [P, D] each."""
         self.accepted[arm] = right.cumprod(1).sum(1).cpu().numpy()
         self.tokens[arm] = choice.token.int().cpu().numpy()
         self.alive[arm] = choice.confidence.double().cumprod(1).cpu().numpy().round(4).astype(np.float32)
 
     @property
     def chains(self) -> dict[str, list[Chain]]:
-        """Arm → [P] its drafts."""
+        """Arm → [P] chains, its drafts with their chances."""
         return {
             arm: list(map(Chain, tokens.tolist(), self.alive[arm].tolist()))
             for arm, tokens in self.tokens.items()
@@ -215,13 +215,13 @@ class Rounds(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """One answer with what each arm would have accepted.
+    """An answer with the drafts of each arm that would be accepted.
 
-    `accepted` arm (of `ALL_ARMS` and `JOINED`, those that are there) → [P] draft tokens accepted by a round starting at
-    answer position i (its bonus token is answer token i, P = answer tokens - 1). `final` [P, H] the target's state at
-    the last committed token of that round. `loop_from`: answer position from which the text repeats itself, P where
+    `accepted`: arm (the replayed ones of `ALL_ARMS` and `JOINED`) → [P] accepted drafts of a round that starts at
+    answer position i (its bonus token is answer token i, P = answer tokens - 1). `final` [P, H]: the target's state at
+    the last committed token before that round. `loop_from`: answer position from which the text repeats itself, P if
     it never does.
-    `copies` [P] fp64: how many copied tokens the lookup arm expected to be accepted, of those likely enough to copy.
+    `copies` [P] fp64: how many of its copied tokens the lookup arm expected to be accepted.
     `proposed` [P]: how many tokens the lookup arm would copy.
     """
 
@@ -235,19 +235,19 @@ class Replay(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """P: places where a round can start."""
+        """P, the number of positions where a round can start."""
         return len(self.accepted[arms.LOOKUP])
 
     def drafts_accepted(self, arm: str, position: int) -> int:
-        """Drafts accepted in a round of `arm` at `position`; an arm that was not replayed drafts nothing."""
+        """Return the accepted drafts of a round of `arm` at `position`; 0 for an arm that was not replayed."""
         return int(self.accepted[arm][position]) if arm in self.accepted else 0
 
 
 class ReplayLog:
-    """Rounds of the trained drafters on disk, one line an answer, so that a killed replay goes on."""
+    """Stores rounds of the trained drafters on disk, one line per answer, so that a killed replay can continue."""
 
     def __init__(self, directory: Path, pair: Pair) -> None:
-        """Open or create `<directory>/rounds-<digest>.jsonl`; a half-written last line is dropped."""
+        """Open or create `<directory>/rounds-<digest>.jsonl`; an incomplete last line is dropped."""
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / f"rounds-{pair.digest}.jsonl"
         self.known: dict[str, Rounds] = {}
@@ -266,7 +266,7 @@ class ReplayLog:
             write_whole(self._path, "".join(_line(name, rounds) for name, rounds in self.known.items()))
 
     def add(self, name: str, rounds: Rounds) -> None:
-        """Append one answer."""
+        """Append the rounds of the answer `name`."""
         self.known[name] = rounds
         with self._path.open("a") as file:
             file.write(_line(name, rounds))
@@ -279,9 +279,9 @@ def _line(name: str, rounds: Rounds) -> str:
 
 
 def replay_answers(pair: Pair, store: FeatureStore, names: Collection[str], log: ReplayLog) -> list[Replay]:
-    """Replay all arms over the stored answers of these names; answers too short to hold a round are left out.
+    """Replay all arms over the stored answers with ids in `names`; answers too short for a round are left out.
 
-    The lookup arm's calibration learns from answer to answer, as in one server.
+    The lookup arm's calibration is shared by all answers, as in a server.
 
     Raises:
         ValueError: no answer is long enough.
@@ -322,7 +322,7 @@ def _assemble(sequence: Stored, rounds: Rounds, pair: Pair, calibration: MatchCa
         record.id,
         record.category,
         {**rounds.accepted, **right, arms.LOOKUP: copied.accepted},
-        # A copy: a view would keep the features of the whole sequence in memory.
+        # Cloned, because a view would keep the features of the whole sequence in memory.
         sequence.final[record.prompt_length - 1 : record.length - 2].clone(),
         positions if start is None else min(start, positions),
         copied.expected,
@@ -332,7 +332,7 @@ def _assemble(sequence: Stored, rounds: Rounds, pair: Pair, calibration: MatchCa
 
 @torch.inference_mode()
 def replay_drafters(pair: Pair, sequence: Stored, capture: Sequence[int]) -> Rounds:
-    """Rounds of the trained drafters at every answer position."""
+    """Replay the trained drafters at every position of an answer; capture: layers of the stored features."""
     record = sequence.record
     batch = unpack(
         sequence.tokens,
@@ -352,7 +352,7 @@ def replay_drafters(pair: Pair, sequence: Stored, capture: Sequence[int]) -> Rou
 def _unrolled(
     drafter: Eagle3Drafter, batch: Batch, capture: Sequence[int], steps: int
 ) -> tuple[Tensor, Choice]:
-    """Whether each draft is right [P, steps], and the drafts."""
+    """Return whether each draft of the chains equals the text, [P, steps] bool, and the drafts."""
     layers = drafter.config.target_layer_ids
     if not layers:
         raise ValueError(
@@ -376,7 +376,7 @@ def _unrolled(
 def _blocks(
     drafter: DFlashDrafter, head: DraftHead, batch: Batch, capture: Sequence[int]
 ) -> tuple[Tensor, Choice]:
-    """Whether each draft is right [P, drafts], and the drafts."""
+    """Return whether each draft of the blocks equals the text, [P, drafts] bool, and the drafts."""
     blocks = choose_anchors(batch, per_token=1.0)
     columns = [list(capture).index(layer) for layer in drafter.config.target_layer_ids]
     states = run_blocks(drafter, batch, blocks, columns)

@@ -1,6 +1,6 @@
-"""Rounds of a replay: where they begin, what they emit, and their tally; and where an answer begins to loop.
+"""Step through and tally the rounds of a replay, and find where an answer begins to loop. Imports no torch.
 
-Small greedy models fall into repeated n-grams, which flatter acceptance. Imports no torch."""
+Small greedy models fall into repeated n-grams, which raise acceptance and so flatter a drafter."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,9 +11,9 @@ from operator import eq
 
 @dataclass
 class RoundTally:
-    """Rounds, and the tokens that they emitted (the bonus token included).
+    """Counts rounds and their emitted tokens (bonus tokens included).
 
-    won: arm → rounds that it drafted, where there are several.
+    won: arm → rounds that it drafted; filled by `walk.walk` only.
     """
 
     rounds: int = 0
@@ -22,22 +22,23 @@ class RoundTally:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens per round."""
+        """Emitted tokens per round; NaN without rounds."""
         return self.tokens / self.rounds if self.rounds else float("nan")
 
 
 def agreed(drafts: Iterable[int], text: Iterable[int]) -> int:
-    """Drafts that are accepted: how many of the first equal the text."""
+    """Count the accepted drafts: the length of the common prefix of `drafts` and `text`."""
     return sum(takewhile(bool, map(eq, drafts, text)))
 
 
 def rounds(begin: int, end: int, accepted: Callable[[int], int]) -> Iterator[tuple[int, int]]:
-    """Go through answer positions [begin, end): where each round begins, and how many tokens it emits.
+    """Yield where each round in answer positions [begin, end) begins, and how many tokens it emits.
 
     A round emits its accepted drafts and one token more, but never beyond `end`.
 
     Args:
-        accepted: drafts that the round at a position accepts; asked once a round, after the round before was handled.
+        accepted: position → accepted drafts of the round there; called once per round, after the caller has handled the
+            previous round.
     """
     while begin < end:
         emitted = min(accepted(begin) + 1, end - begin)
@@ -51,10 +52,10 @@ MIN_SPAN = 24
 
 
 def loop_start(tokens: Sequence[int]) -> int | None:
-    """Index where the second repetition of the closing loop begins, or None where the end is no loop.
+    """Return the index where the closing loop's second repetition begins; None if the text does not end in a loop.
 
-    A loop is a period of at most 48 tokens that fills the tail at least four times over and at least 24
-    tokens. The first pass through the period is kept: it is ordinary text.
+    A loop repeats a period of at most 48 tokens at least four times, over at least 24 tokens at the text's end.
+    The first pass through the period counts as ordinary text.
     """
     length = len(tokens)
     for period in range(1, min(MAX_PERIOD, length // MIN_REPEATS) + 1):

@@ -1,4 +1,4 @@
-"""The chances that a bundle ships: measured on a target's own answers, before anything is served."""
+"""Measure the initial chances of copied tokens that a bundle ships, on a target's own answers."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -8,16 +8,16 @@ from whiflash_sglang.copying.copier import Copier
 
 
 class AnsweredPrompt(NamedTuple):
-    """tokens: prompt and answer. prompt_length: tokens of the prompt."""
+    """A prompt with its answer. tokens: of both. prompt_length: tokens of the prompt."""
 
     tokens: Sequence[int]
     prompt_length: int
 
 
 def measure_seed(answers: Iterable[AnsweredPrompt], width: int = 16) -> tuple[tuple[float, ...], ...]:
-    """Share of copied tokens that are right, per bucket of match length and agreement of the places.
+    """Measure the share of copied tokens that are right, by bucket of match length and by `Agreement` of the places.
 
-    Copies up to `width` tokens from every position of every answer; a token counts if all before it were right. A
+    Copies up to `width` tokens at every position of every answer; a token counts if all before it were right. A
     combination that hardly occurs stays near even odds.
     """
     right = [[0.5 * SEED_WEIGHT] * len(Agreement) for _ in BUCKETS]

@@ -1,4 +1,4 @@
-"""Percentiles and paired bootstrap intervals. Needs no server."""
+"""Compute percentiles and paired bootstrap intervals of measurements."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ class Percentiles(BaseModel, frozen=True, extra="forbid"):
 
 
 class Interval(BaseModel, frozen=True, extra="forbid"):
-    """A ratio and its interval, of 95 % unless its maker says otherwise."""
+    """A ratio with its confidence interval, 95 % unless the function that makes it says otherwise."""
 
     ratio: float
     low: float
@@ -28,7 +28,7 @@ class Interval(BaseModel, frozen=True, extra="forbid"):
 
 
 def percentiles_ms(seconds: Sequence[float]) -> Percentiles | None:
-    """Percentiles of `seconds` in milliseconds; None without any."""
+    """Return the 50th, 95th and 99th percentile of `seconds`, in milliseconds; None for an empty sequence."""
     if not seconds:
         return None
     p50, p95, p99 = np.percentile(np.asarray(seconds) * 1000, [50, 95, 99])
@@ -36,7 +36,7 @@ def percentiles_ms(seconds: Sequence[float]) -> Percentiles | None:
 
 
 def rate(tokens: Floats, seconds: Floats) -> float:
-    """Tokens per second. tokens, seconds: [prompts, repetitions]; the median repetition of every prompt counts."""
+    """Return tokens per second. tokens, seconds: [prompts, repetitions], of which each prompt's medians are summed."""
     return float(np.median(tokens, axis=1).sum() / np.median(seconds, axis=1).sum())
 
 
@@ -50,14 +50,14 @@ def paired_ratio(
     seed: int = 0,
     draws: int = DRAWS,
 ) -> Interval:
-    """Ratio of two arms' rates with its 95 % paired bootstrap interval.
+    """Return the ratio of two arms' rates (`rate`) with its 95 % paired bootstrap interval.
 
-    Both arms are drawn together, first prompts within their stratum (category; from all where a stratum has but
-    one), then repetitions of each drawn prompt: what a prompt or a moment did to both arms cancels out.
+    Both arms use the same draws: first prompts within their stratum (category; from all prompts if a stratum has only
+    one), then repetitions of each drawn prompt. So an effect of a prompt or a moment on both arms cancels out.
 
     Args:
-        tokens, seconds: [prompts, repetitions] of the arm; other_*: of the one it is compared with, same order.
-        strata: [prompts].
+        tokens, seconds: [prompts, repetitions] of the arm; other_*: of the other arm, in the same order.
+        strata: [prompts], the category of each.
 
     Raises:
         ValueError: the shapes differ or are empty.
@@ -69,7 +69,7 @@ def paired_ratio(
     labels = np.asarray([str(s) for s in strata])
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     if min(map(len, members)) == 1:
-        members = [np.arange(prompts)]  # Drawing one prompt of one would call its category certain.
+        members = [np.arange(prompts)]  # A single prompt, always drawn, would make its category certain.
     rows = np.concatenate([generator.choice(m, size=(draws, len(m))) for m in members], axis=1)
     columns = generator.integers(0, repetitions, size=(draws, prompts, repetitions))
 

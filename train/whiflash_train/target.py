@@ -1,4 +1,4 @@
-"""A target in transformers, which drafters begin as, learners read and ties are judged by."""
+"""Run a target in transformers: drafters copy its layers, `whiflash learn` reads its states, benchmarks its logits."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +16,7 @@ _SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 def unknown(path: Path) -> str | None:
-    """The reason why drafters cannot have layers like those of the target in a directory; None: they can."""
+    """Return why drafters cannot copy layers of the target in the directory `path`; None if they can."""
     config = read_json_file(path / "config.json", finite=False)
     architecture = (config.get("architectures") or ["?"])[0]
     if architecture not in _SUPPORTED:
@@ -25,7 +25,7 @@ def unknown(path: Path) -> str | None:
 
 
 class TargetOutput(NamedTuple):
-    """`features` [T, captured, H]: outputs of the captured layers; `final` [T, H]: after the final norm."""
+    """States of a text. `features` [T, captured, H]: outputs of layers. `final` [T, H]: after the final norm."""
 
     features: Tensor
     final: Tensor
@@ -34,24 +34,24 @@ class TargetOutput(NamedTuple):
 class TargetModel:
     """Inference-only target: one forward over a whole text, without a cache.
 
-    Attributes: `embedding` [V, H], `head` [V, H] (the same tensor when tied), `config` the checkpoint's `config.json`,
-    `layers` transformers' own. Drafters begin from it (`Origin`) where `unknown` has nothing against it.
+    Attributes: `embedding` [V, H], `head` [V, H] (the same tensor if tied), `config` the checkpoint's `config.json`,
+    `layers` transformers' modules. New drafters begin from it (`Origin`) if `unknown` returns None.
     """
 
     embedding_scale = 1.0
 
     def __init__(self, path: Path, *, device: torch.device, dtype: torch.dtype) -> None:
-        """Load a Hugging Face directory, none of whose code runs.
+        """Load a Hugging Face directory without running code from it.
 
         Raises:
-            ValueError: it is quantised, of which transformers may read the values without their scales, or tensors are
-                missing, which transformers draws at random; or transformers does not know it.
+            ValueError: it is quantised (transformers may read values without their scales), or tensors are missing
+                (transformers draws them at random), or transformers does not know it.
             ImportError, OSError: transformers cannot load it.
         """
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # it would be drawn into our own
+        logging.disable_progress_bar()  # it would overwrite our own bar
         self.config: dict[str, Any] = read_json_file(path / "config.json", finite=False)
         if self.config.get("quantization_config"):
             raise ValueError(f"the target in {path} is quantised; only one in full precision is read here")
@@ -80,7 +80,7 @@ class TargetModel:
 
     @torch.inference_mode()
     def forward(self, text: Sequence[int] | Tensor, capture: Sequence[int] = ()) -> TargetOutput:
-        """Outputs of the layers in `capture`, and final states of a text [T], with causal attention."""
+        """Run a text [T]; returns the outputs of the layers in `capture`, and the final states."""
         kept: dict[int, Tensor] = {}
 
         def keep(index: int, _: Any, __: Any, output: Any) -> None:
@@ -99,13 +99,13 @@ class TargetModel:
         )
 
     def states(self, text: Sequence[int], capture: Sequence[int]) -> Tensor:
-        """As training stores them: [T, captured + 1, H], the final states last."""
+        """Return a text's states in the form of `FeatureStore`: [T, captured + 1, H], the final states last."""
         output = self.forward(text, capture)
         return torch.cat([output.features, output.final[:, None]], dim=1)
 
     @torch.inference_mode()
     def next_logits(self, text: Sequence[int] | Tensor) -> Tensor:
-        """[V] float32, of the token after a text."""
+        """Return the logits [V] float32 of the token after a text."""
         tokens = torch.as_tensor(text, device=self.device)
         logits: Tensor = self._model(tokens[None], use_cache=False, logits_to_keep=1).logits
         return logits[0, -1].float()

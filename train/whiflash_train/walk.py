@@ -1,4 +1,4 @@
-"""Static arms, routers and hindsight oracles walked through the replays of held-out answers, round by round."""
+"""Walk static arms, routers and hindsight oracles through replays of held-out answers, round by round."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +16,14 @@ ORACLE = "oracle"
 ORACLE_OF_THREE = "oracle-of-three"
 
 Choices = Mapping[int, str]
-"""Answer position → the arm of a round that starts there."""
+"""Answer position → arm of the round that starts there."""
 
 
 class RouterWalk(NamedTuple):
-    """A router's wishes: for each answer the arm of every position.
+    """A router's choices: for each answer the arm of every position.
 
-    min_dwell: rounds that an arm is kept before the next switch. copies: whether the lookup arm is among its arms,
-    so that it is measured against the oracle of three.
+    min_dwell: least rounds with an arm before the next switch. copies: whether the lookup arm is among its arms; then
+    it is compared with the oracle of three arms.
     """
 
     choices: Sequence[Choices]
@@ -40,10 +40,10 @@ def walk(
     min_dwell: int = 0,
     learn: Callable[[int, int], None] = lambda ended, emitted: None,
 ) -> None:
-    """Go through answer positions [begin, end) with a fixed arm, or with the arm that `choose` names for a round.
+    """Walk answer positions [begin, end) with a fixed arm, or with the arm that `choose` gives for each round.
 
-    A wish to switch is not followed before the arm was used for `min_dwell` rounds. learn: gets the position at which a
-    round ended and the tokens that it emitted, before the next one is chosen.
+    An arm changes only after `min_dwell` rounds. tally: counts the rounds and tokens. learn: called with a round's end
+    position and emitted tokens before the next round's arm is chosen.
     """
     of = choose.__getitem__ if isinstance(choose, Mapping) else choose
     dwell, previous = 0, None
@@ -64,9 +64,9 @@ def walk(
 
 
 def best_arms(answer: Replay, among: Sequence[str] = arms.PAIR) -> dict[int, str]:
-    """The hindsight oracle: at every position the arm that accepts most; the first of `among` on a tie.
+    """Return the hindsight oracle's choices: position → arm with the most accepted drafts; ties go to the first.
 
-    Arms that were not replayed are left out.
+    Arms that were not replayed are ignored.
     """
     among = [arm for arm in among if arm in answer.accepted]
     lengths = np.stack([answer.accepted[arm] for arm in among])
@@ -74,13 +74,13 @@ def best_arms(answer: Replay, among: Sequence[str] = arms.PAIR) -> dict[int, str
 
 
 def choices_above(values: Sequence[float] | NDArray[np.float64], threshold: float) -> dict[int, str]:
-    """EAGLE-3 where the value of a position exceeds the threshold, else DFlash."""
+    """Choose EAGLE-3 at positions whose value exceeds the threshold, else DFlash; returns position → arm."""
     above = (np.asarray(values) > threshold).tolist()
     return {position: arms.AR if high else arms.DIFFUSION for position, high in enumerate(above)}
 
 
 def tabulate(answers: Sequence[Replay], routers: Mapping[str, RouterWalk]) -> dict[str, Any]:
-    """Per category and overall figures.
+    """Compute the figures of every arm, router and oracle, by category and overall.
 
     Returns:
         {"categories": {category: figures}, "overall": figures, "loop": figures}; `overall` weighs every

@@ -1,1 +1,1 @@
-"""Commands that train, and put bundles together."""
+"""Commands that train drafters and put bundles together."""

@@ -1,6 +1,6 @@
 """`whiflash bundle`: drafters, router and manifest in one directory, from published checkpoints.
 
-`whiflash lab lookup-seed`: what a bundle's copying arm believes before it has seen anything."""
+`whiflash lab lookup-seed`: measure the chances with which a bundle's copying arm begins."""
 
 import shlex
 from pathlib import Path
@@ -58,7 +58,7 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
         from whiflash_sglang.checkpoints.hub import check_place
 
         for place in filter(None, (target, eagle3, dflash, router)):
-            check_place(place)  # before the seconds that reading formats takes
+            check_place(place)  # checked first, because the import below takes seconds
         from whiflash_train.bundle import BundleParts, create
 
         manifest = create(BundleParts(target, eagle3, dflash, router, router_sign), out, name)

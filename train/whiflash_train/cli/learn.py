@@ -1,4 +1,4 @@
-"""`whiflash learn`: the drafters of a bundle train on what a server kept of its requests, and make a new bundle."""
+"""`whiflash learn`: train a bundle's drafters on a server's stored requests, and write a new bundle."""
 
 from pathlib import Path
 from typing import Annotated, Any

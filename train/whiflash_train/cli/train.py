@@ -1,7 +1,7 @@
 """`whiflash train`: answers, drafters and bundle. Every step is resumable and writes its provenance.
 
-`whiflash lab split`, `features` and `export`: parts that a shared set of answers needs. A configuration is read before
-torch is imported: what is wrong with it is said at once.
+`whiflash lab split`, `features` and `export`: make and use a shared set of answers. A configuration is read before
+torch is imported, so that its errors come at once.
 """
 
 import json
@@ -41,7 +41,7 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
 
 
 def resolve_config(path: Path) -> "TrainConfig":
-    """A file, or the name of a configuration shipped with the package."""
+    """Load the configuration at `path`, a file or the name of a configuration shipped with the package."""
     import whiflash_train as train
     from whiflash_train.config import load_config
 
@@ -92,7 +92,7 @@ def train(
 
 
 def _take(step: str, settings: "TrainConfig", out: Path | None, start_from: Path | None) -> dict[str, Any]:
-    """Take one step; the options are `train`'s. Returns what there is to report of it."""
+    """Run one step of `train`, with its options. Returns the facts to report."""
     if step == "bundle" and out is not None:
         from whiflash_train.bundle import assemble
 
@@ -199,8 +199,8 @@ def export(
 
 @contextmanager
 def readable_errors() -> Iterator[Callable[[Mapping[str, Any], bool], None]]:
-    """Make errors that a person can act on those of this package; what runs meanwhile shows its progress on stderr, so
-    that stdout holds the result alone: the yielded `report` still prints there.
+    """Turn ValueErrors into WhiflashErrors, which a person can act on. Code inside prints to stderr, so that stdout
+    contains only results; the yielded function reports them there.
     """
     stdout = sys.stdout
 
@@ -213,5 +213,5 @@ def readable_errors() -> Iterator[Callable[[Mapping[str, Any], bool], None]]:
             yield told
     except WhiflashError:
         raise
-    except ValueError as error:  # prompts, data or a checkpoint that cannot be used
+    except ValueError as error:  # unusable prompts, data or checkpoint
         raise WhiflashError(str(error)) from error

@@ -1,1 +1,1 @@
-"""EAGLE-3, DFlash and DSpark: their losses, and the runs that train them."""
+"""Train EAGLE-3, DFlash and DSpark drafters: initial weights, losses and training runs."""

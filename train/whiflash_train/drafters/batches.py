@@ -1,8 +1,8 @@
-"""Sequences packed into batches of about equal work, in an order fixed by the seed, and what a drafter learns from.
+"""Pack sequences into batches of about equal work, in an order fixed by the seed, and make the drafters' labels.
 
-That is the target's own distribution where the target chose freely, its token elsewhere. Under a grammar (or when
-sampled) the emitted token can differ from the target's first choice; the drafter is judged by what was emitted, so such
-positions get that token as a hard label.
+A label is the target's distribution if the emitted token is its first choice, else the emitted token alone. Under a
+grammar (or with sampling) the emitted token can differ from the first choice. Drafts are accepted by the emitted token,
+so such positions get it as a hard label.
 """
 
 import random
@@ -20,8 +20,8 @@ from whiflash_train.answers.store import FeatureStore, SequenceRecord, unique_an
 
 
 class SequenceSpan(NamedTuple):
-    """The place of one sequence in a batch: its first token, its first feature row, its length and prompt
-    length.
+    """Place of a sequence in a batch: index of its first token, of its first feature row, its length and its prompt's
+    length in tokens.
     """
 
     token: int
@@ -31,7 +31,7 @@ class SequenceSpan(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Packed sequences: `tokens` [N], `features` [N - B, captured, H], `final` [N - B, H]."""
+    """B packed sequences: `tokens` [N], `features` [N - B, captured, H], `final` [N - B, H], `spans` their places."""
 
     tokens: Tensor
     features: Tensor
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
 
 def unpack(tokens: Tensor, features: Tensor, final: Tensor, lengths: Tensor, prompts: Tensor) -> Batch:
-    """The batch that `SequenceBatches` packed, after the trainer moved its tensors to the device."""
+    """Rebuild the batch from the tensors of a `SequenceBatches` item, which the trainer has moved to the device."""
     spans = []
     token = feature = 0
     for length, prompt in zip(lengths.tolist(), prompts.tolist(), strict=True):
@@ -51,16 +51,16 @@ def unpack(tokens: Tensor, features: Tensor, final: Tensor, lengths: Tensor, pro
 
 
 class SequenceBatches(Dataset[dict[str, Tensor]]):
-    """Item i is batch i of one epoch; the trainer shuffles the items every epoch.
+    """A data set whose item i is batch i of one epoch; the trainer shuffles the items every epoch.
 
     Sequences of similar length are batched together, up to `answer_tokens` answer tokens and four times as
-    many in all, so that one agent prompt does not dominate memory.
+    many tokens in all, so that a long agent prompt does not dominate memory.
     """
 
     def __init__(
         self, stores: SequenceOf[FeatureStore], answer_tokens: int, min_answer: int, seed: int
     ) -> None:
-        """Raises ValueError: no stored answer has `min_answer` tokens."""
+        """Batch the stored answers of at least `min_answer` tokens. Raises ValueError if there are none."""
         entries = [
             entry
             for entry in unique_answers(stores)
@@ -98,7 +98,7 @@ class SequenceBatches(Dataset[dict[str, Tensor]]):
 
 
 def token_frequencies(stores: SequenceOf[FeatureStore], vocab_size: int) -> Tensor:
-    """How often each token occurs in the answers: [V] int64."""
+    """Count how often each token occurs in the answers: [V] int64."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for store, record in unique_answers(stores):
         answer = store.read_tokens(record)[record.prompt_length :]
@@ -107,11 +107,11 @@ def token_frequencies(stores: SequenceOf[FeatureStore], vocab_size: int) -> Tens
 
 
 ROWS = 64
-"""A batch's rows are filled up to a multiple of this, so that a training meets a few dozen sizes, not thousands."""
+"""Rows of CPU products are padded to a multiple of this, so a training has a few dozen sizes, not thousands."""
 
 
 class EvenRows(TorchFunctionMode):
-    """Inside, `torch.nn.functional.linear` fills a CPU tensor [..., H] up with rows of zeros that its result lacks."""
+    """Makes `torch.nn.functional.linear` pad a CPU input [..., H] with rows of zeros, and cut them off its result."""
 
     def __torch_function__(
         self,
@@ -131,10 +131,10 @@ class EvenRows(TorchFunctionMode):
 
 
 class Labels(NamedTuple):
-    """Targets over a reduced vocabulary of size K.
+    """Labels over a reduced vocabulary of size K.
 
-    `weights` [N, K] rows sum to 1 (soft or one-hot); `ids` [N] the emitted token's index in the vocabulary,
-    -1 where it is not in it; such rows do not count.
+    `weights` [N, K]: rows sum to 1 (soft or one-hot). `ids` [N]: the emitted token's index in the vocabulary, -1 if
+    it is not in it; such rows do not count.
     """
 
     weights: Tensor
@@ -142,7 +142,7 @@ class Labels(NamedTuple):
 
     @property
     def counted(self) -> Tensor:
-        """[N] bool: rows whose emitted token the vocabulary holds."""
+        """[N] bool: whether the row's emitted token is in the reduced vocabulary."""
         return self.ids >= 0
 
 
@@ -150,13 +150,13 @@ class Labels(NamedTuple):
 def make_labels(
     final: Tensor, emitted: Tensor, head: Tensor, index_of: Tensor, bias: Tensor | None
 ) -> Labels:
-    """Labels of N positions.
+    """Make the labels of N positions.
 
     Args:
         final: [N, H] the target's states after the final norm.
         emitted: [N] token ids that followed.
         head: [K, H] rows of the target's head. bias: [K] added to the logits (sampling correction), or None.
-        index_of: [V] id → index among the K rows, -1 where absent.
+        index_of: [V] id → index among the K rows, -1 if absent.
     """
     logits = F.linear(final.to(head.dtype), head).float()
     if bias is not None:
@@ -170,7 +170,7 @@ def make_labels(
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
-    """Keeps only the gradient, in the logits' own type: a third of the plain formula's memory traffic."""
+    """Cross-entropy that stores only its gradient in the logits' dtype: a third of the plain memory traffic."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
@@ -187,19 +187,19 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-sum of labels · log softmax(logits) by row: [N, K], [N, K] → [N] fp32. `labels` rows sum to 1."""
+    """Compute -sum(labels · log softmax(logits)) by row: [N, K], [N, K] → [N] fp32. `labels` rows sum to 1."""
     loss: Tensor = _SoftCrossEntropy.apply(logits, labels)
     return loss
 
 
 def first_choice(logits: Tensor, ids: Tensor) -> Tensor:
-    """[N, K] logits, [N] indices → [N] bool: whether the index holds the largest logit (False for -1)."""
+    """Whether each index in `ids` [N] has the largest logit of its row in `logits` [N, K]: [N] bool, False for -1."""
     chosen = logits.gather(-1, ids.clamp(min=0)[:, None])[:, 0]
     return (ids >= 0) & (chosen >= logits.amax(-1))
 
 
 def index_map(ids: Tensor, vocab_size: int) -> Tensor:
-    """The inverse of `ids` [K]: [V] int64, -1 for tokens that are not in it."""
+    """Return the inverse of `ids` [K]: token id → its index, [V] int64, -1 for other tokens."""
     index = torch.full((vocab_size,), -1, dtype=torch.int64, device=ids.device)
     index[ids] = torch.arange(len(ids), device=ids.device)
     return index

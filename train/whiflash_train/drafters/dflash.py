@@ -1,4 +1,4 @@
-"""DFlash training (arXiv 2602.06036): random anchors, whole blocks, position-weighted loss, soft labels.
+"""Train DFlash (arXiv 2602.06036): random anchors, whole blocks, position-weighted loss, soft labels.
 
 A block at anchor n holds token n and masks; it sees the context features of tokens 0…n-1 and itself, in both
 directions, and predicts tokens n+1…n+B-1. The head is the target's; over a large vocabulary the loss uses the
@@ -32,8 +32,8 @@ from whiflash_train.origin import Origin
 
 
 class Blocks(NamedTuple):
-    """Anchors of a batch: `anchor` [A] position in the sequence, `token`/`feature` [A] offsets of position 0
-    in the batch, `length` [A] of the sequence, and how many anchors each sequence has."""
+    """The A blocks of a batch. anchor: [A] position in the sequence. token, feature: [A] index in the batch of the
+    sequence's first token and feature row. length: [A] of the sequence. counts: number of anchors by sequence."""
 
     anchor: Tensor
     token: Tensor
@@ -45,9 +45,9 @@ class Blocks(NamedTuple):
 class Examples(NamedTuple):
     """Training examples of the A blocks of a batch, D drafts each.
 
-    rows: [A, D, H] the states that draft. before: [A, D] the text's tokens in front of those that are drafted. valid:
-    [A, D] bool, drafts of tokens that the text has. labels: those of A·D rows over the loss's vocabulary, `ids` [K].
-    head: [K, H] its rows, bfloat16. bias: [K] added to its logits for the tokens that were left out.
+    rows: [A, D, H] the states that draft. before: [A, D] the text's token before each draft. valid: [A, D] bool,
+    whether the text has a token at the draft's position. labels: of the A·D rows over the loss's vocabulary `ids` [K].
+    head: [K, H] rows of the target's head, bfloat16. bias: [K] added to logits to correct for tokens left out.
     """
 
     rows: Tensor
@@ -60,22 +60,22 @@ class Examples(NamedTuple):
 
     @property
     def counted(self) -> Tensor:
-        """[A, D] bool: drafts that have a label."""
+        """[A, D] bool: whether a draft has a label."""
         return self.valid & self.labels.counted.view(self.valid.shape)
 
     def logits(self) -> Tensor:
-        """[A·D, K], by the target's head."""
+        """Compute the drafts' logits [A·D, K] over the loss's vocabulary, by the target's head."""
         rows = self.rows.flatten(0, 1)
         return F.linear(rows, self.head.to(rows.dtype)) + self.bias.to(rows.dtype)
 
     def acceptance_length(self, logits: Tensor) -> float:
-        """Acceptance length of the blocks, bonus token included, if each row of `logits` [A·D, K] drafts its first."""
+        """Return the blocks' mean acceptance length, bonus token included, for the argmax of `logits` [A·D, K]."""
         hits = self.valid & first_choice(logits.detach(), self.labels.ids).view(self.valid.shape)
         return 1 + hits.cumprod(1).sum(1).float().mean().item()
 
 
 class BlockTraining(nn.Module):
-    """A block drafter and what its loss is taken over; `forward` takes a batch of `SequenceBatches`."""
+    """Base of block drafters' training, which makes the examples. `forward` takes a batch of `SequenceBatches`."""
 
     def __init__(
         self,
@@ -87,8 +87,8 @@ class BlockTraining(nn.Module):
         anchors_per_token: float,
         gamma: float,
     ) -> None:
-        """`columns`: which captured vectors the drafter reads. `frequent` [K] token ids always in the loss,
-        `sampled` more at random. Position k of a block weighs exp(-(k-1)/`gamma`)."""
+        """Set up the loss. columns: indices of the captured layers that the drafter reads. frequent: [K] token ids that
+        are always in the loss; sampled: number of random others. Position k of a block weighs exp(-(k-1)/`gamma`)."""
         super().__init__()
         self.drafter, self.columns = drafter, list(columns)
         self.frequent: Tensor
@@ -107,16 +107,16 @@ class BlockTraining(nn.Module):
     def forward(
         self, tokens: Tensor, features: Tensor, final: Tensor, lengths: Tensor, prompts: Tensor
     ) -> dict[str, Tensor]:
-        """→ {"loss": scalar}."""
+        """Compute {"loss": scalar} of a batch of `SequenceBatches`."""
         batch = unpack(tokens, features, final, lengths, prompts)
         return {"loss": self.loss(self.examples(batch))}
 
     def loss(self, examples: Examples) -> Tensor:
-        """A scalar; `metrics` are set on the way."""
+        """Compute the scalar loss, and set `metrics`."""
         raise NotImplementedError
 
     def examples(self, batch: Batch) -> Examples:
-        """Blocks at random anchors, drafted."""
+        """Draft blocks at random anchors, and make their labels."""
         blocks = choose_anchors(batch, self.anchors_per_token)
         drafts = self.drafter.config.max_drafts
         offsets = torch.arange(1, drafts + 1, device=batch.tokens.device)
@@ -137,7 +137,7 @@ class BlockTraining(nn.Module):
         return Examples(self.drafter.draft_rows(states, drafts), before, valid, labels, ids, head, bias)
 
     def _vocabulary(self) -> tuple[Tensor, Tensor]:
-        """Token ids of this batch's loss [K], and what their logits are corrected by [K]."""
+        """Return the token ids of this batch's loss [K], and the correction of their logits for sampling [K]."""
         count = min(self.sampled, len(self.rest))
         chosen = self.rest[torch.randperm(len(self.rest), device=self.rest.device)[:count]]
         bias = torch.zeros(len(self.frequent) + count, device=chosen.device)
@@ -147,10 +147,10 @@ class BlockTraining(nn.Module):
 
 
 class DFlashTraining(BlockTraining):
-    """Cross-entropy with the target's distribution."""
+    """Trains DFlash by the cross-entropy with the target's distribution."""
 
     def loss(self, examples: Examples) -> Tensor:
-        """The weighted mean."""
+        """Compute the mean of the drafts' cross-entropies, weighted by position; see `BlockTraining.loss`."""
         logits = examples.logits()
         losses = cross_entropy(logits, examples.labels.weights).view(examples.valid.shape)
         weights = self.position_weights * examples.counted
@@ -159,12 +159,12 @@ class DFlashTraining(BlockTraining):
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Scalar; both of one shape."""
+    """Return the weighted mean of `values`, a scalar; weights: the same shape."""
     return (values * weights).sum() / weights.sum().clamp(min=1e-6)
 
 
 def run_blocks(drafter: DFlashDrafter, batch: Batch, blocks: Blocks, columns: Sequence[int]) -> Tensor:
-    """Draft all blocks: final states of their rows, [A, rows, H], the bonus token's first."""
+    """Draft all blocks; returns the final states of their rows, [A, rows, H], the bonus token's row first."""
     width = drafter.config.block_size
     device = batch.tokens.device
     fused = drafter.fuse(batch.features[:, columns].flatten(1).to(drafter.fc.weight.dtype))
@@ -179,7 +179,7 @@ def run_blocks(drafter: DFlashDrafter, batch: Batch, blocks: Blocks, columns: Se
 
 
 def choose_anchors(batch: Batch, per_token: float) -> Blocks:
-    """`per_token` anchors for each answer token that has one after it, at random; 1 takes them all."""
+    """Choose random anchors: a share `per_token` of the answer tokens that have a next token; 1 takes all."""
     device = batch.tokens.device
     parts, counts = [], []
     for span in batch.spans:
@@ -201,12 +201,12 @@ def _block_attention(
     values: Tensor,
     seen: Sequence[LayerSpan],
 ) -> Attend:
-    """Attention of blocks: context entries before the anchor, and the block itself.
+    """Return the attention of blocks to the context entries before their anchor and to themselves.
 
-    `keys`, `values` [layers, features, Hkv, D]. seen: what a row of each layer sees; empty: everything.
+    keys, values: [layers, features, Hkv, D] of the context. seen: the span of each layer; empty: all.
     """
     rows_of = torch.arange(width, device=keys.device)
-    behind = rows_of[None] - rows_of[:, None]  # [row, other row]: how far the other one is after it
+    behind = rows_of[None] - rows_of[:, None]  # [row, other row]: the other row's position minus the row's
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         span_of = seen[layer] if seen else LayerSpan()
@@ -242,14 +242,14 @@ def _block_attention(
 
 
 def _hidden(behind: Tensor, seen: LayerSpan) -> Tensor:
-    """Rows of its own block that a row does not see, of the distances `behind`."""
+    """Return a mask of the rows of its block that a row does not see. behind: see `_block_attention`."""
     hidden = behind > 0 if seen.causal else torch.zeros_like(behind, dtype=torch.bool)
     return hidden if seen.window is None else hidden | (behind < -seen.window)
 
 
 def initialise(target: Origin, settings: DFlash | DSpark, *, block_size: int, section: str) -> DFlashDrafter:
-    """A drafter whose first layers start as the target's `source_layers`, those beyond them as layers that add nothing
-    yet. It reads the last captured feature unfused.
+    """Make a drafter with copies of the target's `source_layers` as first layers; further layers add nothing at first.
+    Its fusion passes on the last captured feature unchanged.
 
     Raises:
         ConfigError: naming the key of the configuration's `section`, where the target has no such layer.

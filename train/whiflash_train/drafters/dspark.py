@@ -1,4 +1,4 @@
-"""DSpark training (arXiv 2607.05147): DFlash's blocks, a Markov head fed the text's own tokens, a confidence head.
+"""Train DSpark (arXiv 2607.05147): DFlash's blocks, a Markov head that reads the text's tokens, a confidence head.
 
 The loss of a draft is `cross_entropy` · CE + `distance` · L1 of the target's and the drafter's distributions +
 `confidence` · BCE of the confidence head, as DeepSpec combines them; positions are weighted by a falling exponential.
@@ -26,17 +26,17 @@ from whiflash_train.origin import Origin, for_training
 
 
 class DSparkTraining(BlockTraining):
-    """The drafter with its loss."""
+    """Trains a DSpark drafter with the loss of the module's docstring."""
 
     drafter: DSparkDrafter
 
     def __init__(self, drafter: DSparkDrafter, settings: DSpark, **options: Any) -> None:
-        """`options`: as `BlockTraining` takes it."""
+        """Set up the loss; `options` are further parameters of `BlockTraining`."""
         super().__init__(drafter, gamma=settings.gamma, **options)
         self.settings = settings
 
     def loss(self, examples: Examples) -> Tensor:
-        """The weighted mean of the terms."""
+        """Compute the weighted sum of the loss's terms; see `BlockTraining.loss`."""
         settings, shape, targets = self.settings, examples.valid.shape, examples.labels.weights
         logits, weights = self.corrected(examples), self.position_weights * examples.counted
         distance = (logits.float().softmax(-1) - targets).abs().sum(-1).view(shape)
@@ -44,7 +44,7 @@ class DSparkTraining(BlockTraining):
         loss = loss + settings.distance * weighted_mean(distance, weights)
         self.metrics = {"acceptance_length": examples.acceptance_length(logits)}
         if self.drafter.config.confidence:
-            # The chance that the target takes a draft: sampled, what both distributions share; greedy, 0 or 1.
+            # The chance that a draft is accepted: with sampling the overlap of both distributions, greedily 0 or 1.
             right = 1 - distance.detach() / 2
             if settings.confidence_of == "choice":
                 right = first_choice(logits.detach(), examples.labels.ids).view(shape).float()
@@ -56,7 +56,7 @@ class DSparkTraining(BlockTraining):
         return loss
 
     def corrected(self, examples: Examples) -> Tensor:
-        """[A·D, K]: the head's logits with what the Markov head adds behind the text's own tokens."""
+        """Compute the drafts' logits [A·D, K], with the Markov head's correction after the text's own tokens."""
         logits = examples.logits()
         if not self.drafter.config.markov_rank:
             return logits
@@ -66,17 +66,17 @@ class DSparkTraining(BlockTraining):
 
 
 def initialise(target: Origin, settings: DSpark) -> DSparkDrafter:
-    """A drafter whose trunk begins as `dflash.initialise` makes it, with new heads."""
+    """Make a drafter with a trunk from `dflash.initialise` and new heads."""
     from_anchor = settings.sample_from_anchor is not False
     trunk = initialise_trunk(target, settings, block_size=settings.block_size - from_anchor, section="dspark")
     return with_heads(trunk, settings, from_anchor)
 
 
 def go_on_from(path: Path, target: Origin, settings: DSpark) -> DSparkDrafter:
-    """The drafter that begins as a DFlash checkpoint, proposing what it proposes, or as a DSpark one, heads and all.
+    """Load a drafter from a DFlash checkpoint, with new heads that leave its drafts unchanged, or from a DSpark one.
 
     Raises:
-        CheckpointError: it cannot be read. ConfigError: it is not of the configured shape.
+        CheckpointError: it cannot be read. ConfigError: its shape is not the configured one.
     """
     draft = read_draft(path, arms.DIFFUSION)
     config = draft.config
@@ -108,8 +108,8 @@ def go_on_from(path: Path, target: Origin, settings: DSpark) -> DSparkDrafter:
 
 
 def with_heads(trunk: DFlashDrafter, settings: DSpark, from_anchor: bool) -> DSparkDrafter:
-    """The drafter with the trunk's weights, and its heads where it has any. New ones say nothing yet: W2 and the
-    confidence head are 0, so that it proposes what the trunk does."""
+    """Make a drafter with the trunk's weights and its heads, if it has them. In new heads W2 and the confidence head
+    are 0, so that the drafts are the trunk's."""
     kept = {field.name: getattr(trunk.config, field.name) for field in fields(DFlashConfig)}
     config = DSparkConfig(
         **kept | {"from_anchor": from_anchor, "block_size": settings.block_size - from_anchor},

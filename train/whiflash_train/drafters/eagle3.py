@@ -1,4 +1,4 @@
-"""EAGLE-3 training: training-time test (arXiv 2503.01840, section 3.2) with the target's soft labels.
+"""Train EAGLE-3: training-time test (arXiv 2503.01840, section 3.2) with the target's soft labels.
 
 Row r is a chain rooted at entry r. Step 0 predicts token r+2 from the target's feature r; step j feeds back
 the state of step j-1, sees the target-fed entries up to r and its own chain, and predicts token r+j+2.
@@ -27,12 +27,11 @@ from whiflash_train.origin import Origin
 
 
 class Chains(NamedTuple):
-    """All chains of a batch, one for every answer position that a round can start at.
+    """All chains of a batch, one for every answer position at which a round can start.
 
     `feature`, `token`, `position` [R]: the root's feature row, the index of the token after it, its position.
-    `label` [R]: row of step 0's label among the labels, whose feature rows and token indices are
-    `label_features` and `label_tokens`; step j's label is j rows further. `steps_left` [R]: steps with a
-    label.
+    `label` [R]: row of step 0's label among all labels; step j's label is j rows further. `steps_left` [R]: number
+    of steps with a label. `label_features`, `label_tokens`: feature row and token index of each label.
     """
 
     feature: Tensor
@@ -45,12 +44,12 @@ class Chains(NamedTuple):
 
 
 class Eagle3Training(nn.Module):
-    """The drafter with its loss; `forward` takes a batch of `SequenceBatches`."""
+    """Trains an EAGLE-3 drafter with its loss; `forward` takes a batch of `SequenceBatches`."""
 
     def __init__(
         self, drafter: Eagle3Drafter, target_head: Tensor, *, columns: Sequence[int], steps: int, decay: float
     ) -> None:
-        """`columns`: which captured vectors the drafter reads. Step j weighs `decay ** j`."""
+        """Set up the loss. columns: indices of the captured layers that are read. Step j has weight `decay ** j`."""
         super().__init__()
         self.drafter, self.columns, self.steps, self.decay = drafter, list(columns), steps, decay
         self.teacher_head: Tensor
@@ -63,7 +62,7 @@ class Eagle3Training(nn.Module):
     def forward(
         self, tokens: Tensor, features: Tensor, final: Tensor, lengths: Tensor, prompts: Tensor
     ) -> dict[str, Tensor]:
-        """→ {"loss": scalar}."""
+        """Compute {"loss": scalar} of a batch of `SequenceBatches`."""
         batch = unpack(tokens, features, final, lengths, prompts)
         plan = plan_chains(batch)
         labels = make_labels(
@@ -90,10 +89,10 @@ def unroll(
     steps: int,
     own_drafts: bool = False,
 ) -> Iterator[Tensor]:
-    """Draft logits [rows, draft vocabulary] of every chain of `plan`, fed the sequence's tokens, step by step, or, as
-    in a server, what the chain itself drafted (`own_drafts`).
+    """Yield each step's draft logits [chains, draft vocabulary] of all chains of `plan`. A step reads the sequence's
+    tokens, or with `own_drafts` the chain's own drafts, as in a server.
 
-    Rows whose sequence ends before a step (`steps_left`) compute something that does not count.
+    Rows whose sequence ends before a step (`steps_left`) have logits that must be ignored.
     """
     fused = drafter.fuse(batch.features[:, columns].flatten(1).to(drafter.fc.weight.dtype))
     following = torch.cat([batch.tokens[span.token + 1 : span.token + span.length] for span in batch.spans])
@@ -114,7 +113,7 @@ def unroll(
 
 
 def plan_chains(batch: Batch) -> Chains:
-    """Chains rooted at the last prompt token and at every answer token that has two more after it."""
+    """Plan the chains, rooted at the last prompt token and at every answer token with two more tokens after it."""
     device = batch.tokens.device
     parts = []
     labels = 0
@@ -133,7 +132,7 @@ def _chain_attention(
     chain: list[tuple[Tensor, Tensor]],
     step: int,
 ) -> Attend:
-    """Attention of step `step`: target-fed entries up to the root, then the chain's own entries."""
+    """Return the attention of step `step`, to the entries up to the root and to the chain's own entries."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if step > 0:
@@ -168,14 +167,14 @@ def _chain_attention(
 
 
 def initialise(target: Origin, settings: Eagle3, draft_ids: Tensor) -> Eagle3Drafter:
-    """A drafter that starts as the target's layer `source_layer`, or as one that adds nothing yet. It reads the last
-    captured feature, unfused.
+    """Make a drafter whose layer is a copy of the target's `source_layer`, or else adds nothing at first. Its fusion
+    passes on the last captured feature unchanged.
 
     Args:
         draft_ids: [K] the draft vocabulary, ascending target ids.
 
     Raises:
-        ConfigError: its MLP would be narrower than the target's, or the target has no such layer.
+        ConfigError: the configured MLP is narrower than the target's, or the target has no such layer.
     """
     config = Eagle3Config(
         hidden_size=target.hidden_size,

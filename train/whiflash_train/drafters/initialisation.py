@@ -1,4 +1,4 @@
-"""How a drafter begins: with its target's vocabulary, and with layers of it, or with layers that add nothing yet."""
+"""Initialise a drafter: the target's vocabulary, and copies of its layers or layers that add nothing at first."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,11 +19,11 @@ _NORM_ANSWERS = 64
 
 
 def origin_of(config: TrainConfig, path: Path, stores: Sequence[FeatureStore]) -> Origin:
-    """The target at `path` as drafters begin from it: read whole where this package knows its layers, else what SGLang
-    wrote while the data of `stores` were made.
+    """Return the target at `path` for new drafters: a `TargetModel` if this package knows its layers, else the tensors
+    that SGLang wrote while it made the data of `stores`.
 
     Raises:
-        ConfigError: the configuration asks for what only one of the two has. CheckpointError: SGLang wrote nothing yet.
+        ConfigError: `draft_layers` is set for a `TargetModel`. CheckpointError: SGLang wrote nothing yet.
     """
     sizes = config.draft_layers.model_dump(exclude_none=True)
     if unknown(path) is None:
@@ -39,10 +39,10 @@ def origin_of(config: TrainConfig, path: Path, stores: Sequence[FeatureStore]) -
 
 
 def norm_weight(stores: Sequence[FeatureStore]) -> Tensor:
-    """First weights of a drafter's last norm, for a target whose own is not known: [H] float32.
+    """Estimate the initial weights of a drafter's last norm, for a target whose own norm is not known: [H] float32.
 
-    Behind a norm every channel has its weight for size, as far as channels are alike in front of it: so the root of the
-    mean square of the target's final states, channel by channel. Their signs are lost, and are learned.
+    If channels are alike before a norm, each channel's magnitude after it is its weight. So the estimate is each
+    channel's root mean square in the target's final states. The weights' signs are unknown; training must find them.
 
     Raises:
         ValueError: there are no answers yet.
@@ -56,7 +56,7 @@ def norm_weight(stores: Sequence[FeatureStore]) -> Tensor:
 
 @torch.no_grad()
 def blank(layer: Any) -> None:
-    """Let a layer add nothing to what goes through it until it is trained: attention and MLP end in 0."""
+    """Set a layer's output projections (attention, MLP) to 0, so that it adds nothing to the residual until trained."""
     for weight in (layer.attention.qkv.weight, layer.mlp.gate_up.weight):
         nn.init.normal_(weight, std=0.02)
     for weight in (layer.attention.out.weight, layer.mlp.down.weight):
@@ -64,7 +64,7 @@ def blank(layer: Any) -> None:
 
 
 class SourceLayer(NamedTuple):
-    """Weights of a target's layer, joined as a drafter's modules hold them."""
+    """Weights of a target's layer, with q, k, v and gate, up joined as in a drafter's modules."""
 
     input_norm: Tensor
     qkv: Tensor
@@ -75,7 +75,7 @@ class SourceLayer(NamedTuple):
 
 
 def source_layer(target: Origin, index: int, key: str) -> SourceLayer:
-    """A layer of the target. Raises ConfigError naming `key` of the configuration where there is none to begin as."""
+    """Return the weights of the target's layer `index`. Raises ConfigError naming the setting `key`."""
     if not target.layers:
         raise ConfigError(
             f"{key}: the target's layers are not of a drafter's kind, so a drafter cannot begin as one of them; "
@@ -97,15 +97,15 @@ def source_layer(target: Origin, index: int, key: str) -> SourceLayer:
 
 
 def go_on_from(path: Path, target: Origin, settings: Eagle3, frequencies: Tensor) -> Eagle3Drafter:
-    """The drafter of a checkpoint, of the configured sizes.
+    """Load the drafter of a checkpoint and enlarge it to the configured sizes.
 
     Args:
-        frequencies: [V] int64, how often the data has each token. If the configuration asks for more draft tokens than
-        the checkpoint has, the most frequent others join them; if for fewer, the most frequent stay.
+        frequencies: [V] int64, counts of tokens in the data. If the configuration has more draft tokens than the
+            checkpoint, the most frequent others are added; if fewer, the most frequent stay.
 
     Raises:
-        CheckpointError: it cannot be read. ConfigError: it reads other layers, has several, a wider MLP, an embedding
-            of its own or no head of its own.
+        CheckpointError: it cannot be read. ConfigError: it reads other target layers, or has several layers, a wider
+            MLP, an embedding of its own or no head of its own.
     """
     drafter = Eagle3Drafter.load(path, **for_training(target))
     config = drafter.config
@@ -125,7 +125,7 @@ def go_on_from(path: Path, target: Origin, settings: Eagle3, frequencies: Tensor
 
 
 def choose_draft_vocabulary(frequencies: Tensor, size: int) -> Tensor:
-    """The `size` most frequent tokens (ties: lower id first), ascending. `frequencies` [V]."""
+    """Return the ids of the `size` most frequent tokens (ties: lower id first), ascending. frequencies: [V]."""
     order = torch.sort(frequencies, descending=True, stable=True).indices[:size]
     return order.sort().values
 
@@ -133,12 +133,12 @@ def choose_draft_vocabulary(frequencies: Tensor, size: int) -> Tensor:
 def enlarged(
     drafter: Eagle3Drafter, target: Origin, draft_ids: Tensor, intermediate_size: int
 ) -> Eagle3Drafter:
-    """The same drafter over the tokens `draft_ids` [K], ascending, with an MLP of that width.
+    """Return the drafter with the draft vocabulary `draft_ids` [K], ascending, and an MLP of `intermediate_size` units.
 
-    Rows that it had of them are kept. A new token's row is the target's, moved as the known ones moved on average since
-    they were the target's. An offset common to all rows of a softmax decides nothing among them, so training lets it
-    drift; rows without it would win or lose everywhere. New units of the MLP add nothing until they are trained
-    (Net2Net, arXiv 1511.05641). Raises `ConfigError` if the MLP would be narrower.
+    Head rows of earlier draft tokens stay. A new token's row is the target's plus the mean change that training made to
+    the earlier rows. A softmax ignores an offset common to all its rows, so training lets it drift; rows without the
+    offset would win or lose everywhere. New units of the MLP add nothing until they are trained (Net2Net, arXiv
+    1511.05641). Raises `ConfigError` if the MLP would be narrower.
     """
     before = drafter.config
     if intermediate_size < before.intermediate_size:
@@ -168,7 +168,7 @@ def enlarged(
 
 
 def _widen(mine: Any, theirs: Any) -> None:
-    """Copy an MLP into one at least as wide."""
+    """Copy the MLP of layer `theirs` into that of `mine`, which is at least as wide; further units output 0."""
     old, new = theirs.mlp.down.in_features, mine.mlp.down.in_features
     nn.init.normal_(mine.mlp.gate_up.weight, std=0.02)
     mine.mlp.gate_up.weight[:old] = theirs.mlp.gate_up.weight[:old]

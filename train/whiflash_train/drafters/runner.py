@@ -1,4 +1,4 @@
-"""The drafters' training runs on transformers' Trainer: resumable, seeded, checkpointed as it goes."""
+"""Train drafters with transformers' Trainer: seeded, with checkpoints from which a killed run continues."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ AfterStep = Callable[[], object]
 
 
 class _Stepped(TrainerCallback):  # type: ignore[misc]
-    """Calls what it is given after every step."""
+    """Calls the function `call` after every training step."""
 
     def __init__(self, call: AfterStep) -> None:
         self._call = call
@@ -38,7 +38,7 @@ class _Stepped(TrainerCallback):  # type: ignore[misc]
 
 
 class _LoggingTrainer(Trainer):  # type: ignore[misc]
-    """Adds the training model's own figures to every log line."""
+    """A Trainer that pads CPU products (`EvenRows`) and adds the model's `metrics` to every log line."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with EvenRows():
@@ -60,11 +60,11 @@ def train_drafter(
     """Train a drafter on the data so far; returns the directory of its checkpoint, in SGLang's format.
 
     Args:
-        name: of `BUILDERS`, and of its section of the configuration.
-        after_step: called after every step.
+        name: key of `BUILDERS`, and name of the drafter's section in the configuration.
+        after_step: called after every training step.
 
     Raises:
-        ConfigError: there is no such section, `start_from` is not of its shape, or another run trains this drafter.
+        ConfigError: there is no such section, `start_from` has another shape, or another run trains this drafter.
     """
     settings = config.dspark_section() if name == "dspark" else getattr(config, name)
     stores, loop = open_stores(config), settings.loop
@@ -142,13 +142,13 @@ def _block(
 
 
 BUILDERS: Mapping[str, Callable[..., nn.Module]] = {"eagle3": _eagle3, "dflash": _block, "dspark": _block}
-"""Drafter → what makes it, with its loss, as its training begins."""
+"""Drafter → function that makes its training module (initial drafter and loss)."""
 
 
 def last_checkpoint(directory: Path) -> str | None:
-    """The last complete checkpoint of a killed run of the same output directory; None for a new one.
+    """Return the last complete checkpoint of a killed run in `directory`; None if there is none.
 
-    One that was being written when the run died (its state comes last) is removed: the one before it is still there.
+    A checkpoint without a readable state, which is written last, is incomplete and removed; the previous one remains.
     """
     checkpoints = directory.glob("checkpoint-*")
     for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
@@ -164,7 +164,7 @@ def last_checkpoint(directory: Path) -> str | None:
 def _facts(
     name: str, config: TrainConfig, stores: list[FeatureStore], start_from: Path | None
 ) -> dict[str, Any]:
-    """Sources of a run's weights. Threads and the files' directories are not among them."""
+    """Return the facts that determine a run's weights: data, settings, start. Threads and directories are left out."""
     settings = config.model_dump(mode="json", include={"target", "capture", "seed", "draft_layers", name})
     return {
         "data": {store.path.name: data_digest(store) for store in stores},

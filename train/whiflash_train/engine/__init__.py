@@ -1,1 +1,1 @@
-"""SGLang's offline engine, which writes training data."""
+"""SGLang's offline engine as a source of training data: answers and features."""

@@ -1,7 +1,7 @@
-"""SGLang's offline engine for training data: it answers by plain decoding, and returns the features of texts.
+"""Run SGLang's offline engine for training data: answers by plain decoding, and features of texts.
 
-The engine is SGLang's own; its schedulers have a `FeatureRecorder` (`recorder.py`). A text's prefill computes
-all of it: prefixes are not cached, and prompts run without graphs.
+The engine is SGLang's own; its schedulers have a `FeatureRecorder` (`recorder.py`). A text's prefill computes the
+whole text, because prefixes are not cached, and prompts run without graphs.
 """
 
 import asyncio
@@ -27,18 +27,18 @@ from whiflash_train.engine import recorder
 
 R = TypeVar("R")
 TERMINATED = 143
-"""Exit code of a command that was sent SIGTERM."""
+"""Exit code of a command that SIGTERM ended."""
 _NOT_OURS = (
     *("pp_size", "dp_size", "attn_dp_size", "attn_cp_size", "dcp_size", "enable_prefill_cp", "nnodes"),
     *("enable_pdmux", "disaggregation_mode", "dllm_algorithm", "return_hidden_states_mode"),
     *("allow_auto_truncate", "skip_tokenizer_init", "tokenizer_path"),
 )
-"""Arguments under which a scheduler has not every layer's output of every text, or grammars have no tokenizer."""
+"""Arguments with which a scheduler would lack some layers' outputs of a text, or grammars their tokenizer."""
 
 
 class EnginePlace(NamedTuple):
-    """target: its name in the configuration. Directories: origin, for what drafters take over from it; states, for
-    features on their way."""
+    """The files of an engine. target: its name in the configuration. origin: directory of the matrices with which
+    drafters begin. states: directory through which schedulers pass features to this process."""
 
     target: str
     origin: Path
@@ -46,26 +46,28 @@ class EnginePlace(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """An answer's tokens, the one that ended it included, and whether one did."""
+    """An answer's tokens, with the end token if it has one. finished: whether it has one."""
 
     tokens: list[int]
     finished: bool
 
 
 class OfflineEngine:
-    """SGLang's processes, until `close`. Requests are coroutines; `completed` runs them."""
+    """Runs SGLang's processes until `close`. Requests are coroutines; `completed` runs them."""
 
     def __init__(
         self, model: Path, layers: list[int], place: EnginePlace, arguments: Mapping[str, Any], **chosen: Any
     ) -> None:
-        """Args:
-            layers: of the target, ascending, whose outputs are features.
-            arguments: the user's, of SGLang's. chosen: those that the caller decides.
+        """Start the engine.
+
+        Args:
+            layers: target layers whose outputs are the features, ascending.
+            arguments: the user's arguments for SGLang's engine. chosen: the caller's.
 
         Raises:
-            ConfigError: the model's layers cannot be captured; the user's arguments are not SGLang's, or not for him
-                to choose here.
-            IncompatibleEngineError: this is another release.
+            ConfigError: the model's layers cannot be captured; SGLang does not know an argument, or the user must not
+                set it here.
+            IncompatibleEngineError: SGLang is another release.
         """
         patching.require_version()
         architecture = (read_json_config(model).get("architectures") or ["?"])[0]
@@ -93,9 +95,9 @@ class OfflineEngine:
             directory.mkdir(parents=True, exist_ok=True)
         self._states, self._names = place.states, count()
         self._clear()
-        # SGLang takes signals for the loop that it runs requests in, which nobody runs after the last of them.
+        # SGLang handles signals in its event loop, which nobody runs after the last request: `close` restores these.
         self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGQUIT)}
-        # SGLang's own way of giving an engine another scheduler.
+        # SGLang lets a subclass of its engine replace the scheduler's process.
         started = partial(recorder.run, layers, *place)
         kind = type("RecordingEngine", (Engine,), {"run_scheduler_process_func": staticmethod(started)})
         try:
@@ -104,7 +106,7 @@ class OfflineEngine:
             raise ConfigError(f"data.engine: {error}") from None
 
     async def answer(self, tokens: list[int], **sampling: Any) -> Generated:
-        """The target's answer to a prompt. Raises ValueError where SGLang refuses the request."""
+        """Generate the target's answer to a prompt. Raises ValueError if SGLang refuses the request."""
         result = await self._ask(tokens, sampling)
         reason = result["meta_info"]["finish_reason"]
         if reason["type"] == "abort":
@@ -112,10 +114,10 @@ class OfflineEngine:
         return Generated(list(result["output_ids"]), reason["type"] == "stop")
 
     async def features(self, tokens: list[int], dtype: torch.dtype) -> Tensor:
-        """Outputs of the layers for every token of a text, followed by the state after the final norm.
+        """Compute the outputs of the layers for every token of a text, followed by the state after the final norm.
 
         Returns:
-            [T, (layers + 1) · H] of `dtype`, the target's.
+            [T, (layers + 1) · H] of `dtype`, which must be the target's.
         """
         name = f"{recorder.WANTED}{next(self._names)}"
         sampling = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
@@ -131,11 +133,11 @@ class OfflineEngine:
     async def _ask(self, tokens: list[int], sampling: dict[str, Any], **options: Any) -> Any:
         try:
             return await self._engine.async_generate(input_ids=tokens, sampling_params=sampling, **options)
-        except HTTPException as error:  # it has no room or ends, which another prompt would meet as well
+        except HTTPException as error:  # it has no room or is stopping: other prompts would fail too
             raise WhiflashError(f"SGLang gave up a text of {len(tokens)} tokens: {error.detail}") from error
 
     def completed(self, requests: Iterator[Coroutine[Any, Any, R]], at_once: int) -> Iterator[R]:
-        """Results of requests, as they are done, `at_once` of them under way. Raises SystemExit after SIGTERM."""
+        """Yield the requests' results as they complete, with `at_once` running. Raises SystemExit after SIGTERM."""
         loop, running = self._engine.loop, set[asyncio.Task[R]]()
         try:
             while True:
@@ -147,14 +149,14 @@ class OfflineEngine:
                 done, running = loop.run_until_complete(first)
                 yield from [task.result() for task in done]
                 if self._engine.tokenizer_manager.gracefully_exit:
-                    # SGLang takes SIGTERM for itself, and would wait until there are no requests any more.
+                    # SGLang's handler takes SIGTERM and would wait until all requests have ended.
                     raise SystemExit(TERMINATED)
         finally:
             for task in running:
                 task.cancel()
 
     def close(self) -> None:
-        """End SGLang's processes, and take signals as before. Features that nobody waited for any more are removed."""
+        """End SGLang's processes, restore the signal handlers, and remove files of features that nobody read."""
         for number, handler in self._handlers.items():
             self._engine.loop.remove_signal_handler(number)
             signal.signal(number, handler)

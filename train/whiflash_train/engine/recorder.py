@@ -1,8 +1,8 @@
-"""Features of texts in the scheduler of an offline engine, written to files as their prompts are prefilled.
+"""Write features of texts to files, in the scheduler of an offline engine, when their prompts are prefilled.
 
-A text whose features are wanted comes as a prompt whose name begins with `WANTED`. Its prefill is asked for hidden
-states as our worker asks (`engine/forward/captured.py`), and they go to a file of that name before the
-scheduler hears of the result. Other requests run as they would without this, by plain decoding.
+A request whose id begins with `WANTED` asks for its prompt's features. Its prefill captures hidden states as our worker
+does (`engine/forward/captured.py`), and writes them to a file of that name before the scheduler receives the result.
+Other requests run unchanged, by plain decoding.
 """
 
 import json
@@ -24,17 +24,17 @@ from whiflash_sglang.files.jsonl import staged, write_whole
 from whiflash_train.origin import ORIGIN, vocabulary_file
 
 WANTED = "whiflash-features-"
-"""Prefix of such requests' names."""
+"""Prefix of the ids of requests for features."""
 
 
 _wanted: tuple[Sequence[int], str, Path, Path] | None = None
-"""Layers, the target's name, and the directories of the scheduler that this process makes."""
+"""Layers, the target's name and two directories (`run`), for the scheduler that this process starts; None elsewhere."""
 
 
 def run(
     layers: Sequence[int], name: str, origin: Path, states: Path, *arguments: Any, **options: Any
 ) -> None:
-    """A scheduler's process, as SGLang starts it, with a `FeatureRecorder`. The rest are SGLang's own arguments."""
+    """Run SGLang's scheduler process with a `FeatureRecorder`. Further arguments are SGLang's own."""
     global _wanted
     _wanted = layers, name, origin, states
     install(sys.modules[__name__])
@@ -48,7 +48,7 @@ def run(
     until="it returns features of chosen layers",
 )
 def _recorded(original: Any, self: Any, *arguments: Any, **options: Any) -> None:
-    """The scheduler of an engine for training data writes features of prompts."""
+    """Attach a `FeatureRecorder` to a scheduler that `run` starts, and write the target's matrices."""
     original(self, *arguments, **options)
     if _wanted is not None:
         layers, name, origin, states = _wanted
@@ -56,15 +56,17 @@ def _recorded(original: Any, self: Any, *arguments: Any, **options: Any) -> None
 
 
 class FeatureRecorder:
-    """Takes the place of a worker's forward, and writes what it captures of wanted texts."""
+    """Replaces a worker's forward, and writes the captured states of requests for features."""
 
     def __init__(self, worker: Any, layers: Sequence[int], states: Path) -> None:
-        """Args:
-            layers: whose outputs are captured, ascending; the state behind the final norm comes behind them.
-            states: directory of the files, `[T, (layers + 1) · H]` of the target's dtype each, without a header.
+        """Replace the forward of `worker`.
+
+        Args:
+            layers: layers whose outputs are captured, ascending; the state after the final norm follows them.
+            states: directory of the files, each `[T, (layers + 1) · H]` of the target's dtype, without a header.
 
         Raises:
-            CheckpointError: the target cannot capture what its layers put out.
+            CheckpointError: the target cannot capture its layers' outputs.
         """
         self.target, self._states = LoadedTarget(worker), states
         count = self.target.shape.num_layers
@@ -72,7 +74,7 @@ class FeatureRecorder:
         self._forward, worker.forward_batch_generation = worker.forward_batch_generation, self.forward
 
     def forward(self, batch: Any, *arguments: Any, **options: Any) -> Any:
-        """The worker's `forward_batch_generation`."""
+        """Run the worker's `forward_batch_generation`, and write the features of the batch's requests for them."""
         if batch is None or not batch.forward_mode.is_extend():
             return self._forward(batch, *arguments, **options)
         rows = list(zip((req.rid for req in batch.reqs), batch.extend_lens, strict=True))
@@ -89,11 +91,11 @@ class FeatureRecorder:
         return result
 
     def tell(self, place: Path, name: str) -> None:
-        """Write what drafters take over from the target of that name into a directory: sizes, and this process's rows
-        of the vocabulary.
+        """Write the target's facts under `name` into the directory `place`: ranks, embedding scale, and this process's
+        rows of embedding and head, with which drafters begin.
 
         Raises:
-            CheckpointError: embedding or head are quantised.
+            CheckpointError: embedding or head is quantised.
         """
         target, parallel = self.target, get_parallel()
         matrices = {"embedding": target.embedding, "head": target.lm_head}
@@ -103,11 +105,11 @@ class FeatureRecorder:
                 "use a checkpoint that leaves both as they are"
             )
         place.mkdir(parents=True, exist_ok=True)
-        # A matrix that is not split is whole in every process (Gemma 3's embedding): the first one's counts.
+        # Every process has the whole of a matrix that is not split (Gemma 3's embedding): only rank 0 writes it.
         again = {
             name: parallel.tp_rank > 0 and len(x) == target.shape.vocab_size for name, x in matrices.items()
         }
-        # Copies: where the head is tied both would be one storage.
+        # Cloned, because safetensors refuses tensors that share storage, as a tied head and embedding do.
         plain = {name: (x[:0] if again[name] else x).detach().cpu().clone() for name, x in matrices.items()}
         with staged(vocabulary_file(place, parallel.tp_rank)) as file:
             save_file(plain, file)
@@ -117,6 +119,6 @@ class FeatureRecorder:
 
 
 def _append(file: Path, rows: torch.Tensor) -> None:
-    """A chunk of a long prompt goes behind the one before."""
+    """Append rows to a text's file; a long prompt comes in several chunks."""
     with file.open("ab") as out:
         out.write(rows.contiguous().cpu().view(torch.uint8).numpy().tobytes())

@@ -1,1 +1,1 @@
-"""`whiflash learn`: drafters of a bundle train on what was served, and make a new bundle if they got better."""
+"""`whiflash learn`: train a bundle's drafters on served requests, and write a new bundle if one became better."""

@@ -1,8 +1,8 @@
-"""One pass of `whiflash learn`: a bundle's drafters train on samples and are judged, and better ones make a new bundle.
+"""Run one pass of `whiflash learn`: train a bundle's drafters on samples, judge them, and write a better bundle.
 
-Drafters are judged by what they accept of the same answers (`_gain`). A pass may rest, to leave the processor to a
-server (`Pace`). Its files are in `learner` of the directory of `--whiflash-learn`, readable by the owner only, and gone
-when it ends. The next pass goes on with those of a killed one if it would learn the same.
+Drafters are judged by their acceptance lengths on the same answers before and after (`_gain`). A pass may rest, to
+leave the processor to a server (`Pace`). Its files are in `learner` in the directory of `--whiflash-learn`, readable by
+the owner only, and removed when it ends. After a kill, the next pass continues with them if it would learn the same.
 """
 
 import json
@@ -50,20 +50,20 @@ from whiflash_train.statistics import Interval, paired_ratio
 from whiflash_train.target import TargetModel, unknown
 
 SAVE_STEPS = 25
-"""Steps of training that a killed pass loses at most."""
+"""Training steps between checkpoints: the most that a killed pass loses."""
 EPOCHS = 3.0
 """Passes over the samples."""
 STEP_TOKENS = 1024
-"""Answer tokens in a step. With 256, EAGLE-3 lost 1 % of its acceptance length at the same rate: samples are few, and
-small steps of a fresh optimiser are mostly noise."""
+"""Answer tokens in a training step. With 256, EAGLE-3 lost 1 % of its acceptance length at the same rate: samples are
+few, and small steps of a fresh optimiser are mostly noise."""
 LOCK = ".learner"
 WORK = "learner"
 CHOICE = "choice.json"
-"""File of the samples that the pass in `WORK` learns from, and its settings."""
+"""File in `WORK` with the pass's settings and its chosen samples."""
 LEARNED = "learned.json"
-"""File of a bundle that a pass wrote: its outcome, what it began with, and the machine and packages."""
+"""File of a bundle that a pass wrote: its outcome, the bundle it began with, machine and packages."""
 SECTIONS: Mapping[type, str] = {Eagle3Drafter: "eagle3", DFlashDrafter: "dflash", DSparkDrafter: "dspark"}
-"""Drafter → section of a training's configuration."""
+"""Class of a drafter → its section of a training configuration."""
 
 T = TypeVar("T")
 
@@ -72,8 +72,8 @@ class Pace:
     """Sleeps after work, so that this process uses a share of one core's time.
 
     Args:
-        share: seconds of a processor for each second that passes; None: as many as there are.
-        used, now: seconds of processors that this process has used, and a clock's. sleep: waits so many seconds.
+        share: processor seconds per second of time; None: no limit.
+        used, now: return the process's processor seconds and a clock's seconds. sleep: waits some seconds.
     """
 
     def __init__(
@@ -89,39 +89,39 @@ class Pace:
         self._began = used(), now()
 
     def rest(self) -> None:
-        """Sleep for as long as the work since the last rest was beyond the share."""
+        """Sleep until the processor time since the last rest is within the share."""
         if self._share is not None:
             used, passed = self._used() - self._began[0], self._now() - self._began[1]
             self._sleep(max(0.0, used / self._share - passed))
         self._began = self._used(), self._now()
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, with a rest after each."""
+        """Yield the items, with a rest after each."""
         for item in items:
             yield item
             self.rest()
 
 
 class Gain(Interval, frozen=True):
-    """before, after: tokens a round of a drafter alone, over all answers. ratio: of the two, with its interval."""
+    """A drafter's gain. before, after: its acceptance lengths over all answers, alone. ratio: after / before."""
 
     before: float
     after: float
 
     @property
     def better(self) -> bool:
-        """Beyond its interval."""
+        """Whether the ratio's whole interval is above 1."""
         return self.low > 1
 
 
 Walked = Mapping[str, Sequence[RoundTally]]
-"""Arm → a tally for each answer."""
+"""Arm → tally of each answer."""
 
 
 def walk_answers(pair: Pair, store: FeatureStore, log: ReplayLog, pace: Pace) -> Walked:
-    """Walk every stored answer with each drafter alone, as a server would draft, verify and commit it.
+    """Walk every stored answer with each drafter alone, round by round as in a server; returns the tallies.
 
-    log: of the pair, for what was replayed before a killed walk.
+    log: the pair's replays, some perhaps from a killed pass.
     """
     tallies: dict[str, list[RoundTally]] = {arm: [] for arm in pair.drafters}
     for record in pace.each(tracked(store.records, "judging")):
@@ -137,7 +137,7 @@ def walk_answers(pair: Pair, store: FeatureStore, log: ReplayLog, pace: Pace) ->
 
 
 def _gain(before: Sequence[RoundTally], after: Sequence[RoundTally]) -> Gain:
-    """Gain of an arm. Answers are drawn together for both, so what is hard for both cancels out."""
+    """Return an arm's gain from its tallies before and after. The bootstrap draws the same answers for both."""
 
     def column(tallies: Sequence[RoundTally], of: str) -> NDArray[np.float64]:
         return np.array([[getattr(tally, of)] for tally in tallies], dtype=np.float64)
@@ -151,9 +151,9 @@ def _gain(before: Sequence[RoundTally], after: Sequence[RoundTally]) -> Gain:
 class Learning(NamedTuple):
     """A pass's inputs.
 
-    directory: that of `--whiflash-learn`. bundle: the one in use. out: directory of the new one. config: how its
-    drafters are trained. tokens: answer tokens to learn from. judged: requests that judge. rate: peak learning rate.
-    replay: an exported file of the original training's answers, of which as many tokens are learned; None: nothing is.
+    directory: the server's `--whiflash-learn`. bundle: the one in use. out: directory of the new bundle. config: the
+    drafters' training configuration. tokens: most answer tokens to learn from. judged: most requests that judge. rate:
+    peak learning rate. replay: exported answers of the original training, of which as many tokens are added, or None.
     """
 
     directory: Path
@@ -167,9 +167,9 @@ class Learning(NamedTuple):
 
 
 class Outcome(BaseModel, frozen=True):
-    """bundle: that was written; None: no drafter became better. learned, judged: requests. tokens: answer tokens that
-    were learned from, replayed ones included. seconds: since the pass began, or went on. until: when the newest of its
-    requests was written, in seconds since the epoch. drafters: what each gained.
+    """A pass's result. bundle: the new bundle; None: no drafter became better. learned, judged: numbers of requests.
+    tokens: answer tokens learned from, replayed ones included. seconds: since the pass began, or was continued. until:
+    when its newest request was written, in seconds since the epoch. drafters: each one's gain.
     """
 
     bundle: Path | None
@@ -182,14 +182,14 @@ class Outcome(BaseModel, frozen=True):
 
 
 def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
-    """Learn from the samples, and write a bundle with the drafters that became better beyond their interval.
+    """Train on the samples, and write a bundle with the drafters whose gain's interval is above 1.
 
     Args:
         pace: rests after every step; None: there are no rests.
 
     Raises:
-        TooFewError: of the samples. ConfigError: another learner is at work, the bundle's drafters cannot be trained
-            on, or there is something where the result would be.
+        TooFewError: there are too few samples. ConfigError: another learner is running, the bundle's drafters cannot
+            be trained further, or `out` exists.
     """
     pace = pace or Pace()
     original = None if learning.replay is None else Exported(learning.replay)
@@ -242,7 +242,7 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
 
 
 def section_of(arm: str, checkpoint: Path) -> str:
-    """Return the section of a training's configuration that this drafter is trained by.
+    """Return the name of the configuration's section that trains this drafter.
 
     Raises:
         ConfigError: no section trains drafters of this kind.
@@ -258,7 +258,7 @@ def section_of(arm: str, checkpoint: Path) -> str:
 
 
 def check_same(before: Mapping[str, Path], after: Mapping[str, Path]) -> None:
-    """Raise ConfigError if a checkpoint, by arm, has another configuration after training than before it."""
+    """Raise ConfigError if an arm's checkpoint has another configuration after training than before it."""
     for arm, path in before.items():
         was, now = (asdict(read_draft(each, arm).config) for each in (path, after[arm]))
         if was != now:
@@ -270,9 +270,9 @@ def check_same(before: Mapping[str, Path], after: Mapping[str, Path]) -> None:
 
 
 def check_target(configured: str, served: str) -> None:
-    """Raise ConfigError where a training's configuration and a server's bundle are for different targets.
+    """Raise ConfigError if a training configuration and a server's bundle are for different targets.
 
-    Equal names, or names of one directory, are one target.
+    Equal names, and names of the same directory, mean the same target.
     """
     if configured == served or (is_embedded(configured) and is_embedded(served)):
         return
@@ -286,9 +286,9 @@ def check_target(configured: str, served: str) -> None:
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[Path]:
-    """A directory to work in, as the only learner; what a killed one left is in it.
+    """Yield the locked work directory, with the files of a killed pass. Only an interrupted pass leaves it behind.
 
-    Raises ConfigError where there is another, or no spool.
+    Raises ConfigError if another learner has the lock, or the directory has no samples.
     """
     if not samples_of(directory).is_dir():
         raise ConfigError(f"{directory} has no samples: name the directory of the server's --whiflash-learn")
@@ -299,7 +299,7 @@ def _alone(directory: Path) -> Iterator[Path]:
         check_own(work)
         try:
             yield work
-        except (KeyboardInterrupt, SystemExit):  # as a pass that was killed: the next one goes on
+        except (KeyboardInterrupt, SystemExit):  # the next pass continues, as after a kill
             raise
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
@@ -308,9 +308,9 @@ def _alone(directory: Path) -> Iterator[Path]:
 
 
 def newest_learned(bundle: Path) -> float:
-    """Return when the newest sample was written that made or judged a bundle, in seconds since the epoch.
+    """Return when the newest sample that trained or judged a bundle was written, in seconds since the epoch.
 
-    0 for a bundle that no pass wrote, and for a date ahead of now, of a clock that was: no sample would ever be newer.
+    0 for a bundle that no pass wrote, and for a date in the future (a wrong clock), since no sample would be newer.
     """
     try:
         until = float(read_json_file(bundle / LEARNED)["until"])
@@ -322,9 +322,9 @@ def newest_learned(bundle: Path) -> float:
 def _chosen(
     learning: Learning, manifest: Manifest, checkpoints: Mapping[str, Path], work: Path
 ) -> ChosenTexts:
-    """Choice of a killed pass, if all of it is there still and it began as this one does; or the newest samples.
+    """Return a killed pass's samples if its settings were the same and all samples still exist; else choose the newest.
 
-    `work` holds the files made from the choice, or nothing.
+    In the first case the files in `work` stay, else they are removed.
     """
     target = target_path(learning.config.target)
     shape = read_json_config(target)
@@ -332,7 +332,7 @@ def _chosen(
     vocabulary = integer(shape, "vocab_size", target)
     samples = texts_of(samples_of(learning.directory), manifest.target, vocabulary, longest)
     now = time.time()
-    texts = [text for text in samples if text.written <= now]  # no later one, of a clock that was ahead
+    texts = [text for text in samples if text.written <= now]  # a date in the future means a wrong clock
     settings = learning._replace(config=learning.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
     del settings["out"]
     settings["checkpoints"] = {arm: checkpoint_digest(path) for arm, path in checkpoints.items()}
@@ -347,7 +347,7 @@ def _chosen(
                 for side in ("learned", "judged")
             )
             return ChosenTexts(learned, judged, was["until"])
-    except (OSError, ValueError, KeyError, TypeError):  # there was no pass, or a sample of it was forgotten
+    except (OSError, ValueError, KeyError, TypeError):  # there was no pass, or one of its samples is gone
         pass
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(mode=0o700)
@@ -361,10 +361,10 @@ def _chosen(
 
 
 def config_of(config: TrainConfig, checkpoints: Mapping[str, Path], work: Path, rate: float) -> TrainConfig:
-    """Configuration of a training on the samples in `work` that goes on from the checkpoints, of their sizes.
+    """Return the configuration that continues training the checkpoints, with their sizes, on the data in `work`.
 
     Args:
-        checkpoints: by arm. rate: of learning, at its peak.
+        checkpoints: by arm. rate: peak learning rate.
     """
     loop = {"epochs": EPOCHS, "answer_tokens": STEP_TOKENS, "learning_rate": rate, "save_steps": SAVE_STEPS}
 
@@ -385,8 +385,8 @@ def config_of(config: TrainConfig, checkpoints: Mapping[str, Path], work: Path, 
 def _store(
     path: Path, target: TargetModel, capture: list[int], texts: Iterable[Text], pace: Pace
 ) -> FeatureStore:
-    """The texts with their features, outputs of the layers `capture`, ascending; the target computes those that are not
-    there yet."""
+    """Open a store of the texts with their features (outputs of the layers `capture`, ascending). The target computes
+    the missing ones."""
     store = FeatureStore(path, hidden=target.hidden_size, layers=capture)
     store.truncate_to_index()
     stored = {record.id for record in store.records}
@@ -402,7 +402,7 @@ def _store(
 
 
 def replayed(exported: Exported, tokens: int, seed: int) -> list[Text]:
-    """Whole answers of the original training, drawn at random, until they have so many tokens together."""
+    """Draw whole answers of the original training at random until they have `tokens` answer tokens together."""
     order = exported.firsts()
     random.Random(seed).shuffle(order)
     answers: list[Text] = []

@@ -1,4 +1,4 @@
-"""Samples that a pass learns from, and the newest ones that judge it, which the bundle in use has not learned from."""
+"""Choose the samples that a pass learns from, and the newest ones, unknown to the bundle in use, that judge it."""
 
 import json
 import logging
@@ -16,23 +16,23 @@ from whiflash_train.rounds import loop_start
 logger = logging.getLogger(__name__)
 
 LEAST = 8
-"""Requests that judge, at least: fewer give no interval."""
+"""Least number of requests that judge; fewer give no useful interval."""
 SHORTEST = 4
-"""Tokens of an answer that is learned from, at least."""
+"""Shortest answer to learn from, in tokens."""
 LONGEST = 4096
-"""Tokens of a text at most: the target reads it whole."""
+"""Longest text in tokens, since the target reads a text in one forward."""
 TENANTS = 4
-"""A tenant supplies at most one of so many parts of what judges and of what is learned; of as many as there are
-tenants, if these are fewer."""
+"""One tenant supplies at most 1/TENANTS of the judging requests and of the learned tokens. With fewer tenants, the
+limit is one part in as many as there are tenants."""
 
 
 class TooFewError(ConfigError):
-    """There are too few samples to judge by."""
+    """There are too few new samples to judge drafters or to learn from."""
 
 
 class Text(NamedTuple):
-    """A finished request. name: of its tokens, whatever file holds them. written: when, in seconds since the epoch.
-    tenant: a handle of the one that it came from; None: it named none.
+    """A finished request. name: digest of its tokens, the same in every file. written: seconds since the epoch.
+    tenant: a handle of the tenant that it came from; None if it named none.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Text(NamedTuple):
     tenant: int | None = None
 
     def first(self, tokens: int) -> "Text":
-        """Return the text with so many tokens of its answer, or all."""
+        """Return the text with at most `tokens` tokens of its answer."""
         return self._replace(answer=self.answer[:tokens])
 
 
 class ChosenTexts(NamedTuple):
-    """learned, judged: no prompt is in both. until: when the newest of all was written."""
+    """Result of `choose`. learned, judged: no prompt is in both. until: when the newest sample was written, seconds."""
 
     learned: list[Text]
     judged: list[Text]
@@ -55,13 +55,13 @@ class ChosenTexts(NamedTuple):
 
 
 def texts_of(directory: Path, target: str, vocabulary: int, longest: int = LONGEST) -> Iterator[Text]:
-    """The samples of a directory that can be learned from, oldest first; of an answer that loops, what is before.
+    """Yield the usable samples of a directory, oldest first; a looping answer is cut (`loop_start`).
 
-    Files that cannot be read are passed over and logged: a server writes whole ones only, and a learner has no say in
-    them.
+    Files that cannot be read are skipped and logged: a server writes only complete files, and the learner cannot
+    repair others.
 
     Args:
-        vocabulary: ids of the target's tokens are below it. longest: tokens of a text that the target reads at most.
+        vocabulary: number of the target's token ids. longest: most tokens of a text that the target can read.
     """
     for file in files_of(directory):
         try:
@@ -80,25 +80,25 @@ def texts_of(directory: Path, target: str, vocabulary: int, longest: int = LONGE
 
 
 def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> ChosenTexts:
-    """Split samples, oldest first, into those that judge and those that are learned from.
+    """Split samples, given oldest first, into those that judge and those that are learned from.
 
-    Only the newest answer to a prompt is taken. No tenant supplies more than its part of what is chosen, whatever it
-    sent (`_room`).
+    Only the newest answer to a prompt is used. No tenant supplies more than its part, however many requests it sent
+    (`_room`).
 
     Args:
-        since: when the newest sample was written that the bundle in use has learned from; only later ones judge, half
-            of them at most. tokens: answer tokens to learn from, at most, the newest first. judged: requests that
-            judge, at most.
+        since: when the newest sample was written that the bundle in use has learned from; only later ones judge, at
+            most half of them. tokens: most answer tokens to learn from; the newest come first. judged: most requests
+            that judge.
 
     Raises:
-        TooFewError: came since.
+        TooFewError: there are too few new samples to judge, or none to learn from.
     """
     newest = list({text.prompt: text for text in texts}.values())
     newest.sort(key=lambda text: text.written)
     unseen = [text for text in newest if text.written > since]
     counts, fresh = (Counter(text.tenant for text in each) for each in (newest, unseen))
     shares = min(TENANTS, len(counts) or 1)
-    # Half of a tenant's are left to learn from.
+    # At most half of a tenant's samples judge, rounded up; the others are left to learn from.
     able = {tenant: min(fresh[tenant], (count + 1) // 2) for tenant, count in counts.items()}
     rooms = dict.fromkeys(able, _room(able.values(), shares, min(judged, len(unseen) // 2)))
     rooms = {tenant: min(room, able[tenant]) for tenant, room in rooms.items()}
@@ -119,7 +119,7 @@ def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> Cho
 
 
 def _within(texts: Sequence[Text], shares: int, tokens: int) -> list[Text]:
-    """Return each tenant's newest texts, as many answer tokens as it has room for; the last one of them is cut."""
+    """Return each tenant's newest texts, oldest first, up to its limit of answer tokens; the oldest may be cut."""
     supplied: Counter[int | None] = Counter()
     for text in texts:
         supplied[text.tenant] += len(text.answer)
@@ -134,13 +134,13 @@ def _within(texts: Sequence[Text], shares: int, tokens: int) -> list[Text]:
 
 
 def _room(able: Collection[int], shares: int, limit: int) -> int:
-    """Return the most that any tenant may supply, filled by turns.
+    """Return the largest amount that one tenant may supply.
 
-    Then none supplies more than one of `shares` parts of what all supply, and all together supply at most `limit`. A
-    share of the limit would not do: a tenant that sends much would supply most where the others send little.
+    With it, no tenant supplies more than 1/`shares` of what all supply together, and all supply at most `limit`. A
+    fixed share of the limit would not suffice: a tenant that sends much would dominate if the others send little.
 
     Args:
-        able: the most that each tenant can supply.
+        able: the largest amount that each tenant can supply.
     """
 
     def is_too_much(room: int) -> bool:
@@ -151,5 +151,5 @@ def _room(able: Collection[int], shares: int, limit: int) -> int:
 
 
 def answer_tokens(texts: Sequence[Text]) -> int:
-    """Answer tokens of all together."""
+    """Return the number of answer tokens of all texts."""
     return sum(len(text.answer) for text in texts)
