@@ -1,7 +1,7 @@
-"""The target's forward under an adapter of its own, for the arm UNO.
+"""Run the target's forward under an adapter of its own, for the arm UNO.
 
 SGLang's LoRA wraps the target's layers. Only this forward gives it rows; in any other the layers find none and are the
-target's own, captured or not. It is not captured itself: a graph of every size would be kept a second time.
+target's own, captured or not. This forward is not captured: a graph of every size would be kept a second time.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ NAME = "whiflash_uno"  # nobody can ask for it: SGLang's registry has adapters o
 
 
 class AdaptedTarget:
-    """config: of the adapter. vocabulary: tokens of the target.
+    """The target under an adapter. config: the adapter's. vocabulary: number of the target's tokens.
 
     Raises:
         CheckpointError: the adapter's tensors do not fit the target. ConfigError: it changes experts.
@@ -37,7 +37,7 @@ class AdaptedTarget:
             self._manager = LoRAManager(
                 base_model=target.model,
                 base_hf_config=runner.model_config.hf_config,
-                max_loras_per_batch=2,  # the target without one counts
+                max_loras_per_batch=2,  # the target without an adapter counts as one
                 load_config=runner.load_config,
                 dtype=target.dtype,
                 server_args=runner.server_args,
@@ -52,9 +52,9 @@ class AdaptedTarget:
         require_plain_layers(self._manager)
 
     def logits(self, batch: DraftBatch, noise: torch.Tensor) -> torch.Tensor:
-        """[B * (1 + D), V] of the bonus token, and of `noise` [B, D] int64 behind it, which is under the adapter.
+        """Return logits [B * (1 + D), V] of the bonus token and of `noise` [B, D] int64, which is under the adapter.
 
-        Positions end with the context, as rotations of a target may.
+        Positions are clamped to the context, where a target's table of rotations may end.
         """
         target, size, width = self.target, len(batch), 1 + noise.shape[1]
         widths = torch.full((size,), width, dtype=torch.int32, device=target.device)
@@ -74,12 +74,12 @@ class AdaptedTarget:
         return logits
 
     def _lay_out(self, requests: int, noise: int) -> None:
-        """Behind the first row of each request so many are adapted."""
+        """Put `noise` rows after the first row of each request under the adapter."""
         ids, lengths = ([None, self._id] * requests, [1, noise] * requests) if noise else ([None], [requests])
         if isinstance(self._manager.lora_backend, TritonLoRABackend):
             self._manager.prepare_lora_token_segments(lora_ids=ids, segment_lens=lengths)
             return
-        # A prefill of so many tokens of as many requests is laid out alike.
+        # A prefill of as many tokens of as many requests has the same layout.
         rows = SimpleNamespace(lora_ids=ids, batch_size=len(ids), spec_info=None, extend_seq_lens_cpu=lengths)
         rows.forward_mode, rows.extend_seq_lens = ForwardMode.EXTEND, torch.tensor(lengths, dtype=torch.int32)
         self._manager.prepare_lora_batch(rows)

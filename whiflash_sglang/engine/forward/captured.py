@@ -1,8 +1,7 @@
-"""Outputs of a loaded target's layers: one capture, in serving and for training data.
+"""Capture the outputs of a loaded target's layers, in serving and for training data.
 
-Which of SGLang's model classes let their layers' outputs be captured.
-
-Read from their sources: it is asked when the arguments are read, and importing a model's class takes seconds.
+Whether a class of SGLang's models lets its layers' outputs be captured is read from its source, since a launch needs it
+when it reads its arguments, and importing the class takes seconds.
 """
 
 import re
@@ -31,23 +30,23 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.choice import SharedVocabulary
 
 SETTERS = ("set_dflash_layers_to_capture", "set_eagle3_layers_to_capture", "set_dspark_layers_to_capture")
-"""Methods that say which layers, in the order in which a loaded model is asked for them."""
+"""Methods that set the layers to capture, in the order in which a loaded model is asked for them."""
 _DSPARK_ALONE = ("KimiLinearForCausalLM",)
-"""Classes that have the last one alone, and capture layers' outputs by it: DeepSeek-V4's are no layer's output."""
+"""Classes that have only the last one and capture layers' outputs by it. DeepSeek-V4's captures no layer's output."""
 
 
 def may_capture(architecture: str) -> bool:
-    """Whether a class has a setter, its own or an inherited one. A class from
-    outside SGLang is known only once its model is loaded, so it counts as having one."""
+    """Whether an architecture's class has such a method, its own or an inherited one. A class from outside SGLang is
+    known only once its model is loaded, so it counts as having one."""
     return _has_setter(architecture) is not False
 
 
 def _has_setter(name: str) -> bool | None:
-    """None where the class is not among SGLang's models."""
+    """Whether a class has such a method; None if it is not among SGLang's models."""
     if name not in _classes():
         return None
     bases, body = _classes()[name]
-    # MiniCPM-V's classes hand them on to another one, which they choose by version.
+    # MiniCPM-V's classes pass these calls on to another class, which they choose by version.
     setters = SETTERS if name in _DSPARK_ALONE else (*SETTERS[:2], "__getattr__")
     if any(f"def {setter}(" in body for setter in setters):
         return True
@@ -56,7 +55,7 @@ def _has_setter(name: str) -> bool | None:
 
 @cache
 def _classes() -> dict[str, tuple[str, str]]:
-    """Bases and body of every class in the modules of SGLang's models."""
+    """Return bases and body of every class in the modules of SGLang's models, by its name."""
     classes: dict[str, tuple[str, str]] = {}
     for file in (Path(str(files("sglang"))) / "srt" / "models").rglob("*.py"):
         text = file.read_text(encoding="utf-8")
@@ -66,15 +65,15 @@ def _classes() -> dict[str, tuple[str, str]]:
 
 
 class Captured:
-    """Outputs of some layers, and the state behind the final norm, of every forward that asks for hidden states.
+    """Captures outputs of some layers and the state after the final norm, in forwards that ask for hidden states.
 
     Attributes:
-        read: states of a row that drafters read. vectors: those that are kept. mode: what a forward is asked to keep
-            for them.
+        read: number of states of a row that drafters read. vectors: number of states of a row that are kept. mode:
+            SGLang's mode of a forward that keeps them.
     """
 
     def __init__(self, model: Any, num_layers: int, layers: Sequence[int], *, keeps_final: bool) -> None:
-        """Upstream's setters write one list and the second would overwrite the first, so the union is set once.
+        """Set the layers once, as a union: upstream's setters write one list, and a second call would overwrite it.
 
         Args:
             model: SGLang's. layers: ascending; `num_layers` means the state after the final norm, which is then
@@ -97,19 +96,19 @@ class Captured:
         self.mode = CaptureHiddenMode.FULL if self.vectors else CaptureHiddenMode.NULL
 
     def take(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`states` of a forward, which SGLang's record then has no longer."""
+        """Return the `states` of a forward and remove them from SGLang's record."""
         states = self.states(output)
         output.hidden_states = output.last_hidden_states = None
         return states
 
     def _join(self, _: Any, args: tuple[Any, ...], output: Any) -> None:
-        """SGLang 0.5.22 keeps the features only, also of a graph: the final states go behind them."""
+        """Append the final states to the features. SGLang 0.5.22 keeps only the features, also those of a graph."""
         if output.hidden_states is not None:
             self._width = output.hidden_states.shape[-1]
             output.hidden_states = torch.cat([output.hidden_states, args[1]], -1)
 
     def states(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Features [T, F] and final states [T, H] of a forward. F is 0 if no drafter reads any."""
+        """Return features [T, F] and final states [T, H] of a forward. F is 0 if no drafter reads any."""
         features: Any = output.hidden_states
         final: Any = getattr(output, "last_hidden_states", None)
         if not self.read:
@@ -125,7 +124,7 @@ class Captured:
 
 
 def language_model(model: Any) -> Any:
-    """The part of SGLang's `model` that has the head: the model itself, or what it holds beside a tower for images."""
+    """Return the part of SGLang's `model` that has the head: the model itself, or its part beside an image tower."""
     while not hasattr(model, "logits_processor") and hasattr(model, "language_model"):
         model = model.language_model
     return model
@@ -133,7 +132,7 @@ def language_model(model: Any) -> Any:
 
 def _set_layers(model: Any, layers: list[int]) -> None:
     for name in SETTERS:
-        # Qwen3-VL's hands on the first to its text model, which has the other one alone.
+        # Qwen3-VL passes the first setter on to its text model, which has only the second.
         if hasattr(model, name):
             with suppress(AttributeError):
                 getattr(model, name)(layers)
@@ -157,41 +156,41 @@ class LoadedTarget:
 
     @property
     def shared(self) -> SharedVocabulary | None:
-        """The vocabulary where several processes have parts of it, or it is quantised; else None."""
+        """Return the vocabulary if it is split over processes or quantised, else None."""
         return shared_vocabulary(self._text, self.shape.vocab_size)
 
     @property
     def embedding(self) -> torch.Tensor:
-        """[V, H] input embedding, without padding rows; those of this process where it is split, none if quantised."""
+        """Return the [V, H] input embedding without padding rows: this process's if split, no rows if quantised."""
         return self._matrix("input embedding", input_embedding(self._text))
 
     @property
     def embedding_scale(self) -> float:
-        """Factor of rows of `embedding` before the first layer; those of `shared` are multiplied already."""
+        """Return the factor for rows of `embedding` before the first layer; rows of `shared` are scaled already."""
         return 1.0 if self.shared and self.shared.embed else self.row_scale
 
     @property
     def row_scale(self) -> float:
-        """Factor by which the embedding's own module multiplies its rows (Gemma)."""
+        """Return the factor by which the embedding's own module multiplies its rows (Gemma)."""
         return float(getattr(input_embedding(self._text), "embed_scale", 1.0))
 
     @cached_property
     def lm_head(self) -> torch.Tensor:
-        """[V, H] output projection, as `embedding`; all of it where ranks with requests of their own share it."""
+        """Return the [V, H] output projection, split as `embedding`; whole if ranks with own requests share it."""
         head = output_head(self._text)
         if is_shared_with_peers(head):
             return whole_head(head, self.shape.vocab_size)
         return self._matrix("output head", head)
 
     def gather_head(self) -> None:
-        """Write into `lm_head` what ranks have of it now, where they share one. All must call it alike."""
+        """Copy all ranks' current parts of the head into `lm_head` if they share one. All must call it together."""
         head = output_head(self._text)
         if "lm_head" in vars(self) and is_shared_with_peers(head):
             self.lm_head.copy_(whole_head(head, self.shape.vocab_size))
 
     def _matrix(self, what: str, module: Any) -> torch.Tensor:
-        """Rows of the vocabulary of a module's weight. Raises CheckpointError where that is no plain matrix, though
-        SGLang has no quantisation for it."""
+        """Return the vocabulary's rows of a module's weight. Raises CheckpointError if it is no plain matrix, though
+        SGLang reads it without quantisation."""
         hidden_size = self.shape.hidden_size
         if is_quantised(module):
             return torch.empty(0, hidden_size, dtype=self.dtype, device=self.device)
@@ -202,5 +201,5 @@ class LoadedTarget:
                 f"{hidden_size}; use another checkpoint"
             )
         rows = rows_here(module, self.shape.vocab_size)
-        # Itself where there is no padding: a packed copy stays with the tensor object, and so serves drafters too.
+        # Without padding it is the weight itself: a packed copy stays with the tensor object, so drafters share it.
         return weight if rows == len(weight) else weight[:rows]

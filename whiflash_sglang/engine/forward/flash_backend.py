@@ -1,10 +1,10 @@
-"""SGLang's FlashAttention for captured verifications whose requests have different widths.
+"""Extend SGLang's FlashAttention to captured verifications whose requests have different widths.
 
 Upstream plans them before each replay, in ten launches. A :class:`~whiflash_sglang.engine.forward.graphs.GraphLayout`
 stays where it is, so the graph plans them from it, as upstream's does if all requests have one width. In a graph of
 rounds without drafts every layer makes upstream's call of decoding, with one schedule for all layers.
 
-SGLang's class can be imported only where there is CUDA, so it is met when a runner has made one.
+SGLang's class can be imported only where there is CUDA, so an instance changes its class once a runner has made it.
 """
 
 from functools import cache, partial
@@ -30,7 +30,7 @@ USED = (
 
 @cache
 def _planning(upstreams: Any) -> Any:
-    """A subclass of SGLang's class. Raises IncompatibleEngineError if a member is gone."""
+    """Return a subclass of SGLang's class that plans in graphs. Raises IncompatibleEngineError if a member is gone."""
     gone = [name for name in USED if not hasattr(upstreams, name)]
     if gone:
         raise IncompatibleEngineError(
@@ -62,7 +62,7 @@ def _planning(upstreams: Any) -> Any:
             metadata = self.target_verify_metadata[forward_batch.batch_size]
             self._set_decode_page_metadata(None, metadata, rows, layout.slots.ends, 0)
             if layout.max_q_len == 1:
-                # Every layer would make it again.
+                # Otherwise every layer would compute this schedule again.
                 metadata.scheduler_metadata = self._compute_scheduler_metadata(
                     len(rows), metadata.max_seq_len_k, metadata.cache_seqlens_int32, metadata.cu_seqlens_q
                 )
@@ -79,7 +79,7 @@ def _planning(upstreams: Any) -> Any:
 
 
 def _layout(backend: Any, spec_info: Any) -> GraphLayout | None:
-    """Layout of a verification that its graph plans; None if a pool's addresses are translated on the host."""
+    """Return a verification's layout if its graph plans it; None, too, if the host translates a pool's addresses."""
     layout = getattr(spec_info, "ragged_verify_layout", None)
     plans = backend.topk <= 1 and not backend.kv_index_translator.reads_are_translated
     return layout if isinstance(layout, GraphLayout) and plans else None
@@ -89,7 +89,7 @@ _upstreams = {name: ATTENTION_BACKENDS[name] for name in ("fa3", "fa4")}
 
 
 def install() -> None:
-    """Let SGLang's names for it name ours in a server of ours. Idempotent."""
+    """Make SGLang's names of FlashAttention give our subclass in a server of ours. Idempotent."""
     for name, make in _upstreams.items():
         register_attention_backend(name)(partial(_make, make))
 

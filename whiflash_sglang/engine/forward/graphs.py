@@ -1,4 +1,4 @@
-"""Verifications replayed from captured graphs: one graph for a number of packed rows, whatever each request's width.
+"""Replay verifications from captured graphs: one graph for each number of packed rows, whatever each request's width.
 
 SGLang's own runner does the capturing and the replaying. Its graphs of ragged verifications ("compact") come in sizes
 that are multiples of the widest block, so that three requests of one row each would replay seventeen rows; here the
@@ -9,7 +9,7 @@ request of the batch is prolonged and no slot has more than `widest` rows, the b
 captured with. Their K and V go to KV slot 0, which nobody reads.
 
 A batch in which every request has one row, its bonus token's, replays a graph of its own for the same rows (`PLAIN`).
-Attention is captured there for one row a slot, as SGLang captures decoding: FA3 is the very call of decoding.
+Attention is captured there for one row a slot, as SGLang captures decoding: FA3 is called exactly as for decoding.
 
 The device's work after the forward is captured with it (`Target.end_graphs_with`): a function in the model runner's
 `capture_tail_hooks` is called as `hook(runner, output, forward_batch, rows)` inside the captured region. There
@@ -98,7 +98,7 @@ def captures_passes(device: torch.device) -> bool:
 
 
 def recorder(model_runner: Any) -> Recorder | None:
-    """Recorder that captures drafters' passes; None if every pass runs as it is written."""
+    """Return a recorder that captures drafters' passes; None if every pass runs eagerly."""
     return CudaRecorder() if captures_passes(torch.device(model_runner.device)) else None
 
 
@@ -108,7 +108,7 @@ def install(model_runner: Any, mode: CaptureHiddenMode) -> None:
     model_runner._decode_cuda_graph_runner_cls = lambda: graphs
 
     def logits_rows() -> int:
-        """Rows of the largest graph, which the buffer of logits has: SGLang counts each request at its widest."""
+        """Return the rows of the largest graph, for the buffer of logits: SGLang counts each request at its widest."""
         widest = int(get_spec().speculative_num_draft_tokens)
         return most_rows(type(model_runner).max_decode_logits_rows(model_runner) // widest, widest)
 
@@ -116,26 +116,26 @@ def install(model_runner: Any, mode: CaptureHiddenMode) -> None:
 
 
 def most_rows(requests: int, widest: int) -> int:
-    """Rows of the largest verification of up to so many requests, `widest` each at most."""
+    """Return the rows of the largest verification of up to `requests` requests, at most `widest` each."""
     return requests + min(requests * (widest - 1), MOST_DRAFTS)
 
 
 def spare_slots(requests: int, widest: int) -> int:
-    """Slots beyond the requests that hold what any batch leaves of its graph, `widest` rows each.
+    """Return the slots beyond the requests' that can hold the unused rows of a graph for any batch, `widest` rows each.
 
-    The host packs for more drafts than there may be, so a batch may leave all rows but one a request.
+    The host packs for more drafts than there may be, so a batch may use only one row a request.
     """
     return max(ceil((most_rows(requests, widest) - requests) / widest), 1)
 
 
 def plain_rows(buckets: Sequence[int], requests: int, slots: int) -> list[int]:
-    """Those sizes of graphs that batches of up to so many requests need for one row each, if a graph has `slots`."""
+    """Return the sizes of graphs for batches of up to `requests` requests of one row each, if a graph has `slots`."""
     most = min(round_up_grid(requests, buckets), slots)
     return [rows for rows in buckets if rows <= most]
 
 
 def bytes_for(requests: int, widest: int, *, vocabulary: int, row_bytes: int) -> int:
-    """Bytes that graphs of up to so many requests keep for good, beside memory that they share while one is replayed.
+    """Return the bytes that graphs of up to `requests` requests keep for good, beside memory that their replays share.
 
     Args:
         vocabulary: all graphs write their logits to the same 32-bit buffer. row_bytes: those of the features and hidden
@@ -147,7 +147,7 @@ def bytes_for(requests: int, widest: int, *, vocabulary: int, row_bytes: int) ->
 
 
 class GraphLayout(RaggedVerifyLayout, frozen=True):  # type: ignore[call-arg, misc]
-    """The layout of a graph, at the places that the graph reads: of its requests and of the slots beside them.
+    """The layout of a graph's requests and its slots beside them, in the tensors that the graph reads.
 
     `max_q_len`: most rows of a slot, with which attention is captured.
     """
@@ -155,12 +155,12 @@ class GraphLayout(RaggedVerifyLayout, frozen=True):  # type: ignore[call-arg, mi
     slots: GraphSlots | None = None
 
     def padded_to_bucket(self, *, padded_bs: int, cap: int | None = None) -> "GraphLayout":
-        """Itself: no slot has more than `VerifyGraphs.widest` rows."""
+        """Return this layout without padding: no slot has more than `VerifyGraphs.widest` rows."""
         return self
 
 
 class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
-    """The target's graphs, by rows.
+    """Captures and replays the target's graphs, by numbers of rows.
 
     requests: most requests of a batch that is replayed; widest: most rows of one of them. mode: hidden states to keep.
     plain: whether the graph that is captured, or was replayed last, is one of `PLAIN`.
@@ -172,7 +172,7 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
 
     def __init__(self, model_runner: Any, *, attn_backend: Any = None) -> None:
         self.widest = int(get_spec().speculative_num_draft_tokens)
-        # Upstream refuses adapters beside packed rows; its backend of theirs reads the layout (`lora`).
+        # Upstream refuses adapters with packed rows, but its LoRA backend reads our layout (`lora`).
         self._adapters, model_runner.lora_manager = model_runner.lora_manager, None
         try:
             # Upstream counts its shapes in requests of one width; with a width of one it counts rows.
@@ -187,8 +187,8 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
             self._compile_allocation()
 
     def _compile_allocation(self) -> None:
-        """Launch what SGLang writes new slots of a batch to its table with, which Triton compiles for each doubling of
-        requests and for slots at odd places, for no slots."""
+        """Launch SGLang's kernel that writes a batch's new slots to its table, with no slots: Triton compiles it for
+        each doubling of requests and for slots at odd places."""
         none = torch.zeros(self.requests, dtype=torch.int32, device=self.device)
         rows, slots = none.long(), torch.zeros(2, dtype=torch.int64, device=self.device)
         for size in doubling(1, self.requests):
@@ -205,13 +205,13 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
         super().capture()
 
     def rows_for(self, total: int, requests: int) -> int | None:
-        """Rows to pack a batch into: the smallest graph's that holds them; None where none does."""
+        """Return the rows to pack a batch into: those of the smallest graph that holds it; None if no graph does."""
         if requests > self.requests or total > self.capture_num_tokens[-1]:
             return None
         return int(round_up_grid(total, self.capture_num_tokens))
 
     def get_spec_info(self, num_tokens: int) -> DFlashVerifyInput:
-        """Input of every captured verification: `num_tokens` rows under a layout whose tensors the graph keeps."""
+        """Return a captured verification's input: `num_tokens` rows under a layout whose tensors the graph keeps."""
         return DFlashVerifyInput(
             draft_token=None,
             positions=None,
@@ -229,7 +229,7 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
         buckets = sorted({-(-rows // multiple) * multiple for rows in sizes})
         self.max_bs = self.requests + spare_slots(self.requests, self.widest)
         self.capture_bs = buckets
-        # With DP attention one rank may draft where another does not, and their collective calls must be one graph's.
+        # With DP attention only some ranks may draft, but the collective calls of all must be those of one graph.
         alone = parallel.attn_dp_size == 1
         self._plain_rows = plain_rows(buckets, self.requests, self.max_bs) if alone else []
         return buckets
@@ -247,11 +247,11 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
         return super()._resolve_attention_variant(forward_batch, capture_batch_size)
 
     def _autotune_buffers(self) -> tuple[Any, int]:
-        # The dummy forward has the widest block for each of so many requests, and there are rows for no more.
+        # The dummy forward has the widest block for each request, and the buffers have rows for no more requests.
         return self.buffers, self.requests
 
     def _layout(self, rows: int) -> Any:
-        """The layout of the graph of so many rows that is captured or replayed; both kinds read the same tensors."""
+        """Return the layout of the graph of `rows` rows, plain or not; graphs of both kinds read the same tensors."""
         layout = self._capture_ragged_verify_layout(rows)
         return replace(layout, max_q_len=1) if self.plain else layout
 
@@ -264,7 +264,7 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
             )
             rows, starts = self.buffers.req_pool_indices[:count], self.buffers.seq_lens[:count]
             slots = GraphSlots(widths, offsets, starts, ends, rows)
-            # Captured without a request, which compiles the kernel.
+            # This call without a request compiles the kernel.
             fill_slots(
                 widths[:0], starts[:0], rows[:0], slots, rows=num_tokens, empty=self.seq_len_fill_value
             )
@@ -289,10 +289,10 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
         super().load_batch(forward_batch, pp_proxy_tensors)
 
     def _stage_ragged_verify_layout(self, ragged_layout: RaggedVerifyLayout, graph_size_key: int) -> None:
-        """`load_batch` has done it."""
+        """Do nothing, since `load_batch` has staged the layout."""
 
     def _can_run_ragged_verify_graph(self, forward_batch: Any, ragged_layout: RaggedVerifyLayout) -> bool:
-        # Upstream replays the tier above; rows are packed before, so theirs must be a graph's.
+        # Upstream replays the next larger graph. Here rows are packed already, so their number must be a graph's.
         rows, requests = ragged_layout.graph_num_tokens, forward_batch.batch_size
         return (
             rows in self.capture_num_tokens

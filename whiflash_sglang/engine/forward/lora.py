@@ -1,7 +1,7 @@
-"""Adapters (LoRA) of the target, whose rows a verification packs by widths; drafters have none.
+"""Give rows of a verification, by its requests' widths, the target's LoRA adapters; drafters have no adapters.
 
 SGLang lays a verification's rows out for one width, so rows of a request would meet its neighbour's adapter. Here a
-segment is what the layout has of a request. `triton` (CUDA) reads it on the device: an eager forward from the round's
+segment has a request's rows of the layout. `triton` (CUDA) reads it on the device: an eager forward from the round's
 layout, a captured one from the graph's, which `fill_slots` writes for every replay. No width comes to the host.
 `torch_native` (CPU) loops over segments on the host. `csgmv` sorts rows by adapter on the host, and is refused.
 """
@@ -19,7 +19,7 @@ from whiflash_sglang.errors import ConfigError
 
 
 def require_plain_layers(manager: Any) -> None:
-    """Raise ConfigError where adapters change experts, whose rows are sorted by counts of one width."""
+    """Raise ConfigError if adapters change experts, whose rows SGLang sorts by counts of one width."""
     if manager is not None and manager.lora_backend.is_moe_lora:
         raise ConfigError(
             "adapters of experts are untested with WHIFLASH; give --lora-target-modules without gate_up_proj and "
@@ -34,17 +34,17 @@ def require_plain_layers(manager: Any) -> None:
     until="it asks the layout",
 )
 def _by_layout(original: Any, self: Any, forward_batch: Any) -> None:
-    """Adapters' segments are the rows that a verification has of each request."""
+    """Make the rows that a verification has of each request the segments of adapters."""
     layout = getattr(forward_batch.spec_info, "ragged_verify_layout", None)
     requests = forward_batch.batch_size
     if layout is None:
         original(self, forward_batch)
         return
-    # Work that is priced at the start has rows and no requests.
+    # Batches that are timed at the start have rows but no requests.
     lora_ids = [*forward_batch.lora_ids, *[None] * (requests - len(forward_batch.lora_ids))]
     seen = SimpleNamespace(lora_ids=lora_ids, batch_size=requests)
     if not isinstance(self.lora_backend, TritonLoRABackend):
-        # A prefill of so many tokens of each request is laid out alike.
+        # A prefill of as many tokens of each request has the same layout.
         seen.forward_mode, seen.spec_info = ForwardMode.EXTEND, None
         seen.extend_seq_lens, seen.extend_seq_lens_cpu = layout.verify_lens, layout.verify_lens.tolist()
         original(self, seen)

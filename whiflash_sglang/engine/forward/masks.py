@@ -1,4 +1,4 @@
-"""Tokens that grammars allow at every verified row, as bit masks for SGLang's sampler."""
+"""Make bit masks, for SGLang's sampler, of the tokens that grammars allow at every verified row."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from whiflash_sglang.structure.spending import Spending
 
 
 def constrained(batch: Any, lengths: Sequence[int], stride: int) -> dict[int, Any]:
-    """Grammars that may constrain a row of this round, by the indices of their requests.
+    """Return the grammars that may constrain a row of this round, by the indices of their requests.
 
     Args:
         lengths: n per request, at most. stride: rows of a request, at most.
@@ -26,9 +26,9 @@ def constrained(batch: Any, lengths: Sequence[int], stride: int) -> dict[int, An
 
 
 class Masks:
-    """The masks of a round's packed rows: each request's rows are a chain behind its bonus token.
+    """The masks of a round's packed rows: each request's rows are a chain after its bonus token.
 
-    Made before the target's forward: the host waits for a copy of what the rows hold, while the forward runs.
+    Made before the target's forward, so that the host waits for a copy of the rows' tokens while the forward runs.
 
     Args:
         block: the rows. ahead: per request, equally many tokens that were committed and that its grammar has not seen,
@@ -53,8 +53,8 @@ class Masks:
     def build(self, batch: Any, spending: Spending) -> None:
         """Make the masks, timed by request.
 
-        A first row has its mask however long that takes. Drafts that there is no time for are rejected. A request whose
-        grammar has no way on is aborted.
+        A first row gets its mask however long that takes. Drafts that there is no time for are rejected. A request
+        whose grammar allows no token is aborted.
         """
         batch.sampling_info.grammar_mask = None  # the prefill's
         grammars = self._grammars
@@ -63,10 +63,10 @@ class Masks:
         widths = Counter(owners)
         vocabulary = batch.sampling_info.vocab_size
         words = -(-vocabulary // 32)
-        # Rows that nothing constrains share the first mask behind the places.
+        # Rows that nothing constrains share the first mask after the places.
         free = masks_of_places(self._size, words)
         count = free + 1 + sum(widths[i] for i in grammars)
-        # Not the grammars': some have theirs in memory whose copy the host would wait for.
+        # Grammars' own masks are not used, since some are in memory whose copy the host would wait for.
         pinned = self._host.is_pinned()
         bits = torch.full((count, words), -1, dtype=torch.int32, pin_memory=pinned)
         place, first, used = [free] * self._size, 0, free + 1
@@ -93,7 +93,7 @@ class Masks:
 
     @cached_property
     def of_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """[M, words] int32, and [T] int64, which of them each packed row has: `masks` of `sample_rows`."""
+        """Return `masks` of `sample_rows`: masks [M, words] int32, and the index of each packed row's, [T] int64."""
         bits = self.packed.to(self._device, non_blocking=True)
         place = mask_places(bits, self._size)
         return bits, place.clamp(min=0) if self.rejected else place
@@ -112,14 +112,14 @@ def fill_masks(
     vocabulary: int,
     spending: Spending,
 ) -> int:
-    """Write the masks of one request's rows, as far as they are needed; afterwards its grammar is as it was.
+    """Write the masks of one request's rows, as far as they are needed, and set its grammar back.
 
-    Behind a draft that the grammar forbids, and behind its end, nothing is accepted, so no mask is needed there.
+    After a draft that the grammar forbids, and after its end, nothing is accepted, so no mask is needed there.
 
     Args:
         ahead: committed tokens that the grammar has not seen. bits: [1 + drafts, words].
 
-    Raises ValueError where the grammar refuses what was committed, or allows nothing; it is of no use then.
+    Raises ValueError if the grammar refuses a committed token or allows none; it cannot be used any more then.
 
     Returns:
         Rows whose drafts may be accepted: all, or those for which there was time.

@@ -1,4 +1,4 @@
-"""Tensor parallelism: SGLang's own groups and its vocabulary-parallel modules, as this package sees them."""
+"""Read SGLang's groups of tensor parallelism and its vocabulary-parallel modules for this package."""
 
 from inspect import signature
 from typing import Any
@@ -17,10 +17,10 @@ from whiflash_sglang.formats.choice import Projection, Shard, SharedVocabulary
 
 
 def ranks_of_model() -> Ranks:
-    """The processes that serve the same requests: a replica's, or with DP attention those that attend together.
+    """Return the processes that serve the same requests: a replica's, or with DP attention those that attend together.
 
-    They talk over the group, and in the form, in which the scheduler hands its requests round: so a process that is in
-    another place than the first one hears of it, instead of waiting.
+    They exchange messages over the group and in the form of the scheduler's requests, so a process that is at another
+    place than the first one notices it instead of waiting.
     """
     group = get_parallel().attn_tp_group
     if group.world_size == 1:
@@ -34,18 +34,18 @@ def ranks_of_model() -> Ranks:
 
 
 def sends_tokens(grammars: bool) -> bool:
-    """Whether ranks take the first one's tokens, as of SGLang's sampler: one that draws another ends the server."""
+    """Whether ranks take the first rank's tokens, as with SGLang's sampler: else another draw would end the server."""
     return get_parallel().attn_tp_group.world_size > 1 and (grammars or SYNC_TOKEN_IDS_ACROSS_TP)
 
 
 def first_ranks(tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens of the first rank, in place, in all that ask."""
+    """Replace tokens in place by the first rank's and return them. All ranks must call it together."""
     sent: torch.Tensor = get_parallel().attn_tp_group.broadcast(tokens, src=0)
     return sent
 
 
 def shared_vocabulary(model: Any, size: int) -> SharedVocabulary | None:
-    """The target's embedding and head where they are split or quantised; None where they are plain matrices.
+    """Return the target's embedding and head if they are split or quantised; None if both are plain matrices.
 
     Args:
         model: SGLang's. size: tokens of its vocabulary.
@@ -72,9 +72,9 @@ def is_shared_with_peers(head: Any) -> bool:
 
 
 def whole_head(head: Any, size: int) -> torch.Tensor:
-    """[V, H] of a head that is shared with peers. They draft at other times, so a drafter needs all of it.
+    """Return the whole head [V, H] that peers share. They draft at other times, so a drafter needs all of it.
 
-    All ranks must call it alike. Raises CheckpointError where it is quantised.
+    All ranks must call it together. Raises CheckpointError if the head is quantised.
     """
     if is_quantised(head):
         raise CheckpointError(
@@ -95,13 +95,13 @@ def is_quantised(module: Any) -> bool:
 
 
 def _projection(head: Any, rows: int) -> Projection:
-    """A quantised head as SGLang's logits processor applies it, without the rows of its padding."""
+    """Return a quantised head as SGLang's logits processor applies it, without padding rows."""
     return Projection(rows, lambda hidden: head.quant_method.apply(head, hidden)[:, :rows])
 
 
 def input_embedding(model: Any) -> Any:
-    """The module that embeds tokens, without adapters; not every class of SGLang's has a method for it, and MiMo's
-    embeds with it."""
+    """Return the module that embeds tokens, without adapters. Not every class of SGLang's has a method that returns it,
+    and MiMo's method embeds tokens."""
     getter = getattr(model, "get_input_embeddings", None)
     if getter is None or signature(getter).parameters:
         return unwrap_lora_layer(model.model.embed_tokens)
@@ -109,31 +109,31 @@ def input_embedding(model: Any) -> Any:
 
 
 def output_head(model: Any) -> Any:
-    """The module that projects states on tokens, without adapters: drafters have none."""
+    """Return the module that projects states on tokens, without adapters, since drafters have none."""
     return unwrap_lora_layer(model.lm_head)
 
 
 def rows_here(module: Any, size: int) -> int:
-    """Rows of a vocabulary of `size` that this process has in an embedding or a head, its padding left out."""
+    """Return how many rows of a vocabulary of `size` an embedding or head has in this process, without padding."""
     if getattr(module, "tp_size", 1) == 1:
         return size
     return int(module.shard_indices.num_org_elements)
 
 
 def _gather(part: torch.Tensor) -> torch.Tensor:
-    """[N, C] of every process → [P, N, C]."""
+    """Gather [N, C] of every process → [P, N, C]."""
     group = get_parallel().attn_tp_group
     parts: torch.Tensor = group.all_gather(part, dim=0)
     return parts.view(group.world_size, *part.shape)
 
 
 class RequestReceiver(SchedulerRequestReceiver):  # type: ignore[misc]
-    """SGLang's, of a scheduler of ours."""
+    """SGLang's receiver of requests, in a scheduler of ours."""
 
     __slots__ = ()
 
     def _broadcast_reqs_across_ranks(self, *args: Any, **named: Any) -> Any:
-        """Raises DivergedError where a rank hears of a round in place of requests."""
+        """Broadcast requests. Raises DivergedError if this rank receives a message of a round in place of requests."""
         received = super()._broadcast_reqs_across_ranks(*args, **named)
         if any(isinstance(item, Message) for item in received or ()):
             raise DivergedError(

@@ -1,4 +1,4 @@
-"""DP attention: ranks attend to requests of their own, and compute the other layers of every forward together.
+"""Coordinate ranks under DP attention: they attend to requests of their own, and compute all other layers together.
 
 Each layer then has a collective call with the rows of all ranks in it, and all must know how many each has. SGLang
 counts requests of one width (`scheduler_components/dp_attn.py`); a verification's widths differ, so its rows are
@@ -23,7 +23,7 @@ class PackedBatch(ForwardBatch):  # type: ignore[misc]
     forward_mode: ForwardMode
 
     def prepare_mlp_sync_batch(self, model_runner: Any) -> None:
-        """As upstream of an extend batch: of a verification it would count requests by its rows, at one width."""
+        """Prepare the rows as of an extend batch: upstream would count a verification's requests by one width."""
         mode = self.forward_mode
         self.forward_mode = ForwardMode.EXTEND
         super().prepare_mlp_sync_batch(model_runner)
@@ -34,9 +34,9 @@ class Peers:
     """The ranks that compute a forward together, and what they agreed on for the next one.
 
     Attributes:
-        size: ranks with requests of their own; 1 without DP attention, where nothing is asked. rows: of each of them in
-            the next forward. replays: whether all replay a graph of so many. written: requests that wrote the target's
-            weights here. on_written: called in all ranks at once when all have had one.
+        size: ranks with requests of their own; 1 without DP attention, where nothing is exchanged. rows: of each rank
+            in the next forward. replays: whether all replay a graph of as many rows. written: requests that wrote the
+            target's weights here. on_written: called in all ranks at once when all have had such a request.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Peers:
         self.on_written: Callable[[], object] = int
 
     def agree(self, rows: int, graph: int | None) -> int:
-        """Rows that this rank is to pack `rows` into; all ranks must ask at once.
+        """Return the rows that this rank is to pack `rows` rows into. All ranks must call it at once.
 
         Args:
             graph: rows of the graph that holds them; None: they run eagerly here, and so everywhere.
@@ -60,7 +60,7 @@ class Peers:
         mine = torch.tensor([padded, -1 if graph is None else graph, self.written])
         every = mine.new_empty(3 * parallel.tp_size)
         torch.distributed.all_gather_into_tensor(every, mine, group=parallel.tp_group.cpu_group)
-        # They are next to each other.
+        # Ranks that attend to the same requests are next to each other and agree, so the first of each is taken.
         every = every.view(self.size, -1, 3)[:, 0]
         if (written := int(every[:, 2].min())) > self._answered:
             self._answered = written
@@ -77,5 +77,5 @@ class Peers:
         rows = list(self.rows) if require_mlp_tp_gather() else [self.rows[get_parallel().attn_dp_rank]]
         batch.global_num_tokens = batch.global_num_tokens_for_logprob = rows
         batch.can_run_decode_cuda_graph = self.replays
-        # They are no numbers of requests, to be multiplied by a width, and no rank is padded to another's.
+        # With this flag SGLang does not multiply the numbers by a width, and pads no rank to another's rows.
         batch.dp_spec_prefill_coordination_applied = True

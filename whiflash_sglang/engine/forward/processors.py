@@ -1,4 +1,4 @@
-"""SGLang's own logit processors as grammars.
+"""Turn SGLang's own logit processors into grammars.
 
 Each of them is a mask that depends on the tokens before it and on the request's parameters. As a grammar it reaches
 rows under drafts, and counts committed tokens exactly: under overlap scheduling a processor reads a text that lacks the
@@ -22,7 +22,7 @@ from sglang.srt.sampling.custom_logit_processor import (
 )
 
 NEVER = 1 << 62
-"""Tokens of a text that no request has."""
+"""A length in tokens that no text reaches."""
 
 
 class _Row:
@@ -50,10 +50,10 @@ class ProcessorGrammar(BaseGrammarObject):  # type: ignore[misc]
 
     Args:
         processor: SGLang's. params: `custom_params` of the request. prompt: token ids. grammar: the request's own,
-            None if nothing else constrains it. vocabulary: ids there are.
+            None if nothing else constrains it. vocabulary: number of token ids.
 
     Attributes:
-        origin_input_ids, output_ids: the text with drafts, as a processor reads it of its request.
+        origin_input_ids, output_ids: the text with drafts, which the processor reads as those of its request.
     """
 
     def __init__(self, processor: Any, params: Any, prompt: Any, grammar: Any, vocabulary: int) -> None:
@@ -64,21 +64,21 @@ class ProcessorGrammar(BaseGrammarObject):  # type: ignore[misc]
 
     @property
     def length(self) -> int:
-        """Tokens of the text, prompt included."""
+        """Return the number of tokens of the text, prompt included."""
         return len(self.origin_input_ids) + len(self.output_ids)
 
     @property
     def narrows_from(self) -> int:
-        """Tokens of the shortest text, prompt included, after which the processor may forbid a token."""
+        """Return the length in tokens, prompt included, from which on the processor may forbid a token."""
         return 0
 
     @property
     def free_until(self) -> int:
-        """The same of the processor and the request's own grammar."""
+        """Return `narrows_from`; 0 if the request has a grammar of its own, which may forbid tokens anywhere."""
         return 0 if self.grammar is not None else self.narrows_from
 
     def accept_token(self, token: int) -> None:
-        """Raises ValueError where the request's own grammar refuses the token."""
+        """Append a token to the text. Raises ValueError if the request's own grammar refuses it."""
         if self.grammar is not None:
             self.grammar.accept_token(token)
         self.current_token = token
@@ -98,7 +98,7 @@ class ProcessorGrammar(BaseGrammarObject):  # type: ignore[misc]
         if self.length >= self.narrows_from:
             self._processor(_Row(vocab_mask[idx].numpy().view(np.uint32), self._vocabulary), self._params)
 
-    # In a prefill SGLang asks any grammar of the batch for its masks: those of all backends are alike.
+    # In a prefill SGLang asks any grammar of the batch for all masks, which have one form in all backends.
     def allocate_vocab_mask(self, vocab_size: int, batch_size: int, device: Any) -> Any:
         return XGrammarGrammarBackend.allocate_vocab_mask(vocab_size, batch_size, device)
 
@@ -110,7 +110,7 @@ class ProcessorGrammar(BaseGrammarObject):  # type: ignore[misc]
 
 
 class _ThinkingBudget(ProcessorGrammar):
-    """After a budget of tokens of thinking SGLang's processor forces a newline, and then the end of thinking."""
+    """The grammar of SGLang's thinking budget: after as many tokens it forces a newline, then the end of thinking."""
 
     def __init__(self, processor: Any, params: Any, prompt: Any, grammar: Any, vocabulary: int) -> None:
         super().__init__(processor, params, prompt, grammar, vocabulary)
@@ -165,6 +165,6 @@ def take_over(req: Any) -> None:
 
 
 def own_grammar(req: Any) -> Any:
-    """The grammar of a request without what its processor adds; None if nothing else constrains it."""
+    """Return the grammar of a request without its processor's; None if nothing else constrains it."""
     grammar = req.grammar
     return grammar.grammar if isinstance(grammar, ProcessorGrammar) else grammar

@@ -1,5 +1,5 @@
-"""Packed convolutions of recurrent layers, and what SGLang's layers do around a state. Rows of B requests are packed,
-and each request goes on from its state.
+"""Compute packed convolutions of recurrent layers, and what SGLang's layers do around a state. Rows of B requests are
+packed, and each request goes on from its state.
 """
 
 from collections.abc import Callable
@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 PAD_SLOT = -1
-"""As SGLang's ``PAD_SLOT_ID``."""
+"""The slot of no request, equal to SGLang's ``PAD_SLOT_ID``."""
 
 
 class Rows(NamedTuple):
     """Owner of each of T packed rows, and its place among the request's rows: [T] int64 each.
 
-    covered: [T] bool, false of rows behind the last request's, which count as its own otherwise.
+    covered: [T] bool, false for rows after the last request's, whose owner is the last request, too.
     """
 
     owner: torch.Tensor
@@ -25,7 +25,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, starts: torch.Tensor, count: int) -> "Rows":
-        """starts: [B + 1] int, where requests' rows begin."""
+        """Find the owners of `count` rows. starts: [B + 1] int, where requests' rows begin."""
         rows = torch.arange(count, device=starts.device)
         owner = torch.searchsorted(starts[1:].contiguous(), rows, right=True).clamp_(max=len(starts) - 2)
         return cls(owner, rows - starts[owner], rows < starts[-1])
@@ -34,14 +34,14 @@ class Rows(NamedTuple):
 def packed_convolution(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor, rows: Rows
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Depthwise causal convolution, ``y[t] = bias + Σ_k weight[k] · x[t - K + 1 + k]`` in fp32; inputs before a
-    request's first row are its state's. A row reads those before it rounded to what states are kept in.
+    """Compute a depthwise causal convolution, ``y[t] = bias + Σ_k weight[k] · x[t - K + 1 + k]`` in fp32; inputs before
+    a request's first row are its state's. A row reads the inputs before it rounded to the states' dtype.
 
     Args:
         x: [T, D]. weight: [D, K]. bias: [D] or None. states: [B, D, K - 1], the last inputs of each request.
 
     Returns:
-        [T, D] in x's dtype, and the state behind every row, [T, D, K - 1] in the states' dtype.
+        [T, D] in x's dtype, and the state after every row, [T, D, K - 1] in the states' dtype.
     """
     requests, width, known = states.shape
     # The K inputs that end with each row: among all states', then among all rows'.
@@ -63,7 +63,7 @@ def packed_verification(
     slots: torch.Tensor,
     rows: Rows,
 ) -> torch.Tensor:
-    """:func:`packed_convolution` of drafts: the states are read, those behind the rows written down.
+    """Run :func:`packed_convolution` over drafts: states are only read, and those after the rows go to the windows.
 
     Nothing is read on the host. States after padding rows, or after those of a request without a slot (0 or less, as a
     graph's padding has), go to the last request of the windows, which is nobody's.
@@ -85,13 +85,13 @@ def packed_verification(
 
 
 def activated(x: torch.Tensor, activation: str | None) -> torch.Tensor:
-    """`x` through what SGLang's configurations call `silu` or `swish`; itself for None."""
+    """Return `x` after the activation that SGLang's configurations call `silu` or `swish`; `x` itself for None."""
     return F.silu(x) if activation in ("silu", "swish") else x
 
 
 def transposed(cache: Any) -> Any:
-    """SGLang's record of a layer of KDA, whose convolution inputs are transposed, [K - 1, D], as others
-    have it: [D, K - 1], of the same memory."""
+    """Return SGLang's record of a KDA layer, whose convolution inputs are [K - 1, D], with views of them in the form of
+    other layers, [D, K - 1]."""
     found = {
         name: [kept.mT for kept in getattr(cache, name)]
         for name in ("conv", "intermediate_conv_window")
@@ -101,7 +101,7 @@ def transposed(cache: Any) -> Any:
 
 
 Scan = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Reads states: the convolution's inputs [T, D] and steps of time [T, H], as projected → [T, H, P]."""
+"""A scan over states: the convolution's inputs [T, D] and time steps [T, H], both as projected → [T, H, P]."""
 
 
 def mixer_forward(
@@ -111,9 +111,9 @@ def mixer_forward(
     output: torch.Tensor | None,
     mup_vector: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The forward of a `MambaMixer2` whose states are `scan`'s.
+    """Compute the forward of a `MambaMixer2` whose states `scan` reads.
 
-    hidden_states: [T, H]; mup_vector: multiplies what is projected. Returns [T, H], in `output` too if given.
+    hidden_states: [T, H]; mup_vector: multiplies the projection. Returns [T, H], in `output` too if given.
     """
     ranks = mixer.tp_size
     widths = [mixer.intermediate_size // ranks, mixer.conv_dim // ranks, mixer.num_heads // ranks]
@@ -121,7 +121,7 @@ def mixer_forward(
     if mup_vector is not None:
         projected = projected * mup_vector
     gate, mixed, dt = projected.split(widths, -1)
-    # SGLang's norm looks for a kernel of the platform, and this package's has none.
+    # SGLang's norm looks for a kernel of the platform, and our CPU platform has none.
     norm = mixer.norm.forward_native if projected.device.type == "cpu" else mixer.norm
     found: torch.Tensor = mixer.out_proj(norm(scan(mixed, dt).flatten(1), gate))[0]
     if output is not None:
@@ -130,12 +130,12 @@ def mixer_forward(
 
 
 def convolution_of(mixer: Any) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-    """Weight [D, K], bias [D] or None, and the activation behind them."""
+    """Return the convolution's weight [D, K], its bias [D] or None, and the activation after it."""
     return mixer.conv1d.weight.flatten(1), mixer.conv1d.bias, mixer.activation
 
 
 def split_mixed(mixer: Any, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [..., H, P], b and c [..., G, N] of what was convolved, [..., D]; views of it."""
+    """Split the convolution's output [..., D] into x [..., H, P], b and c [..., G, N], which are views of it."""
     inner, grouped = mixer.intermediate_size // mixer.tp_size, mixer.groups_ssm_state_size // mixer.tp_size
     x, b, c = torch.split(mixed, [inner, grouped, grouped], -1)
     groups = mixer.n_groups // mixer.tp_size

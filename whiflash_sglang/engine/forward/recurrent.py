@@ -1,13 +1,13 @@
-"""Targets whose layers keep a state beside KV: what a verification reads, and what it leaves behind.
+"""Verify targets whose layers keep a state beside KV, and commit the state of the last accepted row.
 
-The state goes on with every row, drafts included, so a verification only reads it and writes down the state behind each
-of its rows; when it is known which are accepted, the last one's is committed (:func:`commit`), as SGLang's own workers
-do. SGLang verifies blocks of one width; rows here are packed.
+The state changes with every row, drafts included, so a verification only reads it and stores the state after each of
+its rows. When the accepted rows are known, the state after the last one is committed (:func:`commit`), as SGLang's own
+workers do. SGLang verifies blocks of one width; rows here are packed.
 
 SGLang's tree keeps such a state for where a prefill or a request ended, or with its extra buffer for multiples of an
-interval: then a commit also copies the state behind the row that reached one.
+interval: then a commit also copies the state after the row that reached one.
 
-Known: short convolutions (LFM2), whose state are a request's last K - 1 inputs; and what has a matrix beside them: the
+Known: short convolutions (LFM2), whose state is a request's last K - 1 inputs; and layers that have a matrix, too: the
 gated delta rule (Qwen3-Next and Qwen3.5), that rule with a decay for each channel (Kimi Linear's KDA), and Mamba 2
 (Nemotron-H).
 """
@@ -41,7 +41,7 @@ KNOWN = (
     KimiLinearConfig,
     NemotronHConfig,
 )
-"""Not what inherits from them: that has states of its own beside (Qwen4-Exp)."""
+"""Configurations whose layers are known. Their subclasses are not, which may have further states (Qwen4-Exp)."""
 
 
 def has_state(model_config: Any) -> bool:
@@ -50,7 +50,7 @@ def has_state(model_config: Any) -> bool:
 
 
 def is_known(model_config: Any) -> bool:
-    """Whether they are of a kind whose state is read and committed here."""
+    """Whether the recurrent layers of this configuration are of a kind whose state is read and committed here."""
     if is_kimi_k3(model_config.hf_config):  # Kimi Linear's configuration, but layers that no test has run
         return False
     return type(mambaish_config(model_config)) in KNOWN
@@ -59,7 +59,7 @@ def is_known(model_config: Any) -> bool:
 def install(model_config: Any, device: torch.device) -> None:
     """Let the recurrent layers of a loaded model of SGLang's verify packed rows, if it has some. Idempotent.
 
-    Called before SGLang makes the target's attention. The CPU platform has made its own of those with a matrix.
+    Called before SGLang makes the target's attention. The CPU platform has its own backends for layers with a matrix.
     """
     if device.type == "cuda" and has_state(model_config):
         from whiflash_sglang.engine.forward import recurrent_untried as untried
@@ -70,8 +70,8 @@ def install(model_config: Any, device: torch.device) -> None:
 
 
 def commit(attention: Any, model: Any, batch: Any, starts: torch.Tensor, accept_lens: torch.Tensor) -> None:
-    """After a verification: let the state behind each request's last accepted row be its state, if it has one, and the
-    one that the tree is to have be kept beside it.
+    """Make the state after each request's last accepted row its state, if the target has any, and copy the one that
+    the tree is to have. Called after a verification.
 
     Args:
         attention: SGLang's attention backend, as it verified. batch: SGLang's, whose verification this was.
@@ -89,20 +89,20 @@ def commit(attention: Any, model: Any, batch: Any, starts: torch.Tensor, accept_
 
 
 def tracks_every(batch: Any) -> int | None:
-    """Number of tokens at whose multiples the tree is to have the states of a verified `batch`; None: at none."""
+    """Return the number of tokens at whose multiples the tree is to have states of a verified `batch`, or None."""
     if batch.mamba_track_indices is None:
         return None
     return int(mamba_track_grid(batch.tree_cache.page_size))
 
 
 def tracked_rows(starts: torch.Tensor, accept_lens: torch.Tensor, every: int) -> torch.Tensor:
-    """The row of each request behind which it has a multiple of `every` tokens, the last such among those accepted.
+    """Return each request's last accepted row after which its length is a multiple of `every` tokens.
 
     Args:
         starts: [B] int, n per request. accept_lens: [B] int.
 
     Returns:
-        [B] int64; -1 where no accepted row is one.
+        [B] int64; -1 for a request without such a row.
     """
     before = starts.long()
     reached = (before + accept_lens) // every * every
@@ -118,12 +118,12 @@ def tracked_rows(starts: torch.Tensor, accept_lens: torch.Tensor, every: int) ->
     everywhere=True,
 )
 def _packed(original: Any) -> Any:
-    """Short convolutions verify packed rows."""
+    """Let short convolutions verify packed rows."""
     return verify_packed
 
 
 def verify_packed(conv: Any, x: torch.Tensor, meta: Any, draft_token_num: int, arch: str) -> torch.Tensor:
-    """A short convolution over the packed rows of B requests, each of which goes on from its state.
+    """Run a short convolution over the packed rows of B requests, each of which goes on from its state.
 
     Args:
         conv: the layer: `conv_weight` [D, K], `conv_bias` [D] or None. x: [T, D], its inputs.
@@ -145,12 +145,12 @@ PADDED_ATTENTIONS = frozenset({"trtllm_mla"})
 
 
 def rows_counted(runner: Any, widest: int) -> int:
-    """Rows of each request as the attention of `runner` is to count them, if none has more than `widest`.
+    """Return the rows that the attention of `runner` is to count for each request, if none has more than `widest`.
 
-    TRT-LLM's MLA ends the keys of every request as many positions behind its context as the server's widest block has,
+    TRT-LLM's MLA ends the keys of every request as many positions after its context as the server's widest block has,
     and its kernel takes queries for the last of them: laid out to any other width, they would be taken for later ones.
-    If layers keep a state, SGLang gives no slot of a graph more rows than are counted, nor those that take what a batch
-    leaves of it.
+    If layers keep a state, SGLang gives no slot of a graph more rows than are counted, nor a slot that holds a graph's
+    unused rows.
     """
     names = {runner.prefill_attention_backend_str, runner.decode_attention_backend_str}
     if names & PADDED_ATTENTIONS or has_state(runner.model_config):

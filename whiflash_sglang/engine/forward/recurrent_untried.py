@@ -1,8 +1,8 @@
-"""SGLang's backends of recurrent layers, for verifications whose requests have different widths.
+"""Extend SGLang's backends of recurrent layers to verifications whose requests have different widths.
 
 Upstream lays a verification out as a block of one width for each request. Its kernel of the gated delta rule, KDA's
-too, takes any (`cu_seqlens`); what does not are the convolutions before it and LFM2's (:func:`packed_verification` in
-place of them all), and Mamba 2's kernel, for which rows are laid out here: as many of every request as one may have.
+too, takes any widths (`cu_seqlens`). The convolutions before it and LFM2's do not, so :func:`packed_verification`
+replaces them all; nor does Mamba 2's kernel, for which rows are laid out here with the largest width for each request.
 
 Nothing is read on the host, so a captured verification is what an eager one is. No GPU has run it: the kernels were run
 under Triton's interpreter (`tests/compat/interpreted_recurrent.py`), and replays of all but them on a tape
@@ -47,7 +47,7 @@ fused_sigmoid_gating_delta_rule_update = import_module(
     makes=True,
 )
 def _chosen(original: Any) -> Any:
-    """Recurrent layers get our backends. Upstream's names stay classes: SGLang asks what is an instance of them."""
+    """Give recurrent layers our backends. Upstream's names stay classes, since SGLang uses them in `isinstance`."""
 
     def new(kind: Any, *_: Any, **__: Any) -> Any:
         return object.__new__(OURS.get(kind, kind) if serves_ours() else kind)
@@ -59,17 +59,17 @@ class _Ragged(MambaAttnBackendBase):  # type: ignore[misc]
     supports_ragged_verify_graph = True
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Allocate what the plans of captured verifications are written to. Upstream's wants as many rows of each
-        request, for trees of drafts alone."""
+        """Allocate buffers for the plans of captured verifications. Upstream requires equally many rows of each
+        request, which only trees of drafts need."""
         super().init_cuda_graph_state(max_bs, max_bs)
 
 
 class RaggedConvBackend(_Ragged, ShortConvAttnBackend):  # type: ignore[misc]
-    """`ShortConvAttnBackend`: what it hands to the model's convolutions is right for every width."""
+    """`ShortConvAttnBackend`, whose inputs to the model's convolutions are right for every width."""
 
 
 class RaggedDelta(_Ragged):
-    """Packed verifications for a backend of the gated delta rule, whose other forwards are its own.
+    """Adds packed verifications to a backend of the gated delta rule, whose other forwards stay its own.
 
     by_channel: the decay is each key channel's own, and the convolution's inputs are transposed (KDA).
     """
@@ -90,8 +90,8 @@ class RaggedDelta(_Ragged):
         return self._verify(layer, inputs["mixed_qkv"], inputs["a"], inputs["b"])
 
     def _verify(self, layer: Any, mixed_qkv: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """mixed_qkv: [T, 2 Hk K + H V]; a: [T, H], or [T, H K] by channel; b: [T, H] or [1, T, H]. Returns
-        [1, T, H, V], zeros where a row is nobody's."""
+        """Verify packed rows in a layer. mixed_qkv: [T, 2 Hk K + H V]; a: [T, H], or [T, H K] by channel; b: [T, H] or
+        [1, T, H]. Returns [1, T, H, V], zeros for rows of no request."""
         cache = self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
         starts, slots = self.forward_metadata.query_start_loc, self.forward_metadata.mamba_cache_indices
         rows, inputs = Rows.of(starts.long(), len(mixed_qkv)), transposed(cache) if self.by_channel else cache
@@ -132,13 +132,13 @@ class RaggedChannelDeltaBackend(RaggedDelta, KDAAttnBackend):  # type: ignore[mi
 
     @staticmethod
     def _can_fuse_accept_state(verify_backend: Any) -> bool:
-        """Not with FlashInfer's kernel either, which would read the accepted state where its own verification left it:
-        here every state is committed."""
+        """Return False: here every state is committed. FlashInfer's kernel would read the accepted state where its own
+        verification left it."""
         return False
 
 
 class RaggedMamba2(_Ragged):
-    """Packed verifications for a backend of Mamba 2, whose other forwards are its own."""
+    """Adds packed verifications to a backend of Mamba 2, whose other forwards stay its own."""
 
     def forward(
         self,
@@ -150,7 +150,7 @@ class RaggedMamba2(_Ragged):
         mup_vector: torch.Tensor | None = None,
         **named: Any,
     ) -> torch.Tensor:
-        """As of `mixer_forward`."""
+        """Run a layer, in a verification by `mixer_forward`. Arguments and result: as there."""
         if not forward_batch.forward_mode.is_target_verify():
             found: torch.Tensor = super().forward(
                 mixer, hidden_states, output, layer_id, forward_batch, mup_vector=mup_vector, **named
@@ -160,7 +160,7 @@ class RaggedMamba2(_Ragged):
         return mixer_forward(partial(self._verify, mixer, cache), mixer, hidden_states, output, mup_vector)
 
     def _verify(self, mixer: Any, cache: Any, x: torch.Tensor, dt: torch.Tensor) -> torch.Tensor:
-        """x: [T, D]; dt: [T, H]. Returns [T, H, P], zeros where a row is nobody's."""
+        """Verify packed rows in a layer. x: [T, D]; dt: [T, H]. Returns [T, H, P], zeros for rows of no request."""
         starts, slots = self.forward_metadata.query_start_loc, self.forward_metadata.mamba_cache_indices
         rows, (weight, bias, activation) = Rows.of(starts.long(), len(x)), convolution_of(mixer)
         mixed = activated(packed_verification(x, weight, bias, cache, slots, rows), activation)
@@ -185,7 +185,7 @@ class RaggedMamba2(_Ragged):
             mixer.D[:, None].expand(by_channel),
             dt_bias=mixer.dt_bias[:, None].expand(by_channel),
             dt_softplus=True,
-            # A slot of a graph without a request, of which the kernel keeps nothing.
+            # A graph's slot without a request becomes the padding slot, of which the kernel keeps no state.
             state_batch_indices=slots.where(slots > 0, PAD_SLOT),
             pad_slot_id=PAD_SLOT,
             out=out[:-1].unflatten(0, (-1, most)),
@@ -207,4 +207,4 @@ OURS = {
     KDAAttnBackend: RaggedChannelDeltaBackend,
     Mamba2AttnBackend: RaggedMamba2Backend,
 }
-"""Our backends by upstream's, for which they are made."""
+"""Our backends, by those of upstream's that they replace."""

@@ -1,4 +1,4 @@
-"""Logits that every verified position is sampled from, under each request's own parameters.
+"""Sample every verified position from its logits, under its request's own parameters.
 
 `whiflash_kernels.sample_rows` draws from the logits, in which bias and penalties are. If SGLang's sampler must draw
 (`is_seeded`), it runs on the packed rows with the requests' parameters repeated row by row: what plain decoding would
@@ -27,17 +27,17 @@ from whiflash_sglang.engine.forward.processors import own_grammar
 from whiflash_sglang.records.core import Asked
 
 SAMPLED_ROWS = 128
-"""Rows that SGLang's sampler takes at once: they fill a card with the vocabularies that there are."""
+"""Most rows that SGLang's sampler gets at once. They fill a GPU with vocabularies of any usual size."""
 
 
 def is_seeded(batch: Any) -> bool:
-    """Whether SGLang's sampler draws: its seeds are keyed by ranks of sorted chances."""
+    """Whether SGLang's own sampler must draw, since its seeds are keyed by ranks of sorted probabilities."""
     info = batch.sampling_info
     return info.sampling_seed is not None and not info.is_all_greedy
 
 
 def checks_numbers() -> bool:
-    """Whether SGLang's environment asks that NaN among logits is found, or replaced (`check_numbers`)."""
+    """Whether SGLang's environment asks that NaN among logits be found or replaced (`check_numbers`)."""
     asked = (
         envs.SGLANG_SANITIZE_NAN_LOGITS,
         envs.SGLANG_ENABLE_NAN_LOGITS_CHECK,
@@ -47,12 +47,12 @@ def checks_numbers() -> bool:
 
 
 def check_numbers(logits: torch.Tensor) -> None:
-    """As SGLang's verifications do with logits, in place."""
+    """Find or replace NaN among logits in place, as SGLang's verifications do."""
     sanitize_nan_logits(logits, "verify: target model logits")
 
 
 def parameters(req: Any) -> tuple[float, float, float, float]:
-    """Temperature, top_k, top_p and min_p of a request, as `SamplingTable` has them.
+    """Return temperature, top_k, top_p and min_p of a request in the form of `SamplingTable`.
 
     If any request of a batch has min_p, SGLang's FlashInfer sampler takes top_p of what top_k keeps, for all of them.
     Here it is the request's own min_p, so that its text does not depend on its neighbours.
@@ -62,7 +62,7 @@ def parameters(req: Any) -> tuple[float, float, float, float]:
 
 
 def penalties_of(req: Any) -> Penalties | None:
-    """Penalties and bias of a request; None: its logits stay as they are."""
+    """Return penalties and bias of a request; None if its logits stay as they are."""
     p, answer = req.sampling_params, len(req.origin_input_ids)
     if not (is_penalised(req) or p.logit_bias):
         return None
@@ -80,7 +80,7 @@ def is_penalised(req: Any) -> bool:
 
 
 def takes_single_tokens(req: Any) -> bool:
-    """Whether a token can only be judged when the scheduler has dealt with the one before it.
+    """Whether a token can be judged only after the scheduler has processed the one before it.
 
     A client's own processor reads its request, and may keep state from one call to the next: it must be called once a
     token, as the text is then. "last" hidden states are of the token that ends the text, which the scheduler finds.
@@ -91,7 +91,7 @@ def takes_single_tokens(req: Any) -> bool:
 
 
 def asked_rates(batch: Any) -> list[Asked]:
-    """Requests of a batch whose log-probabilities are wanted; a negative number of likeliest tokens is none."""
+    """Return the requests of a batch that want log-probabilities; a negative number of likeliest tokens counts as 0."""
     if not batch.return_logprob:
         return []
     wanted = zip(batch.reqs, batch.top_logprobs_nums, batch.token_ids_logprobs, strict=True)
@@ -101,7 +101,7 @@ def asked_rates(batch: Any) -> list[Asked]:
 
 
 def scales_rates() -> bool:
-    """Whether log-probabilities are those of logits by temperature, as SGLang's environment says."""
+    """Whether log-probabilities are of logits divided by temperature, as SGLang's environment says."""
     return not sampler.SGLANG_RETURN_ORIGINAL_LOGPROB
 
 
@@ -116,7 +116,7 @@ def process(info: SamplingBatchInfo, logits: torch.Tensor, block: MixedBlock) ->
 def sample_as_sglang(
     runner: Any, info: SamplingBatchInfo, logits: torch.Tensor, block: MixedBlock
 ) -> torch.Tensor:
-    """The token of SGLang's sampler at each packed row of `logits` [T, V]: [T] int64.
+    """Return the token that SGLang's sampler draws at each packed row of `logits` [T, V]: [T] int64.
 
     A few rows at a time, since it takes much memory for each logit.
 
@@ -132,8 +132,8 @@ def sample_as_sglang(
 
 
 def simulated_acceptance(widest: int) -> tuple[Callable[[], int], bool] | None:
-    """Request of `SGLANG_SIMULATE_ACC_LEN`, `_METHOD` and `_TOKEN_MODE`: tokens that every request commits in the next
-    round, and whether they are its drafts. None: nothing is simulated.
+    """Read `SGLANG_SIMULATE_ACC_LEN`, `_METHOD` and `_TOKEN_MODE`. Returns a draw of the tokens that every request
+    commits in the next round, and whether they are its drafts; None if nothing is simulated.
 
     One length is drawn a round for all requests, as upstream's workers do. A request's block is as wide as it was
     drafted, so one with fewer rows commits them all: upstream's draw for a block of that width.
@@ -151,10 +151,10 @@ def simulated_acceptance(widest: int) -> tuple[Callable[[], int], bool] | None:
 
 
 def count_earlier_output(batch: Any) -> None:
-    """Before a prefill: requests that were retracted are penalised for the answer that they had, too.
+    """Penalise retracted requests, before a prefill, for the tokens that they had generated, too.
 
     Upstream's penalisers know a request since its last prefill, so its plain decoding forgets there what was generated
-    before, and a text depends on who else was served. Here it is that of plain decoding which nobody interrupted.
+    before, and a text depends on who else was served. Here the text is that of uninterrupted plain decoding.
     `batch.sampling_info` is upstream's copy for one forward, whose penalties are replaced.
     """
     reqs, info = batch.reqs, batch.sampling_info
@@ -179,7 +179,7 @@ def count_earlier_output(batch: Any) -> None:
 
 
 def _expand(info: SamplingBatchInfo, owner: torch.Tensor) -> SamplingBatchInfo:
-    """With the requests' parameters, one entry per packed row, but for those that change logits."""
+    """Return the requests' parameters with one entry per packed row, without those that change logits."""
     return dataclasses.replace(
         info,
         grammars=None,
@@ -193,7 +193,7 @@ def _expand(info: SamplingBatchInfo, owner: torch.Tensor) -> SamplingBatchInfo:
 
 
 def stop_ids(req: Any) -> tuple[int, ...]:
-    """The tokens that end a request, in order: those that upstream's min_new_tokens penaliser forbids."""
+    """Return the tokens that end a request, in order: those that upstream's min_new_tokens penaliser forbids."""
     ids = set(req.sampling_params.stop_token_ids or ()) | set(req.eos_token_ids or ())
     if req.tokenizer is not None:
         ids |= set(req.tokenizer.additional_stop_token_ids or ())
@@ -203,7 +203,7 @@ def stop_ids(req: Any) -> tuple[int, ...]:
 
 
 def ending_ids(req: Any) -> tuple[int, ...]:
-    """The tokens that end this request; what a grammar ends with does so in any case. Ids of no token end none."""
+    """Return the vocabulary's tokens that end this request: none with ignore_eos, unless it has a grammar."""
     if req.sampling_params.ignore_eos and own_grammar(req) is None:
         return ()
     return tuple(i for i in stop_ids(req) if 0 <= i < req.vocab_size)

@@ -1,7 +1,7 @@
-"""The target model as the worker sees it: one capture, a prefill, a packed verification.
+"""Run the target model for the worker: one capture, prefills and packed verifications.
 
-A target that takes images counts a token's time, height and width (M-RoPE). Those of text are equal. Behind an image
-they differ from the position by the request's delta. SGLang lays them out for drafts of one length.
+A target that takes images has a time, a height and a width for each token's position (M-RoPE). They are equal for text.
+After an image they differ from the position by the request's delta. SGLang lays them out for drafts of one length.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,19 +34,19 @@ from whiflash_sglang.records.core import Verified
 
 
 class GraphEnd(Protocol):
-    """End of a verification's graph, captured after its forward (`round/epilogue.py`)."""
+    """The work at the end of a verification's graph, captured after its forward (`round/epilogue.py`)."""
 
     def capture(self, graph: tuple[int, int, bool], of_graph: Callable[[], Verified]) -> None: ...
 
 
 class Target(LoadedTarget):
-    """Wraps the target's worker. Raises CheckpointError where the model cannot capture what drafters need."""
+    """Wraps SGLang's worker of the target. Raises CheckpointError if the model cannot capture what drafters need."""
 
     def __init__(self, target_worker: Any) -> None:
         super().__init__(target_worker)
         self.context_len = int(target_worker.model_config.context_len)
         self.tokenizer: Any = target_worker.tokenizer
-        # The same in all ranks of a replica, another one in each replica.
+        # All ranks of a replica must have the same seed, and replicas shall have different ones.
         self.random_seed = int(target_worker.random_seed) + (get_parallel().dp_rank or 0)
         self.peers = Peers()
         recurrent.install(target_worker.model_config, self.device)
@@ -54,22 +54,22 @@ class Target(LoadedTarget):
 
     @property
     def slot_table(self) -> torch.Tensor:
-        """[request rows, ctx] int32: request row and position → KV slot."""
+        """Return the table [request rows, ctx] int32: request row and position → KV slot."""
         table: torch.Tensor = self.runner.req_to_token_pool.req_to_token
         return table
 
     @property
     def kv_slots(self) -> int:
-        """Slots of the target's KV pool, the padding page included."""
+        """Return the number of slots of the target's KV pool, the padding page included."""
         pool = self.runner.token_to_kv_pool
         return int(pool.size) + int(pool.page_size)
 
     def capture(self, layers: Sequence[int], *, final_hidden: bool) -> None:
-        """Capture the outputs of `layers` (ascending) in every forward that asks for hidden states; their number itself
-        means the state after the final norm.
+        """Capture the outputs of `layers` (ascending) in every forward that asks for hidden states. The target's number
+        of layers means the state after the final norm.
 
         A server whose clients may ask for hidden states keeps the final ones too, as does one with `final_hidden`.
-        `row_bytes` is then what is captured of a row.
+        Sets `row_bytes`, the bytes that are captured of a row.
         """
         keeps_final = final_hidden or get_server_return_hidden_states_mode().need_capture()
         self._captured = Captured(self.model, self.shape.num_layers, layers, keeps_final=keeps_final)
@@ -77,7 +77,7 @@ class Target(LoadedTarget):
         graphs.install(self.runner, self._captured.mode)
 
     def prefill(self, batch: Any) -> tuple[Any, torch.Tensor]:
-        """Target forward and first token of an extend batch: SGLang's result, and features [tokens, F].
+        """Run the target over an extend batch. Returns SGLang's result with the first tokens, and features [tokens, F].
 
         The result has the hidden states that the batch's requests asked for, if any.
         """
@@ -85,11 +85,11 @@ class Target(LoadedTarget):
         result = self.worker.forward_batch_generation(batch, capture_hidden_mode=self._captured.mode)
         output = result.logits_output
         if output.next_token_logits is None:
-            # Scores of positions: SGLang keeps no states of them, and no slot, since it asks for a cache that is off.
+            # The batch wants scores at positions. SGLang keeps no states for them, and no slot, as the cache is off.
             shape = sum(batch.extend_lens), self._captured.read * self.shape.hidden_size
             return result, torch.zeros(shape, dtype=self.dtype, device=self.device)
         features, final = self._captured.take(output)
-        # SGLang leaves rows that the batch was padded with for its peers.
+        # SGLang does not cut the rows with which it padded the batch to those of its peers.
         features = features[: len(batch.input_ids)]
         if batch.return_hidden_states:
             if final is None:
@@ -100,15 +100,15 @@ class Target(LoadedTarget):
         return result, features
 
     def rows_for(self, rows: int, requests: int) -> int:
-        """Rows to pack `rows` of so many requests into: more than asked for where a graph of that size waits."""
+        """Return the rows to pack `rows` rows of `requests` requests into: those of a graph that holds them, if any."""
         graph = self._graph_for(rows, requests)
         return rows if graph is None else graph
 
     def agreed_rows(self, rows: int, requests: int, widths: torch.Tensor | None = None) -> int:
-        """`rows_for` of the next verification. With DP attention it is of all ranks, which must ask at once.
+        """Return `rows_for` of the next verification. With DP attention all ranks agree on it and must call it at once.
 
         widths: [B] int32 of the requests, if `rows` is a bound. Attention writes no row beyond them. A graph has spare
-        slots for these; without one the host reads the sum, unless other ranks take part: theirs might differ.
+        slots for such rows; without a graph the host reads the sum, unless other ranks take part: theirs might differ.
         """
         graph = self._graph_for(rows, requests)
         if graph is None and widths is not None and get_parallel().tp_size == 1:
@@ -134,7 +134,7 @@ class Target(LoadedTarget):
 
     @cached_property
     def _rows_counted(self) -> int:
-        """`rows_counted` if it is always the same, else 0. It reads configurations, which takes long."""
+        """Return `rows_counted` if it does not depend on the batch, else 0. Cached, since it reads configurations."""
         return rows_counted(self.runner, 0)
 
     def forward(
@@ -145,10 +145,10 @@ class Target(LoadedTarget):
         widths: Sequence[int] | None,
         stride: int,
     ) -> Any:
-        """SGLang's result of a verification's forward. Arguments as of `verify`; batch: also one of `batch_of`."""
+        """Return SGLang's result of a verification's forward. Arguments as of `verify`; batch may be `batch_of`'s."""
         batch.out_cache_loc = block.cache_slots
         batch.input_ids, batch.forward_mode = block.input_ids, ForwardMode.TARGET_VERIFY
-        batch.extend_input_logprob_token_ids = None  # of an earlier prefill: SGLang would send it again
+        batch.extend_input_logprob_token_ids = None  # left by a prefill: SGLang would send it again
         batch.spec_info = verify_input(
             block, verify_lens, widths, stride, self._captured.mode, self._rows_counted
         )
@@ -156,9 +156,9 @@ class Target(LoadedTarget):
         return self._forward(batch)
 
     def batch_of(self, rows: torch.Tensor, starts: torch.Tensor, on_host: torch.Tensor) -> ScheduleBatch:
-        """A decode batch of SGLang's without its requests: their rows of the table, and tokens that have KV, [B] int64.
+        """Make a decode batch of SGLang's without its requests.
 
-        on_host: `starts` on the host, or bounds.
+        rows: of the request table; starts: tokens with KV; both [B] int64. on_host: `starts` on the host, or bounds.
         """
         return ScheduleBatch(
             reqs=[],
@@ -180,7 +180,7 @@ class Target(LoadedTarget):
         return self.worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
 
     def end_graphs_with(self, epilogue: GraphEnd) -> None:
-        """Have `epilogue` captured behind the forward of every verification's graph."""
+        """Let `epilogue` be captured after the forward in every verification's graph."""
 
         def end(runner: Any, output: Any, forward_batch: Any, rows: int) -> None:
             layout = forward_batch.spec_info.ragged_verify_layout
@@ -205,7 +205,7 @@ class Target(LoadedTarget):
         widths: Sequence[int] | None,
         stride: int,
     ) -> Verified:
-        """One forward over the packed rows of all requests (design: a narrow row costs what it is wide).
+        """Run one forward over the packed rows of all requests, each of which costs only the rows that it has.
 
         `block` has `agreed_rows` of its rows; those beyond the widths' sum go through the forward with the others. The
         result is without them if the widths are known. verify_lens, widths, stride: as of `verify_input`.
@@ -229,7 +229,7 @@ class Target(LoadedTarget):
         )
 
     def commit(self, batch: Any, starts: torch.Tensor, accept_lens: torch.Tensor) -> None:
-        """After `verify`: what the target keeps of a request beside KV goes on behind its last accepted row.
+        """Let the target's state beside KV, after `verify`, go on after each request's last accepted row.
 
         starts: [B] int, n per request. accept_lens: [B] int, rows that were accepted of each, the first included.
         """
@@ -244,14 +244,14 @@ def verify_input(
     mode: CaptureHiddenMode = CaptureHiddenMode.FULL,
     counted: int = 0,
 ) -> DFlashVerifyInput:
-    """A verification as SGLang's attention backends read it: packed rows, and how many of them each request has.
+    """Return a verification as SGLang's attention backends read it: packed rows, and how many each request has.
 
-    verify_lens: [B] int32, what `block` was packed by; widths: the same on the host. The layout goes with equal widths
-    too: without one a backend may take the widest block that the server was configured for (fa3 does). fa3
-    reads the widest of the host's widths; None where the host may not know them, then all
-    rows of the block are planned for. stride: of the widest request, at least. A graph is chosen by the rows of
-    `block`, its padding included, and by whether a request may have more than one. mode: hidden states that the forward
-    keeps. counted: rows of a request that recurrent layers count, if not `stride`.
+    verify_lens: [B] int32, by which `block` was packed. widths: the same on the host, whose widest fa3 reads; None if
+    the host may not know them, and then all rows of the block are planned for. The layout is there with equal widths
+    too: without one a backend may take the widest block that the server was configured for (fa3 does). stride: of the
+    widest request, at least. A graph is chosen by the rows of `block`, its padding included, and by whether a request
+    may have more than one. mode: hidden states that the forward keeps. counted: rows of a request that recurrent layers
+    count, if not `stride`.
     """
     total = int(block.input_ids.shape[0]) if widths is None else sum(widths)
     layout = RaggedVerifyLayout(
@@ -281,9 +281,9 @@ def verify_input(
 def _of_packed_rows(
     original: Any, self: ForwardBatch, model_runner: Any, batch: Any, *args: Any, **named: Any
 ) -> None:
-    """Positions follow packed rows.
+    """Compute M-RoPE positions of packed rows.
 
-    `mrope_positions` [3, T] int64 of T rows, packed by a layout of any widths and padded behind.
+    Sets `mrope_positions` [3, T] int64 of T rows, packed by a layout of any widths and padded at the end.
     """
     layout = getattr(batch.spec_info, "ragged_verify_layout", None)
     if layout is None:
@@ -305,7 +305,7 @@ def _of_packed_rows(
     until="it asks the algorithm",
 )
 def _kept_images(original: Any, input_ids: Any, forward_batch: Any, *args: Any, **named: Any) -> Any:
-    """A prefill's `mm_input_embeds` [T, H], rows of text and images as the first layer reads them, stay."""
+    """Keep a prefill's `mm_input_embeds` [T, H], the rows of text and images that the first layer reads."""
     read = original(input_ids, forward_batch, *args, **named)
     if forward_batch.mm_input_embeds is not None:
         forward_batch.mm_input_embeds = forward_batch.mm_input_embeds.clone()

@@ -1,12 +1,12 @@
-"""SGLang's Triton attention for verifications whose requests have different widths.
+"""Extend SGLang's Triton attention to verifications whose requests have different widths.
 
-Upstream's kernel (`extend_attention_fwd`) takes any number of query rows per request from `qo_indptr`; only what
-:class:`TritonAttnBackend` plans for a verification gives every request the same number. Keys and values of the prefix
-are planned from `seq_lens` and are right for every width.
+Upstream's kernel (`extend_attention_fwd`) takes any number of query rows per request from `qo_indptr`; only the plan of
+:class:`TritonAttnBackend` for a verification gives every request the same number. Keys and values of the prefix are
+planned from `seq_lens` and are right for every width.
 
 That kernel walks a request's prefix in one program for each query head, so a verification takes as long as its longest
-request. SGLang asks `verify_splitkv_fwd` before it; here that is `verify_attention`, which cuts long prefixes over the
-chip and takes as long as all prefixes together.
+request. SGLang calls `verify_splitkv_fwd` before it; here that is `verify_attention`, which splits long prefixes over
+the chip, so its time depends on the sum of all prefixes.
 """
 
 from functools import partial
@@ -26,9 +26,9 @@ from whiflash_kernels.verify import EIGHT_BITS, sums_bytes
 from whiflash_sglang.engine.carried import serves_ours
 
 NARROWEST = 2048
-"""Keys of a window, at least, that `verify_attention` reads: of fewer there is little to cut."""
+"""Smallest window, in keys, for which `verify_attention` runs: a smaller one leaves little to split."""
 WIDEST = 256
-"""Dimensions of a head, at most: a tile of wider ones does not fit."""
+"""Largest head dimension for which it runs: a tile of wider heads does not fit."""
 
 
 class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
@@ -38,8 +38,8 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
 
     def __init__(self, runner: Any, *args: Any, **named: Any) -> None:
         super().__init__(runner, *args, **named)
-        # With one pool for all layers SGLang asks the model for its window, which not every class answers (Laguna),
-        # and without one the layers that have it are planned no keys. The kernel masks the narrower one of several.
+        # With one pool for all layers SGLang asks the model for its window, which not every class answers (Laguna).
+        # Without an answer windowed layers are planned no keys. The kernel masks the narrower one of several windows.
         window = widest_window(runner.model)
         if window is not None:
             self.sliding_window_size = window
@@ -65,7 +65,7 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
         super().init_forward_metadata_in_graph(forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *buffers: Any, **named: Any) -> None:
-        """Allocate what the plans of captured verifications are written to.
+        """Allocate buffers for the plans of captured verifications.
 
         Upstream sizes decoding's inputs by rows: room for a whole context each (and the splits of its kernel). Here
         every captured forward is a verification, in which a request reads one context, however many rows it has. Its
@@ -80,8 +80,8 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
             )
 
     def _make_room(self, slots: int) -> None:
-        """Offsets of as many requests as the server takes, or of `slots` if those are more: of query rows, of keys, and
-        of the keys within a window, [requests + 1] each."""
+        """Allocate offsets, [requests + 1] each, for as many requests as the server takes, or for `slots` if those are
+        more: of query rows, of keys, and of the keys within a window."""
         requests = max(slots, int(self.req_to_token_pool.size))
 
         def offsets(dtype: torch.dtype) -> torch.Tensor:
@@ -135,7 +135,7 @@ def verify(
     plans: dict[Any, Any] | None = None,
     **_: Any,
 ) -> bool:
-    """Attention of one layer of a verification, as SGLang calls `verify_splitkv_fwd`: shapes and `plans` as of
+    """Attend in one layer of a verification. SGLang calls this as `verify_splitkv_fwd`. Shapes and `plans`: as of
     `verify_attention`.
 
     Returns:
@@ -168,7 +168,7 @@ def verify(
 
 
 def kept_bytes(runner: Any, slots: int, widest: int) -> int:
-    """Bytes of sums between the launches of a layer's verification of so many requests; 0 with another attention."""
+    """Return the bytes of sums between the launches of a layer's verification of `slots` requests; 0 if not Triton."""
     config, parallel = runner.model_config, get_parallel()
     if "triton" not in attention_backends_of(get_exec().kernel) or config.attention_arch == AttentionArch.MLA:
         return 0
@@ -178,7 +178,7 @@ def kept_bytes(runner: Any, slots: int, widest: int) -> int:
 
 
 def widest_window(model: Any) -> int | None:
-    """Keys before its own that a row sees in the layer of a loaded `model` with the widest window; None without one."""
+    """Return the widest window of a loaded `model`'s layers: keys that a row sees before its own; None without one."""
     layers = (module for module in model.modules() if isinstance(module, RadixAttention))
     return max((size for layer in layers if (size := layer.sliding_window_size) > 0), default=None)
 
@@ -187,7 +187,7 @@ _upstreams = ATTENTION_BACKENDS["triton"]
 
 
 def install() -> None:
-    """Let SGLang's name for it name ours in a server of ours. Idempotent."""
+    """Make SGLang's name `triton` give our backend in a server of ours. Idempotent."""
     register_attention_backend("triton")(_make)
 
 

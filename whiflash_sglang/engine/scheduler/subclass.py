@@ -115,7 +115,7 @@ class WhiflashScheduler:
         super()._add_request_to_queue(req, is_retracted)  # type: ignore[misc]
 
     def abort_request(self: Any, recv_req: Any) -> None:
-        """Abort only the request of this id. SGLang aborts all whose ids begin so; others are renamed meanwhile."""
+        """Abort only the request with this id. SGLang aborts all with this prefix, so others are renamed meanwhile."""
         decoding = self.disagg_decode_prealloc_queue
         queues = (self.disagg_prefill_bootstrap_queue, decoding, self.disagg_decode_transfer_queue)
         held = [self.waiting_queue, self.grammar_manager.grammar_queue, self.collect_inflight_reqs()]
