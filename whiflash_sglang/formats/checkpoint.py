@@ -332,7 +332,7 @@ class WeightReader:
             )
 
     def fill(self, parameter: Tensor, *names: str) -> None:
-        """Copy the tensors `names`, stacked by rows, into `parameter`; `CheckpointError` on a misfit."""
+        """Copy the tensors `names`, stacked by rows, into `parameter`. Raises `CheckpointError` if they do not fit."""
         parts = [self._floats(name) for name in names]
         try:
             value = torch.cat(parts) if len(parts) > 1 else parts[0]

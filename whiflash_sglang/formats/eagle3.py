@@ -39,7 +39,7 @@ LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
 
 @dataclass(frozen=True, slots=True)
 class Eagle3Config:
-    """Sizes and variants of a checkpoint.
+    """Sizes and variants of an EAGLE-3 checkpoint.
 
     Attributes:
         target_hidden_size: size of one captured feature; `num_features` of them are concatenated.

@@ -172,7 +172,7 @@ MIMO = Names("token_layernorm", "hidden_layernorm", "input_proj", "final_layerno
 
 @dataclass(frozen=True, slots=True)
 class MTPConfig:
-    """Sizes and variants of a head.
+    """Sizes and variants of a target's own next-token head.
 
     Attributes:
         prefix: beginning of its tensors' names in the target's files.

@@ -18,7 +18,7 @@ _CONTAINER = Path("/sys/fs/cgroup")
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` that multiplies by its weight's packed copy where there is one."""
+    """`torch.nn.Linear` that multiplies by its weight's packed copy if there is one."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply `x` [..., K] by the weight, or by its packed copy → [..., N]."""

@@ -66,7 +66,7 @@ class Router(nn.Module):
         return F.gelu(self.first(final.to(self.first.weight.dtype)))
 
     def layers(self) -> Layers:
-        """Return the weights for the kernel."""
+        """Return the weights in the kernel's form."""
         seconds = [self.second] if self.heads is None else [self.second, self.heads]
         return Layers(
             self.first.weight.detach(),
@@ -85,7 +85,7 @@ class Router(nn.Module):
         dtype: torch.dtype,
         delta_sign: str | None = None,
     ) -> "Router":
-        """Read a .safetensors file or a directory with one.
+        """Read a router from a .safetensors file, or from a directory with one.
 
         Args:
             delta_sign: one of `SIGNS`, for a file whose metadata does not say what its ΔAL means.
@@ -102,7 +102,7 @@ class Router(nn.Module):
         return router.to(device=device, dtype=dtype).eval()
 
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write one file, complete or not at all."""
+        """Write the router to one file, complete or not at all."""
         tensors = {
             name: value.detach().cpu().to(dtype).contiguous() for name, value in self.state_dict().items()
         }

@@ -1,1 +1,1 @@
-"""DFlash and its family: one block in one pass."""
+"""DFlash and related formats, which draft a block of tokens in one pass."""

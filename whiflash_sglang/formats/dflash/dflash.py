@@ -134,7 +134,7 @@ def fold_variants(config: DFlashConfig, attention: Attention) -> None:
 
 
 MASK_EMBEDDING = "mask_embedding.pt"
-"""A trained embedding of the mask token beside the weights, as SGLang 0.5.23 reads it."""
+"""File beside the weights with a trained embedding of the mask token, as SGLang 0.5.23 reads it."""
 
 
 class DFlashDrafter(TargetsParts):

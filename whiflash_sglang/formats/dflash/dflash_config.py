@@ -59,7 +59,7 @@ class BlockConvolution(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DFlashConfig:
-    """Sizes and variants of a checkpoint.
+    """Sizes and variants of a block drafter's checkpoint.
 
     Attributes:
         block_size: rows of a draft pass, the bonus token's included.

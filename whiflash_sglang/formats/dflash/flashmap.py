@@ -240,7 +240,7 @@ class FlashMapDrafter(DFlashDrafter):
 
 
 def _affine(reader: WeightReader, name: str, x: Tensor, rows: int | None = None) -> Tensor:
-    """Return x [K] by the file's layer `name`, in the dtype of `x`: [N], where N is `rows` if it is given."""
+    """Apply the file's linear layer `name` to `x` [K], in the dtype of `x` → [N]; N must be `rows` if that is given."""
     weight = reader.tensor(f"{name}.weight", (rows, len(x)))
     bias = reader.tensor(f"{name}.bias", (len(weight),))
     return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
