@@ -80,7 +80,7 @@ def target_layers(draft: Draft, num_layers: int) -> tuple[int, ...]:
 
 
 def check_drafters(drafters: Mapping[str, Path], target: TargetShape) -> None:
-    """Raise CheckpointError where a drafter cannot belong to the target. drafters: arm → its checkpoint."""
+    """Raise CheckpointError if a drafter does not fit the target (`check_fit`). drafters: arm → its checkpoint."""
     for arm, path in drafters.items():
         check_fit(read_draft(path, arm), target)
 
@@ -92,7 +92,7 @@ def read_layers(drafters: Mapping[str, Path], target: TargetShape) -> set[int]:
 
 
 def check_fit(draft: Draft, target: TargetShape) -> None:
-    """Raise CheckpointError where a drafter cannot belong to the target."""
+    """Raise CheckpointError if a drafter does not fit the target's hidden size, vocabulary or layers."""
     config, name = draft.config, draft.format.name
     hidden = config.target_hidden_size
     if hidden != target.hidden_size:
