@@ -51,7 +51,7 @@ class TargetModel:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # it would overwrite our own bar
+        logging.disable_progress_bar()  # transformers' bar would overwrite ours
         self.config: dict[str, Any] = read_json_file(path / "config.json", finite=False)
         if self.config.get("quantization_config"):
             raise ValueError(f"the target in {path} is quantised; only one in full precision is read here")

@@ -133,7 +133,7 @@ class OfflineEngine:
     async def _ask(self, tokens: list[int], sampling: dict[str, Any], **options: Any) -> Any:
         try:
             return await self._engine.async_generate(input_ids=tokens, sampling_params=sampling, **options)
-        except HTTPException as error:  # it has no room or is stopping: other prompts would fail too
+        except HTTPException as error:  # SGLang has no room or is stopping, so others would fail too
             raise WhiflashError(f"SGLang gave up a text of {len(tokens)} tokens: {error.detail}") from error
 
     def completed(self, requests: Iterator[Coroutine[Any, Any, R]], at_once: int) -> Iterator[R]:

@@ -74,7 +74,7 @@ class FeatureRecorder:
         self._forward, worker.forward_batch_generation = worker.forward_batch_generation, self.forward
 
     def forward(self, batch: Any, *arguments: Any, **options: Any) -> Any:
-        """Run the worker's `forward_batch_generation`, and write the features of the batch's requests for them."""
+        """Run the worker's `forward_batch_generation`, and write features of the requests that ask for them."""
         if batch is None or not batch.forward_mode.is_extend():
             return self._forward(batch, *arguments, **options)
         rows = list(zip((req.rid for req in batch.reqs), batch.extend_lens, strict=True))

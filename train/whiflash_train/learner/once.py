@@ -52,7 +52,7 @@ from whiflash_train.target import TargetModel, unknown
 SAVE_STEPS = 25
 """Training steps between checkpoints: the most that a killed pass loses."""
 EPOCHS = 3.0
-"""Passes over the samples."""
+"""Training epochs over the samples."""
 STEP_TOKENS = 1024
 """Answer tokens in a training step. With 256, EAGLE-3 lost 1 % of its acceptance length at the same rate: samples are
 few, and small steps of a fresh optimiser are mostly noise."""
