@@ -29,7 +29,7 @@ from whiflash_sglang.files.cpu import ATTENTION_BACKEND
 
 
 class CpuAttentionBackend(AttentionBackend):
-    """Prefill (with prefix, chunked), decoding, verification and draft blocks over the paged pool."""
+    """Runs attention over the paged pool: prefill (with prefix, chunked), decoding, verification and draft blocks."""
 
     def __init__(self, model_runner: Any, *, draft_offset: int = 0) -> None:
         """Read the pools of the model runner. draft_offset: entries beyond ``seq_lens`` that a decoding row sees, its

@@ -84,7 +84,7 @@ def share_cores(ranks: int) -> None:
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):
-    """Stock SGLang on a machine without an accelerator: no Triton, no graphs, no streams."""
+    """The SGLang platform of a machine without an accelerator: no Triton, no graphs, no streams."""
 
     _enum = PlatformEnum.OOT
     capabilities = PlatformCapabilities()

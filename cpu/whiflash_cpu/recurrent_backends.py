@@ -96,7 +96,7 @@ def _marks(metadata: Any, forward_batch: Any) -> torch.Tensor | None:
 
 
 class CpuMamba2Backend(CpuRecurrentBackend):
-    """Replaces `Mamba2AttnBackend`, and the forward of the `MambaMixer2` that it is handed."""
+    """Replaces `Mamba2AttnBackend`, and the forward of the `MambaMixer2` that it receives."""
 
     def forward(
         self,
@@ -123,7 +123,7 @@ class CpuMamba2Backend(CpuRecurrentBackend):
 
 
 class CpuDeltaBackend(CpuRecurrentBackend):
-    """Replaces `GDNAttnBackend`."""
+    """Replaces `GDNAttnBackend`, for layers with a gated delta rule whose decay is each head's own."""
 
     def forward_extend(
         self,
