@@ -33,7 +33,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """One name of SGLang's that is replaced.
+    """An entry of the table: one name of SGLang's and its replacement.
 
     path: `module:owner.name`. params: those that the replacement relies on. why, until: the reason, and when it may go.
     module: the one of ours that `install` is called for. replaced: makes the replacement from SGLang's own value.
@@ -52,7 +52,7 @@ class Patch:
 
 
 PATCHES: dict[str, Patch] = {}
-"""Patches by the paths of the names."""
+"""All patches that modules have entered, by the paths of the names that they replace."""
 
 _replaced: dict[str, Any] = {}
 """SGLang's own values, by path, of the names that we or the CPU platform have replaced in this process."""

@@ -91,7 +91,7 @@ class Captured:
             processor.keep_last_hidden_states = True
             if not has("0.5.23"):
                 processor.register_forward_hook(self._join)
-        self._width = 0  # of the features, where `_join` puts the final states behind them
+        self._width = 0  # of the features, if `_join` appends the final states to them
         self.vectors = self.read + (keeps_final and not self._joins_final)
         self.mode = CaptureHiddenMode.FULL if self.vectors else CaptureHiddenMode.NULL
 

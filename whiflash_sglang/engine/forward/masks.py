@@ -56,7 +56,7 @@ class Masks:
         A first row gets its mask however long that takes. Drafts that there is no time for are rejected. A request
         whose grammar allows no token is aborted.
         """
-        batch.sampling_info.grammar_mask = None  # the prefill's
+        batch.sampling_info.grammar_mask = None  # it is the prefill's
         grammars = self._grammars
         self._copied.synchronize()
         ids, owners = self._host.tolist()

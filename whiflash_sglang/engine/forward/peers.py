@@ -18,7 +18,7 @@ from sglang.srt.utils.common import require_mlp_tp_gather
 
 
 class PackedBatch(ForwardBatch):  # type: ignore[misc]
-    """A verification of any widths, whose rows are padded before it is made."""
+    """A batch of a verification of any widths, whose rows have been padded already."""
 
     forward_mode: ForwardMode
 

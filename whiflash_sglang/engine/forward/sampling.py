@@ -72,7 +72,7 @@ def penalties_of(req: Any) -> Penalties | None:
 
 
 def is_penalised(req: Any) -> bool:
-    """Whether a request's next token depends on the tokens it generated, as a count of each or of all."""
+    """Whether a request's next token depends on how often it generated each token, or how many in all."""
     p = req.sampling_params
     return bool(
         p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0 or p.min_new_tokens > 0

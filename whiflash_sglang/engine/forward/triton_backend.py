@@ -60,7 +60,7 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
             self.forward_metadata.qo_indptr = layout.qo_indptr_device
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        """Let each captured forward launch what plans it: every replay has other lengths."""
+        """Capture a forward's planning with it, since every replay has other lengths."""
         self._plans.clear()
         super().init_forward_metadata_in_graph(forward_batch)
 

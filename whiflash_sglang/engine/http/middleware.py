@@ -29,7 +29,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 FORMS: Mapping[str, Form] = {
-    os.environ.get("AIP_PREDICT_ROUTE", "/vertex_generate"): "native",  # SGLang's other routes come before it
+    os.environ.get("AIP_PREDICT_ROUTE", "/vertex_generate"): "native",  # SGLang's own route of this path wins
     "/v1/chat/completions": "chat",
     "/invocations": "chat",
     "/v1/completions": "completion",

@@ -20,7 +20,7 @@ _ATTRIBUTES = "_whiflash_attributes"
 def _taking_recordings(
     original: Any, self: Any, meta_info: Any, state: Any, customized_info: Any, index: int, finish_reason: Any
 ) -> None:
-    """Keep recordings out of what SGLang cuts by token offsets and repeats with every output."""
+    """Keep recordings out of the records that SGLang cuts by token offsets and repeats with every output."""
     others = {key: values for key, values in customized_info.items() if key != META_KEY}
     original(self, meta_info, state, others, index, finish_reason)
     for recording in customized_info[META_KEY][index] if META_KEY in customized_info else ():

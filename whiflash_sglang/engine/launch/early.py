@@ -35,7 +35,7 @@ KNOWN_PLUGINS = ("whiflash", "smg-servicer", "smg-zmq")
 _FIELD = re.compile(r"^    ([a-z]\w*): ", re.MULTILINE)
 _LITERAL = re.compile(r"[\"'](--[a-z][\w-]*)[\"']")
 HOST, PORT = "127.0.0.1", 30000
-"""SGLang's defaults."""
+"""SGLang's default address."""
 
 
 def as_flags(arguments: list[str]) -> list[str]:
@@ -122,7 +122,7 @@ def _settings(said: Mapping[str, Any]) -> Flags:
     for name, value in said.items():
         if not name.startswith(PREFIX):
             continue
-        # SGLang's parser takes unambiguous beginnings.
+        # SGLang's parser takes unambiguous beginnings of flags.
         meant = [name] if name in fields else [flag for flag in fields if flag.startswith(name)]
         if len(meant) != 1:
             raise UsageError(f"{name!r} is not one of {', '.join(meant or fields)}")

@@ -233,7 +233,7 @@ class RoundResult(GenerationBatchResult):  # type: ignore[misc]
         self.accept_lens, self.cap_lens = here(at.accept_lens), here(at.widths)
         if self.rated is not None:
             put_rates(self.logits_output, here(at.rates), self.rated, len(self.accept_lens))
-            results.at = at._replace(rates=None)  # nobody else reads them
+            results.at = at._replace(rates=None)  # only SGLang reads them
 
 
 def round_result(verified: Verified, results: Download[Results]) -> GenerationBatchResult:

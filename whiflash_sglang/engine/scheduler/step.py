@@ -23,7 +23,7 @@ def has_mail(scheduler: Any) -> bool:
 
 
 def needs_scheduler(batch: Any) -> bool:
-    """Whether a token of this batch depends on what the scheduler does with the one before it, or on its records.
+    """Whether a token of this batch depends on the scheduler's work on the token before it, or on its records.
 
     Penalties and processors follow the committed text there; log-probabilities and hidden states are collected from
     one forward of a step. The scheduler also finds stop strings and ends aborted requests.
