@@ -1,7 +1,8 @@
-"""Choice of a server for a target, cards and a load: by published figures, or a server's own prices.
+"""`whiflash advise`: estimates the fastest server for a target, GPUs and a load, from published figures or from a
+running server's prices.
 
-An estimate: nothing is measured but what a server says. `published.yaml` has its errors on one H100 and one H20. Prices
-of other cards, of several and of experts follow from a card's bandwidth. Imports no torch.
+Only a running server's figures are measured. `published.yaml` has the estimate's errors on one H100 and one H20. Prices
+of other cards, of several cards and of experts follow from a card's bandwidth. Imports no torch.
 """
 
 import sys
@@ -31,40 +32,41 @@ from whiflash_sglang.errors import ConfigError, UsageError
 from whiflash_sglang.files.progress import tracked
 
 FULL = {arms.AR: 5, arms.DIFFUSION: 7}
-"""Drafts of a full round, where published rounds have as many: the longest chain of a start, a block of eight rows."""
+"""Drafts of a full round, if published rounds have as many: the longest chain of a start, a block of eight rows."""
 USABLE = 0.88
 """Share of a card's memory that SGLang takes for weights and KV."""
 WORTH_IT = 1.03
-"""Speed over the next simpler way below which a way is not worth its memory."""
+"""Smallest speed-up over the next simpler way for which a way is worth its memory."""
 PLAIN, OURS, OWN = "plain", "WHIFLASH", "its own traffic"
 TASK = "simulating loads"
 
 GPUS = FACTS.cards
 _QWEN = Shape(PARAMETERS, PARAMETERS, 36, 147456)
 LAYER = (H100.fixed - 2 * PARAMETERS / GPUS["h100"].bandwidth) / _QWEN.layers
-"""Seconds of a layer beyond reading its weights: what is left of Qwen3-8B's published step on an H100."""
+"""Seconds of a layer besides reading its weights: the rest of Qwen3-8B's published step on an H100."""
 EXPERTS_LAYER = 90e-6
-"""The same of a layer of experts, such that gpt-oss-120b's published 212 tokens a second on one H100 come out."""
+"""Seconds of a layer of experts besides reading it, fitted to gpt-oss-120b's published 212 tokens/s on one H100."""
 EAGER = 0.5e-3
-"""Seconds that a drafter's layer takes longer outside a CUDA graph, where several cards share a server: assumed."""
+"""Assumed seconds that a drafter's layer takes longer outside a CUDA graph, which several cards per server need."""
 REDUCE, SURE = 20e-6, 1.25
-"""Seconds of a layer's two reductions between cards: assumed, so one server on all cards has to be so much faster."""
+"""Assumed seconds of a layer's two reductions between cards; factor by which one server on all cards must therefore be
+faster than replicas."""
 READ, WIDER = 1.8, 0.1
-"""Seconds to read a token of context, over those of its bytes at the card's bandwidth, and what each further row
-adds, of up to eight: an H200's (`results/gpu/verification.json`). Published steps of an H100 and an H20 fit, too."""
+"""Seconds to read a token of context, over its bytes divided by the card's bandwidth, and the same for each further
+row, up to eight, on an H200 (`results/gpu/verification.json`). Published steps of an H100 and an H20 fit, too."""
 ENOUGH, MOST_DRAFTS = 64, 256
-"""Rounds that show what a drafter accepts; drafts of a round, at most."""
+"""Least rounds that show a drafter's acceptance; most drafts of a round that are plausible."""
 BLOCK_LAYERS = 5
 """Layers of a published block drafter; an EAGLE-3 drafter has one."""
 DRAFTER = 1.7
-"""Memory of a drafter's layer over a target's, both with embeddings: six take 4.7 GB beside Qwen3-8B."""
+"""Memory of a drafter's layer over a target's, both with embeddings: six layers take 4.7 GB beside Qwen3-8B."""
 NGRAM = PublishedPair({"ours": {arms.DIFFUSION: 1.2}}, {arms.DIFFUSION: 11}, {arms.DIFFUSION: 11})
-"""SGLang's NGRAM, as a block that costs nothing to draft: its length in `results/README.md`, measured once."""
+"""SGLang's NGRAM as a block whose drafting is free, with the length in `results/README.md`, measured once."""
 
 
 class Question(NamedTuple):
-    """requests: numbers of requests at once. tools: share of requests under a grammar. prompt, answer: tokens. context:
-    tokens before a prompt that are cached.
+    """A question to `advise`. requests: numbers of requests at once. tools: share of requests under a grammar. prompt,
+    answer: tokens. context: cached tokens before each prompt.
     """
 
     target: str
@@ -79,8 +81,9 @@ class Question(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Tokens a second by SGLang's algorithm, `PLAIN` without one. load: what they are for. spread: the flag by which
-    several cards share it. low, high: `OURS` over plain on the worst and the best text; ahead: over `stock` on these.
+    """Estimated rates of one load. rates: tokens per second by SGLang's algorithm, `PLAIN` without one. load: its
+    description. spread: the flag by which several cards share it. low, high: `OURS` over plain decoding on the worst
+    and the best text. ahead: `OURS` over `stock` on these.
     """
 
     load: str
@@ -93,7 +96,7 @@ class Estimate(NamedTuple):
 
     @property
     def gain(self) -> str:
-        """`OURS` over plain decoding."""
+        """Text with the rate of `OURS` over plain decoding."""
         return f"{self.rates[OURS] / self.rates[PLAIN]:.2f}{_by_set(self.low, self.high)}"
 
     @property
@@ -111,7 +114,7 @@ class Estimate(NamedTuple):
         return chosen
 
     def verdict(self, error: float) -> str:
-        """The choice, and its gain over the others. error: how much too high a ratio over plain decoding may be."""
+        """Return a sentence on the choice and its gains over the others. error: relative error of such a ratio."""
         rate = self.rates[self.choice]
         ways = [way for way in dict.fromkeys((OURS, self.stock, PLAIN)) if way != self.choice]
         low, high = self.ahead if self.choice == OURS else (1 / self.ahead[1], 1 / self.ahead[0])
@@ -131,8 +134,8 @@ def _by_set(low: float, high: float) -> str:
 
 @dataclass
 class Advice:
-    """assumed: in a line. published: what cards measured. copies: what the rows do not hold. obstacles: what stops a
-    launch, or makes an estimate pointless.
+    """An answer of `advise`. assumed: the assumptions, in a line. published: figures that others measured. copies:
+    gains of copies, which the rows lack. obstacles: facts that stop a launch or make an estimate pointless.
     """
 
     assumed: str
@@ -151,7 +154,7 @@ class Advice:
 
 
 def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice:
-    """An answer. state: of a server that runs the target, whose prices and acceptance are taken.
+    """Answer a question. state: state of a server that runs the target, whose prices and acceptance are used then.
 
     Raises:
         ConfigError: no such card, nothing is known of the target, or the server has drafted too little; a context
@@ -200,7 +203,7 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
 def _cautions(
     target: PublishedTarget, question: Question, rows: Sequence[Estimate], pair: PublishedPair
 ) -> str:
-    """Reasons against `OURS` where it is the fastest; else empty."""
+    """Return reasons against `OURS` if it is the fastest, else an empty text."""
     ours = {n: row for n, row in zip(question.requests, rows, strict=True) if row.choice == OURS}
     if not ours:
         return ""
@@ -243,7 +246,8 @@ def _assumed(
 
 
 def _off(target: PublishedTarget) -> list[float]:
-    """How far ratios over plain decoding were off from those that others measured, of all targets if of none here."""
+    """Return the relative errors of estimated ratios over plain decoding, of all targets if this one has no published
+    ratios."""
 
     def of(one: PublishedTarget) -> list[float]:
         tried = [ratio for ratio in one.ratios if ratio.using and ratio.using[1] != arms.NONE]
@@ -282,7 +286,7 @@ def _obstacles(shape: Shape, question: Question, replicas: int) -> Iterator[str]
 
 
 def _fitting(shape: Shape, question: Question, cards: int, layers: int = BLOCK_LAYERS + 1) -> int:
-    """Requests whose KV has room beside drafters of so many layers, which each of the cards holds whole."""
+    """Return how many requests' KV fits beside drafters of so many layers, which every card holds whole."""
     always, experts = _split(shape)
     drafters = layers * cards / shape.layers
     room = USABLE * _gpu(question.gpu).memory * cards - experts - always * (1 + DRAFTER * drafters)
@@ -297,7 +301,7 @@ def _gpu(name: str) -> Gpu:
 
 
 def _split(shape: Shape) -> tuple[float, float]:
-    """Bytes that every token reads, and bytes of all experts."""
+    """Return the bytes of weights that every token reads, and the bytes of all experts."""
     if not shape.experts:
         return 2 * shape.parameters, 0.0
     experts = (shape.parameters - shape.active) / (1 - shape.used / shape.experts)
@@ -305,7 +309,7 @@ def _split(shape: Shape) -> tuple[float, float]:
 
 
 def _card(shape: Shape, gpu: Gpu, cards: int, context: int = 0, requests: int = 1) -> Card:
-    """Prices of a target on so many cards. context: cached tokens of each of the requests; drafters read them, too."""
+    """Return the prices of a target on so many cards. context: cached tokens per request, which drafters read, too."""
     always, experts = _split(shape)
     layer = (EXPERTS_LAYER if shape.experts else LAYER) + (REDUCE if cards > 1 else 0.0)
     token = shape.kv / (gpu.bandwidth * cards)
@@ -324,7 +328,7 @@ def _card(shape: Shape, gpu: Gpu, cards: int, context: int = 0, requests: int = 
 
 
 def _of_server(state: Mapping[str, Any], question: Question) -> tuple[Card, PublishedPair, str]:
-    """Prices and acceptance that a server found. Raises ConfigError: it has drafted too little to say."""
+    """Return the prices and acceptance that a server has measured. Raises ConfigError if it has drafted too little."""
     costs, by_arm = state.get("costs") or {}, state.get("by_arm") or {}
     drafted = {
         arm: (sums["tokens"] / sums["rounds"], max(1, round(sums["proposed"] / sums["rounds"])))
@@ -360,14 +364,14 @@ def _of_server(state: Mapping[str, Any], question: Question) -> tuple[Card, Publ
 
 
 def _block(target: PublishedTarget) -> str:
-    """SGLang's algorithm for the target's first block drafter."""
+    """Return the name of SGLang's algorithm for the target's first block drafter."""
     return "DSPARK" if "dspark" in "".join(target.block[:1]).lower() else "DFLASH"
 
 
 def _fastest(
     target: PublishedTarget, gpu: Gpu, pair: PublishedPair, question: Question, requests: int
 ) -> Estimate:
-    """One server on each card if the target fits there, or one on all if that is faster for sure."""
+    """Estimate one server per card if the target fits on one, or one server on all cards if that is surely faster."""
     whole = question.cards
 
     def on(cards: int, replicas: int) -> Estimate:
@@ -398,10 +402,10 @@ def _row(
     replicas: int = 1,
     eager: float = 0.0,
 ) -> Estimate:
-    """Estimate every way.
+    """Estimate the rates of every way to serve a load.
 
-    prices: of so many requests at once. fitting: as many as a replica holds beside drafters of so many layers. eager:
-    seconds that each layer of our drafters takes longer than SGLang's.
+    prices: requests at once → prices. fitting: layers of drafters → requests that a replica has room for beside them.
+    eager: seconds that each layer of our drafters takes longer than SGLang's.
     """
     tools = max(question.tools, 1e-9)  # above 0, so that the host's time counts
 
@@ -426,7 +430,7 @@ def _row(
     every = Estimate(count(requests, "request"), "", rates, 1.0, 1.0)
     single = [pair._replace(lengths={name: lengths}) for name, lengths in pair.lengths.items()]
     plain, best = rates[PLAIN], rates[every.stock]
-    # With the mean, so that it is within its bracket.
+    # The mean over texts is included, so that it is within its bracket.
     ours = [rates[OURS], *(rate(OURS, one) for one in single)]
     theirs = [best, *(rate(every.stock, one) if every.stock in methods else best for one in single)]
     ahead = [mine / other for mine, other in zip(ours, theirs, strict=True)]
@@ -436,7 +440,7 @@ def _row(
 def _settings(
     target: PublishedTarget, question: Question, row: Estimate, by_arm: Mapping[str, Any]
 ) -> Iterator[str]:
-    """row: of the last load. by_arm: of a server that runs the target."""
+    """Yield commands and advice. row: estimate of the last load. by_arm: the state of a server with the target."""
     if FULL.keys() & by_arm.keys():
         yield "The server has drafters. `whiflash policy none --url URL` stops them while it serves, `auto` goes on."
         return

@@ -1,10 +1,8 @@
-"""Recorded conversations: files of any format that is known, as OpenAI's messages, and what a server would see of them.
+"""Reads recorded conversations of several formats as OpenAI's messages, and renders them in a target's tokens.
 
-The messages of every reader's result pass the same checks. `Renderer` gives for every answer the prompt, and the
-tokens that were written.
+All readers' messages pass the same checks. `Renderer` returns for every answer its prompt's tokens and its own.
 
-A reader takes a record's place in its file, a name and the record, and raises `ConfigError` naming the field that is
-wrong.
+A reader takes a record's place in its file, a name and the record, and raises `ConfigError` naming the wrong field.
 """
 
 import json
@@ -28,23 +26,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_MESSAGES = 10_000
-"""Messages of one conversation."""
+"""Most messages of one conversation."""
 
 MAX_CHARS = 32 << 20
-"""Characters of one conversation, in its messages and tools."""
+"""Most characters of one conversation, in its messages and tools."""
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-"""Roles that are read, and the role that templates know them by."""
+"""Roles that are read → the role that chat templates use."""
 
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """messages: `role`, `content` (text), for assistants also `tool_calls` and `reasoning_content`, for tools
-    `tool_call_id`. tools: what was offered, where it was recorded. category: what figures are kept apart by.
-    prediction: what the caller expected of the last answer (predicted outputs), where that was recorded. parent: of a
-    subagent, the id of the conversation that it serves, and after how many answers of that one it begins.
+    """A recorded conversation. messages: `role`, `content` (text), for assistants also `tool_calls` and
+    `reasoning_content`, for tools `tool_call_id`. tools: the tools offered, if recorded. category: groups figures.
+    prediction: the caller's prediction of the last answer (predicted outputs), if recorded. parent: for a subagent, the
+    id of the conversation that it serves, and after how many answers of it the subagent begins.
     """
 
     id: str
@@ -56,14 +54,14 @@ class Conversation:
 
     @property
     def answers(self) -> int:
-        """Recorded assistant messages."""
+        """Number of recorded assistant messages."""
         return sum(message["role"] == "assistant" for message in self.messages)
 
 
 def conversation(
     where: str, name: str, category: str, messages: Sequence[object], tools: object = None
 ) -> Conversation:
-    """Check and normalise what a reader found. where: file and place in it, for errors.
+    """Check and normalise the messages that a reader found. where: file and place in it, for errors.
 
     Raises:
         ConfigError: a message or a tool is not of OpenAI's form, holds what is not text, or all of it is too much.
@@ -79,7 +77,7 @@ def conversation(
 
 
 def tools_of(where: str, value: object) -> tuple[Mapping[str, Any], ...]:
-    """Tools of a request: a list in OpenAI's form."""
+    """Check and return a request's tools, a list in OpenAI's form."""
     tools = list_of(where, value)
     for i, tool in enumerate(tools):
         _function(f"{where}[{i}]", tool)
@@ -87,7 +85,7 @@ def tools_of(where: str, value: object) -> tuple[Mapping[str, Any], ...]:
 
 
 def text_of(where: str, value: object) -> str:
-    """Message content as text: a string, nothing, or a list of text parts."""
+    """Return message content as text; it may be a string, None, or a list of text parts."""
     if value is None:
         return ""
     if isinstance(value, list):
@@ -102,21 +100,21 @@ def text_of(where: str, value: object) -> str:
 
 
 def object_of(where: str, value: object) -> dict[str, Any]:
-    """`value`, which must be a JSON object."""
+    """Return `value`, which must be a JSON object."""
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: must be an object, not {type(value).__name__}")
     return value
 
 
 def list_of(where: str, value: object) -> list[Any]:
-    """`value`, which must be a JSON list."""
+    """Return `value`, which must be a JSON list."""
     if not isinstance(value, list):
         raise ConfigError(f"{where}: must be a list, not {type(value).__name__}")
     return value
 
 
 def call(name: str, arguments: object) -> Message:
-    """A tool call in OpenAI's form."""
+    """Return a tool call in OpenAI's form."""
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
@@ -146,7 +144,7 @@ def _message(where: str, raw: object) -> Message:
 
 
 def _function(where: str, raw: object) -> tuple[str, object]:
-    """Name and, of a call, arguments of the function of a tool or a call."""
+    """Return the name and, for a call, the arguments of the function of a tool or a call."""
     function = object_of(f"{where}.function", object_of(where, raw).get("function"))
     name = text_of(f"{where}.function.name", function.get("name"))
     if not name:
@@ -165,8 +163,8 @@ def _call(where: str, raw: object) -> Message:
 class RecordedTurn:
     """One recorded answer.
 
-    prompt: tokens before it, as its template renders them. answer: its tokens, the end of the turn included.
-    predictions: token ids by what arms of a benchmark may bring along.
+    prompt: tokens before it, as the chat template renders them. answer: its tokens, the end of the turn included.
+    predictions: by suffix of a benchmark's arm (`bench.arms`), token ids that its requests bring.
     """
 
     prompt: Sequence[int]
@@ -175,10 +173,10 @@ class RecordedTurn:
 
 
 class Renderer:
-    """Turns of conversations in a target's tokens.
+    """Renders the turns of conversations in a target's tokens.
 
     Args:
-        tokenizer: the target's. template: a chat template instead of the tokenizer's own.
+        tokenizer: the target's. template: a chat template that replaces the tokenizer's own.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> None:
@@ -188,15 +186,15 @@ class Renderer:
         self._endings = {text: token for token, text in texts if text}
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of `text`, without special ones added."""
+        """Return the tokens of `text`, without added special tokens."""
         tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return tokens
 
     def turns(self, recorded: Conversation) -> Iterator[RecordedTurn]:
-        """Every answer that is not empty, in order.
+        """Yield every answer that is not empty, in order.
 
         Raises:
-            ConfigError: the template does not render an answer behind its own generation prompt.
+            ConfigError: the template does not render an answer after its own generation prompt.
         """
         known_text, known_tokens = "", list[int]()
         for index, message in enumerate(recorded.messages):
@@ -220,7 +218,7 @@ class Renderer:
         return text
 
     def _answer(self, recorded: Conversation, index: int, prompt: str) -> tuple[str, int]:
-        """Text and the token that ends it: the last special one, before what the template puts between messages."""
+        """Return an answer's text and the token that ends it: its last special one; text after it is the template's."""
         whole = self._render(recorded, index + 1, prompt=False)
         if not whole.startswith(prompt):
             raise ConfigError(
@@ -234,7 +232,7 @@ class Renderer:
         return (f"<think>\n{thought}\n</think>\n\n{text}" if thought else text), ending
 
     def _extend(self, known_text: str, known_tokens: list[int], text: str) -> list[int]:
-        """Tokens of `text`; of what is known of it only what follows: a special token parts the two."""
+        """Return the tokens of `text`. If a special token follows the known text in it, only the rest is encoded."""
         rest = text.removeprefix(known_text) if known_text else ""
         if rest and len(rest) < len(text) and rest.startswith(tuple(self._endings)):
             return known_tokens + self.encode(rest)
@@ -242,7 +240,7 @@ class Renderer:
 
 
 def renderer_of(target: Path, bundle: Path) -> Renderer:
-    """Renders with a target's tokenizer, and the bundle's template where it has one."""
+    """Return a renderer with a target's tokenizer, and with the bundle's chat template if it has one."""
     from transformers import AutoTokenizer
 
     template = load_manifest(bundle).chat_template
@@ -251,15 +249,15 @@ def renderer_of(target: Path, bundle: Path) -> Renderer:
 
 
 MAX_BYTES = 1 << 30
-"""Bytes of one file at most."""
+"""Most bytes of one file."""
 
 KNOWN = "OpenAI messages, or trajectories of tau2, SWE-agent or mini-swe-agent"
 
 
 def read_recorded(path: Path) -> list[Conversation]:
-    """Conversations of a file with at least one recorded answer, in its order.
+    """Read the conversations of a file that have a recorded answer, in the file's order.
 
-    JSON lines, one JSON list of records, or one record.
+    The file has JSON lines, one JSON list of records, or one record.
 
     Raises:
         ConfigError: the file cannot be read, is no JSON, or a record is of no known format; it names file, line or
@@ -280,7 +278,7 @@ def read_recorded(path: Path) -> list[Conversation]:
 
 
 def _records(path: Path) -> Iterator[tuple[str, str, Any]]:
-    """Its place, a name, and the record."""
+    """Yield each record of a file with its place and a name: (place, name, record)."""
     text = read_text(path, MAX_BYTES)
     lines = list(lines_of(text))
     if path.suffix == ".jsonl" or (len(lines) > 1 and _stands_alone(lines[0][1])):
@@ -320,7 +318,7 @@ _USER = "user"
 
 
 def _unpacked(where: str, name: str, document: Any) -> Iterator[tuple[str, str, Any]]:
-    """The simulations of a document of tau2-bench as records, with places and names; other documents as such."""
+    """Yield the simulations of a tau2-bench document as records, with places and names; any other document as it is."""
     if not isinstance(document, dict) or "simulations" not in document:
         yield where, name, document
         return
@@ -331,7 +329,7 @@ def _unpacked(where: str, name: str, document: Any) -> Iterator[tuple[str, str, 
 
 
 def _tau2(where: str, name: str, record: dict[str, Any]) -> Conversation:
-    """One simulation of a document of `{info, tasks, simulations}`.
+    """Read one simulation of a tau2-bench document `{info, tasks, simulations}`.
 
         {"info": {"environment_info": {"domain_name", "policy", "tool_defs"}},
          "simulations": [{"task_id", "trial", "messages": [{"role", "content", "requestor",
@@ -377,7 +375,7 @@ def _is_swe_agent(record: Any) -> bool:
 
 
 def _swe_agent(where: str, name: str, record: Any) -> Conversation:
-    """Trajectories of SWE-agent (`*.traj`: `history`) and mini-swe-agent (`*.traj.json`: `messages`, or a bare list).
+    """Read a trajectory of SWE-agent (`*.traj`: `history`) or mini-swe-agent (`*.traj.json`: `messages`, or a list).
 
     Source: SWE-agent/SWE-agent, `docs/usage/trajectories.md` and `trajectories/demonstrations/`;
     SWE-agent/mini-swe-agent, `docs/usage/output_files.md`. Messages are in OpenAI's form; demonstrations that were
@@ -399,7 +397,7 @@ def _swe_agent(where: str, name: str, record: Any) -> Conversation:
 
 
 def _openai_log(where: str, name: str, record: dict[str, Any]) -> Conversation:
-    """One conversation, or one request with its response, on a line.
+    """Read one conversation, or one request with its response, in OpenAI's form.
 
         {"messages": [...], "tools": [...], "prediction": {...}, "id": "…", "category": "…",
          "parent": "…", "after": 1}
@@ -434,7 +432,7 @@ def _openai_log(where: str, name: str, record: dict[str, Any]) -> Conversation:
 
 
 def _message_of(where: str, response: object) -> Message:
-    """The message of a response's first choice."""
+    """Return the message of a response's first choice."""
     choices = list_of(f"{where}.choices", object_of(where, response).get("choices"))
     choice = object_of(f"{where}.choices[0]", choices[0] if choices else None)
     return object_of(f"{where}.choices[0].message", choice.get("message"))
@@ -445,4 +443,4 @@ FORMATS: tuple[tuple[Callable[[Any], bool], Callable[[str, str, Any], Conversati
     (_is_swe_agent, _swe_agent),
     (lambda record: isinstance(record, dict) and ("messages" in record or "request" in record), _openai_log),
 )
-"""Whether a record is of a format, and its reader. The first that fits reads it: the last is the least particular."""
+"""(whether a record has a format, its reader). The first that fits reads the record; the last is the most general."""

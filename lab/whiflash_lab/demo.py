@@ -1,4 +1,5 @@
-"""Two real questions to the embedded target: who drafted what, and how fast that was against plain decoding."""
+"""`whiflash demo`: asks the embedded target two questions, and shows the drafters' shares and the speed over plain
+decoding."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -62,9 +63,9 @@ QUESTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class DemoAnswer:
-    """One question, asked of both servers.
+    """The answers of both servers to one question.
 
-    calls: of tools, as a program would run them. Speeds are medians of interleaved runs, output tokens per second.
+    calls: tool calls, as a program would run them. Speeds are medians of interleaved runs, output tokens per second.
     """
 
     question: str
@@ -119,7 +120,7 @@ def ask(
     model: Path,
     on_step: Callable[[], None] = lambda: None,
 ) -> DemoAnswer:
-    """Warm up, compare, then time both servers in turn."""
+    """Ask both servers a question: compare the answers, then time the servers in turn."""
     request = {"model": TARGET_NAME, "temperature": 0, "max_tokens": MAX_TOKENS, **question}
     prompt = Prompt(name, name, tuple(question["messages"]))
     whole = {**request, "no_stop_trim": True}

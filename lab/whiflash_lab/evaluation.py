@@ -1,4 +1,4 @@
-"""`whiflash lab evaluate`: a bundle against held-out prompts, replayed here, and as a server drafts with it."""
+"""`whiflash lab evaluate`: replays a bundle's drafters on held-out prompts, or compares a server with the replay."""
 
 import re
 import tempfile
@@ -43,20 +43,20 @@ from whiflash_train.statistics import DRAWS
 from whiflash_train.walk import LOOP, Choices, RouterWalk, choices_above, tabulate, walk
 
 REPLAYED = {**JOINED, arms.LOOKUP: arms.LOOKUP, arms.NONE: arms.NONE}
-"""The controller's arms → what is replayed in their place."""
+"""The controller's arm → name of its replay in `walk`."""
 
 ENTROPY_ROWS = 2048
-"""Rows of logits that are held at a time."""
+"""Rows of logits that are in memory at a time."""
 
 OTHER_TARGET = 0.05
-"""Share of served tokens that are not the target's first choice, beyond which its weights are others."""
+"""Share of served tokens that are not the target's first choice, above which the server's weights must differ."""
 SLACK = 0.05
-"""Share of the rounds with accepted drafts in which rounding may accept otherwise."""
+"""Share of the rounds with accepted drafts that may differ because of rounding."""
 FAULTS = ((-1, 0), (1, 0), (0, 1), (0, -1))
-"""Layers that a drafter may read above its own, and tokens that its features may be late."""
+"""Faults that are tried: (layers above its own that a drafter reads, tokens by which its features are late)."""
 
 Cause = tuple[str, str]
-"""A word for programs and a sentence for people."""
+"""Cause of a difference: a word for programs and a sentence for people."""
 Counts = NDArray[np.int64]
 
 
@@ -72,11 +72,11 @@ class ChatAnswer(Answer):
 
 
 Asks = Callable[..., dict[str, Any]]
-"""`hosts.ask` of one server: route, shape of the answer, body."""
+"""`hosts.ask` bound to one server; takes the route, the model of the answer and the body."""
 
 
 class KnownSignals(NamedTuple):
-    """The controller's knowledge at every position: the target's entropy in nats [P], and the router's outputs [P][3]
+    """Signals of the controller at every position: the target's entropy in nats [P], and the router's outputs [P][3]
     (ΔAL, accepted drafts of EAGLE-3, of DFlash), empty without heads.
     """
 
@@ -85,16 +85,16 @@ class KnownSignals(NamedTuple):
 
 
 def auto_choices(answers: Sequence[Replay], known: Sequence[KnownSignals]) -> list[Choices]:
-    """The arm of every round that `auto` comes to, answer by answer; it learns as it goes, as one server does.
+    """Return the arm that `auto` chooses in each round of the answers; it learns on the way, as a server does.
 
-    Drafts have their full length. Nothing costs anything, so `auto` seeks acceptance length alone.
+    Drafts have full length. Nothing has a price, so `auto` maximises acceptance length.
     """
     policy = AutoPolicy(heads=any(one.predicted for one in known))
     return [_auto_run(policy, *one) for one in zip(answers, known, strict=True)]
 
 
 def _auto_run(policy: AutoPolicy, answer: Replay, known: KnownSignals) -> Choices:
-    """One answer under `auto`, and its loop as a request of its own: the server's own decision of every round."""
+    """Route one answer by `auto` with the server's own code; its repetition loop counts as a separate request."""
     choices: dict[int, str] = {}
 
     def choose(position: int) -> str:
@@ -110,7 +110,7 @@ def _auto_run(policy: AutoPolicy, answer: Replay, known: KnownSignals) -> Choice
         return choices[position]
 
     def learn(ended: int, emitted: int) -> None:
-        """Learn as a server does after a round: accepted tokens, and the signals at its end."""
+        """Learn as a server does after a round: committed tokens, and the signals at its end."""
         arm = state.previous or arms.NONE
         policy.observe(arm, state.decision, emitted)
         state.committed(arm, [0] * emitted)
@@ -146,7 +146,8 @@ class EvaluationSettings:
 def started_target(
     bundle: Path, layers: list[int], settings: EvaluationSettings, work: Path
 ) -> Iterator[tuple[ServedTarget, FeatureStore]]:
-    """The bundle's target in an engine, and a store of its outputs of `layers`, with their files in `work`."""
+    """Start the bundle's target in an engine; yield it and a store for its outputs of `layers`, both with files in
+    `work`."""
     manifest, hardware = load_manifest(bundle), settings.hardware
     template = None if manifest.chat_template is None else bundle / manifest.chat_template
     if hardware.threads:
@@ -160,8 +161,8 @@ def started_target(
 
 
 def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -> dict[str, Any]:
-    """The figures of `tabulate`, with what they were measured on: the target answers the prompts (the first `limit`,
-    balanced), and the bundle's drafters are replayed.
+    """Have the target answer the prompts (the first `limit`, balanced), replay the bundle's drafters on the answers,
+    and return the figures of `tabulate` with their provenance.
 
     Raises `WhiflashError` for a bundle and `ValueError` for prompts that cannot be used.
     """
@@ -187,8 +188,8 @@ def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -
 
 
 def routers_of(bundle: Path, answers: Sequence[Replay], target: VocabularyMatrices) -> dict[str, RouterWalk]:
-    """The entropy router at the bundle's own threshold, if there are two drafters, and `auto`, to which nothing costs
-    anything. Raises `CheckpointError` where the bundle's neural router cannot be used.
+    """Return the choices of the entropy router at the bundle's threshold, if there are two drafters, and of `auto`
+    without prices. Raises `CheckpointError` if the bundle's neural router cannot be used.
     """
     manifest = load_manifest(bundle)
     tau, dwell = manifest.entropy.tau, manifest.entropy.min_dwell
@@ -212,7 +213,7 @@ def routers_of(bundle: Path, answers: Sequence[Replay], target: VocabularyMatric
 
 @torch.inference_mode()
 def predictions(router: Router | None, answer: Replay) -> list[list[float]]:
-    """ΔAL and both heads at every position [P][3]; empty where there is no router, or one without heads."""
+    """Return a router's ΔAL and both heads at every position, [P][3]; empty without a router with heads."""
     if router is None or router.heads is None:
         return []
     delta, accepted = router.predict(answer.final)
@@ -221,7 +222,7 @@ def predictions(router: Router | None, answer: Replay) -> list[list[float]]:
 
 
 def figures_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]], str]:
-    """Header, rows and title for a terminal."""
+    """Return header, rows and title of a table for a terminal."""
     overall = result["overall"]
     names, compared = list(overall["acceptance_length"]), list(overall["rounds_won"])
     groups = [*result["categories"].items(), ("overall", overall), (LOOP, result[LOOP])]
@@ -240,7 +241,8 @@ def figures_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 @torch.inference_mode()
 def entropy_of(states: Tensor, head: Tensor) -> Tensor:
-    """Nats of the target's own distribution: `states` [N, H] after its final norm, `head` [V, H] → [N] fp32."""
+    """Return the entropy of the target's distribution in nats, [N] fp32. states: [N, H] after its final norm; head:
+    [V, H]."""
     parts = []
     for rows in torch.split(states, ENTROPY_ROWS):
         log = F.linear(rows.to(head.device, head.dtype), head).float().log_softmax(-1)
@@ -251,12 +253,12 @@ def entropy_of(states: Tensor, head: Tensor) -> Tensor:
 Text = tuple[list[int], list[int]]
 """Token ids of a prompt and of its answer."""
 Rounds = list[tuple[int, int, int]]
-"""Answer position that a round starts at (as in `Replay`), its drafts, and those that were accepted."""
+"""Rounds as (answer position at which the round starts, as in `Replay`; its drafts; its accepted drafts)."""
 
 
 def ask_server(asks: Asks, row: Mapping[str, Any], arm: Arm, longest: int) -> tuple[Text, Rounds]:
-    """A server's greedy answer to a prompt, without a grammar, and the rounds of `arm` but the last, which the answer's
-    end may cut. Raises ServerRefusedError.
+    """Ask a server for a greedy answer without a grammar, pinned to `arm`. Return the text and the rounds of `arm`,
+    without the last one, which the answer's end may cut. Raises ServerRefusedError.
     """
     pinned = Span(kind="prose", open=True, prefer=arm, pin=True)
     hints = Hints(spans=[pinned], lookup="off", trace="full", learn=False)
@@ -281,7 +283,7 @@ def ask_server(asks: Asks, row: Mapping[str, Any], arm: Arm, longest: int) -> tu
 def prompt_cause(
     own: list[int], served: list[int], tokenizer: PreTrainedTokenizerBase, asks: Asks
 ) -> Cause | None:
-    """Why a server's tokens of a prompt are not the bundle's `own`."""
+    """Find why a server's tokens of a prompt differ from the bundle's `own`; None: they are equal."""
     if own == served:
         return None
     text, theirs = str(tokenizer.decode(own)), str(tokenizer.decode(served))
@@ -297,14 +299,14 @@ def prompt_cause(
 
 
 def unlike_target(sequence: Stored, head: Tensor) -> int:
-    """Answer tokens that are not the first choice of the target of these final states."""
+    """Count the answer tokens that are not the first choice of the target with these final states."""
     size = sequence.record.prompt_length
     logits = F.linear(sequence.final[size - 1 :].to(head.device, head.dtype), head)
     return int((logits.argmax(-1).cpu() != sequence.tokens[size:]).sum())
 
 
 def share(answers: Counts, values: Any, of: Any) -> list[float]:
-    """The sum of `values` over that of `of`, [rounds] each, with its 95 % interval; answers are drawn."""
+    """Return sum(values) / sum(of), [rounds] each, with its 95 % bootstrap interval over answers: share, low, high."""
     up, down = (np.bincount(answers, np.asarray(part, float)) for part in (values, of))
     drawn = np.random.default_rng(0).integers(0, len(up), (DRAWS, len(up)))
     bounds = np.percentile(up[drawn].sum(1) / np.maximum(down[drawn].sum(1), 1), [2.5, 97.5])
@@ -314,9 +316,10 @@ def share(answers: Counts, values: Any, of: Any) -> list[float]:
 def drafter_cause(
     answers: Counts, served: Counts, replay: Callable[[int, int], Counts], faults: Iterable[tuple[int, int]]
 ) -> Cause | None:
-    """Why the server's rounds accept otherwise than the bundle's replay; None: they do not.
+    """Find why the server's rounds accept other drafts than the bundle's replay; None: they accept the same.
 
-    answers, served: [rounds] number of the answer, accepted drafts. replay: the latter under one of `faults`, or none.
+    answers, served: [rounds] number of the answer, accepted drafts. replay: returns accepted drafts under a fault,
+    (0, 0) for none.
     """
 
     def moved(above: int, late: int) -> list[float]:
@@ -340,10 +343,10 @@ def drafter_cause(
 def compare_served(
     bundle: Path, prompts: Path, asks: Asks, arm: Arm, settings: EvaluationSettings
 ) -> dict[str, Any]:
-    """`positions` (drafts; served and, if prompts and target agree, offline: share, low, high), `cause` (None: both
-    agree) and its `sentence`.
+    """Compare a server's accepted drafts with the bundle's replay of the same answers. Return `positions` (drafts;
+    served and, if prompts and target agree, offline: share, low, high), `cause` (None: both agree) and its `sentence`.
 
-    Raises ServerRefusedError if the server does not answer or draft with `arm`, and as `evaluate_bundle` does.
+    Raises ServerRefusedError if the server does not answer or draft with `arm`, and the errors of `evaluate_bundle`.
     """
     manifest, rows = load_manifest(bundle), read_rows(prompts)
     jinja = None if manifest.chat_template is None else (bundle / manifest.chat_template).read_text("utf-8")
@@ -379,7 +382,8 @@ def compare_served(
 def _replay(
     bundle: Path, texts: Sequence[Text], rounds: Counts, arm: str, settings: EvaluationSettings
 ) -> tuple[Cause | None, Counts | None]:
-    """The target's or the drafter's cause, and, if the target agrees, accepted drafts of the replay [rounds]."""
+    """Replay the served texts. Return the cause, in target or drafter, and the replay's accepted drafts, [rounds], None
+    if the target differs."""
     name, parts = load_manifest(bundle).target, PairParts.of_bundle(bundle, int(rounds[:, 2].max()))
     read = parts._replace(checkpoints={arm: parts.checkpoints[arm]}).captured
     last = TargetShape.read(target_path(name) / "config.json").num_layers - 2
@@ -398,7 +402,7 @@ def _replay(
                 f"{name} does not choose {other:.0%} of the served tokens: weights differ.",
             ), None
         pair = Pair.load(parts, vocabulary)
-        # Without the other drafter, whose layers are not there.
+        # The other drafter is dropped, because its layers were not captured.
         head = pair.block_head if arm == arms.DIFFUSION else None
         pair = pair._replace(drafters={arm: pair.drafters[arm]}, block_head=head)
 
@@ -416,7 +420,7 @@ def _replay(
 
 
 def positions_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]], str]:
-    """As `figures_table`, of a result of `compare_served`."""
+    """Return header, rows and title of a table of `compare_served`'s result, for a terminal."""
     rows = []
     for number, row in enumerate(result["positions"], 1):
         both = (row["offline"], row["served"])

@@ -31,7 +31,7 @@ PRELOADED = (
 
 
 def serve(request: dict[str, Any]) -> None:
-    """In the forked child: become a session of its own, log to a file, run the server; does not return."""
+    """Run a server in the forked child, in a session of its own, with its output in a file. Does not return."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -53,7 +53,7 @@ def serve(request: dict[str, Any]) -> None:
         run_server(prepare_server_args(request["arguments"]))
         code = 0
     except SystemExit as left:
-        # The interpreter does this with it, `os._exit` does not.
+        # The interpreter would print the exit's text, `os._exit` does not.
         if isinstance(left.code, str):
             print(left.code, file=sys.stderr)
         code = left.code if isinstance(left.code, int) else 1
@@ -91,7 +91,7 @@ def host(requests: TextIO, answers: TextIO) -> None:
             print(servers[-1], file=answers, flush=True)
     finally:
         for pid in servers:
-            for kill in (os.killpg, os.kill):  # One that was just forked leads no group yet.
+            for kill in (os.killpg, os.kill):  # A child that was just forked leads no group yet.
                 with contextlib.suppress(ProcessLookupError):
                     kill(pid, signal.SIGKILL)
 

@@ -1,7 +1,7 @@
-"""Targets that have drafters, cards, and what others published of them: `published.yaml`, facts with their sources.
+"""Reads `published.yaml`: targets with drafters, GPUs, and figures that others published, with their sources.
 
-Lengths are tokens of a round with the bonus token. They are of the checkpoints that the source names, which may be
-others than those that are listed.
+Lengths are tokens per round, bonus token included. They belong to the checkpoints that the source names, which may
+differ from those that are listed.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from whiflash_sglang.files.disk import read_yaml
 
 
 class Gpu(NamedTuple):
-    """By data sheet. flops: bf16, a second. bandwidth: bytes a second. memory: bytes."""
+    """A GPU's data sheet. flops: bf16 operations per second. bandwidth: bytes per second. memory: bytes."""
 
     name: str
     flops: float
@@ -23,7 +23,7 @@ class Gpu(NamedTuple):
 
 
 class Acceptance(NamedTuple):
-    """lengths: data set → arm → tokens a round. drafts: arm → drafts of a round at which lengths were published."""
+    """Published acceptance. lengths: data set → arm → tokens per round. drafts: arm → drafts of a published round."""
 
     lengths: Mapping[str, Mapping[str, float]]
     drafts: Mapping[str, int]
@@ -31,10 +31,10 @@ class Acceptance(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """Tokens a second over plain decoding, or plain decoding's own, by requests, as published.
+    """A published ratio of tokens per second over plain decoding, or plain decoding's rate, by number of requests.
 
-    what: the method, engine, device and data. estimated: the same by `advise`, using: a card, an arm, tokens and drafts
-    of a round, tokens of a prompt.
+    what: the method, engine, device and data. estimated: the same ratios by `advise`. using: inputs of the estimate: a
+    card, an arm, tokens and drafts of a round, tokens of a prompt.
     """
 
     what: str
@@ -44,15 +44,16 @@ class Ratio(NamedTuple):
 
     @property
     def shown(self) -> str:
-        """How far an estimate is off is in brackets."""
+        """Text with the published figures, and in brackets how far an estimate is off."""
         off = {at: f" ({rate / float(self.by_requests[at]) - 1:+.0%})" for at, rate in self.estimated.items()}
         rates = ", ".join(f"{rate} at {at}{off.get(at, '')}" for at, rate in self.by_requests.items())
         return f"{self.what}: {rates}"
 
 
 class Shape(NamedTuple):
-    """parameters, active: of all experts, and of those that a token uses. kv: bytes of a token of context. positions:
-    tokens of the longest text. experts, used: of a layer, 0 in a dense model. expert_bytes: of an expert's parameter.
+    """Sizes of a model. parameters, active: with all experts, and with those that a token uses. kv: bytes per token of
+    context. positions: tokens of the longest text. experts, used: experts of a layer, and those that a token uses, 0 in
+    a dense model. expert_bytes: bytes of an expert's parameter.
     """
 
     parameters: float
@@ -66,7 +67,7 @@ class Shape(NamedTuple):
 
 
 class PublishedTarget(NamedTuple):
-    """A target. eagle3, block: its drafters, hub ids, first those that `acceptance` is of. ratios: of others."""
+    """A target. eagle3, block: hub ids of its drafters, first those that `acceptance` describes. ratios: published."""
 
     name: str
     shape: Shape
@@ -78,7 +79,7 @@ class PublishedTarget(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """copies: what copies and forced text brought in our reports. lost: what WHIFLASH costs. targets: by size."""
+    """Contents of the file. copies: gains of copies and forced text in our reports. lost: costs of WHIFLASH."""
 
     cards: dict[str, Gpu]
     copies: tuple[str, ...]
@@ -91,6 +92,6 @@ KNOWN = FACTS.targets
 
 
 def known(target: str) -> PublishedTarget | None:
-    """A target by the end of its hub id or of its directory, case apart."""
+    """Return the target with this last part of its hub id or directory, ignoring case, or None."""
     name = target.lower().rstrip("/").split("/")[-1]
     return next((entry for entry in KNOWN if entry.name.lower().split("/")[1] == name), None)

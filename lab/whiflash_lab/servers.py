@@ -1,6 +1,6 @@
-"""Servers as processes that never outlive their owner. Imports no SGLang.
+"""Starts servers as processes that never outlive their owner. Imports no SGLang.
 
-Servers that share one import of SGLang (`ServerHost`) start in seconds, several for the price of one.
+Servers that share one import of SGLang (`ServerHost`) start in seconds; several take as long as one.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from whiflash_sglang.files.cpu import CHILD_ENVIRONMENT
 
 
 class Closing:
-    """A context manager that closes itself."""
+    """A context manager that calls its own `close` at the end of the block."""
 
     def close(self) -> None:
         raise NotImplementedError
@@ -73,11 +73,11 @@ class ServerHost(Closing):
 
     @property
     def pid(self) -> int:
-        """The id of the process that forks."""
+        """Id of the process that forks."""
         return self._process.pid
 
     def wait(self) -> None:
-        """Until SGLang is imported, half a minute and more.
+        """Wait until SGLang is imported, which takes half a minute or more.
 
         Raises:
             ServerHostError: it cannot be imported.
@@ -86,7 +86,7 @@ class ServerHost(Closing):
             self._wait()
 
     def fork(self, arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> int:
-        """Fork a server; its process id, which is also that of its session.
+        """Fork a server. Return its process id, which is also its session's id.
 
         Args:
             arguments: of `sglang.launch_server`. log: takes its output. env: additions to the environment.
@@ -136,9 +136,9 @@ _reserved = list[socket.socket]()
 
 
 def free_port() -> int:
-    """A free TCP port, below those that SGLang picks itself (22000 to 29999) and the system hands to connections.
+    """Return a free TCP port, below those that SGLang picks (22000 to 29999) and the system gives to connections.
 
-    A multiple of eight: what SGLang derives for DP attention (233 to 239 more) is nobody else's.
+    It is a multiple of eight, so that the ports that SGLang derives for DP attention (233 to 239 more) are free, too.
 
     Raises:
         ServerError: there is none.
@@ -233,7 +233,7 @@ class Server(Closing):
 
     @property
     def pids(self) -> list[int]:
-        """The server's process and all its descendants."""
+        """Ids of the server's process and of all its descendants."""
         if self._process is None:
             return []
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -241,7 +241,7 @@ class Server(Closing):
         return []
 
     def tail(self) -> str:
-        """The last lines of the server's output."""
+        """Return the last lines of the server's output."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
 
     def close(self) -> None:
@@ -265,7 +265,7 @@ class Server(Closing):
             self.log.unlink(missing_ok=True)
 
     def _wait_until_ready(self, process: psutil.Process) -> None:
-        """However long it takes, unless it ends: on a busy machine importing SGLang alone takes minutes."""
+        """Wait without a limit until the server is ready or ends: a busy machine imports SGLang for minutes."""
         with httpx.Client(base_url=self.url, timeout=None) as client:
             while True:
                 if not runs(process.pid):

@@ -1,8 +1,8 @@
-"""Rounds of a card that nobody has here: published prices, published acceptance, and the server's own controller.
+"""Simulates rounds on a GPU from published prices and acceptance lengths, with the server's own controller.
 
-Nothing is measured. Prices are fits to published tables; `results/simulated.md` has their errors, also in tables that
-no fit has seen. The controller, its policy and its looked-up prices are those of a server. A draft of a position is
-drawn right or wrong once: every method meets the same text. A cut knows a draft's place, and no confidence of it.
+Nothing is measured. Prices are fits to published tables; `results/simulated.md` has their errors, also on tables that
+were not fitted. The controller, its policy and its looked-up prices are those of a server. Whether a draft of a
+position is right is drawn once, so all methods meet the same text. Drafts are cut by their place, without confidences.
 """
 
 from bisect import bisect_left
@@ -33,7 +33,7 @@ from whiflash_sglang.routing.policies import AutoPolicy
 
 METHODS = ("plain", "eagle3", "dflash", "auto")
 FIXED = {"plain": arms.NONE, "eagle3": arms.AR, "dflash": arms.DIFFUSION}
-"""Methods that draft alike in every round, each draft as long as it is; "eagle3 2" is a chain of two drafts."""
+"""Methods that use one arm at its full length in every round; "eagle3 2" is a chain of two drafts."""
 DRAFTS = {arms.AR: 4, arms.DIFFUSION: 15}
 """Drafts of a full round: an EAGLE-3 chain of four steps, a DFlash block of 16 rows."""
 
@@ -44,13 +44,15 @@ ACCEPTANCE = {
     "LCB": {arms.AR: 4.47, arms.DIFFUSION: 4.46},
     "MT-Bench": {arms.AR: 3.86, arms.DIFFUSION: 3.16},
 }
-"""Tokens a round. EAGLE-3: Llama-3.1-8B, 7 steps (SpecForge). DFlash: Qwen3-8B, 15 drafts, T = 1 (AngelSlim)."""
+"""Published tokens per round. EAGLE-3: Llama-3.1-8B, 7 steps (SpecForge). DFlash: Qwen3-8B, 15 drafts, T = 1
+(AngelSlim)."""
 
 
 class PublishedPair(NamedTuple):
-    """Drafters by what was published of them.
+    """A target's drafters, described by published figures.
 
-    lengths: text → arm → tokens a round. published: arm → drafts of a round at that length. drafts: of a full round.
+    lengths: text → arm → tokens per round. published: arm → drafts of a round at that length. drafts: arm → drafts of a
+    full round in the simulation.
     """
 
     lengths: Mapping[str, Mapping[str, float]]
@@ -58,7 +60,7 @@ class PublishedPair(NamedTuple):
     drafts: Mapping[str, int]
 
     def chances(self, text: str) -> dict[str, float]:
-        """Arm → chance that a draft of such a text is right."""
+        """Return by arm the chance that a draft for a text of this kind is right."""
         return {arm: continuing(mean, self.published[arm] + 1) for arm, mean in self.lengths[text].items()}
 
 
@@ -67,10 +69,10 @@ PAIR = PublishedPair(ACCEPTANCE, {arms.AR: 7, arms.DIFFUSION: 15}, DRAFTS)
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """Seconds. fixed: a forward of any size. row: one more row. token: one more token of context.
+    """Prices of a GPU in seconds. fixed: a forward of any size. row: one more row. token: one more token of context.
 
-    chain: an EAGLE-3 step. block: a DFlash block, and the round's own work. experts: reading all of them. share: of
-    them that one row uses; several rows use others, by chance. deep: one more row, for each token of all contexts.
+    chain: an EAGLE-3 step. block: a DFlash block, with the round's own work. experts: reading all experts. share: part
+    of the experts that one row uses, drawn by chance for each row. deep: one more row, per token of all contexts.
     """
 
     name: str
@@ -91,15 +93,18 @@ class Card:
         return self.verify(tokens, 0)
 
     def forward(self, tables: CostTables, rows: int, widths: Sequence[int], contexts: Sequence[int]) -> float:
-        """A round's verification in a graph of so many rows. widths: rows of each request."""
+        """Return the seconds of a verification in a graph of so many rows. widths: rows of each request."""
         return tables.verifications.at(rows, sum(contexts))
 
     def drafting(self, tables: CostTables, arm: str, requests: int, drafts: int, caught_up: int) -> float:
-        """A pass of an arm for so many requests, behind a catch-up of so many tokens."""
+        """Return the seconds of an arm's pass for so many requests, after a catch-up of so many tokens."""
         return tables.draft(arm, requests, drafts)
 
     def tables(self, rows: int, context: int, chain: int = DRAFTS[arms.AR]) -> CostTables:
-        """Tables of a server's start on this card, for rows and a context up to these, and chains of this length."""
+        """Return the price tables that a server would measure at its start on this card.
+
+        rows, context: the largest. chain: length of a full chain.
+        """
         sizes = grid(rows)
         drafts = {arms.AR: chain * self.chain, arms.DIFFUSION: self.block}
         by_arm = {arm: Sizes(tuple(sizes), (price,) * len(sizes)) for arm, price in drafts.items()}
@@ -110,10 +115,10 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class FittedCard:
-    """Qwen3-8B's shape on an H200: rounds as recorded passes say, which no table of a server's start has exactly.
+    """Prices of Qwen3-8B's shape on an H200, fitted to recorded rounds, which a start's tables only approximate.
 
     Fitted to `diffusion` at four loads and to stock plain decoding at three, within 2 % each. Estimated: the tile of a
-    request's rows, the round's own work. A rate is of decoding alone.
+    request's rows, the round's own work. A rate is of decoding only.
 
     Args:
         recorded: prices of the start of that record. own_plain: whether rounds without drafts read the cache by the
@@ -128,26 +133,26 @@ class FittedCard:
 
     LAYERS: ClassVar[int] = 36
     OWN: ClassVar[float] = 0.35e-3
-    """Seconds of a round beside the target's forward: estimated between 0.1 and 0.6 ms."""
+    """Seconds of a round besides the target's forward: estimated between 0.1 and 0.6 ms."""
     OWN_PLAIN: ClassVar[tuple[float, float]] = (10e-6, 0.3e-6)
-    """The same of a round whose forward is stock decoding's, and more a request: computed for four launches more than
-    stock's and 1 MB a row, as counted on the phantom card (`docs/dev/findings.md`).
+    """Seconds of a round besides a forward of stock decoding, and of each request: computed for four launches more than
+    stock's and 1 MB per row, as counted on the phantom card (`docs/dev/findings.md`).
     """
     DRAFTED: ClassVar[float] = 0.25e-3
-    """The same of a round with a draft pass, on top."""
+    """Seconds that a round with a draft pass takes besides, in addition to OWN."""
     ISSUED: ClassVar[float] = 1.11e-3
-    """Seconds of `issued` in the record."""
+    """Value of `issued` in the record."""
     PASS_ISSUED: ClassVar[float] = 0.2e-3
 
     def stock(self, requests: int, context: int) -> float:
-        """A step of stock plain decoding."""
+        """Return the seconds of a step of stock plain decoding."""
         return 5.45e-3 + self._read((0,) * requests, (context / requests,) * requests)
 
     def prefill(self, tokens: int) -> float:
         return 0.0
 
     def _read(self, widths: Sequence[int], contexts: Sequence[float]) -> float:
-        """Seconds to read contexts by stock decoding (width 0), or in the tile that so many rows take."""
+        """Return the seconds to read contexts, by stock decoding (width 0) or in the tile that so many rows take."""
         each = (_TOKENS[bisect_left(_WIDTHS, width)] for width in widths)
         return self.LAYERS * 1e-9 * float(sum(map(mul, each, contexts)))
 
@@ -165,7 +170,7 @@ class FittedCard:
         return max(seconds, 0.2e-3) + self.recorded.catch(arm, min(caught_up, 768)) + self.DRAFTED
 
     def tables(self, rows: int, context: int, chain: int = 0) -> CostTables:
-        """As a start measures them, for as many requests as have rows of a block."""
+        """Return the price tables that a start would measure, for as many requests as can have a full block's rows."""
         most = rows // (KNOWN + 1)
         sizes = [
             n for n in (*self.recorded.verifications.at_short.sizes, 896, 1024, 1088) if n <= grid(rows)[-1]
@@ -195,18 +200,18 @@ class FittedCard:
 
 
 def recorded(figures: Path) -> CostTables:
-    """Prices of the start of `auto` in a record of `tests/gpu/shaped.py`."""
+    """Read the prices that the start of `auto` measured in a record of `tests/gpu/shaped.py`."""
     prices = read_json_file(figures)["figures"]["checks"]["auto"]["prices"]
     return TypeAdapter(CostTables).validate_python(prices, strict=False)
 
 
 _WIDTHS, _TOKENS = (0, 4, 8), (1.4, 1.8, 2.5, 4.5)
-"""Rows of a request up to which a tile is taken, and nanoseconds to read a token of context in a layer: stock decoding,
-and the verification's kernel in tiles of 16, 32 and 64 rows of query heads."""
+"""Most rows of a request in each tile, and nanoseconds to read a token of context in a layer: by stock decoding, then
+by the verification's kernel in tiles of 16, 32 and 64 rows of query heads."""
 
 
 def grid(largest: int) -> list[int]:
-    """Sizes of graphs: every size up to 8, then sixteenths of the power of two above, at least 4 apart."""
+    """Return the sizes of graphs: every size up to 8, then sixteenths of the power of two above, at least 4 apart."""
     sizes = list(range(1, 9))
     while sizes[-1] < largest:
         sizes.append(sizes[-1] + max(4, (1 << sizes[-1].bit_length()) // 16))
@@ -215,9 +220,9 @@ def grid(largest: int) -> list[int]:
 
 PARAMETERS = 8.2e9
 ROW = 2 * PARAMETERS
-"""Operations of a row of Qwen3-8B: at a card's peak a row's published price within 12 %."""
+"""Operations of a row of Qwen3-8B. At a card's peak rate they give the published price of a row within 12 %."""
 CONTEXT = 768
-"""Tokens of a request, to turn a published price of one more request into one of a token."""
+"""Assumed tokens of a request, to convert a published price of one more request into that of a token."""
 
 H100 = Card("H100", 6.97e-3, ROW / 989e12, 0.15e-3 / CONTEXT, 0.55e-3, 1.25e-3)
 """fixed: plain decoding in bf16 at 4 requests, 7.04 ms, less its rows. A request and a chain step: SGLang's FP8 rounds.
@@ -237,26 +242,26 @@ HOST_OF_GRAMMARS = Host(2.4e-3, 0.16e-3)
 """Fits to medians of 30 passes at 1, 8 and 32 requests on a CPU (`docs/dev/findings.md`, C15). Under grammars the
 time begins with the drafts and holds the masks."""
 PLANNING_OF_AGENTS = 0.25e-3
-"""Seconds that `auto` plans and learns for a request beyond these, if it writes calls of twenty tools: 13.2 ms at 48
-requests for 1.5 ms of copies alone (`tests/planning_time.py --agents`)."""
+"""Seconds per request that `auto` adds to these for planning and learning, if the request writes calls of twenty tools:
+13.2 ms at 48 requests, against 1.5 ms with copies only (`tests/planning_time.py --agents`)."""
 
 
 KNOWN = 16
-"""Drafts of a round that the host knows, at most (`tests/planning_time.py --agents`)."""
+"""Most drafts of a round that the host knows (`tests/planning_time.py --agents`)."""
 TURN = (*(0,) * 10, 16, 0, 4, 12, 1, 10, *(0,) * 6, 16, 2)
-"""How many tokens of an agent's turn the host knows before each that it does not, of the same command after a hundred
-rounds: prose, half of which a tenant's earlier text has, then a call. 3.5 tokens a round without a drafter."""
+"""Numbers of known tokens before each unknown one in an agent's turn, counted by that command after a hundred rounds:
+prose, half of which is in a tenant's earlier text, then a call. Without a drafter a round has 3.5 tokens."""
 PROSE = 10
 
 
 BEHIND = 64
-"""Features that wait for a drafter, at most: then it catches up beside another's round."""
+"""Most features that wait for a drafter: with so many it catches up beside another drafter's round."""
 
 
 class SimulatedLoad(NamedTuple):
-    """requests: at once; the next follows when one ends. total: requests, 0: four for each place, 100 at least.
-    prompt, answer: tokens of each. tools: the share of requests that write prose and calls in turn, each under a
-    grammar; above 0 the host's time counts. cached: tokens before each prompt, which nobody prefills.
+    """A closed load. requests: at once; the next one follows when one ends. total: number of requests, 0: four for each
+    place, at least 100. prompt, answer: tokens of each. tools: share of requests that write prose and calls in turn,
+    under a grammar; above 0 the host's time counts. cached: cached tokens before each prompt, which are not prefilled.
     """
 
     requests: int
@@ -269,8 +274,9 @@ class SimulatedLoad(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Request:
-    """right: arm → [answer] how many drafts from each position on are right, and of `STRUCTURE` how many are known.
-    chances: arm → [answer] chance that one is. at: the next position. behind: tokens that an arm has to catch up with.
+    """A simulated request. right: arm → number of right drafts from each position on, for `STRUCTURE` of known ones.
+    chances: arm → chance that a draft is right, by position. at: the next position. behind: tokens that each arm must
+    catch up with.
     """
 
     row: int
@@ -283,24 +289,24 @@ class Request:
 
     @property
     def known(self) -> Forecast:
-        """Drafts that the host knows to be right."""
+        """Forecast of the drafts that the host knows to be right."""
         drafts = min(self.right[arms.STRUCTURE][self.at], KNOWN)
         return Forecast(1.0 + drafts, 1 + drafts)
 
     def alive(self, arm: str, worth: float, most: int) -> list[float]:
-        """Chances that drafts of `arm` are accepted, the first and those that are `worth` their rows."""
+        """Return the chances that drafts of `arm` are accepted: the first, and all that are `worth` their rows."""
         alive = accumulate([self.chances[arm][self.at]] * most, mul) if most else ()
         return [each for place, each in enumerate(alive) if each >= worth or not place]
 
     def accepted(self, arm: str, drafts: int) -> int:
-        """Tokens that a round of so many drafts of an arm commits."""
+        """Return the tokens that a round with so many drafts of an arm commits."""
         right = self.right[arm][self.at] if drafts else 0
         return min(right, drafts, len(self.right[arms.STRUCTURE]) - self.at - 1) + 1
 
 
 @dataclass(slots=True)
 class Result:
-    """Tokens a second, rounds, and how many rounds of requests each arm drafted for."""
+    """Totals of a simulation: tokens, seconds, rounds, and the number of requests' rounds by arm (`routed`)."""
 
     method: str
     requests: int
@@ -314,7 +320,7 @@ class Result:
 
     @property
     def probes(self) -> float:
-        """Share of the tokens that were lost by probes: their share of the rounds' time, less that of the tokens."""
+        """Share of tokens lost by probes: rounds with probes' share of the seconds minus their share of the tokens."""
         return self.probe_seconds / (self.seconds - self.prefills) - self.probe_tokens / self.tokens
 
     @property
@@ -323,7 +329,7 @@ class Result:
 
 
 class Simulation:
-    """One card under one load, by one of `METHODS`."""
+    """Simulates one card under one load with one of `METHODS`."""
 
     def __init__(
         self,
@@ -335,7 +341,7 @@ class Simulation:
         host: Host = FREE,
         measured: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        """host: whose time counts whatever the load is, if it is not `FREE`. measured: as of `AutoPolicy`."""
+        """host: the host's seconds; `FREE`: those that the load implies. measured: prior chances for `AutoPolicy`."""
         self.card, self.load, self.method = card, load, method
         self.seed, self.pair, self.host = seed, pair, host
         largest = load.requests * (max(*pair.drafts.values(), KNOWN) + 1)
@@ -352,10 +358,11 @@ class Simulation:
         self.lengths: dict[str, int] = {}
         self.result = Result(method, load.requests)
         self.trace: list[tuple[int, float]] = []
-        """Tokens and seconds of every round."""
+        """Tokens and seconds of each round."""
 
     def run(self, rounds: int = 1 << 62) -> Result:
-        """As long as a request follows each that ends, or so many rounds: a steady load, begun in midst of answers."""
+        """Run until no new request follows an ended one, or for so many rounds. The first requests begin mid-answer, so
+        that the load is steady."""
         waiting = self.load.total or max(4 * self.load.requests, 100)
         while (waiting or not self.free) and len(self.trace) < rounds:
             begun = min(waiting, len(self.free))
@@ -369,7 +376,7 @@ class Simulation:
         return self.result
 
     def rate(self, first: int, last: int | None = None) -> float:
-        """Tokens a second of these rounds."""
+        """Return the tokens per second of the rounds [first, last)."""
         tokens, seconds = map(sum, zip(*self.trace[first:last], strict=True))
         return tokens / seconds
 
@@ -456,7 +463,8 @@ class Simulation:
         self.result.rounds += 1
 
     def _waits(self, running: Sequence[Request], draft: float, verify: float) -> float:
-        """Seconds that the card waits for the host, which works beside it; under a grammar, from the drafts on."""
+        """Return the seconds that the card waits for the host, which works beside it; under grammars it starts at the
+        drafts."""
         agents = sum(request.agent for request in running)
         usual = HOST_OF_GRAMMARS if agents else HOST if self.load.tools else FREE
         host = usual if self.host is FREE else self.host
@@ -465,7 +473,7 @@ class Simulation:
         return max(seconds + planning - verify - (0.0 if agents else draft), 0.0)
 
     def _routed(self, running: Sequence[Request]) -> list[tuple[str, str, int]]:
-        """A pass for each request, whose drafts are verified, and how many: the likeliest that there are rows for."""
+        """Route by `auto`: return each request's pass, the arm of its verified drafts, and their number."""
         states = [self.controller.states[request.row] for request in running]
         forecasts = [
             dict.fromkeys(self.pair.drafts)
@@ -495,7 +503,7 @@ class Simulation:
 
 
 def _runs(right: NDArray[np.bool_]) -> list[int]:
-    """How many of `right` are true from each position on."""
+    """Return the length of the run of true values from each position on."""
     places = np.arange(len(right))
     wrong = np.where(right, len(right), places)
     runs: list[int] = (np.minimum.accumulate(wrong[::-1])[::-1] - places).tolist()
@@ -503,17 +511,17 @@ def _runs(right: NDArray[np.bool_]) -> list[int]:
 
 
 def table(card: Card, sizes: Sequence[int], load: SimulatedLoad) -> list[Result]:
-    """A result for every size and method, the sizes in order. load: its `requests` are the sizes'."""
+    """Simulate every number of requests in `sizes` with every method. load: its `requests` are replaced."""
     return [Simulation(card, load._replace(requests=n), method).run() for n in sizes for method in METHODS]
 
 
 LENGTHS = (1.05, 1.3, 1.6, 2.11, 3.0, 4.5, 6.0)
-"""Tokens a round of a block of `FittedCard`; a chain's drafts are as often right as a block's."""
+"""Tokens per round of a block on `FittedCard`; a chain's drafts are right as often as a block's."""
 CHAINS = ("plain", "eagle3 2", "eagle3 3", "eagle3", "dflash")
 PLAIN_LENGTH = 1.3
-"""Tokens a block up to which plain decoding may be the best."""
+"""Largest number of tokens per block for which plain decoding may be the fastest."""
 STEADY, STARTS = (400, 1500), 8
-"""Rounds that a rate of `auto` is taken from; runs that a start is taken from."""
+"""First and last round of a rate of `auto`; number of runs over which a start is averaged."""
 
 
 def _of_length(
@@ -528,8 +536,8 @@ def _of_length(
 
 
 def beside_chains(card: FittedCard, length: float, requests: int) -> list[float]:
-    """Tokens a second of stock plain decoding, of each of `CHAINS` and of `auto`; `auto` over the best of ours, and
-    over stock plain decoding.
+    """Return tokens per second of stock plain decoding, of each of `CHAINS` and of `auto`; then `auto` over the fastest
+    of `CHAINS` and over stock plain decoding.
     """
     stock = requests / card.stock(requests, requests * 1120)
     fixed = [_of_length(card, length, requests, method, STEADY[0]).rate(0) for method in CHAINS]
@@ -538,9 +546,8 @@ def beside_chains(card: FittedCard, length: float, requests: int) -> list[float]
 
 
 def starts(card: FittedCard, length: float, *, measured: bool) -> list[float]:
-    """`auto` over the best fixed arm in rounds 1 to 50 and 1 to 200 of one request after a start, of `STARTS` runs.
-
-    measured: whether its bundle says what it accepts.
+    """Return the rate of `auto` over the fastest of `CHAINS`, in rounds 1 to 50 and 1 to 200 of one request after a
+    start, over `STARTS` runs. measured: whether the bundle holds measured acceptance.
     """
     chance = continuing(length, DRAFTS[arms.DIFFUSION] + 1)
     known = {"measured": {arm: (chance,) * drafts for arm, drafts in DRAFTS.items()}} if measured else {}
@@ -556,7 +563,7 @@ def starts(card: FittedCard, length: float, *, measured: bool) -> list[float]:
 
 
 def tables_of_chains(figures: Path, sizes: Sequence[int]) -> Iterator[str]:
-    """Lines of two tables: rates beside fixed chains for each length and number of requests, and starts."""
+    """Yield the lines of two tables: rates of `auto` beside fixed chains, by length and requests; and of starts."""
     card, stock = FittedCard(recorded(figures)), FittedCard(recorded(figures), own_plain=False)
     names = (
         "stock plain",
@@ -591,7 +598,7 @@ def tables_of_chains(figures: Path, sizes: Sequence[int]) -> Iterator[str]:
 
 
 def assumed(card: Card, load: SimulatedLoad) -> str:
-    """One line: what a table rests on."""
+    """Return a line with the assumptions of a table."""
     agents = f"{load.tools:.0%} of requests write calls under grammars, with the host's times of a CPU."
     return (
         f"SIMULATED, nothing measured: Qwen3-8B bf16 on an {card.name}, closed load, prompts of {load.prompt}, "

@@ -45,9 +45,9 @@ MLP = [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the wide models. copies: of the residual stream. intermediate: neurons of a layer's MLP.
+    """Sizes of the wide models. copies: copies of the residual stream. intermediate: neurons of a layer's MLP.
 
-    layers: of the target. block_layers: of the block drafter. A chain drafter keeps its one layer.
+    layers: layers of the target. block_layers: layers of the block drafter. A chain drafter keeps its one layer.
     """
 
     copies: int = 8
@@ -75,12 +75,12 @@ class Model:
 
     @property
     def layers(self) -> list[str]:
-        """Prefixes of the layers' names, in their order."""
+        """Prefixes of the layers' tensor names, in the layers' order."""
         found = [match[1] for name in self.tensors if (match := LAYER.fullmatch(name))]
         return sorted(found, key=lambda prefix: [int(n) for n in re.findall(r"\d+", prefix)])
 
     def within(self, prefix: str) -> Weights:
-        """Tensors whose names begin with `prefix`, without it."""
+        """Return the tensors whose names begin with `prefix`, named without it."""
         return {
             name.removeprefix(prefix): tensor
             for name, tensor in self.tensors.items()

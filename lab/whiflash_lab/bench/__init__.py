@@ -1,7 +1,7 @@
 """`whiflash bench`: WHIFLASH side by side with plain decoding and SGLang's own speculative arms.
 
-`prompts` reads what is asked, `arms` and `subject` say which servers answer, `load` asks and times,
-`reference` checks the outputs against plain decoding, `fleet` and `runner` hold the servers and the run together;
-`cells` is what was measured, `report` what is made of it, `pages` how it is shown; `command` carries out what the
-command line asked for, `recorded` does for recorded conversations.
+`prompts` reads the prompts, `arms` and `subject` define the servers, `load` asks and times them, and `reference`
+compares answers with plain decoding's. `fleet` runs the servers, `runner` the schedule. `cells` has the measurements,
+`report` computes figures from them, `pages` renders these. `command` carries out the command line, `recorded` plays
+recorded conversations.
 """

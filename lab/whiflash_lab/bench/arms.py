@@ -1,7 +1,7 @@
-"""Compared arms, and the server of each. Needs no server.
+"""Defines the arms that are compared, and the server of each. Needs no server.
 
-WHIFLASH's routers can be changed while serving, so those that learn nothing share one server. `auto` learns while
-it serves and keeps a server of its own: what other routers do must not teach it.
+WHIFLASH's router can be changed while it serves, so routers that learn nothing share one server. `auto` learns while
+it serves and has a server of its own, so that other routers' rounds do not teach it.
 """
 
 import re
@@ -20,10 +20,10 @@ from whiflash_train.provenance import without_secrets
 
 NONE = "none"
 STATIC = ("EAGLE3", "DFLASH", "DSPARK")
-"""Upstream's arms of one drafter."""
+"""SGLang's own arms with one drafter."""
 WITH_WIDTH = ("EAGLE3", "DFLASH")
 PINNED = ("ar", "diffusion")
-"""WHIFLASH with one drafter."""
+"""Arms of WHIFLASH pinned to one drafter."""
 ROUTERS = {name: name for name in ("auto", "neural", "entropy", *PINNED, "lookup")} | {"pinned-none": "none"}
 AUTO, NO_HINTS = "auto", "auto-no-hints"
 FLAGS = {"auto-no-drafters": ("--whiflash-drafters", "none")}
@@ -33,38 +33,38 @@ NO_STRUCTURE = "auto-no-structure"
 VARIANTS = dict.fromkeys((NO_LOOKUP, NO_STRUCTURE, BAD), AUTO)
 """Arms that serve a changed bundle (`subject.py`), and their routers."""
 ADAPTIVE = "EAGLE3-adaptive"
-"""Upstream's EAGLE3 whose steps follow what was accepted (`--speculative-adaptive`)."""
+"""SGLang's EAGLE3 with a chain length that follows acceptance (`--speculative-adaptive`)."""
 KNOWN = (NONE, *STATIC, ADAPTIVE, "NGRAM", *ROUTERS, *VARIANTS, *FLAGS, NO_HINTS)
 DRAFTERS = {"EAGLE3": (AR,), ADAPTIVE: (AR,), "DFLASH": (DIFFUSION,), "DSPARK": (DIFFUSION,)}
-"""Upstream's arms, and the drafters of a bundle that they serve."""
+"""SGLang's own arms → the drafters of a bundle that they serve."""
 QUICK = (NONE, "EAGLE3", "DFLASH", "auto")
 BESIDE = "@beside"
-"""Ends the name of an arm that another checkout of this project serves."""
+"""Suffix of an arm that another checkout of this project serves."""
 SEVERAL = {"tp": "--tp-size", "dp": "--dp-size"}
-"""`auto@tp2` is served by two ranks, `auto@dp2` by two replicas: the flags that ask for them."""
+"""Flags for arms on several devices: `auto@tp2` has two ranks, `auto@dp2` two replicas."""
 PREDICTION, USELESS = "prediction", "useless"
-"""Suffixes of a recorded run's requests, after a plus: with the recorded prediction, or another conversation's."""
+"""Suffixes of a recorded run's arms, after a plus: requests bring the recorded or another conversation's prediction."""
 _SPELLED = re.compile(
     rf"(?:{'|'.join(KNOWN)}|(?:{'|'.join(WITH_WIDTH)}):0*[1-9]\d*)"
     rf"(?:@(?:{'|'.join(SEVERAL)})(?:[2-9]|[1-9]\d+))?(?:{BESIDE})?"
 )
 RANKS = "@tp"
-"""Mark in the name of an arm on several ranks, whose sums are rounded otherwise than those of one device."""
+"""Mark in the name of an arm on several ranks, whose sums round differently than those of one device."""
 
 _PINNED_INSTEAD = "the arm `diffusion` is WHIFLASH with only this drafter"
 
 EAGLE_STEPS = 5
-"""Chain length of upstream's EAGLE3, as WHIFLASH's own default."""
+"""Chain length of SGLang's EAGLE3, the same as WHIFLASH's default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Models and arguments that every arm serves with.
+    """The models and arguments with which every arm serves.
 
     target, bundle: directories. eagle3, dflash: the bundle's checkpoints, one of which may be missing. common:
-    arguments of every server. variants: arm → the changed bundle that it serves, for the arms that are wanted. beside:
-    another checkout of this project, which serves the arms whose names say so. block_format: of the block drafter; None
-    if there is none. chain_is_upstreams: whether SGLang's EAGLE3 reads the other one.
+    arguments of every server. variants: arm → the changed bundle that it serves. beside: another checkout of this
+    project, which serves the arms that end with `@beside`. block_format: format of the block drafter, None without one.
+    chain_is_upstreams: whether SGLang's EAGLE3 can read the chain drafter.
     """
 
     target: Path
@@ -80,16 +80,16 @@ class Subject:
 
     @property
     def drafters(self) -> tuple[str, ...]:
-        """Arms whose checkpoints are there."""
+        """Drafter arms (`ar`, `diffusion`) whose checkpoints the bundle has."""
         return tuple(arm for arm, part in PARTS.items() if getattr(self, part))
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the servers' arguments say so."""
+        """Whether the servers' arguments choose the CPU."""
         return ("--device", "cpu") in pairwise(self.common)
 
     def hide_paths(self, arguments: Sequence[str]) -> list[str]:
-        """`arguments` as they may be published: directories by what they hold, and no key."""
+        """Return `arguments` fit for publishing: paths replaced by what they hold, and no keys."""
         names = {
             **{str(path): f"BUNDLE-OF-{arm}" for arm, path in self.variants.items()},
             **{str(getattr(self, PARTS[arm])): f"BUNDLE/{PARTS[arm]}" for arm in self.drafters},
@@ -142,8 +142,8 @@ def check_names(names: Sequence[str], *, recorded: bool = False) -> None:
 
 
 def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
-    """Arms by name; `EAGLE3:3` is a chain of 3 steps, `DFLASH:4` a block of 4, `auto@beside` what the other checkout
-    does. Plain decoding is always among them.
+    """Build arms by name. `EAGLE3:3` is a chain of 3 steps, `DFLASH:4` a block of 4, `auto@beside` is `auto` of the
+    other checkout. Plain decoding is always among them.
 
     Raises:
         ConfigError: a name is unknown or given twice, needs a drafter that the bundle has not, or another checkout
@@ -159,13 +159,13 @@ def _needed(kind: str) -> tuple[str, ...]:
 
 
 def block_arm(block_format: DraftFormat | None, on_cpu: bool) -> str:
-    """The arm of a bundle's block drafter alone: upstream's for its format (DSPARK: on GPUs only), else WHIFLASH's."""
+    """Return the arm with only the block drafter: SGLang's for its format (DSPARK: GPUs only), else WHIFLASH's."""
     upstream = None if block_format is None else block_format.upstream
     return "diffusion" if upstream is None or (upstream == "DSPARK" and on_cpu) else upstream
 
 
 def those_with_drafters(names: Sequence[str], subject: Subject) -> list[str]:
-    """Arms of `names` that the bundle has drafters for; WHIFLASH's of a drafter in the place of what upstream lacks."""
+    """Return the arms of `names` whose drafters the bundle has; WHIFLASH's pinned arm replaces what SGLang lacks."""
     there = [name for name in names if set(_needed(name)) <= set(subject.drafters)]
     own = dict.fromkeys(("DFLASH", "DSPARK"), block_arm(subject.block_format, subject.on_cpu))
     own |= {} if subject.chain_is_upstreams else dict.fromkeys(("EAGLE3", ADAPTIVE), "ar")

@@ -1,4 +1,4 @@
-"""Measured cells, and the journal that keeps them. Needs no server."""
+"""Measured cells (the answers of one arm under one load in one repetition), and their journal. Needs no server."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from whiflash_sglang.prices.round_clock import STAGES
 
 
 class Load(BaseModel, frozen=True, extra="forbid"):
-    """`value` requests in flight at any time."""
+    """A closed load: `value` requests in flight at any time."""
 
     kind: Literal["closed"] = "closed"
     value: int
@@ -24,15 +24,15 @@ class Load(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def is_alone(self) -> bool:
-        """One request at a time: prompts can be interleaved between the arms one by one."""
+        """Whether there is one request at a time, so that prompts can be interleaved between the arms one by one."""
         return self.value == 1
 
 
 class Turn(BaseModel, frozen=True, extra="forbid"):
     """One answer of a conversation, or the mean of several.
 
-    prompt: its tokens. cached: those that the prefix cache had. tokens: of the answer. ttft, seconds: from the request
-    to its first and its last token.
+    prompt: tokens of the prompt. cached: those found in the prefix cache. tokens: of the answer. ttft, seconds: seconds
+    from the request to its first and its last token.
     """
 
     prompt: float
@@ -43,10 +43,10 @@ class Turn(BaseModel, frozen=True, extra="forbid"):
 
 
 class Answer(BaseModel, frozen=True, extra="forbid"):
-    """One timed answer, or a conversation's together.
+    """One timed answer, or all answers of a conversation together.
 
-    seconds: from the request to its last token. ttft: to its first, seconds, of a single answer. tokens: output ids.
-    forwards: target forwards after prefills, each of which gave a token. turns: of a conversation.
+    seconds: from the request to its last token. ttft: seconds to the first token, for a single answer. tokens: output
+    ids. forwards: target forwards after the prefills. prefills: each gave one token. turns: of a conversation.
     """
 
     prompt: str
@@ -68,7 +68,7 @@ class Answer(BaseModel, frozen=True, extra="forbid"):
 class Cell(BaseModel, frozen=True, extra="forbid"):
     """Answers of one arm under one load in one repetition, asked without a pause.
 
-    seconds: from the first request to the last answer. rounds: what WHIFLASH's own clock gained meanwhile.
+    seconds: from the first request to the last answer. rounds: increase of WHIFLASH's round clock meanwhile.
     """
 
     load: Load
@@ -80,21 +80,21 @@ class Cell(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def key(self) -> tuple[str, str, int, tuple[str, ...]]:
-        """Identity of a cell, for resuming: its load, arm, repetition and prompts."""
+        """Key by which a resumed run finds the cell: load, arm, repetition and prompts."""
         return self.load.label, self.arm, self.repetition, tuple(sorted(a.prompt for a in self.answers))
 
 
 class Journal:
-    """Cells as lines of a file, written as they are measured, so that a run can be resumed.
+    """Writes cells as lines of a file as they are measured, so that a run can be resumed.
 
-    The first line holds the plan's fingerprint: cells of another plan are never mixed in.
+    The first line holds the plan's fingerprint, so that cells of another plan are never mixed in.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self._fingerprint = path, fingerprint
 
     def begin(self, cells: Sequence[Cell] = ()) -> None:
-        """Hold `cells` and nothing else; without any, an earlier run's file stays beside it."""
+        """Write a new file with `cells`. Without cells, an earlier run's file is renamed to `*.before`."""
         if not cells and self.path.exists():
             self.path.replace(self.path.with_name(f"{self.path.name}.before"))
         lines = [json.dumps({"fingerprint": self._fingerprint}), *(cell.model_dump_json() for cell in cells)]
@@ -105,7 +105,7 @@ class Journal:
             lines.write(cell.model_dump_json() + "\n")
 
     def read(self) -> list[Cell]:
-        """Cells of an interrupted run; none where there is no file. A line cut off by the interruption is dropped.
+        """Read the cells of an interrupted run; an empty list without a file. A line cut off at the end is dropped.
 
         Raises:
             ConfigError: the file belongs to another plan.
@@ -137,7 +137,7 @@ class Journal:
 
 
 class RoundMs(BaseModel, frozen=True, extra="forbid"):
-    """Mean milliseconds of a WHIFLASH round per stage; other: of the round, but in no stage."""
+    """Mean milliseconds of a WHIFLASH round per stage; other: the part of the round outside all stages."""
 
     route: float
     catch_up: float
@@ -153,12 +153,12 @@ class RoundMs(BaseModel, frozen=True, extra="forbid"):
 
 
 def round_ms_of(gained: Mapping[str, float]) -> RoundMs:
-    """gained: differences of `RoundClock.snapshot`, with at least one round."""
+    """Compute the milliseconds per stage. gained: differences of `RoundClock.snapshot` over at least one round."""
     stages = {name: 1000 * gained[f"{name}_seconds"] / gained["rounds"] for name in STAGES}
     return RoundMs(**stages, other=1000 * gained["round_seconds"] / gained["rounds"] - sum(stages.values()))
 
 
 def switch_share_of(gained: Mapping[str, float]) -> float:
-    """Route, park and the catch-up beyond one round's tokens, as a share of the round."""
+    """Return the share of a round spent on switching: route, park, and catch-up beyond one round's tokens."""
     spent = gained["route_seconds"] + gained["park_seconds"] + gained["extra_catch_up_seconds"]
     return spent / gained["round_seconds"]

@@ -1,4 +1,4 @@
-"""Requests of `whiflash bench`, carried out and published."""
+"""Carries out `whiflash bench` and publishes its report."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,7 +24,7 @@ QUICK_MINUTES = 4.5
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much is measured. per_category: prompts, None for all."""
+    """The extent of a run. per_category: prompts of each category, None: all."""
 
     arms: list[str]
     per_category: int | None
@@ -35,7 +35,7 @@ class Scale:
 def scale_of(
     quick: bool, arms: str | None, per_category: int | None, max_tokens: int | None, minutes: float | None
 ) -> Scale:
-    """Scale of a run: its options, completed by the meaning of `--quick` or of a full run."""
+    """Return the extent of a run: the options given, completed by the defaults of `--quick` or of a full run."""
     names = [name.strip() for name in arms.split(",") if name.strip()] if arms else None
     if quick:
         minutes = QUICK_MINUTES if minutes is None else minutes
@@ -46,7 +46,7 @@ def scale_of(
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Destinations of the report. as_json: to stdout as JSON instead of tables; files: if wanted, plots a directory."""
+    """Destinations of the report. as_json: print JSON instead of tables. out, markdown: files. plots: a directory."""
 
     as_json: bool
     out: Path | None
@@ -54,7 +54,7 @@ class Outputs:
     plots: Path | None
 
     def prepare(self) -> None:
-        """Make the directories. Raises ConfigError where pictures cannot be drawn, or a file is a directory."""
+        """Make the directories. Raises ConfigError if pictures cannot be drawn, or a file is a directory."""
         if self.plots is not None and find_spec("matplotlib") is None:
             raise ConfigError("--plots needs matplotlib: pip install matplotlib")
         make_place("--out", self.out)
@@ -62,7 +62,7 @@ class Outputs:
         make_place("--plots", self.plots and self.plots / "speedup.svg")
 
     def publish(self, report: BenchReport) -> None:
-        """Write the forms that are wanted, each file whole or not at all, then print one."""
+        """Write the files that were asked for, each whole or not at all, then print the report."""
         text, as_json = render(report), report.model_dump_json(indent=1)
         if self.out is not None:
             write_output(self.out, as_json + "\n")
@@ -94,8 +94,8 @@ def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> Bench
 
 
 def judge(report: BenchReport) -> None:
-    """Raise WhiflashError where an arm could not be measured, or one of WHIFLASH answered other than plain decoding, in
-    a place where plain decoding at the same load answers as it does alone.
+    """Raise WhiflashError if an arm could not be measured, or if an arm of WHIFLASH differs from plain decoding at a
+    position where plain decoding at the same load does not differ from its reference.
     """
     ours = [arm for arm, server in report.provenance["servers"].items() if "WHIFLASH" in server["arguments"]]
     wrong = [d for d in report.differences if d["arm"] in ours and d["verdict"] == Verdict.DIFFERENT]

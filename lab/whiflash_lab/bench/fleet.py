@@ -1,4 +1,4 @@
-"""The servers of a run: started at once or one by one, stopped whatever happens."""
+"""Starts the servers of a run, at once or one by one, and stops them whatever happens."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,11 +21,11 @@ from whiflash_sglang.files.hosts import LIMITS
 from whiflash_train.provenance import threads
 
 Make = Callable[[Sequence[str], Path | None, Path | None], Server]
-"""Arguments, log file and checkout of the project (None: this one) to a server that is not started yet."""
+"""Makes a server that is not started yet, from arguments, log file and checkout of the project (None: this one)."""
 
 
 def environment(arguments: Sequence[str]) -> dict[str, str]:
-    """Environment of a server with `arguments`: its ranks and replicas share the threads that it may use."""
+    """Return the environment of a server with `arguments`: its ranks and replicas share the server's threads."""
     sizes = [int(arguments[arguments.index(flag) + 1]) for flag in SEVERAL.values() if flag in arguments]
     return {"OMP_NUM_THREADS": str(max(threads() // prod(sizes), 1))}
 
@@ -38,13 +38,13 @@ def launcher(
     host: ServerHost | None = None,
     more: Mapping[str, str] = MappingProxyType({}),
 ) -> Server:
-    """A server with as many threads as every other, among all its ranks, forked by `host` where there is one.
+    """Make a server, forked by `host` if given. All servers have the same number of threads, shared by their ranks.
 
     more: variables of its environment.
 
-    A checkout's server is a process of its own: what `host` has imported is this one's. It runs from the checkout's
-    sources: they go before what `PYTHONPATH` names, and the working directory, which may be this checkout, is left out.
-    Its environment is the checkout's own (`.venv`) where there is one, which its entry points may need, else this one.
+    A server of another checkout is a new process, because `host` has imported this checkout. It runs the checkout's
+    sources: they go before `PYTHONPATH`, and the working directory, which may be this checkout, is left out. It uses
+    the checkout's own `.venv` if there is one, which its entry points may need, else this environment.
     """
     env = {**environment(arguments), **more}
     if checkout is None:
@@ -57,7 +57,7 @@ def launcher(
 
 
 class Fleet(Closing):
-    """Running servers by key.
+    """The running servers by key, with a client for each.
 
     Args:
         log_dir: keep the servers' logs there.
@@ -74,11 +74,11 @@ class Fleet(Closing):
         on_start: Callable[[str, str | None], None] = lambda key, reason: None,
         checkouts: Mapping[str, Path] | None = None,
     ) -> dict[str, str]:
-        """Start servers at the same time: arguments by key. Returns what did not start, and why.
+        """Start servers at the same time. Return by key why a server did not start.
 
         Args:
-            on_start: called for each as it is ready or has failed, in another thread: its key, and why it did not
-                start. checkouts: of the project, by key, where a server is not this one's.
+            on_start: called in another thread when a server is ready or has failed, with its key and the reason why it
+                did not start, or None. checkouts: by key, another checkout of the project that a server runs.
         """
         for key, arguments in arguments_by_key.items():
             log = None if self._log_dir is None else self._log_dir / f"{key.replace(' ', '-')}.log"
@@ -96,7 +96,7 @@ class Fleet(Closing):
             try:
                 list(pool.map(start, arguments_by_key))
             except BaseException:
-                # Threads wait for servers that nobody wants any more; without them they end by themselves.
+                # The pool's threads still wait for these servers, and end once the servers are closed.
                 for key in arguments_by_key:
                     self._servers[key].close()
                 raise
@@ -127,10 +127,10 @@ class Fleet(Closing):
 def fleet_of(
     bar: Progress, log_dir: Path | None, more: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[Fleet]:
-    """Servers, forked from one process that has imported SGLang if they can share it; they end with the block.
+    """Yield a fleet whose servers end with the block. On a CPU they are forked from one process that imported SGLang.
 
     Args:
-        more: as of `launcher`.
+        more: variables of the servers' environment.
     """
     with ExitStack() as stack:
         host = None
@@ -145,7 +145,7 @@ def fleet_of(
 
 
 def reason_of(message: str) -> str:
-    """The line of a failed start's log that says why: the last exception, else the last line."""
+    """Return the line of a failed start's log that says why: the last exception, else the last line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.split(":")[0] or "error:" in line]
     return (errors or lines or ["no output"])[-1].lstrip("- ")[:300]

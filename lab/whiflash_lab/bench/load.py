@@ -1,4 +1,4 @@
-"""Asking a server and timing it: a closed loop, streamed as a user would."""
+"""Sends requests to a server in a closed loop, with streamed answers, and times them."""
 
 import asyncio
 import codecs
@@ -16,7 +16,7 @@ from whiflash_sglang.files.jsonl import read_json
 
 MODEL = "bench"
 ANSWER_SECONDS = 3600.0
-"""Seconds until an answer that never comes: a server that ends breaks its connections at once."""
+"""Seconds until a request times out. It is long, because a server that ends closes its connections at once."""
 
 
 class RequestError(WhiflashError):
@@ -24,25 +24,25 @@ class RequestError(WhiflashError):
 
 
 class RefusedError(RequestError):
-    """A request is not one that the server takes: too long for the context, or malformed."""
+    """The server does not accept a request, which is too long for the context, or malformed."""
 
 
 def chat_body(prompt: Prompt, max_tokens: int, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Body of a chat completion request with output ids, greedy unless `fields` say otherwise."""
+    """Return the body of a chat completion request with output ids, greedy unless `fields` say otherwise."""
     body = {"model": MODEL, "temperature": 0, "seed": prompt.seed, "max_tokens": max_tokens}
     return {**body, "return_output_ids_in_sglext": True, **prompt.request(), **fields}
 
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """One server's streaming chat client. max_tokens: longest answer, in tokens. request: fields of every request."""
+    """A streaming chat client of one server. max_tokens: most tokens of an answer. request: fields of every request."""
 
     client: httpx.AsyncClient
     max_tokens: int
     request: Mapping[str, Any] = field(default_factory=dict)
 
     async def ask(self, prompt: Prompt) -> Answer:
-        """One answer, greedy unless `request` says otherwise.
+        """Ask for one answer, greedy unless `request` says otherwise, and time it.
 
         Raises:
             RequestError: the server answered with an error.
@@ -54,7 +54,7 @@ class Asker:
         return parse_stream(prompt.id, arrived)
 
     async def streamed(self, prompt: str, path: str, body: Mapping[str, Any]) -> list[tuple[float, str]]:
-        """Lines of an event stream, and when each came, in seconds after the request.
+        """Send a request and return the lines of its event stream as (seconds after the request, line).
 
         Raises:
             RequestError: the server answered with an error, or broke off.
@@ -70,7 +70,7 @@ class Asker:
             raise RequestError(f"prompt {prompt}: {type(error).__name__} {error}") from None
 
     async def run(self, load: Load, prompts: Sequence[Prompt]) -> list[Answer]:
-        """Answers in the order of `prompts`, asked under `load`. Raises RequestError for the first that failed."""
+        """Ask `prompts` under `load`; return answers in their order. Raises RequestError for the first that failed."""
         answers: dict[int, Answer] = {}
         queue = iter(enumerate(prompts))
 
@@ -88,7 +88,7 @@ class Asker:
 
 
 def parse_stream(prompt: str, arrived: Sequence[tuple[float, str]]) -> Answer:
-    """An answer from the lines of an event stream and when they came, in seconds after the request.
+    """Parse an answer from the lines of an event stream. arrived: (seconds after the request, line).
 
     Raises:
         RequestError: the stream holds an error, or ends without the tokens that were asked for.
@@ -114,8 +114,8 @@ def parse_stream(prompt: str, arrived: Sequence[tuple[float, str]]) -> Answer:
 
 
 def flush(client: httpx.Client) -> None:
-    """Empty the prefix cache, so that no arm finds what another or an earlier repetition left there."""
-    # SGLang's scheduler waits so many seconds until it has put the last answer away.
+    """Empty the prefix cache, so that no arm finds prefixes of another arm or of an earlier repetition."""
+    # SGLang's scheduler waits up to `timeout` seconds until it has finished the last answer.
     if client.post("/flush_cache", params={"timeout": 10}).status_code == 200:
         return
     raise RequestError(
@@ -124,7 +124,7 @@ def flush(client: httpx.Client) -> None:
 
 
 async def stream_lines(parts: AsyncIterable[bytes]) -> AsyncIterator[str]:
-    """Lines of a UTF-8 stream, each as soon as it is whole; the last one when the stream ends."""
+    """Yield the lines of a UTF-8 stream, each as soon as it is whole; the last one when the stream ends."""
     decode, rest = codecs.getincrementaldecoder("utf-8")(), ""
     async for chunk in parts:
         *whole, rest = (rest + decode.decode(chunk)).split("\n")

@@ -1,4 +1,4 @@
-"""The report as a Markdown page, and as pictures. Needs no server."""
+"""Renders a report as a Markdown page and as pictures. Needs no server."""
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ from whiflash_train.statistics import Interval, Percentiles
 
 
 def render(report: BenchReport) -> str:
-    """Every load: an overview of the arms, then rates by category; then rounds, differences and provenance."""
+    """Return the page: for each load an overview of arms, rates by category; then rounds, differences, provenance."""
     parts = ["# Benchmark", _setting(report)]
     for load in report.loads:
         parts += [
@@ -50,7 +50,7 @@ def _setting(report: BenchReport) -> str:
 
 
 def _asked_with(provenance: Mapping[str, Any]) -> str:
-    """How answers were sampled and which tools were sent; nothing of greedy requests."""
+    """Return sentences on sampling and on tools that were sent; empty for greedy requests without tools."""
     sentences = ""
     if sampling := provenance.get("sampling"):
         values = ", ".join(f"{name} {value:g}" for name, value in sampling.items())
@@ -62,7 +62,7 @@ def _asked_with(provenance: Mapping[str, Any]) -> str:
 
 
 def _taken_from(provenance: Mapping[str, Any]) -> str:
-    """Origins of the prompts of suites, and those left out; reports of other prompts have neither."""
+    """Return sentences on the origins of suites' prompts and on prompts left out; empty for other prompts."""
     by_source: dict[str, list[str]] = {}
     for name, source in provenance.get("suites", {}).items():
         by_source.setdefault(source, []).append(name)
@@ -77,7 +77,7 @@ def _taken_from(provenance: Mapping[str, Any]) -> str:
 
 
 def _overview(load: LoadReport, over: str | None) -> str:
-    """A row per arm. A column that no arm fills is left out; the JSON has more of each."""
+    """Return a table with a row per arm, without columns that no arm fills. The JSON has more figures."""
     base = NONE if NONE in load.arms else next(arm for arm in load.arms if arm not in load.ratios)
     header = ["arm", "tokens/s", f"over {base}", f"over `{over}`", "over faster static", "acceptance length"]
     header += ["TTFT ms p50/p95", "TPOT ms p50/p95", "switches/100", "mismatches"]
@@ -104,7 +104,7 @@ def _overview(load: LoadReport, over: str | None) -> str:
 
 
 def _turns(load: LoadReport) -> str:
-    """Turns of recorded conversations: the first, every tenth, the last, and all together."""
+    """Return a table of recorded conversations' turns: the first, every tenth, the last, and all together."""
     rows = []
     last = max(map(len, load.turns.values()), default=0)
     for number in sorted({1, *range(10, last, 10), last}) if last > 1 else ():
@@ -115,7 +115,7 @@ def _turns(load: LoadReport) -> str:
 
 
 def _turn(name: object, arm: str, turns: Sequence[Turn]) -> tuple[str, ...]:
-    """A row of some turns together: sums, and the mean time to the first token."""
+    """Return a row for several turns: sums, and the mean time to the first token."""
     prompt, cached, tokens, ttft, seconds = (
         sum(getattr(turn, field) for turn in turns) for field in Turn.model_fields
     )
@@ -125,13 +125,13 @@ def _turn(name: object, arm: str, turns: Sequence[Turn]) -> tuple[str, ...]:
 
 
 def _mismatches(groups: Mapping[str, Figures]) -> str:
-    """Mismatches of all answers, looping ones too; empty if no answer was compared."""
+    """Return the number of mismatches of all answers, with looping ones; empty if no answer was compared."""
     counted = [groups[name].mismatches for name in (OVERALL, LOOPS) if name in groups]
     return "" if None in counted else str(sum(filter(None, counted)))
 
 
 def _by_category(report: BenchReport, load: LoadReport) -> str:
-    """Speed-up and acceptance length of each category, if there are several; of sets also the means, as papers do."""
+    """Return a table of speed-up and acceptance length by category, if there are several; for suites with the means."""
     means = bool(report.provenance.get("suites"))
     names = [name for name in _names(load) if name != LOOPS] if means else _categories(report, load)
     if len(names) < 2:
@@ -186,7 +186,7 @@ def _rounds(report: BenchReport) -> str:
 
 
 def _differences(report: BenchReport) -> str:
-    """Mismatches one by one, ties counted; the JSON lists both."""
+    """Return a section that lists mismatches and counts ties. The JSON lists both."""
     if report.provenance.get("recorded"):
         return "Every answer is the recorded one, token for token."
     if not report.provenance.get("compared", True):
@@ -218,7 +218,7 @@ def _differences(report: BenchReport) -> str:
 
 
 def _reproduce(report: BenchReport) -> str:
-    """The command, the arguments that all servers share, and each arm's own."""
+    """Return a section with the command, the arguments that all servers share, and each arm's own."""
     servers = report.provenance["servers"]
     variables = {
         arm: " ".join(f"{name}={shlex.quote(value)}" for name, value in server["environment"].items())
@@ -228,7 +228,7 @@ def _reproduce(report: BenchReport) -> str:
     columns = zip(*(server["arguments"] for server in servers.values()), strict=False)
     shared = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
     while shared and shared[-1].startswith("--"):
-        shared.pop()  # its value may be an arm's own
+        shared.pop()  # a flag whose value differs between arms
     lines = ["## How to reproduce", "", f"`{' '.join(report.provenance['command'])}`", ""]
     backends = ", ".join(dict.fromkeys(server["attention_backend"] for server in servers.values()))
     lines += [f"Every server (attention backend {backends}):", ""]
@@ -240,18 +240,18 @@ def _reproduce(report: BenchReport) -> str:
 
 
 def _categories(report: BenchReport, load: LoadReport) -> list[str]:
-    """Categories of several prompts."""
+    """Return the categories that have several prompts."""
     return [name for name in _names(load) if report.categories.get(name, 0) > 1]
 
 
 def _names(load: LoadReport) -> list[str]:
-    """All categories but `OVERALL`, whose figures are in the overview."""
+    """Return all categories except `OVERALL`, whose figures are in the overview."""
     names = dict.fromkeys(name for groups in load.arms.values() for name in groups)
     return [name for name in names if name != OVERALL]
 
 
 def _interval(interval: Interval | None) -> str:
-    """An interval without width comes of a single measurement: it would claim a certainty that is not there."""
+    """Return a ratio with its interval, which is left out if it has no width: then it has a single measurement."""
     if interval is None:
         return ""
     width = f" [{interval.low:.2f}, {interval.high:.2f}]" if interval.low < interval.high else ""
@@ -267,20 +267,20 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; the first column is text, the others are figures."""
+    """Return a Markdown table; the first column is text, the others are figures."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 COLOURS = dict.fromkeys(("EAGLE3", "ar"), "#1f6feb") | dict.fromkeys(("DFLASH", "diffusion"), "#b35900")
-"""Colours of arms, as a trace's page has them (`render/page.css`)."""
+"""Colours of arms, as on a trace's page (`render/page.css`)."""
 INK = "#6e7781"
-"""Text and lines: readable on a light page and on a dark one."""
+"""Colour of text and lines, readable on a light page and on a dark one."""
 
 
 def draw(report: BenchReport, directory: Path) -> Path | None:
-    """Write `speedup.svg`: bars of every arm by category, but for loops, which flatter every drafter. None where no
-    request was asked alone.
+    """Write `speedup.svg`, bars of every arm by category without loops, which flatter every drafter, and return its
+    path. None if no load has one request at a time.
     """
     load = next((load for load in report.loads if load.load.is_alone), None)
     if load is None:

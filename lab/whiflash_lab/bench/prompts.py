@@ -1,7 +1,7 @@
-"""Prompts of the benchmark: our rows, SPEED-Bench's and Spec-Bench's files. Needs no server.
+"""Reads the benchmark's prompts: rows of our own format, and files of published suites. Needs no server.
 
-A published suite is a row of `SUITES`: the files of a folder, how a row of them asks, licence, and where the folder
-comes from. Nothing of it is fetched.
+A published suite is an entry of `SUITES`: the files of a folder, the format of a row's question, the licence, and the
+folder's origin. Nothing is downloaded.
 """
 
 import hashlib
@@ -38,11 +38,11 @@ class Prompt:
 
     @property
     def seed(self) -> int:
-        """The seed of its sampling: equal for every arm and repetition."""
+        """Seed for sampling, the same for every arm and repetition."""
         return int(hashlib.sha256(self.id.encode()).hexdigest()[:7], 16)
 
     def request(self) -> dict[str, Any]:
-        """Fields of a chat completion request: schemas are enforced."""
+        """Return the fields of a chat completion request."""
         fields: dict[str, Any] = {"messages": list(self.messages)}
         if self.tools:
             fields |= {"tools": list(self.tools), "tool_choice": self.tool_choice}
@@ -51,7 +51,7 @@ class Prompt:
         return fields
 
     def next_turn(self, answer: str, calls: Sequence[Mapping[str, Any]] = ()) -> "Prompt | None":
-        """The conversation after `answer`, its tool calls and the first follow-up; None where there is none left."""
+        """Return the prompt after `answer`, its tool calls and the first follow-up; None without a follow-up."""
         if not self.follow_ups:
             return None
         called = {"tool_calls": list(calls)} if calls else {}
@@ -63,7 +63,7 @@ class Prompt:
 
 
 def shipped() -> Path:
-    """The sample that comes with the package: 42 rows of seven categories, licences in the rows."""
+    """Return the path of the package's own sample: 42 rows of seven categories, with licences in the rows."""
     return Path(__file__).with_name("prompts.jsonl")
 
 
@@ -87,7 +87,7 @@ def load_prompts(source: str) -> list[Prompt]:
 
 
 def prompt_of(row: Any, where: str) -> Prompt:
-    """A row of a supported format. Raises ConfigError naming `where` and what is missing."""
+    """Convert a row of a supported format to a prompt. Raises ConfigError naming `where` and the missing field."""
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: a row is a JSON object, not {type(row).__name__}")
     turns, messages = row.get("turns"), row.get("messages")
@@ -112,7 +112,7 @@ def prompt_of(row: Any, where: str) -> Prompt:
 
 
 def sample(prompts: Iterable[Prompt], per_category: int | None) -> list[Prompt]:
-    """At most `per_category` of each category, in their order, the categories taking turns.
+    """Choose the first `per_category` prompts of each category, and order them so that categories alternate.
 
     Raises:
         ConfigError: two rows share an id, so that their answers could be confused.
@@ -130,11 +130,11 @@ def sample(prompts: Iterable[Prompt], per_category: int | None) -> list[Prompt]:
 
 
 SAMPLE = "sample"
-"""In place of a file: the tools of the shipped prompts."""
+"""Word that replaces a file's name: the tools of the shipped prompts."""
 
 
 def load_tools(source: str) -> tuple[dict[str, Any], ...]:
-    """OpenAI's tools from a JSON list, or those of the shipped prompts (`SAMPLE`).
+    """Read tools in OpenAI's form from a JSON list, or those of the shipped prompts (`SAMPLE`).
 
     Raises:
         ConfigError: naming the file.
@@ -150,13 +150,13 @@ def load_tools(source: str) -> tuple[dict[str, Any], ...]:
 def with_tools(
     prompt: Prompt, tools: Sequence[dict[str, Any]], choice: str | None, *, strict: bool
 ) -> Prompt:
-    """The prompt with `tools` behind those it has, sent with this `tool_choice` or its own; strict: all of them are.
+    """Add `tools` after a prompt's own, with this `tool_choice` or its own. strict: make all its tools strict.
 
-    One whose answer has a schema of its own stays without.
+    A prompt whose answer has a schema is returned unchanged.
     """
     if prompt.response_format is not None:
         return prompt
-    # The first of equal names: a request's own.
+    # If tools have the same name, the first is kept, which is the request's own.
     by_name = {_name_of(tool): tool for tool in reversed((*prompt.tools, *tools))}
     several = list(reversed(by_name.values()))
     if strict:
@@ -170,7 +170,7 @@ def _name_of(tool: Any) -> Any:
 
 
 def digest_of(prompts: Sequence[Prompt]) -> str:
-    """sha256 over ids and requests."""
+    """Return the sha256 over the prompts' ids and requests."""
     whole = hashlib.sha256()
     for prompt in prompts:
         whole.update(json.dumps([prompt.id, prompt.request(), prompt.follow_ups], sort_keys=True).encode())
@@ -178,7 +178,7 @@ def digest_of(prompts: Sequence[Prompt]) -> str:
 
 
 def rows_of_file(path: Path) -> list[Any]:
-    """Rows of JSON lines or of one JSON list. Raises ConfigError naming the file."""
+    """Read the rows of JSON lines or of one JSON list. Raises ConfigError naming the file."""
     text = read_text(path, MOST_BYTES << 6)
     if text.lstrip().startswith("["):
         try:
@@ -196,12 +196,12 @@ MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """One set.
+    """A published set of prompts.
 
-    files: a pattern in the folder. source: where the folder comes from. licence: of the prompts, as their source says.
-    asks: the user's turn as a format of a row's fields, for rows without `turns`. merged: rows are reported by their
-    category, these under another name; None: under the suite's. wheel: a package whose `data` is the folder. read: what
-    reads a file that has no such rows.
+    files: a pattern in the folder. source: origin of the folder. licence: of the prompts, according to their source.
+    asks: the user's turn as a format of a row's fields, for rows without `turns`. merged: category → name in the
+    report, for rows that are reported by category; None: all under the suite's name. wheel: a package whose `data` is
+    the folder. read: reads a file whose rows have another format.
     """
 
     files: str
@@ -214,7 +214,7 @@ class Suite:
 
 
 def suites_of(listed: str) -> list[str]:
-    """Names of suites, separated by commas, groups resolved. Raises UsageError: a name is unknown."""
+    """Split names of suites at commas and resolve groups. Raises UsageError if a name is unknown."""
     parts = [label.strip() for label in listed.split(",") if label.strip()]
     names = list(dict.fromkeys(name for label in parts for name in GROUPS.get(label, (label,))))
     for name in names:
@@ -224,11 +224,11 @@ def suites_of(listed: str) -> list[str]:
 
 
 def read_suites(names: Sequence[str], folder: Path | None) -> list[Prompt]:
-    """Prompts of the suites `names`, whose files are in `folder`; None: of installed wheels.
+    """Read the prompts of the suites `names` from files in `folder`, or without it from installed wheels.
 
     Raises:
-        UsageError: nobody says where the files are. ConfigError: they are not there, or a row is wrong; it names the
-            file.
+        UsageError: neither a folder nor a wheel is there. ConfigError: files are missing, or a row is wrong; it names
+            the file.
     """
     prompts: list[Prompt] = []
     for name in names:
@@ -252,7 +252,7 @@ def _of_wheel(name: str, suite: Suite) -> Path:
 
 
 def _asked(name: str, suite: Suite, file: Path) -> Iterator[Prompt]:
-    """Rows with `turns`, or of which one field asks."""
+    """Read a suite's rows, which have `turns`, or fields from which `Suite.asks` makes a question."""
     for number, row in enumerate(rows_of_file(file), start=1):
         where = f"{file}, row {number}"
         if isinstance(row, dict) and suite.asks and "turns" not in row:
@@ -266,7 +266,7 @@ def _asked(name: str, suite: Suite, file: Path) -> Iterator[Prompt]:
 
 
 def _recorded(file: Path) -> Iterator[Prompt]:
-    """Recorded agents, each asked once, for the answer in the middle of its conversation."""
+    """Make one prompt of each recorded conversation: the messages before its middle answer."""
     for number, talk in enumerate(read_recorded(file), start=1):
         answers = [at for at, message in enumerate(talk.messages) if message["role"] == "assistant" and at]
         if answers:
@@ -283,7 +283,7 @@ BFCL_TYPES = {
     **dict.fromkeys(("number", "float", "double"), "number"),
     **dict.fromkeys(("boolean", "bool"), "boolean"),
 }
-"""BFCL's words for JSON schema's types; all others are strings, as in its own `GORILLA_TO_OPENAPI`."""
+"""BFCL's type names → JSON schema's; all others become strings, as in BFCL's own `GORILLA_TO_OPENAPI`."""
 
 BFCL_CLASSES = {
     "GorillaFileSystem": "gorilla_file_system",
@@ -295,11 +295,11 @@ BFCL_CLASSES = {
     "TwitterAPI": "posting_api",
     "VehicleControlAPI": "vehicle_control",
 }
-"""Classes that multi-turn rows involve, and the files of `multi_turn_func_doc` that describe their functions."""
+"""Classes of multi-turn rows → the files of `multi_turn_func_doc` that describe their functions."""
 
 
 def _bfcl(file: Path) -> Iterator[Prompt]:
-    """Questions with their functions as tools; later turns follow plain decoding's calls, which nobody runs."""
+    """Read BFCL's questions, their functions as tools. Later turns follow plain decoding's calls, which are not run."""
     category = file.stem.removeprefix("BFCL_v4_")
     if not category.startswith(BFCL_SETS):
         return
@@ -337,13 +337,13 @@ def _functions(folder: Path, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]
 
 
 def _function(function: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's form: names without dots, JSON schema's types, no description of what comes back."""
+    """Convert a function to OpenAI's form: no dots in its name, JSON schema's types, no description of its result."""
     kept = {key: function[key] for key in ("name", "description", "parameters")}
     return {**_typed(kept), "name": function["name"].replace(".", "_")}
 
 
 def _typed(schema: Any) -> Any:
-    """`schema` with every `type` in JSON schema's words; a property called `type` holds an object, and stays."""
+    """Convert every `type` in `schema` to JSON schema's names. A property called `type` is an object, and stays."""
     if isinstance(schema, list):
         return [_typed(item) for item in schema]
     if not isinstance(schema, dict):
@@ -393,4 +393,4 @@ SUITES: Mapping[str, Suite] = {
     "mini-swe-agent": Suite("**/*.traj.json", "as of the tasks", "what mini-swe-agent wrote", read=_recorded),
 }
 GROUPS = {"deepspec": tuple(name for name, suite in SUITES.items() if suite.source == DEEPSPEC)}
-"""Names of several suites."""
+"""Names of groups → the suites in them."""

@@ -1,8 +1,8 @@
-"""`whiflash bench --recorded`: recorded conversations played against servers that are forced along their text.
+"""`whiflash bench --recorded`: plays recorded conversations on servers that are forced to write the recorded text.
 
 Prompts, verification, routing and cost are real; only the tokens that the target samples are replaced by the recorded
-ones (`round/forcing.py`). So a small target can be measured on the text that another one wrote. A conversation is a
-prompt of the run, with its subagents'; answers are asked one after the other.
+ones (`round/forcing.py`). So a small target can be measured on text that another model wrote. A conversation with its
+subagents is one prompt of the run; its answers are asked one after the other.
 """
 
 import time
@@ -27,21 +27,21 @@ from whiflash_sglang.formats.config_json import read_json_config
 from whiflash_sglang.formats.draft_format import merged
 
 BASE = "pinned-none"
-"""The arm that others are measured against: the same server, which drafts nothing."""
+"""The arm that others are compared with: the same server without drafts."""
 
 DEFAULT = (BASE, "auto")
 
 MARGIN = 128
-"""Positions of a context that no conversation takes: the widest drafts go behind the text."""
+"""Positions of a context that conversations leave free, for the widest drafts after the text."""
 
 
 WARM_UP_ANSWERS = 4
-"""A conversation may have forty, and playing it takes minutes."""
+"""Answers of a conversation that are played as a warm-up. A whole one may have forty and take minutes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Talk(Prompt):
-    """A conversation and its subagents'. tasks: their answers, in order."""
+    """A conversation with its subagents' conversations. tasks: all their answers, in order."""
 
     tasks: tuple[RecordedTurn, ...] = ()
 
@@ -52,10 +52,10 @@ class Talk(Prompt):
 def talks_of(
     recorded: Sequence[Conversation], renderer: Renderer, *, max_tokens: int, room: int
 ) -> tuple[list[Talk], dict[str, str]]:
-    """Conversations in a target's tokens, and the answers that are left out because they have no room, with reasons.
+    """Render conversations in a target's tokens. Return them, and the answers left out for lack of room, with reasons.
 
     Args:
-        max_tokens: of each answer, the rest is cut. room: tokens of prompt and answer.
+        max_tokens: most tokens of each answer; the rest is cut. room: most tokens of prompt and answer.
 
     Raises:
         ConfigError: a subagent's parent is not before it, or is shorter than it says.
@@ -65,7 +65,7 @@ def talks_of(
     begins, subagents = dict[str, int](), defaultdict[tuple[str, int], list[str]](list)
 
     def played(agent: str) -> Iterator[RecordedTurn]:
-        """Every answer once, a subagent's before its parent goes on, which has its result by then."""
+        """Yield every answer once; a subagent's before its parent continues, which needs the subagent's result."""
         for number, turn in enumerate(turns[agent], start=1):
             if number > begins[agent] and len(turn.prompt) + len(turn.answer) <= room:
                 yield turn
@@ -98,7 +98,7 @@ def talks_of(
 
 
 def recorded_arms(names: Sequence[str], subject: Subject, talks: Iterable[Talk]) -> list[Arm]:
-    """Arms by name, each on a server of its own that takes forced answers; `BASE` is always the first.
+    """Build arms by name, each on a server of its own that takes forced answers; `BASE` is always the first.
 
     Raises:
         ConfigError: a name is unknown or given twice, or asks for predictions that nobody recorded.
@@ -120,10 +120,10 @@ def recorded_arms(names: Sequence[str], subject: Subject, talks: Iterable[Talk])
 def read_talks(
     paths: Iterable[Path], subject: Subject, max_tokens: int | None, at_once: int
 ) -> tuple[list[Talk], dict[str, str]]:
-    """As `talks_of`, of files, with the room that `at_once` conversations have in a context.
+    """Read files and render their conversations (`talks_of`), with the room that `at_once` of them have in a context.
 
     Args:
-        max_tokens: of an answer, None: all of it.
+        max_tokens: most tokens of an answer; None: no limit.
 
     Raises:
         ConfigError: a file cannot be read, or nothing in it fits the context.
@@ -143,10 +143,10 @@ def read_talks(
 
 
 class Player(Asker):
-    """One server's client that plays conversations: each answer after the one before."""
+    """A client of one server that plays conversations, one answer after the other."""
 
     async def ask(self, prompt: Prompt) -> Answer:
-        """All answers of a conversation as one, and each of its turns.
+        """Play a conversation. Return all its answers as one, with each of its turns.
 
         Raises:
             RequestError: a request failed, or the answer is not the recorded one.
@@ -165,7 +165,7 @@ class Player(Asker):
         )
 
     async def _answer(self, talk: str, task: RecordedTurn) -> tuple[Turn, int]:
-        """One answer of a conversation, and its target forwards after its prefill."""
+        """Ask for one answer of a conversation. Return its turn and the target forwards after its prefill."""
         custom: dict[str, Any] = {"whiflash_forced": list(task.answer)}
         if self.request["brings"] in task.predictions:
             custom["whiflash_prediction"] = list(task.predictions[self.request["brings"]])
@@ -194,7 +194,7 @@ class Player(Asker):
 
 
 class Replayer(Runner):
-    """A run whose prompts are recorded conversations: their text is known, so plain decoding is asked nothing."""
+    """Runs a benchmark on recorded conversations. Their text is known, so plain decoding gives no references."""
 
     base = BASE
     asker = Player
@@ -211,5 +211,5 @@ class Replayer(Runner):
         return replace(talk, tasks=talk.tasks[:WARM_UP_ANSWERS]) if is_warm_up else talk
 
     def _groups(self) -> dict[str, str]:
-        """No text is a loop of the target's."""
+        """Return prompt id → category. No group is `loops`, since the target did not write the texts."""
         return {key: reference.prompt.category for key, reference in self._references.items()}

@@ -1,6 +1,6 @@
-"""Plain decoding's own answers: what every arm's output is compared with, which prompts loop, who follows up.
+"""Asks plain decoding for reference answers, and compares every arm's answers with them.
 
-Ranks round otherwise than one device does, so an arm on several of them is compared with plain decoding on as many.
+Several ranks round differently than one device, so an arm on ranks is compared with plain decoding on as many.
 """
 
 import logging
@@ -25,7 +25,8 @@ logger = logging.getLogger("whiflash_sglang")
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """position: of the first difference, None when identical. top_two: there, where it was asked for."""
+    """The result of comparing two answers. position: of the first difference, None when identical. top_two: plain
+    decoding's two best logits there, if they were asked for."""
 
     verdict: Verdict
     position: int | None = None
@@ -35,10 +36,10 @@ class Comparison:
 def compare(
     plain: Sequence[int], other: Sequence[int], top_two_at: Callable[[int], TopTwo], dtype: str
 ) -> Comparison:
-    """Compare output tokens.
+    """Compare output tokens with plain decoding's.
 
     Args:
-        top_two_at: plain decoding's two best logits for output token i, asked only at the first difference.
+        top_two_at: returns plain decoding's two best logits for output token i; called only at the first difference.
     """
     if list(plain) == list(other):
         return Comparison(Verdict.IDENTICAL)
@@ -74,7 +75,7 @@ class Reference:
 def ask_reference(
     client: httpx.Client, prompt: Prompt, max_tokens: int, request: Mapping[str, Any] = MappingProxyType({})
 ) -> Reference:
-    """Plain decoding's answer with the gaps between its two best tokens. request: further fields.
+    """Ask plain decoding for an answer with the gaps between its two best tokens. request: further fields.
 
     Raises:
         RefusedError: the server does not take the request. RequestError: it could not answer it.
@@ -98,16 +99,16 @@ def ask_reference(
 
 
 def _gap(best: Sequence[Mapping[str, Any]]) -> float:
-    """A token that a grammar left alone has no rival."""
+    """Return the gap between the two best log-probabilities; infinite if a grammar allows only one token."""
     return float(best[0]["logprob"] - best[1]["logprob"]) if len(best) > 1 else float("inf")
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """An answer that is not plain decoding's, token for token.
+    """An answer that differs from plain decoding's.
 
-    position: of the first difference. gap: plain decoding's own there, of its two best logits. of_plain: whether plain
-    decoding, asked at the same load, first differed from itself in the same place.
+    position: of the first difference. gap: between plain decoding's two best logits there. of_plain: whether plain
+    decoding at the same load first differs from its own reference at the same position.
     """
 
     arm: str
@@ -120,7 +121,7 @@ class Difference:
 
 
 def plain_of(arm: str) -> str:
-    """The arm of plain decoding with as many ranks as `arm` has: `none`, or `none@tp2` for `auto@tp2`."""
+    """Return the arm of plain decoding with as many ranks as `arm` has: `none`, or `none@tp2` for `auto@tp2`."""
     _, at, several = arm.removesuffix(BESIDE).partition(RANKS)
     return f"{NONE}{at}{several}"
 
@@ -131,13 +132,13 @@ def differences(
     best_logit: Callable[[Reference, int], float],
     dtype: str,
 ) -> list[Difference]:
-    """Compare every measured answer; each distinct answer of an arm under a load is judged once and counted once.
+    """Compare every measured answer with its reference. Equal answers of an arm under a load count once.
 
-    References were asked one by one. If plain decoding at a load leaves its reference, every arm may, in that place.
+    References were asked one by one. If plain decoding at a load leaves its reference, every arm may at that position.
 
     Args:
-        references: by arm of plain decoding (`plain_of`), then by prompt. `none` replaces one that is missing.
-        best_logit: of a reference's own token at a position. dtype: whose tie rule holds.
+        references: by arm of plain decoding (`plain_of`), then by prompt. `none` replaces a missing arm.
+        best_logit: returns the logit of a reference's own token at a position. dtype: decides what counts as a tie.
     """
     judged_by_answer: dict[tuple[str, str, str, tuple[int, ...]], Difference] = {}
     by_plain: set[tuple[str, str, str, int]] = set()
@@ -165,16 +166,17 @@ def differences(
 
 
 class BestLogit:
-    """The logit of plain decoding's own token, which log-probabilities lack, from a forward of the same weights."""
+    """Computes the logit of plain decoding's own token by a forward of the target here; servers give no logits."""
 
     def __init__(self, target: Path, dtype: str) -> None:
         self._target, self._dtype = target, dtype
         self._known: dict[tuple[str, tuple[int, ...]], float] = {}
         self.lost = ""
-        """Why the target cannot run here."""
+        """Reason why the target cannot run here; empty if it can."""
 
     def __call__(self, reference: Reference, position: int) -> float:
-        """0 where the target cannot run here. No bfloat16 gap is then a tie: answers count as different."""
+        """Return the logit of the reference's token at `position`, 0 if the target cannot run here: then no bfloat16
+        gap is a tie, and answers count as different."""
         key = (reference.prompt.id, reference.tokens[: position + 1])
         if key not in self._known and not self.lost:
             text = [*reference.input_ids, *reference.tokens[:position]]
@@ -189,7 +191,7 @@ class BestLogit:
 
     @cached_property
     def _model(self) -> Any:
-        """Raises `MemoryError` if the weights have no room, and what `TargetModel` raises."""
+        """The target. Raises `MemoryError` if the weights have no room, and the errors of `TargetModel`."""
         import torch
 
         from whiflash_sglang.formats.packed import free_memory

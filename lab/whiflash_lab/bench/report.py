@@ -1,6 +1,6 @@
-"""The result: its schema, and how it follows from the cells. Needs no server.
+"""Computes the report from measured cells; its schema. Needs no server.
 
-`Report.arms` and `Report.ratios` are those of the first load; every load is under `Report.loads`.
+`BenchReport.arms` and `.ratios` are those of the first load; every load is under `BenchReport.loads`.
 """
 
 from collections import Counter, defaultdict
@@ -23,7 +23,7 @@ OVERALL, LOOPS = "overall", "loops"
 
 
 def names_of(cells: Sequence[Cell], groups: Mapping[str, str]) -> list[str]:
-    """Categories that occur, then all of them together, then loops."""
+    """Return the names of figures: the categories that occur, sorted, then `overall`, then `loops` if any."""
     occurring = {groups[answer.prompt] for cell in cells for answer in cell.answers}
     names = sorted(occurring - {LOOPS})
     return [*names, *([OVERALL] if names else []), *occurring.intersection([LOOPS])]
@@ -35,7 +35,7 @@ def belongs(group: str, name: str) -> bool:
 
 
 def samples(cells: Sequence[Cell]) -> tuple[Floats, Floats]:
-    """Tokens and seconds, [units, repetitions]: a unit is the prompts of one cell, asked in every repetition."""
+    """Return tokens and seconds, [units, repetitions]. A unit is the prompts of a cell, asked in each repetition."""
     units: dict[tuple[str, ...], dict[int, Cell]] = defaultdict(dict)
     for cell in cells:
         units[cell.key[3]][cell.repetition] = cell
@@ -46,12 +46,12 @@ def samples(cells: Sequence[Cell]) -> tuple[Floats, Floats]:
 
 
 def within(cells: Sequence[Cell], groups: Mapping[str, str], name: str) -> list[Cell]:
-    """Cells whose prompts all belong to a name."""
+    """Return the cells whose prompts all count under `name` (`belongs`)."""
     return [cell for cell in cells if all(belongs(groups[a.prompt], name) for a in cell.answers)]
 
 
 def paired(cells: Sequence[Cell], others: Sequence[Cell], groups: Mapping[str, str]) -> Interval:
-    """Rate of `cells` over that of `others`, which were asked the same; prompts are drawn within their group."""
+    """Return the rate of `cells` over that of `others` with the same prompts; the bootstrap draws within groups."""
     strata = [groups[key[0]] for key in sorted({cell.key[3] for cell in cells})]
     return paired_ratio(*samples(cells), *samples(others), strata)
 
@@ -82,10 +82,10 @@ class Figures(BaseModel, frozen=True, extra="forbid"):
 
 
 class Ratios(BaseModel, frozen=True, extra="forbid"):
-    """Rates over those of another arm, by category. none: plain decoding. static: the fastest arm of one drafter there,
-    upstream's EAGLE3 and DFLASH or WHIFLASH pinned to it.
+    """An arm's rates over those of other arms, by category. none: over plain decoding. static: over the fastest arm of
+    one drafter in that category (`static_arm`): upstream's EAGLE3 and DFLASH, or WHIFLASH pinned to one.
 
-    over: rates over those of the arm that was asked for (`Report.over`).
+    over: over the arm that the user named (`BenchReport.over`).
     """
 
     none: dict[str, Interval]
@@ -95,7 +95,7 @@ class Ratios(BaseModel, frozen=True, extra="forbid"):
 
 
 class LoadReport(BaseModel, frozen=True, extra="forbid"):
-    """One load. turns: of each arm's conversations, in order, the mean of all that have so many."""
+    """Results of one load. turns: by arm, the mean of each turn over the conversations that have it."""
 
     load: Load
     arms: dict[str, dict[str, Figures]]
@@ -130,12 +130,12 @@ def build_report(
     over: str | None = None,
     base: str = NONE,
 ) -> BenchReport:
-    """The report of all cells.
+    """Compute the report of all cells.
 
     Args:
         groups: prompt id → category, or `loops` for prompts whose plain answer ends in a loop.
         base: the arm of plain decoding.
-        compared: None: answers were not compared.
+        compared: differences of answers; None: answers were not compared.
         over: an arm to compare all others with, besides plain decoding and the static drafters.
     """
 
@@ -171,7 +171,7 @@ def build_report(
 
 
 def _turns(cells: Sequence[Cell]) -> list[Turn]:
-    """The mean of each turn."""
+    """Return the mean of each turn over all conversations that have it."""
     conversations = [answer.turns for cell in cells for answer in cell.answers]
     return [
         Turn(**{name: fmean(getattr(turn, name) for turn in turns if turn) for name in Turn.model_fields})
@@ -208,7 +208,7 @@ def _figures(
 
 
 def _rounds(cells: Sequence[Cell]) -> dict[str, float]:
-    """WHIFLASH's clock over `cells`; empty where no round was drafted there."""
+    """Return the sums of WHIFLASH's round clock over `cells`; empty if they have no round."""
     total: dict[str, float] = defaultdict(float)
     for cell in cells:
         for key, value in (cell.rounds or {}).items():

@@ -1,9 +1,7 @@
-"""One run: servers up, plain decoding's answers, warm-up, then every step of the schedule.
+"""Runs a benchmark: starts servers, asks plain decoding for references, warms up, then measures step after step.
 
-In which order arms are asked. Needs no server.
-
-Interleaved, every prompt is asked of each arm before the next prompt comes, so that drift of the machine hits all
-arms alike; who comes first rotates, so that no arm is always measured after the same other one.
+If arms are interleaved, every prompt is sent to each arm before the next prompt, so that drift of the machine affects
+all arms alike. The first arm rotates, so that no arm is always measured after the same other one.
 """
 
 import asyncio
@@ -42,14 +40,14 @@ class Step(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str, int, tuple[str, ...]]:
-        """As `Cell.key`."""
+        """Key of the cell that this step gives (`Cell.key`)."""
         return self.load.label, self.arm, self.repetition, tuple(sorted(self.prompts))
 
 
 def sweep(
     arms: Sequence[str], loads: Sequence[Load], repetition: int, alone: Sequence[str], together: Sequence[str]
 ) -> Iterator[Step]:
-    """One repetition, interleaved.
+    """Yield the steps of one interleaved repetition.
 
     Args:
         alone: prompts asked one at a time. together: prompts asked under every other load.
@@ -71,20 +69,20 @@ def in_turn(
     alone: Sequence[str],
     together: Sequence[str],
 ) -> Iterator[Step]:
-    """Everything of one arm, then everything of the next: one server at a time."""
+    """Yield all steps of one arm, then all of the next, so that one server runs at a time."""
     for arm in arms:
         for repetition in range(repetitions):
             yield from sweep([arm], loads, repetition, alone, together)
 
 
 def remaining(steps: Sequence[Step], cells: Collection[Cell]) -> list[Step]:
-    """The steps that were not measured yet."""
+    """Return the steps that have no cell yet."""
     done = {cell.key for cell in cells}
     return [step for step in steps if step.key not in done]
 
 
 def whole(cells: Sequence[Cell]) -> list[Cell]:
-    """Cells of repetitions that no resumed run left half measured."""
+    """Return the cells of complete repetitions. An interrupted run may leave an incomplete one."""
     measured = Counter(cell.repetition for cell in cells)
     return [cell for cell in cells if measured[cell.repetition] == max(measured.values())]
 
@@ -92,21 +90,21 @@ def whole(cells: Sequence[Cell]) -> list[Cell]:
 WARM_UP_PROMPTS = 3
 CLOSED_ALONE = Load(value=1)
 SEEDED = "--enable-deterministic-inference"
-"""SGLang ignores seeds without it."""
+"""SGLang's flag without which it ignores seeds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Plan of a measurement.
+    """The plan of a benchmark.
 
-    repetitions: at most; minutes: stop before a repetition that would end later than that after the start.
+    repetitions: most repetitions; minutes: no repetition starts that would end later than this after the start.
     over: the arm that all others are compared with, besides plain decoding.
-    interleave: all servers up at once, each prompt asked of each arm in turn; otherwise one server at a time.
-    suites: where prompts of named sets come from, with their licences, by name. recorded: files of conversations, if
-        those are the prompts. left_out: prompts that are not asked, by name, and why.
-    sampling: fields of every request. tools: what was sent with prompts, for the report.
-    restart: restart the servers for every repetition (interleaved runs only). Two processes that do the same may
-        differ by 1 % for as long as they live; without new ones that is taken for the arms'.
+    interleave: run all servers at once and send each prompt to each arm in turn; otherwise one server at a time.
+    suites: by name, origin and licence of the suites' prompts. recorded: files of conversations, if these are the
+        prompts. left_out: by name, why a prompt is not asked.
+    sampling: fields of every request. tools: the tools sent with prompts, for the report.
+    restart: restart the servers for every repetition (interleaved runs only). Two equal processes may differ by 1 % as
+        long as they run, which would count as a difference between arms.
     """
 
     subject: Subject
@@ -127,7 +125,7 @@ class Plan:
 
     @property
     def compares(self) -> bool:
-        """Whether answers should be plain decoding's: greedy ones, or seeded ones without bfloat16's rounding."""
+        """Whether answers must equal plain decoding's: greedy ones, or seeded ones in float32."""
         return not self.sampling or (self.subject.dtype == "float32" and SEEDED in self.subject.common)
 
     @property
@@ -147,7 +145,7 @@ class Plan:
 
 
 class Runner:
-    """Carries out a plan.
+    """Carries out a plan and builds the report.
 
     Args:
         fleet: starts the servers; the caller closes it.
@@ -171,7 +169,7 @@ class Runner:
         self._began = time.monotonic()
 
     def run(self, *, resume: bool) -> BenchReport:
-        """Measure what is not measured yet, judge the outputs, build the report.
+        """Measure the steps that have no cell yet, compare the answers, and build the report.
 
         Raises:
             WhiflashError: plain decoding could not be measured; the journal belongs to another plan.
@@ -218,7 +216,7 @@ class Runner:
             planned = self._fitting(done, (time.monotonic() - began) / max(used, 1))
 
     def _renew(self) -> None:
-        """New servers. Raises WhiflashError where one does not start: what its arm has measured must not be lost."""
+        """Restart all servers. Raises WhiflashError if one does not start, so that its arm's cells are not dropped."""
         names = self._available()
         self._fleet.close()
         self._start([self._arms[name] for name in names])
@@ -228,7 +226,7 @@ class Runner:
         self._warm_up(names)
 
     def _fitting(self, done: int, seconds_each: float) -> int:
-        """Repetitions that fit into the time given, at least those that are done."""
+        """Return the number of repetitions that fit into the plan's minutes, at least those that are done."""
         if self._plan.minutes is None:
             return self._plan.repetitions
         left = self._plan.minutes * 60 - (time.monotonic() - self._began)
@@ -286,18 +284,19 @@ class Runner:
             raise WhiflashError(f"plain decoding: {self.unavailable[self.base]}")
 
     def _lose(self, name: str, reason: str) -> None:
-        """Go on without an arm, and say so at once: the run may last for hours."""
+        """Drop an arm and print the reason at once, since the run may last for hours."""
         self.unavailable[name] = reason
         self._progress.console.print(f"{name}: {reason}", markup=False, highlight=False, soft_wrap=True)
 
     def _ask_references(self) -> None:
-        """Plain decoding's answers; rows of several turns become one prompt per turn, with its answers between."""
+        """Ask plain decoding for reference answers. A row of several turns becomes one prompt per turn, with plain
+        decoding's answers between the turns."""
         pending = list(self._plan.prompts)
         task = self._progress.add_task("asking plain decoding", total=len(pending))
         client = self._fleet.clients[NONE]
         while pending:
             prompt = pending.pop(0)
-            flush(client)  # As before every measured answer: a cached prefix rounds differently.
+            flush(client)  # Every measured answer begins without a cached prefix, which rounds differently.
             self._progress.advance(task)
             try:
                 reference = ask_reference(client, prompt, self._plan.max_tokens, self._plan.sampling)
@@ -330,7 +329,7 @@ class Runner:
         return {key: LOOPS if r.loops else r.prompt.category for key, r in self._references.items()}
 
     def _prompt_ids(self) -> tuple[list[str], list[str]]:
-        """Prompts asked one at a time, and those asked together, whose looping answers could be confused."""
+        """Return ids of prompts asked one at a time, and of those asked together: without loops unless all loop."""
         groups = self._groups()
         together = [key for key, group in groups.items() if group != LOOPS]
         return list(groups), together or list(groups)
@@ -348,7 +347,7 @@ class Runner:
     # ---------------------------------------------------------------- measuring
 
     async def _measure(self, steps: Sequence[Step], task: Any) -> None:
-        """Measure `steps` in order and keep their cells; without a `task` it is a warm-up, and nothing is kept."""
+        """Measure `steps` in order and store their cells; without a `task` it is a warm-up, and nothing is stored."""
         async with AsyncExitStack() as stack:
             clients = {}
             for key in self._fleet.clients:
@@ -427,7 +426,7 @@ class Runner:
 
 
 def _alone(arm: Arm) -> list[str]:
-    """Arguments of a server for this arm only."""
+    """Return the arguments of a server that runs only this arm."""
     return [*arm.arguments, *(() if arm.router is None else ("--whiflash-router", arm.router))]
 
 

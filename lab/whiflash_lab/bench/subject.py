@@ -1,4 +1,4 @@
-"""Subject of a benchmark: the embedded target and its bundle, or the user's own."""
+"""Finds the subject of a benchmark: the embedded target and its bundle, or the user's own."""
 
 import json
 import os
@@ -19,9 +19,10 @@ from whiflash_sglang.files.cpu import serves_here
 
 
 def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
-    """Make the new `directory` a bundle that differs from `bundle` in what `arm` is about; returns it.
+    """Write the changed bundle that `arm` serves (without lookup, without structure, bad drafters) to the new
+    `directory`, and return that.
 
-    Files that do not change are links to the bundle's, where the file system allows.
+    Unchanged files are links to the bundle's, if the file system allows.
 
     Raises:
         ValueError: an arm without a variant.
@@ -35,7 +36,7 @@ def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
         fields["structure"] = {"enabled": False}
     shutil.copytree(bundle, directory, copy_function=_link)
     if arm == BAD:
-        for key in ("router", "sources"):  # its checksums are of the drafters before
+        for key in ("router", "sources"):  # they have checksums of the unshuffled drafters
             fields.pop(key, None)
         for key in {"eagle3", "dflash"} & fields.keys():
             _shuffle(directory / fields[key])
@@ -53,7 +54,7 @@ def _link(source: str, target: str) -> str:
 
 
 def _shuffle(checkpoint: Path) -> None:
-    """Shuffle every matrix of a drafter: as slow as before, never right."""
+    """Shuffle every matrix of a drafter, so that it is as slow as before and never right."""
     random = torch.Generator().manual_seed(0)
     for file in checkpoint.glob("*.safetensors"):
         tensors = load_file(file)
@@ -66,7 +67,7 @@ def _shuffle(checkpoint: Path) -> None:
 
 
 CPU_KV_TOKENS = 16384
-"""KV pool of a server on the CPU. All servers share the machine's memory when arms are interleaved."""
+"""Tokens of the KV pool of a server on the CPU. Interleaved arms' servers share the machine's memory."""
 
 
 def build_subject(

@@ -1,4 +1,4 @@
-"""`whiflash advise`: what should a target be served with?"""
+"""`whiflash advise`: estimates the fastest way to serve a target."""
 
 import json
 import re

@@ -1,5 +1,5 @@
-"""`whiflash bench`: WHIFLASH beside plain decoding and SGLang's own speculative arms. `whiflash lab simulate`: what
-rounds would cost on a card, from published figures."""
+"""`whiflash bench`: measures WHIFLASH beside plain decoding and SGLang's own speculative arms. `whiflash lab simulate`:
+estimates rates on a GPU from published figures."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`whiflash demo`: a server on the embedded model is asked two questions."""
+"""`whiflash demo`: asks a server on the embedded model two questions."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""`whiflash lab evaluate`: a bundle is judged without a server, or beside one that drafts with it.
+"""`whiflash lab evaluate`: measures a bundle's acceptance without a server, or compares it with a server's.
 
-The bundle is read before torch is imported: errors in it come at once.
+The bundle is read before torch is imported, so that errors in it are reported at once.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`whiflash lab widen`: a small trained pair at a large model's cost."""
+"""`whiflash lab widen`: widens a small trained target and its drafters to a large model's cost."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,1 +1,1 @@
-"""Launches that others published, judged by their flags."""
+"""Judges published launches of SGLang by their flags: whether WHIFLASH would start with them."""

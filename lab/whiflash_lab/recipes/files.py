@@ -1,4 +1,4 @@
-"""Flags of launches as people keep them: a shell line or script, YAML, JSON lines. Imports no SGLang."""
+"""Reads the flags of launches from shell scripts, YAML or JSON lines. Imports no SGLang."""
 
 import json
 import re
@@ -21,15 +21,15 @@ OPEN_ARRAY = re.compile(r"=\([^()]*$")
 REFERENCE = re.compile(r"\"?\$\{(\w+)\[[@*]\]\}\"?")
 VARIABLE = re.compile(r"\b(SGLANG_\w+)=(\S+)")
 MOST_RECIPES, MOST_LINE, DEEPEST_ARRAY = 1000, 1 << 16, 16
-"""Launches of a file, characters of one after its arrays are filled in, and arrays that hold each other."""
+"""Most launches of a file; most characters of one after its arrays are filled in; deepest nesting of arrays."""
 ROLES = "sglang_config"
 """Key of srt-slurm's recipes: a mapping of flags for each role, `prefill`, `decode` or `aggregated`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One launch. flags: name → value as text, a list of words, or nothing for a switch and for a variable.
-    environment: variables of SGLang's that it sets."""
+    """One launch. flags: name → value as text or a list of words; empty for a switch and for a variable's value.
+    environment: SGLang's variables that the launch sets."""
 
     name: str
     flags: Mapping[str, str | Sequence[str]]
@@ -37,7 +37,7 @@ class Recipe:
 
 
 def read(path: Path) -> list[Recipe]:
-    """The launches of a file, by its ending: `.yaml` or `.yml`, `.json` or `.jsonl`, else a shell's.
+    """Read the launches of a file, by its ending: `.yaml` or `.yml`, `.json` or `.jsonl`, else a shell script.
 
     Raises:
         UsageError: the file is none of these, or has no launch in it.
@@ -82,7 +82,7 @@ def _yaml(text: str, path: Path) -> Iterator[Recipe]:
 
 
 def _backend(document: Any) -> dict[str, Any] | None:
-    """The first mapping in `document` that has roles; overrides, which come after it, are not read."""
+    """Return the first mapping in `document` that has roles. Overrides, which come after it, are not read."""
     if not isinstance(document, dict):
         return None
     if isinstance(document.get(ROLES), dict):
@@ -91,7 +91,7 @@ def _backend(document: Any) -> dict[str, Any] | None:
 
 
 def _json(text: str, path: Path) -> Iterator[Recipe]:
-    """Objects one after another: of flags, or with `flags` and, if given, `recipe` and `environment`."""
+    """Read JSON objects, one after another: flags, or `flags` with optional `recipe` and `environment`."""
     decoder, text, place = json.JSONDecoder(), text.rstrip(), 0
     while place < len(text):
         place = next(at for at in range(place, len(text)) if not text[at].isspace())
@@ -130,7 +130,7 @@ def _text(value: Any) -> str | list[str]:
 
 
 def _shell(text: str, path: Path) -> Iterator[Recipe]:
-    """Each launch of a script; a text without one is flags only. Arrays are filled in with all that they may hold."""
+    """Read each launch of a shell script; a text without one is flags only. Arrays get all words that they may hold."""
     text = re.sub(r"^[ \t]*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
     text = COMPUTED.sub("$computed", text)
     arrays: dict[str, str] = {}
@@ -144,7 +144,7 @@ def _shell(text: str, path: Path) -> Iterator[Recipe]:
         line = rest.split("\n)" if OPEN_ARRAY.search(before) else "\n", 1)[0]
         quotes = QUOTED.finditer(before.rpartition("\n")[2])
         if opened := next((q for q in quotes if not (q[1] or q[2])), None):
-            line = line.partition(opened[0][0])[0]  # of `bash -c "…"`
+            line = line.partition(opened[0][0])[0]  # the launch is quoted, as in `bash -c "…"`
         name = str(path) if len(launches) == 1 else f"{path}: {number}"
         environment = {key: value.strip("\"'") for key, value in VARIABLE.findall(before)}
         yield Recipe(name, _of_words(line, arrays, path), environment)

@@ -1,4 +1,4 @@
-"""A launch judged by its flags: without weights, without a GPU, and if need be without the target's configuration.
+"""Judges a launch by its flags, without weights or a GPU, and if need be without the target's configuration.
 
 The rules are those of a start (:mod:`whiflash_sglang.engine.launch.refusals`), and SGLang's own parser reads the
 flags. Flags of SGLang's other algorithms count as replaced by WHIFLASH.
@@ -27,8 +27,8 @@ from whiflash_sglang.files.disk import read_text
 from whiflash_sglang.settings.config import Flags, flag_of, parse_flags
 
 Flag = str | Sequence[str]
-"""A flag's value: `true` or `false` for a switch, words for a list. Empty: a switch that is on, or a value that a
-variable gives, which may be more than one."""
+"""A flag's value: `true` or `false` for a switch, words for a list. Empty: a switch that is on, or a variable's value,
+which may be several words."""
 _MORE_THAN_ONE = "2"
 _EAGLE = "arm `ar`, with an EAGLE-3 checkpoint or the target's own next-token head"
 ALGORITHMS = {
@@ -36,21 +36,21 @@ ALGORITHMS = {
     **dict.fromkeys(("DFLASH", "DSPARK"), "arm `diffusion`, with a DFlash or DSpark checkpoint"),
     "NGRAM": "arm `lookup`, which copies from the request's text",
 }
-"""SGLang's algorithms, and which part of WHIFLASH drafts like them."""
+"""SGLang's algorithms → the arm of WHIFLASH that drafts like them."""
 SETTINGS = {
     "speculative_num_steps": "--whiflash-eagle-steps, the longest chain",
     "speculative_num_draft_tokens": "--whiflash-block-size, the longest block",
 }
-"""Flags of SGLang's algorithms, and which of WHIFLASH's bounds the same; rounds choose lengths below it."""
+"""Flags of SGLang's algorithms → the flag of WHIFLASH that bounds the same length; rounds choose lengths below it."""
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchVerdict:
-    """Whether WHIFLASH would start.
+    """Whether WHIFLASH would start with a launch, and why not.
 
-    obstacles: name of a rule or flag → the sentence that says what to do, all of them, the start's own first.
-    without_drafters: the same without drafters that keep KV. replaced: a sentence on each flag that WHIFLASH
-    replaces. unread: what no rule read, because the recipe does not hold it.
+    obstacles: by name of a rule or flag, a sentence that says what to do, the start's own first. without_drafters:
+    obstacles if no drafter keeps KV. replaced: a sentence on each flag that WHIFLASH replaces. unread: facts that no
+    rule could read, because the recipe does not hold them.
     """
 
     obstacles: Mapping[str, str]
@@ -65,7 +65,7 @@ class LaunchVerdict:
 
 @dataclass(slots=True)
 class _Read:
-    """Flags as SGLang reads them: fields of its arguments, and what did not become one."""
+    """Flags as SGLang reads them: fields of its arguments, wrong flags with their errors, and unread ones."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class _Read:
 def judge(
     flags: Mapping[str, Flag], environment: Mapping[str, str] | None = None, target: Path | None = None
 ) -> LaunchVerdict:
-    """A launch with these flags, named with or without dashes.
+    """Judge a launch with these flags, named with or without dashes.
 
     Args:
         environment: SGLang's variables that the launch sets. target: directory with the target's `config.json`. Without
@@ -142,7 +142,7 @@ def _read(flags: Mapping[str, Flag]) -> _Read:
 
 
 def _words(option: str, value: Flag, *, is_switch: bool) -> list[str]:
-    """The command line's words for a flag; none for a switch that is off."""
+    """Return the command line's words for a flag; an empty list for a switch that is off."""
     if not isinstance(value, str):
         return [option, *value]
     if not is_switch:
@@ -153,13 +153,13 @@ def _words(option: str, value: Flag, *, is_switch: bool) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """SGLang's, which reads one flag at a time and answers with the fields that it sets."""
+    """SGLang's argument parser, used to read one flag at a time and return the fields that it sets."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"SGLang {installed()} does not take it: {message}; give another value")
 
     def meant(self, option: str) -> argparse.Action | None:
-        """The flag of this name, or the only one that begins with it."""
+        """Return the flag of this name, or the only flag that begins with it, or None."""
         named = self._option_string_actions
         if option in named:
             return named[option]
@@ -175,7 +175,7 @@ class _Parser(argparse.ArgumentParser):
 
 @cache
 def _parser() -> _Parser:
-    # Old names are still flags: that they will go one day is no matter here.
+    # Old names still count as flags, so SGLang's warnings about their removal are hidden.
     logging.getLogger("sglang.srt.arg_groups.argparse_actions").setLevel(logging.ERROR)
     parser = _Parser(add_help=False)
     ServerArgs.add_cli_args(parser)
@@ -185,7 +185,7 @@ def _parser() -> _Parser:
 
 
 def _replace(fields: dict[str, Any]) -> list[str]:
-    """Take flags of SGLang's other algorithms out of `fields`; a sentence on each."""
+    """Take flags of SGLang's other algorithms out of `fields`; return a sentence on each."""
     algorithm = fields.pop("speculative_algorithm", None)
     if algorithm is None or algorithm.upper() == ALGORITHM:
         return []
@@ -206,7 +206,7 @@ def _replace(fields: dict[str, Any]) -> list[str]:
 def _launch(
     fields: Mapping[str, Any], environment: Mapping[str, str], target: Path | None
 ) -> tuple[Launch, list[str]]:
-    """The launch that a start would see (on a GPU if no device is named), and a sentence on each replaced flag."""
+    """Return the launch that a start would see (on a GPU if no device is named), a sentence on each replaced flag."""
     arguments = ServerArgs(**{"model_path": str(target), "device": "cuda", **fields})
     device = arguments.device.partition(":")[0]
     replaced = choose_for_cuda(arguments) if device == "cuda" else []
@@ -219,7 +219,7 @@ def _launch(
 
 
 def _model(arguments: Any, target: Path) -> Any:
-    # Transformers and all of SGLang's models: only for a recipe whose target is there.
+    # Imported here because it brings transformers and all of SGLang's models, for recipes with a local target only.
     from sglang.srt.configs.model_config import ModelConfig
 
     try:

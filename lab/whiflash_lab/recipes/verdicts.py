@@ -1,4 +1,4 @@
-"""Verdicts on the launches of a file."""
+"""Judges all launches of a file."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from whiflash_lab.recipes.files import read
 
 
 def verdicts_in(path: Path, model_path: str | None) -> list[tuple[str, Any]]:
-    """A verdict on each launch in the file, by its name. model_path: the target, if a launch names none."""
+    """Return (name, verdict) of each launch in the file. model_path: the target, if a launch names none."""
     from whiflash_sglang.checkpoints.hub import look_up
 
     recipes, target = read(path), None if model_path is None else look_up(model_path).config.parent
