@@ -93,7 +93,7 @@ def propose_copies(
     matched = torch.where(matched < min_match, 0, matched)
     # Place 0 continues the last copy. A duplicate of it among the others would count its vote twice.
     matched[:, 1:].masked_fill_(places[:, 1:] == places[:, :1], 0)
-    best = matched.argmax(1)  # the first of equals: places come newest first
+    best = matched.argmax(1)  # of equal matches the first, since places come newest first
     length, source = (t.gather(1, best[:, None])[:, 0] for t in (matched, places))
     source = torch.where(length > 0, source, 0)
 

@@ -108,7 +108,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     if runs_fused(x):
         norm = _flashinfer("norm")
         kernel = norm.gemma_rmsnorm if unit_offset else norm.rmsnorm
-        # They take rows with whatever strides; Gemma's heads of rows go to CuTe's kernels only.
+        # FlashInfer's kernels take rows with any strides; only its CuTe kernels take Gemma's norm of [T, heads, size].
         rows = x if x.ndim == 2 or (x.ndim == 3 and not unit_offset) else x.reshape(-1, x.shape[-1])
         normed: Tensor = kernel(rows, weight.to(x.dtype), eps)
         return normed.view(x.shape)

@@ -64,7 +64,7 @@ def routing_stats(logits: Tensor, rows: Tensor | None = None) -> tuple[Tensor, T
 
 
 def _stats(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # A copy even of float32 logits: it is overwritten below.
+    # Float32 logits are copied, too, because the copy is overwritten below.
     relative = logits.to(torch.float32, copy=True)
     largest, argmax = relative.max(dim=-1, keepdim=True)
     live = (largest > MASKED).float()
@@ -72,7 +72,7 @@ def _stats(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Not torch.softmax: on some processors it adds a row's weights one after another, and half of float32's
     # digits are gone at 256 k words. `sum` adds pairwise.
     weights = relative.exp()
-    total = weights.sum(dim=-1, keepdim=True).clamp_min_(1.0)  # below 1 only where all is masked
+    total = weights.sum(dim=-1, keepdim=True).clamp_min_(1.0)  # below 1 only if all tokens are masked
     mean = relative.mul_(weights).sum(dim=-1, keepdim=True) / total
     entropy = live * (total.log() - mean).clamp_min_(0.0)
     return entropy.squeeze(1), (live / total).squeeze(1), (argmax * live.long()).squeeze(1)

@@ -79,7 +79,7 @@ def sample_rows(
     tokens = logits.new_zeros(logits.shape[0], dtype=torch.int64)
     rows = torch.arange(logits.shape[0], device=logits.device)
     if len(rows) == len(request_slots) and qo_indptr.tolist() == list(range(len(rows) + 1)):
-        owner, slots = rows, request_slots.long()  # A round without drafts; see block.py.
+        owner, slots = rows, request_slots.long()  # One row per request: the fast path, as in block.py.
     else:
         owner = torch.bucketize(rows, qo_indptr[1:], right=True)
         inside = owner < len(request_slots)
@@ -130,7 +130,7 @@ def _drawn(x: Tensor, parameters: Tensor, seeds: Tensor, positions: Tensor) -> T
                 break
             columns = min(16 * columns, size)
         kept = found.values >= least[:, None]
-        most = max(int(kept.sum(dim=1).max()), 1)  # nothing is kept of NaN
+        most = max(int(kept.sum(dim=1).max()), 1)  # a row with NaN keeps no token
         ids = found.indices[:, :most]
         x = found.values[:, :most].masked_fill(~kept[:, :most], -torch.inf)
     best = (x - exponential(seeds, positions, size, ids).log_()).argmax(dim=1, keepdim=True)

@@ -168,7 +168,7 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
         card, pair, source = _of_server(state, question)
         target = target or PublishedTarget(question.target, _QWEN, (), ())
         loads = question.requests if pair.drafts else ()
-        sums = brought(state)  # copies and forced text with them
+        sums = brought(state)  # the gain includes copies and forced text
         if sums.gain is None:
             raise ConfigError(f"what the server brings over plain decoding is {unknown(sums.price)}")
         rates = {PLAIN: sums.tokens / sums.seconds / sums.gain, OURS: sums.tokens / sums.seconds}
@@ -418,7 +418,7 @@ def _row(
         card, method = prices(at_once), methods.get(way)
         if way == OURS:
             card = replace(card, chain=card.chain + eager, block=card.block + BLOCK_LAYERS * eager)
-        if method is None:  # NGRAM drafts for nothing
+        if method is None:  # NGRAM's drafting is free
             card, method = replace(card, block=0.0), "dflash"
         return Simulation(card, load, method, pair=pair).run().rate * min(replicas, requests / at_once)
 

@@ -71,7 +71,7 @@ def host(requests: TextIO, answers: TextIO) -> None:
     multiprocessing.set_start_method = (  # type: ignore[assignment]
         lambda method, force=False: set_method("fork", force=True)
     )
-    # Servers need these, none of which starts a thread or a device.
+    # Servers need these modules, none of which starts a thread or a device when it is imported.
     for name in PRELOADED:
         import_module(name)
     from sglang.srt.models.registry import ModelRegistry
@@ -98,6 +98,6 @@ def host(requests: TextIO, answers: TextIO) -> None:
 
 if __name__ == "__main__":
     said = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # SGLang's output while it is imported is no answer.
+    os.dup2(2, 1)  # SGLang's output during its import must not be read as an answer.
     host(os.fdopen(os.dup(0)), said)
-    os._exit(0)  # Taking the modules apart takes seconds and is of no use.
+    os._exit(0)  # The interpreter's normal exit would unload modules for seconds.

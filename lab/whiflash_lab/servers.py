@@ -121,7 +121,7 @@ class ServerHost(Closing):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
-        if not self._ready:  # It would finish its imports before it sees that nobody asks any more.
+        if not self._ready:  # The host would finish its imports before it sees the closed pipe.
             self._process.kill()
         self._process.wait()
         self._log.unlink(missing_ok=True)
@@ -154,7 +154,7 @@ def free_port() -> int:
 
 def listens(pid: int, port: int) -> bool:
     """Whether the process itself, not another one, listens on the TCP port."""
-    # One that has just ended belongs to root until its parent waits for it.
+    # A process that has just ended belongs to root until its parent waits for it.
     with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
         sockets = psutil.Process(pid).net_connections("inet")
         return any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)
@@ -253,7 +253,7 @@ class Server(Closing):
         with contextlib.suppress(psutil.NoSuchProcess):
             tree += process.children(recursive=True)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, self.ends_by)  # what it started may outlive it
+            os.killpg(process.pid, self.ends_by)  # its children may outlive it
         try:
             psutil.wait_procs(tree, timeout=5)
         finally:  # also where the wait is interrupted

@@ -192,7 +192,7 @@ class Widening:
         gate, up = (torch.cat([w[:neurons], more]) for w, more in zip((gate, up), rows, strict=True))
         down = torch.cat([down[:, :neurons], out], 1)
         norms = {
-            name: self.writes(weight) if len(weight) == self.hidden else weight  # those of a head stay
+            name: self.writes(weight) if len(weight) == self.hidden else weight  # norms of a head stay
             for name, weight in small.items()
         }
         wide = [

@@ -89,7 +89,7 @@ class Epilogue:
     def bytes_for(widest: int) -> int:
         """Return the bytes of results per request of a graph and its ends; a graph has no more requests than rows."""
         committed = (widest + 3) * torch.int64.itemsize + torch.int32.itemsize
-        return 6 * (committed + (1 + 3) * torch.float32.itemsize)  # entropy, and a router's outputs
+        return 6 * (committed + (1 + 3) * torch.float32.itemsize)  # an entropy and a router's three outputs
 
     @staticmethod
     def mask_bytes(rows: int, vocabulary: int) -> int:
@@ -104,7 +104,7 @@ class Epilogue:
 
     def capture(self, graph: Graph, of_graph: Callable[[], Verified]) -> None:
         """Issue the end of a graph while it is captured, over its tensors. Its padding requests have request row 0."""
-        self._ends.clear()  # of other graphs
+        self._ends.clear()  # they were captured for other graphs
         rows = of_graph()
         rows = rows._replace(request_rows=rows.request_rows * self._commits)
         self._captured[graph] = self._end(rows, self._most(graph))

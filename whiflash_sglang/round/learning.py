@@ -22,7 +22,7 @@ from whiflash_sglang.routing.neural import note
 from whiflash_sglang.telemetry.tally import Tally
 
 PLAIN_ENTROPY_ROUNDS = 8
-"""Rounds between two readings of the entropy if nothing is drafted: reading it costs as much as the whole rest."""
+"""Rounds between two readings of the entropy if nothing is drafted: it costs as much as a round's other bookkeeping."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from whiflash_sglang.structure.spending import LOOKING, Spending
 
 
 class DraftSources:
-    """The text drafters of a worker.
+    """Asks a worker's text drafters for candidates, and has them extend the drafts of others.
 
     Args:
         vocabulary: number of ids that the target has. spending: the seconds that requests spend on grammars, charged

@@ -103,7 +103,7 @@ class Probes:
                 self._probed[arm] += 1
                 chosen = {index: arm for *_, index in due[: self._together(sum(map(len, members.values())))]}
                 self._losses[arm] = loss(chosen)
-                return chosen  # another arm waits for the next round
+                return chosen  # only one arm is probed per round
         return {}
 
     @staticmethod

@@ -59,7 +59,7 @@ def checked(library: ctypes.CDLL, kernel: K, agrees: Callable[[K], bool]) -> K:
     Raises:
         OSError: the library does not share torch's threads, or computes something else than torch.
     """
-    # Torch is asked first: its answer sets how many threads a thread of Python's uses.
+    # Torch is asked first, because asking it sets the number of OpenMP threads of this Python thread.
     if torch.get_num_threads() != library.whiflash_threads():
         raise OSError("the compiled functions do not run on torch's threads")
     if not agrees(kernel):
@@ -98,7 +98,7 @@ def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDL
         if _is_ours(library):
             try:
                 return ctypes.CDLL(str(library))
-            except OSError:  # Another system's, which shares the directory and has a newer C++ library.
+            except OSError:  # A system with a newer C++ library, which shares the directory, has compiled it.
                 pass
         _build(compiler, options, source, library)
     except subprocess.CalledProcessError as error:

@@ -75,5 +75,5 @@ def compiled_copies(directory: Path) -> CompiledCopies:
     Raises:
         OSError: they cannot be compiled or loaded.
     """
-    # A product and a sum stay two operations, as in Python.
+    # Products and sums are not fused, so that results are the same as Python's.
     return CompiledCopies(compiler.load(_SOURCE, directory, ["-ffp-contract=off"]))

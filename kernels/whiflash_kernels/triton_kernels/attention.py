@@ -64,7 +64,7 @@ def _attend_kernel(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    # Tiles come first in the grid, then heads: their programs read the same entries, or such beside them.
+    # Tiles come first in the grid, then heads, so that neighbouring programs read the same or adjacent entries.
     tile, kv_head = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     item = tl.program_id(1)
     request, share, count, place = item, 0, 1, tl.full([], 0, tl.int32)
@@ -128,7 +128,7 @@ def _attend_kernel(
         sums = sums * fade[:, None] + added
         peak = new_peak
 
-    # One tile of sums serves both stores, which are masked: two tiles, or a branch, would spill.
+    # One tile of sums serves both stores, which are masked: two tiles, or a branch, would spill registers.
     sums = sums / tl.where((count == 1) & (total > 0), total, 1.0)[:, None]
     result = packed * (KV_HEADS * GROUPS) + head
     whole = inside & (count == 1)
@@ -169,7 +169,7 @@ def draft_attention(
     shares = shares_for(requests, kv_heads * tiles, longest, q.device)
     cut = min(requests, shares - 1)
     sums = sums_for(requests, shares, width * heads, dim, q.device) if cut else None
-    # Hopper multiplies 64 rows by four warps; of eight, four would do the same again.
+    # Hopper multiplies 64 rows with four warps; with eight, four would repeat the work of the others.
     warps = 4 if rows * columns < 64 * 128 or (rows == 64 and is_hopper(q)) else 8
     _attend_kernel[(tiles * kv_heads, requests + shares - 1)](
         q,

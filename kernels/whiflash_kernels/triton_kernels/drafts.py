@@ -141,7 +141,7 @@ def _lay_kernel(
             judged = drafts & (column < part_columns) & (column < columns)
             sure = tl.load(confidences + row * confidences_row + column, mask=judged, other=0.0)
         tl.store(out_confidences + request * columns + column, sure, mask=column < columns)
-        # NaN is what does not equal itself.
+        # NaN does not equal itself.
         sound = (token == drafted) & (chance == chance) & (sure == sure)
         first = tl.min(tl.where(sound & (column < width), width, tl.minimum(column, width)), axis=0)
         proposed = tl.load(counts + row, mask=drafts, other=0)
@@ -375,7 +375,7 @@ def choose_drafts(
     )
     if not size:
         return chosen
-    # Joined drafts may be a part of wider rows.
+    # Appended drafts may be a slice of wider rows.
     tokens, counts, alive = (t.contiguous() for t in (drafts.tokens, drafts.counts, drafts.alive))
     compete = most_drafts is not None and most_drafts < size * width
     chances = torch.empty(size, width, dtype=torch.float32, device=device) if compete else alive

@@ -101,7 +101,7 @@ def router_mlp(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -
         ROWS=ROWS,
         UNITS=UNITS,
         DEPTH=DEPTH,
-        WIDEN=hidden.device.type == "cpu",  # the interpreter's dot cannot take bf16; products are equal
+        WIDEN=hidden.device.type == "cpu",  # the interpreter's dot cannot take bf16; wider products are equal
         num_warps=4,
     )
     _add_shares_kernel[(rows,)](

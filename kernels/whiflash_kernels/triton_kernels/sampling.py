@@ -231,7 +231,7 @@ def _pick_kernel(
         kept = (above < top_k) & ((top_p >= 1.0) | (tl.sum(mass, axis=0) <= top_p * total))
         kept = kept & (tl.exp2(x_of_token * scale - peak) >= tl.abs(min_p))
         highest = tl.max(score, axis=0)
-        # Scaled, a finite logit may be -inf: then no likelier token has a score.
+        # A finite logit may become -inf when it is scaled; then no token has a score above -inf.
         pending = (above > 0) & (kept == 0) & (highest > float("-inf"))
         following = tl.min(tl.where(score == highest, next_token, 2147483647), axis=0)
         token = tl.where(pending, following, token)

@@ -142,7 +142,7 @@ def _attend(
         fade = tl.exp2(peak - new_peak)
         total, sums, peak = total * fade + tl.exp2(sink - new_peak), sums * fade[:, None], new_peak
 
-    # One tile of sums serves both stores, which are masked: two tiles, or a branch, would spill.
+    # One tile of sums serves both stores, which are masked: two tiles, or a branch, would spill registers.
     sums = sums / tl.where(whole & (total > 0), total, 1.0)[:, None]
     result = packed * (KV_HEADS * GROUPS) + head
     tl.store(
@@ -212,7 +212,7 @@ def _verify_kernel(
     SUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    # Tiles come first in the grid, then heads: their programs read the same keys, or such beside them.
+    # Tiles come first in the grid, then heads, so that neighbouring programs read the same or adjacent keys.
     tile, kv_head, program = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
     first, behind = tl.load(programs + 4 * program), tl.load(programs + 4 * program + 1)
     for request in tl.range(first, behind, disable_licm=True):  # values that all requests share would spill

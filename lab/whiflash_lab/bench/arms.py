@@ -194,7 +194,7 @@ def _arm(name: str, subject: Subject) -> Arm:
         drafted = ("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(bundle))
         request: Mapping[str, Any] = {}
         if kind == NO_HINTS:
-            # With the OpenAI client behind it, which names of arms do not need.
+            # Imported here because it brings the OpenAI client, which checks of arms' names do not need.
             from whiflash_sdk import Hints
 
             request = Hints(infer=False).extra_body()

@@ -86,7 +86,7 @@ class Outputs:
 
 def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> BenchReport:
     """Carry out `plan` and show how far it is; the servers end with it."""
-    from whiflash_lab.bench.recorded import Replayer  # with torch behind it, which wrong options do not need
+    from whiflash_lab.bench.recorded import Replayer  # imports torch, which wrong options need not wait for
 
     with progress() as bar, fleet_of(bar, log_dir) as fleet:
         runner = Replayer if plan.recorded else Runner

@@ -182,7 +182,7 @@ class BestLogit:
             text = [*reference.input_ids, *reference.tokens[:position]]
             try:
                 self._known[key] = float(self._model.next_logits(text)[reference.tokens[position]])
-            except Exception as error:  # whatever it is, what was measured must become a report
+            except Exception as error:  # no error may keep the measurements from becoming a report
                 self.lost = str(error) or type(error).__name__
                 logger.warning(
                     "%s does not run here, so no difference counts as a tie: %s", self._target, error

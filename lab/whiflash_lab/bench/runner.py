@@ -200,7 +200,7 @@ class Runner:
             self._ask_apart(name)
         self._warm_up(self._available())
         task = self._progress.add_task("measuring", total=1)
-        # A repetition with new servers takes as long as they take to start.
+        # With --restart a repetition's time includes the start of its servers.
         began = self._began if self._plan.restart else time.monotonic()
         done, planned, used = 0, self._plan.repetitions, 0
         while done < planned:
@@ -276,7 +276,7 @@ class Runner:
                 self._servers[arm.name] = {
                     "arguments": self._plan.subject.hide_paths(_alone(arm)),
                     "environment": environment(_alone(arm)),
-                    # This one's is in the provenance of the whole.
+                    # This checkout's provenance is in the report's own.
                     **({} if arm.checkout is None else provenance.checkout(arm.checkout)),
                     **{key: info.get(key) for key in ("dtype", "attention_backend", "sampling_backend")},
                 }

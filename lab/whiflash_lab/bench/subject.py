@@ -40,7 +40,7 @@ def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
             fields.pop(key, None)
         for key in {"eagle3", "dflash"} & fields.keys():
             _shuffle(directory / fields[key])
-    (directory / MANIFEST).unlink()  # it is the bundle's own
+    (directory / MANIFEST).unlink()  # it may be a link to the bundle's file
     (directory / MANIFEST).write_text(json.dumps(fields), encoding="utf-8")
     return directory
 
@@ -62,7 +62,7 @@ def _shuffle(checkpoint: Path) -> None:
             if tensor.ndim > 1:
                 order = torch.randperm(tensor.numel(), generator=random)
                 tensors[name] = tensor.flatten()[order].view_as(tensor)
-        file.unlink()  # it is the bundle's own
+        file.unlink()  # it may be a link to the bundle's file
         save_file(tensors, file)
 
 
@@ -121,7 +121,7 @@ def build_subject(
         variants={arm: write_variant(arm, bundle, scratch / arm) for arm in changed},
         beside=None if beside is None else beside.resolve(),
         block_format=None if dflash is None else read_draft(dflash, DIFFUSION).format,
-        # Upstream would take P-EAGLE for EAGLE-3, and draft nonsense.
+        # SGLang would read a P-EAGLE checkpoint as EAGLE-3 and draft nonsense.
         chain_is_upstreams=not chain
         or (chain.format.upstream == "EAGLE3" and chain.config.mask_token is None),
     )

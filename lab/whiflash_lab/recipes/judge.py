@@ -169,7 +169,7 @@ class _Parser(argparse.ArgumentParser):
     def fields(self, words: list[str]) -> dict[str, Any]:
         try:
             return vars(self.parse_args(words, argparse.Namespace()))
-        except AssertionError as error:  # some of its flags check their values so
+        except AssertionError as error:  # some of SGLang's flags check values by assert
             self.error(str(error))
 
 
@@ -194,7 +194,7 @@ def _replace(fields: dict[str, Any]) -> list[str]:
     for name in FOREIGN:
         if name in fields:
             del fields[name]
-            tree = drafter == _EAGLE and name == "speculative_num_draft_tokens"  # its size
+            tree = drafter == _EAGLE and name == "speculative_num_draft_tokens"  # the tree's size
             by = None if tree else SETTINGS.get(name)
             change = f"replaced by {by}" if by else "left out: WHIFLASH has no use for it"
             sentences.append(f"--{name.replace('_', '-')} is {change}")
