@@ -375,7 +375,7 @@ def choose_drafts(
     )
     if not size:
         return chosen
-    # Appended drafts may be a slice of wider rows.
+    # The drafts may be a slice of wider rows; the kernel reads contiguous ones.
     tokens, counts, alive = (t.contiguous() for t in (drafts.tokens, drafts.counts, drafts.alive))
     compete = most_drafts is not None and most_drafts < size * width
     chances = torch.empty(size, width, dtype=torch.float32, device=device) if compete else alive
