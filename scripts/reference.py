@@ -351,7 +351,7 @@ def patches_list() -> str:
 
 
 def suites_list() -> str:
-    """The sets that `whiflash bench --suite` reads, by the folder that holds them."""
+    """A Markdown list of the published prompt sets that `whiflash bench --suite` reads, grouped by origin."""
     sets = {name: f"`{name}` (`{suite.files}`, {suite.licence})" for name, suite in SUITES.items()}
     folders = groupby(sets, lambda name: SUITES[name].source)
     return listed((folder, ", ".join(sets[name] for name in names)) for folder, names in folders)

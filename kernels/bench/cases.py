@@ -325,7 +325,7 @@ def verify_case(bench: Bench, label: str, widths: list[int], lengths: torch.Tens
 
 
 def upstream_verification(bench: Bench, arguments: tuple, most: int) -> dict[str, Call]:
-    """SGLang's own kernel for the same, if SGLang and a GPU are available."""
+    """Return SGLang's kernel on the arguments of `verify_attention`; empty without SGLang or a GPU."""
     if bench.device.type != "cuda":
         return {}
     try:

@@ -53,7 +53,7 @@ def file_shown(shown: str, path: str, *, numbered: bool = False) -> str | None:
 
 
 def _is_view(lines: list[str], numbered: dict[int, re.Match[str]]) -> bool:
-    """Whether the line numbers are those of a file view: lines around it look like one, or most lines have a number."""
+    """Whether `lines` are a numbered view of a file: a tool's header or footer is among them, or most have a number."""
     if any(_AROUND.fullmatch(line.strip()) for place, line in enumerate(lines) if place not in numbered):
         return bool(numbered)
     if len(numbered) == 1 and (only := next(iter(numbered.values())))[1] != "1" and only[2] in _BLANK_FOLLOWS:

@@ -99,7 +99,7 @@ class ServedOrigin:
         final_norm: Tensor,
         dtype: torch.dtype,
     ) -> "ServedOrigin":
-        """Read a target from the tensors that SGLang wrote, and from its `config.json`.
+        """Read a target's embedding and head, which SGLang wrote to `told`, and its sizes from its `config.json`.
 
         Args:
             target: its directory. name: in the configuration. told: directory of `ORIGIN`. final_norm: [H].

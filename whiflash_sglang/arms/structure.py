@@ -232,7 +232,7 @@ class StructureArm(TextDrafter):
             kept.calls.prompt = text[-PROMPT_CHARS:]
 
     def _follow(self, kept: _Kept) -> bool:
-        """Advance the layout and the calls by the tokens written since; returns whether there were any."""
+        """Advance the layout and the calls of `kept` by its tokens not read so far; return whether there were any."""
         if not kept.unfollowed:
             return False
         text = kept.decoder.decode(bytes_of(self._vocabulary, kept.unfollowed))

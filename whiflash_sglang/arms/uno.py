@@ -55,7 +55,7 @@ class UnoArm(TextDrafter):
         return Drafts(tokens, counts, alive, confidences)
 
     def calibration(self, requests: Sequence[Request], worth: Worth) -> Sequence[float]:
-        """Return the calibration of `DraftLength`."""
+        """Return the acceptance chance per confidence bin, their mean, and the accepted tokens that pay for a row."""
         return self.length.calibration(worth)
 
     def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:

@@ -127,7 +127,10 @@ class DraftSync:
         self._tailless.update(row_ids)
 
     def able(self, row: int, names: list[str]) -> list[str]:
-        """Return the arms of `names` that can draft for the request in `row`: some need its feature n-1."""
+        """Return the arms of `names` that can draft for the request in `row`: not those that read a missing feature.
+
+        The feature of the prompt's last token is missing until the first round if another server computed the prompt.
+        """
         if row not in self._tailless:
             return names
         return [arm for arm in names if arm not in self._drafters or not self._drafters[arm].tail_width]
@@ -192,9 +195,9 @@ class DraftSync:
             began = time.perf_counter()
 
     def beyond_usual(self, due: Due, row_ids: Sequence[int], routes: Sequence[str]) -> float:
-        """Return the host seconds of the last `catch_up` that switching cost: a drafter used in every round ingests
-        only the last round's tokens, so the seconds of all further tokens count.
+        """Return the host seconds that switching between drafters added to the last `catch_up`.
 
+        A drafter used in every round ingests only the last round's tokens, so the seconds of all further tokens count.
         Seconds are split by tokens, which overstates the cost: a pass takes little longer for more tokens.
         """
         extra = 0.0

@@ -353,7 +353,7 @@ class Calls:
         return call if call.follow(span.begin) is None else None
 
     def _habits(self, span: Span) -> dict[str, str]:
-        """Return the layout of calls: of the last one in this answer, else of the prompt's newest ones."""
+        """Return the blanks by place (`Layout.seen`) of this answer's last tool call, or the prompt's newest ones."""
         if self._seen is None:
             # Cached, so that copies that look ahead do not read the prompt again.
             self._seen = kept(self._prompts, (span.begin, span.end), lambda: self._habits_of_prompt(span))

@@ -145,7 +145,7 @@ class Layout:
         return left, place in self.seen
 
     def as_habit(self) -> Habit:
-        """Return the habit for later texts of the same kind."""
+        """Return this text's blanks and indentation, as the layout to expect of later texts of the same kind."""
         seen = (self.seen | self._within).items()
         kept = {place: usual for place, usual in seen if MARKS.issuperset(place) and len(usual) <= LONGEST}
         return Habit(kept, self.unit)

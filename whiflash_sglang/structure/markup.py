@@ -205,7 +205,7 @@ class MarkupCall:
             self._written |= {option.name}
 
     def _value_ended(self) -> bool:
-        """Look for the end of the open value. Returns whether it was written."""
+        """Advance past the text that ends the open value, if it has been written; return whether it has."""
         value, end, behind = self._pending.partition(self._around[1])
         if not end:
             self._pending = self._pending[-LONGEST:]

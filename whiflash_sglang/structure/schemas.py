@@ -100,7 +100,9 @@ COUNTS = ("minItems", "minContains", "minProperties")
 
 @lru_cache(maxsize=256)
 def is_plain(text: str) -> bool:
-    """Whether a grammar forces no more text than its schema has: nothing in it refers to itself or is repeated.
+    """Whether a schema spells out all text that its grammar forces: no reference, no pattern, no count above 1.
+
+    False also for other types than `TYPES`, and for a text beyond `MOST_PLAIN_CHARS`.
 
     Args:
         text: as in `words_of`; empty if the grammar is made of none.

@@ -164,7 +164,7 @@ def _rows(x: Tensor) -> Tensor:
 
 @cache
 def compiled_layers(directory: Path) -> CompiledLayers:
-    """Compile the functions into `directory`, or load them from there, and check that they agree with torch.
+    """Compile norm, activation, rotation and KV write into `directory`, or load them, and check them against torch.
 
     Raises:
         OSError: they cannot be compiled or loaded, do not share torch's threads, or compute something else.

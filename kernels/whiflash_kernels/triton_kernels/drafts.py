@@ -164,7 +164,7 @@ def lay_drafts(
     vocabulary: int,
     text: Tensor | None = None,
 ) -> Drafts:
-    """See `whiflash_kernels.drafts.lay_drafts`."""
+    """Put the drafts of several drafters in the rows of one batch. See `whiflash_kernels.drafts.lay_drafts`."""
     size, device = request_slots.shape[0], request_slots.device
     make = torch.empty if parts else torch.zeros
     laid = (

@@ -38,5 +38,5 @@ def lanes(requests: int) -> int:
 
 
 def draft_columns(width: int) -> int:
-    """Return the columns of a program that looks at ``width`` drafts of a request: few sizes, as for `lanes`."""
+    """Return the columns of a Triton block for ``width`` drafts: few sizes, since a kernel is compiled for each."""
     return power_of_two(max(width, FEWEST_COLUMNS))

@@ -193,7 +193,7 @@ class Chances(list[torch.Tensor]):
 
 
 def put_rates(output: Any, rates: torch.Tensor, rated: Rated, requests: int) -> None:
-    """Give SGLang the log-probabilities that were `rated`, in its form: one entry for each column of each request.
+    """Write a round's log-probabilities into `output` in SGLang's form: per request one entry per column of `rates`.
 
     Args:
         output: SGLang's record of the logits. rates: as of `Epilogue.signals`, or a copy that is on its way.
