@@ -161,8 +161,14 @@ class FittedCard:
 
     def forward(self, tables: CostTables, rows: int, widths: Sequence[int], contexts: Sequence[int]) -> float:
         if max(widths) == 1 and not self.own_plain:
-            fixed, each = self.OWN_PLAIN
-            return self.stock(len(widths), sum(contexts)) + fixed + each * len(widths)
+            return self._plain(len(widths), sum(contexts))
+        return self._verification(rows, widths, contexts)
+
+    def _plain(self, requests: int, context: int) -> float:
+        fixed, each = self.OWN_PLAIN
+        return self.stock(requests, context) + fixed + each * requests
+
+    def _verification(self, rows: float, widths: Sequence[int], contexts: Sequence[float]) -> float:
         return self._forward(rows) + self._read(widths, contexts)
 
     def drafting(self, tables: CostTables, arm: str, requests: int, drafts: int, caught_up: int) -> float:
@@ -179,7 +185,7 @@ class FittedCard:
         def price(most: int, rows: int, context: int) -> float:
             count = min(rows, most)
             widths = [rows // count + (i < rows % count) for i in range(count)]
-            return self.forward(self.recorded, rows, widths, [context // count] * count) + self.issued
+            return self._verification(rows, widths, [context // count] * count) + self.issued
 
         def alone(prices: Sizes) -> Sizes:
             spent = 0.0 if self.issued else self.PASS_ISSUED
@@ -196,6 +202,7 @@ class FittedCard:
             found.catch_up,
             {arm: {n: alone(prices) for n, prices in each.items()} for arm, each in found.shorter.items()},
             {} if self.issued else {above: wide},
+            None if self.own_plain else Verifications.measured(8192, 131072, sizes, self._plain),
         )
 
 
