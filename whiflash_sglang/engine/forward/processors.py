@@ -109,6 +109,21 @@ class ProcessorGrammar(BaseGrammarObject):  # type: ignore[misc]
         XGrammarGrammarBackend.apply_vocab_mask(logits, vocab_mask)
 
 
+class _DisallowedTokens(ProcessorGrammar):
+    """The grammar of SGLang's disallowed tokens, which forbids the same ones everywhere: its mask is made once."""
+
+    _allowed: Any = None
+
+    def fill_vocab_mask(self, vocab_mask: torch.Tensor, idx: int) -> None:
+        if self.grammar is not None:
+            self.grammar.fill_vocab_mask(vocab_mask, idx)
+        words = vocab_mask[idx].numpy().view(np.uint32)
+        if self._allowed is None:
+            self._allowed = np.full_like(words, 0xFFFFFFFF)
+            self._processor(_Row(self._allowed, self._vocabulary), self._params)
+        words &= self._allowed
+
+
 class _ThinkingBudget(ProcessorGrammar):
     """The grammar of SGLang's thinking budget: after as many tokens it forces a newline, then the end of thinking."""
 
@@ -145,8 +160,10 @@ def processor_grammar(processor: str, params: object, prompt: Any, grammar: Any,
     call = getattr_static(type(loaded), "__call__", None)
     names = ("THINKING_START_TOKEN_ID", "THINKING_END_TOKEN_ID", "NEW_LINE_TOKEN_ID")
     ids = [getattr_static(loaded, name, None) for name in names]
-    kind = None
-    if call in (DisallowedTokensLogitsProcessor.__call__, DeepseekOCRNoRepeatNGramLogitProcessor.__call__):
+    kind: type[ProcessorGrammar] | None = None
+    if call is DisallowedTokensLogitsProcessor.__call__:
+        kind = _DisallowedTokens
+    elif call is DeepseekOCRNoRepeatNGramLogitProcessor.__call__:
         kind = ProcessorGrammar
     elif call is ThinkingBudgetLogitProcessor.__call__ and all(
         type(i) is int and 0 <= i < vocabulary for i in ids

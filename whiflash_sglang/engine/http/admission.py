@@ -15,6 +15,7 @@ from math import inf
 from typing import Any, Optional, get_type_hints
 
 import msgspec
+import torch
 from sglang.api.v1 import api_types
 from sglang.srt.managers.io_struct import (
     EmbeddingReqInput,
@@ -190,7 +191,8 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
             named = params.get("custom_params")
             grammar = processor_grammar(obj.custom_logit_processor, named, array("q"), None, vocabulary)
             if grammar is not None:
-                grammar.fill_vocab_mask(grammar.allocate_vocab_mask(vocabulary, 1, "cpu"), 0)
+                # Not `allocate_vocab_mask`: pinned memory would open a CUDA context in this process.
+                grammar.fill_vocab_mask(torch.full((1, -(-vocabulary // 32)), -1, dtype=torch.int32), 0)
         except Exception as error:  # the client's code may raise anything
             raise ValueError(
                 f"custom_logit_processor: {error!r:.200}; give what its to_str returns, and its custom_params"
