@@ -152,7 +152,7 @@ class Acceptance(Strict):
     """
 
     length: Annotated[float, Field(ge=1, allow_inf_nan=False)]
-    drafts: Positive
+    drafts: Annotated[int, Field(ge=1, le=64)]
     prompts: str
 
     @property
