@@ -31,6 +31,7 @@ class RoundTime:
     context: int = 0  # tokens that the requests have together, at most
     drafted: Mapping[str, int] = field(default_factory=dict)  # arm → requests that it drafted for
     caught_up: Mapping[str, int] = field(default_factory=dict)  # arm → tokens that it ingested, at most
+    limits: Mapping[str, int] = field(default_factory=dict)  # arm → drafts to which its pass was limited
 
     # Filled by `RoundClock.end`: marks of the timer, and host seconds.
     asked: Any = None

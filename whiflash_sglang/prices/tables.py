@@ -205,7 +205,10 @@ class LookedUpCosts(Costs):
                 brought = max(previous.tokens - previous.requests, 0) / drafts / self._rate
                 self._brought += (brought / self.correction.factor - self._brought) / RATE_ROUNDS
             expected = self.tables.verify(previous.rows, previous.requests, previous.context)
-            expected += sum(self._pass(arm, requests) for arm, requests in previous.drafted.items())
+            expected += sum(
+                self._pass(arm, requests, previous.limits.get(arm, 0))
+                for arm, requests in previous.drafted.items()
+            )
             expected += sum(self.tables.catch(arm, tokens) for arm, tokens in previous.caught_up.items())
             self.correction.add(expected, previous.seconds)
             self._pricing_rounds += 1
@@ -275,7 +278,8 @@ class LookedUpCosts(Costs):
         verify, sizes = self.tables.verify, self.tables.verifications.at_short.sizes
         place = bisect_left(sizes, rows)
         seconds = verify(rows, requests, self._context)
-        if place and (smaller := sizes[place - 1]) >= requests:
+        # Whether a round drafts at all is its route's decision, so some room for drafts is left.
+        if place and (smaller := sizes[place - 1]) > requests:
             price = self.tables.row(rows, requests, self._context)
             each = max(LEFT_OUT * price, math.sqrt(price * self._brought))
             if (shorter := verify(smaller, requests, self._context) + (rows - smaller) * each) < seconds:

@@ -167,6 +167,7 @@ class Round:
             sum(self.most),
             {arm: len(members) for arm, members in self.members.items()},
             {arm: tokens for arm, (_, tokens) in self.due.items()},
+            {arm: self.decisions[members[0]].limit for arm, members in self.members.items() if members},
         )
 
 
