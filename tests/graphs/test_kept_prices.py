@@ -93,7 +93,7 @@ def test_another_server_measures_its_own(
     target, worker = start.worker.target, start.worker
     start.price()
     model = vars(worker.drafters["diffusion"])["model"]
-    ranks = Ranks(0, 2, lambda message: message, lambda reason: [reason])
+    ranks = Ranks(0, 2, lambda message: message)
     others: list[Callable[[], Any]] = [
         lambda: setattr(start, "device", "NVIDIA L4"),
         lambda: monkeypatch.setattr(target.runner.model_config.hf_config, "intermediate_size", 1),
@@ -163,11 +163,11 @@ def test_all_processes_do_what_the_first_one_does(start: Start, tmp_path: Path) 
             sent.append(message)
         return sent[-1]
 
-    first, second = (Ranks(rank, 2, send, lambda reason: [reason]) for rank in (0, 1))
+    first, second = (Ranks(rank, 2, send) for rank in (0, 1))
     tables = start.price(first)
     [file] = kept(tmp_path)
     assert start.price(second) == tables
     assert start.runs > 0
     file.unlink()
-    start.price(Ranks(1, 2, lambda _: Message(0, 0, 0.0, tables), lambda reason: [reason]))
+    start.price(Ranks(1, 2, lambda _: Message(0, 0, 0.0, tables)))
     assert (start.runs, kept(tmp_path)) == (0, [])
