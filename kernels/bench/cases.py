@@ -380,7 +380,7 @@ def pass_cases(bench: Bench) -> Iterator[Case]:
 
 
 def draft_cases(bench: Bench) -> Iterator[Case]:
-    """Half of a batch drafted by a chain of 7, half by a block; copies behind them, and in their place."""
+    """Yield cases of counting, packing and choosing drafts, of a chain for half a batch and a block for the rest."""
     s = bench.shape
     edges = torch.linspace(0.1, 0.97, BINS - 1, device=bench.device)
     calibration = torch.linspace(0.05, 0.99, BINS + 2, device=bench.device).index_fill_(

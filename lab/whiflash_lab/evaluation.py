@@ -382,8 +382,8 @@ def compare_served(
 def _replay(
     bundle: Path, texts: Sequence[Text], rounds: Counts, arm: str, settings: EvaluationSettings
 ) -> tuple[Cause | None, Counts | None]:
-    """Replay the served texts. Return the cause, in target or drafter, and the replay's accepted drafts, [rounds], None
-    if the target differs."""
+    """Replay the served texts. Return why target or drafter differs from the bundle's, None if neither does; and the
+    replay's accepted drafts, [rounds], None if the target differs."""
     name, parts = load_manifest(bundle).target, PairParts.of_bundle(bundle, int(rounds[:, 2].max()))
     read = parts._replace(checkpoints={arm: parts.checkpoints[arm]}).captured
     last = TargetShape.read(target_path(name) / "config.json").num_layers - 2

@@ -150,7 +150,7 @@ def collect(*clients: Any) -> Iterator[Collected]:
 
 
 def open_scope(client: Any, origin: Any = None) -> None:
-    """Let `collect(client)` see this client's calls. Blocks on `origin`, which it was made from, see them, too."""
+    """Let `collect(client)` record this client's calls, and `collect(origin)`, too, if it was made from `origin`."""
     outer = vars(origin)[_SCOPES] if origin is not None else ()
     vars(client)[_SCOPES] = (*outer, [])
 

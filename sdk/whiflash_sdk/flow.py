@@ -14,7 +14,7 @@ Flow = Generator[Any, Any, ResultT]
 
 
 def run(flow: Flow[ResultT]) -> ResultT:
-    """Run a flow whose steps are results already, and return its result."""
+    """Run the flow of a blocking client, whose steps are results and not awaitables; return the flow's result."""
     step = None
     try:
         while True:

@@ -187,7 +187,7 @@ class Echo:
             ]
 
     def _compared(self, job: Job, answer: Body) -> int:
-        """Count an answer's tokens up to the first difference; return the place after them."""
+        """Count an answer's tokens until one differs from plain decoding; return the place after it, or the end."""
         rounds = dict(_rounds(answer["meta_info"]["whiflash"]))
         both = itertools.zip_longest(job.tokens[job.begin : job.end], answer["output_ids"])
         for at, (plain, got) in enumerate(both):

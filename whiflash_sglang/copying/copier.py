@@ -166,7 +166,7 @@ class Copier:
         return Candidate(list(copy[:count]), alive[:count], parts, 0, length, agreements[:count])
 
     def _judge(self, place: Place) -> MatchCalibration:
-        """Return the table of chances for copies from `place`: the prediction's or the tenant's."""
+        """Return the chances for copies from `place`: the predicted output's if it is there, else the tenant's."""
         if (predicted := self._prediction) is not None and place.text is predicted.text:
             return predicted.calibration
         return self.calibration

@@ -116,7 +116,7 @@ class SuffixIndex:
         return self._follow(self._two_before[end], self._one_before[end], self.end)
 
     def places_of(self, suffix: Sequence[int]) -> list[Place]:
-        """Return occurrences of another text's end, newest first: of two tokens or more, else of one."""
+        """Return where the last two or more tokens of `suffix`, else its last one, occur in this text, newest first."""
         if not suffix or not self._tokens:
             return []
         suffix = suffix[-MAX_MATCH:]

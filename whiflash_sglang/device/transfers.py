@@ -96,8 +96,9 @@ def masks_of_places(rows: int, words: int) -> int:
 
 
 def mask_places(masks: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return the index of each packed row's mask, [rows] int64: a view of the beginning of masks [M, words] int32,
-    contiguous. Indices and masks share a tensor, so that one transfer brings both.
+    """Return the index of each packed row's mask, [rows] int64, as a view of the first bytes of `masks`.
+
+    masks: [M, words] int32, contiguous. Indices and masks share a tensor, so that one transfer brings both.
     """
     return masks.view(-1)[: 2 * rows].view(torch.int64)
 
@@ -142,7 +143,7 @@ class Download(Generic[RecordT]):
         learn(self.read(), kept)
 
     def __getitem__(self, at: tuple[slice, torch.dtype, tuple[int, ...]]) -> torch.Tensor:
-        """Return the field at a place of `at`: in the host's copy if it was begun, else on the device."""
+        """Return the field that an entry of `self.at` locates, on the host if the copy began, else on the device."""
         place, dtype, shape = at
         return (self.packed if self._copy is None else self._copy)[place].view(dtype).view(shape)
 

@@ -152,7 +152,7 @@ class CostTables:
         return self._by_width(rows, requests, lambda prices: prices.slope(rows, context))
 
     def _by_width(self, rows: float, requests: int, price: Callable[[Verifications], float]) -> float:
-        """Return a price for the mean rows of a request: if it is between two widths, some requests have each."""
+        """Return `price` of the table for a request's mean rows; just above a table's bound it blends two tables."""
         seconds, each = price(self.verifications), rows / max(requests, 1)
         for above, prices in self.wider.items():
             if each > above:

@@ -135,7 +135,7 @@ class Round:
         return len(self.row_ids)
 
     def take_single(self, indices: Sequence[int]) -> None:
-        """Limit these requests to one token in this round, after which the step ends."""
+        """Limit these requests to one token in this round, the last of this scheduler step."""
         for index in indices:
             self.budgets[index] = 1
 

@@ -117,7 +117,7 @@ class DraftSync:
     def adopt(
         self, row_ids: Sequence[int], lengths: Sequence[int], rows: torch.Tensor, on_device: torch.Tensor
     ) -> None:
-        """Begin requests that a prefill server computed: all drafters' KV is there, feature n-1 is missing.
+        """Begin requests of n tokens that a prefill server computed: all drafters' KV is there, but not feature n-1.
 
         Args:
             row_ids, rows: request rows on the host and on the device, [B]. lengths, on_device: n of each, likewise.

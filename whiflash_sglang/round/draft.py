@@ -187,7 +187,7 @@ class DraftStage:
         return chains, left
 
     def _copies(self, turn: Round, drafts: Drafts | None = None) -> Drafts | None:
-        """Return the copies that the device makes for all requests: of what follows their text, or their `drafts`."""
+        """Return the device's copies of what follows every request's text, or its `drafts`; None if no arm copies."""
         for arm, drafter in self.sources.on_device.items():
             if arm not in self.quarantine:
                 with self.quarantine.guard(arm):

@@ -103,7 +103,7 @@ class Epilogue:
         return FEW_RATED * widest * vocabulary * RATED_BYTES
 
     def capture(self, graph: Graph, of_graph: Callable[[], Verified]) -> None:
-        """Issue the end of a graph while it is captured, over its tensors. Its padding requests have request row 0."""
+        """Capture a graph's sampling, acceptance and parking with it. Its padding requests have request row 0."""
         self._ends.clear()  # they were captured for other graphs
         rows = of_graph()
         rows = rows._replace(request_rows=rows.request_rows * self._commits)

@@ -204,7 +204,7 @@ def resolve(
 
 
 def _measured(flags: Flags, manifest: Manifest | None) -> dict[str, tuple[float, ...]]:
-    """Return what a bundle says of its own drafters. A flag may name another one in place of EAGLE-3's."""
+    """Return the bundle's acceptance chances by arm and place, without EAGLE-3's if a flag names another drafter."""
     known = manifest.acceptance if manifest else {}
     said = {arm: known[key].chances for arm, key in PARTS.items() if key in known}
     return {arm: chances for arm, chances in said.items() if arm != arms.AR or not flags.eagle_draft}

@@ -111,7 +111,7 @@ class JsonCall:
 
     @property
     def seen(self) -> dict[str, str]:
-        """Return the blanks that it was laid out with, as `Layout.seen`."""
+        """Return the newest blanks at each place of earlier calls and this one, keyed as `Layout.seen`."""
         return self._layout.seen
 
     @property
@@ -136,7 +136,7 @@ class JsonCall:
         return copy
 
     def trying(self) -> AbstractContextManager[None]:
-        """Look ahead: afterwards its matcher is as it was."""
+        """Return a context to look ahead in: on exit the matcher is back at its state on entry."""
         return self._matcher.trying()
 
     @property
@@ -326,7 +326,7 @@ class Calls:
         return text[at + len(span.begin) :]
 
     def _note_blanks(self, text: str) -> None:
-        """Note the blanks after which a call may begin, or that other text was written."""
+        """Add `text` to the blanks since the answer began or its reasoning ended; they are None after other text."""
         whole = self._waiting + text
         ended = max((whole.rfind(end) + len(end) for end in self._ends if end in whole), default=0)
         if ended > len(self._waiting):

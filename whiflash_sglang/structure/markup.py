@@ -251,7 +251,7 @@ class MarkupCall:
         return fitting[used.index(highest)], Kind.USED if used.count(highest) == 1 and highest else Kind.WORD
 
     def _usual(self, place: str) -> tuple[str, bool]:
-        """Return the blanks before a part, and whether such a place was seen."""
+        """Return the likely blanks before a part of a call, and whether a call had them; else they are the form's."""
         if place in self.seen:
             return self.seen[place], True
         before, behind = self._form.value.split("{value}")

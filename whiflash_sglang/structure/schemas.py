@@ -229,7 +229,7 @@ def _read(text: str) -> Any:
 
 
 def _words(schema: Any) -> Iterator[str]:
-    """Yield the words of a schema or structural tag, a key before the words inside it."""
+    """Yield property names, enum and const strings, and tool names of a schema or structural tag, outer ones first."""
 
     def inside(node: dict[str, Any]) -> list[Any]:
         return [value for name, value in node.items() if name not in LISTED or isinstance(value, dict)]

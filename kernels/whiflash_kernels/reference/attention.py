@@ -26,7 +26,7 @@ def draft_attention(
     window: int | None,
     longest: int,
 ) -> Tensor:
-    """See `whiflash_kernels.attention.draft_attention`."""
+    """Compute draft rows' attention over paged KV in torch; see `whiflash_kernels.attention.draft_attention`."""
     requests, groups = len(request_slots), q.shape[1] // k.shape[1]
     if not requests:
         return torch.empty_like(q)

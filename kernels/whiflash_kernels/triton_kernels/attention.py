@@ -154,7 +154,7 @@ def draft_attention(
     window: int | None,
     longest: int,
 ) -> Tensor:
-    """See `whiflash_kernels.attention.draft_attention`."""
+    """Compute draft rows' attention over their requests' paged KV; see `whiflash_kernels.attention.draft_attention`."""
     requests, heads, dim = request_slots.shape[0], q.shape[1], q.shape[2]
     kv_heads, groups = k.shape[1], heads // k.shape[1]
     out = torch.empty(requests * width, heads, dim, dtype=q.dtype, device=q.device)

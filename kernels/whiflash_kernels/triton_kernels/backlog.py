@@ -62,7 +62,7 @@ def park(
     *,
     max_length: int | None = None,
 ) -> None:
-    """See `whiflash_kernels.backlog.park`."""
+    """Scatter the committed rows of a forward into the backlog rings; see `whiflash_kernels.backlog.park`."""
     requests, width = request_slots.shape[0], features.shape[1]
     max_length = features.shape[0] if max_length is None else max_length
     if requests == 0 or max_length == 0:
@@ -168,7 +168,7 @@ def unpark(
     chunks: Sequence[int] | None = None,
     chunk_width: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `whiflash_kernels.backlog.unpark`."""
+    """Gather ragged backlogs into one packed batch; see `whiflash_kernels.backlog.unpark`."""
     if chunks is None:
         chunks, chunk_width = (0,), rings.features.shape[2]
     device, requests = rings.features.device, request_slots.shape[0]
@@ -241,7 +241,7 @@ def _claim_kernel(
 def claim_backlogs(
     watermarks: Tensor, request_slots: Tensor, seq_lens: Tensor, due: Tensor, *, into: Claims | None = None
 ) -> Claims:
-    """See `whiflash_kernels.backlog.claim_backlogs`."""
+    """Return the backlog positions that each drafter must ingest; see `whiflash_kernels.backlog.claim_backlogs`."""
     arms, requests = due.shape
     request_slots = request_slots.contiguous()
     claims = into

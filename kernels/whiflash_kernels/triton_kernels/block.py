@@ -73,7 +73,7 @@ def prepare_mixed_block(
     *,
     rows: int | None = None,
 ) -> MixedBlock:
-    """See `whiflash_kernels.block.prepare_mixed_block`."""
+    """Pack a verification's token ids, positions and KV slots; see `whiflash_kernels.block.prepare_mixed_block`."""
     requests, device = bonus.shape[0], bonus.device
     if requests > MAX_REQUESTS:
         raise ValueError(f"a batch of {requests} requests exceeds the kernel's {MAX_REQUESTS}: split it")
@@ -149,7 +149,7 @@ def _slots_kernel(
 def fill_slots(
     widths: Tensor, seq_lens: Tensor, request_slots: Tensor, slots: GraphSlots, *, rows: int, empty: int
 ) -> None:
-    """See `whiflash_kernels.block.fill_slots`."""
+    """Write a batch into the slots that a verification's graph reads; see `whiflash_kernels.block.fill_slots`."""
     count = len(slots.widths)
     _slots_kernel[(1,)](
         widths.contiguous(),
@@ -218,7 +218,7 @@ def accept_and_commit(
     stops: Tensor,
     text: Tensor,
 ) -> Committed:
-    """See `whiflash_kernels.block.accept_and_commit`."""
+    """Accept each request's correct drafts, and extend its text; see `whiflash_kernels.block.accept_and_commit`."""
     requests, device = qo_indptr.shape[0] - 1, predictions.device
     committed = Committed(
         accept_lens=torch.empty(requests, dtype=torch.int32, device=device),

@@ -93,7 +93,7 @@ def write_kv(
     rope_table: Tensor,
     pools: KVPools,
 ) -> None:
-    """See `whiflash_kernels.catch_up.write_kv`."""
+    """Apply RMSNorm and RoPE to K, and scatter K and V into the pools; see `whiflash_kernels.catch_up.write_kv`."""
     layers, (_, heads, dim) = len(pools.k), pools.k[0].shape
     half = rope_table.shape[1] // 2
     if kv.shape[0] == 0:
@@ -155,7 +155,7 @@ def _layer_input_kernel(
 
 
 def layer_input(fused: Tensor, next_tokens: Tensor, weights: Eagle3Weights) -> Tensor:
-    """See `whiflash_kernels.catch_up.layer_input`."""
+    """Return the input of EAGLE-3's layer, [N, 2H]; see `whiflash_kernels.catch_up.layer_input`."""
     rows, hidden = fused.shape
     out = torch.empty(rows, 2 * hidden, dtype=fused.dtype, device=fused.device)
     if rows:

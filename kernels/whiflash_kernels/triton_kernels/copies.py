@@ -180,7 +180,7 @@ def propose_copies(
     min_match: int = 1,
     behind: tuple[Tensor, Tensor] | None = None,
 ) -> Drafts:
-    """See `whiflash_kernels.copies.propose_copies`."""
+    """Propose the tokens after an earlier match of each text's end; see `whiflash_kernels.copies.propose_copies`."""
     requests, device = request_slots.shape[0], tokens.device
     integers = [(requests, width), (requests,), (requests,), (requests, PLACES), (requests, PLACES)]
     out, copied, matched, twos, ones = (

@@ -53,7 +53,7 @@ def _cut_kernel(
 def cut_drafts(
     confidences: Tensor, calibration: Tensor, edges: Tensor, limits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See `whiflash_kernels.drafts.cut_drafts`."""
+    """Count each request's drafts that are worth their rows; see `whiflash_kernels.drafts.cut_drafts`."""
     members, width = confidences.shape
     counts = torch.empty(members, dtype=torch.int64, device=confidences.device)
     alive = torch.empty(members, width, dtype=torch.float32, device=confidences.device)
@@ -366,7 +366,7 @@ def choose_drafts(
     least: float = 0.0,
     most_drafts: int | None = None,
 ) -> Chosen:
-    """See `whiflash_kernels.drafts.choose_drafts`."""
+    """Choose the drafts that are verified; see `whiflash_kernels.drafts.choose_drafts`."""
     (size, width), device = drafts.tokens.shape, text.device
     assert drafts.alive is not None
     chosen = Chosen(

@@ -87,7 +87,7 @@ def draft_inputs(
     into: PassInputs | None = None,
     padding: int = 0,
 ) -> PassInputs:
-    """See `whiflash_kernels.passes.draft_inputs`."""
+    """Gather one drafter's requests, each with its newest feature; see `whiflash_kernels.passes.draft_inputs`."""
     if chunks is None:
         chunks, chunk_width = (0,), rings.features.shape[2]
     batch = [t.long().contiguous() for t in (request_slots, seq_lens, bonus, limits)]
@@ -173,7 +173,7 @@ def pass_rows(
     width: int,
     fill: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See `whiflash_kernels.passes.pass_rows`."""
+    """Return positions, KV slots and token ids of a draft pass; see `whiflash_kernels.passes.pass_rows`."""
     requests, device = request_slots.shape[0], request_slots.device
     positions = torch.empty(requests, width, dtype=torch.int64, device=device)
     slots = torch.empty(requests, width, dtype=torch.int64, device=device)

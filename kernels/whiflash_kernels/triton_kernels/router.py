@@ -76,7 +76,7 @@ def _add_shares_kernel(shares, b2, out, rows, outputs, blocks, BLOCKS: tl.conste
 
 
 def router_mlp(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """See `whiflash_kernels.router.router_mlp`."""
+    """Compute the router's two linear layers with a GELU between them; see `whiflash_kernels.router.router_mlp`."""
     rows, hidden_size = hidden.shape
     units, outputs = w1.shape[0], w2.shape[0]
     if rows > MAX_ROWS:

@@ -138,7 +138,7 @@ def _merge_kernel(entropy, top1, argmax, sums, indices, splits, SPLITS: tl.const
 
 
 def routing_stats(logits: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """See `whiflash_kernels.routing.routing_stats`."""
+    """Compute entropy, top-1 probability and argmax of each softmax; see `whiflash_kernels.routing.routing_stats`."""
     count, vocab = logits.shape[0] if rows is None else rows.shape[0], logits.shape[1]
     device = logits.device
     entropy, top1 = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))

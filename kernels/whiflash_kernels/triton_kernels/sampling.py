@@ -247,7 +247,7 @@ def sample_rows(
     *,
     masks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """See `whiflash_kernels.sampling.sample_rows`."""
+    """Draw a token for each packed row of logits; see `whiflash_kernels.sampling.sample_rows`."""
     (count, vocab), device = logits.shape, logits.device
     tokens = torch.empty(count, dtype=torch.int64, device=device)
     if count == 0:
@@ -339,7 +339,7 @@ def _penalise_kernel(
 
 
 def penalise_rows(logits, input_ids, qo_indptr, seq_lens, request_slots, text, table):
-    """See `whiflash_kernels.sampling.penalise_rows`."""
+    """Apply penalties and biases to packed logits in place; see `whiflash_kernels.sampling.penalise_rows`."""
     (rows, vocab), requests = logits.shape, len(request_slots)
     if not rows or not requests:
         return

@@ -263,7 +263,7 @@ def verify_attention(
     v_scale: float = 1.0,
     plans: dict[Any, Any] | None = None,
 ) -> None:
-    """See `whiflash_kernels.verify.verify_attention`."""
+    """Compute verified rows' attention over prefixes and these rows; see `whiflash_kernels.verify.verify_attention`."""
     requests, (heads, dim), kv_heads = len(qo_indptr) - 1, q.shape[1:], k.shape[1]
     if not requests:
         return
@@ -330,6 +330,6 @@ def shares_for(kv_heads: int, device: torch.device) -> int:
 
 
 def sums_bytes(requests: int, most: int, heads: int, kv_heads: int, dim: int, device: torch.device) -> int:
-    """See `whiflash_kernels.verify.sums_bytes`."""
+    """Return the bytes of `verify_attention`'s partial sums; see `whiflash_kernels.verify.sums_bytes`."""
     shares = shares_for(kv_heads, device)
     return places(requests, shares) * most * heads * (dim + 2) * 4

@@ -89,7 +89,7 @@ class Subject:
         return ("--device", "cpu") in pairwise(self.common)
 
     def hide_paths(self, arguments: Sequence[str]) -> list[str]:
-        """Return `arguments` fit for publishing: paths replaced by what they hold, and no keys."""
+        """Return `arguments` for publishing: keys removed, paths replaced by names such as TARGET or BUNDLE."""
         names = {
             **{str(path): f"BUNDLE-OF-{arm}" for arm, path in self.variants.items()},
             **{str(getattr(self, PARTS[arm])): f"BUNDLE/{PARTS[arm]}" for arm in self.drafters},

@@ -134,7 +134,7 @@ class Target(LoadedTarget):
 
     @cached_property
     def _rows_counted(self) -> int:
-        """Return `rows_counted` if it does not depend on the batch, else 0. Cached, since it reads configurations."""
+        """Return the rows that attention counts per request; 0 if it varies. Cached, as it reads configurations."""
         return rows_counted(self.runner, 0)
 
     def forward(

@@ -82,8 +82,9 @@ def pool_of(target: Any, drafters: Mapping[str, KVDrafter]) -> DraftPool | None:
 
 
 def layout_of(target: Any, drafters: Mapping[str, KVDrafter]) -> str | None:
-    """Return a name that servers share if they can read each other's copies; None if plain SGLang can, or copies none.
+    """Return the name of the layout of copied KV: servers of equal names can read each other's copies.
 
+    None if plain SGLang can read them, or if no KV is copied.
     A page has the drafters' KV, and that of all layers of the target or of those without windows.
     """
     if not copies_kv():

@@ -45,7 +45,7 @@ def _flushing_first(original: Any, self: HiCacheController) -> None:
     until="a sidecar names what its pages depend on",
 )
 def _of_these_drafters(original: Any, model_name: str | None, host_pool: Any) -> str | None:
-    """Key storage by the drafters, too.
+    """Append the name of this server's KV layout to the model name by which HiCache keys its storage.
 
     Storage outlives the server. Other drafters would read this server's draft KV, a server without drafters has keys of
     another kind, and one whose windowed layers have a pool of their own stores other pages.
