@@ -20,7 +20,7 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 from whiflash_sglang.engine.http import answers, middleware, pieces, requests
 from whiflash_sglang.engine.http.callers import CALLER, Caller
 from whiflash_sglang.engine.http.requests import CURRENT, Asked, Call, Form, as_chat, implied
-from whiflash_sglang.spans.hints import TOOLS_KEY, parse_hints
+from whiflash_sglang.spans.hints import TOOLS_KEY, HintError, parse_hints
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 FULL = {"whiflash": '{"trace":"full"}'}
@@ -160,7 +160,7 @@ class App:
             self.seen.append((await request.body(), call))
             return answer(call)
 
-        for path in (*ROUTES, "/generate", "/v1/embeddings"):
+        for path in (*ROUTES, "/generate", "/v1/embeddings", *middleware.OLLAMA):
             self.app.post(path)(route)
         self.app.get("/server_info")(route)
 
@@ -263,7 +263,7 @@ def test_a_salt_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         ([(b"X-WhiFlash-Tenant", "acme")], "X-WhiFlash-Tenant: is not trusted"),
     ],
 )
-@pytest.mark.parametrize("path", [*ROUTES, "/generate"])
+@pytest.mark.parametrize("path", [*ROUTES, "/generate", *middleware.OLLAMA])
 def test_a_tenants_header_that_nobody_trusts_is_refused(
     monkeypatch: pytest.MonkeyPatch, path: str, headers: list[tuple[bytes, str]], refused: str | None
 ) -> None:
@@ -272,6 +272,19 @@ def test_a_tenants_header_that_nobody_trusts_is_refused(
     answer = app.client.post(path, json={}, headers=[(name, value.encode()) for name, value in headers])
     assert answer.status_code == (400 if refused else 200)
     assert refused is None or refused in answer.text
+
+
+def test_a_health_check_is_known_by_its_route_not_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, callers = App(monkeypatch, ours=manager(trusts=True)), list[Caller]()
+    app.app.get("/health")(lambda: callers.append(CALLER.get()))
+    assert app.client.get("/health").status_code == 200
+    obj = SimpleNamespace(sampling_params={}, rid="HEALTH_CHECK_1")
+    for caller in (*callers, Caller(tenant="acme")):
+        CALLER.set(caller)
+        asyncio.run(requests.take_up(manager(trusts=True), obj, None))
+    CALLER.set(Caller())
+    with pytest.raises(HintError, match="is missing"):
+        asyncio.run(requests.take_up(manager(trusts=True), obj, None))
 
 
 def test_a_headers_agent_is_the_hint_of_a_request_without_one(monkeypatch: pytest.MonkeyPatch) -> None:

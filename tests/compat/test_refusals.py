@@ -118,6 +118,8 @@ def test_what_is_fine_is_taken(taken: Launch) -> None:
     assert refusal_of(taken) is None
     assert refusal_of(with_arguments(taken, tp_size=2, dp_size=2)) is None
     assert refusal_of(with_arguments(taken, enable_deterministic_inference=True)) is None
+    for workers in ({}, {"tokenizer_worker_num": 2, "skip_server_warmup": True}):
+        assert refusal_of(replace(with_arguments(taken, **workers), tenant_header=True)) is None
     for backend in ("fa3", "fa4", "triton", "trtllm_mha", "trtllm_mla"):
         assert refusal_of(with_arguments(on_cuda(taken), attention_backend=backend)) is None
         graphs = with_arguments(on_cuda(taken), attention_backend=backend, cuda_graph_config=_DECODE)
@@ -376,6 +378,7 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
         "unset SGLANG_ENABLE_METADATA_GLUE_GRAPH",
     ),
     "workers_keys": ({"tokenizer_worker_num": 2, "admin_api_key": "key"}, "remove it, or --api-key"),
+    "workers_warm_up": ({"tokenizer_worker_num": 2, "tenant_header": True}, "give --skip-server-warmup"),
     "workers_app": (
         {"tokenizer_worker_num": 2, "environment": {"SGLANG_HTTP_SERVER_APP_PATH": "mine:app"}},
         "unset SGLANG_HTTP_SERVER_APP_PATH",

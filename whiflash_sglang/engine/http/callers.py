@@ -18,10 +18,12 @@ AGENT, TENANT = "X-WhiFlash-Agent", "X-WhiFlash-Tenant"
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The agent and the tenant that a request's headers name; None without the header."""
+    """The agent and the tenant that a request's headers name; None without the header. is_probe: the request came over
+    a route of health checks, which needs no tenant."""
 
     agent: str | None = None
     tenant: str | None = None
+    is_probe: bool = False
 
     def check_tenant(self, *, trusted: bool) -> None:
         """Check that the header names the tenant if this server trusts it, and that it is absent otherwise.
@@ -29,6 +31,8 @@ class Caller:
         Raises:
             HintError: a trusted header is missing, or an untrusted one is there.
         """
+        if self.is_probe:
+            return
         if trusted and self.tenant is None:
             why = "is missing, and this server (--whiflash-trust-tenant-header on) answers no request without it"
             raise HintError(TENANT, f"{why}; let the gateway set it")
@@ -42,7 +46,7 @@ CALLER: ContextVar[Caller] = ContextVar("whiflash_caller", default=NOBODY)
 """The caller of the current request; NOBODY over gRPC and in an `Engine`, which have no headers."""
 
 
-def caller_of(headers: Iterable[tuple[bytes, bytes]]) -> Caller:
+def caller_of(headers: Iterable[tuple[bytes, bytes]], *, is_probe: bool = False) -> Caller:
     """Return the caller that an ASGI scope's headers name.
 
     Raises:
@@ -52,7 +56,7 @@ def caller_of(headers: Iterable[tuple[bytes, bytes]]) -> Caller:
     agent = _name(lines, AGENT)
     if agent is not None and len(agent) > MAX_NAME_CHARS:
         raise HintError(AGENT, f"has {len(agent)} characters; give at most {MAX_NAME_CHARS}")
-    return Caller(agent, _name(lines, TENANT))
+    return Caller(agent, _name(lines, TENANT), is_probe)
 
 
 def _name(lines: list[tuple[bytes, bytes]], header: str) -> str | None:

@@ -37,6 +37,13 @@ FORMS: Mapping[str, Form] = {
     "/v1/messages": "messages",
     "/generate": "native",
 }
+OLLAMA = (
+    os.environ.get("SGLANG_OLLAMA_CHAT_ROUTE", "/api/chat"),
+    os.environ.get("SGLANG_OLLAMA_GENERATE_ROUTE", "/api/generate"),
+)
+"""Routes without fields of ours. They turn an error of `requests.take_up` into a 500, or a stream into a broken one."""
+PROBES = ("/health", "/health_generate")
+"""Routes on which the server asks itself for a token."""
 INFO = ("/server_info", "/get_server_info")
 """Routes whose answers show SGLang's arguments."""
 
@@ -74,11 +81,13 @@ class OurFields:
 
     async def _serve(self, manager: Any, scope: Message, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        form = FORMS.get(path) if scope.get("method") in ("POST", "PUT") else None
+        writes = scope.get("method") in ("POST", "PUT")
+        form = FORMS.get(path) if writes else None
         try:
-            caller = caller_of(scope.get("headers", ()))
+            caller = caller_of(scope.get("headers", ()), is_probe=path in PROBES)
             # Warm-ups come from SGLang itself. `requests.take_up` checks the requests of other routes.
-            if form is not None and manager.server_status != ServerStatus.Starting:
+            is_read = form is not None or (writes and path in OLLAMA)
+            if is_read and manager.server_status != ServerStatus.Starting:
                 caller.check_tenant(trusted=settings_of(manager.server_args).trust_tenant_header)
             CALLER.set(caller)
             if form is None:

@@ -121,14 +121,14 @@ async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Asked]:
     Raises:
         HintError: parameters are malformed, or no header names the tenant; SGLang answers it with 400.
     """
-    caller, is_own = CALLER.get(), _is_servers_own(manager, obj)
-    settings = settings_of(manager.server_args)
+    caller, settings = CALLER.get(), settings_of(manager.server_args)
+    is_warm_up = manager.server_status == ServerStatus.Starting
     keys: Mapping[str, str | None] = call.keys if call is not None else {}
-    if not is_own:
+    if not is_warm_up:
         caller.check_tenant(trusted=settings.trust_tenant_header)
     if settings.trust_tenant_header:
         keys = {"cache_salt": caller.tenant, "extra_key": None}
-    unlearned = is_own and settings.samples.directory is not None
+    unlearned = settings.samples.directory is not None and (is_warm_up or _is_named_as_check(obj))
     entries, asked = parameters_of(obj), []
     for entry in entries:
         if call is not None and call.asked is not None:
@@ -180,12 +180,10 @@ async def asked_by(manager: Any, custom_params: Any) -> Asked:
     return Asked({**custom_params, CARRIED_PREDICTION: tokens}, hints, (note,) if is_cut else ())
 
 
-def _is_servers_own(manager: Any, obj: Any) -> bool:
-    """Whether a request is a health check, or the warm-up that SGLang sends before the server is up. A client may name
-    its request like a health check, but gets no tenant by that."""
+def _is_named_as_check(obj: Any) -> bool:
+    """Whether a request has the name of a health check. A client may choose such a name, so it opens nothing."""
     rid = getattr(obj, "rid", None)
-    is_check = isinstance(rid, str) and rid.startswith(HEALTH_CHECK_RID_PREFIX)
-    return is_check or bool(manager.server_status == ServerStatus.Starting)
+    return isinstance(rid, str) and rid.startswith(HEALTH_CHECK_RID_PREFIX)
 
 
 def _unlearned(asked: Asked) -> Asked:

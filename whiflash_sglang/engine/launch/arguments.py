@@ -29,7 +29,7 @@ class Launch:
     configuration of the target; None if only flags are known. device: `cpu`, `cuda` or another accelerator's name.
     own_platform: the platform of whiflash-cpu is active. xqa: TRT-LLM's attention would be its XQA kernel here (Hopper,
     SM120), which verifies drafts of one length only. draft_kv: a drafter keeps KV of its own at the target's slots.
-    uno: the target drafts under an adapter.
+    uno: the target drafts under an adapter. tenant_header: a gateway's header names the tenant.
     """
 
     args: Any
@@ -40,6 +40,7 @@ class Launch:
     xqa: bool = False
     draft_kv: bool = True
     uno: bool = False
+    tenant_header: bool = False
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
     @classmethod
@@ -50,8 +51,8 @@ class Launch:
         own = type(current_platform).__module__.partition(".")[0] == PLATFORM
         xqa = bool(platform.is_sm90 or platform.is_sm120)
         settings = settings_of(server_args)
-        drafts = bool(settings.drafters), settings.uno is not None
-        return cls(cfg, cfg._raw_input, model_config_of(cfg), device, own, xqa, *drafts)
+        ours = bool(settings.drafters), settings.uno is not None, settings.trust_tenant_header
+        return cls(cfg, cfg._raw_input, model_config_of(cfg), device, own, xqa, *ours)
 
     @property
     def attention_backends(self) -> set[str]:

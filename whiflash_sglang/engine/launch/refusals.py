@@ -394,6 +394,13 @@ REFUSALS: dict[str, Refusal] = {
         lambda x: _more_than_one("tokenizer_worker_num")(x) and bool(x.args.api_key or x.args.admin_api_key),
         "SGLang checks no keys with --tokenizer-worker-num above 1; remove it, or --api-key and --admin-api-key",
     ),
+    "workers_warm_up": Refusal(
+        lambda x: (
+            _more_than_one("tokenizer_worker_num")(x) and x.tenant_header and not x.args.skip_server_warmup
+        ),
+        "with --tokenizer-worker-num above 1 a warm-up may reach a worker that is up, which refuses it for "
+        "--whiflash-trust-tenant-header on, since it names no tenant; give --skip-server-warmup",
+    ),
     "workers_app": Refusal(
         lambda x: (
             _more_than_one("tokenizer_worker_num")(x)
