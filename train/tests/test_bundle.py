@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.files.disk import sha256
 from whiflash_sglang.settings.config import Flags, resolve
-from whiflash_train.bundle import BundleParts, create, with_drafters
+from whiflash_train.bundle import BundleParts, assemble, create, with_drafters
 from whiflash_train.cli.train import resolve_config
 
 
@@ -150,8 +151,8 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(models: dict[str, Path
         ("dflash", {"architectures": ["LlamaForCausalLMEagle3"]}, "is no draft architecture"),
         ("dflash", {"dflash_config": {"projector_type": "unheard"}}, "projector_type 'unheard' is no draft"),
         ("eagle3", {"architectures": 5}, "e3/config.json has a value of another kind"),
-        ("eagle3", {"rope_theta": [1]}, "e3/config.json has a value of another kind"),
-        ("dflash", {"rope_theta": "x"}, "df/config.json has a value of another kind"),
+        ("eagle3", {"rope_theta": [1]}, "e3/config.json: no angles follow from"),
+        ("dflash", {"rope_theta": "x"}, "df/config.json: no angles follow from"),
         ("target", {"hidden_size": None}, "target/config.json: hidden_size must be an integer"),
     ],
 )
@@ -288,12 +289,22 @@ def test_the_shipped_configuration_names_files_that_come_with_the_packages(
     assert template.is_file()
 
 
+def test_new_drafters_have_no_acceptance_of_the_old(models: dict[str, Path], tmp_path: Path) -> None:
+    config = resolve_config(Path("smollm2-135m-instruct")).model_copy(update={"work": tmp_path / "work"})
+    for name, part in (("eagle3", "eagle3"), (config.block_drafter, "dflash")):
+        shutil.copytree(models[part], config.work / name / "checkpoint")
+    (tmp_path / "whiflash.json").write_bytes((embedded_bundle() / "whiflash.json").read_bytes())
+    assemble(config, tmp_path, "new")
+    assert not load_manifest(tmp_path).acceptance
+
+
 def test_a_bundle_with_other_drafters_keeps_the_rest(models: dict[str, Path], tmp_path: Path) -> None:
     """Also a part on a hub, whose weights are not here."""
     notes = {"learned.json": {"until": 1.0}}
     with_drafters(embedded_bundle(), {"diffusion": models["dflash"]}, tmp_path / "one", notes)
     said, before = (load_manifest(place).model_dump() for place in (tmp_path / "one", embedded_bundle()))
-    assert {key for key in said if said[key] != before[key]} == {"name", "dflash", "sources"}
+    assert {key for key in said if said[key] != before[key]} == {"name", "dflash", "sources", "acceptance"}
+    assert said["acceptance"].keys() == {"eagle3"}, "the other was measured with the drafter that is gone"
     served, shipped = (resolve(Flags(router="neural"), p) for p in (tmp_path / "one", embedded_bundle()))
     assert served.neural is not None
     assert served.chat_template.read_bytes() == shipped.chat_template.read_bytes()

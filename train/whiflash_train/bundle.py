@@ -50,7 +50,8 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
         sources[key] = {"files": digests(sorted([*place.glob("config.json"), *place.glob("*.safetensors")]))}
     target = f"embedded:{EMBEDDED_BUNDLE}" if config.target == "embedded" else config.target
     manifest: dict[str, Any] = {"schema_version": 1, "name": name, "target": target}
-    manifest |= {**parts, "dflash_vocabulary": vocabulary, "sources": sources}
+    # An earlier bundle's acceptance was measured with other drafters.
+    manifest |= {**parts, "dflash_vocabulary": vocabulary, "sources": sources, "acceptance": {}}
     if config.chat_template is not None:
         shutil.copyfile(config.chat_template, bundle / "chat_template.jinja")
         manifest["chat_template"] = "chat_template.jinja"
@@ -168,10 +169,13 @@ def with_drafters(
     manifest, fields = load_manifest(bundle), read_json_file(bundle / MANIFEST)
     named = {key: place for key, place in parts_of(manifest).items() if place and not place.startswith(HUB)}
     parts = {key: bundle / place for key, place in named.items()}
-    parts |= {PARTS[arm]: path for arm, path in checkpoints.items()}
+    new = {PARTS[arm]: path for arm, path in checkpoints.items()}
+    parts |= new
     if "uno" in parts:
         parts["uno"] = adapter_in(parts["uno"]) or parts["uno"]
     facts = {key: value for key, value in fields.items() if key not in parts} | {"name": out.name}
+    if "acceptance" in fields:
+        facts["acceptance"] = {key: value for key, value in fields["acceptance"].items() if key not in new}
     if "router" in parts:
         facts["router"] = {**fields["router"], "path": "router"}
     files = {
