@@ -84,6 +84,12 @@ def test_a_state_of_another_shape_is_a_sentence(serve: Serve) -> None:
         assert "inf" not in ended.stdout.lower(), now["state"]
 
 
+def test_replicas_may_hold_terabytes(serve: Serve) -> None:
+    whole = {**sample(ServerState), "memory": {"draft_kv": 3 << 40}}
+    serve(lambda path: {"model": "tiny"} if path.endswith("capabilities") else whole)
+    assert "3072.0 GiB" in run("top", "--once").stdout
+
+
 BODIES = (b"[" * 100_000, b"{" * 9, b"\xff\xfe", b"", b"NaN", b"null", b'{"policy": 1e999}', b"5")
 
 

@@ -1,10 +1,10 @@
 """Trained drafters at an 8B model's cost: `python tests/gpu/real.py --out figures.json`.
 
-As `shaped.py`, on a pair that was trained: the embedded one, widened to the same function at a large model's cost
-(`whiflash_lab/widen.py`). Nothing is pinned, so text, acceptance and time are the servers' own. Prompts are chats,
-code, mathematics, tools and schemas; `--agents` asks the latter two only, enforces their grammars, and lets ours copy
-and force text. Stock plain decoding comes first: greedy answers of the other arms are compared with its own. A
-rehearsal widens tiny random models.
+As `shaped.py`, on a pair that was trained: the user's as it is, or the embedded one, widened to the same function at a
+large model's cost (`whiflash_lab/widen.py`). Nothing is pinned, so text, acceptance and time are the servers' own.
+Prompts are chats, code, mathematics, tools and schemas; `--agents` asks the latter two only, enforces their grammars,
+and lets ours copy and force text. Stock plain decoding comes first: greedy answers of the other arms are compared with
+its own. A rehearsal widens tiny random models.
 """
 
 import argparse
@@ -149,11 +149,14 @@ def compared(answers: Sequence[list[int]], plain: Sequence[list[int]]) -> dict[s
     return {"answers_equal": equal / len(plain), "tokens_agreed": sum(agreed) / sum(map(len, plain))}
 
 
-def prompts_of(target: Path, device: str, agents: bool) -> list[tuple[Sequence[int], dict[str, Any]]]:
-    """Tokens of real prompts, and what grammar each has: none unless it is asked as an agent asks."""
+def prompts_of(
+    target: Path, device: str, agents: bool, own_template: bool
+) -> list[tuple[Sequence[int], dict[str, Any]]]:
+    """Return tokens of real prompts, and the grammar of each: none unless it is asked as an agent asks. own_template:
+    format them in the target's chat template, not the embedded bundle's."""
     from embedded_prompts import prompts
 
-    found = prompts(target)
+    found = prompts(target, own_template)
     kinds = ("json", "tool_call") if agents else sorted({prompt.kind for prompt in found})
     by_kind = [[prompt for prompt in found if prompt.kind == kind] for kind in kinds]
     mixed = [prompt for each in zip(*by_kind, strict=False) for prompt in each]
@@ -172,7 +175,7 @@ def measure(chosen: argparse.Namespace, checks: Checks, scratch: Path) -> None:
         )
     if checks.failed:
         return
-    prompts = prompts_of(pair[0], chosen.device, chosen.agents)
+    prompts = prompts_of(pair[0], chosen.device, chosen.agents, bool(chosen.bundle))
     for arm in chosen.arms.split(","):
         with checks.check(arm) as figures, ExitStack() as stack:
             e = stack.enter_context(started(chosen, pair, arm, max(loads)))
@@ -219,9 +222,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["WHIFLASH_DEVICE_RESIDENT"] = "1"  # as on a card: the host reads nothing while it plans
         if not chosen.bundle:
             chosen.requests, chosen.tokens = "2,1", 24
-    checks = Checks(
-        chosen.out, label="a trained pair, widened to an 8B model's cost: its own text and acceptance"
-    )
+    pair = "a trained pair, widened to an 8B model's cost"
+    if chosen.bundle:
+        pair = f"{chosen.model_path} with {chosen.bundle}"
+    checks = Checks(chosen.out, label=f"{pair}: its own text and acceptance")
     with tempfile.TemporaryDirectory() as scratch, on_device(chosen.device, Path(scratch)):
         measure(chosen, checks, Path(scratch))
     return checks.exit_status

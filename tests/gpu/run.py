@@ -112,12 +112,13 @@ def shaped(name: str, shows: str, *options: str) -> Part:
 
 
 def real(name: str, shows: str, *options: str) -> Part:
-    """The user's pair, or the embedded one widened to an 8B model's cost. A rehearsal widens a tiny one."""
+    """The user's pair as it is, or the embedded one widened to an 8B model's cost. A rehearsal widens a tiny one."""
     command = ("tests/gpu/real.py", "--device", "{device}", "--out", "{out}", *options)
     rehearsal = (
         ("--arms", "none,plain,auto,EAGLE3") if "own" in options else ()
     )  # DSPARK's kernels need a card
-    return Part(name, f"a trained pair at an 8B model's cost: {shows}", command, SERVER, rehearsal=rehearsal)
+    label = f"a trained pair at an 8B model's cost: {shows}"
+    return Part(name, label, command, SERVER, rehearsal=rehearsal, serves=True)
 
 
 def bench(name: str, shows: str, *options: str) -> Part:

@@ -204,6 +204,7 @@ def test_parts_name_files_that_exist_and_every_test_of_the_kernels() -> None:
     ]
     assert places == sorted(places)
     assert places[:3] == [0, 1, 2]
+    assert {part.name for part in real.PARTS if part.serves} > {"real", "real-own", "serving-triton"}
     assert len(set(names)) == len(names)
     for part in real.PARTS:
         for word in part.command:

@@ -22,12 +22,12 @@ class Prompt:
 
 
 @cache
-def prompts(target: Path) -> tuple[Prompt, ...]:
-    """All rows of `prompts.jsonl`, in the bundle's own chat template."""
+def prompts(target: Path, own_template: bool = False) -> tuple[Prompt, ...]:
+    """All rows of `prompts.jsonl`, in the embedded bundle's chat template, or in the target's own."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target)
-    template = (embedded_bundle() / "chat_template.jinja").read_text()
+    template = None if own_template else (embedded_bundle() / "chat_template.jinja").read_text()
     found = []
     for row in map(json.loads, PROMPTS.read_text(encoding="utf-8").strip().split("\n")):
         text = tokenizer.apply_chat_template(

@@ -189,7 +189,7 @@ def _earlier(path: Path) -> dict[str, Any]:
             ServerState.model_validate({"policy": "", **{name: state[name] for name in COUNTED}})
         return states
     except NOT_AS_WRITTEN:
-        raise UsageError(f"--since {path} is no output of `whiflash report --json`") from None
+        raise UsageError(f"--since {path} is no output of this release's `whiflash report --json`") from None
 
 
 def _sentences(sums: dict[str, Any]) -> str:

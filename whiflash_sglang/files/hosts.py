@@ -28,7 +28,7 @@ Amount = Annotated[
     Field(strict=True, ge=0, lt=1e12, allow_inf_nan=False),
     AfterValidator(lambda amount: amount if amount >= 1e-9 else 0.0),
 ]
-"""Seconds or bytes. Less than a nanosecond is read as 0, so that a ratio of two amounts is never infinite."""
+"""Seconds. Less than a nanosecond is read as 0, so that a ratio of two amounts is never infinite."""
 Names = Annotated[list[str], FEW]
 TokenIds = Annotated[list[Count], Field(max_length=1 << 20)]
 
@@ -112,7 +112,7 @@ class ServerState(Answer):
     reasons: Annotated[dict[str, Count], FEW] = {}
     quarantined: Annotated[dict[str, str], FEW] = {}
     costs: Prices = Prices()
-    memory: Annotated[dict[str, Amount], FEW] = {}
+    memory: Annotated[dict[str, Count], FEW] = {}
     replicas: Annotated[list[ReplicaState], FEW] = []
 
 

@@ -14,7 +14,8 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 """Layers of a target that an adapter may change, as in UNO's own engine (ifm-ai/uno)."""
 MOST_RANK, MOST_ALPHA = 1024, 65536
 """Upper bounds: the rank is the width of SGLang's pool of adapters, so a damaged file could take all memory."""
-_PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal")}
+_INITS = (True, "gaussian", "orthogonal", "eva")
+_PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _INITS}
 """Key of PEFT → its accepted values, with which the adapter is a plain product of its two factors."""
 _ELSEWHERE = {
     "r",
@@ -24,6 +25,7 @@ _ELSEWHERE = {
     "inference_mode",
     "task_type",
     "auto_mapping",
+    "eva_config",
 }
 _ELSEWHERE |= {"base_model_name_or_path", "revision", "peft_version", "megatron_core", "qalora_group_size"}
 """Keys that change no product, and keys that are read here. Any other key that is set may change the product or its
