@@ -358,7 +358,7 @@ def suites_list() -> str:
 
 
 def _measured(record: Path) -> str:
-    """How a part ended, on what, with each of its checks. Empty if it has not run."""
+    """Return how a part ended, on what, with each of its checks. Empty if it has not run."""
     if not record.exists():
         return ""
     found = json.loads(record.read_text("utf-8"))
@@ -397,7 +397,7 @@ def _kept(name: str) -> Any:
 
 
 def _ratio(found: Mapping[str, float]) -> str:
-    """With its interval, if it was measured more than once."""
+    """Return a ratio with its interval, if it was measured more than once."""
     interval = f" [{found['low']:.2f}, {found['high']:.2f}]" if found["low"] != found["high"] else ""
     return f"{found['ratio']:.2f}{interval}"
 

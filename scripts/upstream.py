@@ -111,7 +111,7 @@ def differing(before: list[str], now: list[str]) -> tuple[list[str], list[str]]:
 
 
 def difference(path: str, old: Tree, new: Tree) -> str:
-    """How a function was changed."""
+    """Return how a function was changed."""
     texts = []
     for tree in (old, new):
         walker = Walker(tree)

@@ -24,6 +24,10 @@ BANNED = re.compile(
 OPENING = re.compile(
     r"(?:^|(?<=[.!?:] )|(?<=[.!?:]\*\* ))(What|Who|Of|Where|Whoever|Whatever)\b(?![^.!?]*\?)"
 )
+FIRST = re.compile(
+    r"(Of|Who|What|Where|Itself|As|Those|For|In|With|By|To|Equal|Not|None|So|The same|Same|How|Its|That|Such)\b"
+)
+"""Words with which no docstring of a function or class begins: a verb, "Whether" or the thing returned stands there."""
 CODE = re.compile(
     r"^```.*?^```|^<!-- (\w+): written.*?<!-- end of \1 -->|`[^`\n]+`", re.MULTILINE | re.DOTALL
 )
@@ -122,6 +126,14 @@ def openings(text: str) -> Iterator[tuple[int, str]]:
             yield number, f"a sentence opens with {match[1]!r}"
 
 
+def first_words(text: str) -> Iterator[tuple[int, str]]:
+    """Yield lines, from 1 on, of functions and classes whose docstring begins with neither a verb nor a thing."""
+    for node in ast.walk(ast.parse(text)):
+        named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        if named and (match := FIRST.match(ast.get_docstring(node) or "")):
+            yield node.lineno, f"the docstring of {node.name} begins with {match[0]!r}"
+
+
 @cache
 def defined() -> dict[str, set[str]]:
     """Names that each module of the packages defines and each package holds, by its last name."""
@@ -166,6 +178,7 @@ def main(arguments: list[str]) -> int:
         if file.suffix == ".py":
             in_tests = any(ROOT / part / "tests" in file.resolve().parents for part in ("", *PARTS))
             reasons = [*openings(text), *([] if in_tests else (*found_in_code(text), *stale(text)))]
+            reasons += [] if "tests" in file.parts else first_words(text)
         else:
             reasons = found(text)
         wrong += [f"{file}:{number}: {reason}" for number, reason in reasons]

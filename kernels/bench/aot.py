@@ -302,7 +302,7 @@ def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
 
 
 def compilations(batches: int, most_requests: int = 256, widest: int = 16) -> dict[str, int]:
-    """How many kernels Triton would compile for random batches behind `warm_up`, by name; 0 of what that launches."""
+    """Count kernels, by name, that Triton would compile for random batches after `warm_up`, which counts none."""
     rng = random.Random(0)
     served = Served(
         TEXT,

@@ -128,7 +128,7 @@ def _auto_run(policy: AutoPolicy, answer: Replay, known: KnownSignals) -> Choice
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How a bundle is evaluated.
+    """Settings of a bundle's evaluation.
 
     Attributes:
         limit: prompts used, balanced over the categories; None takes all.

@@ -39,6 +39,10 @@ def test_code_is_checked_in_comments_docstrings_and_messages(words: ModuleType) 
     assert words.found_in_code(CODE) == [(1, "'stands'"), (19, "'lies'"), (21, "'tells'")]
     openings = [(number, reason.split()[-1]) for number, reason in words.openings(CODE)]
     assert openings == [(10, "'Of'"), (14, "'Where'"), (20, "'Whoever'")]
+    begun = "".join(
+        f'def f{i}():\n    """{line}"""\n' for i, line in enumerate(("Return it.", "Its parts.", "As f0."))
+    )
+    assert [number for number, _ in words.first_words(begun)] == [3, 5]
 
 
 STALE = """Names `queue.Queue`, `metrics.SERIES`, :mod:`.tables`, `costs.Costs.draft` and `prices/costs.py`.

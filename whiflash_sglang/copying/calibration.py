@@ -19,7 +19,7 @@ BUCKETS = (1, 2, 3, 4, 6, 9, 14, 22)
 
 
 class Agreement(IntEnum):
-    """How the matching places vote on the next token."""
+    """The votes of the matching places on the next token."""
 
     ALONE = 0
     """Only one place matches."""
@@ -150,7 +150,7 @@ class PerTenant(Generic[Table]):
 
 
 class RequestCalibration:
-    """How much better a request copies than its tenant's others: copies begun right over those expected to be.
+    """A request's copying beside its tenant's others: copies begun right over those expected to be.
 
     It moves a whole copy, not each of its tokens: a factor on every one of them would be raised to the copy's length.
     """
