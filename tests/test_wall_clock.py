@@ -16,7 +16,6 @@ WALL = re.compile(
 
 DATES = {
     "sdk/whiflash_sdk/collecting.py",
-    "whiflash_sglang/engine/http/recordings.py",
     "train/whiflash_train/learner/once.py",
     "whiflash_sglang/prices/kept.py",
     "train/whiflash_train/drafters/runner.py",

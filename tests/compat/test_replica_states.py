@@ -134,13 +134,3 @@ def test_a_replica_that_is_an_answer_behind_catches_up(monkeypatch: pytest.Monke
         states = runner.run(control.states_of(server, 30))
     assert [state["replica"] for state in states] == [0, 1]
     assert asked > 2, "it was never behind"
-
-
-def test_a_switch_has_ended_when_it_has_in_every_replica(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = iter([({"1": ""}, {}), ({"1": ""}, {"1": "it does not fit"})])
-
-    async def states(*_: Any) -> list[dict[str, Any]]:
-        return [{"ended": ended} for ended in next(told)]
-
-    monkeypatch.setattr(control, "states_of", states)
-    assert asyncio.run(control.switched(None, "1", 9.0)) == "it does not fit"

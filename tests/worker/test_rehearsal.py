@@ -74,7 +74,8 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
     sampled = 8 * 1000 * kv_budget.LOGIT_BYTES
     assert reserved("cpu") == table
     row = 10 + Epilogue.bytes_for(4)
-    captured = table + sampled + 8 * 1000 * 4 + (1 + 2 + 3 + 4 + 6 + 8) * row
+    plain = 1 + 2  # graphs of rounds without drafts
+    captured = table + sampled + 8 * 1000 * 4 + (1 + 2 + 3 + 4 + 6 + 8 + plain) * row
     assert reserved("cuda") == captured
     config.decode.backend = Backend.DISABLED
     assert reserved("cuda") == table + sampled
