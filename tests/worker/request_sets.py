@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any
 
 import torch
@@ -258,11 +258,11 @@ def budgets(**common: Any) -> list[Arrival]:
     """With budgets of thinking, which began in the prompt, beside a grammar and SGLang's other processors."""
     asked = of_kinds({"regex": CONSTRAINED["regex"]}, seed=3, each=1, latest=9, prompt=(5, 9))
     asked += processed(("no-bigram-twice", "disallowed", "own"))[:4]
-    rng, thinking = random.Random(5), {"custom_logit_processor": TinyThinkingBudget.to_str()}
-    for name, (budget, params) in BUDGETS.items():
+    rng, thinking = random.Random(7), {"custom_logit_processor": TinyThinkingBudget.to_str()}
+    for (name, (budget, params)), again in product(BUDGETS.items(), range(2)):
         begins, more = (rng.choices(range(32, 127), k=k) for k in (8, rng.randint(0, 3)))
         params = {"max_new_tokens": 30, "custom_params": {"thinking_budget": budget}, **thinking, **params}
-        asked.append(Arrival(f"budget {name}", rng.randint(0, 6), (*begins, THINK, *more), params))
+        asked.append(Arrival(f"budget {name}/{again}", rng.randint(0, 6), (*begins, THINK, *more), params))
     return [replace(a, params={**a.params, **common, "sampling_seed": i}) for i, a in enumerate(asked)]
 
 
