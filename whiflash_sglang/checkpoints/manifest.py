@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from whiflash_sglang.copying.calibration import MatchCalibration, Seed
 from whiflash_sglang.drafts import arms
+from whiflash_sglang.drafts.rates import continuing
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import roots_of
 from whiflash_sglang.files.jsonl import read_json_file
@@ -160,12 +161,7 @@ class Acceptance(Strict):
         """Each draft's chance to be accepted if all drafts before it are: one value for all, found by bisection so that
         the expected tokens of a round equal `length`.
         """
-        low, high = 0.0, 1.0
-        for _ in range(27):
-            middle = (low + high) / 2
-            short = sum(middle**i for i in range(self.drafts + 1)) < self.length
-            low, high = (middle, high) if short else (low, middle)
-        return (low,) * self.drafts
+        return (continuing(self.length, self.drafts + 1),) * self.drafts
 
 
 class Source(Strict):

@@ -5,7 +5,6 @@ Checkpoints store `q_proj`, `k_proj`, `v_proj` and `gate_proj`, `up_proj` separa
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -240,7 +239,7 @@ class Unfilled(TorchFunctionMode):
     neither memory nor time. Raises `CheckpointError` beyond it, naming `path`.
     """
 
-    def __init__(self, dtype: torch.dtype, path: Path, room: int = sys.maxsize) -> None:
+    def __init__(self, dtype: torch.dtype, path: Path, room: int) -> None:
         super().__init__()
         self._dtype, self._path, self._room = dtype, path, room
 
