@@ -23,7 +23,7 @@ PACKAGES = {
     "whiflash_kernels": "kernels/whiflash_kernels",
     "whiflash_sdk": "sdk/whiflash_sdk",
 }
-STARTS = ("whiflash_sglang.serve.plugin", "whiflash_sglang.serve.worker", "whiflash_sglang.engine.hooks")
+STARTS = ("whiflash_sglang.serve.plugin", "whiflash_sglang.serve.worker")
 """Modules that SGLang loads; a server knows what they import."""
 BESIDE = ("deploy", "docs", "examples", "scripts", "training_data")
 """Folders that are neither product nor tests."""

@@ -144,9 +144,9 @@ def sources(said: str) -> Iterator[Path]:
 def imported(place: Path) -> list[str]:
     """Findings of the server's own check of names and seams on these sources, with all else as installed."""
     code = (
-        "import json; from whiflash_sglang.engine import hooks, patching\n"
+        "import json; from whiflash_sglang.engine import patches, patching\n"
         "from whiflash_cpu.seams import verify_seams\n"
-        "found = [*hooks.missing(), *patching.verify_names()[1:], *verify_seams()]\n"
+        "found = [*patches.missing(), *patching.verify_names()[1:], *verify_seams()]\n"
         "print(json.dumps([f'{one.name}: {one.detail}' for one in found if not one.ok]))"
     )
     paths = [str(place), *(str(ROOT / part) for part in ("", "cpu", "kernels", "lab", "sdk", "train"))]

@@ -22,7 +22,7 @@ from sglang.srt.entrypoints.openai import protocol
 from sglang.srt.managers import io_struct
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from whiflash_sglang.engine.http import admission
+from whiflash_sglang.http import admission
 
 pytestmark = pytest.mark.server
 

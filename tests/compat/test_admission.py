@@ -9,14 +9,8 @@ import pytest
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 
-from whiflash_sglang.engine.http.admission import (
-    check_bounds,
-    check_given,
-    check_media,
-    check_scores,
-    check_types,
-)
-from whiflash_sglang.engine.http.requests import Asked, Call, take_up
+from whiflash_sglang.http.admission import check_bounds, check_given, check_media, check_scores, check_types
+from whiflash_sglang.http.reader import Asked, Call, take_up
 from whiflash_sglang.spans.hints import TOOLS_KEY, RequestHints
 
 TOKENS = 320

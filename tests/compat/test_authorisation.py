@@ -13,8 +13,8 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.auth import add_api_key_middleware
 
 from whiflash_sglang.engine import patching
-from whiflash_sglang.engine.http import routes as http_routes
 from whiflash_sglang.engine.launch import keys
+from whiflash_sglang.http import routes as http_routes
 
 PROBES = {"/health", "/health_generate", "/ready", "/metrics"}
 """Open to all, whatever keys there are: orchestrators and Prometheus have none."""

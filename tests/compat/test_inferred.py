@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 
-from whiflash_sglang.engine.http.requests import _inferred
+from whiflash_sglang.http.reader import _inferred
 
 
 def test_auto_is_what_sglang_found() -> None:

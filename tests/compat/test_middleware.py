@@ -17,9 +17,9 @@ from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
-from whiflash_sglang.engine.http import answers, middleware, pieces, requests
-from whiflash_sglang.engine.http.callers import CALLER, Caller
-from whiflash_sglang.engine.http.requests import CURRENT, Asked, Call, Form, as_chat, implied
+from whiflash_sglang.http import cut_streams, middleware, reader, writer
+from whiflash_sglang.http.callers import CALLER, Caller
+from whiflash_sglang.http.reader import CURRENT, Asked, Call, Form, as_chat, implied
 from whiflash_sglang.spans.hints import TOOLS_KEY, HintError, parse_hints
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -123,8 +123,8 @@ def test_an_internal_request_gets_hints_and_salts() -> None:
     sglangs = {"__sglang_reasoning_in_grammar": True}
     obj = SimpleNamespace(sampling_params={"custom_params": sglangs}, cache_salt=None, extra_key=None)
     hints = {"whiflash": '{"infer":false}'}
-    call = Call("messages", {}, asyncio.run(requests.asked_by(manager(), hints)), {"cache_salt": "acme"})
-    assert asyncio.run(requests.take_up(manager(), obj, call)) == [call.asked]
+    call = Call("messages", {}, asyncio.run(reader.asked_by(manager(), hints)), {"cache_salt": "acme"})
+    assert asyncio.run(reader.take_up(manager(), obj, call)) == [call.asked]
     assert obj.sampling_params == {"custom_params": {**sglangs, **hints}}
     assert (obj.cache_salt, obj.extra_key) == ("acme", None)
 
@@ -281,10 +281,10 @@ def test_a_health_check_is_known_by_its_route_not_by_its_name(monkeypatch: pytes
     obj = SimpleNamespace(sampling_params={}, rid="HEALTH_CHECK_1")
     for caller in (*callers, Caller(tenant="acme")):
         CALLER.set(caller)
-        asyncio.run(requests.take_up(manager(trusts=True), obj, None))
+        asyncio.run(reader.take_up(manager(trusts=True), obj, None))
     CALLER.set(Caller())
     with pytest.raises(HintError, match="is missing"):
-        asyncio.run(requests.take_up(manager(trusts=True), obj, None))
+        asyncio.run(reader.take_up(manager(trusts=True), obj, None))
 
 
 def test_a_headers_agent_is_the_hint_of_a_request_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,9 +300,7 @@ def test_a_headers_agent_is_the_hint_of_a_request_without_one(monkeypatch: pytes
     assert {one.hints.trace for one in found[5:10]} == {"full"}
     native = SimpleNamespace(sampling_params=[{"custom_params": FULL}, {}], rid=["HEALTH_CHECK_1", "b"])
     token = CALLER.set(Caller(agent="coder"))
-    assert [one.hints.agent for one in asyncio.run(requests.take_up(manager(), native, None))] == [
-        "coder"
-    ] * 2
+    assert [one.hints.agent for one in asyncio.run(reader.take_up(manager(), native, None))] == ["coder"] * 2
     CALLER.reset(token)
     assert [parse_hints(one["custom_params"]).agent for one in native.sampling_params] == ["coder"] * 2
 
@@ -389,8 +387,10 @@ def test_a_stream_is_cut_for_who_does_not_only_add_it_up(
     call = None if form is None else Call(form, body)
     for stream in (True, False):
         obj = SimpleNamespace(stream=stream)
-        assert pieces.are_read_one_by_one(manager(), obj, call) == (read and stream)
-    assert not pieces.are_read_one_by_one(SimpleNamespace(tokenizer=None), SimpleNamespace(stream=True), call)
+        assert cut_streams.are_read_one_by_one(manager(), obj, call) == (read and stream)
+    assert not cut_streams.are_read_one_by_one(
+        SimpleNamespace(tokenizer=None), SimpleNamespace(stream=True), call
+    )
 
 
 TRACE: dict[str, Any] = {"choice": 0, "rounds": 3, "stretches": []}
@@ -483,14 +483,14 @@ STREAMS: dict[str, list[str]] = {
 async def sent(path: str, body: dict[str, Any], parts: list[bytes], text: str = "Köln") -> list[bytes]:
     """Bodies that a client gets of a stream that a route sends in these parts."""
     form = ROUTES[path]
-    call = Call(form, body, await requests.asked_by(manager(), body.get("custom_params")))
+    call = Call(form, body, await reader.asked_by(manager(), body.get("custom_params")))
     found: list[bytes] = []
 
     async def send(message: Any) -> None:
         if message["type"] == "http.response.body":
             found.append(message["body"])
 
-    out = answers.extending(call, send)
+    out = writer.extending(call, send)
     await out(
         {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
     )

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 import whiflash_sglang
-from whiflash_sglang.engine import algorithm, command_line, hooks, patches, patching
+from whiflash_sglang.engine import algorithm, patches, patching
 from whiflash_sglang.engine.supported import UNTESTED
+from whiflash_sglang.http import command_line
 from whiflash_sglang.serve import plugin
 
 PACKAGE = Path(whiflash_sglang.__file__).parent
@@ -27,8 +28,8 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_only_one_folder_imports_the_engine() -> None:
-    allowed = {"engine"}
+def test_two_folders_import_the_engine() -> None:
+    allowed = {"engine", "http"}
     offenders = [
         str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*.py")
@@ -38,14 +39,14 @@ def test_only_one_folder_imports_the_engine() -> None:
 
 
 def test_every_name_exists_with_the_expected_parameters() -> None:
-    assert hooks.missing() == []
+    assert patches.missing() == []
     wrong = [finding for finding in patching.verify_names() if not finding.ok]
     assert wrong == []
 
 
 def test_the_table_of_patches_is_what_the_sources_decorate() -> None:
     """A module that replaces something and is not listed would be checked only where it is installed."""
-    hooks.missing()
+    patches.missing()
     decorated = {one.path for one in patches.replaced()}
     assert decorated == patching.PATCHES.keys()
     assert len(decorated) <= 32
@@ -97,7 +98,7 @@ def test_a_lost_name_or_parameter_is_found(monkeypatch: pytest.MonkeyPatch) -> N
 def test_another_version_serves_if_that_is_allowed_and_all_names_are_there(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for module in (hooks, patching):
+    for module in (command_line, patching):
         monkeypatch.setattr(module, "installed", lambda: "9.9.9")
     for owner, name in ((algorithm, "register"), (command_line, "offer"), (plugin, "_check_command_line")):
         monkeypatch.setattr(owner, name, lambda *_: None)
@@ -109,12 +110,12 @@ def test_another_version_serves_if_that_is_allowed_and_all_names_are_there(
         plugin.register()
     line += ["--whiflash-untested-sglang", "on"]
     plugin.register()
-    hooks.require_names()
+    command_line.require_names()
     assert "not tested with SGLang 9.9.9" in caplog.text
     gone = f"{patching.HEAVY[0]}:gone"  # a tested release is not asked for it at a start
     monkeypatch.setattr(patching, "PRIVATE_NAMES", {gone: ()})
     with pytest.raises(patching.IncompatibleEngineError, match=f"{gone}: missing"):
-        hooks.require_names()
+        command_line.require_names()
 
 
 def test_a_name_is_looked_for_behind_what_stands_in_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

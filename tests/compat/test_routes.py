@@ -16,8 +16,8 @@ from sglang.srt.entrypoints import http_server
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.copying.tenants import parse_forget
-from whiflash_sglang.engine.http import routes
 from whiflash_sglang.files.hosts import SilentReplicaError
+from whiflash_sglang.http import routes
 from whiflash_sglang.settings.config import Flags, resolve
 
 STEERING = ("/whiflash/policy", "/whiflash/forget")

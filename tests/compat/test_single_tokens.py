@@ -15,7 +15,7 @@ import pytest
 from tiny_models import save_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from whiflash_sglang.engine.http.pieces import Cutter, Detokenizer
+from whiflash_sglang.http.cut_streams import Cutter, Detokenizer
 
 HERMES = (
     '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln 東京", "days": 3}}\n</tool_call>\n'

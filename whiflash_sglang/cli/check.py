@@ -32,7 +32,7 @@ def findings() -> list[Finding]:
     """Check versions, that all modules import, SGLang's private names, the plugin's registration, and the platform."""
     import platform
 
-    from whiflash_sglang.engine import hooks
+    from whiflash_sglang.engine import patches
     from whiflash_sglang.engine.patching import check_registration, replaced_names, verify_names
 
     results = [Finding("python", True, platform.python_version())]
@@ -41,7 +41,7 @@ def findings() -> list[Finding]:
             results.append(Finding(package, True, version(package)))
         except PackageNotFoundError:
             results.append(Finding(package, False, "not installed"))
-    results += hooks.missing()
+    results += patches.missing()
     results += verify_names()
     results.append(check_registration())
     results += [Finding(name, True, "replaced by this package") for name in replaced_names()]

@@ -10,7 +10,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from whiflash_sglang.checkpoints.fit import TargetShape, block_size_of, check_drafters, read_layers
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.engine import hooks
+from whiflash_sglang.engine import patching
 from whiflash_sglang.engine.carried import ALGORITHM, asks_for_ours, settings_of
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.settings.config import Settings
@@ -113,5 +113,31 @@ def register(worker: Callable[[], type]) -> None:
     )
     def worker_class(server_args: Any) -> type:
         # This is our first code that a scheduler calls, before it builds anything that a patch changes.
-        hooks.in_scheduler()
+        patch_scheduler()
         return worker()
+
+
+def patch_scheduler() -> None:
+    """Install the patches that the worker needs in its scheduler's process. Idempotent.
+
+    Raises:
+        IncompatibleEngineError: a private name is missing or has changed.
+    """
+    patching.require_names()
+    from whiflash_sglang.engine.forward import flash_backend, lora, target, triton_backend
+    from whiflash_sglang.engine.scheduler import (
+        disaggregation,
+        hicache,
+        kv_budget,
+        radix,
+        releases,
+        scores,
+        stops,
+        subclass,
+    )
+
+    patching.install(
+        disaggregation, hicache, lora, kv_budget, radix, releases, scores, stops, subclass, target
+    )
+    triton_backend.install()
+    flash_backend.install()

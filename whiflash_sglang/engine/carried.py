@@ -8,7 +8,7 @@ ALGORITHM = "WHIFLASH"
 META_KEY = "whiflash"
 """Key of an answer's `meta_info` that carries its trace."""
 
-APP_PATH, WORKER_APP = "SGLANG_HTTP_SERVER_APP_PATH", "whiflash_sglang.engine.http_worker:app"
+APP_PATH, WORKER_APP = "SGLANG_HTTP_SERVER_APP_PATH", "whiflash_sglang.http.tokenizer_worker:app"
 """Environment variable that names the application of SGLang's tokenizer workers, and the name of ours."""
 
 

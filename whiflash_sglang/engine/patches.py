@@ -2,14 +2,18 @@
 
 import ast
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import walk_packages
 from typing import NamedTuple
 
-from whiflash_sglang.engine.patching import first_sentence
+from whiflash_sglang.engine.patching import Finding, first_sentence
 
-ROOT = Path(__file__).parent
+PACKAGE = "whiflash_sglang"
+ROOMS = tuple(Path(__file__).parents[1] / room for room in ("engine", "http"))
+"""Folders of this package whose modules replace or import SGLang's names."""
 BESIDE = "whiflash.names"
 """Group of entry points that names modules of other distributions which replace or import SGLang's names."""
 
@@ -56,6 +60,21 @@ def _trees() -> Iterator[tuple[str, ast.Module]]:
     packages = {one.value.partition(".")[0] for one in entry_points(group=BESIDE)}
     specs = (find_spec(name) for name in sorted(packages))
     beside = (Path(spec.origin).parent for spec in specs if spec is not None and spec.origin)
-    for root in (ROOT, *beside):
+    for root in (*ROOMS, *beside):
         for path in sorted(root.rglob("*.py")):
             yield path.relative_to(root.parent).as_posix(), ast.parse(path.read_text("utf-8"))
+
+
+def missing() -> list[Finding]:
+    """Import all modules of our rooms that patch SGLang, and those that other distributions name (`BESIDE`), so
+    that the table has all their  Returns a finding for each module that cannot be imported."""
+    found = []
+    ours = [module.name for room in ROOMS for module in walk_packages([str(room)], f"{PACKAGE}.{room.name}.")]
+    for name in (*ours, *(one.value for one in entry_points(group=BESIDE))):
+        if name.endswith(".tokenizer_worker"):  # its import reads a launcher's shared memory
+            continue
+        try:
+            import_module(name)
+        except Exception as error:  # an import may fail in any way; all of them mean "does not fit"
+            found.append(Finding(name, False, f"does not import ({error})"))
+    return found

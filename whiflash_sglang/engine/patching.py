@@ -170,7 +170,7 @@ def replaced_names() -> tuple[str, ...]:
 
 def verify_names(*, heavy: bool = True) -> list[Finding]:
     """Check SGLang's version and every name that is used. If `heavy`, also those of the HTTP process and of the patches
-    that have been entered so far (`hooks.missing` enters all). Never raises."""
+    that have been entered so far (`patches.missing` enters all). Never raises."""
     names = dict(PRIVATE_NAMES)
     if heavy:
         names |= {patch.path: patch.params for patch in PATCHES.values()}

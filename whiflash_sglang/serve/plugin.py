@@ -2,7 +2,7 @@
 
 SGLang calls it in every process of every server, whatever algorithm that uses. So it only adds names: the algorithm to
 SGLang's registry and the flags to its command line. Functions of SGLang are replaced only if the arguments ask for
-WHIFLASH (:mod:`whiflash_sglang.engine.hooks`).
+WHIFLASH (:mod:`whiflash_sglang.http.command_line`, `algorithm.patch_scheduler`).
 
 SGLang logs a failing plugin and starts without it. So with another version of SGLang nothing is registered, and a
 command line that asks for WHIFLASH ends at once, unless it has `--whiflash-untested-sglang on`.
@@ -43,7 +43,8 @@ def register() -> None:
         logger.warning("WHIFLASH is not available: %s", error)
         return
     _check_command_line()
-    from whiflash_sglang.engine import algorithm, command_line
+    from whiflash_sglang.engine import algorithm
+    from whiflash_sglang.http import command_line
 
     algorithm.register(_worker)
     command_line.offer()

@@ -12,7 +12,7 @@ from whiflash_sglang.spans.hints import TOOLS_KEY, HintError, RequestHints, pars
 
 def validate_custom_params(custom_params: object) -> RequestHints:
     """Parse the hints (`parse_hints`), and refuse the keys that only the server may write. The types of SGLang's
-    scheduler check other values when the request is admitted (`engine/http/admission.py`).
+    scheduler check other values when the request is admitted (`http/admission.py`).
 
     Raises: HintError, and nothing else, naming the field that is wrong.
     """

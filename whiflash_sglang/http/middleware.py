@@ -2,7 +2,7 @@
 
 SGLang's models drop fields that they do not know, and its answers have no place for ours. So the middleware reads our
 fields of a body before the route does, and refuses wrong ones in the route's own form of an error.
-`TokenizerManager.generate_request` takes them up (`routes`), and `answers` adds to the answer that the route sends.
+`TokenizerManager.generate_request` takes them up (`routes`), and `writer` adds to the answer that the route sends.
 Requests without our fields and their answers stay SGLang's own, and so do servers without WHIFLASH.
 """
 
@@ -18,10 +18,10 @@ from sglang.srt.utils import auth
 from starlette.middleware import Middleware
 
 from whiflash_sglang.engine.carried import asks_for_ours, settings_of
-from whiflash_sglang.engine.http import answers
-from whiflash_sglang.engine.http.callers import CALLER, NOBODY, caller_of
-from whiflash_sglang.engine.http.requests import CURRENT, Call, Form, read
 from whiflash_sglang.engine.launch.keys import without_keys
+from whiflash_sglang.http import writer
+from whiflash_sglang.http.callers import CALLER, NOBODY, caller_of
+from whiflash_sglang.http.reader import CURRENT, Call, Form, read
 from whiflash_sglang.spans.hints import HintError
 
 Message = MutableMapping[str, Any]
@@ -41,7 +41,7 @@ OLLAMA = (
     os.environ.get("SGLANG_OLLAMA_CHAT_ROUTE", "/api/chat"),
     os.environ.get("SGLANG_OLLAMA_GENERATE_ROUTE", "/api/generate"),
 )
-"""Routes without fields of ours. They turn an error of `requests.take_up` into a 500, or a stream into a broken one."""
+"""Routes without fields of ours. They turn an error of `reader.take_up` into a 500, or a stream into a broken one."""
 PROBES = ("/health", "/health_generate")
 """Routes on which the server asks itself for a token."""
 INFO = ("/server_info", "/get_server_info")
@@ -57,7 +57,7 @@ def install() -> None:
 
 
 class OurFields:
-    """Reads our fields of a request before its route does, and has `answers` extend what the route sends."""
+    """Reads our fields of a request before its route does, and has `writer` extend what the route sends."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -85,14 +85,14 @@ class OurFields:
         form = FORMS.get(path) if writes else None
         try:
             caller = caller_of(scope.get("headers", ()), is_probe=path in PROBES)
-            # Warm-ups come from SGLang itself. `requests.take_up` checks the requests of other routes.
+            # Warm-ups come from SGLang itself. `reader.take_up` checks the requests of other routes.
             is_read = form is not None or (writes and path in OLLAMA)
             if is_read and manager.server_status != ServerStatus.Starting:
                 caller.check_tenant(trusted=settings_of(manager.server_args).trust_tenant_header)
             CALLER.set(caller)
             if form is None:
                 if path in INFO:
-                    send = answers.rewriting(send, lambda info: without_keys(info, manager.server_args))
+                    send = writer.rewriting(send, lambda info: without_keys(info, manager.server_args))
             elif form == "native":
                 CURRENT.set(Call(form))
             else:
@@ -100,7 +100,7 @@ class OurFields:
                 call = await read(form, body, manager)
                 del body  # the call keeps what is needed of it while the answer is written
                 CURRENT.set(call)
-                send = answers.extending(call, send)
+                send = writer.extending(call, send)
         except HintError as error:
             await _refusal(form, error)(scope, receive, send)
             return

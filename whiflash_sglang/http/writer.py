@@ -13,10 +13,10 @@ from typing import Any
 from sglang.srt.entrypoints.openai.protocol import ResponsesResponse
 
 from whiflash_sglang.engine.carried import META_KEY
-from whiflash_sglang.engine.http import traces
-from whiflash_sglang.engine.http.requests import CURRENT, Call
 from whiflash_sglang.engine.patching import around
 from whiflash_sglang.engine.scheduler import figures
+from whiflash_sglang.http import traces
+from whiflash_sglang.http.reader import CURRENT, Call
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]

@@ -21,8 +21,8 @@ from sglang.srt.managers.tokenizer_manager import _INCREMENTAL_STREAMING_META_IN
 from sglang.srt.runtime_context import get_serving
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from whiflash_sglang.engine.http.requests import Call, as_chat, of_choice, parameters_of
 from whiflash_sglang.engine.supported import has
+from whiflash_sglang.http.reader import Call, as_chat, of_choice, parameters_of
 
 _CONTEXT_TOKENS, _CONTEXT_CHARACTERS = 5, 32
 _COUNTS = (

@@ -20,7 +20,7 @@ from whiflash_sdk.hints import INFERRED_KEY, WIRE_KEY, Span
 from whiflash_sdk.presets import likely_spans
 
 from whiflash_sglang.engine.carried import settings_of
-from whiflash_sglang.engine.http.callers import CALLER
+from whiflash_sglang.http.callers import CALLER
 from whiflash_sglang.spans.carrier import add_hints, validate_custom_params
 from whiflash_sglang.spans.forced import check_forced
 from whiflash_sglang.spans.hints import CARRIED_PREDICTION, TOOLS_KEY, HintError, RequestHints

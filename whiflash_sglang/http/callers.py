@@ -1,6 +1,6 @@
 """Read the headers that name a sender: `X-WhiFlash-Agent` and, if an operator trusts it, `X-WhiFlash-Tenant`.
 
-A gateway sets them for clients in any language. The tenant goes into SGLang's internal request (`requests.take_up`),
+A gateway sets them for clients in any language. The tenant goes into SGLang's internal request (`reader.take_up`),
 which every route makes, so it does not depend on the form or encoding of a body, or on the HTTP method.
 """
 

@@ -1,9 +1,11 @@
-"""Add our flags to SGLang's own command lines and to `Engine(...)`.
+"""Add our flags to SGLang's own command lines and to `Engine(...)`, and patch the process that reads them for WHIFLASH.
 
 The settings are kept in `server_args._whiflash`: SGLang pickles underscore attributes to its child processes.
 """
 
 import argparse
+import logging
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,12 +13,15 @@ from typing import Any
 
 from whiflash_sglang.checkpoints import hub
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.engine import hooks, patching
-from whiflash_sglang.engine.carried import ALGORITHM
+from whiflash_sglang.engine import patches, patching
+from whiflash_sglang.engine.carried import ALGORITHM, APP_PATH, WORKER_APP
 from whiflash_sglang.engine.patching import around
+from whiflash_sglang.engine.supported import SUPPORTED, installed
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.settings.config import Flags, flag_of, parse_flags, resolve
 from whiflash_sglang.settings.flags import flags
+
+logger = logging.getLogger(__name__)
 
 
 def offer() -> None:
@@ -68,7 +73,7 @@ def _read_flags(original: Any, cls: Any, args: argparse.Namespace) -> Any:
     except WhiflashError as error:
         raise SystemExit(f"whiflash: error: {error}") from None
     server_args._whiflash_from_command_line = True
-    hooks.in_launcher(server_args)
+    patch_launcher(server_args)
     return server_args
 
 
@@ -86,12 +91,34 @@ def _engine_arguments(original: Any) -> Any:
         server_args = original(**kwargs)
         if _wanted(server_args):
             attach(server_args, given)
-            hooks.in_engine()
+            _patch_engine()
         else:
             _require_nothing(given)
         return server_args
 
     return staticmethod(build)
+
+
+def patch_launcher(server_args: Any) -> None:
+    """Install validation, traces, routes and the redaction of keys in the process that serves HTTP. Idempotent.
+    Several tokenizer workers serve HTTP from processes that SGLang starts with our module (`tokenizer_worker`).
+    """
+    from whiflash_sglang.engine.launch import arguments, keys
+    from whiflash_sglang.http import routes
+
+    patching.install(arguments, keys)
+    routes.install()
+    if server_args.tokenizer_worker_num > 1:
+        os.environ.setdefault(APP_PATH, WORKER_APP)
+
+
+def _patch_engine() -> None:
+    """Install checks of requests, figures and traces in the process that holds an `Engine`. Idempotent."""
+    from whiflash_sglang.engine.launch import arguments
+    from whiflash_sglang.engine.scheduler import figures
+    from whiflash_sglang.http import admission, recordings
+
+    patching.install(arguments, admission, figures, recordings)
 
 
 def _wanted(server_args: Any) -> bool:
@@ -106,6 +133,24 @@ def _require_nothing(given: dict[str, Any]) -> None:
             )
 
 
+def require_names() -> None:
+    """Check SGLang's names at a launch. A release that was not tested must have all names that any process uses.
+
+    Raises:
+        IncompatibleEngineError: a private name is missing or has changed.
+    """
+    if installed() in SUPPORTED:
+        patching.require_names()
+        return
+    for finding in (*patches.missing(), *patching.verify_names()):
+        patching.require(finding)
+    logger.warning(
+        "WHIFLASH was not tested with SGLang %s, which has all names that it uses: compare answers with plain "
+        "decoding's before others use them (whiflash check --echo)",
+        installed(),
+    )
+
+
 def attach(server_args: Any, given: dict[str, Any]) -> None:
     """Resolve the flags and set them on `server_args`, before SGLang's own resolution reads the draft path.
 
@@ -113,7 +158,7 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
         ConfigError: naming the flag or the file.
         IncompatibleEngineError: a private name of SGLang is missing or has changed.
     """
-    hooks.require_names()
+    require_names()
     from whiflash_sglang.checkpoints.fit import target_mtp
     from whiflash_sglang.engine.launch.arguments import choose
 

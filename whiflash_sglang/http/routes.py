@@ -1,4 +1,4 @@
-"""Add WHIFLASH's routes to SGLang's HTTP process. `requests` reads hints, `traces` completes traces."""
+"""Add WHIFLASH's routes to SGLang's HTTP process. `reader` reads hints, `traces` completes traces."""
 
 import asyncio
 import contextlib
@@ -18,16 +18,6 @@ from whiflash_sglang import __version__
 from whiflash_sglang.copying.tenants import parse_forget
 from whiflash_sglang.engine import patching
 from whiflash_sglang.engine.carried import asks_for_ours, replace_settings, settings_of
-from whiflash_sglang.engine.http import (
-    admission,
-    answers,
-    callers,
-    middleware,
-    pieces,
-    recordings,
-    requests,
-    traces,
-)
 from whiflash_sglang.engine.launch.refusals import storage_refusal
 from whiflash_sglang.engine.patching import around
 from whiflash_sglang.engine.scheduler import figures
@@ -35,6 +25,16 @@ from whiflash_sglang.engine.scheduler.control import change_request, encode, enc
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.hosts import SilentReplicaError, together
 from whiflash_sglang.files.jsonl import read_json
+from whiflash_sglang.http import (
+    admission,
+    callers,
+    cut_streams,
+    middleware,
+    reader,
+    recordings,
+    traces,
+    writer,
+)
 from whiflash_sglang.settings.config import PolicyChange, changed
 from whiflash_sglang.telemetry.samples import forget_samples
 
@@ -43,9 +43,9 @@ logger = logging.getLogger("whiflash_sglang")
 
 def install() -> None:
     """Install patches, middleware and routes in a process that serves HTTP (launcher, tokenizer worker). Idempotent."""
-    answers.allow_extensions()
+    writer.allow_extensions()
     callers.drop_trailers()
-    patching.install(admission, answers, figures, recordings, sys.modules[__name__])
+    patching.install(admission, figures, recordings, sys.modules[__name__], writer)
     middleware.install()
     known = {getattr(route, "path", None) for route in http_server.app.routes}
     if "/whiflash/capabilities" not in known:
@@ -68,13 +68,13 @@ def install() -> None:
 )
 async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
     """Check and take up hints, follow answers for traces, and cut streams into the outputs of plain decoding."""
-    outputs, call = original(self, obj, request), requests.CURRENT.get()
+    outputs, call = original(self, obj, request), reader.CURRENT.get()
     if asks_for_ours(self.server_args):
-        asked = await requests.take_up(self, obj, call)
+        asked = await reader.take_up(self, obj, call)
         admission.check_given(obj, native=call is not None and call.form == "native")
         outputs = traces.followed(self, obj, call, asked, outputs)
-        if pieces.are_read_one_by_one(self, obj, call):
-            outputs = pieces.as_plain(self, obj, outputs)
+        if cut_streams.are_read_one_by_one(self, obj, call):
+            outputs = cut_streams.as_plain(self, obj, outputs)
     async for output in outputs:
         yield output
 

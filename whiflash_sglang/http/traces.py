@@ -11,7 +11,7 @@ from typing import Any
 
 from whiflash_sglang.copying.predicted import Prediction
 from whiflash_sglang.engine.carried import META_KEY
-from whiflash_sglang.engine.http.requests import Asked, Call, of_choice, parameters_of
+from whiflash_sglang.http.reader import Asked, Call, of_choice, parameters_of
 from whiflash_sglang.spans.vocabulary import Vocabulary, vocabulary_of
 from whiflash_sglang.telemetry.trace import pieces_of, place
 
@@ -22,7 +22,7 @@ def followed(
     manager: Any, obj: Any, call: Call | None, asked: list[Asked], outputs: AsyncIterator[Any]
 ) -> AsyncIterator[Any]:
     """Return the outputs of a request; SGLang's own iterator if it asked for no trace and sent no prediction. A trace
-    gets the index of its choice. It stays in a native request's output; for other calls `answers` sends it.
+    gets the index of its choice. It stays in a native request's output; for other calls `writer` sends it.
     """
     if all(one.hints.trace is None and one.prediction is None for one in asked):
         return outputs
