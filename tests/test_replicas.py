@@ -13,7 +13,7 @@ def state(replica: int | None, rounds: int) -> dict[str, Any]:
         "arms": ["ar", "lookup"],
         "rounds": rounds,
         "draft_seconds": rounds / 2,
-        "lookup": {"tenants": 1, "held": {"both": {"tokens": 1}, f"of {replica}": {"tokens": 2}}},
+        "work": {"tenants": 1, "held": {"both": {"tokens": 1}, f"of {replica}": {"tokens": 2}}},
         "costs": {"verify": rounds / 100, "draft": {"ar": 0.5}},
         "replica": replica,
     }
@@ -32,7 +32,7 @@ def test_replicas_are_told_apart_and_added_up() -> None:
         3.5,
     )
     held = {"of 0": {"tokens": 2}, "both": {"tokens": 2}, "of 1": {"tokens": 2}}
-    assert found["lookup"] == {"tenants": 2, "held": held}
+    assert found["work"] == {"tenants": 2, "held": held}
     assert found["costs"] == {"verify": 0.035, "draft": {"ar": 0.5}}
     assert [(own["replica"], own["rounds"]) for own in found["replicas"]] == [(0, 3), (1, 4)]
     assert "replica" not in found

@@ -60,7 +60,7 @@ def wrap(client: ClientT, **settings: Unpack[ClientSettings]) -> ClientT:
     agent: name of the agent that uses this client, or a function that returns it at every call; `hints` here, blocks
         and calls that name one win. The adapters' models ask their framework.
     tenant: owner of the answers' text, sent as SGLang's `cache_salt` with requests that have none, to a server that
-        routes. Cached prompts, and what is learned of how well copies fit, are shared under one salt only.
+        routes. Cached prompts are shared under one salt only.
 
     `WHIFLASH_SDK_DISABLE=1` in the environment, read here, is `capabilities=False` in any case.
 

@@ -108,8 +108,7 @@ class Hints(_Hint):
     off: decode without drafting.
     infer: without spans, let the SDK and the server infer them from the request.
     trace: ask for the routing trace. True is "summary", sums by drafter; "full" has the stretches.
-    lookup: whether text is copied: `on` (how well copies fit is learned for the same cache salt), `context` (it is
-        learned within the request only), `off`.
+    lookup: whether text is copied: `on`, `off`, or `context`, which is `on` for a request that no learner keeps.
     agent: name of the agent, 1 to 64 characters, by which reports count.
     learn: false keeps the request from a server that trains its drafters on what it serves.
     """

@@ -1,20 +1,17 @@
-"""A tenant's proposals are those that it would get alone, whatever others copy between its rounds."""
+"""Requests share how well copies fit, and no text: a proposal is what its request would get alone, cut elsewhere."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whiflash_sglang.arms.lookup import LookupArm
 from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.copying.calibration import Agreement, MatchCalibration, PerTenant
-from whiflash_sglang.copying.tenants import Tenant, handle_of, tenant_of
 from whiflash_sglang.device.transfers import EXACT
-from whiflash_sglang.drafts.candidates import NOTHING
+from whiflash_sglang.drafts.candidates import NOTHING, Candidate, common_prefix
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.request import Request
-from whiflash_sglang.spans.hints import RequestHints
 
 WIDTH = 24
 
@@ -25,138 +22,73 @@ def arm() -> LookupArm:
 
 @dataclass
 class Client:
-    """One tenant's requests, one at a time."""
+    """Requests, one at a time."""
 
     arm: LookupArm
-    tenant: Tenant | None
-    scope: str = "on"
     text: list[int] | None = None
     request: Request = field(default_factory=lambda: Request("r"))
-    seen: list[tuple[float, list[int]]] = field(default_factory=list)
+    seen: list[Candidate] = field(default_factory=list)
 
     def say(self, tokens: Sequence[int]) -> None:
         """A round that commits `tokens`, or the prompt of a new request; then a proposal. Nothing: the request ends."""
         if not tokens:
-            if self.text is not None:
-                self.arm.end(self.request)
             self.text = None
             return
         if self.text is None:
-            self.text = []
-            hints = RequestHints(lookup=self.scope)  # type: ignore[arg-type]
-            self.request = Request("r", hints, tenant=self.tenant)
+            self.text, self.request = [], Request("r")
             self.arm.begin(self.request)
         self.text += tokens
         text = self.text
-        said = self.arm.propose(self.request, len(text), lambda start: text[start:], FULL_LENGTH) or NOTHING
-        self.seen.append((said.outlook().length, list(said.tokens)))
+        said = self.arm.propose(self.request, len(text), lambda start: text[start:], FULL_LENGTH)
+        self.seen.append(said or NOTHING)
 
 
-def proposals(
-    mine: Iterable[Sequence[int]], between: Iterable[Sequence[Sequence[int]]], other: Client
-) -> list[object]:
-    client = Client(other.arm, tenant_of(None, "mine"))
+def proposals(mine: Iterable[Sequence[int]], between: Iterable[Sequence[Sequence[int]]]) -> list[Candidate]:
+    client, other = (Client(shared) for shared in [arm()] * 2)
     for tokens, others in zip(mine, between, strict=True):
         for theirs in others:
             other.say(theirs)
         client.say(tokens)
-    return list(client.seen)
+    return client.seen
 
 
 rounds = st.lists(st.integers(1, 4), max_size=12)
 script = st.lists(st.tuples(rounds, st.lists(rounds, max_size=4)), min_size=1, max_size=25)
-ALWAYS_RIGHT = [([1, 2, 3, 4] * 3, [[9, 8, 7] * 20] * 8)] * 6
 
 
 @settings(deadline=None, max_examples=150)
-@given(script, st.sampled_from([None, "theirs"]), st.sampled_from(["on", "context", "off"]))
-@example(ALWAYS_RIGHT, "theirs", "on")
-@example(ALWAYS_RIGHT, None, "on")
-def test_a_tenants_proposals_are_those_it_gets_alone(
-    script: list[tuple[list[int], list[list[int]]]], salt: str | None, scope: str
+@given(script)
+def test_others_move_where_a_proposal_is_cut_and_nothing_else(
+    script: list[tuple[list[int], list[list[int]]]],
 ) -> None:
-    mine = [own for own, _ in script]
-    alone = proposals(mine, [()] * len(mine), Client(arm(), None))
-    other = Client(arm(), tenant_of(None, salt), scope)
-    beside = proposals(mine, [others for _, others in script], other)
-    assert beside == alone
+    mine, between = zip(*script, strict=True)
+    for alone, beside in zip(proposals(mine, [()] * len(mine)), proposals(mine, between), strict=True):
+        shared = common_prefix(alone.tokens, beside.tokens)
+        assert shared == min(len(alone.tokens), len(beside.tokens))
+        assert (shared > 0) == bool(alone.tokens) == bool(beside.tokens)
 
 
-def test_requests_without_a_key_learn_together_and_from_no_tenant() -> None:
-    server = arm()
-    first, second, keyed = (Client(server, tenant) for tenant in (None, None, tenant_of(None, "a")))
-    text = [1, 2, 3, 4] * 30
-    for client in (keyed, first, second):
-        client.say(text[:8])
-        for at in range(8, 100, 4):
+def test_what_copied_well_for_one_is_believed_of_the_next_until_it_is_forgotten() -> None:
+    server, text = arm(), [1, 2, 3, 4] * 30
+    clients = [Client(server) for _ in range(3)]
+    for number, client in enumerate(clients):
+        if number == 2:
+            server.forget()
+        for at in range(0, 100, 4):
             client.say(text[at : at + 4])
-        client.say([])
-    assert first.seen == keyed.seen, "each began with the seed"
-    assert second.seen[0] > first.seen[0], "what copied well for one is believed of the next"
-
-
-def test_a_request_that_keeps_nothing_leaves_no_chances() -> None:
-    server = arm()
-    tenant = tenant_of(None, "a")
-    private, alone = Client(server, tenant, "context"), Client(arm(), tenant)
-    for _ in range(5):
-        private.say([1, 2, 3] * 10)
-    after = Client(server, tenant)
-    for client in (after, alone):
-        client.say([1, 2, 3] * 10)
-    assert after.seen == alone.seen
-
-
-def test_forgetting_a_tenant_forgets_what_its_text_taught() -> None:
-    tenants = [tenant_of(None, name) or b"" for name in "ab"]
-    book = PerTenant(MatchCalibration)
-    for tenant in (*tenants, None):
-        book.of(tenant).observe(3, Agreement.ALONE, True)
-    running = book.of(tenants[0])
-    book.forget(handle_of(tenants[0]))
-    running.observe(3, Agreement.ALONE, True)
-    chances = [book.of(tenant).chance(3, Agreement.ALONE) for tenant in (*tenants, None)]
-    assert chances[0] == 0.5 < chances[1] == chances[2]
-    book.forget()
-    assert [book.of(tenant).chance(3, Agreement.ALONE) for tenant in (*tenants, None)] == [0.5] * 3
-
-
-def test_who_runs_while_its_tenant_is_forgotten_leaves_and_teaches_nothing() -> None:
-    server, tenant = arm(), tenant_of(None, "a") or b""
-    for handle in (handle_of(tenant), None):
-        running = Client(server, tenant)
-        running.say([1, 2, 3] * 3)
-        server.forget(handle, [running.request])
-        for _ in range(3):
-            running.say([1, 2, 3])
-        running.say([])
-        assert server.snapshot([])["tenants"] == 0
-        after, alone = Client(server, tenant), Client(arm(), tenant)
-        for client in (after, alone):
-            client.say([1, 2, 3] * 10)
-        assert after.seen == alone.seen
-
-
-def test_tenants_are_bounded_and_the_least_recent_one_begins_again() -> None:
-    book = PerTenant(MatchCalibration, limit=2)
-    for name in ("a", "b", "a", "c"):
-        book.of(tenant_of(None, name)).observe(3, Agreement.ALONE, True)
-    assert len(book) == 2
-    assert book.of(tenant_of(None, "a")).chance(3, Agreement.ALONE) > 0.6
-    assert book.of(tenant_of(None, "b")).chance(3, Agreement.ALONE) == 0.5
+    first, second, third = [client.seen[2].outlook().length for client in clients]
+    assert second > first
+    assert third == first
 
 
 def test_it_learns_from_rounds_that_others_draft() -> None:
     """Nothing of it is ever verified; what it would have proposed is compared with what was committed."""
 
     def looks(text: list[int]) -> list[float]:
-        own = arm()
-        request = Request("r", tenant=tenant_of(None, "a"))
-        own.begin(request)
-        found = [
-            (own.propose(request, at, lambda start, at=at: text[start:at], FULL_LENGTH) or NOTHING).outlook()  # type: ignore[misc]
-            for at in range(8, 100, 2)
-        ]
+        client = Client(arm())
+        for at in range(0, 100, 2):
+            client.say(text[at : at + 2])
+        found = [said.outlook() for said in client.seen[4:]]
         assert all(1 <= look.length <= look.rows <= 1 + WIDTH for look in found)
         return [look.length for look in found]
 

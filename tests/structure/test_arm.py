@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 from structure_grammars import KEYS, PROMPT, Grammars, Told
-from whiflash_sdk.hints import LookupScope, Span
+from whiflash_sdk.hints import Span
 
 from whiflash_sglang.arms.structure import LOOKS, StructureArm, _Look
 from whiflash_sglang.checkpoints.manifest import Structure
-from whiflash_sglang.copying.tenants import handle_of, tenant_of
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.request import Request
@@ -19,7 +18,6 @@ from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.tools import MOST_FUNCTIONS, carried_tools
 
 CALLS = (Span(kind="tool_call", begin="<tool_call>", end="</tool_call>"),)
-MINE, THEIRS = tenant_of(None, "mine") or b"", tenant_of(None, "theirs") or b""
 
 
 def outlook(said: Candidate | None) -> float:
@@ -33,15 +31,11 @@ def arm(vocabulary: Vocabulary) -> StructureArm:
 
 
 def begun(
-    arm: StructureArm,
-    hints: RequestHints | None = None,
-    tenant: Any = None,
-    grammar: Any = None,
-    prompt: Sequence[int] = PROMPT,
+    arm: StructureArm, hints: RequestHints | None = None, grammar: Any = None, prompt: Sequence[int] = PROMPT
 ) -> Request:
     """A request that has begun."""
     hints = hints or RequestHints()
-    request = Request("r", hints, tenant=tenant, grammar=grammar, read=lambda: prompt)
+    request = Request("r", hints, grammar=grammar, read=lambda: prompt)
     arm.begin(request)
     return request
 
@@ -50,9 +44,9 @@ def begun(
 def play(arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary) -> Any:
     """Requests that are written one token a round by somebody else, the arm looking on; what it expected at first."""
 
-    def write(tenant: Any, lookup: LookupScope = "on") -> float:
+    def write() -> float:
         told = Told(grammars)
-        request = begun(arm, RequestHints(lookup=lookup), tenant, told)
+        request = begun(arm, grammar=told)
         document = told.matcher(vocabulary).forced()
         tokens = vocabulary.encode(document)
         told.tell(tokens[:1])
@@ -66,25 +60,14 @@ def play(arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary) -> Any:
     return write
 
 
-def test_it_learns_from_what_others_draft(play: Any) -> None:
-    first = play(MINE)
+def test_it_learns_from_what_others_draft(arm: StructureArm, play: Any) -> None:
+    first = play()
     assert first > 5
     for _ in range(30):
-        last = play(MINE)
+        last = play()
     assert last > first
-
-
-def test_what_one_tenant_teaches_no_other_is_proposed(arm: StructureArm, play: Any) -> None:
-    first = play(MINE)
-    for tenant, lookup in ((THEIRS, "on"), (None, "on"), (MINE, "context"), (MINE, "off")):
-        for _ in range(20):
-            play(tenant, lookup)
-    second = play(MINE)
-    arm.forget(None, ())
-    assert play(MINE) == first
-    assert second == play(MINE), "as after one request of its own"
-    arm.forget(handle_of(MINE), ())
-    assert play(MINE) == first
+    arm.forget()
+    assert play() == first
 
 
 def test_a_request_that_it_does_not_serve_gets_nothing(arm: StructureArm) -> None:
@@ -99,7 +82,7 @@ def test_what_is_said_while_rounds_are_under_way_follows_what_is_known(
 ) -> None:
     """Their tokens are missing in the history: where it ends is told with what is forced there."""
     told = Told(grammars)
-    request = begun(arm, None, MINE, told)
+    request = begun(arm, grammar=told)
     told.tell(vocabulary.encode(told.matcher(vocabulary).forced())[:1])
     now = arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH) or NOTHING
     late = arm.propose(request, len(told.text) + 2, told.history, FULL_LENGTH, 8) or NOTHING
@@ -113,8 +96,8 @@ def test_a_late_candidate_is_cut_by_the_chance_after_the_rows_under_way(
 ) -> None:
     """Each token has nine chances in ten, and a row must bring 0.72: three pay after those under way."""
     told, dear = Told(grammars), FULL_LENGTH._replace(row=0.72)
-    request = begun(arm, None, MINE, told)
-    monkeypatch.setattr(request.kept[arm.arm].chances, "of", lambda _: 0.9)
+    request = begun(arm, grammar=told)
+    monkeypatch.setattr(arm._chances, "of", lambda _: 0.9)
     told.tell(vocabulary.encode(told.matcher(vocabulary).forced())[:1])
     for under_way in (0, 1, 4):
         said = arm.propose(request, len(told.text) - 1, told.history, dear, under_way) or NOTHING
@@ -127,7 +110,7 @@ def test_a_late_candidate_is_cut_by_the_chance_after_the_rows_under_way(
 
 
 def test_a_wrong_token_lowers_its_kind_alone(arm: StructureArm) -> None:
-    chances = arm._chances.of(MINE)
+    chances = arm._chances
     before = [chances.of(kind) for kind in Kind]
     for _ in range(5):
         chances.observe(Kind.EDGE, right=False)
@@ -140,10 +123,10 @@ def test_what_drafts_are_taken_from_is_the_grammar_where_there_is_one(
 ) -> None:
     tools = RequestHints(tools=carried_tools([("find", {"description": "x"})], "hermes") or "")
     told, written = Told(grammars), [*PROMPT, *vocabulary.encode("<tool_call>")]
-    alone = begun(arm, RequestHints(tools=tools.tools, spans=CALLS), MINE)
+    alone = begun(arm, RequestHints(tools=tools.tools, spans=CALLS))
     arm.propose(alone, len(PROMPT), lambda start: written[: len(PROMPT) + 1][start:], FULL_LENGTH)
     for request, text, source in (
-        (begun(arm, tools, MINE, told), list(PROMPT), "grammar"),
+        (begun(arm, tools, told), list(PROMPT), "grammar"),
         (alone, written, "tools"),
     ):
         said = arm.propose(request, len(text) - 1, lambda start, text=text: text[start:], FULL_LENGTH)  # type: ignore[misc]
@@ -152,12 +135,12 @@ def test_what_drafts_are_taken_from_is_the_grammar_where_there_is_one(
 
 
 def test_where_calls_are_rare_none_is_guessed(arm: StructureArm, vocabulary: Vocabulary) -> None:
-    """That one begins is believed as often as it was true, of every tenant by itself."""
+    """That one begins is believed as often as it was true."""
     tools = carried_tools([("find", {"properties": {"city": {}}, "required": ["city"]})], "hermes") or ""
     hints = RequestHints(tools=tools, spans=(*CALLS, Span(kind="reasoning", begin="<think>", end="</think>")))
 
-    def answer(tenant: Any, text: str) -> float:
-        request = begun(arm, hints, tenant)
+    def answer(text: str) -> float:
+        request = begun(arm, hints)
         written = [*PROMPT, *vocabulary.encode("<think>So</think>\n\n")]
         arm.propose(request, len(PROMPT), lambda start: written[: len(PROMPT) + 1][start:], worth)
         expected = outlook(arm.propose(request, len(written) - 1, lambda start: written[start:], worth))
@@ -167,39 +150,33 @@ def test_where_calls_are_rare_none_is_guessed(arm: StructureArm, vocabulary: Voc
         return expected
 
     worth = FULL_LENGTH._replace(row=0.05)
-    assert answer(MINE, "No.") > 1
+    assert answer("No.") > 1
     for _ in range(100):
-        answer(MINE, "No.")
-    assert answer(MINE, "<tool_call>") == 1, "rows are verified that nobody needs"
-    assert answer(THEIRS, "No.") > 1
+        answer("No.")
+    assert answer("<tool_call>") == 1, "rows are verified that nobody needs"
     for _ in range(60):
-        answer(MINE, "<tool_call>")
-    assert answer(MINE, "<tool_call>") > 2
+        answer("<tool_call>")
+    assert answer("<tool_call>") > 2
 
 
-def test_it_cuts_text_as_its_target_cut_it_for_the_tenant(
+def test_it_cuts_marks_as_its_target_cut_them_and_keeps_no_word(
     arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary
 ) -> None:
     """Here a target that writes character by character, whoever drafts."""
-
-    def first_of_an_answer(tenant: Any) -> int:
+    said = []
+    for _ in range(2):
         told = Told(grammars)
-        request = begun(arm, None, tenant, told)
+        request = begun(arm, grammar=told)
         text = told.matcher(vocabulary).forced()
-        said = arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH)
-        assert said is not None
-        for character in text[:6]:
+        said.append(arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH) or NOTHING)
+        for character in text[:9]:
             told.tell(vocabulary.encode(character))
             arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH)
-        arm.end(request)
-        return said.tokens[0]
-
-    usual, (alone,) = first_of_an_answer(MINE), vocabulary.encode("{")
-    assert usual != alone
-    assert first_of_an_answer(MINE) == alone
-    assert first_of_an_answer(THEIRS) == usual
-    arm.forget(handle_of(MINE), ())
-    assert first_of_an_answer(MINE) == usual
+    brackets = [text_of(vocabulary, candidate.tokens[:1]) for candidate in said]
+    assert brackets == ['{"', "{"]
+    learned = arm._chances.cuts._written
+    texts = [text_of(vocabulary, [before, usual, written]) for (before, usual), written in learned.items()]
+    assert not [text for text in texts if any(map(str.isalnum, text))], texts
 
 
 @pytest.mark.parametrize("form", ["qwen3_coder", "hermes"])
@@ -230,7 +207,7 @@ def test_a_round_reads_as_much_of_a_long_prompt_as_of_a_short_one(
     written, found = vocabulary.encode("<tool_call>"), []
     for repeats in (20, 320):
         prompt = vocabulary.encode('find_1 or "find_2"?' * repeats)
-        request = begun(arm, RequestHints(tools=tools, spans=CALLS), MINE, prompt=prompt)
+        request = begun(arm, RequestHints(tools=tools, spans=CALLS), prompt=prompt)
         kept, text = request.kept[arm.arm], [*prompt, *written]
         kept.calls.prompt = Searched(kept.calls.prompt)
         read.clear()
@@ -261,7 +238,7 @@ def test_a_look_is_kept_while_the_text_goes_on_as_it_said(
     told, fresh = Told(grammars), StructureArm(Structure(max_width=8), vocabulary, lambda: False)
     document = vocabulary.encode(told.matcher(vocabulary).forced())
     drafts = NOTHING.followed_by([*document[:3], *vocabulary.encode("?")], [0.9] * 4, "copy")
-    request = begun(arm, None, MINE, told)
+    request = begun(arm, grammar=told)
     told.tell(document[:1])
     proposals = []
     for _ in range(3):
@@ -270,7 +247,7 @@ def test_a_look_is_kept_while_the_text_goes_on_as_it_said(
         longer = arm.extend_drafts(request, rest, 6, FULL_LENGTH)
         proposals.append((candidate, longer))
         seen = len(looks)
-        other = begun(fresh, None, THEIRS, told)
+        other = begun(fresh, grammar=told)
         anew = fresh.propose(other, len(told.text) - 1, told.history, FULL_LENGTH)
         assert candidate is not None
         assert anew is not None
@@ -295,7 +272,7 @@ def test_a_look_forgets_what_it_refused_when_the_text_passed_it() -> None:
 def test_the_newest_looks_are_kept(
     arm: StructureArm, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = begun(arm, None, None, Told(grammars))
+    request = begun(arm, grammar=Told(grammars))
     kept = request.kept[arm.arm]
     monkeypatch.setattr(arm, "_look", lambda _, ids, limit: _Look([*ids, 9], len(ids), (), None, True))
     for token in range(LOOKS + 2):
@@ -309,5 +286,5 @@ def test_a_look_that_ended_for_want_of_time_is_not_whole(
 ) -> None:
     monkeypatch.setattr("whiflash_sglang.arms.structure.sketch", lambda *_, **__: ([], True))
     arm = StructureArm(Structure(max_width=8), vocabulary, lambda: late)
-    request = begun(arm, None, None, Told(grammars))
+    request = begun(arm, grammar=Told(grammars))
     assert arm._look(request.kept[arm.arm], [], 8).whole is not late

@@ -184,15 +184,11 @@ class TextDrafter(Drafter):
     def end(self, request: Request) -> None:
         """Drop the state of a request that ends."""
 
-    def forget(self, handle: int | None, running: Iterable[Request]) -> None:
-        """Drop what was learned of the tenant with this handle, or of all (None). Running requests continue."""
+    def forget(self) -> None:
+        """Drop what was learned of requests' text, or cached of it. Running requests continue."""
 
     def host_bytes(self, running: Iterable[Request]) -> Mapping[str, int]:
         """Return the bytes that it keeps on the host, by scope."""
-        return {}
-
-    def snapshot(self, running: Iterable[Request]) -> Mapping[str, Any]:
-        """Return its entries in the server's state (`GET /whiflash/state`)."""
         return {}
 
 

@@ -3,14 +3,12 @@
 While it drafts, the neural drafters do nothing: features that they miss wait in the rings and are ingested in one
 batch when a drafter is chosen again.
 
-If the host would know a text a round late, the device copies from it (`propose_copies`). Then the host's index learns
-how far copies can be trusted, and keeps what tenants share.
+If the host would know a text a round late, the device copies from it (`propose_copies`), and the host learns from the
+results how far copies can be trusted.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +23,10 @@ from whiflash_sglang.copying.calibration import (
     EVEN_ODDS,
     Agreement,
     MatchCalibration,
-    PerTenant,
     RequestCalibration,
 )
 from whiflash_sglang.copying.copier import SOURCES, Copier, teach
 from whiflash_sglang.copying.predicted import Prediction
-from whiflash_sglang.copying.tenants import Tenant, handle_of
 from whiflash_sglang.device.transfers import Floats, HostView, sent
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import PLAIN, Candidate, Forecast
@@ -44,14 +40,11 @@ from whiflash_sglang.records.request import Request
 class _Kept:
     """The arm's state of a request.
 
-    learns: table of chances, its tenant's or its own. tenant: who shares the table; None: nobody. prediction: the
-    answer that its caller expects. alone: whether its own text is all that may be copied: no tools, prediction or
-    grammar. copier: made at the first look. copies: how well it copies. promised: forecast of the device's newest known
-    copy.
+    prediction: the answer that its caller expects. alone: whether its own text is all that may be copied: no tools,
+    prediction or grammar. copier: made at the first look. copies: how well it copies. promised: forecast of the
+    device's newest known copy.
     """
 
-    learns: MatchCalibration
-    tenant: Tenant | None = None
     prediction: Prediction | None = None
     alone: bool = False
     copier: Copier | None = None
@@ -72,8 +65,8 @@ class LookupArm(TextDrafter):
     def __init__(self, settings: Lookup, host: HostView) -> None:
         self.on_device, self._late = not host.exact, host.late
         self.max_drafts = settings.max_width
-        self._calibrations = PerTenant(partial(MatchCalibration, settings.seed or EVEN_ODDS))
-        self._unlearned = self._calibrations.fresh()
+        self._seed = settings.seed or EVEN_ODDS
+        self._calibration = MatchCalibration(self._seed)
         self._min_match = settings.min_match
         self._compiled = available("search for copies", compiled_copies, cache_root() / "compiled")
         self._back: torch.Tensor | None = None
@@ -85,17 +78,15 @@ class LookupArm(TextDrafter):
         return size if self.on_device else 0
 
     def begin(self, request: Request) -> None:
-        """Make the request's state as `hints.lookup` allows: none, its own, or its tenant's chances."""
+        """Make the request's state, unless its hints turn copying off."""
         if self._back is not None:
             self._back[request.row].fill_(0)  # an assignment would upload the number, and the host wait
         hints, prediction = request.hints, request.prediction
         if hints.lookup == "off":
             return
-        shared, tables = hints.lookup != "context", self._calibrations
-        kept = _Kept(tables.of(request.tenant), request.tenant) if shared else _Kept(tables.fresh())
-        request.kept[self.arm] = kept
+        kept = request.kept[self.arm] = _Kept()
         if prediction is not None:
-            kept.prediction = Prediction(prediction, request.prompt, self._calibrations.fresh())
+            kept.prediction = Prediction(prediction, request.prompt, MatchCalibration(self._seed))
         kept.alone = not hints.tools and kept.prediction is None and request.grammar is None
 
     def serves(self, request: Request) -> bool:
@@ -110,7 +101,7 @@ class LookupArm(TextDrafter):
         copier = kept.copier
         if copier is None:
             copier = kept.copier = Copier(
-                kept.learns, self._min_match, kept.prediction, kept.copies, self._compiled
+                self._calibration, self._min_match, kept.prediction, kept.copies, self._compiled
             )
         copier.extend(history(len(copier.text)))
         copy = copier.look(self.max_drafts + under_way, worth.least_chance, under_way)
@@ -131,18 +122,13 @@ class LookupArm(TextDrafter):
         return drafts.followed_by(copy.tokens, copy.alive, copy.parts[0].source) if copy.tokens else drafts
 
     def calibration(self, requests: Sequence[Request], worth: Worth) -> Floats:
-        """Return the requests' starting factors, then their tables of chances; empty unless the device copies."""
+        """Return the requests' starting factors, then a table of chances for each; empty unless the device copies."""
         if not self.on_device:
             return ()
         own: list[_Kept | None] = [request.kept.get(self.arm) for request in requests]
         factors = [1.0 if kept is None else kept.copies.factor for kept in own]
-        known = [self._unlearned if kept is None else kept.learns for kept in own]
-        # Many requests share a table, so each table is converted once.
-        chances = {table: np.array(table.chances, dtype=np.float32) for table in set(known)}
-        values: Floats = np.concatenate(
-            [np.array(factors, dtype=np.float32), *(chances[table] for table in known)]
-        )
-        return values
+        chances = np.tile(np.array(self._calibration.chances, dtype=np.float32), len(own))
+        return np.concatenate([np.array(factors, dtype=np.float32), chances])
 
     def copy(self, batch: DraftBatch, drafts: Drafts | None = None) -> Drafts:
         behind = None
@@ -180,27 +166,12 @@ class LookupArm(TextDrafter):
         kept: _Kept | None = request.kept.get(self.arm)
         if kept is not None and kept.alone and kept.copier is None:
             kept.promised = copy.outlook()
-            teach(copy, committed, kept.learns, kept.copies)
+            teach(copy, committed, self._calibration, kept.copies)
 
-    def forget(self, handle: int | None, running: Iterable[Request]) -> None:
-        """Drop what was learned of a tenant, or of all (None). Its running requests go on with tables of their own."""
-        self._calibrations.forget(handle)
-        for kept in self._of(running):
-            if kept.tenant is not None and handle in (None, handle_of(kept.tenant)):
-                kept.tenant = None
-                kept.learns = self._calibrations.fresh()
-                if kept.copier is not None:
-                    kept.copier.calibration = kept.learns
+    def forget(self) -> None:
+        self._calibration = MatchCalibration(self._seed)
 
     def host_bytes(self, running: Iterable[Request]) -> Mapping[str, int]:
         """Return the bytes of the running requests' indexes."""
-        copiers = (kept.copier for kept in self._of(running))
+        copiers = (request.kept[self.arm].copier for request in running if self.arm in request.kept)
         return {"index": sum(copier.text.nbytes for copier in copiers if copier is not None)}
-
-    def snapshot(self, running: Iterable[Request]) -> Mapping[str, Any]:
-        """Return the bytes of the running requests' indexes, and the number of tenants with a table."""
-        sizes = {f"{name}_bytes": size for name, size in self.host_bytes(running).items()}
-        return {**sizes, "tenants": len(self._calibrations)}
-
-    def _of(self, running: Iterable[Request]) -> Iterator[_Kept]:
-        return (request.kept[self.arm] for request in running if self.arm in request.kept)

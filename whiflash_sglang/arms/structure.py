@@ -8,7 +8,7 @@ It drafts from the text only. Forced stretches are short, so they matter most af
 import codecs
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.checkpoints.manifest import Structure
-from whiflash_sglang.copying.calibration import PerTenant
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Candidate
 from whiflash_sglang.prices.costs import Worth
@@ -40,6 +39,9 @@ _Decoder = partial(codecs.getincrementaldecoder("utf-8"), errors="replace")
 
 _STRINGS = re.compile(r'"(?=([^"]*)")')
 """Texts between two quotes. The closing quote may open the next text, since JSON is not parsed here."""
+
+_MARKS = re.compile(rb"[^\w\x80-\xff]*")
+"""Bytes of marks and blanks only."""
 
 LOOKS = 4
 """Number of looks kept per request: after its text, after a copy, and after what these two lead into."""
@@ -80,13 +82,12 @@ class _Kept:
     """The arm's state of a request.
 
     grammar: its constraint, None without one. calls: calls that are expected of its tools, if any are. tools: their
-    definitions. guesses: words of its schemas. begin: number of prompt tokens. layout: layout of its output up to its
-    newest tokens, `unfollowed`; `free`: how many of these need no look. known: tokens of its text at the last look, 0
-    before. tail, unseen: the text's last tokens, and those that its grammar had not accepted by then. tokens: what was
-    found to follow, whether or not it was worth its rows. looks: newest first, those that the text has not left.
+    definitions. guesses: words of its schemas. begin: number of prompt tokens. layout: of its output up to its newest
+    tokens, `unfollowed`; `free`: how many of these need no look. known: tokens of its text at the last look, 0 before.
+    tail, unseen: the text's last tokens, and those that its grammar had not accepted by then. tokens: what was found to
+    follow, whether or not it was worth its rows. looks: newest first, those that the text has not left.
     """
 
-    chances: StructureChances
     grammar: Grammar | None
     calls: Calls | None
     tools: str
@@ -117,7 +118,7 @@ class StructureArm(TextDrafter):
     def __init__(self, settings: Structure, vocabulary: Vocabulary, exhausted: Callable[[], bool]) -> None:
         self.max_drafts = settings.max_width
         self._vocabulary, self._exhausted = vocabulary, exhausted
-        self._chances = PerTenant(StructureChances)
+        self._chances = StructureChances()
         self._tables = Tables(vocabulary)
 
     def begin(self, request: Request) -> None:
@@ -125,10 +126,7 @@ class StructureArm(TextDrafter):
         known = grammar is not None and all_forced(grammar.schema, hints.tools)
         calls = Calls(hints.tools, hints.spans) if hints.tools and not known else None
         if grammar is not None or calls is not None:
-            # A request whose text must not be kept (`lookup`) has chances of its own.
-            shared = hints.lookup == "on"
-            chances = self._chances.of(request.tenant) if shared else self._chances.fresh()
-            kept = request.kept[self.arm] = _Kept(chances, grammar, calls, hints.tools)
+            kept = request.kept[self.arm] = _Kept(grammar, calls, hints.tools)
             self._read(kept, request.read())
 
     def serves(self, request: Request) -> bool:
@@ -175,7 +173,7 @@ class StructureArm(TextDrafter):
         least = drafts.least_chance(worth.least_chance, paid)
         alive = []
         for place, token in enumerate(tokens, len(drafts.tokens) + 1):
-            chance *= kept.chances.of(token.kind)
+            chance *= self._chances.of(token.kind)
             if place > paid and not chance >= least:
                 break
             alive.append(chance)
@@ -183,10 +181,9 @@ class StructureArm(TextDrafter):
                 least *= chance
         return alive
 
-    def forget(self, handle: int | None, running: Iterable[Request]) -> None:
-        """Drop what was learned of one tenant or of all (None); running requests no longer teach others."""
-        self._chances.forget(handle)
-        self._tables = Tables(self._vocabulary)  # they hold words of tenants' schemas
+    def forget(self) -> None:
+        self._chances = StructureChances()
+        self._tables = Tables(self._vocabulary)  # they hold words of requests' schemas
 
     def end(self, request: Request) -> None:
         kept: _Kept | None = request.kept.get(self.arm)
@@ -195,7 +192,7 @@ class StructureArm(TextDrafter):
         self._follow(kept)
         if "{" in kept.layout.seen:
             framed = kept.layout.frames is not NO_FRAMES
-            kept.chances.habits[framed] = kept.layout.as_habit()
+            self._chances.habits[framed] = kept.layout.as_habit()
 
     def _learn(self, kept: _Kept, committed: Sequence[int]) -> None:
         """Compare what was proposed with what was committed since, by whichever arm."""
@@ -203,26 +200,30 @@ class StructureArm(TextDrafter):
             return
         before = kept.tail[-1]
         for number, (token, written) in enumerate(zip(kept.tokens, committed, strict=False)):
-            kept.chances.observe(token.kind, token.token == written)
+            self._chances.observe(token.kind, token.token == written)
             if token.token != written:
                 self._learn_cut(kept, number, before, written)
                 break
             before = written
 
     def _learn_cut(self, kept: _Kept, number: int, before: int, written: int) -> None:
-        """Learn a tokenisation: the target wrote another token than proposed after `before`, but of the same text."""
+        """Learn a tokenisation: the target wrote another token than proposed after `before`, but of the same text.
+
+        All requests share it, so it is learned of marks and blanks only, never of words.
+        """
         proposed = [token.token for token in kept.tokens[number:]]
-        begin = bytes_of(self._vocabulary, [written])
-        if begin and bytes_of(self._vocabulary, proposed).startswith(begin):
-            token = kept.tokens[number]
-            kept.chances.cuts.learn(before, token.token if token.usual is None else token.usual, written)
+        begin, token = bytes_of(self._vocabulary, [written]), kept.tokens[number]
+        usual = token.token if token.usual is None else token.usual
+        same = begin and bytes_of(self._vocabulary, proposed).startswith(begin)
+        if same and _MARKS.fullmatch(bytes_of(self._vocabulary, [before, usual, written])):
+            self._chances.cuts.learn(before, usual, written)
 
     def _read(self, kept: _Kept, prompt: Sequence[int]) -> None:
         """Read the prompt once, for all that looks need of it, so that no round reads it."""
         schema = words_of(kept.grammar.schema) if kept.grammar else ()
         if kept.grammar:
             kept.layout.frames = frames = frames_of(kept.grammar.schema)
-            kept.layout.habit = kept.chances.habits.get(frames is not NO_FRAMES)
+            kept.layout.habit = self._chances.habits.get(frames is not NO_FRAMES)
             kept.layout.words, kept.layout.source = words_of_places(kept.grammar.schema), kept.grammar.schema
         words, text = dict.fromkeys((*schema, *words_of_tools(kept.tools))), text_of(self._vocabulary, prompt)
         kept.begin, kept.tail = len(prompt), prompt[-TAIL:]
@@ -311,10 +312,10 @@ class StructureArm(TextDrafter):
                 [*kept.tail, *drafts[:after]],
                 limit - after,
                 end=kept.grammar.end if kept.grammar else None,
-                likelihood=kept.chances.of,
+                likelihood=self._chances.of,
                 guesses=kept.guesses,
                 calls=calls,
-                cuts=kept.chances.cuts,
+                cuts=self._chances.cuts,
             )
         ids = [*drafts[:after], *(token.token for token in tokens)]
         return _Look(ids, after, tokens, refused, whole and not self._exhausted())

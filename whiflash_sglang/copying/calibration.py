@@ -1,17 +1,14 @@
-"""Tables of how likely a copied token is right, learned while serving, one per tenant.
+"""A table of how likely a copied token is right, learned while serving.
 
 Two things show it: how long the match is, and whether the places that match agree on the next token. Each combination
 has a decayed count of how often a token copied then was right, given that all before it were.
 """
 
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from itertools import chain
-from typing import Generic, TypeVar
 
-from whiflash_sglang.copying.tenants import Tenant, handle_of
 from whiflash_sglang.drafts.rates import Rates
 
 BUCKETS = (1, 2, 3, 4, 6, 9, 14, 22)
@@ -45,18 +42,16 @@ DECAY = 0.995
 """Factor on the weight of earlier observations at every new one of the same kind."""
 
 REQUEST_WEIGHT = 64.0
-"""Weight, in right copies, of the prior that a request copies as well as its tenant's others."""
+"""Weight, in right copies, of the prior that a request copies as well as others."""
 
 SURE = 0.995
 """Largest chance: even a long run of right tokens ends."""
 
 
-TENANTS = 512
-"""Number of tenants whose tables are kept, some 4 KiB each. The one used least recently begins with the seed again."""
-
-
 class MatchCalibration:
-    """The chance that a copied token is right, by match length and agreement, for all requests of a tenant.
+    """The chance that a copied token is right, by match length and agreement.
+
+    All requests of a server share one, since it holds rates and no text.
 
     Raises:
         ValueError: the seed has not one row per bucket with one chance per agreement.
@@ -104,53 +99,8 @@ class MatchCalibration:
         self._rates.observe(self.bucket(length) * KINDS + agreement, right)
 
 
-Table = TypeVar("Table")
-
-
-class PerTenant(Generic[Table]):
-    """The tables of all tenants, each learned from the tenant's own requests.
-
-    A tenant's text moves its own proposals only. Requests without a key, which share SGLang's prefix cache
-    too, have one table together, which no tenant reads.
-
-    Args:
-        fresh: makes a table in which nothing was learned. limit: number of tenants whose tables are kept.
-    """
-
-    def __init__(self, fresh: Callable[[], Table], limit: int = TENANTS) -> None:
-        self._fresh, self._most = fresh, limit
-        self._keyless = fresh()
-        self._tenants: OrderedDict[Tenant, Table] = OrderedDict()
-
-    def __len__(self) -> int:
-        """Return the number of tenants with a table."""
-        return len(self._tenants)
-
-    def fresh(self) -> Table:
-        """Make a table for a single request, which leaves nothing behind."""
-        return self._fresh()
-
-    def of(self, tenant: Tenant | None) -> Table:
-        """Return the table that the tenant's requests share; None: that of requests without a key."""
-        if tenant is None:
-            return self._keyless
-        table = self._tenants.pop(tenant, None) or self.fresh()
-        self._tenants[tenant] = table
-        if len(self._tenants) > self._most:
-            self._tenants.popitem(last=False)
-        return table
-
-    def forget(self, handle: int | None = None) -> None:
-        """Drop what was learned of one tenant, or of all (None); requests that run now no longer teach others."""
-        if handle is None:
-            self._keyless = self.fresh()
-        for tenant in list(self._tenants):
-            if handle is None or handle_of(tenant) == handle:
-                del self._tenants[tenant]
-
-
 class RequestCalibration:
-    """A request's copying beside its tenant's others: copies begun right over those expected to be.
+    """A request's copying beside that of others: copies begun right over those expected to be.
 
     It moves a whole copy, not each of its tokens: a factor on every one of them would be raised to the copy's length.
     """
@@ -159,7 +109,7 @@ class RequestCalibration:
         self._right = self._expected = REQUEST_WEIGHT
 
     def adjust(self, chance: float) -> float:
-        """Return the chance that this request's copy begins right, from the `chance` of all its tenant's requests."""
+        """Return the chance that this request's copy begins right, from the `chance` of all requests."""
         return min(chance * self.factor, SURE)
 
     @property
@@ -168,6 +118,6 @@ class RequestCalibration:
         return self._right / self._expected
 
     def observe(self, chance: float, right: bool) -> None:
-        """Learn whether a copy's first token was `right`; its `chance` is that of all the tenant's requests."""
+        """Learn whether a copy's first token was `right`; its `chance` is that of all requests."""
         self._right += right
         self._expected += chance

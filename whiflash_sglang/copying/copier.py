@@ -43,7 +43,7 @@ class Copier:
     """Proposes a request's copies by `look`, and learns from the tokens committed next, whichever arm drafted them.
 
     Args:
-        calibration: shared by the tenant's requests. min_match: shortest match worth copying from, in tokens.
+        calibration: shared by all requests. min_match: shortest match worth copying from, in tokens.
         prediction: the expected answer, preferred to the text if both match as long. request: how well it has copied so
             far; None: unknown. compiled: searches in place of `_find` and `_propose`, unless there is a prediction;
             None: there is no compiler.
@@ -166,7 +166,7 @@ class Copier:
         return Candidate(list(copy[:count]), alive[:count], parts, 0, length, agreements[:count])
 
     def _judge(self, place: Place) -> MatchCalibration:
-        """Return the chances for copies from `place`: the predicted output's if it is there, else the tenant's."""
+        """Return the chances for copies from `place`: the predicted output's if it is there, else the server's."""
         if (predicted := self._prediction) is not None and place.text is predicted.text:
             return predicted.calibration
         return self.calibration

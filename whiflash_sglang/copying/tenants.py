@@ -1,4 +1,4 @@
-"""Tenants: whose requests share what was learned of a text, and the handles by which tenants are forgotten.
+"""Tenants, and the handles by which their samples are forgotten.
 
 A tenant is all requests with the same cache salt and extra key, which SGLang's prefix cache treats as one already.
 """
@@ -28,7 +28,6 @@ def handle_of(tenant: Tenant) -> int:
 
 
 _KEYS = ("cache_salt", "extra_key")
-_PARTS = ("agent", "block")
 
 
 def parse_forget(body: dict[str, object]) -> int | None:
@@ -39,8 +38,6 @@ def parse_forget(body: dict[str, object]) -> int | None:
         ConfigError: naming the field that is wrong.
     """
     for name, value in body.items():
-        if name in _PARTS:
-            raise ConfigError(f"{name!r}: a tenant is forgotten as a whole; leave it out")
         if name not in (*_KEYS, "all"):
             raise ConfigError(f"{name!r} is unknown; known: all, {', '.join(_KEYS)}")
         if not isinstance(value, bool if name == "all" else str | None):

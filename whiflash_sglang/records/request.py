@@ -19,7 +19,7 @@ from whiflash_sglang.telemetry.trace import Recording
 class Request(Signals):
     """A request on the host, from its prefill to its end or its retraction. row: of the request table.
 
-    From its body: hints. tenant: requests that may share text with it. prediction: tokens of the answer that its caller
+    From its body: hints. tenant: who sent it, None if unknown. prediction: tokens of the answer that its caller
     expects. grammar: its constraint (`structure.matchers.Grammar`). prompt: tokens of its text before the answer.
     read: returns these tokens as drafters may read them. Rounds do not call it, since there may be many.
 
@@ -27,9 +27,8 @@ class Request(Signals):
     state that an arm that reads texts holds for it until its end. recording: its trace, if it asked for one. counts: of
     its rounds, by the arm that drafted.
 
-    For the quarantine: caller: the tenant that sent it, None if unknown. left_out: arms that it continues without.
-    sound: arms that drafted for it without a fault, and how often each had been quarantined by then. in_a_row: by arm,
-    faulty drafts since its last sound one.
+    For the quarantine: left_out: arms that it continues without. sound: arms that drafted for it without a fault, and
+    how often each had been quarantined by then. in_a_row: by arm, faulty drafts since its last sound one.
 
     begun: whether the span tracker has the token that the prefill sampled, which no round commits. recent_by_kind:
     `Signals.recent` per kind of span, None outside spans, since what an arm accepts in prose says little of tool calls.
@@ -48,7 +47,6 @@ class Request(Signals):
     read: Callable[[], Sequence[int]] = tuple
     running: bool = False
     kept: dict[str, Any] = field(default_factory=dict)
-    caller: object = None
     left_out: set[str] = field(default_factory=set)
     sound: dict[str, int] = field(default_factory=dict)
     in_a_row: dict[str, int] = field(default_factory=dict)

@@ -203,7 +203,7 @@ class Quarantine:
             exc_info=error if first else None,
         )
         streak = self._streaks[arm]
-        streak.append(request.caller)
+        streak.append(request.tenant)
         several = len(streak) >= SEVERAL_REQUESTS and len(set(streak)) >= SEVERAL_CALLERS
         if several or len(streak) >= MANY_REQUESTS:
             self._quarantine(arm, f"{reason}, for {len(streak)} requests in a row", error)

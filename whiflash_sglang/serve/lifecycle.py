@@ -74,8 +74,8 @@ class Lifecycle:
         self._quarantine, self._tally, self._publisher, self._spool = quarantine, tally, publisher, spool
         self._consents: WeakKeyDictionary[Any, Consent] = WeakKeyDictionary()
         """By session, or by request if it has none."""
-        self._forgets, self._begun = 0, WeakKeyDictionary[Any, int]()
-        """How often text was forgotten, and how often it had been when each request first began."""
+        self._forgets = 0
+        """How often text was forgotten."""
 
     def arrived(self, req: Any) -> None:
         """Note the consent of a request that arrives: its text may be forgotten while it waits to begin."""
@@ -99,9 +99,6 @@ class Lifecycle:
         hints, tenant = _hints_of(req), _tenant_of(req)
         if not req.retracted_stain and req.sampling_params.max_new_tokens:  # 0: it warms up for `n` answers
             self._tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
-        caller = tenant
-        if self._begun.setdefault(req, self._forgets) != self._forgets:
-            tenant = None  # text was forgotten since it first began, so its text is shared with nobody
         recording = recording_of(req, hints.trace)
         if recording is not None:
             recording.agent = hints.agent
@@ -115,7 +112,6 @@ class Lifecycle:
             grammar_of(req),
             len(req.origin_input_ids),
             partial(readable, req.origin_input_ids),
-            caller=caller,
             recording=recording,
             adapter=req.lora_id,
         )
@@ -133,12 +129,12 @@ class Lifecycle:
             hook.begin(upload, row, req)
 
     def forget_text(self, handle: int | None) -> None:
-        """Drop text and statistics kept across requests: of the tenant with this handle, or of all (None). Requests
-        that have begun leave nothing when they end, even if they are retracted in between.
+        """Drop samples of the tenant with this handle, or of all (None), and what drafters learned or cached of
+        anybody's text. Requests that have begun leave no sample.
         """
         self._forgets += 1
         for drafter in self._drafters.values():
-            drafter.forget(handle, self._controller.states.values())
+            drafter.forget()
         if self._spool is not None:
             self._spool.forget(handle)
 

@@ -60,11 +60,10 @@ class Observed(Protocol):
 
 def state_of(worker: Observed) -> dict[str, Any]:
     """Return the object of `GET /whiflash/state`: policy, running requests, seconds by stage, prices, memory."""
-    running = worker.controller.states.values()
     return {
         "policy": worker.controller.policy.name,
         "arms": sorted(worker.drafters),
-        "requests": len(running),
+        "requests": len(worker.controller.states),
         "quarantined": dict(worker.quarantine.reasons),
         "left_out": dict(worker.quarantine.left_out),
         "faulty_drafts": dict(worker.quarantine.faults),
@@ -74,7 +73,6 @@ def state_of(worker: Observed) -> dict[str, Any]:
         "costs": worker.controller.costs.snapshot(worker.drafters),
         "memory": memory_of(worker),
         **({} if worker.spool is None else {"samples": worker.spool.snapshot()}),
-        **{arm: state for arm, d in worker.text_arms.items() if (state := d.snapshot(running))},
     }
 
 

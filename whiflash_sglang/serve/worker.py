@@ -306,7 +306,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.publisher.start(Prometheus(collector))
 
     def forget(self, handle: int | None) -> None:
-        """Drop text and statistics kept across requests: of the tenant with this handle, or of all (None)."""
+        """Drop samples of the tenant with this handle, or of all (None), and what drafters learned of all."""
         self.stages.lifecycle.forget_text(handle)
         self.publisher.flush()
 

@@ -1,5 +1,5 @@
-"""Statistics that each tenant's requests share: how often proposed tokens were right, by why they were proposed, and
-how a target cuts text that it was not free to choose.
+"""Statistics that all requests share: how often proposed tokens were right, by why they were proposed, and how a target
+cuts and lays out text that it was not free to choose. None of them holds a word of a request's text.
 
 A tokenizer cuts `":"get` one way. A target that would have written a blank there, and must not, cuts it another way,
 and does so every time.
@@ -19,7 +19,7 @@ KEPT = 512
 """Number of cuts that are remembered; the one written least recently goes first."""
 
 REASONS = 256
-"""Number of a tenant's texts that are cached with the reasons of their tokens, some three kilobytes each."""
+"""Number of texts that are cached with the reasons of their tokens, some three kilobytes each."""
 
 MOST = 4
 """Largest number of replaced tokens in one text: after each of them the rest is cut again."""
@@ -121,8 +121,8 @@ DECAY = 0.995
 class StructureChances:
     """Decayed share of proposed tokens that were right, given that all before them were, by kind.
 
-    cuts: how the target cuts text otherwise than its tokenizer. habits: the newest layout of JSON, by whether it was in
-    a structural tag.
+    cuts: how the target cuts marks otherwise than its tokenizer. habits: the newest layout of JSON, in blanks after
+    marks, by whether it was in a structural tag.
     """
 
     def __init__(self) -> None:
