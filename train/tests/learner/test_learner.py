@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from typer.testing import CliRunner
 
@@ -24,24 +23,14 @@ from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_sglang.settings.config import Flags, resolve
-from whiflash_sglang.telemetry.samples import Sample, check_spool, files_of, samples_of, write_file
+from whiflash_sglang.telemetry.samples import Sample, check_spool, samples_of, write_file
 from whiflash_train.answers.store import FeatureStore, SequenceRecord, alone
 from whiflash_train.answers.tokens import export_tokens
 from whiflash_train.bundle import BundleParts, create
 from whiflash_train.config import TrainConfig, load_config
 from whiflash_train.drafters.dspark import initialise
 from whiflash_train.learner import once
-from whiflash_train.learner.once import (
-    LEARNED,
-    LOCK,
-    SAVE_STEPS,
-    WORK,
-    Learning,
-    Outcome,
-    Pace,
-    learn_once,
-    newest_learned,
-)
+from whiflash_train.learner.once import LEARNED, LOCK, WORK, Learning, Outcome, learn_once, newest_learned
 from whiflash_train.learner.texts import (
     LEAST,
     LONGEST,
@@ -101,26 +90,11 @@ def learning_of(pair: Pair, directory: Path, rate: float = 5e-3) -> Learning:
     return Learning(directory, pair[1], out, tiny_config(pair[0]), 20_000, 64, rate, None)
 
 
-class Killed(Pace):
-    """A pass that is killed after so many steps; None: it is not."""
-
-    def __init__(self, after: int | None = None) -> None:
-        super().__init__()
-        self.steps, self._after = 0, after
-
-    def rest(self) -> None:
-        self.steps += 1
-        if self.steps == self._after:
-            raise KeyboardInterrupt
-
-
 class Passed(NamedTuple):
-    """A pass, its steps, and a directory with the samples that it learned from."""
+    """A pass and its outcome."""
 
     learning: Learning
     found: Outcome
-    steps: int
-    samples: Path
 
 
 @pytest.fixture(scope="module")
@@ -130,14 +104,12 @@ def passed(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Passed:
     serve(learning.directory, target, 320, 1)
     planted = [[1, 320, 2, 3], [1, 2**31 - 1, 2, 3], random.Random(0).choices(range(256), k=LONGEST)]
     write_file(spool, target, [Sample([at], answer, []) for at, answer in enumerate(planted)], time.time())
-    samples, pace = tmp_path_factory.mktemp("samples") / "copied", Killed()
-    shutil.copytree(learning.directory, samples)
-    return Passed(learning, learn_once(learning, pace), pace.steps, samples)
+    return Passed(learning, learn_once(learning))
 
 
 def test_drafters_that_became_better_make_a_bundle(passed: Passed) -> None:
     """Samples whose tokens the target does not have, or cannot read at once, end no pass."""
-    learning, found, *_ = passed
+    learning, found = passed
     print(found)
     assert (found.bundle, found.judged) == (learning.out, 64)
     texts = list(texts_of(samples_of(learning.directory), load_manifest(learning.bundle).target, 320))
@@ -207,10 +179,8 @@ def test_the_original_training_is_replayed(pair: Pair, tmp_path: Path) -> None:
         store.append(entry, tokens, torch.zeros(len(tokens) - 1, 2, 4))
     export_tokens([store], tmp_path / "original.npz")
     serve(tmp_path, str(pair[0] / "target"), 32, 6)
-    (tmp_path / WORK).mkdir(mode=0o700)
     with pytest.raises(ConfigError, match=r"none\.npz holds no answers' token ids"):
         learn_once(learning_of(pair, tmp_path)._replace(replay=tmp_path / "none.npz"))
-    assert (tmp_path / WORK).exists(), "of a pass that can be gone on with"
     found = learn_once(learning_of(pair, tmp_path)._replace(replay=tmp_path / "original.npz"))
     texts = list(texts_of(samples_of(tmp_path), str(pair[0] / "target"), 256))
     learned = answer_tokens(texts[: found.learned])
@@ -240,14 +210,17 @@ def test_there_is_one_learner(pair: Pair, tmp_path: Path) -> None:
         learn_once(learning)
 
 
-def test_what_a_killed_pass_left_goes(pair: Pair, tmp_path: Path) -> None:
-    check_spool(samples_of(tmp_path))
-    (tmp_path / WORK).mkdir(mode=0o750)
-    with pytest.raises(ConfigError, match="learner has mode 750"):
-        learn_once(learning_of(pair, tmp_path))
-    (tmp_path / WORK).chmod(0o700)
-    (tmp_path / WORK / "data").mkdir()
-    with pytest.raises(ConfigError, match="0 samples are newer"):
+def test_what_a_killed_pass_left_goes(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the next one begins, and also if that is interrupted."""
+    serve(tmp_path, str(pair[0] / "target"), 32, 3)
+    (tmp_path / WORK / "data").mkdir(parents=True)
+
+    def ends(*_: object) -> None:
+        assert not list((tmp_path / WORK).iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(once, "choose", ends)
+    with pytest.raises(KeyboardInterrupt):
         learn_once(learning_of(pair, tmp_path))
     assert not (tmp_path / WORK).exists()
 
@@ -283,60 +256,6 @@ def test_what_a_checkpoint_cannot_hold_is_refused(pair: Pair, tmp_path: Path) ->
     once.check_same({"diffusion": pair[0] / "dflash"}, {"diffusion": pair[0] / "dflash"})
     with pytest.raises(ConfigError, match=r"dflash has rope.* so this drafter cannot be trained on"):
         once.check_same({"diffusion": pair[0] / "dflash"}, {"diffusion": tmp_path / "after"})
-
-
-def test_a_killed_pass_goes_on_where_it_was(
-    passed: Passed, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the middle of the second drafter: what its last checkpoint has is not done twice, and weights are the same."""
-    learning, killed, resumed = learning_of(pair, tmp_path / "killed"), Killed(passed.steps - 138), Killed()
-    shutil.copytree(passed.samples, learning.directory)
-    with pytest.raises(KeyboardInterrupt):
-        learn_once(learning, killed)
-    serve(learning.directory, str(pair[0] / "target"), 16, 9)  # for the next pass
-
-    def dies(*_: object) -> None:
-        raise SystemExit(143)
-
-    with monkeypatch.context() as patched:
-        patched.setattr("whiflash_train.bundle.write_bundle", dies)
-        with pytest.raises(SystemExit):
-            learn_once(learning, resumed)
-    assert not learning.out.exists()
-    assert killed.steps + resumed.steps <= passed.steps + SAVE_STEPS
-    found = learn_once(learning)
-    assert (found.bundle, found.judged) == (learning.out, 64)
-    for name in ("eagle3", "dflash"):
-        one, other = (
-            load_file(given.out / name / "model.safetensors") for given in (passed.learning, learning)
-        )
-        assert all(torch.equal(value, other[key]) for key, value in one.items())
-    assert not (learning.directory / WORK).exists()
-
-
-@pytest.mark.parametrize("changed", ["forgotten", "rate", "epochs"])
-def test_a_killed_pass_begins_again_if_it_would_learn_something_else(
-    pair: Pair, tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing that was made of a sample that is forgotten is left. epochs: of another release of this package."""
-    learning = learning_of(pair, tmp_path)
-    serve(tmp_path, str(pair[0] / "target"), 64, 3)
-    with pytest.raises(KeyboardInterrupt):
-        learn_once(learning, Killed(20))
-    assert len(store_of(tmp_path)) == 20
-    if changed == "forgotten":
-        files_of(samples_of(tmp_path))[0].path.unlink()
-    if changed == "epochs":
-        monkeypatch.setattr(once, "EPOCHS", 2.0)
-    rate = 1e-3 if changed == "rate" else learning.rate
-    with pytest.raises(KeyboardInterrupt):
-        learn_once(learning._replace(rate=rate), Killed(3))
-    assert len(store_of(tmp_path)) == 3
-
-
-def store_of(directory: Path) -> list[str]:
-    """Sequences with features of the pass that was killed."""
-    return (directory / WORK / "data" / "shard0" / "index.jsonl").read_text().splitlines()
 
 
 def text(number: int, prompt: int | None = None) -> Text:
@@ -434,26 +353,6 @@ def test_no_tenant_supplies_more_than_its_part(
     assert shares * max(learned.values()) <= learned.total() + tenants * (SHORTEST - 1)
     assert not {one.name for one in found.judged} & {one.name for one in found.learned}
     assert all(one.written > since for one in found.judged)
-
-
-@pytest.mark.parametrize(("share", "slept"), [(0.1, 18.0), (0.5, 2.0), (1.0, 0.0), (None, 0.0)])
-def test_a_share_of_a_core_is_kept(share: float | None, slept: float) -> None:
-    """Each of ten steps uses two seconds of a core; as long as it waits for somebody else it uses nothing."""
-    clock = {"used": 0.0, "now": 0.0, "slept": 0.0}
-
-    def sleep(seconds: float) -> None:
-        clock["now"] += seconds
-        clock["slept"] += seconds
-
-    pace = Pace(share, used=lambda: clock["used"], now=lambda: clock["now"], sleep=sleep)
-    for _ in pace.each(range(10)):
-        clock["used"] += 2.0
-        clock["now"] += 2.0
-    assert clock["slept"] == pytest.approx(10 * slept)
-    clock["used"] += 1.0
-    clock["now"] += 100.0
-    pace.rest()
-    assert clock["slept"] == pytest.approx(10 * slept)
 
 
 def test_the_command(passed: Passed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,18 +36,12 @@ def learn(
             help="Answers of the original training (.npz, whiflash lab export), learned as well.",
         ),
     ] = None,
-    share: Annotated[
-        float | None,
-        typer.Option(
-            min=0.01, help="Share of a core's time to use. Default: as much as there is.", show_default=False
-        ),
-    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Train a bundle's drafters on a server's samples, and write a new bundle if one of them is better.
 
     A drafter is better if it accepts more of the newest requests, beyond its 95 % interval. Start the server with the
-    new bundle to serve it. The next pass continues one that was killed.
+    new bundle to serve it.
 
     \b
     Example:
@@ -61,12 +55,12 @@ def learn(
         raise ConfigError(f"--bundle {bundle} holds no {MANIFEST}")
     with readable_errors():
         settings = resolve_config(config)
-        from whiflash_train.learner.once import Learning, Pace, learn_once
+        from whiflash_train.learner.once import Learning, learn_once
 
         learning = Learning(
             directory, bundle or embedded_bundle(), out, settings, tokens, judged, rate, replay
         )
-        outcome = learn_once(learning, Pace(share)).model_dump(mode="json")
+        outcome = learn_once(learning).model_dump(mode="json")
     report(outcome if as_json else _lines(outcome), as_json)
 
 

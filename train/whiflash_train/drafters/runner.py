@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from whiflash_sglang.files.jsonl import read_json_file
@@ -24,18 +24,6 @@ from whiflash_train.drafters.batches import EvenRows, SequenceBatches, token_fre
 from whiflash_train.drafters.initialisation import choose_draft_vocabulary, go_on_from, origin_of
 from whiflash_train.origin import Origin, for_training
 
-AfterStep = Callable[[], object]
-
-
-class _Stepped(TrainerCallback):  # type: ignore[misc]
-    """Calls the function `call` after every training step."""
-
-    def __init__(self, call: AfterStep) -> None:
-        self._call = call
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self._call()
-
 
 class _LoggingTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that pads CPU products (`EvenRows`) and adds the model's `metrics` to every log line."""
@@ -49,19 +37,11 @@ class _LoggingTrainer(Trainer):  # type: ignore[misc]
         super().log({**logs, **model.metrics}, *args, **kwargs)
 
 
-def train_drafter(
-    name: str,
-    config: TrainConfig,
-    target_path: Path,
-    start_from: Path | None = None,
-    *,
-    after_step: AfterStep | None = None,
-) -> Path:
+def train_drafter(name: str, config: TrainConfig, target_path: Path, start_from: Path | None = None) -> Path:
     """Train a drafter on the data so far; returns the directory of its checkpoint, in SGLang's format.
 
     Args:
         name: key of `BUILDERS`, and name of the drafter's section in the configuration.
-        after_step: called after every training step.
 
     Raises:
         ConfigError: there is no such section, `start_from` has another shape, or another run trains this drafter.
@@ -86,7 +66,6 @@ def train_drafter(
             args=_arguments(config, loop, run / "trainer", len(batches)),
             train_dataset=batches,
             data_collator=lambda items: items[0],
-            callbacks=[] if after_step is None else [_Stepped(after_step)],
         )
         trainer.train(resume_from_checkpoint=resumed)
         out = run / "checkpoint"

@@ -1,20 +1,18 @@
 """Run one pass of `whiflash learn`: train a bundle's drafters on samples, judge them, and write a better bundle.
 
-Drafters are judged by their acceptance lengths on the same answers before and after (`_gain`). A pass may rest, to
-leave the processor to a server (`Pace`). Its files are in `learner` in the directory of `--whiflash-learn`, readable by
-the owner only, and removed when it ends. After a kill, the next pass continues with them if it would learn the same.
+Drafters are judged by their acceptance lengths on the same answers before and after (`_gain`). A pass's files are in
+`learner` in the directory of `--whiflash-learn`, readable by the owner only, and removed when it ends.
 """
 
-import json
 import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +20,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from whiflash_sglang.checkpoints.hub import checksums, parts_of, verify
-from whiflash_sglang.checkpoints.manifest import PARTS, Manifest, load_manifest
+from whiflash_sglang.checkpoints.manifest import PARTS, load_manifest
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import check_own
-from whiflash_sglang.files.jsonl import read_json, read_json_file, write_whole
+from whiflash_sglang.files.jsonl import read_json_file
 from whiflash_sglang.files.progress import tracked
 from whiflash_sglang.formats.checkpoint import integer
 from whiflash_sglang.formats.config_json import read_json_config
@@ -36,7 +34,6 @@ from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_sglang.formats.table import read_draft
 from whiflash_sglang.telemetry.samples import samples_of
 from whiflash_train.answers.data import is_embedded, target_path
-from whiflash_train.answers.provenance import checkpoint_digest
 from whiflash_train.answers.store import FeatureStore, SequenceRecord, alone
 from whiflash_train.answers.tokens import Exported
 from whiflash_train.bundle import with_drafters
@@ -44,13 +41,11 @@ from whiflash_train.config import TrainConfig
 from whiflash_train.drafters.runner import train_drafter
 from whiflash_train.learner.texts import LONGEST, ChosenTexts, Text, answer_tokens, choose, texts_of
 from whiflash_train.provenance import environment
-from whiflash_train.replay import Pair, PairParts, ReplayLog, replay_drafters
+from whiflash_train.replay import Pair, PairParts, replay_drafters
 from whiflash_train.rounds import RoundTally, rounds
 from whiflash_train.statistics import Interval, paired_ratio
 from whiflash_train.target import TargetModel, unknown
 
-SAVE_STEPS = 25
-"""Training steps between checkpoints: the most that a killed pass loses."""
 EPOCHS = 3.0
 """Training epochs over the samples."""
 STEP_TOKENS = 1024
@@ -58,48 +53,10 @@ STEP_TOKENS = 1024
 few, and small steps of a fresh optimiser are mostly noise."""
 LOCK = ".learner"
 WORK = "learner"
-CHOICE = "choice.json"
-"""File in `WORK` with the pass's settings and its chosen samples."""
 LEARNED = "learned.json"
 """File of a bundle that a pass wrote: its outcome, the bundle it began with, machine and packages."""
 SECTIONS: Mapping[type, str] = {Eagle3Drafter: "eagle3", DFlashDrafter: "dflash", DSparkDrafter: "dspark"}
 """Class of a drafter → its section of a training configuration."""
-
-T = TypeVar("T")
-
-
-class Pace:
-    """Sleeps after work, so that this process uses a share of one core's time.
-
-    Args:
-        share: processor seconds per second of time; None: no limit.
-        used, now: return the process's processor seconds and a clock's seconds. sleep: waits some seconds.
-    """
-
-    def __init__(
-        self,
-        share: float | None = None,
-        *,
-        used: Callable[[], float] = time.process_time,
-        now: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], object] = time.sleep,
-    ) -> None:
-        self._share = share
-        self._used, self._now, self._sleep = used, now, sleep
-        self._began = used(), now()
-
-    def rest(self) -> None:
-        """Sleep until the processor time since the last rest is within the share."""
-        if self._share is not None:
-            used, passed = self._used() - self._began[0], self._now() - self._began[1]
-            self._sleep(max(0.0, used / self._share - passed))
-        self._began = self._used(), self._now()
-
-    def each(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield the items, with a rest after each."""
-        for item in items:
-            yield item
-            self.rest()
 
 
 class Gain(Interval, frozen=True):
@@ -118,17 +75,11 @@ Walked = Mapping[str, Sequence[RoundTally]]
 """Arm → tally of each answer."""
 
 
-def walk_answers(pair: Pair, store: FeatureStore, log: ReplayLog, pace: Pace) -> Walked:
-    """Walk every stored answer with each drafter alone, round by round as in a server; returns the tallies.
-
-    log: the pair's replays, some perhaps from a killed pass.
-    """
+def walk_answers(pair: Pair, store: FeatureStore) -> Walked:
+    """Walk every stored answer with each drafter alone, round by round as in a server; return the tallies."""
     tallies: dict[str, list[RoundTally]] = {arm: [] for arm in pair.drafters}
-    for record in pace.each(tracked(store.records, "judging")):
-        replayed = log.known.get(record.id)
-        if replayed is None:
-            replayed = replay_drafters(pair, store.read(record), store.layers)
-            log.add(record.id, replayed)
+    for record in tracked(store.records, "judging"):
+        replayed = replay_drafters(pair, store.read(record), store.layers)
         for arm, accepted in replayed.accepted.items():
             walked = rounds(0, len(accepted), lambda at, accepted=accepted: int(accepted[at]))  # type: ignore[misc]
             emitted = [tokens for _, tokens in walked]
@@ -168,7 +119,7 @@ class Learning(NamedTuple):
 
 class Outcome(BaseModel, frozen=True):
     """A pass's result. bundle: the new bundle; None: no drafter became better. learned, judged: numbers of requests.
-    tokens: answer tokens learned from, replayed ones included. seconds: since the pass began, or was continued. until:
+    tokens: answer tokens learned from, replayed ones included. seconds: of the pass. until:
     when its newest request was written, in seconds since the epoch. drafters: each one's gain.
     """
 
@@ -181,17 +132,13 @@ class Outcome(BaseModel, frozen=True):
     drafters: dict[str, Gain]
 
 
-def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
+def learn_once(learning: Learning) -> Outcome:
     """Train on the samples, and write a bundle with the drafters whose gain's interval is above 1.
-
-    Args:
-        pace: rests after every step; None: there are no rests.
 
     Raises:
         TooFewError: there are too few samples. ConfigError: another learner is running, the bundle's drafters cannot
             be trained further, or `out` exists.
     """
-    pace = pace or Pace()
     original = None if learning.replay is None else Exported(learning.replay)
     if learning.out.exists():
         raise ConfigError(f"{learning.out} exists already; give --out a new directory")
@@ -203,7 +150,7 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
         verify(checksums(learning.bundle, manifest, parts_of(manifest)))
         parts = PairParts.of_bundle(learning.bundle)
         sections = {arm: section_of(arm, path) for arm, path in parts.checkpoints.items()}
-        chosen = _chosen(learning, manifest, parts.checkpoints, work)
+        chosen = _chosen(learning, manifest.target)
         config = config_of(learning.config, parts.checkpoints, work, learning.rate)
         if config.hardware.threads:
             torch.set_num_threads(config.hardware.threads)
@@ -213,15 +160,15 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
         target = TargetModel(path, **config.hardware.place)
         tokens = answer_tokens(chosen.learned)
         more = [] if original is None else replayed(original, tokens, config.seed)
-        _store(work / "data" / "shard0", target, config.capture, [*chosen.learned, *more], pace)
-        store = _store(work / "judges", target, config.capture, chosen.judged, pace)
+        _store(work / "data" / "shard0", target, config.capture, [*chosen.learned, *more])
+        store = _store(work / "judges", target, config.capture, chosen.judged)
         trained = {
-            arm: train_drafter(sections[arm], config, path, checkpoint, after_step=pace.rest)
+            arm: train_drafter(sections[arm], config, path, checkpoint)
             for arm, checkpoint in parts.checkpoints.items()
         }
         check_same(parts.checkpoints, trained)
         pairs = [Pair.load(each, target) for each in (parts, parts._replace(checkpoints=trained))]
-        walks = [walk_answers(pair, store, ReplayLog(work / "rounds", pair), pace) for pair in pairs]
+        walks = [walk_answers(pair, store) for pair in pairs]
         gained = {arm: _gain(*(walk[arm] for walk in walks)) for arm in trained}
         better = {arm: trained[arm] for arm, gain in gained.items() if gain.better}
         outcome = Outcome(
@@ -286,7 +233,7 @@ def check_target(configured: str, served: str) -> None:
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[Path]:
-    """Yield the locked work directory, with the files of a killed pass. Only an interrupted pass leaves it behind.
+    """Yield an empty work directory, which is locked and removed afterwards.
 
     Raises ConfigError if another learner has the lock, or the directory has no samples.
     """
@@ -295,16 +242,12 @@ def _alone(directory: Path) -> Iterator[Path]:
     check_own(samples_of(directory))
     work = directory / WORK
     with alone(directory, LOCK):
-        work.mkdir(mode=0o700, exist_ok=True)
-        check_own(work)
+        shutil.rmtree(work, ignore_errors=True)  # a killed pass leaves it
+        work.mkdir(mode=0o700)
         try:
             yield work
-        except (KeyboardInterrupt, SystemExit):  # the next pass continues, as after a kill
-            raise
-        except BaseException:
+        finally:
             shutil.rmtree(work, ignore_errors=True)
-            raise
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def newest_learned(bundle: Path) -> float:
@@ -319,45 +262,16 @@ def newest_learned(bundle: Path) -> float:
     return until if until <= time.time() else 0.0
 
 
-def _chosen(
-    learning: Learning, manifest: Manifest, checkpoints: Mapping[str, Path], work: Path
-) -> ChosenTexts:
-    """Return a killed pass's samples if its settings were the same and all samples still exist; else choose the newest.
-
-    In the first case the files in `work` stay, else they are removed.
-    """
+def _chosen(learning: Learning, served: str) -> ChosenTexts:
+    """Choose among the samples of the target `served`, which the configuration's target reads."""
     target = target_path(learning.config.target)
     shape = read_json_config(target)
     longest = min(LONGEST, integer(shape, "max_position_embeddings", target, default=LONGEST))
     vocabulary = integer(shape, "vocab_size", target)
-    samples = texts_of(samples_of(learning.directory), manifest.target, vocabulary, longest)
+    samples = texts_of(samples_of(learning.directory), served, vocabulary, longest)
     now = time.time()
     texts = [text for text in samples if text.written <= now]  # a date in the future means a wrong clock
-    settings = learning._replace(config=learning.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
-    del settings["out"]
-    settings["checkpoints"] = {arm: checkpoint_digest(path) for arm, path in checkpoints.items()}
-    settings |= {"epochs": EPOCHS, "step_tokens": STEP_TOKENS}
-    begun = read_json(json.dumps(settings, default=str))
-    file, by_name = work / CHOICE, {text.name: text for text in texts}
-    try:
-        was = read_json_file(file)
-        if was["begun"] == begun:
-            learned, judged = (
-                [by_name[name].first(tokens) for name, tokens in was[side].items()]
-                for side in ("learned", "judged")
-            )
-            return ChosenTexts(learned, judged, was["until"])
-    except (OSError, ValueError, KeyError, TypeError):  # there was no pass, or one of its samples is gone
-        pass
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(mode=0o700)
-    chosen = choose(texts, newest_learned(learning.bundle), learning.tokens, learning.judged)
-    names = {
-        side: {text.name: len(text.answer) for text in getattr(chosen, side)}
-        for side in ("learned", "judged")
-    }
-    write_whole(file, json.dumps({"begun": begun, **names, "until": chosen.until}))
-    return chosen
+    return choose(texts, newest_learned(learning.bundle), learning.tokens, learning.judged)
 
 
 def config_of(config: TrainConfig, checkpoints: Mapping[str, Path], work: Path, rate: float) -> TrainConfig:
@@ -366,7 +280,7 @@ def config_of(config: TrainConfig, checkpoints: Mapping[str, Path], work: Path, 
     Args:
         checkpoints: by arm. rate: peak learning rate.
     """
-    loop = {"epochs": EPOCHS, "answer_tokens": STEP_TOKENS, "learning_rate": rate, "save_steps": SAVE_STEPS}
+    loop = {"epochs": EPOCHS, "answer_tokens": STEP_TOKENS, "learning_rate": rate}
 
     def section(name: str, **changes: Any) -> Any:
         found = getattr(config, name)
@@ -382,18 +296,12 @@ def config_of(config: TrainConfig, checkpoints: Mapping[str, Path], work: Path, 
     return config.model_copy(update={"work": work, "eagle3": section("eagle3", **sizes), **blocks})
 
 
-def _store(
-    path: Path, target: TargetModel, capture: list[int], texts: Iterable[Text], pace: Pace
-) -> FeatureStore:
-    """Open a store of the texts with their features (outputs of the layers `capture`, ascending). The target computes
-    the missing ones."""
+def _store(path: Path, target: TargetModel, capture: list[int], texts: Sequence[Text]) -> FeatureStore:
+    """Write a store of the texts with their features: outputs of the target's layers `capture`, ascending."""
     store = FeatureStore(path, hidden=target.hidden_size, layers=capture)
-    store.truncate_to_index()
-    stored = {record.id for record in store.records}
-    left = [text for text in texts if text.name not in stored]
     eos = target.config["eos_token_id"]
     ends = set(eos) if isinstance(eos, list) else {eos}
-    for text in pace.each(tracked(left, "reading samples")):
+    for text in tracked(texts, "reading samples"):
         tokens = [*text.prompt, *text.answer]
         finished = text.answer[-1] in ends
         record = SequenceRecord(text.name, "served", len(text.prompt), len(tokens), False, finished)
