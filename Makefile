@@ -29,8 +29,8 @@ DISTRIBUTIONS := $(if $(findstring .uv,$(UV)),.uv/bin/uv) pyproject.toml uv.lock
 	$(UV) sync --frozen --all-packages $(if $(CPU_ONLY),$(LEAVE_OUT))
 	@touch $@
 
-# Of SGLang's dependencies those of 480 MB that the demo never imports, and what plots and training need.
-DEMO_LEAVES_OUT := $(addprefix --no-install-package ,pyarrow llvmlite numba pandas modelscope modelscope-hub datasets grpcio humming-kernels cuda-tile airportsdata accelerate matplotlib contourpy cycler fonttools kiwisolver pyparsing)
+# Of SGLang's dependencies those of 480 MB that the demo never imports, and what training needs.
+DEMO_LEAVES_OUT := $(addprefix --no-install-package ,pyarrow llvmlite numba pandas modelscope modelscope-hub datasets grpcio humming-kernels cuda-tile airportsdata accelerate)
 
 # Enough for the demo: no development tools, and without a card nothing that only a card needs; all of it stays if it is there.
 .venv/.for-demo: $(DISTRIBUTIONS)
@@ -122,7 +122,7 @@ host: install ## Shortest forward at which a card never waits for its host, into
 	$(RUN) python tests/host_pace.py
 
 bench: install ## First answer on speed, in under five minutes
-	$(RUN) whiflash bench --quick
+	$(RUN) whiflash bench --per-category 1 --repetitions 1 --max-tokens 64
 
 gpu: ## What only a GPU can show, in parts of ten minutes; goes on where it was ended; the active Python, installs nothing
 	python3 tests/gpu/run.py

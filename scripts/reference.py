@@ -24,7 +24,6 @@ from whiflash_sdk.capabilities import Capabilities
 from whiflash_sdk.hints import Hints, Span
 from whiflash_sdk.trace import Stretch, Trace
 
-from whiflash_lab.bench.prompts import SUITES
 from whiflash_lab.published import KNOWN
 from whiflash_sglang.checkpoints.manifest import (
     EntropyRouter,
@@ -350,13 +349,6 @@ def patches_list() -> str:
     return "\n".join([counts, "", *rows])
 
 
-def suites_list() -> str:
-    """A Markdown list of the published prompt sets that `whiflash bench --suite` reads, grouped by origin."""
-    sets = {name: f"`{name}` (`{suite.files}`, {suite.licence})" for name, suite in SUITES.items()}
-    folders = groupby(sets, lambda name: SUITES[name].source)
-    return listed((folder, ", ".join(sets[name] for name in names)) for folder, names in folders)
-
-
 def _measured(record: Path) -> str:
     """Return how a part ended, on what, with each of its checks. Empty if it has not run."""
     if not record.exists():
@@ -512,7 +504,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "commands": cli_reference,
     "training": training_keys,
     "gpu": gpu_list,
-    "suites": suites_list,
     "patches": patches_list,
     "published": published_table,
     "speed": speed_table,

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from whiflash_sdk.reading import DEEPEST
 
-from whiflash_lab.bench.cells import Answer, Cell, Journal, Load
+from whiflash_lab.bench.cells import Answer
 from whiflash_lab.bench.load import Asker, stream_lines
 from whiflash_lab.bench.prompts import Prompt, load_prompts
 from whiflash_sglang.errors import ConfigError
@@ -51,15 +51,6 @@ def test_prompts_are_read_whole(tmp_path: Path) -> None:
     file.write_text(dumps(row) + "\n", encoding="utf-8")
     assert load_prompts(str(file))[0].messages[0]["content"] == TEXT
     assert read_rows(file) == [row]
-
-
-def test_a_journal_is_read_whole(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "cells.jsonl", f"plan {TEXT}")
-    answer = Answer(prompt=TEXT, seconds=1, ttft=1, tokens=(1,), forwards=0)
-    cell = Cell(load=Load(value=1), arm="auto", repetition=0, seconds=1, answers=(answer,))
-    journal.begin([cell])
-    journal.append(cell)
-    assert journal.read() == [cell, cell]
 
 
 @given(st.text(alphabet="ab\n\r\u2028é", max_size=30), st.integers(1, 5))

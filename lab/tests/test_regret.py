@@ -11,18 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from whiflash_lab.simulate import (
-    DRAFTS,
-    FIXED,
-    H100,
-    Card,
-    FittedCard,
-    Host,
-    PublishedPair,
-    SimulatedLoad,
-    Simulation,
-    recorded,
-)
+from whiflash_lab.cards import DRAFTS, H100, Card, FittedCard, recorded
+from whiflash_lab.simulate import FIXED, Host, PublishedPair, SimulatedLoad, Simulation
 from whiflash_sglang.drafts import arms
 
 FIGURES = Path(__file__).parents[2] / "results/gpu/shaped.json"

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from whiflash_lab import simulate
-from whiflash_lab.simulate import DRAFTS, FIXED, H100, PAIR, ROW, Host, SimulatedLoad, Simulation
+from whiflash_lab import chains
+from whiflash_lab.cards import DRAFTS, H100, ROW
+from whiflash_lab.simulate import FIXED, PAIR, Host, SimulatedLoad, Simulation
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.rates import continuing
@@ -84,7 +85,7 @@ def test_agents_gain_by_what_the_host_knows() -> None:
 
 def test_a_fitted_card_is_compared_with_chains_and_stock_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("LENGTHS", (1.05, 3.0)), ("STEADY", (150, 300)), ("STARTS", 1)):
-        monkeypatch.setattr(simulate, name, value)
+        monkeypatch.setattr(chains, name, value)
     arguments = ["lab", "simulate", "--figures", str(FIGURES), "--requests", "16"]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.output

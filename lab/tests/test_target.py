@@ -62,7 +62,7 @@ def test_ties_of_other_targets_are_judged(tmp_path: Path, caplog: pytest.LogCapt
     cell = Cell(load=Load(value=1), arm="auto", repetition=0, seconds=1, answers=(answer,))
     for name in ("gemma", *unread):
         best = BestLogit(tmp_path / name, "bfloat16")
-        (found,) = differences([cell], {"none": {"p": reference}}, best, "bfloat16")
+        (found,) = differences([cell], {"p": reference}, best, "bfloat16")
         assert (found.verdict, found.position) == (Verdict.TIE, 1)
     assert BestLogit(tmp_path / "gemma", "bfloat16")(reference, 1) != 0
     assert caplog.text.count("does not run here") == len(unread)

@@ -14,17 +14,9 @@ from typing import Any, NamedTuple
 
 from whiflash_sdk.render.aligned import count
 
+from whiflash_lab.cards import H100, PARAMETERS, Card
 from whiflash_lab.published import FACTS, KNOWN, Gpu, PublishedTarget, Shape, known
-from whiflash_lab.simulate import (
-    FIXED,
-    H100,
-    METHODS,
-    PARAMETERS,
-    Card,
-    PublishedPair,
-    SimulatedLoad,
-    Simulation,
-)
+from whiflash_lab.simulate import FIXED, METHODS, PublishedPair, SimulatedLoad, Simulation
 from whiflash_sglang.cli.report import brought
 from whiflash_sglang.cli.top import unknown
 from whiflash_sglang.drafts import arms

@@ -7,26 +7,23 @@ position is right is drawn once, so all methods meet the same text. Drafts are c
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import accumulate, product
+from itertools import accumulate
 from math import ceil
 from operator import mul
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.random import default_rng
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 
+from whiflash_lab.cards import DRAFTS, KNOWN, Card, FittedCard
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Forecast
 from whiflash_sglang.drafts.rates import continuing
-from whiflash_sglang.files.jsonl import read_json_file
 from whiflash_sglang.prices.round_clock import RoundTime
-from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
+from whiflash_sglang.prices.tables import LookedUpCosts
 from whiflash_sglang.records.request import Request as ServedRequest
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import AutoPolicy
@@ -34,9 +31,6 @@ from whiflash_sglang.routing.policies import AutoPolicy
 METHODS = ("plain", "eagle3", "dflash", "auto")
 FIXED = {"plain": arms.NONE, "eagle3": arms.AR, "dflash": arms.DIFFUSION}
 """Methods that use one arm at its full length in every round; "eagle3 2" is a chain of two drafts."""
-DRAFTS = {arms.AR: 4, arms.DIFFUSION: 15}
-"""Drafts of a full round: an EAGLE-3 chain of four steps, a DFlash block of 16 rows."""
-
 ACCEPTANCE = {
     "GSM8K": {arms.AR: 2.97, arms.DIFFUSION: 5.54},
     "MATH": {arms.AR: 5.40, arms.DIFFUSION: 4.97},
@@ -67,175 +61,6 @@ class PublishedPair(NamedTuple):
 PAIR = PublishedPair(ACCEPTANCE, {arms.AR: 7, arms.DIFFUSION: 15}, DRAFTS)
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
-    """Prices of a GPU in seconds. fixed: a forward of any size. row: one more row. token: one more token of context.
-
-    chain: an EAGLE-3 step. block: a DFlash block, with the round's own work. experts: reading all experts. share: part
-    of the experts that one row uses, drawn by chance for each row. deep: one more row, per token of all contexts.
-    """
-
-    name: str
-    fixed: float
-    row: float
-    token: float
-    chain: float
-    block: float
-    experts: float = 0.0
-    share: float = 1.0
-    deep: float = 0.0
-
-    def verify(self, rows: float, context: float) -> float:
-        read: float = self.experts * (1 - (1 - self.share) ** rows)
-        return self.fixed + self.row * rows + (self.token + self.deep * rows) * context + read
-
-    def prefill(self, tokens: int) -> float:
-        return self.verify(tokens, 0)
-
-    def forward(self, tables: CostTables, rows: int, widths: Sequence[int], contexts: Sequence[int]) -> float:
-        """Return the seconds of a verification in a graph of so many rows. widths: rows of each request."""
-        return tables.verifications.at(rows, sum(contexts))
-
-    def drafting(self, tables: CostTables, arm: str, requests: int, drafts: int, caught_up: int) -> float:
-        """Return the seconds of an arm's pass for so many requests, after a catch-up of so many tokens."""
-        return tables.draft(arm, requests, drafts)
-
-    def tables(self, rows: int, context: int, chain: int = DRAFTS[arms.AR]) -> CostTables:
-        """Return the price tables that a server would measure at its start on this card.
-
-        rows, context: the largest. chain: length of a full chain.
-        """
-        sizes = grid(rows)
-        drafts = {arms.AR: chain * self.chain, arms.DIFFUSION: self.block}
-        by_arm = {arm: Sizes(tuple(sizes), (price,) * len(sizes)) for arm, price in drafts.items()}
-        chains = {n: Sizes(tuple(sizes), (n * self.chain,) * len(sizes)) for n in range(2, chain)}
-        verifications = Verifications.measured(1, max(context, 2), sizes, self.verify)
-        return CostTables(verifications, by_arm, {}, {arms.AR: chains})
-
-
-@dataclass(frozen=True, slots=True)
-class FittedCard:
-    """Prices of Qwen3-8B's shape on an H200, fitted to recorded rounds, which a start's tables only approximate.
-
-    Fitted to `diffusion` at four loads and to stock plain decoding at three, within 2 % each. Estimated: the tile of a
-    request's rows, the round's own work. A rate is of decoding only.
-
-    Args:
-        recorded: prices of the start of that record. own_plain: whether rounds without drafts read the cache by the
-            verification's kernel, as a server of 586c31c3 does, or by stock decoding's. issued: seconds in which the
-            host issues a lone verification, if prices hold them.
-    """
-
-    recorded: CostTables
-    own_plain: bool = True
-    issued: float = 0.0
-    name: str = "H200"
-
-    LAYERS: ClassVar[int] = 36
-    OWN: ClassVar[float] = 0.35e-3
-    """Seconds of a round besides the target's forward: estimated between 0.1 and 0.6 ms."""
-    OWN_PLAIN: ClassVar[tuple[float, float]] = (10e-6, 0.3e-6)
-    """Seconds of a round besides a forward of stock decoding, and of each request: computed for four launches more than
-    stock's and 1 MB per row, as counted on the phantom card (`docs/dev/findings.md`).
-    """
-    DRAFTED: ClassVar[float] = 0.25e-3
-    """Seconds that a round with a draft pass takes besides, in addition to OWN."""
-    ISSUED: ClassVar[float] = 1.11e-3
-    """Value of `issued` in the record."""
-    PASS_ISSUED: ClassVar[float] = 0.2e-3
-
-    def stock(self, requests: int, context: int) -> float:
-        """Return the seconds of a step of stock plain decoding."""
-        return 5.45e-3 + self._read((0,) * requests, (context / requests,) * requests)
-
-    def prefill(self, tokens: int) -> float:
-        return 0.0
-
-    def _read(self, widths: Sequence[int], contexts: Sequence[float]) -> float:
-        """Return the seconds to read contexts, by stock decoding (width 0) or in the tile that so many rows take."""
-        each = (_TOKENS[bisect_left(_WIDTHS, width)] for width in widths)
-        return self.LAYERS * 1e-9 * float(sum(map(mul, each, contexts)))
-
-    def _forward(self, rows: float) -> float:
-        return self.recorded.verifications.at_short.at(rows) - 1.46e-3 + self.OWN
-
-    def forward(self, tables: CostTables, rows: int, widths: Sequence[int], contexts: Sequence[int]) -> float:
-        if max(widths) == 1 and not self.own_plain:
-            return self._plain(len(widths), sum(contexts))
-        return self._verification(rows, widths, contexts)
-
-    def _plain(self, requests: int, context: int) -> float:
-        fixed, each = self.OWN_PLAIN
-        return self.stock(requests, context) + fixed + each * requests
-
-    def _verification(self, rows: float, widths: Sequence[int], contexts: Sequence[float]) -> float:
-        return self._forward(rows) + self._read(widths, contexts)
-
-    def drafting(self, tables: CostTables, arm: str, requests: int, drafts: int, caught_up: int) -> float:
-        seconds = self.recorded.draft(arm, requests, drafts) - self.PASS_ISSUED
-        return max(seconds, 0.2e-3) + self.recorded.catch(arm, min(caught_up, 768)) + self.DRAFTED
-
-    def tables(self, rows: int, context: int, chain: int = 0) -> CostTables:
-        """Return the price tables that a start would measure, for as many requests as can have a full block's rows."""
-        most = rows // (KNOWN + 1)
-        sizes = [
-            n for n in (*self.recorded.verifications.at_short.sizes, 896, 1024, 1088) if n <= grid(rows)[-1]
-        ]
-
-        def price(most: int, rows: int, context: int) -> float:
-            count = min(rows, most)
-            widths = [rows // count + (i < rows % count) for i in range(count)]
-            return self._verification(rows, widths, [context // count] * count) + self.issued
-
-        def alone(prices: Sizes) -> Sizes:
-            spent = 0.0 if self.issued else self.PASS_ISSUED
-            return Sizes(prices.sizes, tuple(max(each - spent, 0.2e-3) for each in prices.seconds))
-
-        found, above = self.recorded, _WIDTHS[1]
-        wide = Verifications.measured(
-            *(8192, 131072, sizes[bisect_left(sizes, above + 1) :]),
-            lambda rows, context: price(min(rows // (above + 1), most), rows, context),
-        )
-        return CostTables(
-            Verifications.measured(8192, 131072, sizes, partial(price, most)),
-            {arm: alone(prices) for arm, prices in found.drafts.items()},
-            found.catch_up,
-            {arm: {n: alone(prices) for n, prices in each.items()} for arm, each in found.shorter.items()},
-            {} if self.issued else {above: wide},
-            None if self.own_plain else Verifications.measured(8192, 131072, sizes, self._plain),
-        )
-
-
-def recorded(figures: Path) -> CostTables:
-    """Read the prices that the start of `auto` measured in a record of `tests/gpu/shaped.py`."""
-    prices = read_json_file(figures)["figures"]["checks"]["auto"]["prices"]
-    return TypeAdapter(CostTables).validate_python(prices, strict=False)
-
-
-_WIDTHS, _TOKENS = (0, 4, 8), (1.4, 1.8, 2.5, 4.5)
-"""Most rows of a request in each tile, and nanoseconds to read a token of context in a layer: by stock decoding, then
-by the verification's kernel in tiles of 16, 32 and 64 rows of query heads."""
-
-
-def grid(largest: int) -> list[int]:
-    """Return the sizes of graphs: every size up to 8, then sixteenths of the power of two above, at least 4 apart."""
-    sizes = list(range(1, 9))
-    while sizes[-1] < largest:
-        sizes.append(sizes[-1] + max(4, (1 << sizes[-1].bit_length()) // 16))
-    return sizes
-
-
-PARAMETERS = 8.2e9
-ROW = 2 * PARAMETERS
-"""Operations of a row of Qwen3-8B. At a card's peak rate they give the published price of a row within 12 %."""
-CONTEXT = 768
-"""Assumed tokens of a request, to convert a published price of one more request into that of a token."""
-
-H100 = Card("H100", 6.97e-3, ROW / 989e12, 0.15e-3 / CONTEXT, 0.55e-3, 1.25e-3)
-"""fixed: plain decoding in bf16 at 4 requests, 7.04 ms, less its rows. A request and a chain step: SGLang's FP8 rounds.
-block: DFlash's throughput on an H20, less its verifications."""
-
-
 class Host(NamedTuple):
     """Seconds that the host takes from a round's results to the next launch: a fixed part and one for each request."""
 
@@ -253,8 +78,6 @@ PLANNING_OF_AGENTS = 0.25e-3
 13.2 ms at 48 requests, against 1.5 ms with copies only (`tests/planning_time.py --agents`)."""
 
 
-KNOWN = 16
-"""Most drafts of a round that the host knows (`tests/planning_time.py --agents`)."""
 TURN = (*(0,) * 10, 16, 0, 4, 12, 1, 10, *(0,) * 6, 16, 2)
 """Numbers of known tokens before each unknown one in an agent's turn, counted by that command after a hundred rounds:
 prose, half of which is in a tenant's earlier text, then a call. Without a drafter a round has 3.5 tokens."""
@@ -520,88 +343,6 @@ def _runs(right: NDArray[np.bool_]) -> list[int]:
 def table(card: Card, sizes: Sequence[int], load: SimulatedLoad) -> list[Result]:
     """Simulate every number of requests in `sizes` with every method. load: its `requests` are replaced."""
     return [Simulation(card, load._replace(requests=n), method).run() for n in sizes for method in METHODS]
-
-
-LENGTHS = (1.05, 1.3, 1.6, 2.11, 3.0, 4.5, 6.0)
-"""Tokens per round of a block on `FittedCard`; a chain's drafts are right as often as a block's."""
-CHAINS = ("plain", "eagle3 2", "eagle3 3", "eagle3", "dflash")
-PLAIN_LENGTH = 1.3
-"""Largest number of tokens per block for which plain decoding may be the fastest."""
-STEADY, STARTS = (400, 1500), 8
-"""First and last round of a rate of `auto`; number of runs over which a start is averaged."""
-
-
-def _of_length(
-    card: FittedCard, length: float, requests: int, method: str, rounds: int, **run: Any
-) -> Simulation:
-    pair = PublishedPair(
-        {"one": dict.fromkeys(DRAFTS, length)}, dict.fromkeys(DRAFTS, DRAFTS[arms.DIFFUSION]), DRAFTS
-    )
-    simulation = Simulation(card, SimulatedLoad(requests, 1 << 40, 1024, 192), method, pair=pair, **run)
-    simulation.run(rounds)
-    return simulation
-
-
-def beside_chains(card: FittedCard, length: float, requests: int) -> list[float]:
-    """Return tokens per second of stock plain decoding, of each of `CHAINS` and of `auto`; then `auto` over the fastest
-    of `CHAINS` and over stock plain decoding.
-    """
-    stock = requests / card.stock(requests, requests * 1120)
-    fixed = [_of_length(card, length, requests, method, STEADY[0]).rate(0) for method in CHAINS]
-    auto = _of_length(card, length, requests, "auto", STEADY[1]).rate(STEADY[0])
-    return [stock, *fixed, auto, auto / max(fixed), auto / stock]
-
-
-def starts(card: FittedCard, length: float, *, measured: bool) -> list[float]:
-    """Return the rate of `auto` over the fastest of `CHAINS`, in rounds 1 to 50 and 1 to 200 of one request after a
-    start, over `STARTS` runs. measured: whether the bundle holds measured acceptance.
-    """
-    chance = continuing(length, DRAFTS[arms.DIFFUSION] + 1)
-    known = {"measured": {arm: (chance,) * drafts for arm, drafts in DRAFTS.items()}} if measured else {}
-
-    def rate(method: str, rounds: int, **known: Any) -> float:
-        runs = (_of_length(card, length, 1, method, rounds, seed=seed, **known) for seed in range(STARTS))
-        tokens, seconds = map(sum, zip(*(each for run in runs for each in run.trace), strict=True))
-        return tokens / seconds
-
-    return [
-        rate("auto", rounds, **known) / max(rate(method, rounds) for method in CHAINS) for rounds in (50, 200)
-    ]
-
-
-def tables_of_chains(figures: Path, sizes: Sequence[int]) -> Iterator[str]:
-    """Yield the lines of two tables: rates of `auto` beside fixed chains, by length and requests; and of starts."""
-    card, stock = FittedCard(recorded(figures)), FittedCard(recorded(figures), own_plain=False)
-    names = (
-        "stock plain",
-        "our plain",
-        "chain 2",
-        "chain 3",
-        "chain 4",
-        "block 15",
-        "`auto`",
-        "of the best",
-        "of stock",
-    )
-    yield f"| tokens a block | requests | {' | '.join(names)} | of stock, its kernel |"
-    yield "|" + " ---: |" * (len(names) + 3)
-    for length, n in product(LENGTHS, sizes):
-        *rates, best, over = beside_chains(card, length, n)
-        other = f"{beside_chains(stock, length, n)[-1]:.2f}" if length <= PLAIN_LENGTH else ""
-        cells = [
-            f"{length:g}",
-            str(n),
-            *(f"{rate:,.0f}" for rate in rates),
-            f"{best:.2f}",
-            f"{over:.2f}",
-            other,
-        ]
-        yield f"| {' | '.join(cells)} |"
-    yield "\n| tokens a block | rounds 1 to 50 | 1 to 200 | with measured acceptance, 1 to 50 | 1 to 200 |"
-    yield "| ---: | ---: | ---: | ---: | ---: |"
-    for length in LENGTHS:
-        shares = [share for measured in (False, True) for share in starts(card, length, measured=measured)]
-        yield f"| {length:g} | {' | '.join(f'{share:.2f}' for share in shares)} |"
 
 
 def assumed(card: Card, load: SimulatedLoad) -> str:

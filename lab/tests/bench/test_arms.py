@@ -1,17 +1,14 @@
 import json
-import os
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from whiflash_lab.bench.arms import KNOWN, QUICK, VARIANTS, Subject, build_arms, those_with_drafters
-from whiflash_lab.bench.command import scale_of
+from whiflash_lab.bench.arms import DEFAULT, KNOWN, VARIANTS, Subject, build_arms, those_with_drafters
 from whiflash_lab.bench.fleet import environment, launcher, reason_of
 from whiflash_lab.bench.subject import build_subject, write_variant
 from whiflash_sglang.checkpoints.hub import checksums, verify
@@ -56,23 +53,6 @@ def test_routers_that_learn_nothing_share_a_server_and_auto_has_its_own() -> Non
     assert len(set(servers.values())) == len(servers) - len(shared) + 1
 
 
-def test_another_checkout_serves_the_same_arm_from_its_own_sources(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", "/of/the/user")
-    beside = replace(SUBJECT, beside=tmp_path)
-    _, auto, other = build_arms(["auto", "auto@beside"], beside)
-    assert (other.arguments, other.router) == (auto.arguments, auto.router)
-    assert auto.server != other.server
-    assert (auto.checkout, other.checkout) == (None, tmp_path)
-    with launcher([], tmp_path / "log", tmp_path)._spawn() as process:
-        while "PYTHONPATH" not in (environ := psutil.Process(process.pid).environ()):
-            assert process.poll() is None  # Linux shows nothing of it for a moment while a program is loaded.
-        process.kill()
-    sources = [str(tmp_path / part) for part in ("", "cpu", "kernels", "sdk")]
-    assert environ["PYTHONPATH"].split(os.pathsep) == [*sources, "/of/the/user"]
-
-
 def test_a_checkout_with_an_environment_is_served_in_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -84,30 +64,27 @@ def test_a_checkout_with_an_environment_is_served_in_it(
         (checkout / "sglang" / "launch_server.py").write_text(f"print('of', {checkout.name!r})\n")
     python = other / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(f"#!/bin/sh\necho its own environment\nexec {sys.executable} $*\n")
+    python.write_text(
+        f"#!/bin/sh\necho its own environment\nPYTHONPATH=$PYTHONPATH{other} exec {sys.executable} $*\n"
+    )
     python.chmod(0o755)
     monkeypatch.setenv("PYTHONPATH", str(here))
     monkeypatch.chdir(here)
-    with launcher([], log := tmp_path / "log", other)._spawn() as process:
+    with pytest.raises(ConfigError, match=r"no .*here/\.venv/bin/python: name a checkout"):
+        build_arms([f"auto@{here}"], SUBJECT)
+    _, auto, older = build_arms(["auto", "auto@../other"], SUBJECT)
+    assert (older.name, older.arguments, older.router) == ("auto@other", auto.arguments, auto.router)
+    assert (auto.server != older.server, auto.python) == (True, None)
+    with launcher([], log := tmp_path / "log", older.python)._spawn() as process:
         process.wait()
     assert log.read_text() == "its own environment\nof other\n"
 
 
 def test_ranks_and_replicas_share_the_threads_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    _, auto, ranks, replicas = build_arms(["auto", "auto@tp2", "none@dp2"], SUBJECT)
-    assert ranks.arguments == (*auto.arguments, "--tp-size", "2")
-    assert replicas.arguments[-2:] == ("--dp-size", "2")
-    assert len({auto.server, ranks.server, replicas.server}) == 3
-    assert environment(auto.arguments) == {"OMP_NUM_THREADS": "4"}
-    assert environment(ranks.arguments) == {"OMP_NUM_THREADS": "2"}
-
-
-def test_another_checkout_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs --beside"):
-        build_arms(["auto@beside"], SUBJECT)
-    with pytest.raises(ConfigError, match="give the root of another clone"):
-        build_subject(str(tmp_path), None, "bfloat16", (), tmp_path, ["auto@beside"], tmp_path)
+    assert environment(["--dtype", "float32"]) == {"OMP_NUM_THREADS": "4"}
+    assert environment(["--tp-size", "2"]) == {"OMP_NUM_THREADS": "2"}
+    assert environment(["--tp-size", "2", "--dp-size", "2"]) == {"OMP_NUM_THREADS": "1"}
 
 
 def test_hints_are_compared_on_servers_alike() -> None:
@@ -134,9 +111,9 @@ def test_a_bundle_of_one_drafter_is_compared_as_far_as_it_goes() -> None:
 def test_the_block_drafters_arm_is_the_one_that_upstream_has_for_its_format() -> None:
     dspark = replace(SUBJECT, block_format=BY_NAME["DSpark"])
     card = replace(dspark, common=())
-    assert those_with_drafters(QUICK, SUBJECT) == ["none", "EAGLE3", "DFLASH", "auto"]
-    assert those_with_drafters(QUICK, dspark) == ["none", "EAGLE3", "diffusion", "auto"]
-    assert those_with_drafters(QUICK, card) == ["none", "EAGLE3", "DSPARK", "auto"]
+    assert those_with_drafters(DEFAULT, SUBJECT) == ["none", "EAGLE3", "DFLASH", "auto"]
+    assert those_with_drafters(DEFAULT, dspark) == ["none", "EAGLE3", "diffusion", "auto"]
+    assert those_with_drafters(DEFAULT, card) == ["none", "EAGLE3", "DSPARK", "auto"]
     assert those_with_drafters(("diffusion", "DFLASH", "DSPARK"), dspark) == ["diffusion"]
     served = build_arms(["DSPARK"], card)[1].arguments
     assert served[-4:] == (
@@ -144,8 +121,8 @@ def test_the_block_drafters_arm_is_the_one_that_upstream_has_for_its_format() ->
         *("--speculative-draft-model-path", str(card.dflash)),
     )
     speculators = replace(card, block_format=BY_NAME["speculators DSpark"])
-    assert those_with_drafters(QUICK, speculators) == ["none", "EAGLE3", "diffusion", "auto"]
-    assert those_with_drafters(QUICK, replace(card, common=("--tool-call-parser", "cpu")))[2] == "DSPARK"
+    assert those_with_drafters(DEFAULT, speculators) == ["none", "EAGLE3", "diffusion", "auto"]
+    assert those_with_drafters(DEFAULT, replace(card, common=("--tool-call-parser", "cpu")))[2] == "DSPARK"
     with pytest.raises(ConfigError, match="DSPARK: upstream serves it on GPUs only; the arm `diffusion`"):
         build_arms(["DSPARK"], dspark)
     for subject, arm, has in (
@@ -162,15 +139,15 @@ def test_a_chain_that_upstream_does_not_read_is_whiflashs(tmp_path: Path) -> Non
     for key, is_upstreams in (({}, True), ({"ptd_token_id": 5}, False)):
         config = bundle / "eagle3/config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | key))
-        subject = build_subject(str(tmp_path), str(bundle), "bfloat16", (), tmp_path, [])
+        subject = build_subject(str(tmp_path), str(bundle), (), tmp_path, [])
         assert subject.chain_is_upstreams == is_upstreams
-    assert those_with_drafters(QUICK, subject) == ["none", "ar", "diffusion", "auto"]
+    assert those_with_drafters(DEFAULT, subject) == ["none", "ar", "diffusion", "auto"]
     with pytest.raises(ConfigError, match="the arm `ar` is WHIFLASH with only this drafter"):
         build_arms(["EAGLE3:3"], subject)
 
 
 def test_bad_drafters_cost_as_much_and_know_nothing(tmp_path: Path) -> None:
-    subject = build_subject(str(tmp_path), None, "bfloat16", (), tmp_path, ["auto", "auto-bad-drafters"])
+    subject = build_subject(str(tmp_path), None, (), tmp_path, ["auto", "auto-bad-drafters"])
     bad = subject.variants["auto-bad-drafters"]
     manifest = load_manifest(bad)
     assert manifest.lookup is not None
@@ -189,7 +166,7 @@ def test_bad_drafters_cost_as_much_and_know_nothing(tmp_path: Path) -> None:
 
 def test_an_arm_without_a_part_is_otherwise_the_bundle(tmp_path: Path) -> None:
     arms = ["auto-no-lookup"]
-    subject = build_subject(str(tmp_path), None, "bfloat16", (), tmp_path, arms)
+    subject = build_subject(str(tmp_path), None, (), tmp_path, arms)
     shipped, off = load_manifest(subject.bundle), load_manifest(subject.variants["auto-no-lookup"])
     assert shipped.lookup is not None
     assert off.lookup is not None
@@ -207,11 +184,9 @@ def test_widths_of_static_drafters() -> None:
     assert dflash.arguments[-2:] == ("--speculative-num-draft-tokens", "4")
 
 
-@pytest.mark.parametrize(
-    "name", ["EAGLE", "auto:3", "EAGLE3:x", "EAGLE3:0", "", "auto@tp1", "auto@tp", "auto@pp2", "auto@"]
-)
+@pytest.mark.parametrize("name", ["EAGLE", "auto:3", "EAGLE3:x", "EAGLE3:0", "", "auto@", "EAGLE@../other"])
 def test_unknown_arms_are_named(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"is not one of none, EAGLE3.*@tpN, @dpN or @beside"):
+    with pytest.raises(ConfigError, match=r"is not one of none, EAGLE3.*@CHECKOUT"):
         build_arms([name], SUBJECT)
 
 
@@ -220,14 +195,6 @@ def test_published_arguments_name_no_directory() -> None:
         shown = " ".join(SUBJECT.hide_paths(arm.arguments))
         assert "/models" not in shown
         assert "/scratch" not in shown
-
-
-def test_quick_is_four_arms_and_a_budget() -> None:
-    scale = scale_of(True, None, None, None, None)
-    assert scale.arms == list(QUICK)
-    assert scale.minutes is not None
-    assert scale.minutes < 5
-    assert scale_of(False, "auto, ar", None, None, None).arms == ["auto", "ar"]
 
 
 def test_why_a_server_did_not_start() -> None:

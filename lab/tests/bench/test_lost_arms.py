@@ -1,8 +1,11 @@
-"""An arm whose server does not start: it is named at once, the others are measured, and the command fails."""
+"""An arm whose server does not start: it is named at once, the others are measured, and the command fails. So is a
+prompt that plain decoding does not take.
+"""
 
 import asyncio
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +14,15 @@ import httpx
 import pytest
 from patience import wait_until
 from rich.console import Console
+from rich.progress import Progress
 from server_host import stand_in
 
-from whiflash_lab.bench.arms import Arm
+from whiflash_lab.bench import reference, runner
+from whiflash_lab.bench.arms import Arm, Subject, build_arms
 from whiflash_lab.bench.fleet import Fleet
+from whiflash_lab.bench.load import RefusedError
+from whiflash_lab.bench.prompts import Prompt
+from whiflash_lab.bench.reference import Reference
 from whiflash_lab.bench.runner import CLOSED_ALONE, Plan, Runner, Step
 from whiflash_lab.servers import ServerError
 from whiflash_sglang.errors import WhiflashError
@@ -52,11 +60,11 @@ def started(names: Sequence[str], broken: Sequence[str], url: str) -> tuple[dict
     subject: Any = SimpleNamespace(hide_paths=list)
     bar = Lines(Console(file=said, width=200))
 
-    def make(arguments: Sequence[str], log: Path | None, checkout: Path | None) -> Starting:
+    def make(arguments: Sequence[str], log: Path | None, python: Path | None) -> Starting:
         return Starting(arguments, url, said)
 
     with Fleet(make) as fleet:
-        runner = Runner(Plan(subject, tuple(arms), ()), fleet, SimpleNamespace(), bar)  # type: ignore[arg-type]
+        runner = Runner(Plan(subject, tuple(arms), ()), fleet, bar)  # type: ignore[arg-type]
         runner._start(arms)
         assert sorted(fleet.clients) == sorted(set(names) - set(broken))
     return runner.unavailable, said.getvalue()
@@ -73,7 +81,7 @@ def test_a_server_that_ends_takes_its_arms_alone(url: str) -> None:
     make: Any = lambda *_: Starting((), url, io.StringIO("no such drafter"))  # noqa: E731
     with Fleet(make) as fleet:
         plan = Plan(SimpleNamespace(hide_paths=list), tuple(arms), ())  # type: ignore[arg-type]
-        runner = Runner(plan, fleet, SimpleNamespace(), Lines(Console(file=io.StringIO())))  # type: ignore[arg-type]
+        runner = Runner(plan, fleet, Lines(Console(file=io.StringIO())))  # type: ignore[arg-type]
         runner._start(arms)
         fleet.clients["shared"] = httpx.Client(base_url="http://127.0.0.1:1")
         asyncio.run(runner._measure([Step(CLOSED_ALONE, name, 0, ("p",)) for name in ("ar", "auto")], None))
@@ -84,3 +92,30 @@ def test_a_server_that_ends_takes_its_arms_alone(url: str) -> None:
 def test_nothing_is_measured_without_plain_decoding(url: str) -> None:
     with pytest.raises(WhiflashError, match="plain decoding: the server did not start"):
         started(["none", "auto"], ["none"], url)
+
+
+def test_a_prompt_that_the_server_does_not_take_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def answering(client: Any, prompt: Prompt, max_tokens: int, fields: object = None) -> Reference:
+        if prompt.id == "long":
+            raise RefusedError("prompt long: longer than the context")
+        return Reference(prompt, (1,), (5,), (9.0,), "short")
+
+    monkeypatch.setattr(runner, "ask_reference", answering)
+    monkeypatch.setattr(runner, "flush", lambda client: None)
+    subject = Subject(target=tmp_path, bundle=tmp_path, eagle3=None, dflash=None, dtype="float32")
+    prompts = tuple(Prompt(name, "chat", ({"role": "user", "content": "?"},)) for name in ("long", "fits"))
+    fleet: Any = SimpleNamespace(clients={"none": "none"})
+    plan = runner.Plan(subject, tuple(build_arms(["none"], subject)), prompts)
+    running = runner.Runner(plan, fleet, Progress(disable=True))
+    running._ask_references()
+    assert list(running._references) == ["fits"]
+    assert running.left_out == {"long": "prompt long: longer than the context"}
+    nothing = runner.Runner(replace(plan, prompts=prompts[:1]), fleet, Progress(disable=True))
+    with pytest.raises(WhiflashError, match="took no prompt: prompt long"):
+        nothing._ask_references()
+    refusing = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(400)), base_url="http://x")
+    monkeypatch.undo()
+    with pytest.raises(RefusedError, match="prompt fits"):
+        reference.ask_reference(refusing, prompts[1], 8)

@@ -4,15 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from whiflash_lab.bench.prompts import (
-    digest_of,
-    load_prompts,
-    load_tools,
-    prompt_of,
-    sample,
-    shipped,
-    with_tools,
-)
+from whiflash_lab.bench.prompts import digest_of, load_prompts, prompt_of, sample, shipped
 from whiflash_sglang.errors import ConfigError
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -114,42 +106,16 @@ def test_sample_takes_turns_between_categories() -> None:
         sample([*prompts, prompts[0]], None)
 
 
-def test_the_digest_sees_what_is_asked() -> None:
-    row, tools = {"id": "a", "messages": MESSAGES}, {"tools": [{"type": "function"}]}
-    asked = [prompt_of({**row, **more}, "") for more in ({}, tools, {**tools, "tool_choice": "auto"})]
-    assert len({digest_of([prompt]) for prompt in asked}) == 3
-    assert [prompt.tool_choice for prompt in asked] == ["required", "required", "auto"]
-    assert digest_of(asked[:1]) == digest_of([prompt_of({**row, "model": "m"}, "")])
-
-
-def tool(name: str, **more: object) -> dict[str, object]:
-    return {"type": "function", "function": {"name": name, "parameters": {}, **more}}
-
-
-def test_tools_come_behind_those_of_a_prompt(tmp_path: Path) -> None:
-    """The prompt's own replaces one of the same name; an answer with a schema takes none."""
-    file = write(tmp_path / "tools.jsonl", tool("here", description="brought"), tool("more"))
-    rows = [
-        {"id": "plain", "messages": MESSAGES},
-        {"id": "calls", "messages": MESSAGES, "tools": [tool("own"), tool("here")]},
-        {"id": "object", "messages": MESSAGES, "response_format": {"type": "json_object"}},
-    ]
-    prompts = [prompt_of(row, "here") for row in rows]
-    plain, calls, as_object = (
-        with_tools(p, load_tools(file), "auto", strict=True).request() for p in prompts
-    )
-    assert (plain["tool_choice"], calls["tool_choice"]) == ("auto", "auto")
-    row = prompt_of({**rows[1], "tool_choice": "none"}, "here")
-    assert [with_tools(row, (), choice, strict=False).tool_choice for choice in (None, "auto")] == [
-        "none",
-        "auto",
-    ]
-    assert plain["tools"] == [tool("here", description="brought", strict=True), tool("more", strict=True)]
-    assert calls["tools"] == [tool(name, strict=True) for name in ("own", "here", "more")]
-    assert set(as_object) == {"messages", "response_format"}
-    assert len(load_tools("sample")) == 10
-    with pytest.raises(ConfigError, match=r"bad\.jsonl: takes a list"):
-        load_tools(write(tmp_path / "bad.jsonl", tool("here"), {"name": "here"}))
+def test_a_body_s_own_fields_are_sent() -> None:
+    """Those that say how an answer is drawn, too; others, such as the model's name, are not."""
+    tool = {"type": "function", "function": {"name": "here", "parameters": {}}}
+    drawn = {"temperature": 0.6, "top_p": 0.95}
+    body = {"id": "a", "messages": MESSAGES, "tools": [tool], "tool_choice": "auto", **drawn}
+    prompt = prompt_of({**body, "model": "m", "stream": True}, "here")
+    assert prompt.request() == {key: value for key, value in body.items() if key != "id"}
+    assert (prompt.sampling, prompt_of({**body, "temperature": 0}, "here").sampling) == (drawn, {})
+    asked = [prompt_of({**body, key: value}, "") for key, value in (("temperature", 1), ("tool_choice", {}))]
+    assert len({digest_of([prompt]) for prompt in (prompt, *asked)}) == 3
 
 
 def test_seeds_are_of_prompts() -> None:

@@ -1,4 +1,4 @@
-"""Cells become figures, tables and pictures."""
+"""Cells become figures and tables."""
 
 import json
 import re
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from whiflash_lab.bench.cells import Answer, Cell, Load
-from whiflash_lab.bench.command import Outputs, judge
-from whiflash_lab.bench.pages import _overview, draw, render
+from whiflash_lab.bench.command import judge, publish
+from whiflash_lab.bench.pages import _overview, render
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_lab.bench.reference import Difference, Reference, differences
 from whiflash_lab.bench.report import BenchReport, build_report
@@ -29,6 +29,8 @@ PROVENANCE = {
     "dtype": "bfloat16",
     "repetitions": 3,
     "interleaved": True,
+    "compared": True,
+    "sampling": [],
     "max_tokens": 160,
     "busy_before": {"load_1min": 0.1},
     "busy_after": {"load_1min": 1.9},
@@ -166,12 +168,11 @@ def test_whiflash_pinned_to_a_drafter_is_a_static_drafter() -> None:
 
 def test_every_arm_is_compared_with_the_one_that_was_asked_for() -> None:
     """As with plain decoding, by category; an arm of another checkout is no static drafter."""
-    arms = {"none": 10.0, "auto": 24.0, "auto@beside": 16.0, "EAGLE3:3@beside": 40.0}
-    cells = cells_of(arms)
-    compared = build_report(cells, GROUPS, [], PROVENANCE, {}, over="auto@beside")
-    auto = compared.ratios["auto"]
-    assert {name: i.ratio for name, i in auto.over.items()} == pytest.approx(dict.fromkeys(auto.none, 1.5))
-    assert (auto.static, compared.ratios["auto@beside"].over) == ({}, {})
+    cells = cells_of({"none": 10.0, "auto": 16.0, "auto@older": 24.0, "EAGLE3:3@older": 40.0})
+    compared = build_report(cells, GROUPS, [], PROVENANCE, {}, over="auto")
+    older = compared.ratios["auto@older"]
+    assert {name: i.ratio for name, i in older.over.items()} == pytest.approx(dict.fromkeys(older.none, 1.5))
+    assert (older.static, compared.ratios["auto"].over) == ({}, {})
 
 
 def test_under_load_only_the_whole_mix_has_a_rate(report: BenchReport) -> None:
@@ -213,32 +214,12 @@ def test_kept_pages_are_those_of_their_reports() -> None:
         assert page.read_text() == render(BenchReport.model_validate_json(path.read_text())), page
 
 
-def test_pictures(report: BenchReport, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    file = draw(report, tmp_path / "pictures")
-    assert file == tmp_path / "pictures" / "speedup.svg"
-    assert file.stat().st_size > 5000
-    assert "loops" not in file.read_text(encoding="utf-8")
-    assert draw(report.model_copy(update={"loads": report.loads[1:]}), tmp_path) is None
-
-
-def test_json_is_all_that_goes_to_stdout(
+def test_the_report_is_printed_and_written(
     report: BenchReport, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outputs = Outputs(as_json=True, out=tmp_path / "new" / "r.json", markdown=tmp_path / "r.md", plots=None)
-    outputs.prepare()
-    outputs.publish(report)
-    printed = capsys.readouterr().out
-    assert BenchReport.model_validate_json(printed) == report
-    assert (tmp_path / "new" / "r.json").read_text() == printed
-    assert (tmp_path / "r.md").read_text() == render(report)
-
-
-def test_a_report_is_on_the_disk_before_pictures_are_drawn(report: BenchReport, tmp_path: Path) -> None:
-    (tmp_path / "plots").write_text("a file")
-    with pytest.raises(OSError, match="plots"):
-        Outputs(True, tmp_path / "r.json", None, tmp_path / "plots").publish(report)
+    publish(report, tmp_path / "r.json")
     assert BenchReport.model_validate_json((tmp_path / "r.json").read_text()) == report
+    assert (tmp_path / "r.md").read_text() + "\n" == capsys.readouterr().out == render(report) + "\n"
 
 
 def test_a_recorded_runs_table_names_the_arm_that_others_are_compared_with(report: BenchReport) -> None:
@@ -287,7 +268,7 @@ def test_differences_follow_the_tie_rule() -> None:
 
     cells = [cell("auto", name, (5, 9, 9), r) for name in references for r in range(3)]
     cells += [cell("auto", "near", (5, 6, 7), 3), cell("ar", "near", (5, 6), 0)]
-    found = differences(cells, {"none": references}, lambda reference, position: 20.0, "bfloat16")
+    found = differences(cells, references, lambda reference, position: 20.0, "bfloat16")
     assert [(d.arm, d.prompt, d.verdict, d.position, d.gap) for d in found] == [
         ("auto", "near", Verdict.TIE, 1, 0.1),
         ("auto", "far", Verdict.DIFFERENT, 1, 0.5),
@@ -295,7 +276,7 @@ def test_differences_follow_the_tie_rule() -> None:
     ]
     # A difference that plain decoding has in the same place at the same load is no arm's.
     cells += [cell("none", "far", (5, 8, 8), 0), cell("ar", "far", (5, 6, 8), 0)]
-    found = differences(cells, {"none": references}, lambda reference, position: 20.0, "bfloat16")
+    found = differences(cells, references, lambda reference, position: 20.0, "bfloat16")
     owners = {(d.arm, d.prompt): d.of_plain for d in found if d.verdict == Verdict.DIFFERENT}
     assert owners == {
         ("none", "far"): False,
@@ -305,17 +286,6 @@ def test_differences_follow_the_tie_rule() -> None:
     }
 
 
-def test_suites_are_reported_as_papers_do(report: BenchReport) -> None:
-    """Plain means of the sets: none is weighed by its tokens."""
-    told = {"suites": {"gsm8k": "a folder (MIT)"}, "left_out": {"p": "too long"}}
-    page = render(report.model_copy(update={"provenance": PROVENANCE | told}))
-    assert "Left out: 1 prompts" in page
-    auto, figures = report.ratios["auto"].none, report.arms["auto"]
-    ratio = (auto["chat"].ratio + auto["tool_call"].ratio) / 2
-    length = (figures["chat"].acceptance_length + figures["tool_call"].acceptance_length) / 2
-    assert f" {ratio:.2f}; {length:.2f} |" in page
-
-
 def test_a_narrow_terminal_shows_every_figure_whole(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -323,8 +293,9 @@ def test_a_narrow_terminal_shows_every_figure_whole(
     monkeypatch.setenv("COLUMNS", "80")
     kept = Path(__file__).parents[3] / "results" / "benchmark" / "report.json"
     found = BenchReport.model_validate_json(kept.read_text("utf-8"))
-    Outputs(as_json=False, out=None, markdown=None, plots=None).publish(found)
+    publish(found, None)
     shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
-    ratios = [one for of in found.loads[0].ratios.values() for one in of.none.values()]
+    shown_of = [of.none.items() for of in found.loads[0].ratios.values()]
+    ratios = [one for of in shown_of for name, one in of if name != "loops"]
     assert all(f"{one.ratio:.2f} [{one.low:.2f}, {one.high:.2f}]" in shown for one in ratios)

@@ -71,13 +71,13 @@ def test_they_are(hosts: list[Host], tmp_path: Path, monkeypatch: pytest.MonkeyP
         def __init__(self, plan: Any, fleet: Fleet, *_: Any) -> None:
             self._fleet = fleet
 
-        def run(self, *, resume: bool) -> dict[str, str]:
+        def run(self) -> dict[str, str]:
             return self._fleet.start(WANTED)
 
     monkeypatch.setattr(command, "Runner", Runner)
     monkeypatch.setattr(command, "progress", lambda: Lines(Console(file=out, width=200)))
-    plan: Any = SimpleNamespace(fingerprint="", recorded=())
-    failed: Any = command.run(plan, tmp_path / "cells.jsonl", tmp_path, resume=False)
+    plan: Any = SimpleNamespace(recorded=())
+    failed: Any = command.run(plan)
     assert failed == {}
     [host] = hosts
     assert host.waited

@@ -37,19 +37,10 @@ ADAPTIVE = "EAGLE3-adaptive"
 KNOWN = (NONE, *STATIC, ADAPTIVE, "NGRAM", *ROUTERS, *VARIANTS, *FLAGS, NO_HINTS)
 DRAFTERS = {"EAGLE3": (AR,), ADAPTIVE: (AR,), "DFLASH": (DIFFUSION,), "DSPARK": (DIFFUSION,)}
 """SGLang's own arms → the drafters of a bundle that they serve."""
-QUICK = (NONE, "EAGLE3", "DFLASH", "auto")
-BESIDE = "@beside"
-"""Suffix of an arm that another checkout of this project serves."""
-SEVERAL = {"tp": "--tp-size", "dp": "--dp-size"}
-"""Flags for arms on several devices: `auto@tp2` has two ranks, `auto@dp2` two replicas."""
+DEFAULT = (NONE, "EAGLE3", "DFLASH", "auto")
 PREDICTION, USELESS = "prediction", "useless"
 """Suffixes of a recorded run's arms, after a plus: requests bring the recorded or another conversation's prediction."""
-_SPELLED = re.compile(
-    rf"(?:{'|'.join(KNOWN)}|(?:{'|'.join(WITH_WIDTH)}):0*[1-9]\d*)"
-    rf"(?:@(?:{'|'.join(SEVERAL)})(?:[2-9]|[1-9]\d+))?(?:{BESIDE})?"
-)
-RANKS = "@tp"
-"""Mark in the name of an arm on several ranks, whose sums round differently than those of one device."""
+_SPELLED = re.compile(rf"(?:{'|'.join(KNOWN)}|(?:{'|'.join(WITH_WIDTH)}):0*[1-9]\d*)(?:@.+)?")
 
 _PINNED_INSTEAD = "the arm `diffusion` is WHIFLASH with only this drafter"
 
@@ -62,9 +53,8 @@ class Subject:
     """The models and arguments with which every arm serves.
 
     target, bundle: directories. eagle3, dflash: the bundle's checkpoints, one of which may be missing. common:
-    arguments of every server. variants: arm → the changed bundle that it serves. beside: another checkout of this
-    project, which serves the arms that end with `@beside`. block_format: format of the block drafter, None without one.
-    chain_is_upstreams: whether SGLang's EAGLE3 can read the chain drafter.
+    arguments of every server. variants: arm → the changed bundle that it serves. block_format: format of the block
+    drafter, None without one. chain_is_upstreams: whether SGLang's EAGLE3 can read the chain drafter.
     """
 
     target: Path
@@ -74,7 +64,6 @@ class Subject:
     dtype: str
     common: tuple[str, ...] = ()
     variants: Mapping[str, Path] = field(default_factory=dict)
-    beside: Path | None = None
     block_format: DraftFormat | None = None
     chain_is_upstreams: bool = True
 
@@ -105,7 +94,7 @@ class Arm:
     """One column of the comparison.
 
     server: key of the server that answers; router: to be set there, if any. request: fields of every request.
-    checkout: of this project, that serves it; None: this one.
+    python: the interpreter of another checkout's environment, which serves the arm; None: this one.
     """
 
     name: str
@@ -113,7 +102,15 @@ class Arm:
     arguments: tuple[str, ...] = field(repr=False)
     router: str | None = None
     request: Mapping[str, Any] = field(default_factory=dict)
-    checkout: Path | None = field(default=None, repr=False)
+    python: Path | None = field(default=None, repr=False)
+
+
+def dtype_of(extra: Sequence[str]) -> str:
+    """Return the dtype that server arguments name, else bfloat16. Raises ConfigError if ties have no rule in it."""
+    dtype = ["bfloat16", *(value for flag, value in pairwise(extra) if flag == "--dtype")][-1]
+    if dtype not in ("bfloat16", "float32"):
+        raise ConfigError(f"--server-args --dtype {dtype}: answers are compared in bfloat16 or float32")
+    return dtype
 
 
 def check_names(names: Sequence[str], *, recorded: bool = False) -> None:
@@ -136,22 +133,24 @@ def check_names(names: Sequence[str], *, recorded: bool = False) -> None:
         else:
             names_known = KNOWN
             right = _SPELLED.fullmatch(name) is not None
-            more = f"; also EAGLE3:STEPS, DFLASH:BLOCK, and each with @tpN, @dpN or {BESIDE}"
+            more = "; also EAGLE3:STEPS, DFLASH:BLOCK, and each with @CHECKOUT"
         if not right:
             raise UsageError(f"--arms: {name!r} is not one of {', '.join(names_known)}{more}")
 
 
 def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
-    """Build arms by name. `EAGLE3:3` is a chain of 3 steps, `DFLASH:4` a block of 4, `auto@beside` is `auto` of the
-    other checkout. Plain decoding is always among them.
+    """Build arms by name. `EAGLE3:3` is a chain of 3 steps, `DFLASH:4` a block of 4, `auto@../older` is `auto` of the
+    checkout in that directory, served in its own `.venv`. Plain decoding is always among them.
 
     Raises:
-        ConfigError: a name is unknown or given twice, needs a drafter that the bundle has not, or another checkout
-            where there is none.
+        ConfigError: a name is unknown or given twice, needs a drafter that the bundle has not, or names a directory
+            without an environment.
     """
     chosen = list(names) if NONE in names else [NONE, *names]
     check_names(chosen)
-    return [_arm(name, subject) for name in chosen]
+    arms = [_arm(name, subject) for name in chosen]
+    check_names([arm.name for arm in arms])  # two checkouts may have the same name
+    return arms
 
 
 def _needed(kind: str) -> tuple[str, ...]:
@@ -173,16 +172,15 @@ def those_with_drafters(names: Sequence[str], subject: Subject) -> list[str]:
 
 
 def _arm(name: str, subject: Subject) -> Arm:
-    if name.endswith(BESIDE):
-        if subject.beside is None:
-            raise ConfigError(f"--arms: {name!r} needs --beside DIRECTORY, another checkout of this project")
-        arm = _arm(name.removesuffix(BESIDE), subject)
-        return replace(arm, name=name, server=arm.server + BESIDE, checkout=subject.beside)
-    kind, at, several = name.partition("@")
+    kind, at, checkout = name.partition("@")
     if at:
-        arm = _arm(kind, subject)
-        arguments = (*arm.arguments, SEVERAL[several[:2]], several[2:])
-        return replace(arm, name=name, server=f"{arm.server}@{several}", arguments=arguments)
+        python = Path(checkout).expanduser().absolute() / ".venv" / "bin" / "python"
+        if not python.is_file():
+            raise ConfigError(
+                f"--arms {name}: no {python}: name a checkout of this project with its environment"
+            )
+        arm, suffix = _arm(kind, subject), f"@{python.parents[2].name}"
+        return replace(arm, name=kind + suffix, server=arm.server + suffix, python=python)
     kind, _, width = name.partition(":")
     check_arms(f"--arms {kind}", _needed(kind), subject.drafters)
     common = ("--model-path", str(subject.target), "--dtype", subject.dtype, *subject.common)

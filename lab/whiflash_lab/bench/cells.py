@@ -1,14 +1,10 @@
-"""Measured cells (the answers of one arm under one load in one repetition), and their journal. Needs no server."""
+"""Measured cells: the answers of one arm under one load in one repetition. Needs no server."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files.jsonl import lines_of, read_json, write_whole
 from whiflash_sglang.prices.round_clock import STAGES
 
 
@@ -79,61 +75,9 @@ class Cell(BaseModel, frozen=True, extra="forbid"):
     rounds: dict[str, float] | None = None
 
     @property
-    def key(self) -> tuple[str, str, int, tuple[str, ...]]:
-        """Key by which a resumed run finds the cell: load, arm, repetition and prompts."""
-        return self.load.label, self.arm, self.repetition, tuple(sorted(a.prompt for a in self.answers))
-
-
-class Journal:
-    """Writes cells as lines of a file as they are measured, so that a run can be resumed.
-
-    The first line holds the plan's fingerprint, so that cells of another plan are never mixed in.
-    """
-
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self.path, self._fingerprint = path, fingerprint
-
-    def begin(self, cells: Sequence[Cell] = ()) -> None:
-        """Write a new file with `cells`. Without cells, an earlier run's file is renamed to `*.before`."""
-        if not cells and self.path.exists():
-            self.path.replace(self.path.with_name(f"{self.path.name}.before"))
-        lines = [json.dumps({"fingerprint": self._fingerprint}), *(cell.model_dump_json() for cell in cells)]
-        write_whole(self.path, "\n".join(lines) + "\n")
-
-    def append(self, cell: Cell) -> None:
-        with self.path.open("a", encoding="utf-8") as lines:
-            lines.write(cell.model_dump_json() + "\n")
-
-    def read(self) -> list[Cell]:
-        """Read the cells of an interrupted run; an empty list without a file. A line cut off at the end is dropped.
-
-        Raises:
-            ConfigError: the file belongs to another plan.
-        """
-        if not self.path.exists():
-            return []
-        lines = [line for _, line in lines_of(self.path.read_text(encoding="utf-8"))]
-        try:
-            fingerprint = read_json(lines[0])["fingerprint"] if lines else None
-        except (ValueError, KeyError, TypeError):
-            fingerprint = None
-        if fingerprint != self._fingerprint:
-            raise ConfigError(
-                f"{self.path} was written by another plan (arms, prompts, loads or versions differ); "
-                "remove it or run without --resume"
-            )
-        return list(self._whole(lines[1:]))
-
-    def _whole(self, lines: list[str]) -> Iterator[Cell]:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield Cell.model_validate_json(line)
-            except ValidationError as error:
-                if number != len(lines):
-                    raise ConfigError(
-                        f"{self.path} holds a line of another version of this program "
-                        f"({error.errors()[0]['msg']}); remove it or run without --resume"
-                    ) from None
+    def prompts(self) -> tuple[str, ...]:
+        """Ids of the prompts, sorted."""
+        return tuple(sorted(answer.prompt for answer in self.answers))
 
 
 class RoundMs(BaseModel, frozen=True, extra="forbid"):

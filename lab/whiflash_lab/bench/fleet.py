@@ -1,6 +1,5 @@
 """Starts the servers of a run, at once or one by one, and stops them whatever happens."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -12,7 +11,6 @@ from types import MappingProxyType
 import httpx
 from rich.progress import Progress
 
-from whiflash_lab.bench.arms import SEVERAL
 from whiflash_lab.bench.load import ANSWER_SECONDS
 from whiflash_lab.servers import Closing, Server, ServerHost
 from whiflash_sglang.errors import WhiflashError
@@ -21,39 +19,36 @@ from whiflash_sglang.files.hosts import LIMITS
 from whiflash_train.provenance import threads
 
 Make = Callable[[Sequence[str], Path | None, Path | None], Server]
-"""Makes a server that is not started yet, from arguments, log file and checkout of the project (None: this one)."""
+"""Makes a server that is not started yet, from arguments, log file and interpreter (None: this one)."""
+
+SEVERAL = ("--tp-size", "--dp-size")
+"""Flags that start several ranks or replicas."""
 
 
 def environment(arguments: Sequence[str]) -> dict[str, str]:
     """Return the environment of a server with `arguments`: its ranks and replicas share the server's threads."""
-    sizes = [int(arguments[arguments.index(flag) + 1]) for flag in SEVERAL.values() if flag in arguments]
+    sizes = [int(arguments[arguments.index(flag) + 1]) for flag in SEVERAL if flag in arguments]
     return {"OMP_NUM_THREADS": str(max(threads() // prod(sizes), 1))}
 
 
 def launcher(
     arguments: Sequence[str],
     log: Path | None,
-    checkout: Path | None = None,
+    python: Path | None = None,
     *,
     host: ServerHost | None = None,
     more: Mapping[str, str] = MappingProxyType({}),
 ) -> Server:
     """Make a server, forked by `host` if given. All servers have the same number of threads, shared by their ranks.
 
-    more: variables of its environment.
-
-    A server of another checkout is a new process, because `host` has imported this checkout. It runs the checkout's
-    sources: they go before `PYTHONPATH`, and the working directory, which may be this checkout, is left out. It uses
-    the checkout's own `.venv` if there is one, which its entry points may need, else this environment.
+    more: variables of its environment. python: the interpreter of another environment, for a new process that finds
+    only that environment's packages.
     """
     env = {**environment(arguments), **more}
-    if checkout is None:
+    if python is None:
         return Server(arguments, host=host, log=log, env=env)
-    sources = [str(checkout / folder) for folder in ("", "cpu", "kernels", "sdk")]
-    env["PYTHONPATH"] = os.pathsep.join([*sources, *filter(None, [os.environ.get("PYTHONPATH")])])
-    env["PYTHONSAFEPATH"] = "1"
-    python = checkout / ".venv" / "bin" / "python"
-    return Server(arguments, log=log, env=env, python=python if python.is_file() else None)
+    # Neither the working directory nor PYTHONPATH may bring this checkout's sources.
+    return Server(arguments, log=log, env={**env, "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}, python=python)
 
 
 class Fleet(Closing):
@@ -72,17 +67,17 @@ class Fleet(Closing):
         self,
         arguments_by_key: Mapping[str, Sequence[str]],
         on_start: Callable[[str, str | None], None] = lambda key, reason: None,
-        checkouts: Mapping[str, Path] | None = None,
+        pythons: Mapping[str, Path] | None = None,
     ) -> dict[str, str]:
         """Start servers at the same time. Return by key why a server did not start.
 
         Args:
             on_start: called in another thread when a server is ready or has failed, with its key and the reason why it
-                did not start, or None. checkouts: by key, another checkout of the project that a server runs.
+                did not start, or None. pythons: by key, the interpreter of another environment that runs the server.
         """
         for key, arguments in arguments_by_key.items():
             log = None if self._log_dir is None else self._log_dir / f"{key.replace(' ', '-')}.log"
-            self._servers[key] = self._make(arguments, log, (checkouts or {}).get(key))
+            self._servers[key] = self._make(arguments, log, (pythons or {}).get(key))
         failed: dict[str, str] = {}
 
         def start(key: str) -> None:

@@ -28,7 +28,7 @@ class RefusedError(RequestError):
 
 
 def chat_body(prompt: Prompt, max_tokens: int, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the body of a chat completion request with output ids, greedy unless `fields` say otherwise."""
+    """Return the body of a chat completion request with output ids, greedy unless the prompt says otherwise."""
     body = {"model": MODEL, "temperature": 0, "seed": prompt.seed, "max_tokens": max_tokens}
     return {**body, "return_output_ids_in_sglext": True, **prompt.request(), **fields}
 
@@ -42,12 +42,12 @@ class Asker:
     request: Mapping[str, Any] = field(default_factory=dict)
 
     async def ask(self, prompt: Prompt) -> Answer:
-        """Ask for one answer, greedy unless `request` says otherwise, and time it.
+        """Ask for one answer and time it.
 
         Raises:
             RequestError: the server answered with an error.
         """
-        streamed = {"stream": True, "return_spec_tokens_details": True, **self.request, **prompt.request()}
+        streamed = {"stream": True, "return_spec_tokens_details": True, **self.request}
         body = chat_body(prompt, self.max_tokens, streamed)
         arrived = await self.streamed(prompt.id, "/v1/chat/completions", body)
         # Parsed only now, so that parsing takes no time from the server that is measured on the same cores.

@@ -1,10 +1,8 @@
-"""Renders a report as a Markdown page and as pictures. Needs no server."""
+"""Renders a report as a Markdown page. Needs no server."""
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress, takewhile
-from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from whiflash_lab.bench.arms import NONE
@@ -24,7 +22,7 @@ def render(report: BenchReport) -> str:
             _turns(load),
         ]
         if load.load.is_alone:
-            parts += [_by_category(report, load), _over(report, load)]
+            parts += [_by_category(load), _over(report, load)]
     lacking = "".join(f"\n- {arm}: {reason}" for arm, reason in report.unavailable.items())
     lacking = lacking and f"## Not available\n{lacking}"
     parts += [_rounds(report), _differences(report), lacking, _reproduce(report)]
@@ -34,15 +32,15 @@ def render(report: BenchReport) -> str:
 def _setting(report: BenchReport) -> str:
     p = report.provenance
     prompts = ", ".join(f"{count} {name}" for name, count in report.categories.items())
-    repetitions = "1 repetition" if p["repetitions"] == 1 else f"{p['repetitions']} repetitions"
+    several = f"{p['repetitions']} repetitions" + (", new servers for each" if p["interleaved"] else "")
+    repetitions = "1 repetition" if p["repetitions"] == 1 else several
     order = "interleaved" if p["interleaved"] else "one arm after the other"
-    order += ", new servers for each" if p.get("restarted") else ""
     return (
         f"{p['hardware']['cpu']}, {p['hardware']['cores']} cores, {p['threads']} threads a server, {p['dtype']}, "
         f"SGLang {p['packages']['sglang']}, torch {p['packages']['torch']}. {repetitions}, {order}. "
         f"Prompts: {prompts}; answers of at most {p['max_tokens']} tokens. Load of the machine before "
         f"{p['busy_before']['load_1min']:.1f}, after {p['busy_after']['load_1min']:.1f}."
-        f"{_asked_with(p)}{_taken_from(p)}\n\n"
+        f"{_asked_with(p)}\n\n"
         "Rates include prefill and are medians of a prompt's repetitions. Brackets: 95 % paired bootstrap intervals. "
         "*loops*: prompts whose plain answer ends in a repetition loop; only mismatches and ties hold them, too. "
         "Acceptance length: tokens per target forward."
@@ -50,24 +48,10 @@ def _setting(report: BenchReport) -> str:
 
 
 def _asked_with(provenance: Mapping[str, Any]) -> str:
-    """Return sentences on sampling and on tools that were sent; empty for greedy requests without tools."""
-    sentences = ""
-    if sampling := provenance.get("sampling"):
-        values = ", ".join(f"{name} {value:g}" for name, value in sampling.items())
-        sentences += f" Sampled with {values}, a seed a prompt."
-    if tools := provenance.get("tools"):
-        strict = " strict" if tools["strict"] else ""
-        sentences += f" {tools['number']}{strict} tools with every prompt, tool_choice {tools['choice']}."
-    return sentences
-
-
-def _taken_from(provenance: Mapping[str, Any]) -> str:
-    """Return sentences on the origins of suites' prompts and on prompts left out; empty for other prompts."""
-    by_source: dict[str, list[str]] = {}
-    for name, source in provenance.get("suites", {}).items():
-        by_source.setdefault(source, []).append(name)
-    sources = [f"{', '.join(names)} from {source}" for source, names in by_source.items()]
-    sentences = f" Sets: {'; '.join(sources)}." if sources else ""
+    """Return sentences on sampling, on recorded text and on prompts left out; empty without them."""
+    ways = (", ".join(f"{name} {value:g}" for name, value in way.items()) for way in provenance["sampling"])
+    sampled = " or ".join(ways)
+    sentences = f" Sampled with {sampled}, a seed a prompt." if sampled else ""
     what = "prompts, which the server did not take"
     if recorded := provenance.get("recorded"):
         sentences += f" Forced along the recorded text of {', '.join(recorded)}."
@@ -130,10 +114,9 @@ def _mismatches(groups: Mapping[str, Figures]) -> str:
     return "" if None in counted else str(sum(filter(None, counted)))
 
 
-def _by_category(report: BenchReport, load: LoadReport) -> str:
-    """Return a table of speed-up and acceptance length by category, if there are several; for suites with the means."""
-    means = bool(report.provenance.get("suites"))
-    names = [name for name in _names(load) if name != LOOPS] if means else _categories(report, load)
+def _by_category(load: LoadReport) -> str:
+    """Return a table of speed-up and acceptance length by category, if there are several."""
+    names = _categories(load)
     if len(names) < 2:
         return ""
     rows = []
@@ -143,20 +126,14 @@ def _by_category(report: BenchReport, load: LoadReport) -> str:
             (ratios.none[name], groups[name].acceptance_length) if name in ratios.none else None
             for name in names
         ]
-        row = [f"{_interval(pair[0])}; {pair[1]:.2f}" if pair else "" for pair in pairs]
-        if means:
-            ratio, length = (
-                fmean(column) for column in zip(*((r.ratio, n) for r, n in filter(None, pairs)), strict=True)
-            )
-            row.append(f"{ratio:.2f}; {length:.2f}")
-        rows.append((arm, *row))
-    header = ("arm", *names, *(["mean of sets"] if means else []))
-    return f"### Speed-up over plain decoding; acceptance length\n\n{table(header, rows)}" if rows else ""
+        rows.append((arm, *(f"{_interval(pair[0])}; {pair[1]:.2f}" if pair else "" for pair in pairs)))
+    title = "### Speed-up over plain decoding; acceptance length"
+    return f"{title}\n\n{table(('arm', *names), rows)}" if rows else ""
 
 
 def _over(report: BenchReport, load: LoadReport) -> str:
     compared = {arm: ratios.over for arm, ratios in load.ratios.items() if ratios.over}
-    names = [name for name in _categories(report, load) if any(name in own for own in compared.values())]
+    names = [name for name in _categories(load) if any(name in own for own in compared.values())]
     if len(names) < 2:
         return ""
     rows = [(arm, *(_interval(own.get(name)) for name in names)) for arm, own in compared.items()]
@@ -189,15 +166,13 @@ def _differences(report: BenchReport) -> str:
     """Return a section that lists mismatches and counts ties. The JSON lists both."""
     if report.provenance.get("recorded"):
         return "Every answer is the recorded one, token for token."
-    if not report.provenance.get("compared", True):
-        return (
-            "Sampled answers were not compared: servers ignore seeds without `--enable-deterministic-inference`, "
-            "and a last bit of bfloat16 changes what is drawn."
-        )
+    sampled = "" if report.provenance["compared"] else "Sampled answers were not compared. "
     if not report.differences:
-        return "Every answer of every arm equals plain decoding's, token for token."
+        counted = any(OVERALL in of and of[OVERALL].mismatches is not None for of in report.arms.values())
+        equal = "Every answer of every arm equals plain decoding's, token for token." if counted else ""
+        return f"{sampled}{equal}".strip()
     ties = [d for d in report.differences if d["verdict"] == Verdict.TIE]
-    parts = ["## Answers that differ from plain decoding's"]
+    parts = ["## Answers that differ from plain decoding's", *filter(None, [sampled.strip()])]
     if ties:
         gap = max(d["gap"] for d in ties)
         parts += [f"Ties: {len(ties)}, listed in the JSON. Plain decoding's widest gap at one is {gap:.4f}."]
@@ -239,15 +214,10 @@ def _reproduce(report: BenchReport) -> str:
     return "\n".join(lines)
 
 
-def _categories(report: BenchReport, load: LoadReport) -> list[str]:
-    """Return the categories that have several prompts."""
-    return [name for name in _names(load) if report.categories.get(name, 0) > 1]
-
-
-def _names(load: LoadReport) -> list[str]:
-    """Return all categories except `OVERALL`, whose figures are in the overview."""
+def _categories(load: LoadReport) -> list[str]:
+    """Return the categories of prompts whose answers do not loop."""
     names = dict.fromkeys(name for groups in load.arms.values() for name in groups)
-    return [name for name in names if name != OVERALL]
+    return [name for name in names if name not in (OVERALL, LOOPS)]
 
 
 def _interval(interval: Interval | None) -> str:
@@ -270,46 +240,3 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table; the first column is text, the others are figures."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-COLOURS = dict.fromkeys(("EAGLE3", "ar"), "#1f6feb") | dict.fromkeys(("DFLASH", "diffusion"), "#b35900")
-"""Colours of arms, as on a trace's page (`render/page.css`)."""
-INK = "#6e7781"
-"""Colour of text and lines, readable on a light page and on a dark one."""
-
-
-def draw(report: BenchReport, directory: Path) -> Path | None:
-    """Write `speedup.svg`, bars of every arm by category without loops, which flatter every drafter, and return its
-    path. None if no load has one request at a time.
-    """
-    load = next((load for load in report.loads if load.load.is_alone), None)
-    if load is None:
-        return None
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    directory.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(name for ratios in load.ratios.values() for name in ratios.none))
-    names = [name for name in names if name != LOOPS]
-    height = 0.8 / max(len(load.ratios), 1)
-    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    with rc_context(dict.fromkeys(inked, INK)):
-        figure = Figure(figsize=(5.5, max(3.0, 0.8 * len(names))))
-        axes = figure.subplots()
-        for index, (arm, ratios) in enumerate(load.ratios.items()):
-            present = [(place, ratios.none[name]) for place, name in enumerate(names) if name in ratios.none]
-            places = [place + (index + 0.5) * height - 0.4 for place, _ in present]
-            widths = [interval.ratio for _, interval in present]
-            # An interval of few repetitions may not contain its ratio; an error bar must.
-            below = [max(0.0, interval.ratio - interval.low) for _, interval in present]
-            above = [max(0.0, interval.high - interval.ratio) for _, interval in present]
-            error, colour = {"linewidth": 0.8, "ecolor": INK}, COLOURS.get(arm, INK)
-            axes.barh(places, widths, height, xerr=(below, above), label=arm, color=colour, error_kw=error)
-        axes.axvline(1, color=INK, linewidth=0.8, linestyle="dotted")
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
-        axes.set_xlabel("output tokens/s over plain decoding")
-        axes.legend(fontsize="small", frameon=False)
-    figure.tight_layout()
-    figure.savefig(directory / "speedup.svg", metadata={"Date": None}, transparent=True)
-    return directory / "speedup.svg"

@@ -29,8 +29,6 @@ from whiflash_sglang.formats.draft_format import merged
 BASE = "pinned-none"
 """The arm that others are compared with: the same server without drafts."""
 
-DEFAULT = (BASE, "auto")
-
 MARGIN = 128
 """Positions of a context that conversations leave free, for the widest drafts after the text."""
 

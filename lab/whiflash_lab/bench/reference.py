@@ -1,7 +1,4 @@
-"""Asks plain decoding for reference answers, and compares every arm's answers with them.
-
-Several ranks round differently than one device, so an arm on ranks is compared with plain decoding on as many.
-"""
+"""Asks plain decoding for reference answers, and compares every arm's answers with them."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from whiflash_lab.bench.arms import BESIDE, NONE, RANKS
+from whiflash_lab.bench.arms import NONE
 from whiflash_lab.bench.cells import Cell
 from whiflash_lab.bench.load import RefusedError, RequestError, chat_body
 from whiflash_lab.bench.prompts import Prompt
@@ -120,35 +117,28 @@ class Difference:
     of_plain: bool = False
 
 
-def plain_of(arm: str) -> str:
-    """Return the arm of plain decoding with as many ranks as `arm` has: `none`, or `none@tp2` for `auto@tp2`."""
-    _, at, several = arm.removesuffix(BESIDE).partition(RANKS)
-    return f"{NONE}{at}{several}"
-
-
 def differences(
     cells: Sequence[Cell],
-    references: Mapping[str, Mapping[str, Reference]],
+    references: Mapping[str, Reference],
     best_logit: Callable[[Reference, int], float],
     dtype: str,
 ) -> list[Difference]:
-    """Compare every measured answer with its reference. Equal answers of an arm under a load count once.
+    """Compare the measured answers to greedy prompts with their references. Equal answers of an arm under a load count
+    once.
 
     References were asked one by one. If plain decoding at a load leaves its reference, every arm may at that position.
 
     Args:
-        references: by arm of plain decoding (`plain_of`), then by prompt. `none` replaces a missing arm.
-        best_logit: returns the logit of a reference's own token at a position. dtype: decides what counts as a tie.
+        references: by prompt. best_logit: returns the logit of a reference's own token at a position. dtype: decides
+            what counts as a tie.
     """
     judged_by_answer: dict[tuple[str, str, str, tuple[int, ...]], Difference] = {}
-    by_plain: set[tuple[str, str, str, int]] = set()
-    for cell in sorted(cells, key=lambda cell: cell.arm != plain_of(cell.arm)):
-        name = plain_of(cell.arm)
-        plain = references.get(name, references[NONE])
+    by_plain: set[tuple[str, str, int]] = set()
+    for cell in sorted(cells, key=lambda cell: cell.arm != NONE):
         for answer in cell.answers:
-            reference = plain[answer.prompt]
+            reference = references[answer.prompt]
             key = (cell.arm, cell.load.label, answer.prompt, answer.tokens)
-            if key in judged_by_answer or answer.tokens == reference.tokens:
+            if key in judged_by_answer or reference.prompt.sampling or answer.tokens == reference.tokens:
                 continue
 
             def top_two_at(position: int, reference: Reference = reference) -> TopTwo:
@@ -157,10 +147,10 @@ def differences(
             judged = compare(reference.tokens, answer.tokens, top_two_at, dtype)
             assert judged.position is not None  # the tokens differ
             gap = None if judged.top_two is None else judged.top_two.gap
-            place = (name, cell.load.label, answer.prompt, judged.position)
-            if cell.arm == name:
+            place = (cell.load.label, answer.prompt, judged.position)
+            if cell.arm == NONE:
                 by_plain.add(place)
-            of_plain = place in by_plain and cell.arm != name
+            of_plain = place in by_plain and cell.arm != NONE
             judged_by_answer[key] = Difference(*key[:3], judged.verdict, judged.position, gap, of_plain)
     return list(judged_by_answer.values())
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel
 
-from whiflash_lab.bench.arms import BESIDE, NONE, PINNED, STATIC
+from whiflash_lab.bench.arms import NONE, PINNED, STATIC
 from whiflash_lab.bench.cells import Cell, Load, RoundMs, Turn, round_ms_of, switch_share_of
 from whiflash_lab.bench.reference import Difference
 from whiflash_sglang.files.equality import Verdict
@@ -38,7 +38,7 @@ def samples(cells: Sequence[Cell]) -> tuple[Floats, Floats]:
     """Return tokens and seconds, [units, repetitions]. A unit is the prompts of a cell, asked in each repetition."""
     units: dict[tuple[str, ...], dict[int, Cell]] = defaultdict(dict)
     for cell in cells:
-        units[cell.key[3]][cell.repetition] = cell
+        units[cell.prompts][cell.repetition] = cell
     rows = [list(by_repetition.values()) for _, by_repetition in sorted(units.items())]
     tokens = [[sum(len(answer.tokens) for answer in cell.answers) for cell in row] for row in rows]
     seconds = [[c.answers[0].seconds if len(c.answers) == 1 else c.seconds for c in row] for row in rows]
@@ -52,7 +52,7 @@ def within(cells: Sequence[Cell], groups: Mapping[str, str], name: str) -> list[
 
 def paired(cells: Sequence[Cell], others: Sequence[Cell], groups: Mapping[str, str]) -> Interval:
     """Return the rate of `cells` over that of `others` with the same prompts; the bootstrap draws within groups."""
-    strata = [groups[key[0]] for key in sorted({cell.key[3] for cell in cells})]
+    strata = [groups[prompts[0]] for prompts in sorted({cell.prompts for cell in cells})]
     return paired_ratio(*samples(cells), *samples(others), strata)
 
 
@@ -85,7 +85,7 @@ class Ratios(BaseModel, frozen=True, extra="forbid"):
     """An arm's rates over those of other arms, by category. none: over plain decoding. static: over the fastest arm of
     one drafter in that category (`static_arm`): upstream's EAGLE3 and DFLASH, or WHIFLASH pinned to one.
 
-    over: over the arm that the user named (`BenchReport.over`).
+    over: over `BenchReport.over`.
     """
 
     none: dict[str, Interval]
@@ -106,8 +106,8 @@ class LoadReport(BaseModel, frozen=True, extra="forbid"):
 class BenchReport(BaseModel, frozen=True, extra="forbid"):
     """Report that `--json` prints and `--out` writes.
 
-    unavailable: arms that did not start, and why. differences: every mismatch and tie. over: the arm that all others
-    are compared with besides.
+    unavailable: arms that did not start, and why. differences: every mismatch and tie. over: an arm that all others are
+    compared with besides; None: there is none.
     """
 
     schema_version: Literal[1] = 1
@@ -136,7 +136,7 @@ def build_report(
         groups: prompt id → category, or `loops` for prompts whose plain answer ends in a loop.
         base: the arm of plain decoding.
         compared: differences of answers; None: answers were not compared.
-        over: an arm to compare all others with, besides plain decoding and the static drafters.
+        over: as in `BenchReport`.
     """
 
     def of_load(cells: Sequence[Cell]) -> LoadReport:
@@ -220,7 +220,7 @@ def _ratios(
     arm: str, cells: Mapping[str, Sequence[Cell]], groups: Mapping[str, str], over: str | None, base: str
 ) -> Ratios:
     ratios = Ratios(none={}, static={}, static_arm={})
-    statics = [key for key in cells if key.split(":")[0] in (*STATIC, *PINNED) and not key.endswith(BESIDE)]
+    statics = [key for key in cells if "@" not in key and key.split(":")[0] in (*STATIC, *PINNED)]
     for name in names_of(cells[arm], groups):
         if not cells[arm][0].load.is_alone and name != OVERALL:
             continue

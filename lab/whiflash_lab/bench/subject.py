@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from whiflash_lab.bench.arms import BAD, NO_LOOKUP, NO_STRUCTURE, VARIANTS, Subject
+from whiflash_lab.bench.arms import BAD, NO_LOOKUP, NO_STRUCTURE, VARIANTS, Subject, dtype_of
 from whiflash_lab.bench.load import MODEL
 from whiflash_sglang.checkpoints.hub import fetch, member
 from whiflash_sglang.checkpoints.manifest import MANIFEST, embedded_bundle, load_manifest
 from whiflash_sglang.drafts.arms import AR, DIFFUSION
-from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.cpu import serves_here
 
 
@@ -71,29 +70,19 @@ CPU_KV_TOKENS = 16384
 
 
 def build_subject(
-    model_path: str | None,
-    bundle_path: str | None,
-    dtype: str,
-    extra: Sequence[str],
-    scratch: Path,
-    arms: Iterable[str],
-    beside: Path | None = None,
+    model_path: str | None, bundle_path: str | None, extra: Sequence[str], scratch: Path, arms: Iterable[str]
 ) -> Subject:
     """Find target and bundle, and the arguments that every arm shares.
 
     Args:
         model_path, bundle_path: directories or hub ids; None: the embedded ones.
-        extra: further server arguments, for every arm. scratch: an existing directory that outlives the servers.
+        extra: further server arguments, for every arm, perhaps `--dtype`. scratch: an existing directory that outlives
+            the servers.
         arms: names of what is compared; those that serve a changed bundle get it under `scratch`.
-        beside: another checkout of this project, for the arms whose names ask for it.
 
     Raises:
         ConfigError: something is not there.
     """
-    if beside is not None and not (beside / "whiflash_sglang" / "__init__.py").is_file():
-        raise ConfigError(
-            f"--beside {beside}: holds no whiflash_sglang/__init__.py; give the root of another clone of this project"
-        )
     from whiflash_sglang.embedded import ensure_target
     from whiflash_sglang.formats.table import read_draft
 
@@ -116,10 +105,9 @@ def build_subject(
         bundle=bundle,
         eagle3=eagle3,
         dflash=dflash,
-        dtype=dtype,
+        dtype=dtype_of(extra),
         common=(*common, *extra),
         variants={arm: write_variant(arm, bundle, scratch / arm) for arm in changed},
-        beside=None if beside is None else beside.resolve(),
         block_format=None if dflash is None else read_draft(dflash, DIFFUSION).format,
         # SGLang would read a P-EAGLE checkpoint as EAGLE-3 and draft nonsense.
         chain_is_upstreams=not chain
