@@ -37,7 +37,7 @@ from whiflash_train.answers.store import FeatureStore, SequenceRecord
 from whiflash_train.answers.store import Sequence as Stored
 from whiflash_train.config import Data, Hardware
 from whiflash_train.origin import VocabularyMatrices
-from whiflash_train.replay import JOINED, Pair, PairParts, Replay, ReplayLog, replay_answers, replay_drafters
+from whiflash_train.replay import JOINED, Pair, PairParts, Replay, replay_answers, replay_drafters
 from whiflash_train.rounds import RoundTally, agreed
 from whiflash_train.statistics import DRAWS
 from whiflash_train.walk import LOOP, Choices, RouterWalk, choices_above, tabulate, walk
@@ -132,7 +132,7 @@ class EvaluationSettings:
 
     Attributes:
         limit: prompts used, balanced over the categories; None takes all.
-        work: where answers and replays are kept for the next evaluation; None keeps nothing.
+        work: where answers are kept for the next evaluation; None keeps nothing.
     """
 
     limit: int | None = None
@@ -176,7 +176,7 @@ def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -
         target = VocabularyMatrices.read(work / "target", manifest.target, **settings.hardware.place)
         pair = Pair.load(parts, target)
         names = {row["id"] for row in chosen}
-        answers = replay_answers(pair, store, names, ReplayLog(work / "replays", pair))
+        answers = replay_answers(pair, store, names)
     return {
         "bundle": manifest.name,
         "prompts": len(chosen),

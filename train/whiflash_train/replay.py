@@ -5,8 +5,6 @@ the text that followed. All arms start from the same committed prefix (same-roun
 Routers learn from these counts, and oracles are computed from them.
 """
 
-import hashlib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +22,6 @@ from whiflash_sglang.copying.copier import Copier
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import NOTHING
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files.jsonl import lines_of, read_json, write_whole
 from whiflash_sglang.files.progress import tracked
 from whiflash_sglang.formats.choice import Choice, DraftHead, choose
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
@@ -75,23 +72,17 @@ class PairParts(NamedTuple):
 class Pair(NamedTuple):
     """The loaded drafters by arm, one or two, and the settings of the copying arm.
 
-    block_head: the head that chooses the block drafter's tokens, or None. digest: of everything that determines the
-    drafts; it names the file of stored replays.
+    block_head: the head that chooses the block drafter's tokens, or None.
     """
 
     drafters: Mapping[str, Any]
     eagle_steps: int
     block_head: DraftHead | None
-    digest: str
     lookup: Lookup
 
     @classmethod
     def load(cls, parts: PairParts, target: VocabularyMatrices | Origin) -> "Pair":
         """Load the checkpoints. Raises `CheckpointError` if one does not fit the target."""
-        digest = hashlib.sha256(json.dumps([parts.eagle_steps, parts.dflash_vocabulary]).encode())
-        for path in parts.checkpoints.values():
-            for file in (path / "config.json", *sorted(path.glob("*.safetensors"))):
-                digest.update(file.read_bytes())
         options: dict[str, Any] = {
             "device": target.head.device,
             "dtype": target.head.dtype,
@@ -101,7 +92,6 @@ class Pair(NamedTuple):
         drafters = {arm: read_draft(path, arm).load(**options) for arm, path in parts.checkpoints.items()}
         for arm in sorted(parts.quantised):
             quantise_modules(drafters[arm])
-            digest.update(arm.encode())
         chain, block = (drafters.get(arm) for arm in arms.PAIR)
         head = None
         if block is not None:
@@ -111,7 +101,7 @@ class Pair(NamedTuple):
             head = head.within(chain.target_ids(rows))
         heads: Any = {arms.AR: chain and chain.head, arms.DIFFUSION: head}
         quantise(part for arm in parts.quantised for part in (heads[arm].weight, heads[arm].matrix))
-        return cls(drafters, parts.eagle_steps, head, digest.hexdigest()[:16], parts.lookup)
+        return cls(drafters, parts.eagle_steps, head, parts.lookup)
 
 
 class Chain(NamedTuple):
@@ -243,42 +233,7 @@ class Replay(NamedTuple):
         return int(self.accepted[arm][position]) if arm in self.accepted else 0
 
 
-class ReplayLog:
-    """Stores rounds of the trained drafters on disk, one line per answer, so that a killed replay can continue."""
-
-    def __init__(self, directory: Path, pair: Pair) -> None:
-        """Open or create `<directory>/rounds-<digest>.jsonl`; an incomplete last line is dropped."""
-        directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / f"rounds-{pair.digest}.jsonl"
-        self.known: dict[str, Rounds] = {}
-        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-        lines = [line for _, line in lines_of(text)]
-        for line in lines:
-            try:
-                row = read_json(line)
-                accepted = {arm: np.array(row["accepted"][arm], dtype=np.int64) for arm in pair.drafters}
-                tokens = {arm: np.array(row["tokens"][arm], dtype=np.int32) for arm in pair.drafters}
-                alive = {arm: np.array(row["alive"][arm], dtype=np.float32) for arm in pair.drafters}
-            except (ValueError, KeyError):
-                break
-            self.known[row["id"]] = Rounds(accepted, tokens, alive)
-        if len(self.known) < len(lines):
-            write_whole(self._path, "".join(_line(name, rounds) for name, rounds in self.known.items()))
-
-    def add(self, name: str, rounds: Rounds) -> None:
-        """Append the rounds of the answer `name`."""
-        self.known[name] = rounds
-        with self._path.open("a") as file:
-            file.write(_line(name, rounds))
-
-
-def _line(name: str, rounds: Rounds) -> str:
-    columns = rounds._asdict().items()
-    row = {key: {arm: values.tolist() for arm, values in by_arm.items()} for key, by_arm in columns}
-    return json.dumps({"id": name, **row}) + "\n"
-
-
-def replay_answers(pair: Pair, store: FeatureStore, names: Collection[str], log: ReplayLog) -> list[Replay]:
+def replay_answers(pair: Pair, store: FeatureStore, names: Collection[str]) -> list[Replay]:
     """Replay all arms over the stored answers with ids in `names`; answers too short for a round are left out.
 
     The lookup arm's calibration is shared by all answers, as in a server.
@@ -292,11 +247,7 @@ def replay_answers(pair: Pair, store: FeatureStore, names: Collection[str], log:
         if record.length - record.prompt_length < 2:
             continue
         sequence = store.read(record)
-        name = f"{store.path.name}/{record.id}"
-        rounds = log.known.get(name)
-        if rounds is None:
-            rounds = replay_drafters(pair, sequence, store.layers)
-            log.add(name, rounds)
+        rounds = replay_drafters(pair, sequence, store.layers)
         answers.append(_assemble(sequence, rounds, pair, calibration))
     if not answers:
         raise ValueError("no answer is long enough to replay: raise max_new_tokens or use other prompts")

@@ -37,7 +37,7 @@ def evaluate_command(
         int | None, typer.Option(min=1, max=MOST, help="Most prompts, balanced over the categories.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=3, max=MOST, help="Answer tokens per prompt.")] = 160,
-    work: Annotated[Path | None, typer.Option(help="Keep answers and replays in this directory.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Keep answers in this directory.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Number format of target and drafters.")] = "bfloat16",
     threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0 is torch's choice.")] = 0,
     api_key: AdminKeyOption = None,

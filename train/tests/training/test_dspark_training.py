@@ -289,7 +289,7 @@ def test_a_bundle_with_it_is_evaluated(trained: Trained, tmp_path: Path) -> None
     for name in ("first.json", "again.json"):
         run("lab", "evaluate", *options, tmp_path / name)
     figures, again = (json.loads((tmp_path / name).read_text()) for name in ("first.json", "again.json"))
-    assert again["overall"] == figures["overall"], "kept replays"
+    assert again["overall"] == figures["overall"], "kept answers"
     lengths = figures["overall"]["acceptance_length"]
     drafters, routers = {"ar", "diffusion", "lookup"}, {"entropy", "auto-unpriced"}
     assert lengths.keys() == drafters | routers | {"oracle", "oracle-of-three"}, "the bundle has no router"

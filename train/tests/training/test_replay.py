@@ -2,9 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +18,7 @@ from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_train.drafters.batches import Batch, unpack
 from whiflash_train.drafters.dflash import choose_anchors, run_blocks
 from whiflash_train.drafters.eagle3 import plan_chains, unroll
-from whiflash_train.replay import Chain, ReplayLog, Rounds, replay_lookup
+from whiflash_train.replay import Chain, Rounds, replay_lookup
 from whiflash_train.target import TargetModel
 
 CAPTURE = [0, 1, 2, 3, 4]
@@ -146,18 +144,3 @@ def test_a_drafter_expects_what_its_confidences_come_to() -> None:
     rounds.add("diffusion", torch.tensor([[True, False, True]]), choice)
     assert rounds.accepted["diffusion"].tolist() == [1]
     assert rounds.chains["diffusion"] == [Chain([7, 8, 9], [0.5, 0.25, 0.25])]
-
-
-def test_kept_rounds_are_read_again_and_a_half_written_answer_is_not(tmp_path: Path) -> None:
-    pair = SimpleNamespace(digest="x", drafters={"ar": None})
-    log = ReplayLog(tmp_path, pair)
-    tokens, alive = np.array([[5, 6], [7, 8]], np.int32), np.array([[0.75, 0.5], [0.5, 0.0]], np.float32)
-    for name in ("a", "b"):
-        log.add(name, Rounds({"ar": np.array([2, 0])}, {"ar": tokens}, {"ar": alive}))
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:-9])
-    again = ReplayLog(tmp_path, pair)
-    assert list(again.known) == ["a"]
-    assert again.known["a"].accepted["ar"].tolist() == [2, 0]
-    assert again.known["a"].alive["ar"].sum(1).tolist() == [1.25, 0.5]
-    assert len(file.read_text().splitlines()) == 1
