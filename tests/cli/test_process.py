@@ -62,6 +62,7 @@ WRONG: list[tuple[Any, ...]] = [
     (("serve", "--prot", "3"), "--prot is no flag of SGLang", "--port"),
     (("serve", "OWNER/MODEL", "--no-such-thing=1"), "--no-such-thing is no flag"),
     (("bench", "--server-args", "--x 'y"), "--server-args --x 'y"),
+    (("bench", "--server-args", "--dtype float3"), "--dtype float3"),
     (("policy", "--api-key", "a\x00b"), "--api-key"),
 ]
 """A command line, what its one line names, and what was meant where that is named, too."""
@@ -88,7 +89,6 @@ FAILING = [
     (("lab", "evaluate", "--bundle", str(embedded_bundle()), "--prompts", "/nowhere/p"), "/nowhere/p"),
     (("check", "--model-path", "/nowhere/t", "--draft", "a/b"), "/nowhere/t"),
     (("bench", "--bundle", "/nowhere/b"), "/nowhere/b"),
-    (("bench", "--server-args", "--dtype float3"), "--dtype float3"),
     (("bench", "--out", "/"), "--out / is a directory"),
     (("lab", "evaluate", "--bundle", "b", "--prompts", "p", "--out", "/"), "--out / is a directory"),
     (("bench", "--recorded", "/nowhere/r.jsonl"), "/nowhere/r.jsonl"),

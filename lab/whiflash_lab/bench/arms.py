@@ -106,10 +106,10 @@ class Arm:
 
 
 def dtype_of(extra: Sequence[str]) -> str:
-    """Return the dtype that server arguments name, else bfloat16. Raises ConfigError if ties have no rule in it."""
+    """Return the dtype that server arguments name, else bfloat16. Raises UsageError if ties have no rule in it."""
     dtype = ["bfloat16", *(value for flag, value in pairwise(extra) if flag == "--dtype")][-1]
     if dtype not in ("bfloat16", "float32"):
-        raise ConfigError(f"--server-args --dtype {dtype}: answers are compared in bfloat16 or float32")
+        raise UsageError(f"--server-args --dtype {dtype}: answers are compared in bfloat16 or float32")
     return dtype
 
 

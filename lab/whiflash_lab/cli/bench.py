@@ -71,9 +71,10 @@ def bench(
         else sources.sample(sources.load_prompts(prompts or str(sources.shipped())), per_category)
     )
     try:
-        dtype_of(extra := shlex.split(server_args))
+        extra = shlex.split(server_args)
     except ValueError as error:
         raise UsageError(f"--server-args {server_args}: {error}") from None
+    dtype_of(extra)
     from whiflash_sglang.checkpoints.hub import check_place
 
     for place in filter(None, (model_path, bundle, *(str(file.absolute()) for file in recorded or ()))):
