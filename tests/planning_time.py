@@ -117,7 +117,6 @@ class Batch:
                 req.rid, hints, row, tenant, None, req.grammar, prompt, partial(tuple, req.origin_input_ids)
             )
             controller.open(request, ())
-            held.begin(request)
             for drafter in of_text(self.drafters).values():
                 drafter.begin(request)
 

@@ -27,8 +27,8 @@ class Request(Signals):
     state that an arm that reads texts holds for it until its end. recording: its trace, if it asked for one. counts: of
     its rounds, by the arm that drafted.
 
-    For the quarantine: left_out: arms that it continues without. sound: arms that drafted for it without a fault, and
-    how often each had been quarantined by then. in_a_row: by arm, faulty drafts since its last sound one.
+    For the quarantine: left_out: arms that it continues without. faults: by arm that drafted, its faulty drafts since
+    its last sound one.
 
     begun: whether the span tracker has the token that the prefill sampled, which no round commits. recent_by_kind:
     `Signals.recent` per kind of span, None outside spans, since what an arm accepts in prose says little of tool calls.
@@ -48,8 +48,7 @@ class Request(Signals):
     running: bool = False
     kept: dict[str, Any] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
-    sound: dict[str, int] = field(default_factory=dict)
-    in_a_row: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, int] = field(default_factory=dict)
     recording: Recording | None = None
     counts: dict[str, ArmCounts] = field(default_factory=dict)
     tracker: SpanTracker | None = None

@@ -32,7 +32,7 @@ class DraftSync:
     Args:
         drafters: by arm; only those that keep KV are synchronised.
         capacity: tokens per ring, more than a round commits. width, dtype: columns and dtype of a feature row.
-        quarantine: knows which drafters' KV has holes; these ingest nothing any more.
+        quarantine: knows the drafters that ingest nothing any more.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class DraftSync:
             requests = rows[torch.searchsorted(last_rows, packed)]
             prompt = replace(prompt, requests=requests, slot_table=self._slot_table)
         for arm, drafter in self._drafters.items():
-            if self._quarantine.ingests(arm):
+            if arm not in self._quarantine:
                 with self._quarantine.guard_ingestion(arm):
                     drafter.catch_up(prompt.of(drafter.features))
         tails = prompt.positions[last_rows]
@@ -290,8 +290,8 @@ class DraftSync:
         return self._claims if self._claims and requests <= len(self._claims.request_slots) else None
 
     def _ingest(self, arm: str, claims: Claims, most: int) -> None:
-        """Have `arm` ingest the parked tokens that `claims` names, at most `most`, unless its KV has holes."""
-        if not self._quarantine.ingests(arm):
+        """Have `arm` ingest the parked tokens that `claims` names, at most `most`, unless it is quarantined."""
+        if arm in self._quarantine:
             return
         self.caught_up[arm] += most
         with self._quarantine.guard_ingestion(arm):

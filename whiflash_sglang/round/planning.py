@@ -35,7 +35,6 @@ class Planner:
 
     def plan(self, turn: Round) -> None:
         """Route every request, limit its drafts, plan catch-ups (their watermarks advance here) and upload the plan."""
-        self.quarantine.tick()
         rids = [req.rid for req in turn.reqs]
         self.ranks.note(turn.row_ids, rids, turn.least, turn.most)
         turn.requests = list(map(self.controller.state, turn.row_ids, rids))

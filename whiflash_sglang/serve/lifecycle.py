@@ -115,7 +115,6 @@ class Lifecycle:
             recording=recording,
             adapter=req.lora_id,
         )
-        self._quarantine.begin(request)
         self._controller.open(request, req.output_ids)
         for arm, drafter in self._drafters.items():
             if self._quarantine.serves(arm, request):

@@ -64,7 +64,7 @@ def _of_these_drafters(original: Any, model_name: str | None, host_pool: Any) ->
     until="a sidecar may decline a page",
 )
 def _while_whole(original: Any, self: UnifiedRadixCache, node_id: Any) -> None:
-    """Store nothing once a drafter's KV has holes: it drafts no more on this server, but would on the next one."""
+    """Store nothing once a drafter is quarantined: its KV gets holes, and the next server would draft with it."""
     worker = our_worker()
-    if worker is None or all(map(worker.quarantine.ingests, worker.kv_arms)):
+    if worker is None or not any(arm in worker.quarantine for arm in worker.kv_arms):
         original(self, node_id)
