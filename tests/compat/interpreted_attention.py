@@ -98,7 +98,7 @@ class Verification:
             seq_lens_sum=int(starts.sum()),
             encoder_lens=None,
             extend_seq_lens_cpu=None,
-            spec_info=verify_input(self.block, self.lens, widths, max(widths)),
+            spec_info=verify_input(self.block, self.lens, max(widths)),
         )
         self.batch.kv_loc_plan = self.translator.own_plan(self.batch)
 

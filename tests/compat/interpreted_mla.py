@@ -126,7 +126,7 @@ def forward(backend: Any, batch: Any, queries: torch.Tensor) -> torch.Tensor:
 def eager(case: Verification, counted: int) -> tuple[torch.Tensor, torch.Tensor]:
     queries, keys = content(case)
     backend = backend_of(case, keys)
-    case.batch.spec_info = verify_input(case.block, case.lens, case.widths, counted)
+    case.batch.spec_info = verify_input(case.block, case.lens, counted)
     backend.init_forward_metadata(case.batch)
     return forward(backend, case.batch, queries), expected(case, queries, keys)
 

@@ -127,14 +127,16 @@ def accepting(mean: float, rows: int = QWEN3_8B.block) -> Iterator[None]:
 
     from whiflash_sglang.round.epilogue import Epilogue
 
-    accept, right = Epilogue._accept, continuing(mean, QWEN3_8B.block)
+    commit, right = Epilogue.commit, continuing(mean, QWEN3_8B.block)
 
-    def agreed(self: Any, verified: Any, *rest: Any) -> Any:
-        return accept(self, verified._replace(predictions=pinned(verified, right)), *rest)
+    def agreed(self: Any, verified: Any, *rest: Any, **named: Any) -> Any:
+        if verified.committed is None:
+            verified = verified._replace(predictions=pinned(verified, right))
+        return commit(self, verified, *rest, **named)
 
     cut = mean if rows == QWEN3_8B.block else sum(right**place for place in range(rows))
     upstream = {"SIMULATE_ACC_LEN": cut, "SIMULATE_ACC_TOKEN_MODE": "real-draft-token"}
-    with patch.object(Epilogue, "_accept", agreed), patch.multiple(dflash_worker_v2, **upstream):
+    with patch.object(Epilogue, "commit", agreed), patch.multiple(dflash_worker_v2, **upstream):
         yield
 
 

@@ -89,36 +89,31 @@ def emulated_graphs(
         )
         graphs = runner._decode_cuda_graph_runner_cls()(runner, attn_backend=attention(runner))
         stack.enter_context(patch.object(runner, "decode_cuda_graph_runner", graphs))
-        graphs.committed = stack.enter_context(captured_epilogues(engine.worker.stages.epilogue))
+        graphs.committed = stack.enter_context(captured_ends(engine.worker.stages.ends))
         graphs.passes = stack.enter_context(captured_passes(engine.worker))
         yield graphs
 
 
 @contextmanager
-def captured_epilogues(epilogue: Any) -> Iterator[list[bool]]:
-    """Whether graphs, or the ends behind them, committed since; captured graphs are forgotten at the end."""
+def captured_ends(ends: Any) -> Iterator[list[bool]]:
+    """List for every round whether a graph has committed it; captured graphs are forgotten at the end."""
     committed: list[bool] = []
+    epilogue = ends._epilogue
     slots, vocabulary = len(epilogue.penalties.few.places), epilogue.penalties.few.bias.shape[1]
     epilogue.penalties.__init__(slots, vocabulary, slots, "cpu")  # as on a card
-    epilogue.capture_ends(TapeRecorder())
-    finish, decide = epilogue.finish, epilogue.let_graphs_commit
+    ends.capture_seconds(TapeRecorder())
+    commit = epilogue.commit
 
-    def decided(*args: Any) -> None:
-        committed.append(False)
-        decide(*args)
+    def watched(rows: Any, *args: Any, **captures: Any) -> Any:
+        if not captures:
+            committed.append(rows.committed is not None)
+        return commit(rows, *args, **captures)
 
-    def finished(*args: Any) -> Any:
-        found = finish(*args)
-        committed[-1] = found.committed is not None
-        return found
-
-    with patch.object(epilogue, "finish", finished), patch.object(epilogue, "let_graphs_commit", decided):
+    with patch.object(epilogue, "commit", watched):
         yield committed
-    epilogue._captured.clear()
-    epilogue._rows.clear()
-    epilogue._ends.clear()
-    epilogue._commits.zero_()
-    epilogue._committing = False
+    ends.let_commit(False)
+    ends._graphs.clear()
+    ends._seconds.clear()
 
 
 @contextmanager

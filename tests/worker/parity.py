@@ -60,7 +60,7 @@ def listen(e: Engine) -> list[list[list[int]]]:
             batch = kwargs["forward_batch"]
             layout = getattr(batch.spec_info, "ragged_verify_layout", None)
             requests, rows = batch.batch_size, batch.input_ids.tolist()
-            widths = [len(rows) // requests] * requests if layout is None else layout.verify_lens_cpu
+            widths = [len(rows) // requests] * requests if layout is None else layout.verify_lens.tolist()
             ends = list(accumulate(widths))
             verified.append([rows[end - width : end] for width, end in zip(widths, ends, strict=True)])
         return forward(*args, **kwargs)

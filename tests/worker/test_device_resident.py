@@ -15,7 +15,7 @@ from records import assert_same_logprobs, logprobs
 
 from whiflash_sglang.drafts.rates import Mean
 from whiflash_sglang.engine.scheduler.streamer import recording_of
-from whiflash_sglang.round import epilogue
+from whiflash_sglang.round import signals
 from whiflash_sglang.telemetry.trace import build_trace
 
 PROMPTS = [[*random.Random(seed).choices(range(256), k=10), *[7, 8, 9, 10] * 6] for seed in range(4)]
@@ -126,7 +126,7 @@ def test_few_rows_are_rated_at_a_time(running: Engine, monkeypatch: pytest.Monke
         return [logprobs(running, rid) for rid in rids]
 
     at_once = rates()
-    monkeypatch.setattr(epilogue, "RATED_ROWS", 3)
+    monkeypatch.setattr(signals, "RATED_ROWS", 3)
     for found, expected in zip(rates(), at_once, strict=True):
         assert_same_logprobs(found, expected, "few at a time")
 

@@ -21,7 +21,7 @@ from whiflash_sglang.engine.forward import graphs, triton_backend
 from whiflash_sglang.engine.forward.sampling import SAMPLED_ROWS
 from whiflash_sglang.engine.scheduler import kv_budget
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.round.epilogue import Epilogue
+from whiflash_sglang.round.ends import GraphEnds
 from whiflash_sglang.serve.assemble import reserve
 
 
@@ -68,12 +68,12 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
     def reserved(device: str) -> int:
         shape = SimpleNamespace(vocab_size=1000)
         target = SimpleNamespace(device=torch.device(device), shape=shape, context_len=90, row_bytes=10)
-        return sum(kv_budget.for_requests(target, 2, 4, Epilogue.bytes_for(4)).values())
+        return sum(kv_budget.for_requests(target, 2, 4, GraphEnds.bytes_for(4)).values())
 
     table = 3 * (90 + 6 + 4) * 8 + 3 * FEW * 8 + 3 * 24
     sampled = 8 * 1000 * kv_budget.LOGIT_BYTES
     assert reserved("cpu") == table
-    row = 10 + Epilogue.bytes_for(4)
+    row = 10 + GraphEnds.bytes_for(4)
     plain = 1 + 2  # graphs of rounds without drafts
     captured = table + sampled + 8 * 1000 * 4 + (1 + 2 + 3 + 4 + 6 + 8 + plain) * row
     assert reserved("cuda") == captured
@@ -111,7 +111,7 @@ def test_a_large_batch_leaves_memory_to_kv(
     shape, captured = SimpleNamespace(vocab_size=151_936), 8 * 4096
     target = SimpleNamespace(device=torch.device("cuda"), shape=shape, context_len=40_960)
     target.row_bytes = captured * 2
-    parts = kv_budget.for_requests(target, requests, 17, Epilogue.bytes_for(17))
+    parts = kv_budget.for_requests(target, requests, 17, GraphEnds.bytes_for(17))
     parts["rings"] = FeatureRings.bytes_for(requests + 1, 64, captured, torch.bfloat16)
     parts["drafters"] = int(requests * 16 * shape.vocab_size * LOGIT_BYTES)
     print({name: f"{size / 1e9:.2f}" for name, size in parts.items()}, f"{sum(parts.values()) / 1e9:.2f}")
@@ -138,9 +138,9 @@ def test_where_passes_are_captured_their_memory_is_reckoned_with(
         held = {tensor.data_ptr(): tensor.nbytes for place in places for tensor in place if tensor.numel()}
         assert largest > 0
         vocabulary = worker.target.shape.vocab_size
-        masks = Epilogue.mask_bytes(graphs.most_rows(5, worker.stages.epilogue._widest), vocabulary)
-        kept = masks + sum(part.nbytes for part in PenaltyRows(0, vocabulary, 5, "cpu").few)
-        kept += Epilogue.rate_bytes(worker.stages.epilogue._widest, vocabulary)
+        widest = worker.stages.ends._widest
+        kept = GraphEnds.second_bytes(graphs.most_rows(5, widest), widest, vocabulary)
+        kept += sum(part.nbytes for part in PenaltyRows(0, vocabulary, 5, "cpu").few)
         assert captured - eager == largest + sum(held.values()) + kept
 
 

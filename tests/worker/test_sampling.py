@@ -21,7 +21,7 @@ from sglang.srt.runtime_context import get_exec
 from torch.nn.functional import normalize
 
 from whiflash_sglang.engine.forward.target import Target
-from whiflash_sglang.round.epilogue import Epilogue
+from whiflash_sglang.round.ends import GraphEnds
 
 PROMPT = tuple(range(100, 130))
 WINDOW = 4
@@ -209,7 +209,7 @@ def test_nan_is_replaced_if_sglangs_switch_asks(models: Models, monkeypatch: pyt
         return verified
 
     commits = list[bool]()
-    monkeypatch.setattr(Epilogue, "let_graphs_commit", lambda _, unchanged, rows: commits.append(unchanged))
+    monkeypatch.setattr(GraphEnds, "let_commit", lambda _, may: commits.append(may))
     monkeypatch.setenv("SGLANG_SANITIZE_NAN_LOGITS", "1")
     monkeypatch.setattr(Target, "verify", broken)
     with engine(models.target, whiflash=models.whiflash("random")) as e:

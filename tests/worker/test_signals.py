@@ -10,7 +10,7 @@ from engine import engine
 from model_set import Models
 
 from whiflash_sglang.records.core import Results
-from whiflash_sglang.round import epilogue, learning
+from whiflash_sglang.round import learning, signals
 
 ROUNDS = 40
 
@@ -22,11 +22,11 @@ def test_entropy_is_read_seldom_where_nothing_is_drafted(
     """A heavy read of all logits; `auto` must still notice, within a few tokens, that the text has changed."""
     read: list[int] = []
 
-    def counted(logits: Any, rows: Any, stats: Any = epilogue.routing_stats) -> Any:
+    def counted(logits: Any, rows: Any, stats: Any = signals.routing_stats) -> Any:
         read.append(len(rows))
         return stats(logits, rows)
 
-    monkeypatch.setattr(epilogue, "routing_stats", counted)
+    monkeypatch.setattr(signals, "routing_stats", counted)
     with engine(models.target, whiflash=models.whiflash("auto")) as e:
         # The last token is never drafted for.
         route = lambda rows, forecasts: [arm if forecast else "none" for forecast in forecasts]  # noqa: E731

@@ -297,7 +297,7 @@ class Results(NamedTuple):
     were invalid. source: int32, as in `Chosen`. bonus, seq_lens: int64, tokens: [B, W] int64, and accept_lens: int32,
     as in `Committed`. wanted: int32, drafts before requests competed for rows, if they did.
     copies: [B, L] int64, where the device copies; copied: int64, how many each request has; copy_*: as in
-    `propose_copies`. entropy, outputs and rates: as in `Epilogue.signals`.
+    `propose_copies`. entropy, outputs and rates: as in `SignalReader.read`.
     """
 
     starts: Values
@@ -323,29 +323,23 @@ class Results(NamedTuple):
     rates: Values = None
 
 
-class Asked(NamedTuple):
-    """A request for log-probabilities, beside those of the sampled tokens. request: its index in the batch.
-    likeliest: how many of the likeliest tokens at each position. ids: further tokens to rate.
-    """
-
-    request: int
-    likeliest: int
-    ids: Sequence[int]
+RatesAsked = Mapping[int, tuple[int, Sequence[int]]]
+"""Requests for log-probabilities beside those of the sampled tokens, by the request's index in the batch: how many of
+the likeliest tokens at each position, and ids of further tokens.
+"""
 
 
 class Rated(NamedTuple):
     """The requests of a round whose log-probabilities are wanted, and the same on the device.
 
-    asked: [A, 1 + I] int64, each request's index and its `ids`, padded with 0. likeliest: at least the largest
-    `likeliest` of them. captured: whether the end of a graph rates them. masks: as in `sample_rows`, if the logits are
-    not masked yet.
+    ids: [A, 1 + I] int64, each request's index and ids, padded with 0. likeliest: at least the largest number of
+    likeliest tokens. captured: whether a second graph rates them.
     """
 
-    requests: Sequence[Asked]
-    asked: torch.Tensor
+    requests: RatesAsked
+    ids: torch.Tensor
     likeliest: int
-    captured: bool
-    masks: tuple[torch.Tensor, torch.Tensor] | None = None
+    captured: bool = False
 
 
 class Verified(NamedTuple):
@@ -356,9 +350,10 @@ class Verified(NamedTuple):
     server's clients may ask for it. input_ids: [T] int64. indptr: [B + 1] int32, where each request's rows begin.
     starts: [B] int64, n. request_rows: [B] int64, rows of the request table. predictions: [T] int64, the target's own
     token at every row; None before sampling, and if the forward's graph has already `committed`. Then `committed` and
-    `signals` (`Epilogue.signals`) are valid until the graph's next replay. forward: SGLang's own result, from which the
-    scheduler's is made. graph: the captured graph that was replayed, by runner, rows and whether each request has one
-    row; None if the forward was eager. rated: None if nobody asks for log-probabilities.
+    `signals` (`SignalReader.read`) are valid until the graph's next replay. forward: SGLang's own result, from which
+    the scheduler's is made. graph: the captured graph that was replayed, by runner, rows and whether each request has
+    one row; None if the forward was eager. rated: None if nobody asks for log-probabilities. masks: as in
+    `sample_rows`; None if the rows have none, or their logits are masked already.
     """
 
     logits: torch.Tensor
@@ -375,6 +370,7 @@ class Verified(NamedTuple):
     graph: tuple[int, int, bool] | None = None
     entropy: torch.Tensor | None = None
     rated: Rated | None = None
+    masks: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def output(self) -> Any:

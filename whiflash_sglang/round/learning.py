@@ -187,7 +187,7 @@ def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float,
 
 
 def results_of(turn: Round, committed: Committed, signals: Mapping[str, torch.Tensor]) -> Results:
-    """Return the results of a round as tensors on the device. signals: from `Epilogue.signals`."""
+    """Return the results of a round as tensors on the device. signals: from `SignalReader.read`."""
     chosen, drafts = turn.chosen, turn.drafts
     assert drafts.confidences is not None
     assert drafts.faults is not None

@@ -37,10 +37,12 @@ from whiflash_sglang.formats.table import read_draft
 from whiflash_sglang.records.core import SampleHook
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.draft import DraftStage
-from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
+from whiflash_sglang.round.ends import GraphEnds
+from whiflash_sglang.round.epilogue import Epilogue
 from whiflash_sglang.round.forcing import Forcing, PinnedAcceptance
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner, rows_of
+from whiflash_sglang.round.signals import SignalReader
 from whiflash_sglang.round.sources import DraftSources
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import NeuralPolicy
@@ -152,8 +154,8 @@ def reserve(
 ) -> kv_budget.Reservation:
     """Return the memory that a worker of `requests` requests will allocate, before SGLang sizes its pools."""
     widest, kv = widest_of(drafters) + 1, with_kv(drafters).values()
-    parts = kv_budget.for_requests(target, requests, widest, Epilogue.bytes_for(widest))
-    parts["tables"] += GATE_BYTES
+    parts = kv_budget.for_requests(target, requests, widest, GraphEnds.bytes_for(widest))
+    parts["tables"] += torch.int64.itemsize  # the number by which graphs commit (`GraphEnds`)
     slots = requests + graphs.spare_slots(requests, widest)
     parts["attention"] = triton_backend.kept_bytes(target.runner, slots, widest)
     rows = kv_budget.request_rows(requests)
@@ -164,8 +166,8 @@ def reserve(
     penalties = PenaltyRows(rows, vocabulary, min(requests, MOST_PENALISED) * captures, "meta")
     parts["penalties"] = sum(part.nbytes for part in penalties.few)
     if captures:
-        parts["masks"] = Epilogue.mask_bytes(graphs.most_rows(requests, widest), vocabulary)
-        parts["log-probabilities"] = Epilogue.rate_bytes(widest, vocabulary)
+        most = graphs.most_rows(requests, widest)
+        parts["masks and log-probabilities"] = GraphEnds.second_bytes(most, widest, vocabulary)
         parts["drafters"] += sync.captured_bytes(requests)
         # Passes are captured into the same memory, one at a time.
         parts["drafters"] += max((drafter.captured_bytes(requests) for drafter in kv), default=0)
@@ -237,30 +239,24 @@ class Stages:
     drafting: DraftStage
     verifier: VerifyStage
     epilogue: Epilogue
+    signals: SignalReader
+    ends: GraphEnds
     learner: Learner
 
 
 def build_stages(parts: Parts) -> Stages:
-    """Build the stages before graphs are captured: without hooks, verification graphs end with the epilogue."""
+    """Build the stages before graphs are captured: without hooks, verification graphs commit their rows."""
     target, tokens, widest = parts.target, parts.tokens, widest_of(parts.drafters) + 1
     stops = StopTable(len(tokens.data), target.device)
     hooks = build_hooks(parts.settings, tokens, target, parts.ranks, widest)
     rows = SamplingRows(len(tokens.data), target.random_seed, target.device)
     places = min(max_running_requests(), MOST_PENALISED) * graphs.captures_passes(target.device)
     penalties = PenaltyRows(len(tokens.data), target.shape.vocab_size, places, target.device)
-    epilogue = Epilogue(
-        parts.sync.rings,
-        tokens.data,
-        stops,
-        rows.data,
-        penalties,
-        parts.router,
-        widest,
-        lambda: parts.controller.policy.needs,
-        scales_rates,
-    )
+    epilogue = Epilogue(parts.sync.rings, tokens.data, stops, rows.data, penalties)
+    signals = SignalReader(parts.router, rows.data, scales_rates)
+    ends = GraphEnds(epilogue, signals, widest, lambda: parts.controller.policy.needs)
     if not hooks:
-        target.end_graphs_with(epilogue)
+        target.end_graphs_with(ends)
     sources = DraftSources(parts.drafters, parts.quarantine, target.shape.vocab_size, parts.spending)
     return Stages(
         hooks=hooks,
@@ -276,8 +272,10 @@ def build_stages(parts: Parts) -> Stages:
             ranks=parts.ranks,
         ),
         drafting=_drafting(parts, stops, rows, sources),
-        verifier=VerifyStage(target, parts.host, epilogue, hooks, parts.spending),
+        verifier=VerifyStage(target, epilogue, ends, hooks, parts.spending),
         epilogue=epilogue,
+        signals=signals,
+        ends=ends,
         learner=Learner(
             drafters=parts.drafters,
             controller=parts.controller,

@@ -140,7 +140,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         """Capture verifications' ends and drafters' passes, and time them. SGLang has captured the target's graphs."""
         requests, costs = max_running_requests(), self.controller.costs
         recorder = graphs.recorder(self.target.runner)
-        self.stages.epilogue.capture_ends(recorder)
+        self.stages.ends.capture_seconds(recorder)
         self.stages.drafting.capture(recorder, requests)
         start = self.target, self.drafters, self.sync, self.host, self.clock.timer, requests
         pricing.price(costs, pricing.Start(*start), self.ranks)
@@ -269,7 +269,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             overlap.attach(batch, verified, committed.tokens.shape[1])
         with clock.stage("park"):
             stages.epilogue.park(verified, committed)
-            signals = stages.epilogue.signals(verified, committed, stages.learner.needs(turn))
+            signals = stages.signals.read(verified, committed, stages.learner.needs(turn))
             results = Download(results_of(turn, committed, signals))
             if on_publish is None:
                 tokens = stages.learner.learn(turn, results.read())

@@ -66,7 +66,7 @@ class AdaptedTarget:
         graphs, runner.decode_cuda_graph_runner = runner.decode_cuda_graph_runner, None
         try:
             self._lay_out(size, width - 1)
-            output = target.forward(unknown, block, widths, [width] * size, width).logits_output
+            output = target.forward(unknown, block, widths, width).logits_output
         finally:
             runner.decode_cuda_graph_runner = graphs
             self._manager.reset_lora_batch()

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from sglang.srt.utils.common import async_d2h
 from whiflash_kernels import MixedBlock
 
 from whiflash_sglang.device.transfers import mask_places, masks_of_places
+from whiflash_sglang.records.core import Verified
 from whiflash_sglang.structure.spending import Spending
 
 
@@ -35,9 +36,8 @@ class Masks:
             the bonus token last; they go before its rows. grammars: by the requests' indices, one at least.
 
     Attributes: (filled by `build`)
-        packed: [M, words] int32 on the host, pinned if the rows are on a GPU; `mask_places` are at its beginning,
-            -1 for the rejected.
-        rejected: packed rows of drafts that there was no time to mask, which must not be accepted.
+        packed: [M, words] int32 on the host, pinned if the rows are on a GPU; `mask_places` are at its beginning, -1
+            for rows of drafts that there was no time to mask, which must not be accepted.
     """
 
     def __init__(
@@ -48,7 +48,6 @@ class Masks:
         self._host = async_d2h(rows)
         self._copied = torch.get_device_module(self._device).Event()
         self._copied.record()
-        self.rejected: list[int] = []
 
     def build(self, batch: Any, spending: Spending) -> None:
         """Make the masks, timed by request.
@@ -84,24 +83,23 @@ class Masks:
                     )
                 place[first : first + width] = range(used, used + width)
                 if masked < width:
-                    self.rejected.append(first + masked)
                     place[first + masked] = -1
                 used += width
             first += width
         mask_places(bits, self._size).numpy()[:] = place
         self.packed = bits
 
-    @cached_property
-    def of_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `masks` of `sample_rows`: masks [M, words] int32, and the index of each packed row's, [T] int64."""
+    def sent(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Send the masks [M, words] int32 to the rows' device, and the index of each packed row's mask, [T] int64."""
         bits = self.packed.to(self._device, non_blocking=True)
-        place = mask_places(bits, self._size)
-        return bits, place.clamp(min=0) if self.rejected else place
+        return bits, mask_places(bits, self._size)
 
-    def apply(self, logits: torch.Tensor) -> None:
-        """Mask `logits` [T, V] in place, as SGLang does."""
-        bits, place = self.of_rows
-        GrammarMask(self._grammars[max(self._grammars)], bits[place]).apply(logits)
+    def apply(self, rows: Verified) -> Verified:
+        """Mask the rows' logits in place, as SGLang does. Return them without masks."""
+        assert rows.masks is not None
+        bits, places = rows.masks
+        GrammarMask(self._grammars[max(self._grammars)], bits[places]).apply(rows.logits)
+        return rows._replace(masks=None)
 
 
 def fill_masks(

@@ -24,7 +24,7 @@ from whiflash_kernels import MixedBlock
 from whiflash_sglang.cache.penalties import Penalties
 from whiflash_sglang.device.transfers import Upload, sent
 from whiflash_sglang.engine.forward.processors import own_grammar
-from whiflash_sglang.records.core import Asked
+from whiflash_sglang.records.core import RatesAsked
 
 SAMPLED_ROWS = 128
 """Most rows that SGLang's sampler gets at once. They fill a GPU with vocabularies of any usual size."""
@@ -90,14 +90,12 @@ def takes_single_tokens(req: Any) -> bool:
     return bool(req.custom_logit_processor or (req.return_hidden_states == "last" and ends_in_text))
 
 
-def asked_rates(batch: Any) -> list[Asked]:
+def asked_rates(batch: Any) -> RatesAsked:
     """Return the requests of a batch that want log-probabilities; a negative number of likeliest tokens counts as 0."""
     if not batch.return_logprob:
-        return []
+        return {}
     wanted = zip(batch.reqs, batch.top_logprobs_nums, batch.token_ids_logprobs, strict=True)
-    return [
-        Asked(i, max(count, 0), ids or ()) for i, (req, count, ids) in enumerate(wanted) if req.return_logprob
-    ]
+    return {i: (max(n, 0), ids or ()) for i, (req, n, ids) in enumerate(wanted) if req.return_logprob}
 
 
 def scales_rates() -> bool:

@@ -34,7 +34,7 @@ from whiflash_sglang.records.core import Verified
 
 
 class GraphEnd(Protocol):
-    """The work at the end of a verification's graph, captured after its forward (`round/epilogue.py`)."""
+    """The work at the end of a verification's graph, captured after its forward (`round/ends.py`)."""
 
     def capture(self, graph: tuple[int, int, bool], of_graph: Callable[[], Verified]) -> None: ...
 
@@ -130,28 +130,19 @@ class Target(LoadedTarget):
         none = torch.empty(0, dtype=torch.int64, device=self.device)
         widths = none.to(torch.int32)
         block = prepare_mixed_block(none, none[:, None], widths, none, none, self.slot_table, rows=rows)
-        self.forward(batch, block, widths, None, 1)
+        self.forward(batch, block, widths, 1)
 
     @cached_property
     def _rows_counted(self) -> int:
         """Return the rows that attention counts per request; 0 if it varies. Cached, as it reads configurations."""
         return rows_counted(self.runner, 0)
 
-    def forward(
-        self,
-        batch: Any,
-        block: MixedBlock,
-        verify_lens: torch.Tensor,
-        widths: Sequence[int] | None,
-        stride: int,
-    ) -> Any:
+    def forward(self, batch: Any, block: MixedBlock, widths: torch.Tensor, stride: int) -> Any:
         """Return SGLang's result of a verification's forward. Arguments as of `verify`; batch may be `batch_of`'s."""
         batch.out_cache_loc = block.cache_slots
         batch.input_ids, batch.forward_mode = block.input_ids, ForwardMode.TARGET_VERIFY
         batch.extend_input_logprob_token_ids = None  # left by a prefill: SGLang would send it again
-        batch.spec_info = verify_input(
-            block, verify_lens, widths, stride, self._captured.mode, self._rows_counted
-        )
+        batch.spec_info = verify_input(block, widths, stride, self._captured.mode, self._rows_counted)
         prepare_mamba_track_for_verify(batch)
         return self._forward(batch)
 
@@ -179,8 +170,8 @@ class Target(LoadedTarget):
         forward_batch = PackedBatch.init_new(batch, self.runner, **mode)
         return self.worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
 
-    def end_graphs_with(self, epilogue: GraphEnd) -> None:
-        """Let `epilogue` be captured after the forward in every verification's graph."""
+    def end_graphs_with(self, ends: GraphEnd) -> None:
+        """Let `ends` be captured after the forward in every verification's graph."""
 
         def end(runner: Any, output: Any, forward_batch: Any, rows: int) -> None:
             layout = forward_batch.spec_info.ragged_verify_layout
@@ -189,7 +180,7 @@ class Target(LoadedTarget):
             packed = forward_batch.input_ids, layout.qo_indptr_device
             requests = forward_batch.seq_lens, forward_batch.req_pool_indices
             graph = id(runner), rows, runner.plain
-            epilogue.capture(graph, partial(self._rows_of, copy(output), *packed, *requests))
+            ends.capture(graph, partial(self._rows_of, copy(output), *packed, *requests))
 
         self.runner.capture_tail_hooks.append(end)
 
@@ -197,36 +188,18 @@ class Target(LoadedTarget):
         features, final = self._captured.states(output)
         return Verified(output.next_token_logits, features, final, *packed)
 
-    def verify(
-        self,
-        batch: Any,
-        block: MixedBlock,
-        verify_lens: torch.Tensor,
-        widths: Sequence[int] | None,
-        stride: int,
-    ) -> Verified:
+    def verify(self, batch: Any, block: MixedBlock, widths: torch.Tensor, stride: int) -> Verified:
         """Run one forward over the packed rows of all requests, each of which costs only the rows that it has.
 
-        `block` has `agreed_rows` of its rows; those beyond the widths' sum go through the forward with the others. The
-        result is without them if the widths are known. verify_lens, widths, stride: as of `verify_input`.
+        `block` has `agreed_rows` of its rows; those beyond the widths' sum go through the forward with the others.
+        widths, stride: as of `verify_input`.
         """
-        result = self.forward(batch, block, verify_lens, widths, stride)
-        output, total = result.logits_output, None if widths is None else sum(widths)
-        features, final_hidden = self._captured.take(output)
-        output.next_token_logits = output.next_token_logits[:total]
-        runner = self.runner.decode_cuda_graph_runner
+        result = self.forward(batch, block, widths, stride)
+        output, runner = result.logits_output, self.runner.decode_cuda_graph_runner
+        states = self._captured.take(output)
+        packed = block.input_ids, block.qo_indptr, batch.seq_lens, batch.req_pool_indices
         replayed = (id(runner), len(block.input_ids), runner.plain) if result.can_run_cuda_graph else None
-        return Verified(
-            output.next_token_logits,
-            features[:total],
-            None if final_hidden is None else final_hidden[:total],
-            block.input_ids[:total],
-            block.qo_indptr,
-            batch.seq_lens,
-            batch.req_pool_indices,
-            forward=result,
-            graph=replayed,
-        )
+        return Verified(output.next_token_logits, *states, *packed, forward=result, graph=replayed)
 
     def commit(self, batch: Any, starts: torch.Tensor, accept_lens: torch.Tensor) -> None:
         """Let the target's state beside KV, after `verify`, go on after each request's last accepted row.
@@ -238,29 +211,28 @@ class Target(LoadedTarget):
 
 def verify_input(
     block: MixedBlock,
-    verify_lens: torch.Tensor,
-    widths: Sequence[int] | None,
+    widths: torch.Tensor,
     stride: int,
     mode: CaptureHiddenMode = CaptureHiddenMode.FULL,
     counted: int = 0,
 ) -> DFlashVerifyInput:
     """Return a verification as SGLang's attention backends read it: packed rows, and how many each request has.
 
-    verify_lens: [B] int32, by which `block` was packed. widths: the same on the host, whose widest fa3 reads; None if
-    the host may not know them, and then all rows of the block are planned for. The layout is there with equal widths
-    too: without one a backend may take the widest block that the server was configured for (fa3 does). stride: of the
-    widest request, at least. A graph is chosen by the rows of `block`, its padding included, and by whether a request
-    may have more than one. mode: hidden states that the forward keeps. counted: rows of a request that recurrent layers
-    count, if not `stride`.
+    Attention plans for all rows of the block, since the host does not know the widths. The layout is there with equal
+    widths too: without one a backend may take the widest block that the server was configured for (fa3 does).
+
+    Args:
+        widths: [B] int32, by which `block` was packed. stride: rows of the widest request, at least. A graph is chosen
+            by the rows of `block`, its padding included, and by whether `stride` is 1. mode: hidden states that the
+            forward keeps. counted: rows of a request that recurrent layers count, if not `stride`.
     """
-    total = int(block.input_ids.shape[0]) if widths is None else sum(widths)
+    rows = int(block.input_ids.shape[0])
     layout = RaggedVerifyLayout(
-        verify_lens=verify_lens,
-        graph_num_tokens=int(block.input_ids.shape[0]),
+        verify_lens=widths,
+        graph_num_tokens=rows,
         extend_start_loc=block.qo_indptr[:-1],
         qo_indptr_device=block.qo_indptr,
-        verify_lens_cpu=None if widths is None else list(widths),
-        total_verify_tokens=total,
+        total_verify_tokens=rows,
         max_q_len=stride,
     )
     return DFlashVerifyInput(

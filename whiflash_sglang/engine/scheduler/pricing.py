@@ -271,7 +271,7 @@ class Start:
         def verify() -> Any:
             target.agreed_rows(rows, count)
             batch = target.batch_of(ids, starts, on_host)
-            return target.verify(batch, block, verify_lens, widths if self.host.exact else None, most)
+            return target.verify(batch, block, verify_lens, most)
 
         with _spread_slots(target, count, each + max(widths)):
             block = prepare_mixed_block(bonus, drafts, verify_lens, starts, ids, target.slot_table, rows=rows)

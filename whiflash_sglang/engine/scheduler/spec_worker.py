@@ -196,14 +196,14 @@ def put_rates(output: Any, rates: torch.Tensor, rated: Rated, requests: int) -> 
     """Write a round's log-probabilities into `output` in SGLang's form: per request one entry per column of `rates`.
 
     Args:
-        output: SGLang's record of the logits. rates: as of `Epilogue.signals`, or a copy that is on its way.
+        output: SGLang's record of the logits. rates: as of `SignalReader.read`, or a copy that is on its way.
     """
-    width, names = rates.shape[1], rated.asked.shape[1] - 1
+    width, names = rates.shape[1], rated.ids.shape[1] - 1
     _, named, values, ids = rates.split([1, names, *[(rates.shape[2] - 1 - names) // 2] * 2], dim=2)
     ids, nothing = ids.view(torch.int32), rates.new_empty(0)
     chosen = Chances([nothing] * requests)
     beside: list[list[Any]] = [[nothing] * (requests * width) for _ in range(4)]
-    for own, (index, likeliest, asked) in enumerate(rated.requests):
+    for own, (index, (likeliest, asked)) in enumerate(rated.requests.items()):
         chosen[index], columns = rates[own, :, 0], slice(index * width, (index + 1) * width)
         beside[0][columns], beside[1][columns] = (each[own, :, :likeliest].unbind() for each in (values, ids))
         beside[2][columns], beside[3][columns] = named[own, :, : len(asked)].unbind(), [list(asked)] * width
