@@ -89,6 +89,13 @@ def around(
     return enter
 
 
+def become(made: Any, kind: type) -> None:
+    """Make an object of SGLang's an instance of our subclass `kind`, where SGLang chooses the class itself. `kind` adds
+    methods only, so frozen objects and those with slots may change, too.
+    """
+    object.__setattr__(made, "__class__", kind)
+
+
 def first_sentence(docstring: str | None) -> str:
     """Return a docstring's first sentence on one line, without its full stop; empty without a docstring."""
     return " ".join((docstring or "").split()).partition(". ")[0].rstrip(".")

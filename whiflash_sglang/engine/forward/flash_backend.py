@@ -14,6 +14,7 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, r
 
 from whiflash_sglang.engine.carried import serves_ours
 from whiflash_sglang.engine.forward.graphs import GraphLayout
+from whiflash_sglang.engine.patching import become
 from whiflash_sglang.errors import IncompatibleEngineError
 
 USED = (
@@ -98,5 +99,5 @@ def _make(make: Any, runner: Any) -> Any:
     made = make(runner)
     upstreams: Any = type(made)
     if serves_ours() and upstreams.__name__ == "FlashAttentionBackend":
-        made.__class__ = _planning(upstreams)
+        become(made, _planning(upstreams))
     return made

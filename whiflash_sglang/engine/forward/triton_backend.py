@@ -111,23 +111,7 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
 
 
 def verify(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    qo_indptr: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    kv_indices: torch.Tensor,
-    custom_mask: torch.Tensor | None,
-    causal: bool,
-    mask_indptr: torch.Tensor | None,
-    most: int,
-    k_scale: float,
-    v_scale: float,
-    scale: float,
-    *,
+    *given: Any,
     logit_cap: float,
     sliding_window_size: int,
     sinks: torch.Tensor | None,
@@ -138,10 +122,16 @@ def verify(
     """Attend in one layer of a verification. SGLang calls this as `verify_splitkv_fwd`. Shapes and `plans`: as of
     `verify_attention`.
 
+    Args:
+        given: the nine tensors of `verify_attention`; then a tree's mask, whether attention is causal, offsets of the
+            mask, the most rows of a request, the factors of keys, values and scores.
+
     Returns:
         Whether it has run. Else `out` is as it was, and SGLang runs its own kernel: for a tree's masks, values that are
         not as wide as keys, pools that are packed, narrow windows, and with ``WHIFLASH_KERNELS=torch``.
     """
+    tensors, (custom_mask, causal, _mask_indptr, most, k_scale, v_scale, scale) = given[:9], given[9:]
+    q, k, v, _out, k_pool, v_pool, *_offsets = tensors
     narrow = 0 < sliding_window_size < NARROWEST
     if custom_mask is not None or not causal or xai_temperature_len > 0 or narrow:
         return False
@@ -154,7 +144,7 @@ def verify(
     # SGLang's kernel takes a window of 0 for none, though its backend plans one.
     window = sliding_window_size if sliding_window_size > 0 else None
     verify_attention(
-        *(q, k, v, out, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices),
+        *tensors,
         most=most,
         scale=scale,
         window=window,

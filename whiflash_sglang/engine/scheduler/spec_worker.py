@@ -15,6 +15,7 @@ from sglang.srt.state_capturer.base import TopkCaptureOutput
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.device.transfers import Download, Upload
 from whiflash_sglang.engine.forward import recurrent, sampling
+from whiflash_sglang.engine.patching import become
 from whiflash_sglang.records.core import PLACEHOLDERS, Rated, Results, Round, Verified, readable
 
 
@@ -256,7 +257,8 @@ def round_result(verified: Verified, results: Download[Results]) -> GenerationBa
     )
     # The results are needed later if SGLang carries them or takes log-probabilities from them.
     if results.learn is not None or verified.rated is not None:
-        made.__class__, made.results, made.rated = RoundResult, results, verified.rated
+        become(made, RoundResult)
+        made.results, made.rated = results, verified.rated
     return made
 
 

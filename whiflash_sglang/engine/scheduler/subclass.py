@@ -4,7 +4,6 @@ SGLang's registry of hooks replaces a class for all servers of a process, and sw
 its class while it is made: when its worker and its caches are there, and before it makes the parts that we replace.
 """
 
-from dataclasses import fields
 from typing import Any
 from weakref import ref
 
@@ -19,7 +18,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from whiflash_sglang.engine.carried import is_ours
 from whiflash_sglang.engine.forward.parallel import RequestReceiver
 from whiflash_sglang.engine.forward.processors import take_over
-from whiflash_sglang.engine.patching import around
+from whiflash_sglang.engine.patching import around, become
 from whiflash_sglang.engine.scheduler import releases
 from whiflash_sglang.engine.scheduler.control import InternalState
 from whiflash_sglang.engine.scheduler.disaggregation import PreallocQueue
@@ -44,10 +43,10 @@ def _becoming(original: Any, self: Any) -> None:
     original(self)
     if not is_ours(self):
         return
-    self.__class__ = type("WhiflashScheduler", (WhiflashScheduler, type(self)), {})
+    become(self, type("WhiflashScheduler", (WhiflashScheduler, type(self)), {}))
     tree = self.tree_cache
     if type(tree) is UnifiedRadixCache and tree.tree_core.is_eagle:
-        tree.__class__ = BigramTree
+        become(tree, BigramTree)
     self.draft_worker.scheduler = ref(self)
     if self.metrics_collector is not None:
         self.draft_worker.publish_to(self.metrics_collector)
@@ -67,23 +66,23 @@ class WhiflashScheduler:
 
     def init_metrics_reporter(self) -> None:
         super().init_metrics_reporter()  # type: ignore[misc]
-        self.metrics_reporter.__class__ = MetricsReporter
+        become(self.metrics_reporter, MetricsReporter)
 
     def init_request_receiver(self) -> None:
         super().init_request_receiver()  # type: ignore[misc]
-        self.request_receiver = _as(RequestReceiver, self.request_receiver)
+        become(self.request_receiver, RequestReceiver)
 
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
         return OutputStreamer
 
     def init_batch_result_processor(self) -> None:
         super().init_batch_result_processor()  # type: ignore[misc]
-        self.batch_result_processor = _as(BatchResultProcessor, self.batch_result_processor)
+        become(self.batch_result_processor, BatchResultProcessor)
 
     def init_disaggregation(self) -> None:
         super().init_disaggregation()  # type: ignore[misc]
         if self.disagg_decode_prealloc_queue is not None:
-            self.disagg_decode_prealloc_queue.__class__ = PreallocQueue
+            become(self.disagg_decode_prealloc_queue, PreallocQueue)
 
     def init_internal_state(self) -> None:
         super().init_internal_state()  # type: ignore[misc]
@@ -169,8 +168,3 @@ class WhiflashScheduler:
             self.running_batch.filter_batch()
             self.running_batch.batch_is_full, self.last_batch = False, None
         return bool(super().is_fully_idle(*args, **named))  # type: ignore[misc]
-
-
-def _as(kind: type, made: Any) -> Any:
-    """Convert a dataclass's instance to the subclass `kind`."""
-    return kind(**{field.name: getattr(made, field.name) for field in fields(made)})
