@@ -205,6 +205,21 @@ def test_the_page_names_arms_that_are_missing_and_each_server_s_environment(repo
     assert "- none@tp2: `OMP_NUM_THREADS=1 SGLANG_CPU_OMP_THREADS_BIND='0|1' --tp-size 2`" in page
 
 
+@pytest.mark.parametrize(
+    ("compared", "said"),
+    [
+        ([], "not compared. Every greedy answer of every arm equals"),
+        (None, "Sampled answers were not compared.\n"),
+    ],
+)
+def test_sampled_answers_are_called_so(compared: list[Difference] | None, said: str) -> None:
+    told = PROVENANCE | {"compared": False, "sampling": [{"temperature": 0.6}]}
+    page = render(build_report(cells_of({"none": 10.0, "auto": 24.0}), GROUPS, compared, told, {}))
+    assert said in page
+    assert "Sampled with temperature 0.6, a seed a prompt." in page
+    assert ("Every greedy" in page) is (compared is not None)
+
+
 def test_kept_pages_are_those_of_their_reports() -> None:
     kept = Path(__file__).parents[3] / "results" / "benchmark"
     pages = {path: path.with_suffix(".md") for path in kept.glob("*.json")}

@@ -169,7 +169,8 @@ def _differences(report: BenchReport) -> str:
     sampled = "" if report.provenance["compared"] else "Sampled answers were not compared. "
     if not report.differences:
         counted = any(OVERALL in of and of[OVERALL].mismatches is not None for of in report.arms.values())
-        equal = "Every answer of every arm equals plain decoding's, token for token." if counted else ""
+        which = "greedy answer" if sampled else "answer"
+        equal = f"Every {which} of every arm equals plain decoding's, token for token." if counted else ""
         return f"{sampled}{equal}".strip()
     ties = [d for d in report.differences if d["verdict"] == Verdict.TIE]
     parts = ["## Answers that differ from plain decoding's", *filter(None, [sampled.strip()])]
