@@ -44,8 +44,8 @@ demo: .venv/.for-demo ## Start the server on the embedded model, ask it two ques
 	$(RUN) whiflash demo
 
 # Two processes, each of which runs whole files: what a file starts (a server, an engine) it starts once.
-test: install ## All tests with seeded samples (some 25 minutes on 2 cores), or those of PART (cpu, kernels, lab, sdk, train)
-	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(addsuffix /tests,$(PART))
+test: install ## All tests with seeded samples (some 20 minutes on 2 cores), or those of PART (cpu, kernels, lab, sdk, train); PAGE=results/suite.md keeps each file's seconds
+	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --seconds=,$(PAGE)) $(addsuffix /tests,$(PART))
 
 fast: install ## Tests that need neither SGLang nor a server
 	$(RUN) pytest -n 2 --dist loadfile --fast -q

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -44,20 +45,30 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FORKING = (
-    *(f"tests/agents/test_{name}.py" for name in ("http", "traces", "features")),
-    *(f"tests/parallel/test_{name}.py" for name in ("dp_attention", "overlapping_ranks", "vocabularies")),
-    *("tests/parallel/test_prefill_and_decode.py", "tests/learn/test_http.py"),
-    *("lab/tests/bench/test_run.py", "lab/tests/bench/test_recorded_bench.py", "lab/tests/test_served.py"),
-    *("tests/telemetry/test_server_metrics.py", "tests/targets/test_media_server.py"),
-    *("cpu/tests/test_server_host.py", "cpu/tests/test_stock_command.py"),
-    *(f"tests/agents/test_{name}.py" for name in ("parsed_streams", "workers", "secrets", "fields", "pairs")),
+    (
+        *(f"tests/agents/test_{name}.py" for name in ("http", "traces", "features", "parsed_streams")),
+        *(f"tests/agents/test_{name}.py" for name in ("workers", "secrets", "fields", "pairs")),
+        "tests/telemetry/test_server_metrics.py",
+    ),
+    (
+        *(f"tests/parallel/test_{name}.py" for name in ("dp_attention", "overlapping_ranks", "vocabularies")),
+        *("tests/parallel/test_prefill_and_decode.py", "tests/learn/test_http.py"),
+        *(
+            "lab/tests/bench/test_run.py",
+            "lab/tests/bench/test_recorded_bench.py",
+            "lab/tests/test_served.py",
+        ),
+        *("tests/targets/test_media_server.py", "cpu/tests/test_server_host.py"),
+        "cpu/tests/test_stock_command.py",
+    ),
 )
-"""Files of one worker, where SGLang is imported once by what forks servers, and once by what forks ranks. Every other
-file is one worker's by itself. The first three share a pair of servers, whose weights the last of them updates, after
-which SGLang serves under the path of the checkpoint instead of its name."""
+"""Files that fork servers or ranks, by worker: a worker imports SGLang once for all of its servers, and once for all of
+its ranks. Every other file is one worker's by itself. The first three share two servers, whose weights the last of them
+updates, after which SGLang serves under the path of the checkpoint instead of its name."""
 
 LONGEST = (
-    *FORKING,
+    *FORKING[0],
+    *FORKING[1],
     "tests/phantom/test_server.py",
     "tests/targets/test_images.py",
     "train/tests/learner/test_learner.py",
@@ -150,6 +161,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run what needs neither SGLang nor a server, with few examples each",
     )
+    parser.addoption(
+        "--seconds", type=Path, metavar="PAGE", help="write the seconds of each file of this run to a page"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -191,7 +205,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByServers(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return FORKING[0] if file in FORKING else file
+            return next((files[0] for files in FORKING if file in files), file)
 
     return ByServers(config, log)
 
@@ -202,6 +216,35 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 BEGAN = time.monotonic()
+SECONDS: dict[str, list[float]] = defaultdict(list)
+"""Seconds of every set-up, call and tear-down, by file."""
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    SECONDS[report.nodeid.partition("::")[0]].append(report.duration)
+
+
+def page_of_seconds(status: int) -> str:
+    """Return the page that `--seconds` writes, in Markdown."""
+    from whiflash_train.provenance import busy, made_by
+
+    made, spent = made_by(("sglang", "torch")) | busy(), {file: sum(each) for file, each in SECONDS.items()}
+    long = sorted((file for file in spent if spent[file] >= 1), key=spent.__getitem__, reverse=True)
+    rows = "".join(f"| `{file}` | {spent[file]:.0f} | {len(SECONDS[file]) // 3} |\n" for file in long)
+    minutes, rest = (time.monotonic() - BEGAN) / 60, [spent[file] for file in spent if file not in long]
+    return f"""# Seconds of the test suite
+
+A run of {len(spent)} files took {minutes:.1f} minutes, or {minutes / at_start():.1f} on a quiet machine (this one was
+{at_start():.1f} times slower), and ended with status {status}. The table counts tests and their fixtures, not imports.
+The other {len(rest)} files took less than a second each, {sum(rest):.0f} together.
+
+| file | seconds | tests |
+| --- | --- | --- |
+{rows}
+By `make test PAGE=results/suite.md` on {made["hardware"]["cpu"]}, {made["hardware"]["cores"]} cores; \
+Python {made["python"]}; load {made["load_1min"]:.1f}; \
+revision {made["revision"][:8]}{" and changes" * made["uncommitted_changes"]}.
+"""
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -217,7 +260,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.write_line(f"make {target}: {spent:.0f} quiet seconds, budget {most}. {raising}")
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    page = session.config.getoption("--seconds")
+    if page and not hasattr(session.config, "workerinput"):
+        page.write_text(page_of_seconds(int(exitstatus)), "utf-8")
     if session.config.getoption("--evidence"):
         from evidence import write_summary
 
