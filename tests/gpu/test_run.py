@@ -2,13 +2,9 @@
 
 import json
 import struct
-import subprocess
-import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
-import kit
 import prune
 import pytest
 import run
@@ -16,12 +12,6 @@ from run import Part
 
 PRINTS = 'import json, sys; json.dump({"device": sys.argv[1]}, open(sys.argv[2], "w"))'
 REFUSES = 'import json, sys; json.dump({"why": "not on this card"}, open(sys.argv[1], "w")); sys.exit(77)'
-SLEEPS = """
-import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("servers ended", flush=True)))
-print("waiting", flush=True)
-time.sleep(1000)
-"""
 PARTS = (
     Part("good", "", ("-c", PRINTS, "{device}", "{out}"), ()),
     Part("bad", "", ("-c", "raise SystemExit('no such card')"), ()),
@@ -61,93 +51,6 @@ def test_every_part_has_a_record_that_says_how_it_ended(records: Path) -> None:
     assert "rehearsal on a CPU" in good["machine"]
 
 
-def test_a_part_that_is_ended_may_end_its_servers_first() -> None:
-    part = subprocess.Popen([sys.executable, "-c", SLEEPS], stdout=subprocess.PIPE, start_new_session=True)
-    assert part.stdout is not None
-    assert part.stdout.readline() == b"waiting\n"
-    run.end(part)
-    assert part.stdout.read() == b"servers ended\n"
-
-
-def test_what_is_done_is_not_done_again_unless_the_code_changed(
-    records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert status(records, "--only", "good") == {"good": "passed"}
-    status(records, "--only", "good")
-    assert capsys.readouterr().out.count("done before") == 1
-    status(records, "--only", "good", "--again")
-    monkeypatch.setattr(run, "digest", lambda: "another")
-    status(records, "--only", "good")
-    assert capsys.readouterr().out.count("done before") == 0
-
-
-def test_a_page_says_how_parts_ended_and_which_check_failed(records: Path) -> None:
-    for name in ("good", "bad", "refused"):
-        status(records, "--only", name)
-    record = records / "rehearsal" / "good.json"
-    failed = {"checks": {"waits": {"status": "failed", "why": "a wait"}, "greedy": {"status": "passed"}}}
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"status": "failed", "figures": failed}))
-    page = run.page(records / "rehearsal").splitlines()
-    assert [line.split(" | ")[1] for line in page[2:]] == ["failed", "failed", "left out"]
-    assert page[2].endswith("| waits: a wait |")
-    assert "no such card" in page[3]
-    assert "not on this card" in page[4]
-    assert "| bad | failed |" in (records / "rehearsal" / run.PAGE).read_text()
-
-
-def test_what_failed_is_tried_again_before_all_others(
-    records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(run, "PARTS", (PARTS[0], PARTS[1]))
-    status(records, "--only", "bad")
-    capsys.readouterr()
-    assert status(records) == {"bad": "failed", "good": "passed"}
-    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[:2]] == [
-        ["bad", "failed"],
-        ["good", "passed"],
-    ]
-    status(records, "--within", "1", "--again")
-    assert capsys.readouterr().out.count("not begun") == 2
-
-
-MEET = """
-import pathlib, sys, time
-pathlib.Path(sys.argv[1]).touch()
-while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.01)
-"""
-
-
-def test_parts_run_side_by_side_and_their_records_come_back(
-    records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    a, b = str(records / "a"), str(records / "b")
-    pair = (Part("good", "", ("-c", MEET, a, b), ()), Part("bad", "", ("-c", MEET, b, a), ()))
-    monkeypatch.setattr(run, "PARTS", pair)
-    monkeypatch.setattr(run, "machine", lambda _: "a card")
-    archive, kept, there = records / "records.tgz", records / "kept", records / "there"
-    assert (
-        run.main(["--jobs", "2", "--only", "good,bad", "--records", str(there), "--pack", str(archive)]) == 0
-    )
-    assert run.main(["--keep", str(archive), "--records", str(kept)]) == 0
-    assert sorted(path.name for path in kept.iterdir()) == ["README.md", "bad.json", "good.json"]
-    assert "a card" in (kept / run.PAGE).read_text()
-    record = json.loads((kept / "good.json").read_text()) | {"machine": "rehearsal on a CPU"}
-    for name in ("good", "bad"):
-        (there / f"{name}.json").write_text(json.dumps(record))
-    run.pack(there, archive)
-    assert run.main(["--keep", str(archive), "--records", str(kept)]) == 1
-    assert "no record of a card" in capsys.readouterr().err
-
-
-def test_a_tree_that_a_machine_refuses_is_named_with_its_bytes() -> None:
-    kit.check_size(41_000_000, 1_000_000)
-    with pytest.raises(
-        SystemExit, match=r"sparse-checkout.*27,000,000 .*41,000,000.* 68,000,000 .* 67,108,864"
-    ):
-        kit.check_size(41_000_000, 27_000_000)
-    assert 100_000 < kit.travels() < 5_000_000
-
-
 def test_device_code_that_is_not_wanted_becomes_zeros_in_place(tmp_path: Path) -> None:
     bodies = {90: b"_INTERNAL_0a_12_kept_cu_", 80: b"_INTERNAL_0b_12_kept_cu_"}
     other = b"_INTERNAL_0c_12_other_cu_"
@@ -169,25 +72,6 @@ def test_device_code_that_is_not_wanted_becomes_zeros_in_place(tmp_path: Path) -
             wanted = wanted.replace(body, bytes(len(body)))
         assert prune.prune(tmp_path / "in.so", tmp_path / "out.so", 90, sources) == sum(map(len, kept))
         assert (tmp_path / "out.so").read_bytes() == wanted
-
-
-def test_pieces_of_the_pair_are_joined_once_all_are_there(tmp_path: Path) -> None:
-    whole = tmp_path / "whole.tar.xz"
-    with tarfile.open(tmp_path / "kit.tar.xz", "w:xz") as packed:
-        info = tarfile.TarInfo("tests/gpu/run.py")
-        packed.addfile(info)
-        packed.addfile(tarfile.TarInfo(f"{run.CACHE}/prices"))  # what an earlier part left there
-    with tarfile.open(whole, "w:xz") as packed:
-        packed.addfile(tarfile.TarInfo(f"{run.WHEELS}/wheel"))
-    data = whole.read_bytes()
-    for number in range(run.PIECES):
-        assert not (tmp_path / "gpu-kit" / run.WHEELS / "wheel").exists()
-        (tmp_path / f"pair-{number}").write_bytes(
-            data[number * 50 : (number + 1) * 50 if number < 2 else None]
-        )
-        assert run.run_kit(tmp_path / "kit.tar.xz", ["--kit", str(tmp_path / "kit.tar.xz")]) == 0
-    assert (tmp_path / "gpu-kit" / run.WHEELS / "wheel").exists()
-    assert run.PIECES == kit.PAIR
 
 
 def test_parts_name_files_that_exist_and_every_test_of_the_kernels() -> None:

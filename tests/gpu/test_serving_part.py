@@ -10,9 +10,6 @@ import run
 import serving
 import torch
 from checks import LEFT_OUT
-from matrix import sampled
-
-CHECKS = ("starts", "greedy", "waits", "memory", "trace", "agents", "equality")
 
 
 def rehearse(out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[int, Any]:
@@ -20,43 +17,6 @@ def rehearse(out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")  # restored, where the part sets it itself
     status = serving.main(["--attention", "triton", "--device", "cpu", "--out", str(out), *options])
     return status, json.loads(out.read_text())
-
-
-def test_every_check_of_a_backend_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    status, found = rehearse(tmp_path / "out.json", monkeypatch)
-    assert status == 0, found
-    assert found["checks"].keys() == {*CHECKS}
-    assert {check["status"] for check in found["checks"].values()} == {"passed"}
-    assert found["checks"]["equality"]["identical"] + found["checks"]["equality"].get("tie", 0) == 4
-    assert found["checks"]["agents"]["rounds"] > 20
-    waits = found["checks"]["waits"]
-    assert waits["watched"] > 0
-    assert sum(n for site, n in waits["waits"].items() if "transfers.py" in site) == waits["rounds"]
-    assert found["checks"]["trace"]["on_host"]
-    assert (tmp_path / "out.trace.json.gz").stat().st_size
-
-
-def test_with_overlap_rounds_wait_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    status, found = rehearse(tmp_path / "out.json", monkeypatch, "--overlap")
-    assert status == 0, found
-    assert found["overlap"]
-    assert found["checks"]["greedy"]["rounds"] > found["checks"]["waits"]["watched"] > 0
-    assert found["checks"]["agents"]["not_overlapped"]["false"] > 0
-
-
-FAMILIES = [p for p in run.PARTS if p.name.startswith("target-") and p.rehearsal is not None]
-
-
-@pytest.mark.parametrize("part", sampled(FAMILIES, FAMILIES[0]))
-def test_families_of_targets_are_served(
-    part: run.Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    family = part.command[part.command.index("--family") :]
-    status, found = rehearse(tmp_path / "out.json", monkeypatch, *family)
-    assert status == 0, found
-    assert found["checks"].keys() == set(CHECKS)
-    assert found["served"] == f"a tiny {family[1]}"
-    assert found["checks"]["waits"]["watched"] > 0
 
 
 def test_waits_and_a_wrong_token_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
