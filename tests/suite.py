@@ -94,15 +94,14 @@ NIGHTLY = (
     "tests/agents/test_examples.py",
     "tests/gpu/test_serving_part.py",
     "tests/parallel/test_data_parallel.py",
-    "tests/parallel/test_router.py",
     "tests/parallel/test_tensor_parallel.py",
     "tests/parallel/test_tensor_parallel_server.py",
+    "tests/routing/test_slow_moments.py",
     "train/tests/test_trained.py",
-    "tests/worker/test_interpreted_rounds.py",
 )
 """Minutes each, and seldom red where the rest is green: `make evidence` runs them."""
 
-NOT_FAST = ("tests/routing/test_hinted.py", "tests/routing/test_slow_moments.py")
+NOT_FAST = ("tests/routing/test_hinted.py",)
 """Simulations of thousands of rounds. `make fast` leaves them out, and what imports SGLang or starts a process."""
 
 

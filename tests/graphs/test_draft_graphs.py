@@ -13,8 +13,7 @@ from histories import History, live, rounds
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from op_tape import TapeRecorder
-from replay import CONTEXT, SLOTS, Arms, Replay, load_arms
-from test_passes import ARMS, prepared, requests
+from replay import CONTEXT, SLOTS, VOCAB, Arms, Replay, load_arms
 from tiny_models import tiny_dflash, tiny_target
 from whiflash_kernels.structs import PADDING
 
@@ -32,8 +31,8 @@ from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.core import DraftBatch
 from whiflash_train.target import TargetModel
 
-__all__ = ["prepared"]
-
+ARMS = ["ar", "diffusion"]
+ROWS = 4
 MOST = 4
 """Requests of the largest group; there are passes for one, two and four."""
 
@@ -54,6 +53,33 @@ ROUTED = {
     "topk_group": 2,
 }
 """So few requests as two have the weights of their experts gathered; more read all of them."""
+
+
+@pytest.fixture(autouse=True)
+def prepared(arms: Arms) -> Iterator[None]:
+    """Entries of every slot; without gradients, as the worker's rounds are."""
+    generator = torch.Generator().manual_seed(3)
+    for arm in arms.by_name.values():
+        for pool in (arm.kv.k, arm.kv.v):
+            pool.copy_(torch.randn(pool.shape, generator=generator))
+    with torch.no_grad():
+        yield
+
+
+def requests(arm: PagedArm, lengths: Sequence[int], seed: int = 0) -> DraftBatch:
+    """Requests of the first rows of a random slot table; row 0 and slot 0 are the padding's."""
+    generator, count = torch.Generator().manual_seed(seed), len(lengths)
+    slots = torch.randperm(SLOTS - 1, generator=generator)[: ROWS * CONTEXT] + 1
+    rows = torch.arange(1, count + 1)
+    return DraftBatch(
+        rows,
+        torch.tensor(lengths),
+        torch.randint(VOCAB, (count,), generator=generator),
+        torch.randn(count, arm.tail_width, generator=generator),
+        torch.cat([torch.zeros(CONTEXT), slots]).view(ROWS + 1, CONTEXT).int(),
+        max(lengths),
+        caps=torch.full_like(rows, arm.max_drafts),
+    )
 
 
 class Captured:

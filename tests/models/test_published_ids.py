@@ -1,14 +1,17 @@
 """Published checkpoints by what their `config.json` files say: facts, each with where it was read. No file is copied.
 
 Asserted are the format, the target that it fits, which layers it reads, how many tokens it drafts, what its KV costs.
+Formats whose tiny files have the published layout (`chosen_formats.py`, `test_dspark.py`) are asked on those.
 """
 
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import chosen_formats
 import pytest
-from published import refused, write
+from published import TARGET_LAYERS, refused, write
+from test_dspark import DEEPSPEC
 
 from whiflash_lab.bench.arms import DRAFTERS
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit, target_layers
@@ -29,13 +32,7 @@ QWEN3 = {
     "max_position_embeddings": 40960,
 }
 OF_QWEN3_8B = QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "vocab_size": 151936}
-SPREAD = [1, 9, 17, 25, 33]
-"""Layers of the five-feature drafters of Qwen3-8B."""
-BLOCKS = OF_QWEN3_8B | {
-    "num_hidden_layers": 5,
-    "num_target_layers": 36,
-    "layer_types": ["full_attention"] * 5,
-}
+NAMES = {"XPress": "xPress"}
 
 
 class Published(NamedTuple):
@@ -52,18 +49,6 @@ class Published(NamedTuple):
 
 
 IDS = {
-    # SpecForge, configs/qwen3-8b-dflash.json: the layout of z-lab/Qwen3-8B-DFlash-b16
-    "DFlash of Qwen3-8B": Published(
-        BLOCKS
-        | {"architectures": ["DFlashDraftModel"], "block_size": 16}
-        | {"sliding_window": None, "use_sliding_window": False}
-        | {"dflash_config": {"mask_token_id": 151669, "target_layer_ids": SPREAD}},
-        QWEN3_8B,
-        "DFlash",
-        tuple(SPREAD),
-        15,
-        20480,
-    ),
     # z-lab/Qwen3.5-35B-A3B-DFlash, its config.json: block size nested, five windowed layers and a full one, 8 features
     "DFlash of Qwen3.5-35B-A3B": Published(
         QWEN3
@@ -79,70 +64,6 @@ IDS = {
         (1, 6, 11, 16, 22, 27, 32, 37),
         15,
         24576,
-    ),
-    # deepseek-ai/dspark_qwen3_8b_block7: DeepSpec, deepspec/modeling/dspark/qwen3/config.py and config/dspark
-    "DSpark of Qwen3-8B": Published(
-        BLOCKS
-        | {"architectures": ["Qwen3DSparkModel"], "block_size": 7}
-        | {"mask_token_id": 151669, "target_layer_ids": SPREAD}
-        | {"num_anchors": 512, "enable_confidence_head": True, "confidence_head_with_markov": True}
-        | {"markov_rank": 256, "markov_head_type": "vanilla", "tie_word_embeddings": False},
-        QWEN3_8B,
-        "DSpark",
-        tuple(SPREAD),
-        7,
-        20480,
-    ),
-    # SpecForge, configs/qwen3-8b-domino.json
-    "Domino of Qwen3-8B": Published(
-        OF_QWEN3_8B
-        | {"architectures": ["DominoDraftModel"], "auto_map": {"AutoModel": "domino.DominoDraftModel"}}
-        | {"num_hidden_layers": 5, "block_size": 16, "num_target_layers": 36, "emb_dim": 256}
-        | {
-            "dflash_config": {"projector_type": "domino", "pure_draft_prefix_len": 1, "shift_label": True}
-            | {"emb_dim": 256, "gru_hidden_dim": 1024, "mask_token_id": 151669, "target_layer_ids": SPREAD}
-        },
-        QWEN3_8B,
-        "Domino",
-        tuple(SPREAD),
-        15,
-        20480,
-    ),
-    # UIUC-SSAIL/Qwen3-8B-XPress-b16: `convert_xpress_to_vllm.py` of Supercomputing-System-AI-Lab/xPress
-    "xPress of Qwen3-8B": Published(
-        BLOCKS
-        | {"architectures": ["Qwen3XPressModel"], "block_size": 16, "sample_from_anchor": False}
-        | {"xpress_rank": 256, "xpress_mlp_hidden": 512, "xpress_block_size": 16, "xpress_num_passes": 6}
-        | {"dflash_config": {"mask_token_id": 151669, "target_layer_ids": SPREAD}},
-        QWEN3_8B,
-        "xPress",
-        tuple(SPREAD),
-        15,
-        20480,
-    ),
-    # j-shen/FlashMap-Qwen3-8B: flashmap 0.1.0, `configuration_flashmap.py` has its sizes as defaults
-    "FlashMap of Qwen3-8B": Published(
-        {"architectures": ["FlashMapDraftModel"], "model_type": "flashmap", "target_hidden_size": 4096}
-        | {"vocab_size": 151936, "target_layer_ids": SPREAD, "block_size": 16, "hidden_size": 2048}
-        | {"num_hidden_layers": 6, "num_attention_heads": 16, "intermediate_size": 8192, "cond_dim": 256}
-        | {"num_steps": 1, "jump_grids": {"1": [0.0, 1.0]}, "tie_word_embeddings": False},
-        QWEN3_8B,
-        "FlashMap",
-        tuple(SPREAD),
-        16,
-        49152,
-    ),
-    # deepseek-ai/eagle3_qwen3_8b_ttt7: DeepSpec, deepspec/modeling/eagle3/qwen3/config.py and config/eagle3
-    "DeepSpec's EAGLE-3 of Qwen3-8B": Published(
-        OF_QWEN3_8B
-        | {"architectures": ["Qwen3Eagle3Model"], "num_hidden_layers": 1, "num_target_layers": 36}
-        | {"layer_types": ["full_attention"], "target_layer_ids": SPREAD, "ttt_length": 7}
-        | {"step_loss_decay": 0.8, "draft_num_hidden_layers": 1, "tie_word_embeddings": False},
-        QWEN3_8B,
-        "DeepSpec EAGLE-3",
-        tuple(SPREAD),
-        None,
-        4096,
     ),
     # SpecForge, configs/qwen3-8b-eagle3.json
     "EAGLE-3 of Qwen3-8B": Published(
@@ -201,6 +122,17 @@ def test_a_published_checkpoint_is_known_by_its_configuration(name: str, tmp_pat
     assert 2 * draft.config.num_layers * kv_heads * head_dim * 2 == said.kv_bytes
 
 
+TINY = {name: config for name, (config, _) in chosen_formats.FORMATS.items()} | {"DSpark": DEEPSPEC}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_block_drafter_reads_the_layers_that_it_names(name: str, tmp_path: Path) -> None:
+    draft = read_draft(write(tmp_path, TINY[name], {}))
+    assert draft.format.name == NAMES.get(name, name)
+    assert target_layers(draft, TARGET_LAYERS) == (1, 4, 8)
+    assert getattr(draft.config, "max_drafts", None) == 8 if name == "FlashMap" else 7
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -215,7 +147,7 @@ def test_a_published_checkpoint_is_known_by_its_configuration(name: str, tmp_pat
     ],
 )
 def test_what_is_not_loaded_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    refused(tmp_path, IDS["DFlash of Qwen3-8B"].config | changes, message)
+    refused(tmp_path, IDS["DFlash of Qwen3.5-35B-A3B"].config | changes, message)
 
 
 def test_a_key_belongs_to_one_format() -> None:

@@ -1,19 +1,16 @@
-"""A real server of two ranks: answers, state and policy; and it ends, saying why, when a rank does not go along."""
+"""A real server of two ranks: answers, state and policy, and its end when a rank is killed."""
 
 import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import httpx
 import pytest
-import torch
 from patience import wait_until
 from reference import Comparison, ReferenceTarget
 from scrape import scraped, total, values
 from server_host import Server, ServerHost
-from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from tensor_parallel import ARRIVALS, ENDS_AT_ONCE, RANKS, SAMPLE, Checkpoints, Outputs
 from traffic import Arrival
 
@@ -24,15 +21,9 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
 @pytest.fixture
 def server(host: ServerHost, checkpoints: Checkpoints) -> Iterator[Server]:
-    flags = ["--enable-custom-logit-processor", "--tp-size", str(RANKS), "--random-seed", "7"]
+    flags = ["--tp-size", str(RANKS), "--random-seed", "7"]
     with host.running(*checkpoints.served("random"), *flags, env=ENDS_AT_ONCE) as running:
         yield running
-
-
-def until_it_ends(server: Server) -> str:
-    """Its log, when no process of it is left: waits without a limit of its own."""
-    wait_until(lambda: not runs(server.pid))
-    return server.log.read_text(errors="replace")
 
 
 def test_answers_until_a_rank_is_killed(server: Server, checkpoints: Checkpoints, plain: Outputs) -> None:
@@ -62,41 +53,6 @@ def test_answers_until_a_rank_is_killed(server: Server, checkpoints: Checkpoints
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(server.generate, input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 1900})
         os.kill(killed.pid, signal.SIGKILL)
-        until_it_ends(server)
+        wait_until(lambda: not runs(server.pid))
         with pytest.raises(httpx.TransportError):
             waiting.result()
-
-
-ASTRAY = """
-class Astray(CustomLogitProcessor):
-    def __call__(self, logits, custom_param_list=None):
-        for row, params in enumerate(custom_param_list or []):
-            params["calls"] = params.get("calls", 0) + 1
-            if params["calls"] >= 5 and torch.distributed.get_rank() == 1:
-                logits[row] = -logits[row]
-        return logits
-"""
-"""From the fifth token on the second rank has another opinion of what comes next."""
-
-
-def astray() -> str:
-    """The processor as it travels: by value, since the server could not import this module."""
-    names: dict[str, Any] = {
-        "__name__": "__main__",
-        "CustomLogitProcessor": CustomLogitProcessor,
-        "torch": torch,
-    }
-    exec(ASTRAY, names)
-    return str(names["Astray"].to_str())
-
-
-def test_a_rank_that_goes_astray_ends_the_server(server: Server) -> None:
-    with pytest.raises(httpx.HTTPError):
-        server.generate(
-            input_ids=[1, 2, 3],
-            custom_logit_processor=astray(),
-            sampling_params={"max_new_tokens": 200, "custom_params": {}},
-        )
-    log = until_it_ends(server)
-    print(log[-7000:])
-    assert "rank 1 of 2 did not commit what rank 0 did" in log

@@ -32,10 +32,6 @@ def ordered(**wish: object) -> RequestHints:
 
 ORDERS = {
     "pin-ar": ordered(prefer="ar", pin=True),
-    "pin-diffusion": ordered(prefer="diffusion", pin=True),
-    "pin-none": ordered(prefer="none", pin=True),
-    "bias-ar": ordered(bias={"ar": 16.0}),
-    "bias-diffusion": ordered(bias={"diffusion": 16.0}),
     "bias-none": ordered(bias={"none": 16.0}),
     "off": RequestHints(off=True),
 }
