@@ -44,32 +44,27 @@ if threading.current_thread() is threading.main_thread():
     # A script's background jobs ignore Ctrl-C, and hand that on to every command under test.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-FORKING = (
-    (
-        *(f"tests/agents/test_{name}.py" for name in ("http", "traces", "features", "parsed_streams")),
-        *(f"tests/agents/test_{name}.py" for name in ("workers", "secrets", "fields", "pairs")),
-        "tests/telemetry/test_server_metrics.py",
-    ),
-    (
-        *(f"tests/parallel/test_{name}.py" for name in ("dp_attention", "overlapping_ranks", "vocabularies")),
-        *("tests/parallel/test_prefill_and_decode.py", "tests/learn/test_http.py"),
-        *(
-            "lab/tests/bench/test_run.py",
-            "lab/tests/bench/test_recorded_bench.py",
-            "lab/tests/test_served.py",
-        ),
-        *("tests/targets/test_media_server.py", "cpu/tests/test_server_host.py"),
-        "cpu/tests/test_stock_command.py",
-    ),
-)
-"""Files that fork servers or ranks, by worker: a worker imports SGLang once for all of its servers, and once for all of
-its ranks. Every other file is one worker's by itself. The first three share two servers, whose weights the last of them
-updates, after which SGLang serves under the path of the checkpoint instead of its name."""
+SHARING = tuple(f"tests/agents/test_{name}.py" for name in ("http", "traces", "features"))
+"""Files of one worker: they share two servers, whose weights the last of them updates, after which SGLang serves under
+the path of the checkpoint instead of its name. Every other file is one worker's by itself. A worker imports SGLang once
+for all servers that it forks, and once for all ranks."""
 
 LONGEST = (
-    *FORKING[0],
-    *FORKING[1],
+    *SHARING,
     "tests/phantom/test_server.py",
+    "tests/parallel/test_prefill_and_decode.py",
+    "tests/parallel/test_dp_attention.py",
+    "tests/parallel/test_overlapping_ranks.py",
+    "tests/parallel/test_vocabularies.py",
+    "tests/learn/test_http.py",
+    "lab/tests/bench/test_run.py",
+    "lab/tests/bench/test_recorded_bench.py",
+    "lab/tests/test_served.py",
+    "tests/targets/test_media_server.py",
+    "tests/telemetry/test_server_metrics.py",
+    "cpu/tests/test_server_host.py",
+    "cpu/tests/test_stock_command.py",
+    *(f"tests/agents/test_{name}.py" for name in ("parsed_streams", "workers", "secrets", "fields", "pairs")),
     "tests/targets/test_images.py",
     "train/tests/learner/test_learner.py",
     "tests/worker/test_plain_text.py",
@@ -86,7 +81,7 @@ LONGEST = (
     "tests/worker/test_embedded.py",
     "tests/graphs/test_verify_graphs.py",
 )
-"""Files of more than half a minute, longest first. They are begun first: a file is one worker's, and
+"""Files that fork servers or ranks, then others of more than half a minute, longest first. A file is one worker's, and
 one that is begun last is waited for by all others. Only the time of a whole run depends on this list."""
 
 NIGHTLY = (
@@ -201,12 +196,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadFileScheduling
 
-    class ByServers(LoadFileScheduling):
+    class BySharing(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return next((files[0] for files in FORKING if file in files), file)
+            return SHARING[0] if file in SHARING else file
 
-    return ByServers(config, log)
+    return BySharing(config, log)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -6,21 +6,16 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from whiflash_sdk.reading import DEEPEST
 
-from whiflash_lab.bench.cells import Answer
-from whiflash_lab.bench.load import Asker, stream_lines
-from whiflash_lab.bench.prompts import Prompt, load_prompts
+from whiflash_lab.bench.load import stream_lines
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.jsonl import parse_json_lines, read_json, read_json_file, write_output
 from whiflash_train.answers.prompts import read_rows
 
-ENDS = "\u2028 \u2029 \x85 \x1c \x0b \x0c"
-"""Line ends of `str.splitlines`; JSON lets the first three be in a string as they are."""
 TEXT = "one\u2028two\u2029three\x85four"
 
 
@@ -45,14 +40,6 @@ def test_the_line_that_is_wrong_is_named(tmp_path: Path) -> None:
         read_rows(tmp_path / "none.jsonl")
 
 
-def test_prompts_are_read_whole(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
-    row = {"id": "p", "category": "chat", "messages": [{"role": "user", "content": TEXT}]}
-    file.write_text(dumps(row) + "\n", encoding="utf-8")
-    assert load_prompts(str(file))[0].messages[0]["content"] == TEXT
-    assert read_rows(file) == [row]
-
-
 @given(st.text(alphabet="ab\n\r\u2028é", max_size=30), st.integers(1, 5))
 def test_a_stream_is_divided_like_a_file(text: str, size: int) -> None:
     raw = text.encode()
@@ -66,24 +53,6 @@ def test_a_stream_is_divided_like_a_file(text: str, size: int) -> None:
 
     wanted = [line.removesuffix("\r") for line in text.split("\n")]
     assert asyncio.run(collected()) == (wanted[:-1] if text.endswith("\n") or not text else wanted)
-
-
-def test_a_streamed_answer_may_hold_any_text() -> None:
-    """SGLang's events are not escaped."""
-    events = [
-        {"choices": [{"delta": {"content": TEXT}}]},
-        {"choices": [], "sglext": {"output_ids": [[1, 2]]}},
-    ]
-    body = "".join(f"data: {dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
-    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=body.encode()))
-
-    async def ask() -> Answer:
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await Asker(client, max_tokens=8).ask(
-                Prompt("p", "chat", ({"role": "user", "content": "x"},))
-            )
-
-    assert asyncio.run(ask()).tokens == (1, 2)
 
 
 @pytest.mark.parametrize(

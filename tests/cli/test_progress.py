@@ -2,17 +2,13 @@
 
 import io
 import json
-import re
 from pathlib import Path
 
 import numpy as np
-import pytest
 from in_process import whiflash
 from rich.console import Console
-from rich.progress import Progress, TextColumn
 
-from whiflash_sglang.files import progress
-from whiflash_sglang.files.progress import Lines, Times, tracked
+from whiflash_sglang.files.progress import Lines
 
 
 def test_a_long_command_says_what_it_does_and_how_far_it_is(tmp_path: Path) -> None:
@@ -40,23 +36,6 @@ def test_between_begin_and_end_there_are_lines_with_an_estimate() -> None:
     assert lines[0] == "starting servers …"
     assert any(line.startswith("measuring: 2 of 4, ") and line.endswith(" left") for line in lines)
     assert lines[-1].startswith("measuring: 4 of 4, took ")
-
-
-def test_a_bar_without_an_estimate_names_none() -> None:
-    out = Console(file=io.StringIO(), width=80, force_terminal=True)
-    with Progress(TextColumn("{task.description}"), Times(), console=out, get_time=lambda: 0.0) as bar:
-        bar.add_task("starting", total=None)
-    starting = re.findall(r"starting ([^\r\n\x1b]*)", out.file.getvalue())[-1]
-    assert starting.strip() == "0:00 so far"
-
-
-def test_items_are_counted_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    out = Written("items: 2 of 4")
-    monkeypatch.setattr(progress, "progress", lambda: Lines(Console(file=out, width=200), seconds=0.001))
-    for item in tracked(range(4), "items"):
-        if item == 2:
-            out.seen.wait()
-    assert out.getvalue().splitlines()[-1].startswith("items: 4 of 4, took ")
 
 
 class Written(io.StringIO):

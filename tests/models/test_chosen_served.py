@@ -10,7 +10,6 @@ from engine import engine
 from matrix import sampled
 from model_set import Models
 from oracle_arm import ARM, OracleArm
-from parity import compare
 from plain import plain_texts
 from published import write
 from reference import Comparison
@@ -81,17 +80,3 @@ def _of(policy: str, arrival: Arrival) -> Arrival:
 
 def _arms(e: Any) -> set[str | None]:
     return {state.previous for state in e.states.values()}
-
-
-@pytest.mark.parametrize("name", sampled(("Domino", "DFlash2"), "Domino"))
-def test_rounds_propose_what_upstreams_do(
-    models: Models, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two parts of upstream's are replaced: a kernel for CUDA, by its own torch, and Domino's refusal of a CPU."""
-    from sglang.srt.models import dflash
-    from sglang.srt.speculative import dflash_worker_v2
-
-    monkeypatch.setattr(dflash, "_flashinfer_top_k", None)
-    monkeypatch.setattr(dflash_worker_v2, "validate_domino_runtime", lambda **_: None)
-    checkpoint = drafter(tmp_path / "drafter", name)
-    compare(models.target, "diffusion", checkpoint)

@@ -201,7 +201,15 @@ def test_an_adapter_is_a_plain_lora_of_numbers(tmp_path: Path) -> None:
     assert not reads({"r": 2.5})
     for key in ("layers_to_transform", "exclude_modules", "use_qalora", "corda_config", "a_key_of_next_year"):
         assert not reads({key: ["x"]}), key
-    assert not reads({"init_lora_weights": "pissa"})
+    for changes in (
+        {"init_lora_weights": "pissa"},
+        {"use_dora": True},
+        {"peft_type": "IA3"},
+        {"rank_pattern": {"q_proj": 4}},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "lm_head"]},
+    ):
+        assert not reads(changes), changes
 
 
 @pytest.mark.parametrize("named", [5, None, ["x"], {"a": 1}, "x" * 10**5])

@@ -57,7 +57,7 @@ NOT_GREEDY: dict[str, dict[str, Any]] = {
     "penalised": {"frequency_penalty": 0.5},
     "biased": {"logit_bias": {"70": 2.0}},
 }
-"""Requests whose text is not plain decoding's likeliest."""
+"""Requests whose tokens are drawn, or are the likeliest of changed logits."""
 CONSTRAINED: dict[str, dict[str, Any]] = {
     "regex": {"regex": "(red|green)( blue)*"},
     "schema": {
@@ -73,14 +73,13 @@ RATED: dict[str, dict[str, Any]] = {
     "rated none": {"return_logprob": True, "top_logprobs_num": 0},
 }
 """Requests that ask for log-probabilities."""
+GRAMMAR = {"regex": "[a-z ]{200}"}
+RATED_TOO = RATED["rated three"] | {"token_ids_logprob": [70]}
 ONE: dict[str, dict[str, Any]] = {
-    "grammar": {"regex": "[a-z ]{200}"},
-    "biased": NOT_GREEDY["biased"],
-    "penalised": NOT_GREEDY["penalised"],
-    "rated": RATED["rated three"] | {"token_ids_logprob": [70]},
+    "grammar": GRAMMAR,
+    "all": {**GRAMMAR, **NOT_GREEDY["biased"], **NOT_GREEDY["penalised"], **RATED_TOO},
 }
 """Parameters of one of four requests in a pass whose launches are counted."""
-ONE["all"] = {name: value for one in ONE.values() for name, value in one.items()}
 
 
 def main() -> None:
@@ -175,7 +174,8 @@ def served(
         more = in_detail(world, loop, launches, wanted - places) if whole else {}
         return {
             "compiled": compiled,
-            "texts": {rid: text for rid, text in texts.items() if rid not in NOT_GREEDY},
+            "texts": {rid: text for rid, text in texts.items() if rid != "sampled"},
+            "changed": {rid: NOT_GREEDY[rid] for rid in ("penalised", "biased")},
             "prompts": {arrival.rid: arrival.prompt for arrival in arrivals},
             "adapters": {arrival.rid: arrival.params.get("lora_id") for arrival in arrivals},
             "retracted": sum(req.retraction_count for req in loop.requests.values()),
@@ -297,7 +297,7 @@ def steady(
         for i, rid in enumerate(rids):
             prompt = [1 + i, 2, 3, 1 + i, 2, 3, 1 + i, 2]
             loop.submit(rid, prompt, max_new_tokens=60, **params, **((one or {}) if i == 0 else {}))
-        for _ in range(10):
+        for _ in range(7):
             inside.clear()
             with launches.whole(inside) as seen:
                 loop.step()

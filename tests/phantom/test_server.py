@@ -15,6 +15,7 @@ import pytest
 import torch
 import xgrammar
 from adapters import ATTENTION, make_adapter
+from expected import next_probabilities
 from model_set import Models
 from reference import ReferenceDrafters
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
@@ -55,9 +56,6 @@ MOST_LAUNCHES = {"whiflash": 15, "sglang": 9}
 BESIDE: dict[str, dict[str, int]] = {
     "grammar": {"whiflash": 2, "sglang": 2},
     "thinking": {"whiflash": 2, "sglang": 2},
-    "biased": {"whiflash": 1},
-    "penalised": {"whiflash": 1},
-    "rated": {"whiflash": 1},
     "all": {"whiflash": 2, "sglang": 1},
 }
 """More if one of them has such a parameter, or all of them: a graph, masks, a copy of drafts that SGLang makes."""
@@ -86,16 +84,23 @@ class Target(NamedTuple):
         return cls(path, tiny_eagle3(root / "eagle3", path), tiny_dflash(root / "dflash", path), model)
 
     def likeliest(
-        self, prompt: Sequence[int], text: Sequence[int], grammar: dict[str, Any] | None = None
+        self,
+        prompt: Sequence[int],
+        text: Sequence[int],
+        grammar: dict[str, Any] | None = None,
+        changed: dict[str, Any] | None = None,
     ) -> list[int]:
-        """The likeliest token behind `prompt` and each of `text` but the last: `text`, if it was decoded plainly.
+        """Return the likeliest token after `prompt` and each of `text` but the last: `text`, if it was decoded plainly.
 
-        grammar: a parameter of SGLang's that names what may be said.
+        grammar: a parameter of SGLang's that names what may be said. changed: parameters that change logits.
         """
         final = self.model.forward([*prompt, *text]).final
         logits = torch.nn.functional.linear(final, self.model.head)[len(prompt) - 1 : -1]
         if grammar is not None:
             forbid(logits, self.target, text, grammar)
+        if changed is not None:
+            rows = [next_probabilities(row, text[:at], changed) for at, row in enumerate(logits)]
+            logits = torch.stack(rows)
         likeliest: list[int] = logits.argmax(-1).tolist()
         return likeliest
 
@@ -169,7 +174,7 @@ def test_all_arms_and_graphs_drafted_and_verified(found: dict[str, Any]) -> None
 
 def check_texts(found: dict[str, Any], target: Target) -> None:
     for rid, text in found["texts"].items():
-        assert text == target.likeliest(found["prompts"][rid], text)
+        assert text == target.likeliest(found["prompts"][rid], text, changed=found["changed"].get(rid)), rid
 
 
 def test_text_is_plain_decodings(found: dict[str, Any], target: Target) -> None:
@@ -265,7 +270,7 @@ def test_replayed_rows_meet_their_requests_adapter(target: Target, tmp_path: Pat
     of = {None: target.model, **{each.name: each.models.reference.target.model for each in (one, two)}}
     for rid, text in found["texts"].items():
         its = target._replace(model=of[found["adapters"][rid]])
-        assert text == its.likeliest(found["prompts"][rid], text), rid
+        assert text == its.likeliest(found["prompts"][rid], text, changed=found["changed"].get(rid)), rid
     assert found["retracted"]
     assert found["replays"] > found["launches"]["prepare_mixed_block"] == found["launches"]["fill_slots"]
     assert found["launches"]["_sgemm_lora_a_kernel"]

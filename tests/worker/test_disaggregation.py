@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock, patch
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -116,14 +116,3 @@ def test_an_aborted_neighbour(models: Models, plain: dict[str, list[int]]) -> No
         prefill = SimpleNamespace(kv_layout=e.worker.draft_layout, attn_tp_size=2)
         reason = disaggregation.mismatch(e.worker, prefill, 1, "there:1")
         assert reason is None, "no drafter's KV is cut by heads"
-
-
-def test_a_room_is_taken_wherever_its_request_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disaggregation.DecodePreallocQueue, "add", lambda *_: None)
-    held = [SimpleNamespace(req=SimpleNamespace(bootstrap_room=7))]
-    for here, there, late in ((held, [], []), ([], held, []), ([], [], [held])):
-        queue: Any = object.__new__(disaggregation.PreallocQueue)
-        queue.queue, queue.transfer_queue = here, SimpleNamespace(queue=there, _deferred_releases=late)
-        req = MagicMock(bootstrap_room=7)
-        queue.add(req)
-        req.set_finish_with_abort.assert_called_once()

@@ -13,8 +13,6 @@ from model_set import Models
 from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_graph_config
 
-from whiflash_sglang.arms.paged import LOGIT_BYTES
-from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.cache.penalties import PenaltyRows
 from whiflash_sglang.cache.tokens import FEW
 from whiflash_sglang.engine.forward import graphs, triton_backend
@@ -98,24 +96,6 @@ def test_sums_of_cut_prefixes_are_reckoned_with(monkeypatch: pytest.MonkeyPatch)
     assert kept("fa3") == 0
     config.attention_arch = AttentionArch.MLA
     assert kept("triton") == 0
-
-
-@pytest.mark.parametrize(("requests", "most"), [(48, 2.0), (256, 5.0)])
-def test_a_large_batch_leaves_memory_to_kv(
-    requests: int, most: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """GB for Qwen3-8B, blocks of 17 rows and eight captured layers: sums of `docs/how-to/serve-your-model.md`."""
-    execution = SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=default_cuda_graph_config()))
-    monkeypatch.setattr(graphs, "get_exec", lambda: execution)
-    monkeypatch.setattr(kv_budget.kv_cache_configurator, "get_req_to_token_extra_context_len", lambda: 34)
-    shape, captured = SimpleNamespace(vocab_size=151_936), 8 * 4096
-    target = SimpleNamespace(device=torch.device("cuda"), shape=shape, context_len=40_960)
-    target.row_bytes = captured * 2
-    parts = kv_budget.for_requests(target, requests, 17, GraphEnds.bytes_for(17))
-    parts["rings"] = FeatureRings.bytes_for(requests + 1, 64, captured, torch.bfloat16)
-    parts["drafters"] = int(requests * 16 * shape.vocab_size * LOGIT_BYTES)
-    print({name: f"{size / 1e9:.2f}" for name, size in parts.items()}, f"{sum(parts.values()) / 1e9:.2f}")
-    assert sum(parts.values()) / 1e9 <= most
 
 
 def test_where_passes_are_captured_their_memory_is_reckoned_with(

@@ -109,27 +109,6 @@ def test_drafts_are_the_formulas(
     assert changed_rows > 10, "the adapter changes what the noise's rows say"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"use_dora": True}, "use_dora is True; UNO drafts under a plain LoRA"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is"),
-        ({"r": 0}, "r is 0"),
-        ({"target_modules": "all-linear"}, "target_modules is 'all-linear'; .* of some of q_proj"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules is"),
-    ],
-)
-def test_adapters_that_are_no_plain_lora_are_refused(
-    adapters: dict[str, Adapter], tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
-    config = json.loads((adapters["one"].path / CONFIG).read_text())
-    assert read_adapter(adapters["one"].path) == config
-    (tmp_path / CONFIG).write_text(json.dumps(config | change))
-    with pytest.raises(CheckpointError, match=message):
-        read_adapter(tmp_path)
-
-
 def test_an_adapter_of_another_target_is_refused(
     models: Models, adapters: dict[str, Adapter], tmp_path: Path
 ) -> None:
