@@ -93,6 +93,7 @@ NIGHTLY = (
     "tests/parallel/test_tensor_parallel_server.py",
     "tests/routing/test_slow_moments.py",
     "train/tests/test_trained.py",
+    "tests/worker/test_interpreted_rounds.py",
 )
 """Minutes each, and seldom red where the rest is green: `make evidence` runs them."""
 

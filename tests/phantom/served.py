@@ -138,7 +138,9 @@ def served(
             for name, params in (NOT_GREEDY | RATED).items()
         ),
     ]
-    options = OPTIONS
+    options = (
+        OPTIONS if whole else OPTIONS | {"max_running_requests": 3}
+    )  # most of a start is captures by size
     if adapters:
         options, names = OPTIONS | with_adapters(adapters), cycle([*(path.name for path in adapters), None])
         arrivals = [replace(a, params={**a.params, "lora_id": next(names)}) for a in arrivals]
