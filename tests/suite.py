@@ -60,7 +60,6 @@ LONGEST = (
     "lab/tests/bench/test_run.py",
     "lab/tests/bench/test_recorded_bench.py",
     "lab/tests/test_served.py",
-    "tests/targets/test_media_server.py",
     "tests/telemetry/test_server_metrics.py",
     "cpu/tests/test_server_host.py",
     "cpu/tests/test_stock_command.py",
@@ -92,6 +91,7 @@ NIGHTLY = (
     "tests/parallel/test_tensor_parallel.py",
     "tests/parallel/test_tensor_parallel_server.py",
     "tests/routing/test_slow_moments.py",
+    "tests/targets/test_media_server.py",
     "train/tests/test_trained.py",
     "tests/worker/test_interpreted_rounds.py",
 )

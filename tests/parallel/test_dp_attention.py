@@ -140,6 +140,7 @@ def test_an_idle_rank_that_stays_away_is_found(moe: Made, plain: Sequence[Output
         on_ranks(RANKS, partial(play_shares, moe[1], "none", asked(), plain, stays_away))
 
 
+@pytest.mark.evidence
 @pytest.mark.server
 def test_a_server_of_two_ranks(host: ServerHost, moe: Made) -> None:
     """Both draft, answer controls and count for themselves, and one answers while the other has nothing to do."""

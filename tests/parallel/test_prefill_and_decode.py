@@ -262,7 +262,7 @@ def test_as_many_drafts_are_right_as_in_one_server(models: Models, prefills: dic
         assert sum(e.rounds(rid)[1] for rid in found) > 0
 
 
-@pytest.mark.parametrize("backup", ["host_pool", "cpu_tensor"])
+@pytest.mark.parametrize("backup", sampled(["host_pool", "cpu_tensor"], "host_pool"))
 def test_draft_kv_waits_on_the_host(
     models: Models, prefills: dict[str, Prefill], plain: dict[str, Any], backup: str
 ) -> None:

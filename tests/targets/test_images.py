@@ -206,12 +206,14 @@ def test_a_prefix_with_an_image_comes_back_from_the_host(made: Made, tmp_path: P
         assert "ar" not in quarantine
 
 
+@pytest.mark.evidence
 def test_requests_that_are_retracted_go_on(made: Made, tmp_path: Path) -> None:
     with serving(made(QWEN), tmp_path, retract=3) as s:
         s.check("random", arrivals(QWEN))
         assert sum(req.retraction_count for req in s.engine.requests.values()) > 5
 
 
+@pytest.mark.evidence
 def test_a_sessions_turns_have_images(made: Made, tmp_path: Path) -> None:
     """In the first turn, in the second, and in neither of the last two."""
     turns = [

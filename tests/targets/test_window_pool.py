@@ -205,6 +205,7 @@ def test_storage_of_one_pool_is_not_read_into_two(
     assert came >= 64
 
 
+@pytest.mark.evidence
 def test_a_session_s_turns(laguna: Models) -> None:
     rng = random.Random(4)
     turns = [rng.choices(range(256), k=30) for _ in range(3)]
