@@ -133,20 +133,3 @@ def test_a_read_by_the_host_waits_for_the_current_stream_alone(world: Streams) -
     write(shared)
     assert not world.races
     assert sum(world.stalls.values()) == 2
-
-
-@pytest.mark.parametrize(
-    "send",
-    [
-        lambda _: torch.tensor([1, 2], device="cpu:0"),
-        lambda _: torch.tensor([1.0, 2.0]).to("cpu:0", non_blocking=True),
-        lambda there: there[torch.tensor([0, 1])],
-    ],
-)
-def test_a_copy_from_memory_that_is_not_pinned_is_found(world: Streams, send: Any) -> None:
-    there = torch.zeros(2, device="cpu:0")
-    there[0] = 3.0
-    there.copy_(torch.zeros(2, pin_memory=False).to("cpu:0", non_blocking=True))
-    assert not world.pageable
-    send(there)
-    assert sum(world.pageable.values()) == 1

@@ -269,17 +269,6 @@ def test_a_key_opens_and_is_shown_nowhere(
     assert recorded.key not in said.out + said.err
 
 
-def test_a_line_of_json_for_every_reading(recorded: Recorded) -> None:
-    command = [WHIFLASH, "top", "--json", "--interval", "0.1", "--url", recorded.url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        found = [json.loads(process.stdout.readline())[0] for _ in range(3)]
-        process.send_signal(signal.SIGINT)
-        assert process.wait() == 130
-    assert [one["now"] is None for one in found] == [True, False, False]
-    assert found[1]["now"]["acceptance_length"] == 2.5
-
-
 def test_ctrl_c_leaves_the_terminal_as_it_was(recorded: Recorded) -> None:
     ours, theirs = pty.openpty()
     before = termios.tcgetattr(theirs)

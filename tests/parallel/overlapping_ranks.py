@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from tensor_parallel import Checkpoints, Outputs, Played, go_wild, play_ours
+from tensor_parallel import Checkpoints, Outputs, Played, play_ours
 from traffic import Arrival
 from watching import unwatched
 
@@ -150,37 +150,3 @@ def between_hosts(call: Callable[..., Any]) -> Callable[..., Any]:
             return call(*args, **named)
 
     return called
-
-
-def learns_late(rank: int) -> None:
-    """It takes a round's results when it should take those of the next one."""
-    from whiflash_sglang.device.transfers import Download
-
-    consume, held = Download.consume, list[Sequence[Any]]()
-
-    def late(*results: Any) -> None:
-        held.append(results)
-        if len(held) > 1:
-            consume(*held.pop(0))
-
-    patch.object(Download, "consume", late).start()
-
-
-def decides(rank: int) -> None:
-    """It plans by what it sees itself."""
-    from whiflash_sglang.round.planning import Planner
-
-    go_wild(rank)
-    plan = Planner.plan
-
-    def by_itself(planner: Planner, turn: Any) -> None:
-        broadcast = planner.ranks.broadcast
-
-        def decided(decide: Callable[[], Any]) -> Any:
-            broadcast(decide)
-            return decide()
-
-        with patch.object(planner.ranks, "broadcast", decided):
-            plan(planner, turn)
-
-    patch.object(Planner, "plan", by_itself).start()

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 from matrix import sampled
-from overlapping_ranks import OPTIONS, Overlapped, asked, decides, learns_late, play_overlapping
-from ranks_at_work import RankFailedError, on_ranks
+from overlapping_ranks import OPTIONS, Overlapped, asked, play_overlapping
+from ranks_at_work import on_ranks
 from reference import Comparison, ReferenceTarget
 from tensor_parallel import RANKS, Checkpoints, Outputs, go_wild, play_plain
 
@@ -50,12 +50,3 @@ def test_text_is_plain_decodings(checkpoints: Checkpoints, texts: Outputs, route
         assert each.apart == 0
         assert not each.races
         assert all(site.startswith(f"waits_of_host: {MASKS}") for site in each.waits), each.waits
-
-
-@pytest.mark.evidence
-@pytest.mark.parametrize("astray", [learns_late, decides])
-def test_a_rank_that_goes_its_own_way_is_found(
-    checkpoints: Checkpoints, texts: Outputs, astray: object
-) -> None:
-    with pytest.raises(RankFailedError, match="rank 1 of 2 did not commit what rank 0 did"):
-        on_ranks(RANKS, partial(play_overlapping, checkpoints, "auto", texts, astray))

@@ -352,30 +352,6 @@ def test_over_http(
         assert tokens[-1] == plain["texts"]["greedy-0"]
 
 
-@pytest.mark.evidence
-def test_a_prefill_server_that_is_lost_and_comes_back(
-    host: ServerHost, models: Models, prefills: dict[str, Prefill], plain: dict[str, Any]
-) -> None:
-    """Requests that wait for it end, others are served, and its successor is found at the same place."""
-    lost = started(host, models, "none")
-    with decoding(models, {"whiflash_drafters": "none"}) as e:
-        assert texts(e, lost, {"greedy": {}})
-        submit(e, lost, "waiting", PROMPTS[0], {})
-        passes = itertools.count()
-
-        def losing() -> None:
-            if next(passes) == 50:
-                lost.server.close()
-
-        written = texts(e, prefills["none"], {"greedy": {}}, losing)
-        assert written == {rid: plain["texts"][rid] for rid in written}
-        assert "Lost connection with prefill instance" in e.requests["waiting"].finished_reason.message
-        again = started(host, models, "none", lost.port)
-        assert texts(e, again, {"greedy": {}}) == written
-        again.server.close()
-        e.check_leaks()
-
-
 TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
     "latent attention": ("DeepseekV3ForCausalLM", {}),
     "delta rule": ("Qwen3_5ForCausalLM", {}),
