@@ -46,9 +46,6 @@ STAND_INS = ("whiflash_kernels/reference/", "whiflash_cpu/")
 
 PACKAGES = ("whiflash_sglang/", "whiflash_cpu/", "whiflash_kernels/", "sglang/srt/")
 
-GRAPHS = (*STAND_INS, "whiflash_sglang/formats/", "sglang/srt/model_executor/")
-"""Files whose work is one kernel on a GPU, or may be replayed from a graph: kernels, drafters, the target."""
-
 
 class HostReads(TorchFunctionMode):
     """Counts reads and uploads by the line of ours, or of SGLang's, that asked for them.
@@ -93,16 +90,13 @@ class HostReads(TorchFunctionMode):
 
 
 class Launches(TorchDispatchMode):
-    """Counts operators that would each be a launch; views, allocations and conversions of nothing are none.
-
-    between: of these, those outside of `GRAPHS`, by the line that issued them.
-    """
+    """Counts operators that would each be a launch; views, allocations and conversions of nothing are none."""
 
     FREE = ("view", "reshape", "expand", "permute", "transpose", "slice", "select", "unsqueeze", "squeeze")
 
     def __init__(self) -> None:
         super().__init__()
-        self.count, self.between = 0, Counter[str]()
+        self.count = 0
 
     def __torch_dispatch__(
         self,
@@ -116,8 +110,6 @@ class Launches(TorchDispatchMode):
         may_be_none = func.is_view or name.startswith(("empty", "new_empty", "detach", *self.FREE))
         if not may_be_none or _copied(result, args):
             self.count += 1
-            if not (_within(GRAPHS) or in_reference()):
-                self.between[f"{site()} {name}"] += 1
         return result
 
 
@@ -152,9 +144,3 @@ def _says_host() -> bool:
         if any(package in frame.filename for package in PACKAGES):
             return "_cpu." in (frame.line or "")
     return False
-
-
-def _within(places: Sequence[str]) -> bool:
-    return any(
-        place in frame.f_code.co_filename for frame, _ in traceback.walk_stack(None) for place in places
-    )
