@@ -10,7 +10,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 
 from whiflash_sglang.http.admission import check_bounds, check_given, check_media, check_scores, check_types
-from whiflash_sglang.http.reader import Asked, Call, take_up
+from whiflash_sglang.http.reader import Call, Fields, take_up
 from whiflash_sglang.spans.hints import TOOLS_KEY, RequestHints
 
 TOKENS = 320
@@ -213,7 +213,7 @@ def without_tokenizer() -> Any:
 def test_parameters_may_be_served_twice() -> None:
     """Built-in tools of the Responses API send a conversation's parameters again with every turn."""
     shared = {"custom_params": {TOOLS_KEY: "[]"}}
-    call = Call("responses", asked=Asked({"whiflash_prediction": [1]}, RequestHints(infer=False)))
+    call = Call("responses", fields=Fields({"whiflash_prediction": [1]}, RequestHints(infer=False)))
     for _ in range(2):
         obj = GenerateReqInput(input_ids=[1], sampling_params=shared)
         asyncio.run(take_up(without_tokenizer(), obj, call))

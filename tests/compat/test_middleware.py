@@ -19,7 +19,7 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from whiflash_sglang.http import cut_streams, middleware, reader, writer
 from whiflash_sglang.http.callers import CALLER, Caller
-from whiflash_sglang.http.reader import CURRENT, Asked, Call, Form, as_chat, implied
+from whiflash_sglang.http.reader import CURRENT, Call, Fields, Form, as_chat, implied
 from whiflash_sglang.spans.hints import TOOLS_KEY, HintError, parse_hints
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -89,7 +89,7 @@ BUILT_IN: dict[Form, dict[str, Any]] = {
 
 def implied_by(form: Form, **body: Any) -> tuple[list[tuple[str, bool]], str | None]:
     """Spans by kind, and whether they are open; and what is carried of the tools."""
-    params = implied(manager(), as_chat(Call(form, body)), Asked()) or {}
+    params = implied(manager(), as_chat(Call(form, body)), Fields()) or {}
     return [(span.kind, span.open) for span in parse_hints(params).spans], params.get(TOOLS_KEY)
 
 
@@ -111,6 +111,22 @@ def test_tools_and_formats_imply_spans_and_calls(form: Form) -> None:
         assert '"input"' in str(implied_by(form, tools=[{"type": "custom", "name": "f"}])[1])
 
 
+def test_auto_is_what_sglang_found() -> None:
+    """As the parsers' names, `auto` in the server's arguments has become what the template shows."""
+    ours, found = manager(), {"tool_call_parser": "qwen3_coder", "reasoning_parser": "qwen3"}
+    ours.config_value = found.get
+    params = implied(ours, as_chat(Call("chat", {"tools": tools_of("chat", "f")})), Fields())
+    assert {span.begin for span in parse_hints(params).spans} >= {"<think>", "<tool_call>"}
+
+
+@pytest.mark.parametrize(("continues", "kinds"), [(True, ["code"]), (False, [])])
+def test_an_answer_that_the_request_begins_is_followed(continues: bool, kinds: list[str]) -> None:
+    """Without the flag SGLang makes a last assistant message the user's."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "```python\nprint("}]
+    spans, _ = implied_by("chat", messages=messages, continue_final_message=continues)
+    assert [kind for kind, is_open in spans if is_open] == kinds
+
+
 @pytest.mark.parametrize("named", ["f", "g"])
 @pytest.mark.parametrize("form", CHOICES)
 def test_a_named_tool_is_the_only_one_that_is_carried(form: Form, named: str) -> None:
@@ -123,8 +139,8 @@ def test_an_internal_request_gets_hints_and_salts() -> None:
     sglangs = {"__sglang_reasoning_in_grammar": True}
     obj = SimpleNamespace(sampling_params={"custom_params": sglangs}, cache_salt=None, extra_key=None)
     hints = {"whiflash": '{"infer":false}'}
-    call = Call("messages", {}, asyncio.run(reader.asked_by(manager(), hints)), {"cache_salt": "acme"})
-    assert asyncio.run(reader.take_up(manager(), obj, call)) == [call.asked]
+    call = Call("messages", {}, asyncio.run(reader.fields_of(manager(), hints)), {"cache_salt": "acme"})
+    assert asyncio.run(reader.take_up(manager(), obj, call)) == [call.fields]
     assert obj.sampling_params == {"custom_params": {**sglangs, **hints}}
     assert (obj.cache_salt, obj.extra_key) == ("acme", None)
 
@@ -182,9 +198,9 @@ def test_a_route_gets_its_body_and_its_call(monkeypatch: pytest.MonkeyPatch, pat
     assert (first.decode(), second) == (body, b"[1")
     assert call is not None
     assert nothing is not None
-    assert call.asked is not None
-    assert (call.form, call.asked.hints.trace, call.asked.prediction) == (ROUTES[path], "full", [1, 2, 3])
-    assert (nothing.body, nothing.asked) == ({}, None)
+    assert call.fields is not None
+    assert (call.form, call.fields.hints.trace, call.fields.prediction) == (ROUTES[path], "full", [1, 2, 3])
+    assert (nothing.body, nothing.fields) == ({}, None)
     assert CURRENT.get() is None
 
 
@@ -294,7 +310,7 @@ def test_a_headers_agent_is_the_hint_of_a_request_without_one(monkeypatch: pytes
         for path in ROUTES:
             app.client.post(path, json=body, headers={"X-WhiFlash-Agent": "coder"})
     app.client.post("/v1/completions", json={})
-    found = [call.asked for _, call in app.seen if call is not None and call.asked is not None]
+    found = [call.fields for _, call in app.seen if call is not None and call.fields is not None]
     assert [one.hints.agent for one in found] == [*["coder"] * 10, *["own"] * 5, None]
     assert [parse_hints(one.params) for one in found] == [one.hints for one in found]
     assert {one.hints.trace for one in found[5:10]} == {"full"}
@@ -483,7 +499,7 @@ STREAMS: dict[str, list[str]] = {
 async def sent(path: str, body: dict[str, Any], parts: list[bytes], text: str = "Köln") -> list[bytes]:
     """Bodies that a client gets of a stream that a route sends in these parts."""
     form = ROUTES[path]
-    call = Call(form, body, await reader.asked_by(manager(), body.get("custom_params")))
+    call = Call(form, body, await reader.fields_of(manager(), body.get("custom_params")))
     found: list[bytes] = []
 
     async def send(message: Any) -> None:

@@ -1,1 +1,1 @@
-"""Reads WHIFLASH's fields from requests, adds them to answers, and adds routes to SGLang's HTTP process."""
+"""The process that serves HTTP: it reads WHIFLASH's flags and fields of requests, and adds to answers and routes."""

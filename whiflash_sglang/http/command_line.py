@@ -116,9 +116,9 @@ def _patch_engine() -> None:
     """Install checks of requests, figures and traces in the process that holds an `Engine`. Idempotent."""
     from whiflash_sglang.engine.launch import arguments
     from whiflash_sglang.engine.scheduler import figures
-    from whiflash_sglang.http import admission, recordings
+    from whiflash_sglang.http import admission, traces
 
-    patching.install(arguments, admission, figures, recordings)
+    patching.install(arguments, admission, figures, traces)
 
 
 def _wanted(server_args: Any) -> bool:

@@ -1,5 +1,5 @@
-"""Read and check once, before scheduling, what a request says to WHIFLASH: hints, a prediction, a forced answer, its
-tenant. Runs in the process that serves HTTP.
+"""Read and check WHIFLASH's fields of a request once, before it is scheduled: hints, a prediction, a forced answer, the
+keys of its tenant. Runs in the process that serves HTTP.
 
 Requests of routes that SGLang converts are read from their bodies (`read`), before SGLang drops fields that it does not
 know, and get the spans and tools that they imply. Others are read from their sampling parameters (`take_up`).
@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.entrypoints.openai.responses_adapters import custom_tool_parameters
 from sglang.srt.managers.tokenizer_manager import ServerStatus
-from whiflash_sdk.hints import INFERRED_KEY, WIRE_KEY, Span
+from whiflash_sdk.hints import INFERRED_KEY, WIRE_KEY
 from whiflash_sdk.presets import likely_spans
 
 from whiflash_sglang.engine.carried import settings_of
@@ -30,14 +30,18 @@ from whiflash_sglang.structure.tools import carried_tools
 T = TypeVar("T")
 Form = Literal["chat", "completion", "responses", "messages", "native"]
 """The API by whose schema a request is written. A native request has `sampling_params`, which carry its hints."""
+_TEXTS = ("prompt", "input", "instructions", "system", "prediction")
+"""Fields of a body that are not needed after it was read, and may be long. SGLang has its own copies of them."""
+_FUNCTIONS = ("function", "custom")
+"""Types of Responses' tools that a model calls; SGLang has others."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """The hints and the prediction that one set of sampling parameters carries.
+class Fields:
+    """WHIFLASH's fields in one set of sampling parameters.
 
     params: its `custom_params`, with additions from other fields and a prediction as token ids; None without any.
-    notes: remarks on the prediction, for the traces of its choices.
+    hints: the hints in them. notes: remarks on the prediction, for the traces of its choices.
     """
 
     params: dict[str, Any] | None = None
@@ -49,18 +53,26 @@ class Asked:
         """Return the token ids that the client predicts as the answer; None without a prediction."""
         return (self.params or {}).get(CARRIED_PREDICTION)
 
+    def unlearned(self) -> "Fields":
+        """Return these fields with learning switched off, so that the request's text becomes no sample."""
+        params = add_hints(self.params, {"learn": False})
+        if params is None:  # no room for another hint: keep those that change more than a guess
+            hints = {"learn": False, "lookup": self.hints.lookup, "off": self.hints.off}
+            params = {**(self.params or {}), WIRE_KEY: json.dumps(hints)}
+        return replace(self, params=params)
+
 
 @dataclass(slots=True)
 class Call:
     """One request of a route in `middleware.FORMS`, until its answer is sent.
 
-    body: as SGLang parses it, without its texts. It is empty, and `asked` is None, if the request is native or SGLang
+    body: as SGLang parses it, without its texts. It is empty, and `fields` is None, if the request is native or SGLang
     will refuse it. keys: `cache_salt` and `extra_key` of Messages, since SGLang's model has no field for them.
     """
 
     form: Form
     body: Mapping[str, Any] = field(default_factory=dict)
-    asked: Asked | None = None
+    fields: Fields | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     # Filled by `generate_request` while outputs pass:
     traces: list[tuple[dict[str, Any], str | None]] = field(default_factory=list)
@@ -96,23 +108,32 @@ async def read(form: Form, body: object, manager: Any) -> Call:
     if not isinstance(body, dict):  # SGLang refuses it
         return Call(form)
     params = body.get("custom_params")
-    if params is not None and not isinstance(params, dict):
-        raise HintError("custom_params", "must be an object")
-    if not isinstance(body.get("response_format") or {}, dict):  # SGLang answers with 500
-        raise HintError("response_format", "must be an object")
+    for name in ("custom_params", "response_format"):  # for another response_format SGLang answers with 500
+        if not isinstance(body.get(name) or {}, dict):
+            raise HintError(name, "must be an object")
     if (text := body_prediction(body)) is not None:
         if CARRIED_PREDICTION in (params or {}):
             why = f"given twice, also as custom_params.{CARRIED_PREDICTION}; give one of them"
             raise HintError("prediction", why)
         params = {**(params or {}), CARRIED_PREDICTION: text}
-    asked = await asked_by(manager, params)
+    fields = await fields_of(manager, params)
     if body.get("previous_response_id") is not None:  # an earlier turn may have opted out of learning
-        asked = _unlearned(asked)
-    return Call(form, _without_texts(body), asked, _keys(body) if form == "messages" else {})
+        fields = fields.unlearned()
+    keys = {name: body[name] for name in ("cache_salt", "extra_key") if body.get(name) is not None}
+    wrong = [name for name, value in keys.items() if not isinstance(value, str)]
+    if form == "messages" and wrong:
+        raise HintError(wrong[0], "must be text")
+    short = {name: value for name, value in body.items() if name not in _TEXTS}
+    if isinstance(
+        messages := body.get("messages"), list
+    ):  # the last may begin the answer, others may bring tools
+        tools = [one for one in messages[:-1] if isinstance(one, dict) and one.get("tools")]
+        short["messages"] = [*tools, *messages[-1:]]
+    return Call(form, short, fields, keys if form == "messages" else {})
 
 
-async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Asked]:
-    """Return what SGLang's internal request `obj` asks for: one record for all prompts, or one for each. Its sampling
+async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Fields]:
+    """Return the fields of SGLang's internal request `obj`: one record for all prompts, or one for each. Its sampling
     parameters are replaced by those for the scheduler; the given objects stay unchanged, since SGLang may serve them
     again. A trusted header's tenant replaces the request's own.
 
@@ -128,106 +149,73 @@ async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Asked]:
         caller.check_tenant(trusted=settings.trust_tenant_header)
     if settings.trust_tenant_header:
         keys = {"cache_salt": caller.tenant, "extra_key": None}
-    unlearned = settings.samples.directory is not None and (is_warm_up or _is_named_as_check(obj))
-    entries, asked = parameters_of(obj), []
+    # A client may choose the name of a health check, so that name opens nothing.
+    is_check = str(getattr(obj, "rid", None)).startswith(HEALTH_CHECK_RID_PREFIX)
+    is_unlearned = settings.samples.directory is not None and (is_warm_up or is_check)
+    entries, found = parameters_of(obj), []
     for entry in entries:
-        if call is not None and call.asked is not None:
-            one = replace(call.asked, params=implied(manager, as_chat(call), call.asked))
+        if call is not None and call.fields is not None:
+            one = replace(call.fields, params=implied(manager, as_chat(call), call.fields))
         else:
-            one = await asked_by(manager, entry.get("custom_params") if isinstance(entry, dict) else None)
-        asked.append(_unlearned(one) if unlearned else one)
+            one = await fields_of(manager, entry.get("custom_params") if isinstance(entry, dict) else None)
+        found.append(one.unlearned() if is_unlearned else one)
     for name, value in keys.items():
         setattr(obj, name, value)
-    if any(one.params is not None for one in asked):
-        filled = [_filled(entry, one.params) for entry, one in zip(entries, asked, strict=True)]
+    if any(one.params is not None for one in found):
+        filled = [_filled(entry, one.params) for entry, one in zip(entries, found, strict=True)]
         obj.sampling_params = filled if isinstance(obj.sampling_params, list) else filled[0]
-    return asked
+    return found
 
 
 def _filled(entry: Any, params: dict[str, Any] | None) -> Any:
     """Return sampling parameters whose `custom_params` have `params` and the keys that SGLang put there by itself."""
     if params is None:
         return entry
-    known = entry or {}
-    return {**known, "custom_params": {**(known.get("custom_params") or {}), **params}}
+    given = entry or {}
+    return {**given, "custom_params": {**(given.get("custom_params") or {}), **params}}
 
 
-async def asked_by(manager: Any, custom_params: Any) -> Asked:
-    """Return the record of `custom_params`, with the header's agent if they name none. A thread tokenises a predicted
-    text, so that the event loop goes on.
+async def fields_of(manager: Any, custom_params: Any) -> Fields:
+    """Read `custom_params`, with the header's agent if they name none. A thread tokenises a predicted text, so that the
+    event loop goes on.
 
     Raises:
         HintError: naming the field that is wrong.
     """
     hints, agent = validate_custom_params(custom_params), CALLER.get().agent
     if agent is not None and hints.agent is None:
-        custom_params = (
-            add_hints(custom_params, {"agent": agent}) or custom_params
-        )  # unchanged if there is no room for it
+        # They stay as they are if they have no room for it.
+        custom_params = add_hints(custom_params, {"agent": agent}) or custom_params
         hints = validate_custom_params(custom_params)
     if custom_params is None:
-        return Asked(None, hints)
+        return Fields(None, hints)
     settings, vocabulary = settings_of(manager.server_args), manager.model_config.vocab_size
     check_forced(custom_params, vocabulary, allowed=settings.force_recorded)
-    if custom_params.get(CARRIED_PREDICTION) is None:
-        return Asked(custom_params, hints)
     longest = settings.lookup.prediction_tokens
     reader = prediction_reader(manager.tokenizer, longest, vocabulary)
-    found = await asyncio.get_running_loop().run_in_executor(None, reader, custom_params)
-    assert found is not None
-    tokens, is_cut = found
+    prediction = None
+    if custom_params.get(CARRIED_PREDICTION) is not None:
+        prediction = await asyncio.get_running_loop().run_in_executor(None, reader, custom_params)
+    if prediction is None:
+        return Fields(custom_params, hints)
+    tokens, is_cut = prediction
     note = f"the prediction was cut to its first {longest} tokens (lookup.prediction_tokens of the bundle)"
-    return Asked({**custom_params, CARRIED_PREDICTION: tokens}, hints, (note,) if is_cut else ())
-
-
-def _is_named_as_check(obj: Any) -> bool:
-    """Whether a request has the name of a health check. A client may choose such a name, so it opens nothing."""
-    rid = getattr(obj, "rid", None)
-    return isinstance(rid, str) and rid.startswith(HEALTH_CHECK_RID_PREFIX)
-
-
-def _unlearned(asked: Asked) -> Asked:
-    """Return `asked` with learning switched off, so that the request's text becomes no sample."""
-    params = add_hints(asked.params, {"learn": False})
-    kept = {"learn": False, "lookup": asked.hints.lookup, "off": asked.hints.off}  # if not all hints fit
-    return replace(asked, params=params or {**(asked.params or {}), WIRE_KEY: json.dumps(kept)})
-
-
-def _without_texts(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that are read later, without prompts, which may be long: SGLang has its own copies of them."""
-    kept = {name: value for name, value in body.items() if name not in _TEXTS}
-    messages = kept.get("messages")
-    if isinstance(messages, list):
-        with_tools = [
-            message for message in messages[:-1] if isinstance(message, dict) and message.get("tools")
-        ]
-        kept["messages"] = [*with_tools, *messages[-1:]]
-    return kept
-
-
-def _keys(body: Mapping[str, Any]) -> dict[str, str]:
-    keys = {name: body[name] for name in ("cache_salt", "extra_key") if body.get(name) is not None}
-    for name, value in keys.items():
-        if not isinstance(value, str):
-            raise HintError(name, "must be text")
-    return keys
+    return Fields({**custom_params, CARRIED_PREDICTION: tokens}, hints, (note,) if is_cut else ())
 
 
 def as_chat(call: Call) -> SimpleNamespace:
     """Return the parts of an accepted request that imply spans and tool calls, shaped as SGLang's chat requests."""
-    body, choice = call.body, call.body.get("tool_choice")
-    tools: list[tuple[str, Any]] = []
-    expected = body.get("response_format")
+    body, choice, tools = call.body, call.body.get("tool_choice"), list[tuple[str, Any]]()
+    output, last = body.get("response_format"), list[Any]()
     if call.form == "responses":
         tools = [
             (tool["name"], custom_tool_parameters() if tool["type"] == "custom" else tool.get("parameters"))
             for tool in _tools_of(body, "name")
-            if tool.get("type") in _CALLED
+            if tool.get("type") in _FUNCTIONS
         ]
-        if isinstance(choice, dict):
-            choice = _named(choice) if choice.get("type") in _CALLED else "auto"
+        choice = _choice(choice, choice.get("type") in _FUNCTIONS) if isinstance(choice, dict) else choice
         choice = choice if tools else "none"
-        expected = (body.get("text") or {}).get("format")
+        output = (body.get("text") or {}).get("format")
     elif call.form == "messages":
         tools = [
             (tool["name"], tool["input_schema"])
@@ -235,29 +223,22 @@ def as_chat(call: Call) -> SimpleNamespace:
             if tool.get("type") in (None, "custom") and tool.get("name")
         ]
         if isinstance(choice, dict):
-            wanted = str(choice.get("type"))
-            choice = _named(choice) if wanted == "tool" else {"any": "required"}.get(wanted, wanted)
-        expected = (body.get("output_config") or {}).get("format") and {"type": "json_schema"}
+            word = str(choice.get("type"))
+            choice = _choice(choice, True) if word == "tool" else {"any": "required"}.get(word, word)
+        output = (body.get("output_config") or {}).get("format") and {"type": "json_schema"}
     elif call.form == "chat":
         functions = [tool["function"] for tool in _tools_of(body, "function")]
         tools = [(function["name"], function.get("parameters")) for function in functions]
-        choice = _named(choice) if isinstance(choice, dict) else choice
-    last = body["messages"][-1:] if call.form == "chat" and body.get("continue_final_message") else []
+        choice = _choice(choice, True) if isinstance(choice, dict) else choice
+        last = body["messages"][-1:] if body.get("continue_final_message") else []
     return SimpleNamespace(
         tools=[SimpleNamespace(function=SimpleNamespace(name=name, parameters=p)) for name, p in tools],
         tool_choice=choice,
-        response_format=SimpleNamespace(type=expected.get("type")) if isinstance(expected, dict) else None,
+        response_format=SimpleNamespace(type=output.get("type")) if isinstance(output, dict) else None,
         continue_final_message=bool(last),
-        messages=[
-            SimpleNamespace(role=message.get("role"), content=message.get("content")) for message in last
-        ],
+        messages=[SimpleNamespace(role=one.get("role"), content=one.get("content")) for one in last],
         _response_parser_json_response_format=False,
     )
-
-
-_TEXTS = ("prompt", "input", "instructions", "system", "prediction")
-_CALLED = ("function", "custom")
-"""Types of Responses' tools that a model calls; SGLang has others."""
 
 
 def _tools_of(body: Mapping[str, Any], part: str) -> list[Any]:
@@ -265,52 +246,37 @@ def _tools_of(body: Mapping[str, Any], part: str) -> list[Any]:
     return [tool for tool in body.get("tools") or () if isinstance(tool, dict) and tool.get(part) is not None]
 
 
-def _named(choice: Mapping[str, Any]) -> Any:
-    """Return a chat request's choice of the one tool that is named; `auto` without a name."""
+def _choice(choice: Mapping[str, Any], is_named: bool) -> Any:
+    """Return a chat request's choice of the one tool that `choice` names; `auto` if it names none."""
     name = choice.get("name") or (choice.get("function") or {}).get("name")
-    return SimpleNamespace(function=SimpleNamespace(name=name)) if name else "auto"
+    return SimpleNamespace(function=SimpleNamespace(name=name)) if is_named and name else "auto"
 
 
-def implied(manager: Any, request: Any, asked: Asked) -> dict[str, Any] | None:
+def implied(manager: Any, request: Any, fields: Fields) -> dict[str, Any] | None:
     """Return `custom_params` with the spans and the tools that the request implies. request: a result of `as_chat`."""
-    params = asked.params
-    if not asked.hints.infer:
+    params, choice = fields.params, request.tool_choice
+    if not fields.hints.infer:
         return params
-    if not asked.hints.spans and (spans := _inferred(manager, request)):
-        told = add_hints(params, {"spans": [span.model_dump(exclude_defaults=True) for span in spans]})
-        params = params if told is None else {**told, INFERRED_KEY: True}
-    tools = _tools(manager, request)
-    return params if tools is None else {**(params or {}), TOOLS_KEY: tools}
-
-
-def _tools(manager: Any, request: Any) -> str | None:
-    """Return the tools that may be called, encoded for the scheduler; None if it drafts no calls of them."""
-    choice, tools = getattr(request, "tool_choice", None), getattr(request, "tools", None)
-    if not tools or choice == "none" or not settings_of(manager.server_args).structure.enabled:
-        return None
-    named = getattr(getattr(choice, "function", None), "name", None)
-    functions = [tool.function for tool in tools if named in (None, tool.function.name)]
-    return carried_tools(
-        [(function.name, function.parameters) for function in functions],
-        manager.config_value("tool_call_parser"),
-    )
-
-
-def _inferred(manager: Any, request: Any) -> tuple[Span, ...]:
-    choice = getattr(request, "tool_choice", None)
-    response_format = getattr(request, "response_format", None)
-    return likely_spans(
-        tool_parser=manager.config_value("tool_call_parser"),  # `auto` has become a name here, or None
-        reasoning_parser=manager.config_value("reasoning_parser"),
-        has_tools=bool(getattr(request, "tools", None)) and choice != "none",
-        response_format=getattr(response_format, "type", None),
-        forced=choice == "required" or not isinstance(choice, (str, type(None))),
-        prefill=_prefill(request),
-    )
-
-
-def _prefill(request: Any) -> str:
-    """Return the beginning of the answer if a chat continues its last message, else empty text."""
-    last = request.messages[-1] if getattr(request, "continue_final_message", False) else None
-    content = getattr(last, "content", None)
-    return content if isinstance(content, str) and getattr(last, "role", None) == "assistant" else ""
+    parser = manager.config_value("tool_call_parser")  # `auto` has become a name here, or None
+    tools = [] if choice == "none" else [tool.function for tool in request.tools]
+    if not fields.hints.spans:
+        spans = likely_spans(
+            tool_parser=parser,
+            reasoning_parser=manager.config_value("reasoning_parser"),
+            has_tools=bool(tools),
+            response_format=getattr(request.response_format, "type", None),
+            forced=choice == "required" or not isinstance(choice, (str, type(None))),
+            # The answer of a chat that continues its last message begins with that message.
+            prefill="".join(
+                m.content for m in request.messages if (m.role, type(m.content)) == ("assistant", str)
+            ),
+        )
+        added = {"spans": [span.model_dump(exclude_defaults=True) for span in spans]}
+        if spans and (longer := add_hints(params, added)) is not None:
+            params = {**longer, INFERRED_KEY: True}
+    if tools and settings_of(manager.server_args).structure.enabled:
+        name = getattr(getattr(choice, "function", None), "name", None)
+        allowed = [(tool.name, tool.parameters) for tool in tools if name in (None, tool.name)]
+        carried = carried_tools(allowed, parser)
+        params = params if carried is None else {**(params or {}), TOOLS_KEY: carried}
+    return params

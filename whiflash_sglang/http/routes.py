@@ -1,4 +1,4 @@
-"""Add WHIFLASH's routes to SGLang's HTTP process. `reader` reads hints, `traces` completes traces."""
+"""Install WHIFLASH's patches and middleware in SGLang's HTTP process, and add its routes."""
 
 import asyncio
 import contextlib
@@ -25,16 +25,7 @@ from whiflash_sglang.engine.scheduler.control import change_request, encode, enc
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.hosts import SilentReplicaError, together
 from whiflash_sglang.files.jsonl import read_json
-from whiflash_sglang.http import (
-    admission,
-    callers,
-    cut_streams,
-    middleware,
-    reader,
-    recordings,
-    traces,
-    writer,
-)
+from whiflash_sglang.http import admission, callers, cut_streams, middleware, reader, traces, writer
 from whiflash_sglang.settings.config import PolicyChange, changed
 from whiflash_sglang.telemetry.samples import forget_samples
 
@@ -45,7 +36,7 @@ def install() -> None:
     """Install patches, middleware and routes in a process that serves HTTP (launcher, tokenizer worker). Idempotent."""
     writer.allow_extensions()
     callers.drop_trailers()
-    patching.install(admission, figures, recordings, sys.modules[__name__], writer)
+    patching.install(admission, figures, sys.modules[__name__], traces, writer)
     middleware.install()
     known = {getattr(route, "path", None) for route in http_server.app.routes}
     if "/whiflash/capabilities" not in known:
@@ -70,9 +61,9 @@ async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) ->
     """Check and take up hints, follow answers for traces, and cut streams into the outputs of plain decoding."""
     outputs, call = original(self, obj, request), reader.CURRENT.get()
     if asks_for_ours(self.server_args):
-        asked = await reader.take_up(self, obj, call)
+        fields = await reader.take_up(self, obj, call)
         admission.check_given(obj, native=call is not None and call.form == "native")
-        outputs = traces.followed(self, obj, call, asked, outputs)
+        outputs = traces.followed(self, obj, call, fields, outputs)
         if cut_streams.are_read_one_by_one(self, obj, call):
             outputs = cut_streams.as_plain(self, obj, outputs)
     async for output in outputs:

@@ -7,7 +7,6 @@ its own, and counts of predicted tokens in their usage. Responses and Messages h
 
 import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from functools import partial
 from typing import Any
 
 from sglang.srt.entrypoints.openai.protocol import ResponsesResponse
@@ -15,46 +14,40 @@ from sglang.srt.entrypoints.openai.protocol import ResponsesResponse
 from whiflash_sglang.engine.carried import META_KEY
 from whiflash_sglang.engine.patching import around
 from whiflash_sglang.engine.scheduler import figures
-from whiflash_sglang.http import traces
 from whiflash_sglang.http.reader import CURRENT, Call
 
 Message = MutableMapping[str, Any]
+"""A message of ASGI."""
 Send = Callable[[Message], Awaitable[None]]
 Change = Callable[[dict[str, Any]], dict[str, Any]]
+"""Returns a JSON object with additions; the same object if there is nothing to add."""
 
 EXTENSION, PREDICTION = "sglext", "prediction"
 _DETAILS = "completion_tokens_details"
-_ENDED = ("response.completed", "response.incomplete", "response.failed")
-"""Types of a Responses stream's last event."""
+_ENDS = {"message": None, "message_delta": None} | dict.fromkeys(
+    ("response.completed", "response.incomplete", "response.failed"), "response"
+)
+"""Field that gets the extension, by the type of a Messages answer or of a stream's last event; None: itself."""
 
 
 def extending(call: Call, send: Send) -> Send:
     """Return a `send` that adds what this call asked for to its answer; SGLang's own `send` if it asked for nothing."""
-    figures_too = bool(call.body.get("return_spec_tokens_details"))
-    if (call.asked is None or call.asked.params is None) and not figures_too:
+    has_figures = bool(call.body.get("return_spec_tokens_details"))
+    if (call.fields is None or call.fields.params is None) and not has_figures:
         return send
-
-    def holds() -> bool:  # `_extending_response` has extended answers of Responses already
-        return call.form != "responses" and bool(call.traces or call.counts or figures_too)
-
-    return _Sent(send, partial(extended, call), holds, _Events(call)).send
+    return _Sent(send, lambda answer: extended(call, answer), _Events(call)).send
 
 
 def rewriting(send: Send, change: Change) -> Send:
     """Return a `send` that passes an answer in JSON through `change`."""
-    return _Sent(send, change, lambda: True, None).send
+    return _Sent(send, change, None).send
 
 
 class _Sent:
-    """Changes an answer before it is sent: JSON as a whole, a stream event by event.
+    """Changes an answer before it is sent: JSON as a whole, a stream event by event if `events` is given."""
 
-    holds: called when an answer in JSON begins; whether `change` may add to it. events: None leaves streams unchanged.
-    """
-
-    def __init__(
-        self, send: Send, change: Change, holds: Callable[[], bool], events: "_Events | None"
-    ) -> None:
-        self._send, self._change, self._holds, self._events = send, change, holds, events
+    def __init__(self, send: Send, change: Change, events: "_Events | None") -> None:
+        self._send, self._change, self._events = send, change, events
         self._start: Message | None = None
         """Start message of an answer in JSON. It waits for the changed body, whose length it carries."""
         self._body = b""
@@ -66,7 +59,7 @@ class _Sent:
         elif is_body and self._start is not None:
             self._body += message.get("body", b"")
             if ends:
-                await self._whole(self._start)
+                await self._send_whole(self._start)
         elif is_body and self._events is not None:
             body = self._events.take(message.get("body", b""), ends=ends)
             if body or ends:
@@ -78,12 +71,12 @@ class _Sent:
         kind = dict(message.get("headers", ())).get(b"content-type", b"") if message["status"] == 200 else b""
         if not kind.startswith(b"text/event-stream"):
             self._events = None
-        if kind.startswith(b"application/json") and self._holds():
+        if kind.startswith(b"application/json"):
             self._start = message
         else:
             await self._send(message)
 
-    async def _whole(self, start: Message) -> None:
+    async def _send_whole(self, start: Message) -> None:
         answer = json.loads(self._body)  # noqa: TID251  (this server wrote it)
         changed = self._change(answer) if isinstance(answer, dict) else answer
         body = self._body if changed is answer else _json(changed).encode()
@@ -93,32 +86,49 @@ class _Sent:
 
 
 def extended(call: Call, answer: dict[str, Any]) -> dict[str, Any]:
-    """Return an answer in JSON with what this call asked for; the same object if there is nothing to add."""
-    if call.form == "messages":
-        extension = extension_of(call)
-        return {**answer, EXTENSION: extension} if extension else answer
+    """Return an answer in JSON, or an event of a stream of Responses or Messages, with what this call asked for."""
+    if call.form in ("responses", "messages"):
+        extension = extension_of(call) if answer.get("type") in _ENDS else {}
+        if not extension:
+            return answer
+        field = _ENDS[answer["type"]]
+        part = {**(answer if field is None else answer[field]), EXTENSION: extension}
+        return part if field is None else {**answer, field: part}
     answer = _with_figures(call, answer)
     if call.traces and "choices" in answer:
-        shown = {
+        texts = {
             c["index"]: (c["message"]["content"] if "message" in c else c["text"]) for c in answer["choices"]
         }
-        answer = {**answer, EXTENSION: {**(answer.get(EXTENSION) or {}), META_KEY: _traces(call, shown)}}
+        answer = {**answer, EXTENSION: {**(answer.get(EXTENSION) or {}), META_KEY: _traces(call, texts)}}
     return answer
 
 
 def extension_of(call: Call) -> dict[str, Any]:
     """Return the extension of an answer of Responses or Messages; empty if its request asked for nothing."""
     extension: dict[str, Any] = {META_KEY: _traces(call, {})} if call.traces else {}
-    return {**extension, PREDICTION: traces.summed(call.counts)} if call.counts else extension
+    return {**extension, PREDICTION: _counts(call)} if call.counts else extension
 
 
-def _traces(call: Call, shown: Mapping[int, str | None]) -> Any:
-    """Return the call's trace, or a list of its choices' traces. shown: texts that clients see (`traces.with_text`)."""
-    made = [
-        traces.with_text(trace, text, shown.get(trace["choice"]))
-        for trace, text in sorted(call.traces, key=lambda entry: int(entry[0]["choice"]))
-    ]
-    return made[0] if len(made) == 1 else made
+def _counts(call: Call) -> dict[str, int]:
+    """Return the numbers of accepted and rejected prediction tokens, over all choices of a request."""
+    names = next(iter(call.counts.values()), {})
+    return {name: sum(counts[name] for counts in call.counts.values()) for name in names}
+
+
+def _traces(call: Call, texts: Mapping[int, str | None]) -> Any:
+    """Return the call's trace, or a list of its choices' traces. texts: by choice, as the client sees them.
+
+    A full trace carries the text that its offsets refer to only if its client sees another one.
+    """
+    traces = []
+    for trace, text in sorted(call.traces, key=lambda entry: int(entry[0]["choice"])):
+        if "stretches" in trace and text is not None:
+            if text != (texts.get(trace["choice"]) or ""):
+                trace.setdefault("text", text)
+            elif trace.get("text") == text:
+                del trace["text"]
+        traces.append(trace)
+    return traces[0] if len(traces) == 1 else traces
 
 
 def _with_figures(call: Call, answer: dict[str, Any], *, usage_too: bool = True) -> dict[str, Any]:
@@ -126,7 +136,7 @@ def _with_figures(call: Call, answer: dict[str, Any], *, usage_too: bool = True)
     usage = answer.get("usage")
     if usage_too and usage and call.counts:
         details = usage.get(_DETAILS) or {"reasoning_tokens": usage.get("reasoning_tokens") or 0}
-        answer = {**answer, "usage": {**usage, _DETAILS: {**details, **traces.summed(call.counts)}}}
+        answer = {**answer, "usage": {**usage, _DETAILS: {**details, **_counts(call)}}}
     acceptance = figures.acceptance_in(answer)
     return answer if acceptance is None else {**answer, figures.METRICS: acceptance}
 
@@ -136,15 +146,16 @@ class _Events:
 
     def __init__(self, call: Call) -> None:
         self._call, self._rest, self._last = call, b"", b""
-        self._change = self._converted if call.form in ("responses", "messages") else self._openai
-        full = call.asked is not None and call.asked.hints.trace == "full"
-        whole = full and call.form in ("chat", "completion")
-        self._shown: dict[int, str] | None = {} if whole else None
+        self._is_openai = call.form in ("chat", "completion")
+        self._is_full = call.fields is not None and call.fields.hints.trace == "full"
+        self._texts: dict[int, str] = {}
+        """Text that the client has seen of each choice, if a full trace needs it."""
 
     def take(self, data: bytes, *, ends: bool) -> bytes:
         """Return the bytes to send after `data` has arrived: only whole events, since SGLang may cut them anywhere."""
         *events, self._rest = (self._rest + data).split(b"\n\n")
-        sent = b"".join(self._change(event) + b"\n\n" for event in events)
+        change = self._openai if self._is_openai else self._converted
+        sent = b"".join(change(event) + b"\n\n" for event in events)
         if ends:
             sent, self._rest = sent + self._rest, b""
         return sent
@@ -155,20 +166,15 @@ class _Events:
         if not event.startswith(b"data: {"):
             return event
         self._last = event
-        counted = self._call.counts and b'"usage":{' in event
-        if self._shown is None and not counted and figures.DETAILS.encode() not in event:
+        has_counts = self._call.counts and b'"usage":{' in event
+        if not self._is_full and not has_counts and figures.DETAILS.encode() not in event:
             return event
         chunk = _data(event.removeprefix(b"data: "))
-        self._note(chunk)
+        for choice in chunk.get("choices") or () if self._is_full else ():
+            text = (choice.get("delta") or {}).get("content") or choice.get("text") or ""
+            self._texts[choice["index"]] = self._texts.get(choice["index"], "") + text
         changed = _with_figures(self._call, chunk, usage_too=not chunk.get("choices"))
         return event if changed is chunk else b"data: " + _json(changed).encode()
-
-    def _note(self, chunk: dict[str, Any]) -> None:
-        """Append a chunk's text to the text that each choice has shown."""
-        for choice in chunk.get("choices") or () if self._shown is not None else ():
-            text = (choice.get("delta") or {}).get("content") or choice.get("text") or ""
-            self._shown = self._shown or {}
-            self._shown[choice["index"]] = self._shown.get(choice["index"], "") + text
 
     def _trace_chunk(self) -> bytes:
         """Return a last chunk with the traces. It has no choices, as SGLang's own extension chunks."""
@@ -179,28 +185,22 @@ class _Events:
             "created": 0,
             "model": last.get("model") or self._call.body.get("model"),
             "choices": [],
-            EXTENSION: {META_KEY: _traces(self._call, self._shown or {})},
+            EXTENSION: {META_KEY: _traces(self._call, self._texts)},
         }
         return f"data: {json.dumps(chunk)}".encode()
 
     def _converted(self, event: bytes) -> bytes:
         name, mark, text = event.partition(b"\ndata: ")
-        extension = extension_of(self._call) if mark else {}
-        if not extension:
+        if not mark or not (self._call.traces or self._call.counts):
             return event
         data = _data(text)
-        if data["type"] == "message_delta":
-            data[EXTENSION] = extension
-        elif data["type"] in _ENDED:
-            data["response"][EXTENSION] = extension
-        else:
-            return event
-        return name + mark + _json(data).encode()
+        changed = extended(self._call, data)
+        return event if changed is data else name + mark + _json(changed).encode()
 
 
 def _data(text: bytes) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(text)  # noqa: TID251  (this server wrote it)
-    return found
+    data: dict[str, Any] = json.loads(text)  # noqa: TID251  (this server wrote it)
+    return data
 
 
 def _json(value: object) -> str:

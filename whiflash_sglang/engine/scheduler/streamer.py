@@ -1,5 +1,5 @@
 """Keep recordings of traced requests on SGLang's own requests, and send each with its request's last output.
-`http/recordings.py` makes traces of them.
+`http/traces.py` makes traces of them.
 
 A recording is an attribute of its request, so it ends with the request, however that ends. Outputs of requests that
 asked for no trace are the ones that SGLang sends without us.
