@@ -90,9 +90,10 @@ class _Outputs:
         if fields.prediction is not None and meta.get("finish_reason"):
             found = Prediction(fields.prediction)
             await asyncio.get_running_loop().run_in_executor(None, found.follow, tokens)
-            counts = dict(
-                accepted_prediction_tokens=found.accepted, rejected_prediction_tokens=found.rejected
-            )
+            counts = {
+                "accepted_prediction_tokens": found.accepted,
+                "rejected_prediction_tokens": found.rejected,
+            }
             meta.update(counts)
             if self._call is not None:
                 self._call.counts[choice] = counts
