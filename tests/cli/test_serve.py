@@ -10,6 +10,7 @@ from in_process import whiflash
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.cli.serve import _url
+from whiflash_sglang.cli.serve_line import ServeLine
 
 WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
 LAUNCHER = [str(Path(sys.executable).with_name("sglang")), "serve"]
@@ -31,7 +32,7 @@ def test_a_model_given_as_first_argument_is_served() -> None:
     assert given_model(words) == "Qwen/Qwen3-8B"
     assert words[-2:] == ["--port", "30001"]
     assert words[words.index("--speculative-algorithm") + 1] == "WHIFLASH"
-    assert _url(["--host", "::1", "--ssl-certfile", "c.pem"]) == "https://[::1]:30000"
+    assert _url(ServeLine.read(["--host", "::1", "--ssl-certfile", "c.pem"])) == "https://[::1]:30000"
 
 
 @pytest.mark.parametrize("spelled", ["model-path", "model_path", "model"])

@@ -100,7 +100,7 @@ def test_another_version_serves_if_that_is_allowed_and_all_names_are_there(
 ) -> None:
     for module in (command_line, patching):
         monkeypatch.setattr(module, "installed", lambda: "9.9.9")
-    for owner, name in ((algorithm, "register"), (command_line, "offer"), (plugin, "_check_command_line")):
+    for owner, name in ((algorithm, "register"), (command_line, "offer")):
         monkeypatch.setattr(owner, name, lambda *_: None)
     monkeypatch.setattr(plugin, "_registered", False)
     monkeypatch.setenv(UNTESTED, "")

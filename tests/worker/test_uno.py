@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 
 from whiflash_sglang.checkpoints.fit import judge
 from whiflash_sglang.checkpoints.manifest import load_manifest
+from whiflash_sglang.cli.serve_line import ServeLine
 from whiflash_sglang.engine.algorithm import widest_block
 from whiflash_sglang.engine.forward.adapted import AdaptedTarget
-from whiflash_sglang.engine.launch import early
 from whiflash_sglang.errors import CheckpointError, ConfigError
 from whiflash_sglang.formats.uno import CONFIG, adapter_in, read_adapter
 from whiflash_sglang.records.core import DraftBatch
@@ -141,10 +141,10 @@ def test_where_an_adapter_is_named(models: Models, adapters: dict[str, Adapter],
     assert resolve(parse_flags({"drafters": "none"}), bundle).uno is None
     for place in (path, bundle):
         assert [each[1:] for each in judge(str(place), None)] == [(True, "an adapter of rank 4, the uno arm")]
-    words = ["--model-path", "OWNER/MODEL", "--node-rank", "1", "--enable-layernorm-sp"]
-    early.check([*words, "--speculative-draft-model-path", str(path)])
+    words = ["--model-path", "OWNER/MODEL", "--node-rank", "1"]
+    ServeLine.read([*words, "--speculative-draft-model-path", str(path)]).check()
     with pytest.raises(ConfigError, match="--whiflash-uno /nowhere: no such directory"):
-        early.check([*words, "--whiflash-uno", "/nowhere"])
+        ServeLine.read([*words, "--whiflash-uno", "/nowhere"]).check()
     assert changed(alone, {"router": "uno"}).router == "uno"
     with pytest.raises(ConfigError, match="router 'uno' needs"):
         changed(resolve(parse_flags({}), models.dflash), {"router": "uno"})

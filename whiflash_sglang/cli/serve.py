@@ -11,19 +11,8 @@ from typer.core import TyperCommand
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.cli import SERVE
+from whiflash_sglang.cli.serve_line import ALGORITHM, DRAFT, HOST, MODEL, PORT, ServeLine
 from whiflash_sglang.embedded import STRICT_TOOLS, embedded_arguments
-from whiflash_sglang.engine.launch.early import (
-    ALGORITHM,
-    DRAFT,
-    HOST,
-    MODEL,
-    PORT,
-    as_flags,
-    check,
-    configured,
-    named,
-    pairs,
-)
 
 LANGUAGE_MODEL = ("--model-type", "llm")
 """Argument that keeps `sglang serve` from asking the hub whether the model is a diffusion model."""
@@ -36,42 +25,31 @@ def server_arguments(arguments: list[str]) -> list[str]:
     Raises:
         ConfigError: the file of `--config` cannot be read.
     """
-    names = _names(arguments)
-    added = embedded_arguments(names) if is_embedded(arguments) else []
+    line = ServeLine.read(arguments)
+    names = {*line.values}
+    added = embedded_arguments(names) if line.is_embedded else []
     if ALGORITHM not in names:
         added += [ALGORITHM, "WHIFLASH"]
-    flags = as_flags(arguments)
-    settings = configured(flags)
-    if is_embedded(arguments) and DRAFT not in names and named([*added, *flags]):
+    is_ours = str(line.values.get(ALGORITHM, "WHIFLASH")).upper() == "WHIFLASH"
+    if line.is_embedded and DRAFT not in names and is_ours:
         added += [DRAFT, str(embedded_bundle())]
-    if not any(name in MODEL for name, _ in pairs(flags)):
+    if line.line.keys().isdisjoint(MODEL):
         # `sglang serve` looks for the model on the command line only.
-        added += [word for key in MODEL if key in settings for word in (MODEL[0], str(settings[key]))]
-    return [*added, *flags]
+        added += [word for key in MODEL if key in line.file for word in (MODEL[0], str(line.file[key]))]
+    return [*added, *line.flags]
 
 
 def server_environment(arguments: list[str]) -> dict[str, str]:
     """Environment variables to set unless the user has: the embedded target needs a grammar for valid arguments."""
-    return STRICT_TOOLS if is_embedded(arguments) else {}
+    return STRICT_TOOLS if ServeLine.read(arguments).is_embedded else {}
 
 
-def is_embedded(arguments: list[str]) -> bool:
-    """Whether neither the command line nor the configuration file names a model, so that the embedded one serves."""
-    return _names(arguments).isdisjoint(MODEL)
-
-
-def _url(arguments: list[str]) -> str:
-    flags = as_flags(arguments)
-    settings = configured(flags) | dict(pairs(flags))
-    host = str(settings.get("--host") or HOST)
+def _url(line: ServeLine) -> str:
+    """Return the address at which the server will answer."""
+    values = line.values
+    host = str(values.get("--host") or HOST)
     host = HOST if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    return f"http{'s' if settings.get('--ssl-certfile') else ''}://{host}:{settings.get('--port') or PORT}"
-
-
-def _names(arguments: list[str]) -> set[str]:
-    """Return the names of the flags on the command line and in the file of `--config`."""
-    flags = as_flags(arguments)
-    return {name for name, _ in pairs(flags)} | configured(flags).keys()
+    return f"http{'s' if values.get('--ssl-certfile') else ''}://{host}:{values.get('--port') or PORT}"
 
 
 class ServeCommand(TyperCommand):
@@ -107,8 +85,9 @@ def serve(
     whiflash serve --port 30000
     whiflash serve Qwen/Qwen3-8B --speculative-draft-model-path OWNER/BUNDLE --whiflash-router ar
     """
-    check(ctx.args)
-    url = _url(ctx.args)
+    line = ServeLine.read(ctx.args)
+    line.check()
+    url = _url(line)
     # `sglang` is installed in the same environment as this command.
     command = [
         str(Path(sys.executable).with_name("sglang")),

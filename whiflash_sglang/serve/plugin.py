@@ -9,11 +9,9 @@ command line that asks for WHIFLASH ends at once, unless it has `--whiflash-unte
 """
 
 import logging
-import multiprocessing
 import os
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 logger = logging.getLogger(__name__)
 UNTESTED_FLAG = "--whiflash-untested-sglang"
@@ -42,35 +40,12 @@ def register() -> None:
             raise SystemExit(f"whiflash: error: {error}") from None
         logger.warning("WHIFLASH is not available: %s", error)
         return
-    _check_command_line()
     from whiflash_sglang.engine import algorithm
     from whiflash_sglang.http import command_line
 
     algorithm.register(_worker)
     command_line.offer()
     _registered = True
-
-
-def _check_command_line() -> None:
-    """Check a command line that names WHIFLASH before SGLang reads it. Raises SystemExit if it cannot work.
-
-    Only commands that start a server are checked, not SGLang's other commands and not the processes of a server.
-    """
-    launcher, *arguments = sys.argv
-    if multiprocessing.parent_process():
-        return
-    if Path(launcher).name == "sglang" and arguments[:1] == ["serve"]:
-        arguments = arguments[1:]
-    elif Path(launcher).name != "launch_server.py":
-        return
-    from whiflash_sglang.engine.launch import early
-    from whiflash_sglang.errors import WhiflashError
-
-    try:
-        if early.named(arguments):
-            early.check(arguments)
-    except WhiflashError as error:
-        raise SystemExit(f"whiflash: error: {error}") from None
 
 
 def _worker() -> type:

@@ -69,15 +69,10 @@ class Refusal(NamedTuple):
     sentence: str
 
 
-def refusals_of(launch: "Launch", *, known_in_part: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield name and sentence of every refusal of this launch. known_in_part: skip those that lack a fact."""
+def refusals_of(launch: "Launch") -> Iterator[tuple[str, str]]:
+    """Yield name and sentence of every refusal of this launch."""
     for name, refusal in REFUSALS.items():
-        try:
-            found = refusal.found(launch)
-        except AttributeError:
-            if not known_in_part:
-                raise
-            continue
+        found = refusal.found(launch)
         if found not in (None, False):
             yield name, refusal.sentence.format(found)
 
