@@ -11,8 +11,8 @@ import pytest
 from in_process import whiflash
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
+from whiflash_sglang.checkpoints.bundle import verify
 from whiflash_sglang.checkpoints.fit import judge, read_target
-from whiflash_sglang.checkpoints.hub import verify
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.files.disk import sha256

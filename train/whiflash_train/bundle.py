@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from whiflash_sglang.checkpoints.bundles import digests, write_bundle
+from whiflash_sglang.checkpoints.bundle import Bundle, digests, write_bundle
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit
-from whiflash_sglang.checkpoints.hub import Found, look_up, parts_of
+from whiflash_sglang.checkpoints.hub import Found, look_up
 from whiflash_sglang.checkpoints.manifest import (
     EMBEDDED_BUNDLE,
     HUB,
@@ -167,7 +167,8 @@ def with_drafters(
         ConfigError: `copy_member` refuses a file of the bundle. OSError: also if `out` is a directory with files.
     """
     manifest, fields = load_manifest(bundle), read_json_file(bundle / MANIFEST)
-    named = {key: place for key, place in parts_of(manifest).items() if place and not place.startswith(HUB)}
+    places = Bundle(bundle, manifest).parts
+    named = {key: place for key, place in places.items() if not place.startswith(HUB)}
     parts = {key: bundle / place for key, place in named.items()}
     new = {PARTS[arm]: path for arm, path in checkpoints.items()}
     parts |= new

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from whiflash_kernels.packed import quantise
 
-from whiflash_sglang.checkpoints.hub import member
-from whiflash_sglang.checkpoints.manifest import PARTS, Lookup, load_manifest, lookup_of
+from whiflash_sglang.checkpoints.bundle import Bundle
+from whiflash_sglang.checkpoints.manifest import PARTS, Lookup, lookup_of
 from whiflash_sglang.copying.calibration import EVEN_ODDS, MatchCalibration
 from whiflash_sglang.copying.copier import Copier
 from whiflash_sglang.drafts import arms
@@ -50,10 +50,11 @@ class PairParts(NamedTuple):
     quantised: Collection[str] = ()
 
     @classmethod
-    def of_bundle(cls, bundle: Path, eagle_steps: int = 5) -> "PairParts":
+    def of_bundle(cls, directory: Path, eagle_steps: int = 5) -> "PairParts":
         """Read the setup from the bundle's manifest."""
-        manifest = load_manifest(bundle)
-        checkpoints = {arm: member(bundle, manifest, PARTS[arm]) for arm in manifest.drafters}
+        bundle = Bundle.load(directory)
+        manifest = bundle.manifest
+        checkpoints = {arm: bundle.fetch(PARTS[arm]) for arm in manifest.drafters}
         vocabulary, lookup = manifest.dflash_vocabulary, lookup_of(manifest)
         return cls(checkpoints, eagle_steps, vocabulary, lookup, manifest.quantised)
 

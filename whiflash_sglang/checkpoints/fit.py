@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from whiflash_sglang.checkpoints.hub import checksums, fetch, look_up, parts_of, verify
-from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, load_manifest
+from whiflash_sglang.checkpoints.bundle import Bundle, verify
+from whiflash_sglang.checkpoints.hub import fetch, look_up
+from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import CheckpointError, ConfigError, WhiflashError
 from whiflash_sglang.formats.checkpoint import attention_shape, holds, integer
@@ -194,22 +195,14 @@ def _reason(error: WhiflashError, place: str) -> str:
 
 def _parts(place: str) -> dict[str, str]:
     """Return drafter name → place: `place` itself, or a bundle's members after their SHA-256 was compared."""
-    bundle = Path(os.path.expanduser(place))
-    if not (bundle / MANIFEST).is_file():
+    directory = Path(os.path.expanduser(place))
+    if not (directory / MANIFEST).is_file():
         return {place: place}
-    manifest = load_manifest(bundle)
-    verify(checksums(bundle, manifest, parts_of(manifest)))
-    places = {}
-    for key, value in parts_of(manifest).items():
-        if not value or key == "router" or (key == "uno" and value.startswith(HUB)):
-            continue
-        if value.startswith(HUB):
-            source = manifest.sources.get(key)
-            at = f"@{source.revision}" if source and source.revision else ""
-            places[f"{place}: {key}"] = value.removeprefix(HUB) + at
-        else:
-            places[f"{place}: {key}"] = str(bundle / value)
-    return places
+    bundle = Bundle.load(directory)
+    verify(bundle.checksums(bundle.parts))
+    # The router is no drafter, and UNO's adapter is judged only where its files are.
+    left = {"router", *(part for part in ("uno",) if bundle.parts.get(part, "").startswith(HUB))}
+    return {f"{place}: {part}": bundle.place(part) for part in bundle.parts if part not in left}
 
 
 def _describe(draft: Draft, target: TargetFit | None) -> str:

@@ -1,13 +1,11 @@
-"""Find checkpoints, bundles and their parts: a local directory, or a hub id at the revision that a manifest pins."""
+"""Find checkpoints and bundles: a local directory, or a hub id at a revision."""
 
 import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from whiflash_sglang.checkpoints.manifest import EMBEDDED_BUNDLE, HUB, Manifest, embedded_bundle
+from whiflash_sglang.checkpoints.manifest import EMBEDDED_BUNDLE, embedded_bundle
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files.disk import sha256
 
 
 def fetch(path: str, *, revision: str | None = None, download_dir: str | None = None) -> Path:
@@ -134,58 +132,3 @@ def default_bundle_for(model_path: str) -> Path | None:
     path = Path(model_path)
     is_embedded = path.parent.name == "targets" and path.name.startswith(f"{TARGET_NAME}-")
     return embedded_bundle() if is_embedded else None
-
-
-def member(bundle: Path, manifest: Manifest, part: str, *, download_dir: str | None = None) -> Path:
-    """Return the local directory (or file) of `part` ("eagle3", "dflash", "uno", "router"); hub ids are downloaded.
-
-    Raises:
-        ConfigError: the bundle has no such part, the hub gave nothing, or `config.json` is not the one that the
-            manifest was made with.
-    """
-    value = parts_of(manifest)[part]
-    if value is None:
-        raise ConfigError(
-            f"{bundle}/whiflash.json names no {part}: add the key {part!r}, or use another bundle"
-        )
-    if not value.startswith(HUB):
-        return bundle / value
-    source = manifest.sources.get(part)
-    revision = source.revision if source else None
-    fetched = fetch(value.removeprefix(HUB), revision=revision, download_dir=download_dir)
-    if source is not None and "config.json" in source.files:
-        verify({str(fetched / "config.json"): source.files["config.json"]})
-    return fetched
-
-
-def parts_of(manifest: Manifest) -> dict[str, str | None]:
-    """Return the manifest's path of each part, by part; None if the manifest names no such part."""
-    router = manifest.router.path if manifest.router else None
-    return {"eagle3": manifest.eagle3, "dflash": manifest.dflash, "uno": manifest.uno, "router": router}
-
-
-def checksums(bundle: Path, manifest: Manifest, served: Iterable[str]) -> dict[str, str]:
-    """Return the SHA-256 by file for the parts in `served` that are inside the bundle and listed in its manifest."""
-    sums: dict[str, str] = {}
-    for part in served:
-        value, source = parts_of(manifest)[part], manifest.sources.get(part)
-        if value is not None and source is not None and not value.startswith(HUB):
-            place = bundle / value
-            directory = place if place.is_dir() else place.parent
-            sums |= {str(directory / name): digest for name, digest in source.files.items()}
-    return sums
-
-
-def verify(files: Mapping[str, str]) -> None:
-    """Compare files with their SHA-256. Raises ConfigError naming the first one that differs or is missing."""
-    for name, digest in files.items():
-        file = Path(name)
-        if not file.is_file():
-            raise ConfigError(
-                f"{file} is missing, though its bundle's whiflash.json lists it: fetch the bundle again"
-            )
-        if sha256(file) != digest:
-            raise ConfigError(
-                f"{file} is not the file that its bundle was made with (SHA-256 {digest}): damaged, or replaced; "
-                "fetch the bundle again, or rebuild it with `whiflash bundle create`"
-            )

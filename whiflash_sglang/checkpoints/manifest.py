@@ -258,9 +258,9 @@ def load_manifest(bundle: Path) -> Manifest:
     return manifest
 
 
-def lookup_of(manifest: Manifest | None) -> Lookup:
+def lookup_of(manifest: Manifest) -> Lookup:
     """Return a bundle's settings of the copying arm; without a seed they get the embedded bundle's seed."""
-    settings = (manifest.lookup if manifest else None) or Lookup()
+    settings = manifest.lookup or Lookup()
     if settings.seed is not None:
         return settings
     # A small model's chances are a better start for another model than even odds, and counts soon overwrite them.

@@ -16,8 +16,8 @@ from whiflash_sglang.arms.structure import StructureArm
 from whiflash_sglang.arms.uno import UnoArm
 from whiflash_sglang.cache.penalties import MOST_PENALISED, PenaltyRows
 from whiflash_sglang.cache.tokens import SamplingRows, StopTable, TokenTable
+from whiflash_sglang.checkpoints.bundle import verify
 from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
-from whiflash_sglang.checkpoints.hub import verify
 from whiflash_sglang.checkpoints.manifest import NeuralRouter
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import HostView

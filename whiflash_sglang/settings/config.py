@@ -5,13 +5,14 @@ own `--speculative-draft-model-path`. Without it, that path is a DFlash checkpoi
 the EAGLE-3 one; or it is the only drafter. Without any drafter, rounds draft from texts only: copies and structure.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from whiflash_sglang.checkpoints.hub import checksums, member
+from whiflash_sglang.checkpoints.bundle import Bundle
 from whiflash_sglang.checkpoints.manifest import (
     MANIFEST,
     NAMES,
@@ -29,7 +30,6 @@ from whiflash_sglang.checkpoints.manifest import (
     check_arms,
     check_router,
     first_problem,
-    load_manifest,
     lookup_of,
 )
 from whiflash_sglang.drafts import arms
@@ -40,6 +40,12 @@ from whiflash_sglang.telemetry.samples import Spooling, check_spool, samples_of
 RouterName = Literal["auto", "entropy", "neural", "ar", "diffusion", "lookup", "uno", "none", "random"]
 Model = TypeVar("Model", bound=BaseModel)
 NO_UNO = "router 'uno' needs --whiflash-uno, or a bundle with the key 'uno'"
+NO_MANIFEST = Manifest(schema_version=1, name="", target="")
+"""Settings of a launch without a bundle."""
+NO_PARTS = dict.fromkeys(("eagle3", "dflash", "uno", "router")) | {
+    "dflash_vocabulary": "full",
+    "quantization": {},
+}
 NO_ROUTER = "--whiflash-router neural needs --whiflash-neural-router-path or a bundle with a router"
 
 
@@ -160,10 +166,10 @@ def resolve(
     """
     if draft_path is not None and not draft_path.is_dir():
         raise ConfigError(f"--speculative-draft-model-path {draft_path}: no such directory")
-    manifest = load_manifest(draft_path) if draft_path and (draft_path / MANIFEST).exists() else None
-    if flags.drafters == "none":
-        manifest = _without_drafters(flags, manifest, draft_path)
-    drafters = _drafters(flags, manifest, draft_path, download_dir)
+    bundle, given = _opened(flags, draft_path)
+    served = [part for part in bundle.parts if part not in given]
+    paths = {**{part: bundle.fetch(part, download_dir) for part in served}, **given}
+    drafters = {arm: paths[part] for arm, part in PARTS.items() if part in paths}
     if flags.drafters != "none" and arms.AR not in drafters and (own := target_mtp()) is not None:
         drafters[arms.AR] = own
     for arm, path in drafters.items():
@@ -171,99 +177,74 @@ def resolve(
             raise ConfigError(
                 f"the {NAMES[arm]} checkpoint {path} has no config.json: give the directory of a drafter"
             )
-    uno = _uno(flags, manifest, draft_path, download_dir)
+    uno = adapter_in(paths["uno"]) if "uno" in paths else None
+    if "uno" in paths and uno is None:
+        raise ConfigError(f"UNO's adapter {paths['uno']} has no {CONFIG}: give a LoRA in PEFT's layout")
     if flags.router == arms.UNO and uno is None:
         raise ConfigError(NO_UNO)
     check_router(flags.router or "auto", drafters)
     if flags.neural_router_path:
         check_arms("--whiflash-neural-router-path", NAMES, drafters)
-    template = manifest.chat_template if manifest else None
+    said = bundle.manifest
+    # The bundle's figures say nothing of a drafter that a flag names.
+    measured = {arm: part for arm, part in PARTS.items() if part in said.acceptance and part not in given}
     return Settings(
         drafters={arm: drafters[arm] for arm in arms.PAIR if arm in drafters},
         router=flags.router or "auto",
-        entropy=manifest.entropy if manifest else EntropyRouter(),
-        neural=_neural(flags, manifest, draft_path, download_dir),
-        lookup=_switched(lookup_of(manifest), flags.lookup),
-        structure=_switched(manifest.structure if manifest else Structure(), flags.structure),
+        entropy=said.entropy,
+        neural=_neural(flags, said, paths.get("router")),
+        lookup=_switched(lookup_of(said), flags.lookup),
+        structure=_switched(said.structure, flags.structure),
         eagle_steps=flags.eagle_steps,
         block_size=flags.block_size,
-        dflash_vocabulary=manifest.dflash_vocabulary if manifest else "full",
-        quantised=manifest.quantised if manifest else frozenset(),
+        dflash_vocabulary=said.dflash_vocabulary,
+        quantised=said.quantised,
         uno=uno,
         uno_drafts=flags.uno_drafts,
         force_recorded=flags.force_recorded == "on",
         trust_tenant_header=flags.trust_tenant_header == "on",
         samples=_samples(flags),
-        target=manifest.target if manifest else "",
-        chat_template=draft_path / template if draft_path and template else None,
-        tool_call_parser=manifest.tool_call_parser if manifest else None,
-        bundle=manifest.name if manifest else None,
-        checksums=_checksums(flags, manifest, draft_path),
-        measured=_measured(flags, manifest),
+        target=said.target,
+        chat_template=bundle.directory / said.chat_template if said.chat_template else None,
+        tool_call_parser=said.tool_call_parser,
+        bundle=said.name or None,
+        checksums=bundle.checksums(served),
+        measured={arm: said.acceptance[part].chances for arm, part in measured.items()},
     )
 
 
-def _measured(flags: Flags, manifest: Manifest | None) -> dict[str, tuple[float, ...]]:
-    """Return the bundle's acceptance chances by arm and place, without EAGLE-3's if a flag names another drafter."""
-    known = manifest.acceptance if manifest else {}
-    said = {arm: known[key].chances for arm, key in PARTS.items() if key in known}
-    return {arm: chances for arm, chances in said.items() if arm != arms.AR or not flags.eagle_draft}
+def _opened(flags: Flags, draft_path: Path | None) -> tuple[Bundle, dict[str, Path]]:
+    """Return the bundle at the draft path, one without parts if there is none, and the paths of the parts that flags or
+    a draft path that is one checkpoint give."""
+    is_bundle = draft_path is not None and (draft_path / MANIFEST).exists()
+    bundle = Bundle.load(draft_path) if draft_path and is_bundle else Bundle(Path(), NO_MANIFEST)
+    if flags.drafters == "none":
+        bundle = _without_drafters(flags, bundle, has_checkpoint=draft_path is not None and not is_bundle)
+    named = {"eagle3": flags.eagle_draft, "uno": flags.uno, "router": flags.neural_router_path}
+    given = {part: Path(place) for part, place in named.items() if place is not None}
+    if draft_path is not None and not is_bundle:
+        given.setdefault(_part_of(draft_path, beside=given), draft_path)
+    return bundle, given
 
 
-def _without_drafters(flags: Flags, manifest: Manifest | None, draft_path: Path | None) -> Manifest | None:
-    """Return the manifest without its drafters and router. Raises ConfigError if a flag or path names a drafter."""
-    if flags.eagle_draft or flags.uno or (draft_path is not None and manifest is None):
-        flag = next((field for field in ("eagle_draft", "uno") if getattr(flags, field)), None)
-        named = flag_of(flag) if flag else "--speculative-draft-model-path"
-        raise ConfigError(f"--whiflash-drafters none leaves nothing for {named}; remove one of the two")
-    parts = {"eagle3": None, "dflash": None, "uno": None, "router": None, "dflash_vocabulary": "full"}
-    return None if manifest is None else manifest.model_copy(update={**parts, "quantization": {}})
+def _without_drafters(flags: Flags, bundle: Bundle, *, has_checkpoint: bool) -> Bundle:
+    """Return the bundle without its drafters and router. Raises ConfigError if a flag or path names a drafter."""
+    named = [flag_of(field) for field in ("eagle_draft", "uno") if getattr(flags, field)]
+    named += ["--speculative-draft-model-path"] if has_checkpoint else []
+    if named:
+        raise ConfigError(f"--whiflash-drafters none leaves nothing for {named[0]}; remove one of the two")
+    return replace(bundle, manifest=bundle.manifest.model_copy(update=NO_PARTS))
 
 
-def _drafters(
-    flags: Flags, manifest: Manifest | None, draft_path: Path | None, download_dir: str | None
-) -> dict[str, Path]:
-    """Return arm → directory of its checkpoint. A draft path that is no bundle is one checkpoint of the arm that its
-    format says."""
-    if draft_path is None or (manifest is None and adapter_in(draft_path)):
-        named = {}
-    elif manifest is not None:
-        named = {
-            arm: member(draft_path, manifest, PARTS[arm], download_dir=download_dir)
-            for arm in manifest.drafters
-            if not (arm == arms.AR and flags.eagle_draft)
-        }
-    elif flags.eagle_draft:
-        named = {arms.DIFFUSION: draft_path}
-    else:
-        from whiflash_sglang.formats.table import read_draft
+def _part_of(checkpoint: Path, beside: Collection[str]) -> str:
+    """Return the part of a bundle that a draft path is which is no bundle. beside: parts that flags name."""
+    if adapter_in(checkpoint):
+        return "uno"
+    if "eagle3" in beside:
+        return PARTS[arms.DIFFUSION]
+    from whiflash_sglang.formats.table import read_draft
 
-        named = {read_draft(draft_path).format.arm: draft_path}
-    return {**named, **({arms.AR: Path(flags.eagle_draft)} if flags.eagle_draft else {})}
-
-
-def _uno(
-    flags: Flags, manifest: Manifest | None, draft_path: Path | None, download_dir: str | None
-) -> Path | None:
-    """Return UNO's adapter: the flag's, the bundle's, or the draft path. ConfigError if a named one has no config."""
-    named = Path(flags.uno) if flags.uno else draft_path
-    if not flags.uno and draft_path is not None and manifest is not None:
-        named = member(draft_path, manifest, "uno", download_dir=download_dir) if manifest.uno else None
-    found = None if named is None else adapter_in(named)
-    if found is None and (flags.uno or (manifest is not None and manifest.uno)):
-        raise ConfigError(f"UNO's adapter {named} has no {CONFIG}: give a LoRA in PEFT's layout")
-    return found
-
-
-def _checksums(flags: Flags, manifest: Manifest | None, bundle: Path | None) -> dict[str, str]:
-    """Return the checksums of the files that are served from the bundle: not those that a flag replaces."""
-    if bundle is None or manifest is None:
-        return {}
-    served = [PARTS[arm] for arm in manifest.drafters if not (arm == arms.AR and flags.eagle_draft)]
-    served += ["uno"] if flags.uno is None else []
-    if manifest.router is not None and flags.neural_router_path is None:
-        served.append("router")
-    return checksums(bundle, manifest, served)
+    return PARTS[read_draft(checkpoint).format.arm]
 
 
 class PolicyChange(Strict):
@@ -314,19 +295,16 @@ def _switched(arm: Model, switch: str | None) -> Model:
     return _updated(arm, enabled=None if switch is None else switch == "on")
 
 
-def _neural(
-    flags: Flags, manifest: Manifest | None, draft_path: Path | None, download_dir: str | None
-) -> NeuralRouter | None:
-    if flags.neural_router_path is not None:
-        # The bundle's threshold and sign do not apply: they were made for the bundle's own router.
-        base = NeuralRouter(path=flags.neural_router_path)
-    elif draft_path is not None and manifest is not None and manifest.router is not None:
-        path = member(draft_path, manifest, "router", download_dir=download_dir)
-        base = manifest.router.model_copy(update={"path": str(path)})
-    elif flags.router == "neural":
-        raise ConfigError(NO_ROUTER)
-    else:
+def _neural(flags: Flags, manifest: Manifest, path: Path | None) -> NeuralRouter | None:
+    """Return the settings of the neural router whose file is at `path`; None without one."""
+    if path is None:
+        if flags.router == "neural":
+            raise ConfigError(NO_ROUTER)
         return None
+    base = NeuralRouter(path=str(path))
+    if flags.neural_router_path is None and manifest.router is not None:
+        # The bundle's threshold and sign were made for its own router, and apply to no other.
+        base = _updated(manifest.router, path=str(path))
     return _updated(base, threshold=flags.neural_router_threshold)
 
 

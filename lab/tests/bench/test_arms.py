@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from whiflash_lab.bench.arms import DEFAULT, KNOWN, VARIANTS, Subject, build_arms, those_with_drafters
 from whiflash_lab.bench.fleet import environment, launcher, reason_of
 from whiflash_lab.bench.subject import build_subject, write_variant
-from whiflash_sglang.checkpoints.hub import checksums, verify
+from whiflash_sglang.checkpoints.bundle import Bundle, verify
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.table import FORMATS
@@ -153,7 +153,7 @@ def test_bad_drafters_cost_as_much_and_know_nothing(tmp_path: Path) -> None:
     assert manifest.lookup is not None
     assert not manifest.lookup.enabled
     assert manifest.router is None
-    verify(checksums(bad, manifest, ("eagle3", "dflash")))  # as a server does at its start
+    verify(Bundle(bad, manifest).checksums(("eagle3", "dflash")))  # as a server does at its start
     for good in (subject.eagle3, subject.dflash):
         assert good is not None
         files = sorted(good.glob("*.safetensors"))

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from whiflash_lab.bench.arms import BAD, NO_LOOKUP, NO_STRUCTURE, VARIANTS, Subject, dtype_of
 from whiflash_lab.bench.load import MODEL
-from whiflash_sglang.checkpoints.hub import fetch, member
+from whiflash_sglang.checkpoints.bundle import Bundle
+from whiflash_sglang.checkpoints.hub import fetch
 from whiflash_sglang.checkpoints.manifest import MANIFEST, embedded_bundle, load_manifest
 from whiflash_sglang.drafts.arms import AR, DIFFUSION
 from whiflash_sglang.files.cpu import serves_here
@@ -96,8 +97,8 @@ def build_subject(
         common += ["--tool-call-parser", manifest.tool_call_parser]
     if serves_here():
         common += ["--device", "cpu", "--max-total-tokens", str(CPU_KV_TOKENS)]
-    dflash = member(bundle, manifest, "dflash") if manifest.dflash else None
-    eagle3 = member(bundle, manifest, "eagle3") if manifest.eagle3 else None
+    opened = Bundle(bundle, manifest)
+    dflash, eagle3 = (opened.fetch(part) if part in opened.parts else None for part in ("dflash", "eagle3"))
     chain = read_draft(eagle3, AR) if eagle3 else None
     changed = VARIANTS.keys() & {name.partition("@")[0] for name in arms}
     return Subject(

@@ -17,7 +17,7 @@ from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from typer.testing import CliRunner
 
 import whiflash_train as train
-from whiflash_sglang.checkpoints.hub import verify
+from whiflash_sglang.checkpoints.bundle import verify
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from whiflash_sglang.checkpoints.hub import checksums, parts_of, verify
-from whiflash_sglang.checkpoints.manifest import PARTS, load_manifest
+from whiflash_sglang.checkpoints.bundle import Bundle, verify
+from whiflash_sglang.checkpoints.manifest import PARTS
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import check_own
@@ -145,9 +145,10 @@ def learn_once(learning: Learning) -> Outcome:
     learning.out.parent.mkdir(parents=True, exist_ok=True)
     with _alone(learning.directory) as work:
         began = time.monotonic()
-        manifest = load_manifest(learning.bundle)
+        bundle = Bundle.load(learning.bundle)
+        manifest = bundle.manifest
         check_target(learning.config.target, manifest.target)
-        verify(checksums(learning.bundle, manifest, parts_of(manifest)))
+        verify(bundle.checksums(bundle.parts))
         parts = PairParts.of_bundle(learning.bundle)
         sections = {arm: section_of(arm, path) for arm, path in parts.checkpoints.items()}
         chosen = _chosen(learning, manifest.target)
