@@ -76,27 +76,13 @@ def test_a_dead_gateway_is_not_asked_with_every_request(
     assert 6 + 8 <= server.paths.count(ROUTE) <= 6 + 10  # 1, 2, 4, 8, 16, 32 seconds, then every minute
 
 
-@pytest.mark.parametrize(
-    ("name", "probes"),
-    [
-        ("Authorization", 2),
-        ("X-Api-Key", 2),
-        ("api-key", 2),
-        ("apikey", 2),
-        ("Ocp-Apim-Subscription-Key", 2),
-        ("X-Auth-Token", 2),
-        ("CF-Access-Client-Secret", 2),
-        ("Cookie", 2),
-        ("OpenAI-Organization", 2),
-        ("X-Request-ID", 1),
-        ("traceparent", 1),
-        ("Idempotency-Key", 1),
-        ("X-Author", 1),
-    ],
-)
-def test_headers_that_authenticate_count_and_others_do_not(
-    server: FakeServer, name: str, probes: int
-) -> None:
+SECRETS = "Authorization X-Api-Key api-key apikey Ocp-Apim-Subscription-Key X-Auth-Token CF-Access-Client-Secret Cookie"
+OTHERS = "X-Request-ID traceparent Idempotency-Key X-Author"
+
+
+@pytest.mark.parametrize("name", [*SECRETS.split(), "OpenAI-Organization", *OTHERS.split()])
+def test_headers_that_authenticate_count_and_others_do_not(server: FakeServer, name: str) -> None:
+    probes = 1 if name in OTHERS.split() else 2
     with OpenAI(base_url=server.base_url, api_key="k") as client:
         wrap(client)
         for value in ("a", "a", "b"):
@@ -361,11 +347,11 @@ def test_switched_off_nothing_of_ours_goes_out(client: OpenAI, server: FakeServe
     assert ROUTE not in server.paths
 
 
-OTHERS = {"connect": 30.0, "read": None, "write": None, "pool": None}
+PHASES = {"connect": 30.0, "read": None, "write": None, "pool": None}
 """Timeouts of another version of the transport."""
 
 
-@pytest.mark.parametrize("timeout", [30.0, (30.0, 60.0, 60.0, 60.0), SimpleNamespace(as_dict=lambda: OTHERS)])
+@pytest.mark.parametrize("timeout", [30.0, (30.0, 60.0, 60.0, 60.0), SimpleNamespace(as_dict=lambda: PHASES)])
 def test_every_way_to_write_a_timeout_is_read(client: OpenAI, timeout: Any) -> None:
     client.timeout = timeout
     assert whiflash_sdk.capabilities(client) is not None

@@ -1,4 +1,7 @@
-"""SGLang's features over HTTP: every answer is plain decoding's, asked beside all the others, on every route."""
+"""Answers over HTTP are plain decoding's: a case for each route and form, all asked at once.
+
+`tests/worker/test_plain_text.py` asks for sampling, stops and grammars, `test_parsed_streams.py` for streams.
+"""
 
 import json
 import math
@@ -28,12 +31,6 @@ SCHEMA = {
 }
 FUNCTION = {"name": "look", "description": "Looks.", "parameters": SCHEMA, "strict": True}
 TOOLS = [{"type": "function", "function": FUNCTION}]
-EBNF = 'root ::= "yes " digit digit | "no " digit\ndigit ::= [0-9]'
-TAG = {
-    "type": "structural_tag",
-    "structures": [{"begin": "<look>", "schema": SCHEMA, "end": "</look>"}],
-    "triggers": ["<look>"],
-}
 NAMED = {"type": "function", "function": {"name": "look"}}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
 
@@ -63,64 +60,22 @@ def message(**fields: Any) -> tuple[str, dict[str, Any]]:
     return "/v1/messages", asked | fields
 
 
-ENDS = {"ignore_eos": False, "max_new_tokens": 80}
 NO_BLANKS = {str(token): -100.0 for token in (197, 198, 201, 220)}
 """Tab, line feed, carriage return and space: a random model may fill an answer with them where a grammar allows it."""
 COMPACT: dict[str, Any] = {"logit_bias": NO_BLANKS, "max_tokens": 160}
-USAGE = {"include_usage": True, "continuous_usage_stats": True}
 LOGPROBS = {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 0, "token_ids_logprob": [70]}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "generate": native(),
-    "generate-stream": native({"stream": True}),
-    "generate-logprobs": native(LOGPROBS),
-    "generate-n": native(n=3),
+    "generate-batch": native({"text": [PROMPT, PROMPT[:20], "x"], **LOGPROBS}, n=2),
     "generate-none": native(max_new_tokens=0),
     "generate-one": native(LOGPROBS, max_new_tokens=1),
-    "generate-batch": native({"text": [PROMPT, PROMPT[:20], "x"]}),
-    "generate-ids": native({"text": None, "input_ids": [70, 71, 72, 70, 71]}),
-    "generate-json-schema": native(json_schema=json.dumps(SCHEMA), logit_bias=NO_BLANKS, **ENDS),
-    "generate-regex": native(regex="(red|green|blue)( (red|green|blue)){3}", **ENDS),
-    "generate-ebnf": native(ebnf=EBNF, **ENDS),
-    "generate-structural-tag": native(structural_tag=json.dumps(TAG)),
-    "generate-stop": native(stop=["eg", "gf", "fe", "k"]),
-    "generate-stop-ids": native(stop_token_ids=[70, 74, 77, 80], ignore_eos=False),
-    "generate-stop-regex": native(stop_regex=["[efg]{4}g", "g.?e"]),
-    "generate-no-stop-trim": native(stop=["gg", "ff", "ge"], no_stop_trim=True),
-    "generate-min-tokens": native(stop_token_ids=[70, 74, 77, 80], ignore_eos=False, min_new_tokens=9),
-    "generate-bias": native(logit_bias={"80": 6.0, "70": -9.0}),
-    "generate-penalties": native(frequency_penalty=0.6, presence_penalty=0.3),
-    "generate-priority": native({"priority": 3}),
-    "completion": text(),
-    "completion-stream": text(stream=True, stream_options=USAGE),
-    "completion-one": text(max_tokens=1, logprobs=2),
-    "completion-logprobs": text(logprobs=2, echo=True),
-    "completion-n": text(n=2),
-    "completion-bias": text(logit_bias={"80": 6.0}, stop=["k"]),
-    "completion-penalties": text(frequency_penalty=0.6, presence_penalty=0.3),
-    "completion-json-schema": text(json_schema=json.dumps(SCHEMA), ignore_eos=False, **COMPACT),
-    "chat": chat(),
-    "chat-stream": chat(stream=True),
-    "chat-one": chat(max_tokens=1),
-    "chat-one-stream": chat(max_tokens=1, stream=True, stream_options=USAGE),
-    "chat-usage-stream": chat(stream=True, stream_options=USAGE, stop=["k"]),
-    "chat-logprobs": chat(logprobs=True, top_logprobs=2),
-    "chat-n": chat(n=2),
-    "chat-min-tokens": chat(min_tokens=12, stop=["k"]),
+    "completion": text(n=2, logprobs=2, echo=True),
+    "chat": chat(n=2, logprobs=True, top_logprobs=2),
     "chat-json-schema": chat(response_format=FORMAT, **COMPACT),
     "chat-json-object": chat(response_format={"type": "json_object"}),
-    "chat-regex": chat(regex="[a-d]{5,9}"),
-    "chat-ebnf": chat(ebnf=EBNF),
-    "chat-structural-tag": chat(response_format=TAG),
     "chat-tools": chat(tools=TOOLS),
-    "chat-required-tool": chat(tools=TOOLS, tool_choice="required", **COMPACT),
-    "chat-named-tool": chat(tools=TOOLS, tool_choice=NAMED, **COMPACT),
-    "chat-named-tool-stream": chat(tools=TOOLS, tool_choice=NAMED, stream=True, **COMPACT),
-    "responses": response(),
-    "responses-stream": response(stream=True),
+    "chat-tool": chat(tools=TOOLS, tool_choice=NAMED, **COMPACT),
     "responses-tools": response(tools=[{"type": "function", **FUNCTION}]),
-    "messages": message(),
-    "messages-stream": message(stream=True),
-    "messages-stop": message(stop_sequences=["k"]),
     "messages-tools": message(tools=[{"name": "look", "input_schema": SCHEMA}]),
 }
 
@@ -128,7 +83,6 @@ OWN = re.compile(
     r"(^|_)id$|^created|_at$|latency|_ts$|_time$|throughput|cached_tokens|^spec_|^dp_rank$|^obfuscation$"
 )
 """Fields that no two answers share, that count the cache, and that every speculative algorithm of SGLang adds."""
-TEXTS = ("text", "content", "reasoning_content", "arguments", "delta", "partial_json", "thinking")
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +96,7 @@ def servers(pair: tuple[Server, Server]) -> Iterator[tuple[Server, Server]]:
 def ask(server: Server, route: str, body: dict[str, Any]) -> Any:
     answer = httpx.post(server.url + route, json=body, timeout=None)
     assert answer.status_code == 200, f"{route}: {answer.text}"
-    return streamed(answer.text) if body.get("stream") else seen(answer.json())
+    return seen(answer.json())
 
 
 def seen(value: Any) -> Any:
@@ -150,33 +104,6 @@ def seen(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: seen(inner) for key, inner in value.items() if not OWN.search(key)}
     return [seen(inner) for inner in value] if isinstance(value, list) else value
-
-
-def streamed(sent: str) -> Any:
-    """A stream's texts, wherever they were cut: of each place in its events the pieces together, what else ends it."""
-    texts: dict[str, str] = {}
-    last: dict[str, Any] = {}
-    for line in sent.splitlines():
-        if line.startswith("data: {"):
-            event = json.loads(line.removeprefix("data: "))
-            for path, value in leaves(seen(event), str(event.get("type", ""))):
-                if path.rsplit(".", 1)[-1] in TEXTS and isinstance(value, str):
-                    # The native route repeats the text so far.
-                    texts[path] = value if "meta_info" in event else texts.get(path, "") + value
-                elif value is not None and not path.endswith("sequence_number"):
-                    last[path] = value
-    return {"texts": texts, "last": last}
-
-
-def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from leaves(inner, f"{path}.{key}")
-    elif isinstance(value, list):
-        for inner in value:
-            yield from leaves(inner, path)
-    else:
-        yield path, value
 
 
 def differences(found: Any, expected: Any, path: str = "") -> Iterator[str]:
@@ -217,19 +144,15 @@ def test_is_plain_decodings(both: tuple[dict[str, Any], dict[str, Any]], name: s
 def test_features_do_what_they_say(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """Else two servers that ignore them would agree."""
     plain, _ = both
-    for name in ("chat-json-schema", "generate-json-schema", "completion-json-schema"):
-        (said,) = [value for path, value in leaves(plain[name], "") if path.endswith((".text", ".content"))]
-        assert json.loads(said, strict=False).keys() == {"name", "kind"}, name
-    for name in ("chat-required-tool", "chat-named-tool"):
-        (call,) = plain[name]["choices"][0]["message"]["tool_calls"]
-        assert json.loads(call["function"]["arguments"], strict=False).keys() == {"name", "kind"}
-    assert re.fullmatch("(yes [0-9]{2}|no [0-9])", plain["generate-ebnf"]["text"])
-    assert [len(plain[name]) for name in ("generate-n", "generate-batch")] == [3, 3]
-    assert [len(plain[name]["choices"]) for name in ("completion-n", "chat-n")] == [2, 2]
-    # The comparison sees what differs, in a whole answer and in a stream.
-    free, others = plain["generate"], ("stop", "stop-ids", "stop-regex", "bias", "penalties")
-    assert all(list(differences(plain[f"generate-{name}"], free)) for name in others)
-    assert list(differences(plain["chat-named-tool-stream"], plain["chat-stream"]))
+    chosen = plain["chat-json-schema"]["choices"][0]["message"]["content"]
+    (call,) = plain["chat-tool"]["choices"][0]["message"]["tool_calls"]
+    for said in (chosen, call["function"]["arguments"]):
+        assert json.loads(said, strict=False).keys() == {"name", "kind"}
+    assert len(plain["generate-batch"]) == 6
+    assert [len(plain[name]["choices"]) for name in ("completion", "chat")] == [2, 2]
+    assert list(differences(plain["chat-json-schema"], plain["chat-tool"])), (
+        "the comparison sees what differs"
+    )
 
 
 def test_disconnects_leave_nothing_behind(servers: tuple[Server, Server], both: Any) -> None:
@@ -251,7 +174,7 @@ def test_disconnects_leave_nothing_behind(servers: tuple[Server, Server], both: 
     wait_until(lambda: drafting.get("/whiflash/state")["requests"] == 0)
 
 
-SOME = ("generate", "generate-json-schema", "generate-logprobs", "completion-n", "chat-stream")
+SOME = ("generate", "generate-batch", "completion", "chat-json-schema")
 
 
 def some(server: Server) -> dict[str, Any]:

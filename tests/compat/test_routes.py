@@ -112,15 +112,12 @@ def test_a_wrong_change_of_policy_is_a_400_and_reaches_no_scheduler(
     assert not manager.sent
 
 
-def test_capabilities_name_routes_kinds_and_limits(client: TestClient) -> None:
+def test_capabilities_name_routes_kinds_limits_and_the_policy_in_force(client: TestClient) -> None:
     document = client.get("/whiflash/capabilities").json()
     assert document["routes"][:3] == ["chat/completions", "completions", "messages"]
     assert document["kinds"] == ["tool_call", "json", "code", "reasoning", "prose"]
     assert document["limits"] == {"spans": 16, "marker_chars": 64, "name_chars": 64, "bytes": 8192}
-
-
-def test_capabilities_name_the_policy_in_force(client: TestClient) -> None:
-    assert client.get("/whiflash/capabilities").json()["policy"] == "auto"
+    assert document["policy"] == "auto"
     assert client.post("/whiflash/policy", json={"router": "none"}).status_code == 200
     assert client.get("/whiflash/capabilities").json()["policy"] == "none"
 
@@ -152,7 +149,7 @@ def test_storage_is_attached_by_the_rules_of_a_launch(
     async def original(*_: Any) -> Any:
         return SimpleNamespace(success=True, message="")
 
-    answer = asyncio.run(routes._attaching(original, manager, backend))
+    answer = asyncio.run(routes._attach_storage(original, manager, backend))
     assert answer.success is (not said)
     assert said in answer.message
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.checkpoints.hub import fetch
-from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, Manifest, load_manifest
+from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, Manifest, Source, load_manifest
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import copy_member, sha256
 
@@ -40,11 +40,10 @@ class Bundle:
 
     def place(self, part: str) -> str:
         """Return the path of a part on this disk, or its hub id, with `@` and the revision that the manifest pins."""
-        value, source = self.parts[part], self.manifest.sources.get(part)
+        value, source = self.parts[part], self.manifest.sources.get(part, Source())
         if not value.startswith(HUB):
             return str(self.directory / value)
-        revision = f"@{source.revision}" if source and source.revision else ""
-        return value.removeprefix(HUB) + revision
+        return value.removeprefix(HUB) + (f"@{source.revision}" if source.revision else "")
 
     def fetch(self, part: str, download_dir: str | None = None) -> Path:
         """Return the local directory (or file) of a part; hub ids are downloaded.
@@ -52,24 +51,21 @@ class Bundle:
         Raises:
             ConfigError: the hub gave nothing, or `config.json` is not the one that the manifest was made with.
         """
-        place, source = self.place(part), self.manifest.sources.get(part)
+        place, source = self.place(part), self.manifest.sources.get(part, Source())
         if not self.parts[part].startswith(HUB):
             return Path(place)
-        name, _, revision = place.partition("@")
-        path = fetch(name, revision=revision or None, download_dir=download_dir)
-        if source is not None and "config.json" in source.files:
-            verify({str(path / "config.json"): source.files["config.json"]})
+        path = fetch(place.partition("@")[0], revision=source.revision, download_dir=download_dir)
+        verify({str(path / name): digest for name, digest in source.files.items() if name == "config.json"})
         return path
 
     def checksums(self, parts: Iterable[str]) -> dict[str, str]:
         """Return the SHA-256 by file for those of `parts` that are inside the bundle and listed in its manifest."""
         sums: dict[str, str] = {}
         for part in parts:
-            source = self.manifest.sources.get(part)
-            if source is not None and not self.parts[part].startswith(HUB):
-                place = Path(self.place(part))
+            if not self.parts[part].startswith(HUB):
+                place, files = Path(self.place(part)), self.manifest.sources.get(part, Source()).files
                 directory = place if place.is_dir() else place.parent
-                sums |= {str(directory / name): digest for name, digest in source.files.items()}
+                sums |= {str(directory / name): digest for name, digest in files.items()}
         return sums
 
 

@@ -20,13 +20,8 @@ def fetch(path: str, *, revision: str | None = None, download_dir: str | None = 
     Raises:
         ConfigError: neither a directory nor something the hub (or its offline cache) knows.
     """
-    if path == f"embedded:{EMBEDDED_BUNDLE}":
-        return embedded_bundle()
-    local = Path(os.path.expanduser(path))
-    if local.is_dir():
+    if (local := check_place(path)) is not None:
         return local
-    if not _is_id(path):
-        raise _no_place(path)
     download = _from_modelscope if _uses_modelscope() else _from_hugging_face
     return Path(download(path, revision, download_dir))
 
@@ -51,15 +46,12 @@ def look_up(place: str, *, config: bool = True) -> Found:
     Raises:
         ConfigError: neither a directory with that file nor something the hub knows.
     """
-    local = Path(os.path.expanduser(place))
-    if local.is_file() and not config:
-        return Found(place, local.resolve(), False, None)
-    if local.is_dir():
+    if (local := check_place(place)) is not None:
+        if local.is_file() and not config:
+            return Found(place, local.resolve(), False, None)
         if config and not (local / "config.json").is_file():
             raise ConfigError(f"{local} has no config.json: give the directory of a checkpoint")
         return Found(str(local.resolve()), local.resolve() / "config.json", False, None)
-    if not _is_id(place):
-        raise _no_place(place)
     name, _, revision = place.partition("@")
     if config and not _uses_modelscope():
         found = Path(_from_hugging_face(name, revision or None, file="config.json"))
@@ -68,21 +60,21 @@ def look_up(place: str, *, config: bool = True) -> Found:
     return Found(name, found, True, found.parent.name)
 
 
-def check_place(place: str) -> None:
-    """Raise ConfigError unless `place` is an existing file or directory, or has the form of a hub id."""
-    here = place == f"embedded:{EMBEDDED_BUNDLE}" or Path(os.path.expanduser(place)).exists()
-    if not here and not _is_id(place):
-        raise _no_place(place)
+def check_place(place: str) -> Path | None:
+    """Return the file, the directory or the bundle `embedded:NAME` that `place` is; None for a hub id.
 
-
-def _is_id(place: str) -> bool:
-    return place.partition("@")[0].count("/") == 1 and not place.startswith((".", "~", "/"))
-
-
-def _no_place(place: str) -> ConfigError:
-    return ConfigError(
-        f"{place}: no such directory, and not a hub id of the form owner/name or owner/name@revision"
-    )
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if place == f"embedded:{EMBEDDED_BUNDLE}":
+        return embedded_bundle()
+    local = Path(os.path.expanduser(place))
+    if local.exists():
+        return local
+    if place.startswith((".", "~", "/")) or place.partition("@")[0].count("/") != 1:
+        why = "no such directory, and not a hub id of the form owner/name or owner/name@revision"
+        raise ConfigError(f"{place}: {why}")
+    return None
 
 
 def _uses_modelscope() -> bool:

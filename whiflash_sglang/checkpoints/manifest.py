@@ -57,11 +57,14 @@ def check_members(bundle: Path, named: Mapping[str, str]) -> None:
     roots = roots_of(bundle)
     for key, value in named.items():
         path = PurePosixPath(value)
-        if path.is_absolute() or ".." in path.parts or "\0" in value:
-            raise _leaves(bundle, key, value)
-        for member in _reached(bundle / value):
+        climbs = path.is_absolute() or ".." in path.parts or "\0" in value
+        for member in [Path("/")] if climbs else _reached(bundle / value):
             if not any(member.is_relative_to(root) for root in roots):
-                raise _leaves(bundle, key, value, f", a link to {member}")
+                link = "" if climbs else f", a link to {member}"
+                raise ConfigError(
+                    f"{bundle}/whiflash.json: key {key!r}: {value!r}{link} is outside the bundle; a bundle names its "
+                    "own files, relative to it"
+                )
 
 
 def _reached(path: Path) -> Iterator[Path]:
@@ -69,13 +72,6 @@ def _reached(path: Path) -> Iterator[Path]:
     yield path.resolve()
     for directory, directories, files in os.walk(path):
         yield from (Path(directory, name).resolve() for name in (*directories, *files))
-
-
-def _leaves(bundle: Path, key: str, value: str, how: str = "") -> ConfigError:
-    return ConfigError(
-        f"{bundle}/whiflash.json: key {key!r}: {value!r}{how} is outside the bundle; a bundle names its own files, "
-        "relative to it"
-    )
 
 
 MANIFEST = "whiflash.json"

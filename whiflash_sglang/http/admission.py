@@ -68,7 +68,7 @@ _READERS = {
     why="SGLang sends lists where it has one prompt, and its scheduler ends on types that it does not read",
     until="SGLang checks what it sends by the types that its scheduler reads",
 )
-def _typed(original: Any, self: Any, obj: Any, request: Any = None) -> Any:
+def _init_request(original: Any, self: Any, obj: Any, request: Any = None) -> Any:
     """Refuse fields whose types the scheduler cannot decode, before SGLang holds adapters. Raises ValueError (400)."""
     if asks_for_ours(self.server_args) and isinstance(obj, GenerateReqInput):
         check_types(obj)
@@ -88,7 +88,7 @@ def _typed(original: Any, self: Any, obj: Any, request: Any = None) -> Any:
     why="SGLang's scheduler ends on numbers that no check of its own looks at",
     until="SGLang checks token ids and ranges before it schedules",
 )
-def _refusing(original: Any, self: Any, obj: Any, input_ids: Any) -> None:
+def _validate_request(original: Any, self: Any, obj: Any, input_ids: Any) -> None:
     """Refuse values that would end the scheduler, and media that the server does not take. Raises ValueError, which
     SGLang answers with 400."""
     ours = asks_for_ours(self.server_args)
@@ -235,11 +235,11 @@ def check_scores(obj: GenerateReqInput, input_ids: Sequence[int] | None, server_
             f"{field}: needs a server that prefills a prompt whole; start it with --disable-radix-cache "
             "--chunked-prefill-size -1 and without --allow-auto-truncate"
         )
-    asked = {
+    values = {
         "sampling_params.max_new_tokens": obj.sampling_params.get("max_new_tokens"),
         "logprob_start_len": obj.logprob_start_len if obj.return_logprob else 0,
     }
-    for name, value in asked.items():
+    for name, value in values.items():
         if value != 0:
             raise ValueError(f"{name}: is {value}; must be 0 beside {field}")
 

@@ -64,16 +64,12 @@ def _add_flags(original: Any, parser: argparse.ArgumentParser) -> None:
 def _read_flags(original: Any, cls: Any, args: argparse.Namespace) -> Any:
     """Read our flags if the launch asks for WHIFLASH."""
     server_args = original(cls, args)
-    given = {field: getattr(args, _dest(field), None) for field in Flags.model_fields}
     try:
-        if not _wanted(server_args):
-            _require_nothing(given)
-            return server_args
-        attach(server_args, given)
+        if attach(server_args, {field: getattr(args, _dest(field), None) for field in Flags.model_fields}):
+            server_args._whiflash_from_command_line = True
+            patch_launcher(server_args)
     except WhiflashError as error:
         raise SystemExit(f"whiflash: error: {error}") from None
-    server_args._whiflash_from_command_line = True
-    patch_launcher(server_args)
     return server_args
 
 
@@ -89,11 +85,8 @@ def _engine_arguments(original: Any) -> Any:
     def build(**kwargs: Any) -> Any:
         given = {field: kwargs.pop(_dest(field), None) for field in Flags.model_fields}
         server_args = original(**kwargs)
-        if _wanted(server_args):
-            attach(server_args, given)
+        if attach(server_args, given):
             _patch_engine()
-        else:
-            _require_nothing(given)
         return server_args
 
     return staticmethod(build)
@@ -121,18 +114,6 @@ def _patch_engine() -> None:
     patching.install(arguments, admission, figures, traces)
 
 
-def _wanted(server_args: Any) -> bool:
-    return (server_args.speculative_algorithm or "").upper() == ALGORITHM
-
-
-def _require_nothing(given: dict[str, Any]) -> None:
-    for field, value in given.items():
-        if value is not None:
-            raise ConfigError(
-                f"{flag_of(field)} has no effect without --speculative-algorithm WHIFLASH: give both, or remove it"
-            )
-
-
 def require_names() -> None:
     """Check SGLang's names at a launch. A release that was not tested must have all names that any process uses.
 
@@ -151,29 +132,32 @@ def require_names() -> None:
     )
 
 
-def attach(server_args: Any, given: dict[str, Any]) -> None:
+def attach(server_args: Any, given: dict[str, Any]) -> bool:
     """Resolve the flags and set them on `server_args`, before SGLang's own resolution reads the draft path.
+
+    Returns:
+        Whether the launch asks for WHIFLASH.
 
     Raises:
         ConfigError: naming the flag or the file.
         IncompatibleEngineError: a private name of SGLang is missing or has changed.
     """
+    if (server_args.speculative_algorithm or "").upper() != ALGORITHM:
+        if useless := [flag_of(field) for field, value in given.items() if value is not None]:
+            why = "has no effect without --speculative-algorithm WHIFLASH: give both, or remove it"
+            raise ConfigError(f"{useless[0]} {why}")
+        return False
     require_names()
     from whiflash_sglang.checkpoints.fit import target_mtp
     from whiflash_sglang.engine.launch.arguments import choose
 
-    flags = parse_flags(given)
-    path, download_dir = server_args.speculative_draft_model_path, server_args.download_dir
+    flags, download_dir = parse_flags(given), server_args.download_dir
+    path, fetch = server_args.speculative_draft_model_path, partial(hub.fetch, download_dir=download_dir)
     revision = server_args.speculative_draft_model_revision
-    local = (
-        hub.fetch(path, revision=revision, download_dir=download_dir)
-        if path
-        else hub.default_bundle_for(server_args.model_path)
-    )
+    local = fetch(path, revision=revision) if path else hub.default_bundle_for(server_args.model_path)
+    places = {field: getattr(flags, field) for field in ("eagle_draft", "uno", "neural_router_path")}
     fetched = {
-        field: str(hub.fetch(place, download_dir=download_dir))
-        for field in ("eagle_draft", "uno", "neural_router_path")
-        if (place := getattr(flags, field)) and not Path(place).is_file()
+        field: str(fetch(place)) for field, place in places.items() if place and not Path(place).is_file()
     }
     flags = flags.model_copy(update=fetched)
     head = partial(target_mtp, server_args.model_path, server_args.revision, download_dir)
@@ -186,5 +170,6 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
     # A server without a tokenizer serves no chats, and SGLang has nothing to put a template into.
     if server_args.chat_template is None and settings.chat_template is not None:
         server_args.chat_template = None if server_args.skip_tokenizer_init else str(settings.chat_template)
-    if server_args.tool_call_parser is None and settings.tool_call_parser is not None:
+    if server_args.tool_call_parser is None:
         server_args.tool_call_parser = settings.tool_call_parser
+    return True

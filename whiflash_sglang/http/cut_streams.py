@@ -157,51 +157,46 @@ class Cutter:
         """End of the last waiting output's text; number of tokens that the decoder has seen."""
         self._tokens: list[int] = []
         self._text = ""
-        """Text that arrived and was not sent. It begins at character `_shown`; unsent tokens begin at token `_sent`."""
+        """Tokens and text that arrived. Those before `_sent` and `_shown` were sent."""
         self._shown = self._sent = 0
         self._records: dict[str, list[Any]] = {}
 
     def cut(self, output: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the outputs to send now that `output` has arrived; only the answer's last one has a finish reason."""
         meta, tokens, text = output["meta_info"], output["output_ids"], output["text"]
-        if not self._increments:
-            tokens, text = tokens[self._seen :], text[self._shown + len(self._text) :]
-        self._seen += len(tokens)
-        self._text += text
-        self._tokens += tokens
         if self._increments:
+            self._tokens += tokens
+            self._text += text
             for key in meta.keys() & _INCREMENTAL_STREAMING_META_INFO_KEYS:
                 self._records.setdefault(key, []).extend(meta[key])
-        for token in tokens:
+        else:
+            self._tokens, self._text = tokens, text
+        for token in self._tokens[self._seen :]:
             if (taken := self._decoder.take(token)) is not None:
                 size, decoded = taken
                 self._end += len(decoded)
                 self._waiting.append((size, self._end))
-        arrived = self._shown + len(self._text)
+        self._seen, arrived = len(self._tokens), len(self._text)
         ready = sum(1 for _ in takewhile(lambda waiting: waiting[1] <= arrived, self._waiting))
         if meta["finish_reason"] is None:
             return [self._piece(output, *self._waiting.popleft()) for _ in range(ready)]
-        whole = sum(size for size, _ in islice(self._waiting, ready)) == len(self._tokens)
-        pieces = [self._piece(output, *self._waiting.popleft()) for _ in range(ready - whole)]
-        return [*pieces, self._piece(output, len(self._tokens), arrived, ends=True)]
+        unsent = self._seen - self._sent
+        is_whole = sum(size for size, _ in islice(self._waiting, ready)) == unsent
+        pieces = [self._piece(output, *self._waiting.popleft()) for _ in range(ready - is_whole)]
+        return [*pieces, self._piece(output, self._seen - self._sent, arrived, ends=True)]
 
     def _piece(self, output: dict[str, Any], size: int, end: int, *, ends: bool = False) -> dict[str, Any]:
         """Return an output of the next `size` tokens, with the text up to character `end`. ends: the answer's last."""
-        fresh = max(end - self._shown, 0)
-        text, self._text = self._text[:fresh], self._text[fresh:]
-        tokens, self._tokens = self._tokens[:size], self._tokens[size:]
-        self._shown += len(text)
-        self._sent += size
+        sent, shown = (self._sent, self._shown) if self._increments else (0, 0)
+        self._sent, self._shown = self._sent + size, max(self._shown, end)
         if ends and not self._increments:
             return output
         meta = {**output["meta_info"]}
         if not ends:
             meta["finish_reason"] = None
             meta |= {key: min(self._sent, meta[key]) for key in _COUNTS if key in meta}
-        if not self._increments:
-            whole = output["output_ids"][: self._sent]
-            return {**output, "text": output["text"][: self._shown], "output_ids": whole, "meta_info": meta}
         for key in meta.keys() & self._records.keys():
             records = self._records[key]
             meta[key], self._records[key] = (records, []) if ends else (records[:size], records[size:])
+        text, tokens = self._text[shown : self._shown], self._tokens[sent : self._sent]
         return {**output, "text": text, "output_ids": tokens, "meta_info": meta}

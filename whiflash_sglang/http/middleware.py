@@ -51,12 +51,12 @@ INFO = ("/server_info", "/get_server_info")
 def install() -> None:
     """Add the middleware after all others of SGLang's application, so that API keys are checked first. Idempotent."""
     app = http_server.app
-    if not any(entry.cls is OurFields for entry in app.user_middleware):
-        app.user_middleware.append(Middleware(OurFields))
+    if not any(entry.cls is HintsMiddleware for entry in app.user_middleware):
+        app.user_middleware.append(Middleware(HintsMiddleware))
         app.middleware_stack = None  # it is built when the next request comes
 
 
-class OurFields:
+class HintsMiddleware:
     """Reads our fields of a request before its route does, and has `writer` extend what the route sends."""
 
     def __init__(self, app: Any) -> None:

@@ -152,19 +152,19 @@ async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Fields]:
     # A client may choose the name of a health check, so that name opens nothing.
     is_check = str(getattr(obj, "rid", None)).startswith(HEALTH_CHECK_RID_PREFIX)
     is_unlearned = settings.samples.directory is not None and (is_warm_up or is_check)
-    entries, found = parameters_of(obj), []
+    entries, fields = parameters_of(obj), list[Fields]()
     for entry in entries:
         if call is not None and call.fields is not None:
             one = replace(call.fields, params=implied(manager, as_chat(call), call.fields))
         else:
             one = await fields_of(manager, entry.get("custom_params") if isinstance(entry, dict) else None)
-        found.append(one.unlearned() if is_unlearned else one)
+        fields.append(one.unlearned() if is_unlearned else one)
     for name, value in keys.items():
         setattr(obj, name, value)
-    if any(one.params is not None for one in found):
-        filled = [_filled(entry, one.params) for entry, one in zip(entries, found, strict=True)]
+    if any(one.params is not None for one in fields):
+        filled = [_filled(entry, one.params) for entry, one in zip(entries, fields, strict=True)]
         obj.sampling_params = filled if isinstance(obj.sampling_params, list) else filled[0]
-    return found
+    return fields
 
 
 def _filled(entry: Any, params: dict[str, Any] | None) -> Any:

@@ -38,8 +38,8 @@ def install() -> None:
     callers.drop_trailers()
     patching.install(admission, figures, sys.modules[__name__], traces, writer)
     middleware.install()
-    known = {getattr(route, "path", None) for route in http_server.app.routes}
-    if "/whiflash/capabilities" not in known:
+    paths = {getattr(route, "path", None) for route in http_server.app.routes}
+    if "/whiflash/capabilities" not in paths:
         http_server.app.get("/whiflash/capabilities")(_capabilities)
         # With --admin-api-key only its holder may call these, as with SGLang's own /set_internal_state. Two readings
         # of the state reveal how many drafts were accepted in between.
@@ -57,7 +57,7 @@ def install() -> None:
     why="all requests and outputs pass here; readers of streams want one token an output (sglang #31915, #37634)",
     until="SGLang lets algorithms see requests, and its parsers read outputs of several tokens",
 )
-async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+async def _generate_request(original: Any, self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
     """Check and take up hints, follow answers for traces, and cut streams into the outputs of plain decoding."""
     outputs, call = original(self, obj, request), reader.CURRENT.get()
     if asks_for_ours(self.server_args):
@@ -76,7 +76,9 @@ async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) ->
     why="SGLang attaches any storage while it serves",
     until="SGLang judges what is attached as it does a launch",
 )
-async def _attaching(original: Any, self: Any, hicache_storage_backend: str, *args: Any, **named: Any) -> Any:
+async def _attach_storage(
+    original: Any, self: Any, hicache_storage_backend: str, *args: Any, **named: Any
+) -> Any:
     """Refuse to attach storage to a running server if a launch with it would be refused."""
     if asks_for_ours(self.server_args):
         draft_kv = bool(settings_of(self.server_args).drafters)
@@ -170,12 +172,12 @@ def _steering(name: str, change: Change) -> Callable[..., Awaitable[JSONResponse
     """Return the route of a change, which answers with the state afterwards and writes a line to the log."""
 
     async def steer(body: Body, request: Request) -> JSONResponse:
-        told: dict[str, Any] = {}
-        answer = await _answered(change(body, told))
+        logged: dict[str, Any] = {}
+        answer = await _answered(change(body, logged))
         # If a gateway is in front of this server, this is the gateway's address.
         client = request.client.host if request.client else None
         done = "done" if answer.status_code == 200 else f"refused with {answer.status_code}"
-        logger.info("control: %s %s, from %s: %s", name, json.dumps(told), client or "nowhere", done)
+        logger.info("control: %s %s, from %s: %s", name, json.dumps(logged), client or "nowhere", done)
         return answer
 
     return steer
@@ -183,18 +185,14 @@ def _steering(name: str, change: Change) -> Callable[..., Awaitable[JSONResponse
 
 def _loggable(change: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a policy change that may be logged: known names with short values; `...` for a long one."""
-    found = {}
-    for name in PolicyChange.model_fields:
-        if name in change:
-            value = change[name]
-            short = isinstance(value, bool | int | float | str | None) and len(repr(value)) <= 32
-            found[name] = value if short else "..."
-    return found
+    fields = {name: change[name] for name in PolicyChange.model_fields if name in change}
+    scalar = (bool, int, float, str, type(None))
+    return {n: v if isinstance(v, scalar) and len(repr(v)) <= 32 else "..." for n, v in fields.items()}
 
 
-async def _set_policy(change: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+async def _set_policy(change: dict[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
     """Change router, thresholds or dwell while serving."""
-    told.update(_loggable(change))
+    logged.update(_loggable(change))
     server_args = http_server._global_state.tokenizer_manager.server_args
     settings = changed(settings_of(server_args), change)
     state = await _send(change_request(encode(change)))
@@ -202,11 +200,11 @@ async def _set_policy(change: dict[str, Any], told: dict[str, Any]) -> dict[str,
     return state
 
 
-async def _forget(who: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+async def _forget(who: dict[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
     """Drop what is kept of one tenant, or of everybody: how well copies fit, and samples for learning."""
     handle = parse_forget(who)
     # The log gets a hash of the tenant's keys: whoever has the keys is the tenant.
-    told.update({"all": True} if handle is None else {"tenant": f"{handle:016x}"})
+    logged.update({"all": True} if handle is None else {"tenant": f"{handle:016x}"})
     state = await _send(change_request(encode_forget(handle)))
     directory = settings_of(http_server._global_state.tokenizer_manager.server_args).samples.directory
     if directory is not None:  # the schedulers have dropped the samples that they had in memory

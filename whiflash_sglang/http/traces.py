@@ -27,7 +27,7 @@ _ATTRIBUTES = "_whiflash_attributes"
     why="SGLang cuts records by token offsets and repeats them with every output",
     until="it has records of a whole request",
 )
-def _taking_recordings(
+def _update_meta_info(
     original: Any, self: Any, meta_info: Any, state: Any, customized_info: Any, index: int, finish_reason: Any
 ) -> None:
     """Keep recordings out of the records that SGLang cuts by token offsets and repeats with every output."""
@@ -47,7 +47,7 @@ def _taking_recordings(
     why="algorithms cannot add to spans",
     until="they can",
 )
-def _telling_spans(original: Any, self: Any, state: Any, *args: Any) -> dict[str, Any]:
+def _span_attributes(original: Any, self: Any, state: Any, *args: Any) -> dict[str, Any]:
     """Add to a request's tracing span (`--enable-trace`) which drafters drafted it."""
     return {**original(self, state, *args), **getattr(state, _ATTRIBUTES, {})}
 
@@ -88,11 +88,11 @@ class _Outputs:
             texts.append(text or "")
             tokens = earlier
         if fields.prediction is not None and meta.get("finish_reason"):
-            found = Prediction(fields.prediction)
-            await asyncio.get_running_loop().run_in_executor(None, found.follow, tokens)
+            prediction = Prediction(fields.prediction)
+            await asyncio.get_running_loop().run_in_executor(None, prediction.follow, tokens)
             counts = {
-                "accepted_prediction_tokens": found.accepted,
-                "rejected_prediction_tokens": found.rejected,
+                "accepted_prediction_tokens": prediction.accepted,
+                "rejected_prediction_tokens": prediction.rejected,
             }
             meta.update(counts)
             if self._call is not None:

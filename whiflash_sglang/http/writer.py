@@ -214,7 +214,7 @@ def _json(value: object) -> str:
     until="SGLang carries `meta_info` of algorithms over",
     optional=True,
 )
-async def _extending_response(original: Any, self: Any, *args: Any, **named: Any) -> Any:
+async def _full_response(original: Any, self: Any, *args: Any, **named: Any) -> Any:
     """Add traces and counts of predicted tokens to answers of Responses."""
     response = await original(self, *args, **named)
     call = CURRENT.get()
