@@ -64,7 +64,7 @@ def test_a_field_without_a_meaning_is_an_error(reference: ModuleType) -> None:
 
 def test_every_route_and_state_is_on_the_page_of_routes() -> None:
     page = (ROOT / "docs" / "reference" / "server.md").read_text(encoding="utf-8")
-    code = (ROOT / "whiflash_sglang" / "engine" / "http" / "routes.py").read_text(encoding="utf-8")
+    code = (ROOT / "whiflash_sglang" / "http" / "routes.py").read_text(encoding="utf-8")
     read, steering = (
         re.findall(r'app\.get\("/whiflash/(\w+)"\)', code),
         re.findall(r'\("(\w+)", _\w+\)', code),
