@@ -201,7 +201,7 @@ async def _set_policy(change: dict[str, Any], logged: dict[str, Any]) -> dict[st
 
 
 async def _forget(who: dict[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
-    """Drop what is kept of one tenant, or of everybody: how well copies fit, and samples for learning."""
+    """Drop samples of one tenant, or of all, and begin the rates of copies and forced text again for all."""
     handle = parse_forget(who)
     # The log gets a hash of the tenant's keys: whoever has the keys is the tenant.
     logged.update({"all": True} if handle is None else {"tenant": f"{handle:016x}"})
