@@ -20,19 +20,6 @@ def carried(**fields: object) -> dict[str, object]:
     return {"whiflash": json.dumps(fields)}
 
 
-def test_full_hint_is_read() -> None:
-    span: dict[str, object] = {
-        "kind": "tool_call",
-        "begin": "<tool_call>",
-        "end": "</tool_call>",
-        "prefer": "lookup",
-    }
-    span |= {"bias": {"lookup": 1.5, "ar": -2}, "pin": True, "open": True}
-    hints = parse_hints(carried(version=1, off=True, infer=False, trace=True, lookup="context", spans=[span]))
-    expected = Hints(off=True, infer=False, trace=True, lookup="context", spans=(Span.model_validate(span),))
-    assert dict(hints) == dict(expected) | {"trace": "summary", "tools": "", "inferred": False}
-
-
 def test_names_that_no_draft_depends_on_are_checked() -> None:
     assert parse_hints(carried(agent="é" * MAX_NAME_CHARS)).source == "none"
 
@@ -47,13 +34,6 @@ def test_hints_are_added_to_what_is_said_already() -> None:
     assert json.loads(params["whiflash"])["agent"] == "a"
     assert add_hints(None, {"agent": "b"}) == {"whiflash": '{"agent":"b"}'}
     assert add_hints(said, {"agent": "é" * (MAX_BYTES // 2)}) is None
-
-
-@pytest.mark.parametrize(
-    ("sent", "level"), [(True, "summary"), ("summary", "summary"), ("full", "full"), (False, None)]
-)
-def test_a_trace_is_asked_for_by_level(sent: object, level: str | None) -> None:
-    assert parse_hints(carried(trace=sent)).trace == level
 
 
 @pytest.mark.parametrize(
@@ -127,6 +107,15 @@ def test_what_is_no_token_id_is_refused_by_its_place(token: object) -> None:
         forced_tokens({"whiflash_forced": [8, token]}, 9)
     with pytest.raises(HintError, match=r"whiflash_prediction\[1\]"):
         prediction_reader(None, 2, 9)({"whiflash_prediction": [8, token]})
+
+
+def test_of_a_long_prediction_the_beginning_is_read_as_what_it_may_be() -> None:
+    read = prediction_reader(None, 2, 9)
+    assert read({"whiflash_prediction": [8, 7, 99]}) == ([8, 7], True)
+    assert read({"whiflash_prediction": [8]}) == ([8], False)
+    for said, why in (({"1": 2}, "must be a string or a list"), ("text", "this server has no tokenizer")):
+        with pytest.raises(HintError, match=why):
+            read({"whiflash_prediction": said})
 
 
 @pytest.mark.parametrize(("params", "field", "reason"), MALFORMED)

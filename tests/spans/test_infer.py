@@ -1,7 +1,7 @@
 """Inference, and that the SDK and the server mean the same by the same bytes."""
 
 from itertools import groupby
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -76,18 +76,23 @@ SPAN = st.builds(
 LEVELS: list[bool | sdk_hints.TraceLevel] = [False, True, "summary", "full"]
 
 
-@given(st.lists(SPAN, max_size=18), st.booleans(), st.booleans(), st.sampled_from(LEVELS))
+OTHERS = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(("off", "infer", "learn"), st.booleans()),
+        "trace": st.sampled_from(LEVELS),
+        "lookup": st.sampled_from(get_args(sdk_hints.LookupScope)),
+    },
+)
+
+
+@given(st.lists(SPAN, max_size=18), OTHERS)
 @settings(max_examples=500, deadline=None, derandomize=True)
-def test_the_server_reads_what_the_sdk_writes(
-    spans: list[dict[str, object]], off: bool, infer: bool, trace: bool | sdk_hints.TraceLevel
-) -> None:
+def test_the_server_reads_what_the_sdk_writes(spans: list[dict[str, object]], others: dict[str, Any]) -> None:
     try:
-        sent = Hints(spans=tuple(Span(**span) for span in spans), off=off, infer=infer, trace=trace)  # type: ignore[arg-type]
+        sent = Hints(spans=tuple(Span(**span) for span in spans), **others)  # type: ignore[arg-type]
         params = sent.custom_params()
     except (ValidationError, sdk_hints.HintError):
         return
-    read = parse_hints(params)
-    assert (read.off, read.infer, read.trace) == (off, infer, "summary" if trace is True else trace or None)
-    assert [(s.kind, s.begin, s.end, s.open, s.prefer, s.pin, dict(s.bias)) for s in read.spans] == [
-        (s.kind, s.begin, s.end, s.open, s.prefer, s.pin, s.bias) for s in sent.spans
-    ]
+    trace = "summary" if sent.trace is True else sent.trace or None
+    assert dict(parse_hints(params)) == dict(sent) | {"trace": trace, "tools": "", "inferred": False}

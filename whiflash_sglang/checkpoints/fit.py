@@ -148,14 +148,6 @@ class TargetFit(NamedTuple):
     element: int
 
 
-class Judged(NamedTuple):
-    """A drafter's name, whether it can be served, and one line of details or the reason why not."""
-
-    name: str
-    ok: bool
-    detail: str
-
-
 def read_target(place: str) -> TargetFit:
     """Read a target's sizes from its directory or hub id. Raises WhiflashError naming what is missing."""
     config = look_up(place).config
@@ -171,21 +163,24 @@ def read_target(place: str) -> TargetFit:
     return TargetFit(TargetShape.read(config), layers * numbers * element, element)
 
 
-def judge(checkpoint: str, target: TargetFit | None) -> Iterator[Judged]:
-    """Judge a drafter, or every drafter of a bundle, by directory or hub id; a UNO adapter by directory only."""
+def judge(checkpoint: str, target: TargetFit | None) -> Iterator[tuple[str, bool, str]]:
+    """Judge a drafter, or every drafter of a bundle, by directory or hub id; a UNO adapter by directory only.
+
+    Yields its name, whether it can be served, and one line of details or the reason why not.
+    """
     try:
         parts = _parts(checkpoint)
     except WhiflashError as error:
-        yield Judged(checkpoint, False, _reason(error, checkpoint))
+        yield checkpoint, False, _reason(error, checkpoint)
         return
     for name, place in parts.items():
         try:
             if adapter := adapter_in(Path(os.path.expanduser(place))):
-                yield Judged(name, True, f"an adapter of rank {read_adapter(adapter)['r']}, the uno arm")
+                yield name, True, f"an adapter of rank {read_adapter(adapter)['r']}, the uno arm"
             else:
-                yield Judged(name, True, _describe(read_draft(look_up(place).config.parent), target))
+                yield name, True, _describe(read_draft(look_up(place).config.parent), target)
         except WhiflashError as error:
-            yield Judged(name, False, _reason(error, place))
+            yield name, False, _reason(error, place)
 
 
 def _reason(error: WhiflashError, place: str) -> str:

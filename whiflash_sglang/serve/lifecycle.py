@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from whiflash_sglang.arms.base import TextDrafter
@@ -34,18 +34,6 @@ FINISHED = ("stop", "length")
 """SGLang's reasons for an end that leave a whole answer: neither aborted nor left by the client."""
 
 
-class Consent(NamedTuple):
-    """Consent of a request, or of all turns of a session so far, to being learned from.
-
-    agrees: whether every turn does. forgets: how often text had been forgotten when the first turn arrived. handles: of
-    the tenants of all turns, as in `Sample`.
-    """
-
-    agrees: bool
-    forgets: int
-    handles: tuple[int, ...]
-
-
 class Lifecycle:
     """Opens and closes what drafters, backlog, controller and tables keep of a request. It calls arms in `quarantine`
     only to drop their state.
@@ -72,19 +60,17 @@ class Lifecycle:
         self._penalties = penalties
         self._read_prediction, self._hooks = read_prediction, hooks
         self._quarantine, self._tally, self._publisher, self._spool = quarantine, tally, publisher, spool
-        self._consents: WeakKeyDictionary[Any, Consent] = WeakKeyDictionary()
-        """By session, or by request if it has none."""
-        self._forgets = 0
-        """How often text was forgotten."""
+        self._handles: WeakKeyDictionary[Any, tuple[int, ...] | None] = WeakKeyDictionary()
+        """By session, or by request if it has none: handles of the tenants of its turns so far, as in `Sample`; None if
+        it is no sample, since a turn did not consent or text was forgotten since its first turn arrived."""
 
     def arrived(self, req: Any) -> None:
         """Note the consent of a request that arrives: its text may be forgotten while it waits to begin."""
         if self._spool is not None:
             whole = req.session or req
-            known = self._consents.get(whole, Consent(True, self._forgets, ()))
-            agrees, handles = _consent_of(req)
-            both = tuple(dict.fromkeys((*known.handles, *handles)))
-            self._consents[whole] = known._replace(agrees=known.agrees and agrees, handles=both)
+            known, handles = self._handles.get(whole, ()), _handles_of(req)
+            refused = known is None or handles is None
+            self._handles[whole] = None if refused else tuple(dict.fromkeys((*known, *handles)))
 
     def begin(self, row: int, req: Any, upload: Upload) -> None:
         """Open a request that is prefilled into `row`. A further chunk of its prefill changes nothing; a retracted
@@ -131,7 +117,8 @@ class Lifecycle:
         """Drop samples of the tenant with this handle, or of all (None), and what drafters learned or cached of
         anybody's text. Requests that have begun leave no sample.
         """
-        self._forgets += 1
+        for whole in list(self._handles):
+            self._handles[whole] = None
         for drafter in self._drafters.values():
             drafter.forget()
         if self._spool is not None:
@@ -174,18 +161,16 @@ class Lifecycle:
     def _sample(self, spool: Spool, req: Any) -> None:
         """Offer a finished request to the learner, if it consents and the target read nothing but tokens.
 
-        A turn's prompt holds the turns before it. If text was forgotten since the session's first turn arrived, the
-        prompt may hold that text, so the request is declined.
+        A turn's prompt holds the turns before it, so all of them have to consent.
         """
         text = req.multimodal_inputs is None and req.input_embeds is None
-        consent = self._consents.get(req.session or req)
-        agrees = consent is not None and consent.agrees and consent.forgets == self._forgets
+        handles = self._handles.get(req.session or req)
         finished = req.finished_reason.to_json()["type"] in FINISHED
         answer = req.output_ids_through_stop
-        if consent is None or not (text and agrees and finished and answer) or self._hooks:
+        if handles is None or not (text and finished and answer) or self._hooks:
             spool.decline()
             return
-        spool.offer(req.origin_input_ids, answer, consent.handles)
+        spool.offer(req.origin_input_ids, answer, handles)
 
     def _predicted(self, req: Any) -> Sequence[int] | None:
         """Return the answer's tokens that the request's caller expects; a malformed prediction is ignored."""
@@ -221,12 +206,14 @@ def _tenant_of(req: Any) -> Tenant | None:
     return tenant_of((req.extra_key or "").removesuffix(req.lora_id or ""), req.cache_salt)
 
 
-def _consent_of(req: Any) -> tuple[bool, Sequence[int]]:
-    """Return whether a request may be learned from, and the handles by which its sample can be forgotten.
+def _handles_of(req: Any) -> Sequence[int] | None:
+    """Return the handles by which a request's sample can be forgotten; None if it may not be learned from.
 
     `lookup: context` means that nothing is kept, and malformed hints may have said so. Text of an adapter is excluded,
     since the drafters serve every adapter.
     """
     hints, tenant = _hints_of(req), _tenant_of(req)
     agrees = hints is not MALFORMED and hints.learn and hints.lookup == "on" and req.lora_id is None
-    return agrees, () if tenant is None else (handle_of(tenant),)
+    if not agrees:
+        return None
+    return () if tenant is None else (handle_of(tenant),)

@@ -246,18 +246,10 @@ SERIES = (
         "speed-up",
         lambda w: w.tally.plain_seconds,
     ),
-    _one(
-        "verified_rows_total", "rows that the target verified, on CUDA with padding", lambda w: w.clock.rows
-    ),
     _each(
         "catch_up_tokens_total{arm}",
         "upper bound of the tokens that a drafter ingested after others had drafted",
         lambda w: w.sync.caught_up,
-    ),
-    _one(
-        "catch_up_extra_seconds_total",
-        "seconds of catching up that a drafter used in every round would not have spent",
-        lambda w: w.clock.extra_catch_up_seconds,
     ),
     _each(
         "backlog_tokens{arm}",

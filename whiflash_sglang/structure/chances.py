@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from whiflash_sglang.copying.calibration import SURE
 from whiflash_sglang.drafts.rates import Rates
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, cut_behind
-from whiflash_sglang.structure.layout import Habit
+from whiflash_sglang.structure.layout import Layout
 
 KEPT = 512
 """Number of cuts that are remembered; the one written least recently goes first."""
@@ -131,7 +131,7 @@ class StructureChances:
         self.of: Callable[[Kind], float] = self._chances.__getitem__
         """Returns the chance that a token of a kind is right."""
         self.cuts = Cuts()
-        self.habits: dict[bool, Habit] = {}
+        self.habits: dict[bool, Layout] = {}
 
     def observe(self, kind: Kind, right: bool) -> None:
         """Learn whether a token of this kind, with all before it right, was `right`."""

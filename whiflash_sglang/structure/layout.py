@@ -1,7 +1,7 @@
 """Follows how a JSON text is laid out: blanks are free, but a writer seldom changes its habit in the middle."""
 
 from bisect import bisect_left
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -36,13 +36,6 @@ class Frames(NamedTuple):
 NO_FRAMES = Frames()
 
 
-class Habit(NamedTuple):
-    """The layout of an earlier text. seen, unit: as in `Layout`."""
-
-    seen: Mapping[str, str]
-    unit: int
-
-
 @dataclass
 class Layout:
     """Follows a JSON text character by character and records its blanks.
@@ -63,7 +56,7 @@ class Layout:
     blanks: str = ""
     seen: dict[str, str] = field(default_factory=dict)
     frames: Frames = NO_FRAMES
-    habit: Habit | None = None
+    habit: "Layout | None" = None
     depth: int = 0
     unit: int = 0
     words: Sequence[str] | None = None
@@ -144,11 +137,11 @@ class Layout:
         left = usual[len(self.blanks) :] if usual.startswith(self.blanks) else ""
         return left, place in self.seen
 
-    def as_habit(self) -> Habit:
+    def as_habit(self) -> "Layout":
         """Return this text's blanks and indentation, as the layout to expect of later texts of the same kind."""
         seen = (self.seen | self._within).items()
         kept = {place: usual for place, usual in seen if MARKS.issuperset(place) and len(usual) <= LONGEST}
-        return Habit(kept, self.unit)
+        return Layout(seen=kept, unit=self.unit)
 
     def _follow(self, text: str) -> None:
         at, size = 0, len(text)
