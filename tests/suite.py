@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -162,10 +162,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    examples = 10 if config.getoption("--fast") else hypothesis.settings.default.max_examples
+    hypothesis.settings.register_profile(
+        "suite", max_examples=examples, deadline=None
+    )  # nothing depends on speed
+    hypothesis.settings.load_profile("suite")
     if config.getoption("--fast"):
         sys.meta_path.insert(0, NoSGLang())  # type: ignore[arg-type]
-        hypothesis.settings.register_profile("fast", max_examples=10)
-        hypothesis.settings.load_profile("fast")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -211,27 +214,30 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 BEGAN = time.monotonic()
-SECONDS: dict[str, list[float]] = defaultdict(list)
-"""Seconds of every set-up, call and tear-down, by file."""
+SECONDS: dict[str, float] = defaultdict(float)
+TESTS = Counter[str]()
+"""By file: seconds of set-ups, tests and tear-downs, and how many tests ran."""
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    SECONDS[report.nodeid.partition("::")[0]].append(report.duration)
+    file = report.nodeid.partition("::")[0]
+    SECONDS[file] += report.duration
+    TESTS[file] += report.when == "call"
 
 
 def page_of_seconds(status: int) -> str:
     """Return the page that `--seconds` writes, in Markdown."""
     from whiflash_train.provenance import busy, made_by
 
-    made, spent = made_by(("sglang", "torch")) | busy(), {file: sum(each) for file, each in SECONDS.items()}
-    long = sorted((file for file in spent if spent[file] >= 1), key=spent.__getitem__, reverse=True)
-    rows = "".join(f"| `{file}` | {spent[file]:.0f} | {len(SECONDS[file]) // 3} |\n" for file in long)
-    minutes, rest = (time.monotonic() - BEGAN) / 60, [spent[file] for file in spent if file not in long]
+    made = made_by(("sglang", "torch")) | busy()
+    long = sorted((seconds, file) for file, seconds in SECONDS.items() if seconds >= 1)[::-1]
+    rows = "".join(f"| `{file}` | {seconds:.0f} | {TESTS[file]} |\n" for seconds, file in long)
+    minutes, rest = (time.monotonic() - BEGAN) / 60, len(SECONDS) - len(long)
     return f"""# Seconds of the test suite
 
-A run of {len(spent)} files took {minutes:.1f} minutes, or {minutes / at_start():.1f} on a quiet machine (this one was
+A run of {len(SECONDS)} files took {minutes:.1f} minutes, or {minutes / at_start():.1f} on a quiet machine (this one was
 {at_start():.1f} times slower), and ended with status {status}. The table counts tests and their fixtures, not imports.
-The other {len(rest)} files took less than a second each, {sum(rest):.0f} together.
+The other {rest} files took less than a second each.
 
 | file | seconds | tests |
 | --- | --- | --- |
