@@ -69,8 +69,8 @@ class Lifecycle:
         if self._spool is not None:
             whole = req.session or req
             known, handles = self._handles.get(whole, ()), _handles_of(req)
-            refused = known is None or handles is None
-            self._handles[whole] = None if refused else tuple(dict.fromkeys((*known, *handles)))
+            both = None if known is None or handles is None else (*known, *handles)
+            self._handles[whole] = both and tuple(dict.fromkeys(both))
 
     def begin(self, row: int, req: Any, upload: Upload) -> None:
         """Open a request that is prefilled into `row`. A further chunk of its prefill changes nothing; a retracted
