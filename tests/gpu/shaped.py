@@ -129,10 +129,10 @@ def accepting(mean: float, rows: int = QWEN3_8B.block) -> Iterator[None]:
 
     commit, right = Epilogue.commit, continuing(mean, QWEN3_8B.block)
 
-    def agreed(self: Any, verified: Any, *rest: Any, **named: Any) -> Any:
+    def agreed(self: Any, verified: Any, *rest: Any) -> Any:
         if verified.committed is None:
             verified = verified._replace(predictions=pinned(verified, right))
-        return commit(self, verified, *rest, **named)
+        return commit(self, verified, *rest)
 
     cut = mean if rows == QWEN3_8B.block else sum(right**place for place in range(rows))
     upstream = {"SIMULATE_ACC_LEN": cut, "SIMULATE_ACC_TOKEN_MODE": "real-draft-token"}

@@ -93,6 +93,7 @@ STOPS: dict[str, dict[str, Any]] = {
     "behind-a-grammar": {"ignore_eos": False, "regex": "[D-S]{9}", "stop": ["ZZ"]},
     "at-least": {"ignore_eos": False, "stop_token_ids": [70, 74, 77, 80], "min_new_tokens": 9},
     "ignored": {"ignore_eos": True, "stop_token_ids": [70, 74, 77, 80], "max_new_tokens": 13},
+    "more-than-rounds-know": {"ignore_eos": False, "stop_token_ids": [*range(1, 9), 70, 74, 77, 80]},
 }
 PENALISED: dict[str, dict[str, Any]] = {
     "frequency": {"frequency_penalty": 0.8},

@@ -36,6 +36,7 @@ from transformers import AutoTokenizer
 from trees import assert_tree_is_true
 
 from whiflash_sglang.cache import backlog
+from whiflash_sglang.cache.tokens import FEW
 from whiflash_sglang.engine.forward.target import Target
 from whiflash_sglang.prices.costs import FULL_LENGTH, MeasuredCosts
 from whiflash_sglang.records.core import Round
@@ -654,7 +655,10 @@ def check_learned(serving: Serving, arrivals: list[Arrival]) -> None:
             begin = start + 1 - prompt
             assert end <= begin <= end + req.retraction_count
             run = output[begin : begin + len(tokens)]
-            assert tokens == run or (a.params.keys() & {"stop", "stop_regex"} and tokens[: len(run)] == run)
+            cut_later = (
+                a.params.keys() & {"stop", "stop_regex"} or len(a.params.get("stop_token_ids", ())) > FEW
+            )
+            assert tokens == run or (cut_later and tokens[: len(run)] == run)
             end = begin + len(run)
         assert end <= len(output) <= end + req.retraction_count or not learned[rid]
         assert sum(len(tokens) for _, tokens in learned[rid]) >= len(output) - 1 - req.retraction_count

@@ -3,7 +3,7 @@
 The host's lists lag behind rounds that are still running; these tables do not.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from random import Random
 
 import numpy as np
@@ -42,48 +42,26 @@ class TokenTable:
 
 
 FEW = 8
-"""Number of stop tokens of a request for which there is room from the start."""
+"""Number of stop tokens of a request that rounds know."""
 
 NO_TOKEN = -1
 
 
 class StopTable:
-    """The tokens that end the request of each row; `NO_TOKEN` fills the other columns.
+    """The first tokens that end the request of each row; `NO_TOKEN` fills the other columns.
 
     Plain decoding never reaches tokens after such a token: neither the engine nor this package may learn of them, so
-    `accept_and_commit` cuts there.
+    `accept_and_commit` cuts there. If a request has more, the scheduler cuts its runs (`engine/scheduler/stops.py`).
 
-    few: `[request rows, FEW]` int64, the first stops of each, always at the same address. data: `[request rows, FEW or
-    more]` int64, all of them; `few` itself unless a request has more.
+    few: `[request rows, FEW]` int64, always at the same address.
     """
 
     def __init__(self, rows: int, device: torch.device | str) -> None:
-        self.few = self.data = torch.full((rows, FEW), NO_TOKEN, dtype=torch.int64, device=device)
-        self._exceeding: set[int] = set()
+        self.few = torch.full((rows, FEW), NO_TOKEN, dtype=torch.int64, device=device)
 
     def begin(self, upload: Upload, row: int, stops: Sequence[int]) -> None:
         """Set the tokens that end the request that begins in `row`, from when `upload` is sent. Empty: none does."""
-        missing = len(stops) - self.data.shape[1]
-        if missing > 0:
-            with torch.inference_mode(False):  # an inference tensor could not be written elsewhere
-                self.data = torch.nn.functional.pad(self.data, (0, missing), value=NO_TOKEN)
-
-        def put(sent: torch.Tensor) -> None:
-            for table in (self.data,) if self.data is self.few else (self.data, self.few):
-                table[row].fill_(NO_TOKEN)
-                table[row, : len(sent)] = sent[: table.shape[1]]
-
-        upload.then(stops, put)
-        if len(stops) > FEW:
-            self._exceeding.add(row)
-        else:
-            self._exceeding.discard(row)
-            if not self._exceeding:
-                self.data = self.few  # narrow again, since every round looks through all columns
-
-    def exceed_few(self, rows: Iterable[int]) -> bool:
-        """Whether a request in one of `rows` has more stops than `few` holds."""
-        return not self._exceeding.isdisjoint(rows)
+        upload.then([*stops[:FEW], *[NO_TOKEN] * (FEW - len(stops))], self.few[row].copy_)
 
 
 class SamplingRows:

@@ -104,7 +104,7 @@ class GraphEnds:
     def _end(self, rows: Verified, graph: Graph, needs: Collection[str]) -> Outcome:
         most = 1 if graph[2] else self._widest
         rows = rows._replace(predictions=self._epilogue.sample(rows))
-        committed = self._epilogue.commit(rows, most, few=True)
+        committed = self._epilogue.commit(rows, most)
         if most > 1:  # padding requests have no rows, so their last row would be after the end
             committed = committed._replace(last_rows=committed.last_rows.clamp(max=len(rows.logits) - 1))
         self._epilogue.park(rows, committed)

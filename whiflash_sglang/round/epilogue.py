@@ -3,8 +3,6 @@
 These functions run at the end of a verification's graph or a second graph (`round/ends.py`), or eagerly behind it.
 """
 
-from collections.abc import Iterable
-
 import torch
 from whiflash_kernels import (
     Committed,
@@ -42,12 +40,8 @@ class Epilogue:
         sampling: SamplingTable,
         penalties: PenaltyRows,
     ) -> None:
-        self._rings, self._text, self._stops = rings, text, stops
+        self._rings, self._text, self._stops = rings, text, stops.few
         self._sampling, self.penalties = sampling, penalties
-
-    def fits_graphs(self, row_ids: Iterable[int]) -> bool:
-        """Whether no request has more stops or penalties than graphs read (`few` of their tables)."""
-        return not (self._stops.exceed_few(row_ids) or self.penalties.exceed_few(row_ids))
 
     def penalise(self, rows: Verified, *, few: bool = False) -> Verified:
         """Penalise `logits` in place as requests ask. Return rows with the `entropy` of the unpenalised logits, [T]."""
@@ -61,7 +55,7 @@ class Epilogue:
         request = rows.indptr, rows.starts, rows.request_rows
         return sample_rows(rows.logits, *request, self._sampling, masks=rows.masks)
 
-    def commit(self, rows: Verified, stride: int, *, few: bool = False) -> Committed:
+    def commit(self, rows: Verified, stride: int) -> Committed:
         """Accept drafts and write the committed tokens to the text, unless a graph has done so.
 
         Args:
@@ -70,10 +64,9 @@ class Epilogue:
         if rows.committed is not None:
             return rows.committed
         assert rows.predictions is not None
-        packed = rows.predictions, rows.input_ids, rows.indptr, rows.starts
-        stops = self._stops.few if few else self._stops.data
+        packed, request = (rows.predictions, rows.input_ids, rows.indptr, rows.starts), rows.request_rows
         return accept_and_commit(
-            *packed, stride=stride, request_slots=rows.request_rows, stops=stops, text=self._text
+            *packed, stride=stride, request_slots=request, stops=self._stops, text=self._text
         )
 
     def park(self, rows: Verified, committed: Committed) -> None:

@@ -101,7 +101,8 @@ class VerifyStage:
             reads_logits=seeded or batch.sampling_info.has_custom_logit_processor,
             shared=sends_tokens(bool(grammars)),
         )
-        if plan.reads_logits or plan.shared or self._checks or not self._epilogue.fits_graphs(turn.row_ids):
+        beyond_graphs = self._epilogue.penalties.exceed_few(turn.row_ids)
+        if plan.reads_logits or plan.shared or self._checks or beyond_graphs:
             return plan
         return plan._replace(place=Place.SECOND_GRAPH if any(plan.kind) else Place.GRAPH)
 

@@ -134,7 +134,7 @@ def for_requests(target: Any, requests: int, widest: int, end_bytes: int) -> dic
     """
     columns = target.context_len + int(kv_cache_configurator.get_req_to_token_extra_context_len())
     rows = request_rows(requests)
-    tables = (TokenTable(rows, columns, widest, "meta").data, StopTable(rows, "meta").data)  # without memory
+    tables = (TokenTable(rows, columns, widest, "meta").data, StopTable(rows, "meta").few)  # without memory
     table = sum(part.nbytes for part in (*tables, *SamplingRows(rows, 0, "meta").data))
     if target.device.type != "cuda":
         return {"tables": table}

@@ -4,7 +4,8 @@ SGLang looks for stop strings and patterns in all the text of a run at once, whe
 first string of its list wins over the first one in the text, a string after a stop token over the token, and a pattern
 meets other beginnings and ends. By then the tokens after the stop are counted as reasoning and committed. So a run is
 cut where SGLang cuts runs that complete a grammar, and only its last token can end the request. Under overlap
-scheduling a run may also pass the token limit. The worker itself ends runs at stop tokens (`StopTable`).
+scheduling a run may also pass the token limit. The worker itself ends runs at a request's first stop tokens
+(`StopTable`); runs of a request with more are cut here, too.
 """
 
 from copy import copy
@@ -13,7 +14,9 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
 
+from whiflash_sglang.cache.tokens import FEW
 from whiflash_sglang.engine.carried import serves_ours
+from whiflash_sglang.engine.forward.sampling import stop_ids
 from whiflash_sglang.engine.patching import around
 
 
@@ -46,7 +49,7 @@ class BatchResultProcessor(SchedulerBatchResultProcessor):  # type: ignore[misc]
 def _kept(req: Req, run: list[int]) -> int:
     """Return how many tokens of a run plain decoding would keep: up to the one that ends the request, or all."""
     room = min(len(run), req.sampling_params.max_new_tokens - len(req.output_ids))
-    if room < 2 or not _ends_in_text(req):
+    if room < 2 or not _ends_anywhere(req):
         return room
     seen = copy(req)
     seen.grammar = None  # The grammar has taken the whole run already.
@@ -59,8 +62,9 @@ def _kept(req: Req, run: list[int]) -> int:
     return room
 
 
-def _ends_in_text(req: Req) -> bool:
-    return bool(req.sampling_params.stop_strs or req.sampling_params.stop_regex_strs)
+def _ends_anywhere(req: Req) -> bool:
+    params = req.sampling_params
+    return bool(params.stop_strs or params.stop_regex_strs) or len(stop_ids(req)) > FEW
 
 
 @around(
@@ -71,6 +75,6 @@ def _ends_in_text(req: Req) -> bool:
 )
 def _by_the_last_token(original: Any, self: Req, new_accepted_len: int = 1) -> None:
     """Let only the last token of a run end a request by its text."""
-    if new_accepted_len > 1 and _ends_in_text(self) and serves_ours():
+    if new_accepted_len > 1 and _ends_anywhere(self) and serves_ours():
         new_accepted_len = 1
     original(self, new_accepted_len)
