@@ -166,7 +166,7 @@ def resolve(
     """
     if draft_path is not None and not draft_path.is_dir():
         raise ConfigError(f"--speculative-draft-model-path {draft_path}: no such directory")
-    bundle, given = _opened(flags, draft_path)
+    bundle, given = _open(flags, draft_path)
     served = [part for part in bundle.parts if part not in given]
     paths = {**{part: bundle.fetch(part, download_dir) for part in served}, **given}
     drafters = {arm: paths[part] for arm, part in PARTS.items() if part in paths}
@@ -213,9 +213,9 @@ def resolve(
     )
 
 
-def _opened(flags: Flags, draft_path: Path | None) -> tuple[Bundle, dict[str, Path]]:
-    """Return the bundle at the draft path, one without parts if there is none, and the paths of the parts that flags or
-    a draft path that is one checkpoint give."""
+def _open(flags: Flags, draft_path: Path | None) -> tuple[Bundle, dict[str, Path]]:
+    """Return the bundle at the draft path, or one without parts, and the path of each part that comes from elsewhere:
+    from a flag, or from a draft path that is a single checkpoint."""
     is_bundle = draft_path is not None and (draft_path / MANIFEST).exists()
     bundle = Bundle.load(draft_path) if draft_path and is_bundle else Bundle(Path(), NO_MANIFEST)
     if flags.drafters == "none":
@@ -237,7 +237,8 @@ def _without_drafters(flags: Flags, bundle: Bundle, *, has_checkpoint: bool) -> 
 
 
 def _part_of(checkpoint: Path, beside: Collection[str]) -> str:
-    """Return the part of a bundle that a draft path is which is no bundle. beside: parts that flags name."""
+    """Return as which part of a bundle a single checkpoint serves: by its format, or as the block drafter if a flag
+    names the EAGLE-3 one. beside: parts that flags name."""
     if adapter_in(checkpoint):
         return "uno"
     if "eagle3" in beside:
