@@ -43,6 +43,8 @@ def test_a_wrong_flag_stops_the_launcher(launch: Arguments) -> None:
 def test_a_wrong_draft_path_stops_the_launcher(launch: Arguments) -> None:
     with pytest.raises(SystemExit, match=r"whiflash: error: .*nowhere: no such directory"):
         launch(draft="/nowhere")
+    with pytest.raises(SystemExit, match=r"whiflash: error: /nowhere/target: no such directory"):
+        launch("--model-path", "/nowhere/target")
     alone = launch(eagle=None)
     assert list(alone._whiflash.drafters) == ["diffusion"]  # type: ignore[attr-defined]
     with pytest.raises(SystemExit, match="whiflash: error: router 'ar' needs EAGLE-3"):

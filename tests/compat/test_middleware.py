@@ -107,7 +107,9 @@ def test_tools_and_formats_imply_spans_and_calls(form: Form) -> None:
     assert implied_by(form, **FORMATS[form])[0] == [("json", True)]
     if form in BUILT_IN:
         assert implied_by(form, tools=[BUILT_IN[form]]) == (fences, None)
-    if form == "responses":  # SGLang gives a tool of free text one argument
+    if form == "responses":  # SGLang calls its own tools itself, and gives a tool of free text one argument
+        built_in = implied_by(form, tools=[BUILT_IN[form]], tool_choice="required")
+        assert built_in == (fences, None)
         assert '"input"' in str(implied_by(form, tools=[{"type": "custom", "name": "f"}])[1])
 
 

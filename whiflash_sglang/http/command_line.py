@@ -152,6 +152,8 @@ def attach(server_args: Any, given: dict[str, Any]) -> bool:
     from whiflash_sglang.engine.launch.arguments import choose
 
     flags, download_dir = parse_flags(given), server_args.download_dir
+    if server_args.model_path.startswith(("/", ".", "~")):  # SGLang would take it for a malformed hub id
+        hub.check_place(server_args.model_path)
     path, fetch = server_args.speculative_draft_model_path, partial(hub.fetch, download_dir=download_dir)
     revision = server_args.speculative_draft_model_revision
     local = fetch(path, revision=revision) if path else hub.default_bundle_for(server_args.model_path)
