@@ -100,6 +100,16 @@ def test_rounds_learn_of_a_replay_what_they_learn_of_an_eager_one(
 ) -> None:
     """behind: rounds are committed behind their graphs, whose own ends must then leave no trace."""
     monkeypatch.setattr(started[0].worker.stages.verifier, "_checks", behind)
+    target, tables = started[0].worker.target, started[0].worker.sync.rings.rings
+    verify, kept = target.verify, [started[0].worker.tokens.data, tables.features, tables.next_tokens]
+
+    def watched(*args: Any) -> Any:
+        before = [table[1:].clone() for table in kept]
+        verified = verify(*args)
+        assert not behind or all(map(torch.equal, before, [table[1:] for table in kept]))
+        return verified
+
+    monkeypatch.setattr(target, "verify", watched)
     texts = [text[-40:] for text in started[1]._texts]
     stops: list[Sequence[int]] = [[texts[0][20]], [], [], [texts[3][25]], []]
     eager = learned(started, stops)
