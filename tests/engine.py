@@ -366,7 +366,7 @@ def _with_arms(arms: Sequence[Any]) -> Iterator[None]:
     from whiflash_sglang.serve import worker
 
     build, more = worker.build_drafters, {arm.arm: arm for arm in arms}
-    with patch.object(worker, "build_drafters", lambda *args: build(*args) | more):
+    with patch.object(worker, "build_drafters", lambda *args, **named: build(*args, **named) | more):
         yield
 
 

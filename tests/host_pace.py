@@ -100,7 +100,7 @@ class OverlappedAgents(Agents):
         began = time.process_time() - accepting
         grammars = constrained(self.served, turn.most, 0)
         if grammars:
-            masks = Masks(SimpleNamespace(ids_and_requests=ids), turn.ahead, grammars)
+            masks = Masks(SimpleNamespace(ids_and_requests=ids), grammars)
             masks.build(self.served, self.planner.sources.spending)
         masking = time.process_time() - began if grammars else 0.0
         wanted = list(map(len, drafts))

@@ -36,13 +36,12 @@ from whiflash_sglang.arms.lookup import LookupArm
 from whiflash_sglang.arms.structure import StructureArm
 from whiflash_sglang.checkpoints.manifest import Lookup, Structure
 from whiflash_sglang.copying.calibration import Agreement
-from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import common_prefix
 from whiflash_sglang.embedded import ensure_target
-from whiflash_sglang.prices.costs import Worth
+from whiflash_sglang.prices.costs import Costs
 from whiflash_sglang.prices.round_clock import RoundClock, RoundTime
-from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
+from whiflash_sglang.prices.tables import CostTables, Sizes, Verifications
 from whiflash_sglang.records.core import Results, Round
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.round.catch_up import DraftSync
@@ -84,26 +83,26 @@ class Batch:
     token_bytes: Sequence[bytes] = ()
 
     def __init__(self, size: int, seed: int = 0, *, timed: bool = True) -> None:
-        host, self.random, self.size = HostView(exact=False, late=True), random.Random(seed), size
+        self.random, self.size = random.Random(seed), size
         self.rounds = self.tokens = 0
         self.planned = hashlib.sha256()
         spending = Spending() if timed else Spending(clock=float, wall=float, cuts=False)
         self.drafters: dict[str, Drafter] = {
             arms.AR: Silent(arms.AR, 5),
             arms.DIFFUSION: Silent(arms.DIFFUSION, 15),
-            arms.LOOKUP: LookupArm(Lookup(), host),
+            arms.LOOKUP: LookupArm(Lookup(), late=True),
             **self._more_drafters(spending),
         }
         held = Quarantine(self.drafters, from_text=of_text(self.drafters))
         sync = DraftSync(self.drafters, 256, 1, torch.float32, held)
         sync.allocate(torch.zeros((size + 1, 1), dtype=torch.int32))
-        costs = LookedUpCosts(lambda arm: rows_of(self.drafters, arm))
+        costs = Costs(lambda arm: rows_of(self.drafters, arm))
         seconds = Sizes(ROWS, tuple(0.007 + 0.00002 * rows for rows in ROWS))
         drafts = {arm: Sizes((1, 4096), (0.001, 0.002)) for arm in (arms.AR, arms.DIFFUSION)}
         costs.tables = CostTables(Verifications(0, 1, seconds, seconds), drafts, {})
         controller, clock = Controller(AutoPolicy(), costs, self.token_bytes), RoundClock()
         sources = DraftSources(self.drafters, held, self.vocabulary, spending)
-        self.planner = Planner(self.drafters, sync, controller, clock, held, sources, host)
+        self.planner = Planner(self.drafters, sync, controller, clock, held, sources)
         self.learner = Learner(
             self.drafters, controller, clock, Tally.of(self.drafters), held, sources.proposers
         )
@@ -156,12 +155,10 @@ class Batch:
             bonus=torch.zeros(self.size, dtype=torch.int64),
             reqs=self.requests,
             budgets=[CONTEXT] * self.size,
-            ahead=[[]] * self.size,
         )
         began = time.process_time()
         self.planner.plan(turn)
         spent = time.process_time() - began
-        turn.bounded = True
         self._note(turn)
         return turn, spent
 
@@ -342,7 +339,7 @@ class Agents(Batch):
         that do not pay (`choose_drafts`).
         """
         req, now, most = self.requests[index], len(self.requests[index].output_ids), widest_of(self.drafters)
-        drafts, price = list[Sequence[int]]([()]), Worth(turn.plan.row_worth, 0.0).least_chance
+        drafts, price = list[Sequence[int]]([()]), turn.plan.worth.least_chance
         for each in turn.plan.candidates[index].values():
             at = each.at - len(req.origin_input_ids)
             if list(each.tokens[: now - at]) == req.answer[at:now]:

@@ -234,10 +234,10 @@ def test_many_requests_compete(backend: str) -> None:
     at = torch.arange(70, device=DEVICE)
     for room in (0, 1, 69, 100, 489, 490):
         with running(backend), guarded_outputs():
-            chosen = choose_drafts(laid, at, at * 0, text, first_counts=laid.counts // 2, most_drafts=room)
+            chosen = choose_drafts(laid, at, at * 0, text, most_drafts=room)
         kept = [len(own) for own in oracles.choose(requests, 0.0, room)[0]]
         assert chosen.widths.tolist() == [count + 1 for count in kept]
-        assert chosen.first_drafts.tolist() == torch.minimum(counts // 2, torch.tensor(kept)).tolist()
+        assert chosen.first_drafts.tolist() == torch.minimum(counts, torch.tensor(kept)).tolist()
 
 
 def test_drafts_join_those_before_them(backend: str) -> None:

@@ -126,7 +126,7 @@ def propose_copies(
         following = same
     if behind is None:
         back.index_copy_(0, slots, torch.where(length > 0, lengths - source, last))
-    return Drafts(out, counts, alive, passes=0, matched=length, agreements=agreements)
+    return Drafts(out, counts, alive, matched=length, agreements=agreements)
 
 
 def _places(tokens: Tensor, slots: Tensor, lengths: Tensor, sources: Tensor) -> Tensor:

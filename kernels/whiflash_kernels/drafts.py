@@ -143,7 +143,6 @@ def choose_drafts(
     seq_lens: Tensor,
     text: Tensor,
     *,
-    first_counts: Tensor | None = None,
     appended: Drafts | None = None,
     from_host: Drafts | None = None,
     at: Tensor | None = None,
@@ -172,7 +171,6 @@ def choose_drafts(
         text: [slots, context] int64, last dimension contiguous, with W columns behind the longest length, the token at
             every position up to seq_lens[b]; written in place: text[request_slots[b], seq_lens[b] + 1 + i] =
             tokens[b, i] for all i < W.
-        first_counts: [B] int64, how many of the drafts are those of the requests' first arms; None: all that were laid.
         appended: tokens [B, E], counts [B], alive [B, E] or None (0 then). They fit in.
         from_host: K candidates a request of a host that may know the text late: tokens and alive [B, K, L], counts
             [B, K], contiguous. at: [B, K] int64, contiguous, the position of each one's first token; limits: [B] int64;
@@ -227,7 +225,7 @@ def choose_drafts(
     return Chosen(
         tokens=tokens,
         widths=kept + 1,
-        first_drafts=torch.minimum(kept, drafts.counts if first_counts is None else first_counts).int(),
+        first_drafts=torch.minimum(kept, drafts.counts).int(),
         source=source.to(torch.int32),
         wanted=wanted,
     )

@@ -71,8 +71,6 @@ class Drafts(NamedTuple):
     """[M, C] float32, the drafter's top-1 probabilities, from which it learns; None if it has none, 0 in a batch."""
     faults: Tensor | None = None
     """[M] int32, 1 if a drafter's tokens were invalid (id or NaN) and left out; None before that is checked."""
-    passes: int = 1
-    """Forward passes of the drafter's model that they took; 0 without a model: then only rows have a price."""
     matched: Tensor | None = None
     """[M] int64, copies only: tokens before the place copied from that match the text's end, at most 32."""
     agreements: Tensor | None = None
@@ -87,7 +85,7 @@ class Chosen(NamedTuple):
     widths: Tensor
     """[B] int32, rows that each request verifies: its drafts and the bonus token."""
     first_drafts: Tensor
-    """[B] int32: the smaller of a request's verified drafts and the drafts of its first arm (``first_counts``)."""
+    """[B] int32: the smaller of a request's verified drafts and those that `lay_drafts` laid for it."""
     source: Tensor
     """[B] int32, source of the drafts: 0 `lay_drafts`, k the host's k-th candidate, -1 the device's copies."""
     wanted: Tensor

@@ -22,8 +22,8 @@ from whiflash_lab.cards import DRAFTS, KNOWN, Card, FittedCard
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Forecast
 from whiflash_sglang.drafts.rates import continuing
+from whiflash_sglang.prices.costs import Costs
 from whiflash_sglang.prices.round_clock import RoundTime
-from whiflash_sglang.prices.tables import LookedUpCosts
 from whiflash_sglang.records.request import Request as ServedRequest
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import AutoPolicy
@@ -177,7 +177,7 @@ class Simulation:
         largest = load.requests * (max(*pair.drafts.values(), KNOWN) + 1)
         context = load.requests * (load.cached + load.prompt + load.answer)
         self.tables = card.tables(largest, context, pair.drafts.get(arms.AR, 0))
-        costs = LookedUpCosts(lambda arm: pair.drafts.get(arm, 0) + 1)
+        costs = Costs(lambda arm: pair.drafts.get(arm, 0) + 1)
         costs.tables = self.tables
         self.controller = Controller(AutoPolicy(measured=measured), costs, ())
         self.texts = [pair.chances(text) for text in pair.lengths]
@@ -316,7 +316,7 @@ class Simulation:
         self.lengths = {arm: costs.length(arm) if arm != arms.NONE else 0 for arm in routes}
         for index, (request, state, route) in enumerate(zip(running, states, routes, strict=True)):
             longest, arm = self.lengths[route], route
-            chances = request.alive(route, self.controller.worth(route).row, longest)
+            chances = request.alive(route, self.controller.worth().row, longest)
             known = [1.0] * (request.known.rows - 1)
             if sum(known) > sum(chances) and state.decision.only != arms.NONE:
                 arm, chances = arms.STRUCTURE, known

@@ -218,10 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.device == "cuda":
         os.environ["KIT_OPERATORS"] = chosen.operators  # before the kit's `sgl_kernel` is imported
         chosen.attention = chosen.attention or ("fa3" if find_spec("sgl_kernel.flash_ops") else "triton")
-    else:
-        os.environ["WHIFLASH_DEVICE_RESIDENT"] = "1"  # as on a card: the host reads nothing while it plans
-        if not chosen.bundle:
-            chosen.requests, chosen.tokens = "2,1", 24
+    elif not chosen.bundle:
+        chosen.requests, chosen.tokens = "2,1", 24
     pair = "a trained pair, widened to an 8B model's cost"
     if chosen.bundle:
         pair = f"{chosen.model_path} with {chosen.bundle}"

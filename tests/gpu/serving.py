@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import random
 import sys
 import tempfile
@@ -320,8 +319,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args(arguments)
     rehearse = chosen.device != "cuda"
-    if chosen.device == "cpu":
-        os.environ["WHIFLASH_DEVICE_RESIDENT"] = "1"  # as on a card: the host reads nothing while it plans
     with tempfile.TemporaryDirectory() as scratch, on_device(chosen.device, Path(scratch)):
         if chosen.family:
             served = Served.family(chosen.family, Path(scratch), "float32" if rehearse else "bfloat16")

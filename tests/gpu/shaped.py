@@ -10,7 +10,6 @@ its tokens are not; every figure says so. All in one process, in SGLang's overla
 import argparse
 import itertools
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -281,8 +280,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--contexts", help="tokens of a prompt, such as 2048,131072; 1 and 8 requests each")
     chosen = parser.parse_args(arguments)
     card = chosen.device == "cuda"
-    if chosen.device == "cpu":
-        os.environ["WHIFLASH_DEVICE_RESIDENT"] = "1"  # as on a card: the host reads nothing while it plans
     load, shape = (CARD, QWEN3_8B) if card else (REHEARSAL, TINY)
     if chosen.requests and card:
         load = replace(load, requests=tuple(map(int, chosen.requests.split(","))))

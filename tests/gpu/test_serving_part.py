@@ -14,7 +14,6 @@ from checks import LEFT_OUT
 
 def rehearse(out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[int, Any]:
     """Exit status and figures of a rehearsal."""
-    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")  # restored, where the part sets it itself
     status = serving.main(["--attention", "triton", "--device", "cpu", "--out", str(out), *options])
     return status, json.loads(out.read_text())
 

@@ -16,7 +16,8 @@ from model_set import Models
 from whiflash_sglang.device.clock import HostClock
 from whiflash_sglang.device.ranks import Message, Ranks
 from whiflash_sglang.engine.scheduler import pricing
-from whiflash_sglang.prices.tables import CostTables, LookedUpCosts
+from whiflash_sglang.prices.costs import Costs
+from whiflash_sglang.prices.tables import CostTables
 
 SMALL: dict[str, Any] = {"max_running_requests": 2, "context_length": 128, "max_total_tokens": 512}
 H100 = "NVIDIA H100 80GB HBM3"
@@ -35,8 +36,8 @@ class Start:
         self.worker, self.device, self.runs = e.worker, H100, 0
 
     def price(self, ranks: Ranks | None = None, requests: int = 2) -> CostTables:
-        worker, costs, self.runs = self.worker, LookedUpCosts(lambda arm: 2), 0
-        start = worker.target, worker.drafters, worker.sync, worker.host, HostClock(), requests
+        worker, costs, self.runs = self.worker, Costs(lambda arm: 2), 0
+        start = worker.target, worker.drafters, worker.sync, HostClock(), requests
         with torch.no_grad():
             pricing.price(costs, pricing.Start(*start), ranks or Ranks())
         return costs.tables

@@ -80,7 +80,7 @@ class Bench:
         """On a device that has not run anything."""
         self.device, worker = Device(), self.engine.worker
         with torch.no_grad():
-            start = worker.target, worker.drafters, worker.sync, worker.host, self.device, REQUESTS
+            start = worker.target, worker.drafters, worker.sync, self.device, REQUESTS
             return pricing.Start(*start).tables()
 
 

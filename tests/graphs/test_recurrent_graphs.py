@@ -191,7 +191,6 @@ def test_replayed_rounds_leave_the_states_of_one_pass(
     case: str, lag: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In step with the scheduler, and under SGLang's overlap loop, which it runs with intervals alone."""
-    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", str(lag))
     name, strategy = CASES[case]
     family, target = dense(with_chunks(FAMILIES[name], strategy)), tmp_path / "target"
     model = tiny_family(target, family)

@@ -15,7 +15,6 @@ from model_set import Models
 from whiflash_kernels import Drafts
 
 from whiflash_sglang.cache import backlog
-from whiflash_sglang.drafts.candidates import Candidate
 
 TOKENS = 160
 LONG = 240
@@ -90,25 +89,6 @@ def test_drafts_that_lead_into_a_copy_are_extended(
     assert pinned.tokens == joined.tokens == without.tokens == cold.tokens
     assert pinned.rounds == without.rounds == math.ceil((TOKENS - 1) / 4)
     assert joined.rounds < pinned.rounds * 0.6  # at even odds a copy is three tokens long
-
-
-def test_whatever_extends_a_draft_the_text_is_the_same(
-    running: Engine, cold: Answer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rng, widths = random.Random(3), set()
-
-    def anything(row: int, drafts: Candidate, room: int, worth: Any) -> Candidate:
-        widths.add(room)
-        tokens = rng.choices(range(256), k=rng.randint(0, room - len(drafts.tokens)))
-        return drafts.followed_by(tokens, [0.5] * len(tokens), "context")
-
-    monkeypatch.setattr(running.worker.drafters["lookup"], "extend_drafts", anything)
-    running.worker.reconfigure({"router": "random"})
-    others = [rng.choices(range(256), k=20) for _ in range(3)]
-    for number, prompt in enumerate(others):
-        running.submit(f"beside{number}-{len(running.requests)}", prompt, max_new_tokens=TOKENS)
-    assert ask(running, None).tokens == cold.tokens
-    assert max(widths) == running.worker.drafters["lookup"].max_drafts
 
 
 @dataclass

@@ -5,7 +5,6 @@ import pytest
 from planning_time import Batch
 
 from whiflash_sglang.copying.calibration import BUCKETS, Agreement
-from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.core import Round
@@ -62,7 +61,8 @@ def test_what_the_device_copied_promises_and_teaches(plans: list[Round]) -> None
 def test_where_the_whole_text_is_known_the_host_looks(
     plans: list[Round], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning_time, "HostView", lambda **_: HostView(exact=False))
+    arm = planning_time.LookupArm
+    monkeypatch.setattr(planning_time, "LookupArm", lambda settings, late: arm(settings, late=False))
     batch = Batch(1)
     batch.round()
     assert batch.drafters[arms.LOOKUP].host_bytes(batch.running.values())["index"] > 0

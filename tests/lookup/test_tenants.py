@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from whiflash_sglang.arms.lookup import LookupArm
 from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.device.transfers import EXACT
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate, common_prefix
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.request import Request
@@ -17,7 +16,7 @@ WIDTH = 24
 
 
 def arm() -> LookupArm:
-    return LookupArm(Lookup(max_width=WIDTH), EXACT)
+    return LookupArm(Lookup(max_width=WIDTH), late=False)
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Two ranks in SGLang's overlap loop on a CPU (`overlap.py`), and what they are asked."""
 
 import contextlib
-import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,7 +92,6 @@ def play_overlapping(
     from whiflash_sglang.engine.forward.peers import Peers
     from whiflash_sglang.engine.forward.target import Target
 
-    os.environ["WHIFLASH_DEVICE_RESIDENT"] = "1"
     disables, disabled, engines = Scheduler.is_disable_overlap_for_batch, list[bool](), list[Any]()
 
     def noted(scheduler: Any, batch: Any, last_batch: Any) -> bool:

@@ -167,8 +167,6 @@ def play_ours(
 
 def go_wild(rank: int) -> None:
     """From now on clocks jump in this process, mail comes and goes, times are known late and grammars look dear."""
-    from whiflash_sglang.engine.scheduler import step
-
     rng = random.Random(rank)
     clock = [0.0]
 
@@ -179,7 +177,6 @@ def go_wild(rank: int) -> None:
     for p in (
         patch.object(time, "perf_counter", jumping),
         patch.object(time, "monotonic", jumping),
-        patch.object(step, "has_mail", lambda _: rng.random() < 0.5),
         patch.object(HostClock, "passed", lambda *_: rng.random() < 0.5),
         patch.object(spending, "REQUEST_SECONDS", 0.0),
     ):
@@ -187,7 +184,7 @@ def go_wild(rank: int) -> None:
 
 
 def wild(checkpoints: Checkpoints, arrivals: list[Arrival], plain: Outputs, rank: int, port: int) -> Played:
-    """On every rank but the first nothing that a clock or mail says is right."""
+    """On every rank but the first nothing that a clock says is right."""
     if rank:
         go_wild(rank)
     return play_ours(checkpoints, "auto", arrivals, plain, rank, port)

@@ -4,11 +4,11 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from priced import priced
 from whiflash_sdk.hints import Span
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Forecast
-from whiflash_sglang.prices.costs import MeasuredCosts
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.routing import controller as routes
 from whiflash_sglang.routing.controller import Controller, _of_passes
@@ -67,12 +67,18 @@ def test_whose_candidates_may_be_verified_beside_a_pass(
     """Every draft source where arms are joined; else it alone, where there is no pass."""
     controller = opened(policy, hints)
     controller.route([controller.states[ROW]], [{arms.AR: None, arms.DIFFUSION: None}])
-    assert controller.may_use(controller.states[ROW], arms.LOOKUP) == expected
+    assert may_use(controller, arms.LOOKUP) == expected
+
+
+def may_use(controller: Controller, arm: str) -> bool:
+    """Whether the row's request may be asked for the arm's candidates, and may verify them."""
+    request = controller.states[ROW]
+    return bool(controller.named(request, (arm,))) and request.may_verify(arm)
 
 
 def opened(policy: Policy, hints: RequestHints) -> Controller:
     """With one request, in the middle of its output."""
-    controller = Controller(policy, MeasuredCosts(lambda arm: 4), [b"a", b"b"])
+    controller = Controller(policy, priced(lambda arm: 4), [b"a", b"b"])
     controller.open(Request("r", hints, ROW), [0, 1])
     return controller
 
@@ -100,9 +106,7 @@ def test_whose_candidates_may_be_verified_without_a_pass(
     controller = opened(policy, RequestHints(spans=(Span(kind="json", open=True, **span),)))
     asked = {arm: EXPECTED[arm] for arm in controller.named(controller.states[ROW], EXPECTED)}
     assert controller.route([controller.states[ROW]], [asked]) == [arms.NONE]
-    assert {
-        arm for arm in (arms.LOOKUP, arms.STRUCTURE) if controller.may_use(controller.states[ROW], arm)
-    } == usable
+    assert {arm for arm in (arms.LOOKUP, arms.STRUCTURE) if may_use(controller, arm)} == usable
     decision = controller.states[ROW].decision
     assert decision.promised == bool(usable)
 
@@ -140,7 +144,7 @@ def test_a_bias_is_no_token_that_a_round_promises(arm: str) -> None:
 def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> None:
     """As soon as it is known, and once; after a retraction the prefill has sampled another one."""
     hints = RequestHints(spans=(Span(kind="tool_call", begin="<c>", end="</c>"),))
-    controller = Controller(RandomPolicy(), MeasuredCosts(lambda arm: 4), [b"<c", b">", b"x"])
+    controller = Controller(RandomPolicy(), priced(lambda arm: 4), [b"<c", b">", b"x"])
     for before in ([], [2, 2]):
         known = list(before)
         controller.open(Request("r", hints, ROW), before)

@@ -49,12 +49,6 @@ class Machine:
     def width(self, arm: str) -> int:
         return WIDTHS[arm]
 
-    def widened(self, arm: str, rows: int) -> None:
-        """Widths are known."""
-
-    def timings(self, arm: str) -> int:
-        return 1000
-
 
 @dataclass(frozen=True)
 class World:

@@ -3,9 +3,9 @@
 import math
 
 import pytest
+from priced import priced
 
 from whiflash_sglang.drafts.rates import Mean
-from whiflash_sglang.prices.costs import MeasuredCosts
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.records.signals import Signals
 from whiflash_sglang.routing.controller import Controller
@@ -76,7 +76,7 @@ def test_auto_believes_the_heads_and_recent_rounds_correct_them() -> None:
 
 def test_a_round_is_judged_by_the_predictions_that_it_was_decided_on() -> None:
     policy = AutoPolicy(heads=True)
-    controller = Controller(policy, MeasuredCosts(lambda arm: 6), ())
+    controller = Controller(policy, priced(lambda arm: 6), ())
     controller.open(Request("r"), [])
     note(controller.states[0], [0.0, 3.0, 1.0])
     controller.route([controller.states[0]], [dict.fromkeys(BOTH)])

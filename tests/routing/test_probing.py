@@ -1,6 +1,5 @@
 """How often `auto` tries what it does not use: seldom, the less often the better it is known."""
 
-from collections.abc import Sequence
 from itertools import pairwise
 from math import inf
 
@@ -20,22 +19,19 @@ def in_use(arm: str, round_number: int) -> Signals:
 
 
 def rounds_with_probes(
-    rounds: int, batch: int, accepted: int = 2, timings: Sequence[int] = (), loss: float = inf
+    rounds: int, batch: int, accepted: int = 2, loss: float = inf
 ) -> list[tuple[int, int]]:
     """Rounds in which DFlash was probed, and by how many requests; EAGLE-3 is used otherwise and is far better.
 
-    accepted: DFlash's acceptance length. timings: of its price, from one probe to the next; then, and without any, it
-    is known. loss: share of its tokens that a probe costs.
+    accepted: DFlash's acceptance length. loss: share of its tokens that a probe costs.
     """
-    policy, found, left = AutoPolicy(), [], list(timings)
+    policy, found = AutoPolicy(), []
     for number in range(rounds):
         signals = [in_use("ar", number) for _ in range(batch)]
-        price = left[0] if left else 10**6
-        probes = policy.probe(signals, lambda arm, price=price: price, lambda _: loss)  # type: ignore[misc]
+        probes = policy.probe(signals, lambda _: loss)
         probed = [index for index, arm in probes.items() if arm == "diffusion"]
         if probed:
             found.append((number, len(probed)))
-            left[:1] = []
         for index in range(batch):
             arm = probes.get(index, "ar")
             policy.observe(arm, Signals(allowed=BOTH), 6 if arm == "ar" else accepted)
@@ -63,9 +59,6 @@ def test_what_is_never_right_is_tried_most_seldom(accepted: int, rounds: float) 
 def test_what_is_never_right_is_tried_less_often_from_the_start_and_whatever_it_costs() -> None:
     right, wrong = (rounds_with_probes(600, batch=1, accepted=accepted) for accepted in (2, 1))
     assert len(wrong) <= len(right) - 2
-    found = rounds_with_probes(8000, batch=1, accepted=1, timings=[9] * 9 + [0] * 9)
-    gaps = [after - before for (before, _), (after, _) in pairwise(found)]
-    assert gaps == sorted(gaps), "its price is not looked at again"
 
 
 @pytest.mark.parametrize(("loss", "rounds"), [(0.9, PROBE_ROUNDS), (0.3, 200), (0.01, PROBE_ROUNDS / 4)])
@@ -83,15 +76,6 @@ def test_half_of_a_batch_probes_together_as_seldom_as_one_request_would(batch: i
     assert numbers[0] == FIRST_PROBE
     assert max(after - before for before, after in pairwise(numbers)) == PROBE_ROUNDS + 1
     assert len(found) <= len(rounds_with_probes(1500, batch=1)) + 1
-
-
-def test_a_price_that_was_wrong_is_looked_at_again_soon() -> None:
-    """It is known as well as the less known of its acceptance and its price."""
-    probes = [number for number, _ in rounds_with_probes(3000, batch=1, timings=[9] * 9 + [0, 1, 2, 3])]
-    gaps = [after - before for before, after in pairwise(probes)]
-    assert gaps[7] == PROBE_ROUNDS + 1
-    assert gaps[8:12] == [1 + FIRST_PROBE * 2**known for known in range(4)]
-    assert gaps[12] == PROBE_ROUNDS + 1
 
 
 def test_whoever_went_without_it_longest_tries_it() -> None:

@@ -7,21 +7,21 @@ from device_clock import DeviceClock
 
 from whiflash_sglang.device.clock import measure
 from whiflash_sglang.drafts.rates import Mean
-from whiflash_sglang.prices.costs import FULL_LENGTH, PLAIN_ROUNDS
-from whiflash_sglang.prices.fits import WINDOW, Correction
+from whiflash_sglang.prices.correction import WINDOW, Correction
+from whiflash_sglang.prices.costs import FULL_LENGTH, LEFT_OUT, PLAIN_ROUNDS, Costs
 from whiflash_sglang.prices.round_clock import RoundTime
-from whiflash_sglang.prices.tables import LEFT_OUT, CostTables, LookedUpCosts, Sizes, Verifications
+from whiflash_sglang.prices.tables import CostTables, Sizes, Verifications
 from whiflash_sglang.routing.assign import assign
 
 ROWS = (1, 2, 4, 8, 16)
 SCORES = {"ar": 3.0, "diffusion": 2.5, "none": 1.0}
 
 
-def costs(row: float = 0.1, ar: float = 0.5, context: float = 0.0, short: float = 0.0) -> LookedUpCosts:
+def costs(row: float = 0.1, ar: float = 0.5, context: float = 0.0, short: float = 0.0) -> Costs:
     """A verification of 10 and `row` a row, and `context` for each thousand tokens beyond a hundred; two arms that
     draft three. short: a pass of EAGLE-3 with two drafts; 0: there is none.
     """
-    found = LookedUpCosts({"ar": 4, "diffusion": 4, "none": 1}.__getitem__)
+    found = Costs({"ar": 4, "diffusion": 4, "none": 1}.__getitem__)
     near = tuple(10.0 + row * n for n in ROWS)
     catch_up = Sizes((4, 8, 64), (0.1, 0.2, 1.6))
     found.tables = CostTables(
@@ -54,6 +54,19 @@ def test_a_price_is_the_graphs_that_holds_the_rows() -> None:
     assert [table.at(n) for n in (1, 2, 3, 4, 5, 8, 16)] == [1.0, 1.5, 1.5, 1.5, 3.0, 3.0, 6.0]
 
 
+def test_without_graphs_a_price_is_on_the_line_between_two_sizes() -> None:
+    """The second row may cost more than all behind it; no size is rounded up, and no draft left out for that."""
+    table = Sizes((1, 2, 8), (1.0, 1.6, 2.2), steps=False)
+    assert [table.at(n) for n in (0.5, 1, 1.5, 2, 5, 8, 16)] == pytest.approx(
+        [1.0, 1.0, 1.3, 1.6, 1.9, 2.2, 4.4]
+    )
+    assert table.slope(1) == pytest.approx(1.2 / 7)
+    found = Costs(lambda arm: 8)
+    found.tables = CostTables(Verifications(1, 2, table, table), {}, {})
+    found.set_contexts([1])
+    assert [found.packed(1, drafts) for drafts in range(9)] == list(range(9))
+
+
 def test_tables_without_order_are_refused() -> None:
     with pytest.raises(ValueError, match="ascend"):
         Sizes((2, 1), (1.0, 1.0))
@@ -83,7 +96,7 @@ def test_a_row_costs_the_slope_of_the_hull_at_the_load() -> None:
 
 def test_few_drafts_do_not_begin_a_larger_graph() -> None:
     """A step from 16 to 32 rows costs 4: three drafts of it are left out, and twelve are worth it."""
-    found, sizes = LookedUpCosts(lambda arm: 8), Sizes((1, 8, 16, 32), (1.0, 2.0, 3.0, 7.0))
+    found, sizes = Costs(lambda arm: 8), Sizes((1, 8, 16, 32), (1.0, 2.0, 3.0, 7.0))
     found.tables = CostTables(Verifications(1, 2, sizes, sizes), {}, {})
     found.set_contexts([1] * 4)
     assert found.packed(4, 15) == 12
@@ -192,21 +205,20 @@ def test_a_round_that_waits_for_the_host_lasts_as_long_whatever_it_does() -> Non
     for _ in range(100):
         found.observe(RoundTime(4, 1, tokens=2, seconds=10.4, gap=4.0))
     assert [found.lasts(work) for work in (1.0, 12.0, 16.0)] == pytest.approx([14.4, 14.4, 16.0])
-    assert found.worth("ar").row == pytest.approx(0.0, abs=0.01)
+    assert found.worth().row == pytest.approx(0.0, abs=0.01)
     found.observe(RoundTime(4, 1, tokens=2, seconds=10.4))
     assert found.lasts(1.0) == pytest.approx(10.4), "it was not longer than that"
     for _ in range(2000):
         found.observe(RoundTime(4, 1, tokens=2, seconds=10.4))
     assert found.lasts(1.0) == 1.0
-    assert found.worth("ar").row == pytest.approx(2 / 10.4 * 0.1, rel=0.01)
+    assert found.worth().row == pytest.approx(2 / 10.4 * 0.1, rel=0.01)
 
 
 def test_a_further_draft_must_bring_what_its_row_costs_at_this_load() -> None:
     found = costs()
-    assert found.worth("ar") == FULL_LENGTH
+    assert found.worth() == FULL_LENGTH
     found.observe(RoundTime(4, 1, tokens=2, seconds=10.4))
-    assert found.worth("ar").row == pytest.approx(2 / 10.4 * 0.1)
-    assert found.worth("ar").draft == 0.0, "a chain runs whole"
+    assert found.worth().row == pytest.approx(2 / 10.4 * 0.1)
 
 
 def test_prices_are_known_from_the_start_and_compared_with_rounds_before_gains_are_shown() -> None:
@@ -216,7 +228,6 @@ def test_prices_are_known_from_the_start_and_compared_with_rounds_before_gains_a
         found.observe(RoundTime(4, 1, tokens=2, seconds=10.4))
     assert found.plain(1) == pytest.approx(found.verify(1, 1))
     found = costs()
-    assert found.timings("ar") == found.timings("lookup") > 100
     fitted = found.fitted(("ar", "lookup"))
     assert fitted["verify", ""] == pytest.approx(10.1)
     assert fitted["draft", "ar"] == 0.5

@@ -180,7 +180,6 @@ def test_rounds_that_overlap_are_replayed(
     made: Made, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a card: the device copies, the host plans a round ahead, and rounds are graphs."""
-    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
     options = {"context_length": 256, "max_total_tokens": 2048}
     with serving(made(name), tmp_path, start=partial(overlapped, host_lengths=False), **options) as s:
         with emulated_graphs(s.engine) as captured:

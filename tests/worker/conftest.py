@@ -1,7 +1,6 @@
-"""Counters for tests of the worker, its engine as after the start, and adapters of its target."""
+"""The engine of a module as after its start, and adapters of its target."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -9,22 +8,6 @@ if TYPE_CHECKING:
     from adapters import Adapter
     from engine import Engine
     from model_set import Models
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rounds of every step, however long they take."""
-    from whiflash_sglang.serve import worker
-
-    found: list[int] = []
-
-    def counted(rounds: Sequence[Any], result: Any = worker.step_result) -> Any:
-        found.append(len(rounds))
-        return result(rounds)
-
-    monkeypatch.setattr(worker, "step_result", counted)
-    monkeypatch.setattr(worker, "STEP_SECONDS", float("inf"))
-    return found
 
 
 @pytest.fixture

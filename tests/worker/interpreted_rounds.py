@@ -19,6 +19,7 @@ from engine import engine
 from families import FAMILIES, WINDOW, tiny_family
 from matrix import sampled
 from model_set import Models
+from priced import priced
 from reference import Comparison
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from tiny_models import tiny_dflash, tiny_eagle3
@@ -37,7 +38,6 @@ from whiflash_kernels.triton_kernels import (
 from whiflash_sglang.engine.forward.triton_backend import RaggedTritonBackend
 from whiflash_sglang.engine.scheduler import pricing
 from whiflash_sglang.files.cpu import ATTENTION_BACKEND
-from whiflash_sglang.serve import worker
 
 ARMS = ("ar", "diffusion", "lookup", "none")
 PROMPTS = [[1, 2, 3, 4, 1, 2, 3, 4, 1, 2], [70, 9] * 12, [200], list(range(30, 50)) * 2]
@@ -119,11 +119,10 @@ def on_torch_and_triton(
     models: Models, launched: Counter[str], monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> Rounds:
     """Rounds on Triton, which are those on torch."""
-    # Interpreted drafts have no price worth measuring, no step may end early because one took long, and nothing is read
-    # that a GPU would have to be waited for.
-    monkeypatch.setattr(pricing.Start, "profile", lambda *_: None)
-    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
-    monkeypatch.setattr(worker, "STEP_SECONDS", float("inf"))
+    # Interpreted work has no price worth measuring.
+    monkeypatch.setattr(
+        pricing.Start, "tables", lambda _: priced(lambda arm: 4, {"ar": 1e-3, "diffusion": 1e-3}).tables
+    )
     monkeypatch.setattr(verify, "shares_for", lambda *_: 4)
     monkeypatch.setenv("WHIFLASH_KERNELS", "torch")
     on_torch = speculate(models, **options)

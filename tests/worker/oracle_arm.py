@@ -91,7 +91,8 @@ class OracleArm(TextDrafter):
                 ]
             )
         # Tokens beyond a request's count are padding and must not be read.
-        return Drafts(tokens, torch.tensor(counts))
+        alive = torch.tensor(self._accuracy).pow(torch.arange(1, max(counts) + 1)).expand(tokens.shape)
+        return Drafts(tokens, torch.tensor(counts), alive)
 
     def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
         self.accepted.append(accepted)

@@ -50,7 +50,9 @@ class Free(OracleArm):
             for a in ahead
         ]
         chances = list(accumulate([0.8] * len(tokens), mul))
-        return Candidate(tokens, chances, [Part(self.arm, len(tokens))]) if tokens else None
+        if not tokens:
+            return None
+        return Candidate(tokens, chances, [Part(self.arm, len(tokens))], len(history(0)))
 
 
 def test_without_a_pass_the_likeliest_candidate_is_verified(

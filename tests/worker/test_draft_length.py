@@ -33,21 +33,19 @@ def spy(e: Engine, arm: str, seen: list[Any]) -> None:
 @pytest.mark.parametrize("arm", ["ar", "diffusion"])
 def test_dear_tokens_make_short_drafts(models: Models, arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same texts, whatever a token must bring; and the drafts get shorter."""
-    texts, widths, passes = [], [], []
+    texts, widths = [], []
     with engine(models.target, whiflash=models.whiflash(arm)) as e:
         seen: list[Any] = []
         spy(e, arm, seen)
-        for worth in (Worth(0.0, 0.0), Worth(1e-3, 1e-3), Worth(3.0, 3.0)):
-            monkeypatch.setattr(e.worker.controller, "worth", lambda _, worth=worth: worth)
+        for worth in map(Worth, (0.0, 1e-3, 3.0)):
+            monkeypatch.setattr(e.worker.controller, "worth", lambda worth=worth: worth)
             seen.clear()
             texts.append(e.generate(PROMPTS, max_new_tokens=40))
             counts = [count for _, drafts in seen for count in drafts.counts.tolist()]
             widths.append(sum(counts) / len(counts))
-            passes.append(max(drafts.passes for _, drafts in seen))
         full = e.worker.drafters[arm].max_drafts
     assert texts[0] == texts[1] == texts[2]
     assert full >= widths[0] > widths[1] > widths[2] == 1.0
-    assert passes == ([full, passes[1], 1] if arm == "ar" else [1, 1, 1])
 
 
 def test_an_arm_that_is_always_right_has_the_longest_rounds(models: Models) -> None:

@@ -38,13 +38,9 @@ from trees import assert_tree_is_true
 from whiflash_sglang.cache import backlog
 from whiflash_sglang.cache.tokens import FEW
 from whiflash_sglang.engine.forward.target import Target
-from whiflash_sglang.prices.costs import FULL_LENGTH, MeasuredCosts
-from whiflash_sglang.records.core import Round
-from whiflash_sglang.round.draft import DraftStage
+from whiflash_sglang.prices.costs import FULL_LENGTH, Costs
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import Pinned
-from whiflash_sglang.serve import worker
-from whiflash_sglang.spans.vocabulary import is_text
 from whiflash_train.bundle import BundleParts, create
 
 EVERYTHING = {
@@ -59,16 +55,16 @@ ENTROPY = {"entropy": {"tau": 2.0, "min_dwell": 1}}
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings of an engine. plain: arguments that change plain decoding's text, too. mode: `host`, `resident` (the
-    host reads nothing from the device) or `overlap` (the same in SGLang's overlap loop). graphs: whether all that runs
-    is replayed, as on a card. host_lengths: as of `overlapped`. drafters: `pair`, one of it, or `none`. layers: of
-    EAGLE-3. ring: tokens of one. adapters: of the target, `one` and `two`. uno: whether the target drafts under `one`.
+    """Settings of an engine. plain: arguments that change plain decoding's text, too. overlap: whether it runs in
+    SGLang's overlap loop. graphs: whether all that runs is replayed, as on a card. host_lengths: as of `overlapped`.
+    drafters: `pair`, one of it, or `none`. layers: of EAGLE-3. ring: tokens of one. adapters: of the target, `one` and
+    `two`. uno: whether the target drafts under `one`.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
     plain: Mapping[str, Any] = field(default_factory=dict)
     flags: Mapping[str, Any] = field(default_factory=dict)
-    mode: str = "host"
+    overlap: bool = False
     graphs: bool = False
     host_lengths: bool = False
     drafters: str = "pair"
@@ -90,8 +86,7 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "batch": {},
     "chunks": {"arguments": CASES["chunks in pages"]},
     "full pool": {"arguments": {"max_total_tokens": 240, "max_running_requests": 4}},
-    "resident": {"mode": "resident"},
-    "overlap": {"arguments": {"max_running_requests": 4}, "mode": "overlap"},
+    "overlap": {"arguments": {"max_running_requests": 4}, "overlap": True},
 }
 SETTINGS = {
     **{name: Setting(arguments) for name, arguments in CASES.items()},
@@ -101,11 +96,11 @@ SETTINGS = {
     **{f"{drafters} alone": Setting(drafters=drafters) for drafters in ("ar", "diffusion", "none")},
     "no structure arm": Setting(flags={"whiflash_structure": "off"}),
     "graphs": Setting(**SMALL),
-    "graphs, overlap": Setting(mode="overlap", **SMALL),
+    "graphs, overlap": Setting(overlap=True, **SMALL),
     "graphs, two layers": Setting(layers=2, **SMALL),
-    "graphs, two layers, overlap": Setting(layers=2, mode="overlap", **SMALL),
+    "graphs, two layers, overlap": Setting(layers=2, overlap=True, **SMALL),
     **{f"adapters, {name}": Setting(adapters=True, **more) for name, more in ADAPTED.items()},
-    "eager, overlap": Setting(mode="overlap", **{**SMALL, "graphs": False}),
+    "eager, overlap": Setting(overlap=True, **{**SMALL, "graphs": False}),
     "as for agents": Setting(
         {
             "page_size": 64,
@@ -136,20 +131,19 @@ SETTINGS = {
         plain={"context_length": CONTEXT},
     ),
     "thinking": Setting(plain=THINKING),
-    "thinking, overlap": Setting(plain=THINKING, mode="overlap"),
+    "thinking, overlap": Setting(plain=THINKING, overlap=True),
     "seeded": Setting(plain=SEEDS),
     "two layers": Setting(CASES["pages"], layers=2),
     "two layers, full pool": Setting(CASES["full pool"], layers=2),
-    "resident": Setting(mode="resident"),
-    "overlap": Setting({"max_running_requests": 4}, mode="overlap"),
+    "overlap": Setting({"max_running_requests": 4}, overlap=True),
     "overlap, llguidance": Setting(
-        {"max_running_requests": 4}, plain={"grammar_backend": "llguidance"}, mode="overlap"
+        {"max_running_requests": 4}, plain={"grammar_backend": "llguidance"}, overlap=True
     ),
-    "overlap, lengths": Setting({"max_running_requests": 4}, mode="overlap", host_lengths=True),
+    "overlap, lengths": Setting({"max_running_requests": 4}, overlap=True, host_lengths=True),
     "uno": Setting(uno=True),
     "uno, full pool": Setting(CASES["full pool"], uno=True),
-    "uno, overlap": Setting({"max_running_requests": 4}, mode="overlap", uno=True),
-    "uno, graphs": Setting(mode="overlap", uno=True, **SMALL),
+    "uno, overlap": Setting({"max_running_requests": 4}, overlap=True, uno=True),
+    "uno, graphs": Setting(overlap=True, uno=True, **SMALL),
 }
 
 BUDGETED = {"budget ends in drafts", "budget ends behind drafts"}
@@ -163,8 +157,8 @@ class Row:
     """requests: of `SETS`. router: a policy, or `oracle`, which pins the arm that knows.
 
     happens: what must have happened for the row to show anything: `KNOWING`, `retractions`, `penalised retractions`,
-    `chunks in outputs` (of requests that were retracted), `pushed` (out of the batch), `shared steps`, `aborted while
-    it waits`, `aborted while it runs`, and arms that drafted. predicted: some requests bring predictions, right, partly
+    `chunks in outputs` (of requests that were retracted), `pushed` (out of the batch), `aborted while it waits`,
+    `aborted while it runs`, and arms that drafted. predicted: some requests bring predictions, right, partly
     right and useless ones. retracted: every so many steps. sees: the fault that no other row of `make test` sees, if
     one is known.
     """
@@ -203,8 +197,8 @@ ROWS = [
     row("batch", "random", "counted", "retractions", retracted=3),
     *(row("batch", router, "constrained", router, evidence=True) for router in ("ar", "diffusion")),
     row("batch", "random", "constrained", "structure", *KNOWING),
-    row("batch", "none", "structured", "shared steps"),
-    row("batch", "random", "structured", *ALL, "structure", *KNOWING, sees="a forbidden draft is verified"),
+    row("batch", "none", "structured"),
+    row("batch", "random", "structured", *ALL, "structure", *KNOWING),
     row("no structure arm", "random", "structured", sees="its switch leaves the arm in"),
     *(
         row(f"{arm} alone", "random", "traffic", arm, "lookup", *KNOWING, sees=f"all need more than {arm!r}")
@@ -229,7 +223,7 @@ ROWS = [
     row("whole prompts", "random", "processed", "oracle"),
     row("whole prompts", "none", "unprocessed"),
     row("one request", "random", "traffic", *KNOWING),
-    row("two requests", "random", "structured", "shared steps", "structure"),
+    row("two requests", "random", "structured", "structure"),
     row("pages", "random", "traffic", *KNOWING, evidence=True),
     row("small chunks", "random", "traffic", *KNOWING),
     row("small chunks", "random", "traffic", predicted=True, evidence=True),
@@ -264,12 +258,6 @@ ROWS = [
     row("two layers", "auto", "traffic", "ar", evidence=True),
     row("two layers", "random", "traffic", *KNOWING),
     row("two layers, full pool", "random", "traffic", "retractions"),
-    *(row("resident", router, "traffic", router, evidence=True) for router in ("ar", "diffusion", "lookup")),
-    row("resident", "auto", "traffic", evidence=True),
-    row("resident", "random", "traffic", *ALL, *KNOWING),
-    row("resident", "random", "traffic", predicted=True, evidence=True),
-    row("resident", "none", "structured", evidence=True),
-    row("resident", "random", "constrained"),
     row("overlap", "random", "traffic", *ALL, *KNOWING, "retractions", retracted=5),
     row("overlap", "random", "constrained", "retractions", retracted=5),
     row("overlap", "random", "structured", "structure", "lookup", evidence=True),
@@ -380,12 +368,7 @@ class Serving:
     setting: Setting
     happened: set[str]
     learned: Learned
-    forbidden: list[int]
     graphs: Any
-
-    @property
-    def mode(self) -> str:
-        return self.setting.mode
 
 
 def flags_of(setting: Setting, models: Models, bundle: Path) -> dict[str, Any]:
@@ -411,20 +394,14 @@ def serving(
 ) -> Iterator[Serving]:
     setting, oracle, happened = SETTINGS[request.param], OracleArm(0.92, seed=3), set[str]()
     learned: Learned = defaultdict(list)
-    wrong, draft = list[int](), DraftStage.draft
-    start, ticks, joined, committed = engine, itertools.count(), worker.step_result, Controller.committed
+    start, ticks, committed = engine, itertools.count(), Controller.committed
     options = {"arms": [oracle], **EVERYTHING, **setting.plain, **setting.arguments}
     if setting.adapters:
         options |= with_adapters(adapters["one"], adapters["two"])
     if setting.layers > 1:
         models = layered
-    if setting.mode == "overlap":
+    if setting.overlap:
         start, options["host_lengths"] = overlapped, setting.host_lengths
-
-    def counted(rounds: Any) -> Any:
-        if len(rounds) > 1:
-            happened.add("shared steps")
-        return joined(rounds)
 
     def noted(
         self: Controller, state: Any, decision: Any, arm: str, tokens: Any, width: int, start: int, *more: Any
@@ -432,21 +409,14 @@ def serving(
         learned[state.rid].append((start, list(tokens)))
         return committed(self, state, decision, arm, tokens, width, start, *more)
 
-    def drafted(stage: DraftStage, turn: Round) -> None:
-        draft(stage, turn)
-        wrong.append(forbidden(e, turn))
-
     with pytest.MonkeyPatch.context() as patch, ExitStack() as running:
         patch.setattr(Controller, "committed", noted)
-        if setting.mode != "host":
-            patch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
-        if setting.mode == "overlap":
-            patch.setattr(MeasuredCosts, "worth", lambda self, arm: FULL_LENGTH)
+        if setting.overlap:
+            patch.setattr(Costs, "worth", lambda _: FULL_LENGTH)
             if not setting.graphs:
                 patch.setattr(Target, "verify", publishing(Target.verify))
         # `auto` goes by prices: a clock that advances by a millisecond with every reading makes them the same anywhere.
         patch.setattr(time, "perf_counter", lambda: next(ticks) / 1000)
-        patch.setattr(worker, "step_result", counted)
         patch.setattr(backlog, "TOKENS", setting.ring)
         flags = flags_of(setting, models, tmp_path_factory.mktemp("bundle") / "one")
         if setting.uno:
@@ -454,9 +424,7 @@ def serving(
         running.enter_context(surroundings(request.param))
         e = running.enter_context(start(models.target, whiflash=flags, **options))
         graphs = running.enter_context(emulated_graphs(e)) if setting.graphs else None
-        if setting.mode == "host" and "structure" in e.worker.drafters:
-            patch.setattr(DraftStage, "draft", drafted)
-        yield Serving(e, oracle, models, adapters, setting, happened, learned, wrong, graphs)
+        yield Serving(e, oracle, models, adapters, setting, happened, learned, graphs)
 
 
 @pytest.mark.parametrize(
@@ -494,9 +462,9 @@ def play_row(
                 oracle.learn(a.prompt, beyond)
     monkeypatch.setattr(scheduler, "TEST_RETRACT", row.retracted > 0)
     monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", row.retracted or 3)
-    for noted in (serving.happened, serving.learned, serving.forbidden):
+    for noted in (serving.happened, serving.learned):
         noted.clear()
-    if serving.mode == "overlap":
+    if serving.setting.overlap:
         for waits in (e.streams.stalls, e.streams.pageable):  # type: ignore[attr-defined]
             waits.clear()
     before = replays(serving)
@@ -514,7 +482,6 @@ def play_row(
     ]
     check_kept(serving, row)
     check_learned(serving, arrivals)
-    assert not any(serving.forbidden)
     assert judged(serving, arrivals) >= row.happens
     retractions = sum(req.retraction_count for req in e.requests.values())
     if serving.graphs is not None:
@@ -601,7 +568,7 @@ def watch(serving: Serving) -> None:
         happened.add("chunks in outputs")
     if serving.setting == SETTINGS["small chunks"] and e.scheduler.forward_ct % 20 == 0:
         assert_tree_is_true(e, serving.models)
-    for req in e.scheduler.running_batch.reqs if serving.mode == "host" else ():
+    for req in () if serving.setting.overlap else e.scheduler.running_batch.reqs:
         if req.kv.req_pool_idx is not None and req.output_ids and req.sampling_params.frequency_penalty:
             prompt, output = len(req.origin_input_ids), list(req.output_ids)
             assert e.worker.tokens.data[req.kv.req_pool_idx, prompt : prompt + len(output)].tolist() == output
@@ -613,7 +580,7 @@ def check_kept(serving: Serving, row: Row) -> None:
     assert not e.states
     assert not any(e.worker.sync.watermarks.known(at) for at in range(16))
     assert not any(e.worker.quarantine.left_out.values())
-    if serving.mode == "overlap":
+    if serving.setting.overlap:
         assert not e.streams.races  # type: ignore[attr-defined]
         waits = {*e.streams.stalls, *e.streams.pageable} if row.requests == "structured" else set()  # type: ignore[attr-defined]
         # Without graphs the host reads how many rows there are (`Target.agreed_rows`).
@@ -623,23 +590,6 @@ def check_kept(serving: Serving, row: Row) -> None:
         assert assert_tree_is_true(e, serving.models, models_of(serving)) > 50
         chained = serving.setting.drafters in ("pair", "ar")
         assert e.scheduler.tree_cache.tree_core.is_eagle == chained, "only EAGLE-3 needs bigrams"
-
-
-def forbidden(e: Engine, turn: Round) -> int:
-    """Drafts of a round that are verified though the grammars of their requests forbid them."""
-    arm, count = e.worker.drafters["structure"], 0
-    for index, row in enumerate(turn.row_ids):
-        own = e.states[row].kept.get(arm.arm) if row in e.states else None
-        matcher = own and own.grammar and own.grammar.matcher(arm._vocabulary)
-        if not matcher or not turn.plan.limits.joined[index] or own.known != turn.most[index] + 1:
-            continue
-        drafts = turn.chosen.tokens[index, : int(turn.chosen.widths[index]) - 1].tolist()
-        with matcher.trying():
-            assert all(map(matcher.accept_token, own.unseen))
-            count += not all(
-                matcher.accept_token(draft) for draft in drafts if is_text(arm._vocabulary, draft)
-            )
-    return count
 
 
 def check_learned(serving: Serving, arrivals: list[Arrival]) -> None:

@@ -2,7 +2,6 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,8 +10,7 @@ from host_reads import HostReads
 from model_set import Models
 
 from whiflash_sglang.arms.base import KVDrafter
-from whiflash_sglang.prices.costs import FULL_LENGTH, MeasuredCosts
-from whiflash_sglang.prices.fits import Fit
+from whiflash_sglang.prices.costs import FULL_LENGTH, Costs
 from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.serve.metrics import Labels, Series
 
@@ -43,7 +41,7 @@ class Recorded:
 @pytest.fixture
 def full_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts of full length, whatever rounds take on this machine."""
-    monkeypatch.setattr(MeasuredCosts, "worth", lambda *_: FULL_LENGTH)
+    monkeypatch.setattr(Costs, "worth", lambda *_: FULL_LENGTH)
 
 
 def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter[str], HostReads]:
@@ -52,13 +50,13 @@ def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter
     e.worker.publisher.start(found)
     run = e.worker._round
 
-    def counted(batch: Any, turn: Any, *rest: Any) -> Any:
-        done, tokens = run(batch, turn, *rest)
+    def counted(*args: Any) -> Any:
+        done = run(*args)
         widths = done.cap_lens.tolist()
         own.update(rounds=len(widths), rows=sum(widths), batches=1, accepted=int(done.accept_lens.sum()))
         with reads:
             e.worker.publisher.flush()
-        return done, tokens
+        return done
 
     monkeypatch.setattr(e.worker, "_round", counted)
     draft = DraftStage.draft
@@ -75,30 +73,19 @@ def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter
     return found, own, reads
 
 
-@pytest.mark.parametrize(("router", "resident"), [("random", False), ("random", True), ("none", False)])
+@pytest.mark.parametrize("router", ["random", "none"])
 def test_figures_are_those_of_the_rounds(
-    models: Models,
-    router: str,
-    resident: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    full_drafts: None,
-    steps: list[int],
+    models: Models, router: str, monkeypatch: pytest.MonkeyPatch, full_drafts: None
 ) -> None:
-    if resident:
-        monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
     flags = models.whiflash(router)
     with engine(models.target, whiflash=flags, log_level="info", decode_log_interval=10_000) as e:
         found, own, reads = serve(e, monkeypatch)
         clock = e.worker.clock
-        if not resident:
-            check_upstreams(e, own)
-    assert router != "none" or max(steps) > 1
+        check_upstreams(e, own)
     assert reads.reads.total() == reads.uploads.total() == 0
     assert found.total("rounds_total") == found.total("routes_total") == own["rounds"]
     assert found.total("tokens_total") == own["tokens"]
-    # If the host does not know how many drafts there are, the forward is padded.
-    padding = found.total("verified_rows_total") - own["rows"]
-    assert padding >= 0 if resident else padding == 0
+    assert found.total("verified_rows_total") == own["rows"], "without graphs no row is padding"
     assert found.total("draft_tokens_total") == own["rows"] - own["rounds"]
     assert found.total("accepted_draft_tokens_total") == own["tokens"] - own["rounds"]
     assert found.total("joined_draft_tokens_total") == own["joined"] <= found.total("draft_tokens_total")
@@ -160,14 +147,6 @@ def test_the_backlog_is_what_idle_drafters_have_missed(models: Models) -> None:
 
 
 def test_prices_are_published_as_they_are_used(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    # On a busy machine what is fitted may fall below the least that a price can be, where no slope tells it.
-    add = Fit.add
-
-    def added(fit: Fit, counts: Sequence[float], seconds: float) -> bool:
-        of_rounds = len(counts) == 3  # drafts, requests and a step
-        return add(fit, counts, (9 + counts[0] + 2 * counts[1]) / 1e3 if of_rounds else seconds)
-
-    monkeypatch.setattr(Fit, "add", added)
     with engine(models.target, whiflash=models.whiflash("random")) as e:
         found, _, _ = serve(e, monkeypatch)
         costs = e.worker.controller.costs
@@ -179,11 +158,10 @@ def test_prices_are_published_as_they_are_used(models: Models, monkeypatch: pyte
             assert (published["draft", arm] > 0) == isinstance(drafter, KVDrafter), (
                 "what only looks has no price of its own"
             )
-        whole = published["verify", ""] + published["between", ""]
-        assert whole == pytest.approx(costs.verify(1, 1))
-        several = published["verify_several", ""]
-        assert costs.verify(4, 1) == pytest.approx(whole + several + 3 * published["verify_draft", ""])
-        assert costs.verify(3, 3) == pytest.approx(whole + 2 * published["verify_request", ""])
+        costs.set_contexts([])
+        assert published["verify", ""] == pytest.approx(costs.verify(1, 1), rel=0.2), "of other contexts"
+        assert published["verify_row", ""] > 0
+        assert published["between", ""] >= 0
 
 
 def test_memory_is_what_was_allocated(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

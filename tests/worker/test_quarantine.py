@@ -230,12 +230,9 @@ def test_drafts_that_the_device_took_were_sound() -> None:
         request.under_way.append(3)
     learner = Learner({}, MagicMock(), MagicMock(), MagicMock(), held, ("", "structure", "lookup", "lookup"))
     turn: Any = SimpleNamespace(
-        parts=None,
-        accepted=(),
         requests=requests,
         decisions=[None] * 2,
         plan=SimpleNamespace(routes=["none"] * 2, limits=Limits([0] * 2, [0] * 2, [0] * 2, [0] * 2)),
-        bounded=True,
     )
     results = Results(*[None] * 12)._replace(
         starts=[9] * 2, widths=[3] * 2, faults=[0] * 2, first_drafts=[0] * 2, source=[-1, 0]

@@ -17,7 +17,7 @@ from trees import assert_tree_is_true, close
 
 from whiflash_sglang.drafts.candidates import common_prefix
 from whiflash_sglang.engine.scheduler.releases import clear_turns
-from whiflash_sglang.prices.costs import FULL_LENGTH, MeasuredCosts
+from whiflash_sglang.prices.costs import FULL_LENGTH, Costs
 
 OPTIONS: dict[str, Any] = {
     "max_running_requests": 16,  # between its turns a streaming session keeps its place
@@ -144,8 +144,7 @@ def test_turns_under_every_policy(
 def test_turns_under_overlap(
     models: Models, plain: Texts, oracle: OracleArm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
-    monkeypatch.setattr(MeasuredCosts, "worth", lambda self, arm: FULL_LENGTH)
+    monkeypatch.setattr(Costs, "worth", lambda _: FULL_LENGTH)
     talks = sessions()[: 2 * len(ENDS)]
     options = {"whiflash": models.whiflash("random"), "arms": [oracle], "host_lengths": False, **OPTIONS}
     with overlapped(models.target, **options) as e:

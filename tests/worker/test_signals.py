@@ -46,7 +46,7 @@ def test_entropy_is_read_seldom_where_nothing_is_drafted(
 def test_a_pass_counts_by_its_own_drafts_behind_which_a_copy_was_verified() -> None:
     controller, other = MagicMock(), MagicMock()
     learner = learning.Learner({}, controller, other, other, other, ["", "lookup"])
-    turn = MagicMock(requests=[MagicMock(recording=None)], parts=None, bounded=False)
+    turn = MagicMock(requests=[MagicMock(recording=None)])
     turn.plan.routes = ["ar"]
     told: dict[str, Any] = dict.fromkeys(("starts", "widths", "faults", "first_drafts", "source"), 1)
     told |= {"tokens": [7, 8, 9, 1], "accept_lens": 4, "drafts": [7, 8, 3], "drafted": 3}

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,21 +10,18 @@ from typing import Any
 import pytest
 from engine import Engine, engine
 from model_set import Models
-from oracle_arm import OracleArm
 from plain import plain_texts
 from request_sets import GRAMMARS, OPTIONS, SCHEMA, structured
 from traffic import play, without_a_pass
 from trees import assert_tree_is_true
 
 from whiflash_sglang.arms import structure
-from whiflash_sglang.engine.scheduler.streamer import recording_of
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.serve import lifecycle
 from whiflash_sglang.spans.hints import TOOLS_KEY
 from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.sketch import Token
 from whiflash_sglang.structure.tools import carried_tools
-from whiflash_sglang.telemetry.trace import build_trace
 
 ROUTER = "random"
 WIDTH = 16
@@ -39,35 +36,8 @@ def expected(models: Models) -> dict[str, list[int]]:
 def use_only(arm: str, controller: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on no model drafts, and one draft source is used."""
     monkeypatch.setattr(controller, "route", partial(without_a_pass, controller))
-    monkeypatch.setattr(controller, "may_use", lambda _, other: other == arm)
+    monkeypatch.setattr(Request, "may_verify", lambda _, other: other == arm)
     monkeypatch.setattr(Request, "may_join", property(lambda _: False))
-
-
-def test_a_draft_that_the_grammar_forbids_makes_room_for_what_it_forces(
-    models: Models, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another arm's nonsense is not verified; the forced text is, in its place. A trace says whose each is."""
-    traced = {"custom_params": {"whiflash": '{"trace": "full"}'}}
-    arrivals = [replace(a, params={**a.params, **traced}) for a in structured()]
-    nonsense = OracleArm(0.0, alphabet=[ord("~")], ragged=False)
-
-    def to_the_oracle(_: Any, forecasts: Sequence[Any]) -> list[str]:
-        return ["oracle" if "oracle" in forecast else "none" for forecast in forecasts]
-
-    with engine(models.target, whiflash=models.whiflash("random"), arms=[nonsense], **OPTIONS) as e:
-        monkeypatch.setattr(e.worker.controller, "route", to_the_oracle)
-        assert play(e, arrivals) == expected
-        for rid, output in expected.items():
-            recording = recording_of(e.requests[rid], None)
-            assert recording is not None
-            trace = build_trace(recording, "random", len(output))
-            proposed = {name: source["proposed"] for name, source in trace["sources"].items()}
-            assert sum(proposed.values()) == sum(arm["proposed"] for arm in trace["arms"].values())
-            assert (proposed.get("grammar", 0) > 0) != rid.startswith("free")
-            right = {name for name, source in trace["sources"].items() if source["accepted"]}
-            assert right <= {"grammar"}, "nonsense is credited with what the grammar forces"
-        with_structure = {rid: e.rounds(rid)[1] for rid in expected}
-    assert all((count > 0) != rid.startswith("free") for rid, count in with_structure.items())
 
 
 def test_tools_without_a_grammar(
@@ -82,8 +52,7 @@ def test_tools_without_a_grammar(
     carried = {"whiflash": json.dumps(spans), TOOLS_KEY: carried_tools(functions, "hermes")}
     arrivals = [replace(a, params={**a.params, "custom_params": carried}) for a in structured()]
     monkeypatch.setattr(lifecycle, "grammar_of", lambda req: None)
-    for router, resident in (("random", "0"), ("auto", "1"), ("auto", "0")):
-        monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", resident)
+    for router in ("random", "auto"):
         with engine(models.target, whiflash=models.whiflash(router), **OPTIONS) as e:
             if router == "auto":
                 use_only("structure", e.worker.controller, monkeypatch)

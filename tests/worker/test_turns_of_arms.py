@@ -49,17 +49,15 @@ class Copy(TextDrafter):
         return drafts.followed_by(more, [0.8] * len(more), self.arm)
 
 
-def verified(drafters: Sequence[Any], first: Sequence[int], route: str) -> tuple[list[int], int]:
-    """Drafts verified of one request whose own arm drafted `first`, and how many of these are left."""
+def verified(drafters: Sequence[Any], first: Sequence[int], route: str) -> list[int]:
+    """A request's candidate `first` of the arm `route`, as others extend it."""
     by_arm = {drafter.arm: drafter for drafter in drafters}
     sources = DraftSources(by_arm, Quarantine(["ar", *by_arm]), 100, Spending())
-    turn: Any = SimpleNamespace(
-        requests=[Request("r")], plan=SimpleNamespace(worth=dict.fromkeys(by_arm, FULL_LENGTH))
-    )
+    turn: Any = SimpleNamespace(requests=[Request("r")], plan=SimpleNamespace(worth=FULL_LENGTH))
     drafts = Candidate().followed_by(first, [0.9] * len(first), route)
-    chain, left = sources.extended(turn, 0, route, drafts, ROOM)
+    chain = sources.extended(turn, 0, route, drafts, ROOM)
     assert sum(part.drafts for part in chain.parts) == len(chain.tokens) == len(chain.alive)
-    return list(chain.tokens), left
+    return list(chain.tokens)
 
 
 @pytest.mark.parametrize("order", [("structure", "lookup"), ("lookup", "structure")])
@@ -73,8 +71,7 @@ def test_nothing_that_is_forbidden_is_verified(order: tuple[str, str]) -> None:
         {3: [FORBIDDEN, 4]},
     ):
         arms: dict[str, Any] = {"structure": Grammar(), "lookup": Copy(known)}
-        found, left = verified([arms[name] for name in order], [1, 2], "ar")
-        assert left == 2
+        found = verified([arms[name] for name in order], [1, 2], "ar")
         assert FORBIDDEN not in found, known
         assert found[:3] == [1, 2, 3]
         if known.get(3) == [4]:
@@ -83,9 +80,9 @@ def test_nothing_that_is_forbidden_is_verified(order: tuple[str, str]) -> None:
 
 def test_an_arm_is_not_asked_behind_its_own_drafts() -> None:
     """But behind what others put there."""
-    assert verified([Copy({2: [4, 2]})], [1, 2], "lookup") == ([1, 2], 2)
-    assert verified([Grammar(), Copy({3: [4]})], [1, 2], "lookup") == ([1, 2, 3, 4, 5], 2)
-    assert verified([Grammar(), Copy({3: [4]})], [1, FORBIDDEN, 2], "ar") == ([1], 1)
+    assert verified([Copy({2: [4, 2]})], [1, 2], "lookup") == [1, 2]
+    assert verified([Grammar(), Copy({3: [4]})], [1, 2], "lookup") == [1, 2, 3, 4, 5]
+    assert verified([Grammar(), Copy({3: [4]})], [1, FORBIDDEN, 2], "ar") == [1]
 
 
 @pytest.mark.parametrize(
@@ -112,5 +109,5 @@ def test_the_last_turn_is_of_who_added_last(
             return candidate
 
         monkeypatch.setattr(drafter, "extend_drafts", noting)
-    assert verified(drafters, first, route)[0] == expected
+    assert verified(drafters, first, route) == expected
     assert asked == turns

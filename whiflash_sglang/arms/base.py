@@ -4,13 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from whiflash_kernels import Drafts, PassInputs
 
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.cache.tokens import DraftKV
 from whiflash_sglang.device.capture import Recorder
-from whiflash_sglang.device.transfers import Floats, Upload
+from whiflash_sglang.device.transfers import Floats
 from whiflash_sglang.drafts.candidates import Candidate, Forecast
 from whiflash_sglang.formats.choice import TargetsParts
 from whiflash_sglang.prices.costs import Worth
@@ -21,23 +20,22 @@ from whiflash_sglang.records.request import Request
 class Drafter:
     """A drafter, or arm.
 
-    arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token). sources:
-    names of what its drafts are taken from, if more than the arm's. passes: whether a network, its `model`, drafts;
-    then its pass is timed at the start. features: which of the target's captured layers it reads, None: all.
-    tail_width: columns of feature n-1 that a draft begins with, 0 if it reads none.
+    arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token). passes:
+    whether a network, its `model`, drafts; then its pass is timed at the start. features: which of the target's
+    captured layers it reads, None: all. tail_width: columns of feature n-1 that a draft begins with, 0 if it reads
+    none.
     """
 
     arm: str
     model: Any
     max_drafts: int
-    sources: tuple[str, ...] = ()
     passes: bool = False
     features: FeatureSlice | None = None
     tail_width: int = 0
 
     @property
     def lengths(self) -> list[int]:
-        """Return the numbers of drafts for which passes are captured, ascending; the last is `max_drafts`."""
+        """Return the numbers of drafts to which a pass may be limited, ascending; the last is `max_drafts`."""
         return [self.max_drafts]
 
     def captured_bytes(self, requests: int) -> int:
@@ -221,18 +219,3 @@ def side_by_side(
             tokens[number, :count] = candidate.tokens[:count]
             alive[number, :count] = candidate.alive[:count]
     return tokens, counts, alive
-
-
-def padded(candidates: Sequence[Candidate], device: torch.device, width: int) -> Drafts:
-    """Upload candidates, one per request, as `Drafts` of `width` columns (`side_by_side`)."""
-    tokens, counts, alive = side_by_side(candidates, width)
-    upload = Upload()
-    tokens_at, counts_at = upload.ints(tokens.ravel()), upload.ints(counts)
-    alive_at = upload.floats(alive.ravel())
-    ints, floats = upload.send(device)
-    return Drafts(
-        ints[tokens_at].view(tokens.shape),
-        ints[counts_at],
-        alive=floats[alive_at].view(alive.shape),
-        passes=0,
-    )

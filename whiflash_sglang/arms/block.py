@@ -1,7 +1,7 @@
 """The arm `diffusion`: DFlash drafts a block in one non-causal pass (arXiv 2602.06036)."""
 
 import torch
-from whiflash_kernels import Drafts, dflash_catch_up, packed
+from whiflash_kernels import dflash_catch_up, packed
 
 from whiflash_sglang.arms.paged import PagedArm, dflash_weights
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
@@ -85,6 +85,3 @@ class DFlashArm(PagedArm):
 
     def logits_at_once(self, requests: int) -> int:
         return requests * self.max_drafts * len(self._head.weight) * self.model.logits_held
-
-    def draft(self, batch: DraftBatch) -> Drafts:
-        return self.drafted(batch)

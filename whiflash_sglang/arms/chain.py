@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from whiflash_kernels import Drafts, eagle3_catch_up, packed
+from whiflash_kernels import eagle3_catch_up, packed
 
 from whiflash_sglang.arms.paged import PagedArm, eagle3_weights
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
@@ -19,7 +19,7 @@ from whiflash_sglang.formats.mtp import MTPDrafter
 from whiflash_sglang.records.core import DraftBatch
 
 SHORTER = (2, 3)
-"""Numbers of drafts for which shorter chains are captured beside the longest."""
+"""Numbers of drafts to which a chain may be limited, beside the longest."""
 
 
 class ChainModel(Protocol):
@@ -38,7 +38,7 @@ class ChainModel(Protocol):
 
 
 class ChainArm(PagedArm):
-    """Drafts a chain of up to `steps` tokens, which ends where another pass is not expected to pay.
+    """Drafts a chain of up to `steps` tokens, whose length is chosen with the route.
 
     Entry p pairs feature p with the embedding of token p+1, at slot and RoPE position p. A chain's first step runs the
     whole model at position n-1; every later step feeds back the drafter's own hidden state.
@@ -77,10 +77,7 @@ class ChainArm(PagedArm):
         return [*(steps for steps in SHORTER if steps < self.max_drafts), self.max_drafts]
 
     def chain(self, batch: DraftBatch, steps: int) -> Iterator[Choice]:
-        """Yield the chain's steps: for every request the target's id [G] and the drafter's confidence in it [G].
-
-        No step reads the device on the host, so a caller may stop between steps at the price of a read of its own.
-        """
+        """Yield the chain's steps: for every request the target's id [G] and the drafter's confidence in it [G]."""
         positions, slots, _ = batch.rows_from(-1, steps)
         token, hidden = batch.bonus, self._chain.fuse(batch.tail)
         by_step = positions.t().contiguous()
@@ -97,19 +94,6 @@ class ChainArm(PagedArm):
 
     def logits_at_once(self, requests: int) -> int:
         return requests * self._chain.draft_vocab_size
-
-    def draft(self, batch: DraftBatch) -> Drafts:
-        # Running all steps costs less if the host would wait for the device at every step, or if all are one launch.
-        if not batch.host.exact or self.captured_for(batch) is not None:
-            drafts = self.drafted(batch)
-            return drafts._replace(passes=drafts.tokens.shape[1])
-        tokens, confidences = [], []
-        for choice in self.chain(batch, max(batch.limits)):
-            tokens.append(choice.token)
-            confidences.append(choice.confidence)
-            if not self.length.goes_on(confidences, batch):
-                break
-        return self.cut(torch.stack(tokens, 1), torch.stack(confidences, 1), batch, passes=len(tokens))
 
 
 class Eagle3Arm(ChainArm):
@@ -182,9 +166,6 @@ class ParallelArm(Eagle3Arm):
 
     def logits_at_once(self, requests: int) -> int:
         return super().logits_at_once(requests) * self.max_drafts
-
-    def draft(self, batch: DraftBatch) -> Drafts:
-        return self.drafted(batch)
 
 
 class MTPArm(ChainArm):

@@ -1,4 +1,4 @@
-"""Chooses draft lengths: a draft goes on while one more token is expected to pay for itself.
+"""Cuts drafts where one more token is not expected to pay for its row.
 
 A drafter's confidence in a token (its own top-1 probability) is calibrated while serving into the chance that the
 target accepts it, given that it accepted everything before. The product of these chances along a draft is the gain
@@ -54,18 +54,6 @@ class DraftLength:
         The count is at least 1, so that a drafter that was wrong for a while can recover.
         """
         return cut_drafts(confidences, batch.calibration, self._edges, batch.caps)
-
-    def goes_on(self, confidences: Sequence[torch.Tensor], batch: DraftBatch) -> bool:
-        """Whether another pass pays after drafts with these `confidences`, [B] each. Reads the device."""
-        depth, worth = len(confidences), batch.worth
-        counts, alive = self.cut(torch.stack(list(confidences), 1), batch)
-        growing = [
-            chance
-            for chance, count, limit in zip(alive[:, -1].tolist(), counts.tolist(), batch.limits, strict=True)
-            if count == depth < limit
-        ]
-        gain = sum(growing) * float(batch.calibration[-2])
-        return bool(growing) and gain >= worth.draft + worth.row * len(growing)
 
     def observe(self, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
         """Learn from a round: the first `accepted` of `proposed` drafts with these `confidences` were right."""

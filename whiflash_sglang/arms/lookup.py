@@ -3,8 +3,8 @@
 While it drafts, the neural drafters do nothing: features that they miss wait in the rings and are ingested in one
 batch when a drafter is chosen again.
 
-If the host would know a text a round late, the device copies from it (`propose_copies`), and the host learns from the
-results how far copies can be trusted.
+The device copies from each request's own text (`propose_copies`), since the host may know the text a round late, and
+the host learns from the results how far copies can be trusted.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,9 +25,9 @@ from whiflash_sglang.copying.calibration import (
     MatchCalibration,
     RequestCalibration,
 )
-from whiflash_sglang.copying.copier import SOURCES, Copier, teach
+from whiflash_sglang.copying.copier import Copier, teach
 from whiflash_sglang.copying.predicted import Prediction
-from whiflash_sglang.device.transfers import Floats, HostView, sent
+from whiflash_sglang.device.transfers import Floats, sent
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import PLAIN, Candidate, Forecast
 from whiflash_sglang.embedded import cache_root
@@ -56,14 +56,15 @@ class LookupArm(TextDrafter):
     """Proposes the tokens that followed the longest earlier occurrence of the text's end.
 
     Args:
-        settings: widths, shortest match, initial chances.
+        settings: widths, shortest match, initial chances. late: whether the host knows a round's tokens only when the
+            next round has begun (overlap scheduling).
     """
 
     arm = arms.LOOKUP
-    sources = SOURCES
+    on_device = True
 
-    def __init__(self, settings: Lookup, host: HostView) -> None:
-        self.on_device, self._late = not host.exact, host.late
+    def __init__(self, settings: Lookup, late: bool) -> None:
+        self._late = late
         self.max_drafts = settings.max_width
         self._seed = settings.seed or EVEN_ODDS
         self._calibration = MatchCalibration(self._seed)
@@ -74,8 +75,7 @@ class LookupArm(TextDrafter):
         self._buckets: torch.Tensor | None = None
 
     def bytes_for(self, rows: int) -> int:
-        size = rows * torch.int64.itemsize + len(BUCKETS) * torch.int32.itemsize
-        return size if self.on_device else 0
+        return rows * torch.int64.itemsize + len(BUCKETS) * torch.int32.itemsize
 
     def begin(self, request: Request) -> None:
         """Make the request's state, unless its hints turn copying off."""
@@ -122,9 +122,7 @@ class LookupArm(TextDrafter):
         return drafts.followed_by(copy.tokens, copy.alive, copy.parts[0].source) if copy.tokens else drafts
 
     def calibration(self, requests: Sequence[Request], worth: Worth) -> Floats:
-        """Return the requests' starting factors, then a table of chances for each; empty unless the device copies."""
-        if not self.on_device:
-            return ()
+        """Return the requests' starting factors, then a table of chances for each."""
         own: list[_Kept | None] = [request.kept.get(self.arm) for request in requests]
         factors = [1.0 if kept is None else kept.copies.factor for kept in own]
         chances = np.tile(np.array(self._calibration.chances, dtype=np.float32), len(own))
@@ -158,7 +156,7 @@ class LookupArm(TextDrafter):
 
     def promised(self, request: Request) -> Forecast | None:
         kept: _Kept | None = request.kept.get(self.arm)
-        if not (self.on_device and self._late) or kept is None:
+        if not self._late or kept is None:
             return None
         return kept.promised if kept.alone and kept.copier is None else None
 

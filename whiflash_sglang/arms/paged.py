@@ -92,7 +92,7 @@ class PagedArm(KVDrafter):
         captured = self._captured[min(length for length in self.lengths if length >= wanted)]
         return None if captured.size_for(len(batch)) is None else captured
 
-    def drafted(self, batch: DraftBatch) -> Drafts:
+    def draft(self, batch: DraftBatch) -> Drafts:
         """Draft for a batch, and cut the drafts. Those of a captured pass are valid until its next replay."""
         wanted, size, captured = max(batch.limits), len(batch), self.captured_for(batch)
         if captured is None:
@@ -117,12 +117,10 @@ class PagedArm(KVDrafter):
         """Return the calibration of `DraftLength`."""
         return self.length.calibration(worth)
 
-    def cut(
-        self, tokens: torch.Tensor, confidences: torch.Tensor, batch: DraftBatch, *, passes: int = 1
-    ) -> Drafts:
+    def cut(self, tokens: torch.Tensor, confidences: torch.Tensor, batch: DraftBatch) -> Drafts:
         """Cut `tokens` [B, W] int64, drafted with `confidences` [B, W] float32, to those worth their rows."""
         counts, alive = self.length.cut(confidences, batch)
-        return Drafts(tokens, counts, alive, confidences, passes=passes)
+        return Drafts(tokens, counts, alive, confidences)
 
     def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
         """Learn from a round in which `accepted` of `proposed` drafts were right."""

@@ -113,7 +113,6 @@ class StructureArm(TextDrafter):
 
     arm = arms.STRUCTURE
     forbids = True
-    sources = (GRAMMAR, TOOLS)
 
     def __init__(self, settings: Structure, vocabulary: Vocabulary, exhausted: Callable[[], bool]) -> None:
         self.max_drafts = settings.max_width

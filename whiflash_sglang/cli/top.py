@@ -97,9 +97,7 @@ def _facts(
     costs = state.get("costs") or {}
     named = {
         "verify": "a plain round of one request",
-        "verify_draft": "one more draft verified",
-        "verify_request": "one more request",
-        "verify_several": "the first draft of one request",
+        "verify_row": "one more row verified",
         "between": "between rounds",
     }
     priced = [f"{_milliseconds(costs[name])} {meaning}" for name, meaning in named.items() if costs.get(name)]
@@ -247,7 +245,7 @@ def figures(counts: Mapping[str, Any], seconds: float) -> dict[str, Any]:
 
 def unknown(price: Mapping[str, Any]) -> str:
     """Return the words for a gain that is unknown: how far the server knows the price of plain decoding."""
-    return f"not known yet ({price['rounds']} of {price['needed']} {price['of']})"
+    return f"not known yet ({price['rounds']} of {price['needed']} rounds)"
 
 
 def _ratio(count: float, whole: float) -> float | None:

@@ -6,7 +6,7 @@ before. `metrics` and `routing` take either clock.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -103,7 +103,7 @@ def measure(
     clock: Clock,
     *,
     repeats: int = REPEATS,
-    of: Callable[[list[float]], float] = median,
+    of: Callable[[Sequence[float]], float] = median,
 ) -> float:
     """Time `body` in seconds: `of` (the median) over `repeats` runs after one that is not counted; waits for each."""
     body()

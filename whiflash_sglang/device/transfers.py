@@ -1,8 +1,6 @@
 """Transfers between host and device in a round: one buffer up, one down. Imports no SGLang."""
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -163,25 +161,3 @@ def _sent(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_floating_point:
         return torch.float32
     return torch.int64 if dtype == torch.int64 else torch.int32
-
-
-@dataclass(frozen=True, slots=True)
-class HostView:
-    """Whether the host may read the device's values at any time.
-
-    exact: reading costs nothing (a CPU), so everything has the size that it needs. If not, reading would wait for the
-    device: sizes are bounds that the host knows, and work is padded to them. late: a round is planned before the
-    results of the last one are known.
-    """
-
-    exact: bool
-    late: bool = False
-
-    @classmethod
-    def of(cls, device: torch.device, *, late: bool = False) -> "HostView":
-        """Return the view of `device`: exact on a CPU, unless `WHIFLASH_DEVICE_RESIDENT=1` treats it like a GPU."""
-        resident = os.environ.get("WHIFLASH_DEVICE_RESIDENT") == "1"
-        return cls(device.type == "cpu" and not resident, late)
-
-
-EXACT = HostView(exact=True)

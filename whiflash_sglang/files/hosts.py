@@ -70,16 +70,13 @@ class PlainPrice(Answer):
 
     rounds: Count
     needed: Count
-    of: str
 
 
 class Prices(Answer):
-    """Fitted prices of a round's parts, in seconds (`Costs.snapshot`)."""
+    """Prices of a round's parts, in seconds (`Costs.snapshot`)."""
 
     verify: Amount = 0.0
-    verify_draft: Amount = 0.0
-    verify_request: Amount = 0.0
-    verify_several: Amount = 0.0
+    verify_row: Amount = 0.0
     between: Amount = 0.0
     draft: Annotated[dict[str, Amount], FEW] = {}
 

@@ -1,24 +1,26 @@
 """Prices of a round's work in seconds, for `assign`, for cutting drafts that do not pay, and for metrics.
 
-`Costs` is what every server learns from its rounds. On a CPU the price of drafting is a line and that of verification a
-plane, refitted every round (`MeasuredCosts`). On a GPU, which works asynchronously, prices are looked up
-(`tables.LookedUpCosts`). Both learn from the times of all rounds, also of pinned requests. A single slow round counts
-for little; if most of the last few rounds are slower, prices follow at once (`fits.DriftDetector`).
+The work is timed at the server's start, in tables (:mod:`.tables`). While a device works, the host's clock only shows
+how long launching took, so no price is fitted to it. Rounds show what the tables cannot know (lower clocks, other
+processes, the host's share): one factor for all prices, the seconds of rounds over their price. It moves slowly, and at
+once if most of the last rounds agree that it is wrong (:mod:`.correction`). All rounds teach it, also those of pinned
+requests. Whole rounds are timed by device events, on a CPU by the host's clock.
 """
 
 import math
-from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
 
 from whiflash_sglang.drafts.rates import RECENT_ROUNDS, Mean
-from whiflash_sglang.prices.fits import LIMIT, MEMORY, STIFFNESS, WINDOW, Fit, median
+from whiflash_sglang.prices.correction import LIMIT, MEMORY, Correction, median
 from whiflash_sglang.prices.round_clock import RoundTime
+from whiflash_sglang.prices.tables import CostTables
 
 PROBE_ROUNDS = 256
-"""Rounds of the batch between two probes of an arm whose acceptance and price are well known."""
+"""Rounds of the batch between two probes of an arm whose acceptance is well known."""
 
 UNKNOWN = Mean()
 """Mean number of drafts of a request that had no round yet."""
@@ -32,33 +34,27 @@ RATE_ROUNDS = 32
 PLAIN_ROUNDS = 8
 """Rounds that must be timed before the price of plain decoding, and so the gain of drafting, is known."""
 
-FIRST_ROUND = 0.020
-"""Seconds assumed for a verification before the first one was timed."""
-
-FIRST_DRAFT = 0.0002
-"""Seconds that one more request is assumed to add to a draft pass, until passes of several sizes were timed."""
-
 SHORTEST = 1e-6
 """Smallest duration in seconds, because a clock may not have moved between two readings."""
-
-PRIOR_SHARE = 0.03
-"""Assumed price of one more draft or request, as a share of a verification, until several sizes were timed."""
-
-LEAST_STEP = 0.25
-"""Smallest step in price from one row to several that is believed, as a share of a verification's mean."""
 
 LEAST_CHANCE = 0.1
 """Chance of acceptance below which a draft is not verified if rows have no price."""
 
+LEFT_OUT = 2.0
+"""Least assumed worth of a draft that finds no room in a smaller graph, as a multiple of a row's price."""
+
+WAITED = 0.05
+"""A gap longer than this share of a round's seconds means that the device waited for the host. Launches leave small
+gaps, too."""
+
+FORGOTTEN = 0.998
+"""Decay of the host's seconds per round in rounds in which the device did not wait: they may have become shorter."""
+
 
 class Worth(NamedTuple):
-    """Expected accepted tokens that a further draft must bring to pay for itself, at the server's present rate.
-
-    row: to pay for one more verified row of a request. draft: to pay for one more drafter pass, for the whole batch.
-    """
+    """Expected accepted tokens that a further draft must bring to pay for its row, at the server's present rate."""
 
     row: float
-    draft: float
 
     @property
     def least_chance(self) -> float:
@@ -66,76 +62,39 @@ class Worth(NamedTuple):
         return self.row or LEAST_CHANCE
 
 
-FULL_LENGTH = Worth(0.0, 0.0)
+FULL_LENGTH = Worth(0.0)
 """Worth without known prices: drafts have full length, down to a chance of `LEAST_CHANCE`."""
 
 
-class Costs(ABC):
-    """Base class of prices in seconds. It learns how many drafts rounds have and the server's tokens per second.
+class Costs:
+    """Prices in seconds, looked up in `tables`, which must be set before anything is priced.
+
+    A round pads its verification to the drafts that it has room for, so that number of rows is looked up.
 
     Args:
         width: arm → most rows that a request routed to it verifies, of its own drafts; used until a mean is measured.
+        overlaps: whether the host works while the device does; otherwise its seconds are added.
     """
 
-    priced_by = "plain rounds"
-    """Kind of rounds, for people, whose times show the price of plain decoding."""
+    tables: CostTables
 
-    def __init__(self, width: Callable[[str], int]) -> None:
-        self._pricing_rounds = 0
-        self._widest = width
-        self._rows: defaultdict[str, Mean] = defaultdict(Mean)
+    def __init__(self, width: Callable[[str], int], overlaps: bool = True) -> None:
+        self._widest, self._overlaps = width, overlaps
+        self.correction = Correction()
+        self._rounds = self._verified = 0
         self._drafts: defaultdict[str, tuple[Mean, Mean]] = defaultdict(lambda: (Mean(), Mean()))
         """By route, the mean number of drafts and the mean squared deviation from the request's usual number."""
         self._context = self._requests = 0
         self._recent: deque[tuple[int, float, float]] = deque(maxlen=RATE_ROUNDS)
-        self._rate = self._gap = 0.0
+        self._rate = self._gap = self._host = 0.0
+        """Tokens per second; seconds between two rounds; seconds of a round in which the device waits for the host."""
+        self._busy = Mean(1.0, 1.0)
+        """Share of rounds in which the device did not wait for the host: only these take longer with more work."""
+        self._brought = 0.0
+        """Worth of a verified draft in uncorrected seconds: its mean accepted tokens over the server's tokens/s."""
+        self._behind: dict[str, Mean] = {}
+        """By arm, the mean number of tokens that a request's catch-up ingests before a pass."""
         self._limits: Mapping[str, int] = {}
-
-    @abstractmethod
-    def draft(self, arm: str, requests: int, drafts: int = 0) -> float:
-        """Return the seconds of a pass of `arm` for `requests` requests, catch-up included.
-
-        drafts: length of the pass, one of `lengths`; 0: the present limit (`limit`).
-        """
-
-    @abstractmethod
-    def verify(self, rows: float, requests: int) -> float:
-        """Return the seconds of one target forward over `rows` packed rows, with the round's fixed cost."""
-
-    def lasts(self, work: float) -> float:
-        """Return the seconds of a round whose drafting and verification take `work` seconds."""
-        return work
-
-    @abstractmethod
-    def timings(self, arm: str) -> int:
-        """Return how often a draft of `arm` was timed since its price was last found wrong."""
-
-    def plain(self, requests: int) -> float | None:
-        """Return the seconds of a round of so many requests without drafts, or None while that would be a guess.
-
-        Every gain that is shown or counted is relative to this price.
-        """
-        known = self._pricing_rounds >= PLAIN_ROUNDS
-        return self.lasts(self.verify(requests, requests)) if known else None
-
-    def plain_price(self) -> dict[str, Any]:
-        """Return how far the price of plain decoding is known, for people: `rounds` of `needed` ones, and which."""
-        return {
-            "rounds": min(self._pricing_rounds, PLAIN_ROUNDS),
-            "needed": PLAIN_ROUNDS,
-            "of": self.priced_by,
-        }
-
-    @abstractmethod
-    def worth(self, arm: str) -> Worth:
-        """Return the tokens that a further draft of `arm` must bring; `FULL_LENGTH` until a rate was measured."""
-
-    @abstractmethod
-    def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
-        """Return prices in seconds by (kind of work, arm), the arm "" if it has none (`metrics.SERIES` describes each).
-
-        Prices that were not timed yet are 0.
-        """
 
     def observe(self, previous: RoundTime) -> None:
         """Learn from the times of a round and of the gap after it. Rounds teach prices in no other way."""
@@ -145,14 +104,56 @@ class Costs(ABC):
         paused, worked = (sum(map(min, each, repeat(longest))) for each in (gaps, seconds))
         self._rate = sum(tokens) / max(paused + worked, SHORTEST)
         self._gap = paused / len(self._recent)
+        self._verified = previous.rows
+        for arm, requests in previous.drafted.items():
+            self._behind.setdefault(arm, Mean()).add(previous.caught_up.get(arm, 0) / requests, MEMORY)
+        if previous.seconds > 0.0:
+            self._learn_host(previous)
+            if (drafts := previous.rows - previous.requests) and self._rate:
+                brought = max(previous.tokens - previous.requests, 0) / drafts / self._rate
+                self._brought += (brought / self.correction.factor - self._brought) / RATE_ROUNDS
+            self.correction.add(self._expected(previous), previous.seconds)
+            self._rounds += 1
+
+    def _expected(self, previous: RoundTime) -> float:
+        """Return the uncorrected price of a round that has run."""
+        verified = self.tables.verify(previous.rows, previous.requests, previous.context)
+        drafted = (
+            self._pass(arm, requests, previous.limits.get(arm, 0))
+            for arm, requests in previous.drafted.items()
+        )
+        caught_up = (self.tables.catch(arm, tokens) for arm, tokens in previous.caught_up.items())
+        return verified + sum(drafted) + sum(caught_up)
+
+    def _learn_host(self, previous: RoundTime) -> None:
+        waited = self._overlaps and previous.gap > WAITED * previous.seconds
+        self._busy.add(not waited, RATE_ROUNDS)
+        if waited:
+            self._host += (previous.seconds + previous.gap - self._host) / 2
+        else:
+            self._host = min(self._host * FORGOTTEN, previous.seconds)
+
+    def lasts(self, work: float) -> float:
+        """Return the seconds of a round whose drafting and verification take `work` seconds: the longer of device and
+        host if they overlap, else their sum.
+        """
+        return max(work, self._host) if self._overlaps else work + self._gap
+
+    def plain(self, requests: int) -> float | None:
+        """Return the seconds of a round of so many requests without drafts, or None while that would be a guess.
+
+        Every gain that is shown or counted is relative to this price.
+        """
+        known = self._rounds >= PLAIN_ROUNDS
+        return self.lasts(self.verify(requests, requests)) if known else None
+
+    def plain_price(self) -> dict[str, int]:
+        """Return how far the price of plain decoding is known, for people: `rounds` of `needed` ones."""
+        return {"rounds": min(self._rounds, PLAIN_ROUNDS), "needed": PLAIN_ROUNDS}
 
     def set_contexts(self, contexts: Sequence[int]) -> None:
         """Set the context lengths, at most, of the requests of the round that is planned next."""
         self._context, self._requests = sum(contexts), len(contexts)
-
-    def widened(self, arm: str, rows: int) -> None:
-        """Learn that a request routed to `arm` verified `rows` rows."""
-        self._rows[arm].add(rows, MEMORY)
 
     def wanted(self, route: str, drafts: int, own: Mean) -> None:
         """Learn that a request routed to `route` had `drafts` drafts, of any arm, before some were left out.
@@ -177,13 +178,13 @@ class Costs(ABC):
         mean, squares = known
         return own.shrunk(mean.value, 1.0) + math.sqrt(squares.value / max(self._requests, 1))
 
-    def packed(self, requests: int, drafts: int) -> int:
-        """Return the drafts that a round of so many requests verifies if they have `drafts` in all."""
-        return drafts
+    def width(self, arm: str) -> float:
+        """Return the number of rows that a round has for a request routed to `arm`: its drafts and the bonus token."""
+        return 1 + self.room(arm)
 
     def lengths(self, arm: str) -> tuple[int, ...]:
         """Return the lengths that a pass of `arm` may be limited to before it runs, ascending; the last is no limit."""
-        return (self._widest(arm) - 1,)
+        return (*sorted(self.tables.shorter.get(arm, ())), self._widest(arm) - 1)
 
     def limit(self, lengths: Mapping[str, int]) -> None:
         """Set by arm the number of drafts to which the round that is planned next limits its passes."""
@@ -193,10 +194,41 @@ class Costs(ABC):
         """Return the most drafts that a pass of `arm` makes in the round that is planned."""
         return self._limits.get(arm, 0) or self.lengths(arm)[-1]
 
-    def width(self, arm: str) -> float:
-        """Return the mean number of rows (drafts + 1) that a request routed to `arm` verifies."""
-        rows = self._rows.get(arm)
-        return rows.value if rows else self._widest(arm)
+    def draft(self, arm: str, requests: int, drafts: int = 0) -> float:
+        """Return the seconds of a pass of `arm` for `requests` requests, catch-up included; 0 without a model.
+
+        drafts: length of the pass, one of `lengths`; 0: the present limit (`limit`).
+        """
+        behind = self._behind.get(arm)
+        catch_up = self.tables.catch(arm, requests * behind.value) if behind else 0.0
+        return self.correction.factor * (self._pass(arm, requests, drafts) + catch_up)
+
+    def verify(self, rows: float, requests: int) -> float:
+        """Return the seconds of one target forward over `rows` packed rows, with the loss of drafts left out."""
+        return self.correction.factor * self._filled(requests, rows)[1]
+
+    def packed(self, requests: int, drafts: int) -> int:
+        """Return the drafts that a round of so many requests verifies if they have `drafts` in all."""
+        return self._filled(requests, requests + drafts)[0] - requests if drafts else 0
+
+    def worth(self) -> Worth:
+        """Return the tokens that a further draft must bring; `FULL_LENGTH` until a rate was measured.
+
+        A pass drafts the length that was chosen with its route, so only the row has a price.
+        """
+        return Worth(self._rate * self._busy.value * self._row(self._verified)) if self._rate else FULL_LENGTH
+
+    def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
+        """Return prices in seconds by (kind of work, arm), the arm "" if it has none."""
+        prices = {
+            ("verify", ""): self.correction.factor * self.tables.verify(1, 1, self._context),
+            ("verify_row", ""): self._row(1),
+            ("between", ""): self._gap,
+        }
+        for arm in arms:
+            alone = self.draft(arm, 1)
+            prices["draft", arm], prices["draft_request", arm] = alone, self.draft(arm, 2) - alone
+        return prices
 
     def snapshot(self, arms: Iterable[str]) -> dict[str, Any]:
         """Return the prices of `fitted` as in `GET /whiflash/state`: by kind of work, then by arm if it has one."""
@@ -208,89 +240,28 @@ class Costs(ABC):
                 prices[work] = seconds
         return prices
 
+    def _pass(self, arm: str, requests: int, drafts: int = 0) -> float:
+        """Return the uncorrected seconds of a pass, by default of the present limit."""
+        return self.tables.draft(arm, requests, drafts or self._limits.get(arm, 0))
 
-def verification() -> Fit:
-    """Return a new fit of a verification's seconds by drafts, requests and the step from one row (`work_of`).
+    def _filled(self, requests: int, rows: float) -> tuple[int, float]:
+        """Return the rows that are verified in place of `rows`, and their uncorrected seconds with the loss of drafts
+        that are left out.
 
-    Drafts and requests have slopes of their own, because a busy server has more of both and a draft would be charged
-    for the requests. One row uses another matrix product than several: in float32 on two cores the second row made
-    rounds 1.6 times as long, and eight more did not. A step below `LEAST_STEP` counts as none: the slope of drafts can
-    explain it, and packed bfloat16 weights have no step. The step's spread is at most a quarter, so its prior has less
-    stiffness.
-    """
-    return Fit(
-        lambda mean: (mean * PRIOR_SHARE, mean * PRIOR_SHARE, 0.0),
-        stiffness=(STIFFNESS, STIFFNESS, 1.0),
-        least=(0.0, 0.0, LEAST_STEP),
-        first=FIRST_ROUND,
-        at=work_of(1, 1),
-    )
+        If `rows` exceed a graph's size by a few, the smaller graph is used if that costs less than the larger graph.
+        The drafts left out are the least likely: each counts as `LEFT_OUT` prices of a row, or as the geometric mean of
+        that price and what a draft usually brings if that is more, since rows may be nearly free.
+        """
+        verify, sizes = self.tables.verify, self.tables.verifications.at_short.sizes
+        place = bisect_left(sizes, rows)
+        seconds = verify(rows, requests, self._context)
+        # Whether a round drafts at all is its route's decision, so some room for drafts is left.
+        if self.tables.steps and place and (smaller := sizes[place - 1]) > requests:
+            price = self.tables.row(rows, requests, self._context)
+            each = max(LEFT_OUT * price, math.sqrt(price * self._brought))
+            if (shorter := verify(smaller, requests, self._context) + (rows - smaller) * each) < seconds:
+                return smaller, shorter
+        return math.ceil(rows), seconds
 
-
-def work_of(rows: float, requests: int) -> tuple[float, ...]:
-    """Return a verification's counts for the fit: drafts, requests, and 1 if a single request has drafts, else 0."""
-    return rows - requests, requests, rows > requests == 1
-
-
-class MeasuredCosts(Costs):
-    """Costs on a CPU: fitted to the rounds of the running worker, on the host's clock.
-
-    Verification is all of a round except drafting, plus the mean gap between two rounds. The mean is used because
-    rounds without drafts share a scheduler step, so each round's own gap would be charged to drafts. A drafter that was
-    never timed has price 0, so that it is tried. A text drafter has no price: it looks in every round.
-    """
-
-    def __init__(self, width: Callable[[str], int]) -> None:
-        super().__init__(width)
-        self._verify = verification()
-        self._draft = defaultdict[str, Fit](lambda: Fit(lambda _: (FIRST_DRAFT,)))
-        self._timings: dict[str, int] = {}
-        self._passes = defaultdict[str, deque[float]](lambda: deque(maxlen=WINDOW))
-
-    def drafted(self, arm: str, requests: int, passes: int, seconds: float, catch_up: float = 0.0) -> None:
-        """Learn the seconds of an arm's draft in a round (`RoundTime.drafts`) or at the start, where arms are timed."""
-        seconds = max(seconds, SHORTEST)
-        before = self.draft(arm, requests)
-        wrong = self._draft[arm].add((requests,), seconds + catch_up)
-        # A wrong price matters only above that of one more row: cheaper drafts change no route.
-        matters = max(before, self.draft(arm, requests)) > PRIOR_SHARE * self._verify.at(
-            work_of(requests, requests)
-        )
-        self._timings[arm] = 0 if wrong and matters else self.timings(arm) + 1
-        self._passes[arm].append(seconds / passes)
-
-    def timings(self, arm: str) -> int:
-        return self._timings.get(arm, 0)
-
-    def observe(self, previous: RoundTime) -> None:
-        for draft in previous.drafts:
-            self.drafted(*draft)
-        self._pricing_rounds += previous.rows == previous.requests
-        self._verify.add(work_of(previous.rows, previous.requests), previous.rest)
-        super().observe(previous)
-
-    def worth(self, arm: str) -> Worth:
-        if not self._rate:
-            return FULL_LENGTH
-        passes = self._passes.get(arm)
-        return Worth(self._rate * self._verify.slopes[0], self._rate * median(passes) if passes else 0.0)
-
-    def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
-        draft, request, step = self._verify.slopes
-        prices = {
-            ("verify", ""): self._verify.at(work_of(1, 1)),
-            ("verify_draft", ""): draft,
-            ("verify_request", ""): request,
-            ("verify_several", ""): step,
-            ("between", ""): self._gap,
-        }
-        for arm in arms:
-            prices["draft", arm] = self.draft(arm, 1)
-            prices["draft_request", arm] = self._draft[arm].slopes[0] if arm in self._draft else 0.0
-        return prices
-
-    def draft(self, arm: str, requests: int, drafts: int = 0) -> float:
-        return self._draft[arm].at((requests,)) if arm in self._draft else 0.0
-
-    def verify(self, rows: float, requests: int) -> float:
-        return self._verify.at(work_of(rows, requests)) + self._gap
+    def _row(self, rows: float) -> float:
+        return self.correction.factor * self.tables.row(rows, self._requests, self._context)

@@ -7,7 +7,7 @@ launching it; a breakdown on the device needs the profiler. There whole rounds a
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +15,6 @@ from typing import Any
 from whiflash_sglang.device.clock import Clock, HostClock
 
 STAGES = ("route", "catch_up", "draft", "verify", "commit", "park")
-
-
-DraftTime = tuple[str, int, int, float, float]
-"""Arguments of `RoundClock.drafted`: arm, requests, passes, seconds, seconds of its catch-up."""
 
 
 @dataclass(slots=True)
@@ -33,12 +29,10 @@ class RoundTime:
     caught_up: Mapping[str, int] = field(default_factory=dict)  # arm → tokens that it ingested, at most
     limits: Mapping[str, int] = field(default_factory=dict)  # arm → drafts to which its pass was limited
 
-    # Filled by `RoundClock.end`: marks of the timer, and host seconds.
+    # Filled by `RoundClock.end`: marks of the timer.
     asked: Any = None
     begin: Any = None
     end: Any = None
-    drafting: float = 0.0
-    drafts: Sequence[DraftTime] = ()  # the part of `drafting` that belongs to an arm
 
     # Filled by `RoundClock.begin` of later rounds.
     next_begin: Any = None
@@ -46,11 +40,6 @@ class RoundTime:
     seconds: float = 0.0  # from its begin to its end
     # Seconds of planning before it and of waiting after it. At most `seconds`: a longer gap was a pause of the server.
     gap: float = 0.0
-
-    @property
-    def rest(self) -> float:
-        """Seconds of the round without drafting."""
-        return max(self.seconds - self.drafting, 1e-6)
 
 
 @dataclass(slots=True)
@@ -73,8 +62,6 @@ class RoundClock:
     _began: float = 0.0
     _asked: Any = None
     _begin: Any = None
-    _drafting: float = 0.0
-    _drafts: list[DraftTime] = field(default_factory=list)
     _learned: int = 0
     _ended: RoundTime | None = None
     _coming: deque[RoundTime] = field(default_factory=deque)
@@ -83,7 +70,6 @@ class RoundClock:
         """Begin a round. Return the earlier rounds whose times are known by now, but none before an interruption."""
         self._began, self._begin = self.now(), self.timer.record()
         self._asked = self._begin
-        self._drafting, self._drafts = 0.0, []
         ended, self._ended = self._ended, None
         tokens, self._learned = self._learned, 0
         if ended is not None:
@@ -119,18 +105,6 @@ class RoundClock:
         """Seconds on the host's clock."""
         return time.perf_counter()
 
-    def drafted(self, arm: str, requests: int, passes: int, seconds: float, catch_up: float) -> None:
-        """Note that an arm drafted for so many requests, in `passes` passes of its model.
-
-        seconds, catch_up: host seconds of its drafts, and of its catch-up before them.
-        """
-        self._drafts.append((arm, requests, passes, seconds, catch_up))
-        self._drafting += seconds + catch_up
-
-    def proposed(self, seconds: float) -> None:
-        """Add the seconds in which this round joined all arms' drafts and chose among them."""
-        self._drafting += seconds
-
     def learned(self, tokens: int) -> None:
         """Add the `tokens` that a round, maybe an earlier one, has committed."""
         self.tokens += tokens
@@ -142,7 +116,6 @@ class RoundClock:
         self.rows += time.rows
         seconds = self.now() - self._began
         self.round_seconds += seconds
-        time.drafting, time.drafts = self._drafting, self._drafts
         time.asked, time.begin, time.end = self._asked, self._begin, self.timer.record()
         self._ended = time
         return seconds

@@ -15,9 +15,9 @@ import torch
 from whiflash_kernels import Chosen, Committed, Drafts, MixedBlock, PassInputs, pass_rows
 from whiflash_kernels.structs import PADDING
 
-from whiflash_sglang.device.transfers import EXACT, Floats, HostView, Upload
+from whiflash_sglang.device.transfers import Floats, Upload
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.drafts.candidates import Candidate, Part
+from whiflash_sglang.drafts.candidates import Candidate
 from whiflash_sglang.prices.costs import FULL_LENGTH, Worth
 from whiflash_sglang.prices.round_clock import RoundTime
 from whiflash_sglang.records.request import Request
@@ -25,7 +25,7 @@ from whiflash_sglang.records.signals import Decision
 
 Due = Mapping[str, tuple[list[int], int]]
 """By arm, the requests of a batch that it has to catch up before a round: their indices in the batch, and the tokens
-that it ingests for all of them together, at least 1. The number is exact if the host knows n, else an upper bound.
+that it ingests for all of them together, at least 1: exact if the host knows n, else an upper bound.
 """
 
 NumbersT = TypeVar("NumbersT")
@@ -51,15 +51,15 @@ class Plan:
     Lists have a value per request, but for undrafted: indices of the requests whose grammar is too dear for drafts.
     asked: arms that were asked for a candidate. routes: the arm whose pass drafts, or `none`. candidates: those that
     may be verified without a pass, by arm. priced_as: the key under which the round's drafts are learned, its route or
-    `promised`. usual_drafts: drafts that the round has rows for, where the host may not count them.
+    `promised`.
 
-    Mappings have a value per arm. worth: what a further draft must bring. calibration: `Drafter.calibration` of every
-    arm that drafts.
+    worth: what a further draft must bring. usual_drafts: drafts that the round has rows for. calibration: by arm,
+    `Drafter.calibration` of every arm that drafts.
     """
 
     undrafted: list[int]
     asked: list[list[str]]
-    worth: dict[str, Worth]
+    worth: Worth
     routes: list[str] = field(init=False)
     candidates: list[dict[str, Candidate]] = field(init=False)
     limits: Limits[list[int]] = field(init=False)
@@ -72,11 +72,6 @@ class Plan:
         """Whether a model drafts for a request, or a draft source has promised a candidate."""
         return any(arm != arms.NONE for arm in self.priced_as)
 
-    @property
-    def row_worth(self) -> float:
-        """Return how many tokens a verified row must bring, whichever arm drafts it: the largest of all arms."""
-        return max(worth.row for worth in self.worth.values())
-
 
 @dataclass(eq=False, repr=False)  # a repr would read what no stage has filled, and wait for the device
 class Round:
@@ -84,7 +79,7 @@ class Round:
     be read, but for those of draft with a default, which most rounds leave unset.
     """
 
-    # Filled by `round_batch` or `next_round` (engine/scheduler/spec_worker.py) from SGLang's batch.
+    # Filled by `round_batch` (engine/scheduler/spec_worker.py) from SGLang's batch.
     rows: torch.Tensor  # [B] int64, rows of the request table
     row_ids: list[int]  # `rows` on the host
     starts: torch.Tensor  # [B] int64, n
@@ -95,7 +90,6 @@ class Round:
     # Tokens that each request may commit: those left of its max_new_tokens and of the context. It is 1 if the scheduler
     # must see a token before the next one can be judged. Route lowers some (`take_single`).
     budgets: list[int]
-    ahead: list[list[int]]  # tokens that each committed in earlier rounds of this step
 
     # Filled by route (round/planning.py).
     requests: list[Request] = field(init=False)  # the controller's; one per request, not per row
@@ -109,33 +103,24 @@ class Round:
     limits: Limits[torch.Tensor] = field(init=False)
     member_indices: dict[str, torch.Tensor] = field(init=False)  # by arm, [M] int64
     calibration: dict[str, torch.Tensor] = field(init=False)  # by arm, float32
-    # The host's candidates and the positions of their first tokens, [B, K] int64; None if the host places them itself.
+    # The host's candidates and the positions of their first tokens, [B, K] int64; None if there are none.
     host_drafts: tuple[Drafts, torch.Tensor] | None = field(default=None, init=False)
 
     # Filled by draft (round/draft.py).
     drafts: Drafts = field(init=False)  # drafts of the passes, whether or not they are verified
     chosen: Chosen = field(init=False)  # drafts that are verified; `first_drafts` are of the first arms
-    packed_rows: int = field(init=False)  # rows of the verification; an upper bound if `bounded`
-    stride: int = field(init=False)  # rows of its widest request; an upper bound if `bounded`
-    bounded: bool = field(default=False, init=False)  # whether requests compete for rows on the device
-    parts: Sequence[Sequence[Part]] | None = field(default=None, init=False)  # of drafts that the host read
+    packed_rows: int = field(init=False)  # rows of the verification, at most
+    stride: int = field(init=False)  # rows of its widest request, at most
     copies: Drafts | None = field(default=None, init=False)  # made by the device, verified or not
 
     def __post_init__(self) -> None:
-        assert (
-            len(self.row_ids)
-            == len(self.reqs)
-            == len(self.least)
-            == len(self.most)
-            == len(self.budgets)
-            == len(self.ahead)
-        )
+        assert len(self.row_ids) == len(self.reqs) == len(self.least) == len(self.most) == len(self.budgets)
 
     def __len__(self) -> int:
         return len(self.row_ids)
 
     def take_single(self, indices: Sequence[int]) -> None:
-        """Limit these requests to one token in this round, the last of this scheduler step."""
+        """Limit these requests to one token in this round."""
         for index in indices:
             self.budgets[index] = 1
 
@@ -144,11 +129,11 @@ class Round:
 
         The newest tokens are missing while an earlier round is under way.
         """
-        req, ahead = self.reqs[index], self.ahead[index]
+        req = self.reqs[index]
         output = start - len(req.origin_input_ids)
         if output < 0:
-            return [*readable(req.origin_input_ids, start), *req.output_ids, *ahead]
-        return [*req.output_ids[output:], *ahead[max(output - len(req.output_ids), 0) :]]
+            return [*readable(req.origin_input_ids, start), *req.output_ids]
+        return list(req.output_ids[output:])
 
     def answer(self, index: int, start: int) -> Sequence[int]:
         """Return the output tokens of a request from output token `start` on, as `history` knows them."""
@@ -177,7 +162,7 @@ def _no_drafts(requests: int, device: torch.device) -> tuple[Drafts, Chosen]:
     ones = torch.ones(requests, dtype=torch.int32, device=device)
     none, nothing = ones - 1, torch.empty((requests, 0), device=device)
     tokens = nothing.long()
-    return Drafts(tokens, none, nothing, nothing, none, passes=0), Chosen(tokens, ones, none, none, none)
+    return Drafts(tokens, none, nothing, nothing, none), Chosen(tokens, ones, none, none, none)
 
 
 PLACEHOLDERS = 1_000_000
@@ -219,7 +204,7 @@ class DraftBatch:
     bonus: torch.Tensor  # [B] int64, token n
     tail: torch.Tensor  # [B, F], the drafter's columns of feature n-1, F = `Drafter.tail_width`
     slot_table: torch.Tensor  # [request rows, ctx] int32
-    longest: int  # upper bound of n over the requests, exact where `host.exact`: launches are sized by it
+    longest: int  # upper bound of n over the requests: launches are sized by it
 
     # Bounds of drafts, and inputs of text drafters.
     caps: torch.Tensor  # [B] int64, largest number of drafts of each request, at least 1
@@ -227,7 +212,6 @@ class DraftBatch:
     row_ids: Sequence[int] = ()  # `rows` on the host
     calibration: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # float32, as of `Round`
     worth: Worth = FULL_LENGTH  # what a further draft must bring
-    host: HostView = EXACT  # what the arm may read while it drafts
     text: torch.Tensor | None = (
         None  # [request rows, ctx or more] int64, tokens up to n; None: this arm reads no text on the device
     )

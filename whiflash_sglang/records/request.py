@@ -61,6 +61,10 @@ class Request(Signals):
     under_way: list[int] = field(default_factory=list)
     usual_rows: float = 1.0
 
+    def may_verify(self, arm: str) -> bool:
+        """Whether candidates of `arm` may be verified: the route does not restrict the round to another source."""
+        return self.decision.only in (None, arm)
+
     @property
     def may_join(self) -> bool:
         """Whether other arms may continue its drafts: no hint restricts the round to one draft source."""

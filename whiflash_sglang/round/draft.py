@@ -7,17 +7,13 @@ import torch
 from whiflash_kernels import Drafts, SamplingTable, choose_drafts, lay_drafts
 from whiflash_kernels.warm import Served, warm_up
 
-from whiflash_sglang.arms.base import Drafter, padded, widest_of, with_kv
+from whiflash_sglang.arms.base import Drafter, widest_of, with_kv
 from whiflash_sglang.arms.length import CALIBRATION, EDGES
 from whiflash_sglang.cache.backlog import columns_of
 from whiflash_sglang.copying.calibration import BUCKETS
 from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder
-from whiflash_sglang.device.transfers import HostView, sent
-from whiflash_sglang.drafts import arms
-from whiflash_sglang.drafts.candidates import NOTHING, Candidate
-from whiflash_sglang.prices.costs import Worth
-from whiflash_sglang.prices.round_clock import RoundClock
-from whiflash_sglang.records.core import DraftBatch, Round
+from whiflash_sglang.device.transfers import sent
+from whiflash_sglang.records.core import DraftBatch, Plan, Round
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.sources import DraftSources
@@ -28,20 +24,18 @@ class DraftStage:
     """Drafts for a batch: runs each arm for its requests, and chooses among drafts, candidates and copies.
 
     slot_table: [request rows, ctx] int32. text: `TokenTable.data`. stops: `StopTable.few`. sampling:
-    `SamplingRows.data`. rows_for: (rows, requests) → rows of the smallest captured verification that holds them.
+    `SamplingRows.data`. rows_for: `Target.rows_for`.
     """
 
     drafters: Mapping[str, Drafter]
     sync: DraftSync
-    clock: RoundClock
     slot_table: torch.Tensor
     text: torch.Tensor
     stops: torch.Tensor
     sampling: SamplingTable
-    host: HostView
     sources: DraftSources
     quarantine: Quarantine
-    rows_for: Callable[[int, int], int]
+    rows_for: Callable[[int, int], int | None]
 
     def capture(self, recorder: Recorder | None, requests: int) -> None:
         """Capture the passes of all arms for batches of up to so many requests; without a recorder they run eagerly.
@@ -84,17 +78,10 @@ class DraftStage:
             return
         parts = []
         for arm, members in turn.members.items():
-            began = self.clock.now()
             drafted_for, drafts = self._drafted(turn, arm, members)
-            if drafts is None:
-                continue  # the arm failed: its requests verify only their bonus tokens
-            if drafts.passes:  # only passes of a model are priced by arm; the rest counts for the round
-                seconds, catch_up = self.clock.now() - began, self.sync.seconds.get(arm, 0.0)
-                self.clock.drafted(arm, len(drafted_for), drafts.passes, seconds, catch_up)
-            parts.append((_index(turn, arm, drafted_for), drafts))
-        began = self.clock.now()
+            if drafts is not None:  # else the arm failed: its requests verify only their bonus tokens
+                parts.append((_index(turn, arm, drafted_for), drafts))
         self._choose(turn, parts)
-        self.clock.proposed(self.clock.now() - began)
 
     def _drafted(self, turn: Round, arm: str, members: Sequence[int]) -> tuple[Sequence[int], Drafts | None]:
         """Return the members for which `arm` drafted without an error, and their drafts, None if there are none."""
@@ -107,10 +94,12 @@ class DraftStage:
         return self.quarantine.attempt(arm, {i: turn.requests[i] for i in members}, draft)
 
     def _choose(self, turn: Round, parts: Sequence[tuple[torch.Tensor, Drafts]]) -> None:
-        """Choose the drafts that are verified, from the passes (`parts`) and from the draft sources."""
+        """Choose the drafts that are verified among the passes' (`parts`), the host's candidates and the device's
+        copies: the likeliest first, as many as there are rows for.
+        """
+        plan, limits, size = turn.plan, turn.plan.limits, len(turn)
         # To copy what follows a request's drafts, the device needs them written after its text.
-        limits = turn.plan.limits
-        behind = any(limits.joined) and not self.host.exact
+        behind = any(limits.joined)
         turn.drafts = lay_drafts(
             parts,
             turn.rows,
@@ -120,34 +109,9 @@ class DraftStage:
             vocabulary=self.sources.vocabulary,
             text=self.text if behind else None,
         )
-        if self.host.exact:
-            self._choose_known(turn)
-        else:
-            self._choose_unread(turn, self._copies(turn, turn.drafts) if behind else None)
-
-    def _choose_known(self, turn: Round) -> None:
-        """Choose on the host, which reads all drafts: every request has its chain verified whole."""
-        chains, left = self._chains(turn)
-        turn.parts = [chain.parts for chain in chains]
-        widths = [1 + len(chain.tokens) for chain in chains]
-        turn.packed_rows, turn.stride = sum(widths), max(widths)
-        turn.chosen = choose_drafts(
-            padded(chains, self.text.device, turn.stride - 1),
-            turn.rows,
-            turn.starts,
-            self.text,
-            first_counts=sent(left, self.text.device),
-        )
-
-    def _choose_unread(self, turn: Round, appended: Drafts | None) -> None:
-        """Choose on the device among drafts, the host's candidates and the device's copies: the likeliest first, as
-        many as there are rows for. appended: copies that follow the drafts.
-        """
-        size, plan = len(turn), turn.plan
-        copies = turn.copies = self._copies(turn) if any(plan.limits.copied) else None
-        most = min(plan.usual_drafts, sum(plan.limits.drafts), MOST_DRAFTS)
-        if most:  # fill the graph's rows; without expected drafts a graph of one row per request is enough
-            most = self.rows_for(size + most, size) - size
+        appended = self._copies(turn, turn.drafts) if behind else None
+        copies = turn.copies = self._copies(turn) if any(limits.copied) else None
+        most = self._room(plan, size)
         from_host, at = turn.host_drafts or (None, None)
         turn.chosen = choose_drafts(
             turn.drafts,
@@ -159,32 +123,24 @@ class DraftStage:
             at=at,
             copies=copies,
             limits=turn.limits.drafts,
-            worth=plan.row_worth,
-            least=Worth(plan.row_worth, 0.0).least_chance,
+            worth=plan.worth.row,
+            least=plan.worth.least_chance,
             most_drafts=most,
         )
-        widest = 1 + max(plan.limits.drafts) if most else 1
-        turn.packed_rows, turn.stride, turn.bounded = size + most, widest, True
+        turn.packed_rows, turn.stride = size + most, 1 + max(limits.drafts) if most else 1
 
-    def _chains(self, turn: Round) -> tuple[list[Candidate], list[int]]:
-        """Return each request's chain of drafts, and how many at its beginning come from its pass or candidate. A
-        request without a pass takes the candidate with the largest gain; other sources append tokens that follow.
+    def _room(self, plan: Plan, size: int) -> int:
+        """Return the most drafts that a round of `size` requests verifies: as many as fill the rows of the graph that
+        holds the usual number; all of them if there is no graph, since the host then counts them.
         """
-        chains, left, plan = [], [], turn.plan
-        for i, (drafted, route) in enumerate(zip(_rows(turn.drafts), plan.routes, strict=True)):
-            candidates = {route: NOTHING.followed_by(*drafted, route)}
-            if route == arms.NONE:
-                candidates |= {
-                    arm: each.first(plan.limits.drafts[i]) for arm, each in plan.candidates[i].items()
-                }
-            first, chain = max(candidates.items(), key=lambda one: one[1].gain(plan.row_worth))
-            kept = len(chain.tokens)
-            if room := plan.limits.joined[i]:
-                chain, valid = self.sources.extended(turn, i, first, chain, room)
-                kept = min(kept, valid)
-            chains.append(chain)
-            left.append(kept)
-        return chains, left
+        most = min(sum(plan.limits.drafts), MOST_DRAFTS)
+        usual = min(plan.usual_drafts, most)
+        rows = self.rows_for(size + usual, size)
+        if rows is None:
+            return most
+        return (
+            rows - size if usual else 0
+        )  # a graph of one row per request is enough if no drafts are expected
 
     def _copies(self, turn: Round, drafts: Drafts | None = None) -> Drafts | None:
         """Return the device's copies of what follows every request's text, or its `drafts`; None if no arm copies."""
@@ -219,8 +175,7 @@ class DraftStage:
             limits=[turn.plan.limits.passes[i] for i in members],
             row_ids=[turn.row_ids[i] for i in members],
             calibration=calibration,
-            worth=turn.plan.worth[arm],
-            host=self.host,
+            worth=turn.plan.worth,
         )
 
     def _whole_batch(self, turn: Round, arm: str, behind: bool) -> DraftBatch:
@@ -235,8 +190,7 @@ class DraftStage:
             longest=max(turn.most),
             caps=limits.joined if behind else limits.copied,
             calibration=turn.calibration[arm],
-            worth=turn.plan.worth[arm],
-            host=self.host,
+            worth=turn.plan.worth,
             text=self.text,
         )
 
@@ -245,10 +199,3 @@ def _index(turn: Round, arm: str, members: Sequence[int]) -> torch.Tensor:
     """Return the batch indices `members` of `arm` on the device, [M] int64."""
     every = turn.member_indices[arm]
     return every if len(members) == len(every) else sent(members, every.device)
-
-
-def _rows(drafts: Drafts) -> list[tuple[list[int], list[float]]]:
-    """Return the tokens and their chances of every request, read from the device."""
-    assert drafts.alive is not None
-    rows = zip(drafts.tokens.tolist(), drafts.alive.tolist(), drafts.counts.tolist(), strict=True)
-    return [(tokens[:count], alive[:count]) for tokens, alive, count in rows]

@@ -77,16 +77,14 @@ class Learner:
         prices = round_prices(self.controller.costs, turn.plan.routes, rows) if recorded else None
         for i, request in enumerate(turn.requests):
             request.under_way.pop(0)
-            parts = turn.parts[i] if turn.parts is not None else ()
-            if turn.bounded:
-                parts = () if request.recording is None else self._chosen_parts(turn, results, i)
-            arm, drafted = self._first_arm(turn, results, i, parts)
+            parts = () if request.recording is None else self._chosen_parts(turn, results, i)
+            arm, drafted = self._first_arm(turn, results, i)
             if tokens[i] and self.ranks.leads:
                 self._learn(turn, results, i, arm, drafted, tokens[i], prices, parts)
         self.clock.learned(sum(map(len, tokens)))
         return tokens
 
-    def _first_arm(self, turn: Round, results: Results, i: int, parts: Sequence[Part]) -> tuple[str, int]:
+    def _first_arm(self, turn: Round, results: Results, i: int) -> tuple[str, int]:
         """Return the arm of a request's first verified drafts and how many are its own; the quarantine judges it."""
         request, arm = turn.requests[i], turn.plan.routes[i]
         source, drafted = results.source[i], results.first_drafts[i]
@@ -94,9 +92,6 @@ class Learner:
             self.quarantine.judge(arm, request, faulty=bool(results.faults[i]))
         if source:
             arm, drafted = self.proposers[source], results.widths[i] - 1
-        elif parts and not turn.bounded:
-            first = parts[0].source
-            arm = next((arm for arm, drafter in self.drafters.items() if first in drafter.sources), first)
         if arm != turn.plan.routes[i]:
             self.quarantine.judge(arm, request, faulty=False)
         return arm, drafted
@@ -120,7 +115,7 @@ class Learner:
         """
         request, decision, route = turn.requests[i], turn.decisions[i], turn.plan.routes[i]
         width = results.widths[i]
-        if turn.bounded:
+        if results.wanted is not None:
             self.controller.wanted(request, decision, turn.plan.priced_as[i], results.wanted[i])
         drafts = results.drafts[i][: results.drafted[i]]
         agreed = common_prefix(drafts, tokens)
@@ -208,7 +203,7 @@ def results_of(turn: Round, committed: Committed, signals: Mapping[str, torch.Te
         accept_lens=committed.accept_lens,
         confidences=drafts.confidences,
         faults=drafts.faults,
-        wanted=chosen.wanted if turn.bounded else None,
+        wanted=chosen.wanted if any(turn.plan.limits.drafts) else None,
         **copied,
         **signals,
     )

@@ -9,7 +9,7 @@ from whiflash_kernels import Drafts
 
 from whiflash_sglang.arms.base import Drafter, of_text, side_by_side, widest_of
 from whiflash_sglang.device.ranks import Ranks
-from whiflash_sglang.device.transfers import Floats, HostView, Upload
+from whiflash_sglang.device.transfers import Floats, Upload
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate, Forecast
 from whiflash_sglang.prices.round_clock import RoundClock
@@ -30,7 +30,6 @@ class Planner:
     clock: RoundClock
     quarantine: Quarantine
     sources: DraftSources
-    host: HostView
     ranks: Ranks = field(default_factory=Ranks)
 
     def plan(self, turn: Round) -> None:
@@ -42,11 +41,10 @@ class Planner:
         turn.plan = self.ranks.broadcast(lambda: self._decide(turn))
         if not self.ranks.leads:
             turn.take_single(turn.plan.undrafted)
-            # Text drafters take notes when they are asked and learn from them later, so this rank asks them too. If
-            # the device reads candidates of the host, the first rank has sent these: the proposers are not asked.
-            sent = () if self.host.exact else self.sources.proposing
+            # Drafters that draft from texts without proposing take notes when they are asked, so this rank asks them
+            # too. The proposers' candidates were sent with the plan.
             for index, names in enumerate(turn.plan.asked):
-                self._proposed(turn, index, [arm for arm in names if arm not in sent])
+                self._proposed(turn, index, [arm for arm in names if arm not in self.sources.proposing])
         widths = [1 + most for most in turn.plan.limits.drafts]
         members = {
             arm: [i for i, route in enumerate(turn.plan.routes) if route == arm] for arm in self.drafters
@@ -69,20 +67,15 @@ class Planner:
         requests = turn.requests
         undrafted = [i for i, request in enumerate(requests) if self.sources.spending.is_dear(request.rid)]
         turn.take_single(undrafted)
-        asked = [self._askable(turn, i) for i in range(len(turn))]
-        worth = {arm: self.controller.worth(arm) for arm in self.drafters}
-        plan = turn.plan = Plan(undrafted, asked, worth)
+        asked = [self._able(turn, i) for i in range(len(turn))]
+        plan = turn.plan = Plan(undrafted, asked, self.controller.worth())
         plan.routes, proposed = self._route(turn)
         costs = self.controller.costs
         plan.priced_as = [
             arms.PROMISED if arm == arms.NONE and request.decision.promised else arm
             for arm, request in zip(plan.routes, requests, strict=True)
         ]
-        for i, priced_as in enumerate(plan.priced_as):
-            if proposed[i]:
-                unpaid = self.host.exact and priced_as == arms.NONE  # drafts would not pay
-                proposed[i] = {} if unpaid else self._verifiable(turn, i, proposed[i])
-        plan.candidates = proposed
+        plan.candidates = [each and self._verifiable(turn, i, each) for i, each in enumerate(proposed)]
         plan.limits = self._limits(turn)
         own = [request.wanted[arm] for request, arm in zip(requests, plan.priced_as, strict=True)]
         usual = [*map(min, plan.limits.drafts, map(costs.room, plan.priced_as, own))]
@@ -93,47 +86,41 @@ class Planner:
         return plan
 
     def _verifiable(self, turn: Round, index: int, proposed: Mapping[str, Candidate]) -> dict[str, Candidate]:
-        """Return by arm the candidates of a request that may be verified. If the host knows texts late, other text
-        drafters extend them, and copies that the device makes itself are left out.
+        """Return by arm the candidates of a request that may be verified, extended by other text drafters, without
+        copies that the device makes itself.
         """
         request = turn.requests[index]
-        usable = {arm: each for arm, each in proposed.items() if self.controller.may_use(request, arm)}
-        if self.host.exact:
-            return usable
+        usable = {arm: each for arm, each in proposed.items() if request.may_verify(arm)}
         if request.may_join:
             room = self.sources.widest + sum(request.under_way)
             usable = {
-                arm: self.sources.extended(turn, index, arm, each, room)[0] for arm, each in usable.items()
+                arm: self.sources.extended(turn, index, arm, each, room) for arm, each in usable.items()
             }
         return {arm: each for arm, each in usable.items() if not self.sources.copies_itself(arm, each)}
 
     def _rows(self, plan: Plan, arm: str) -> int:
         """Return the most rows of a request's pass. If drafts must pay for themselves, its route limits the pass."""
         rows = rows_of(self.drafters, arm)
-        if arm not in self.drafters or not plan.worth[arm].row:
+        if arm not in self.drafters or not plan.worth.row:
             return rows
         return 1 + self.controller.costs.length(arm)
 
     def _limits(self, turn: Round) -> Limits[list[int]]:
         """Return each request's most drafts. A request that has ended keeps only the pass that was already planned."""
-        plan, host, sources, may_use = turn.plan, self.host, self.sources, self.controller.may_use
-        extending = sources.proposing if host.exact else sources.on_device
+        plan, sources = turn.plan, self.sources
         passes = {arm: self._rows(plan, arm) - 1 for arm in set(plan.routes)}
         limits = []
-        each = zip(turn.requests, plan.routes, plan.candidates, turn.budgets, strict=True)
-        for request, route, candidates, budget in each:
+        each = zip(turn.requests, plan.routes, plan.asked, plan.candidates, turn.budgets, strict=True)
+        for request, route, asked, candidates, budget in each:
             most = budget - 1
             limit = min(passes[route], most)
             longest = copying = room = 0
             if request.running:
-                joins = (limit or (host.exact and candidates)) and request.may_join
-                for arm in self.quarantine.serving(extending, request):
-                    drafter = extending[arm]
-                    if not drafter.serves(request):
-                        continue
-                    if joins:
+                for arm in sources.on_device.keys() & asked:
+                    drafter = sources.on_device[arm]
+                    if limit and request.may_join:
                         longest = max(longest, drafter.max_drafts, limit)
-                    if arm in sources.on_device and may_use(request, arm):
+                    if request.may_verify(arm):
                         copying = min(drafter.max_drafts, most)
                 room = max(limit, longest, copying)
                 if candidates:
@@ -148,17 +135,25 @@ class Planner:
         for arm, drafter in self.drafters.items():
             if (arm in turn.plan.routes or arm in self.sources.on_device) and arm not in self.quarantine:
                 with self.quarantine.guard(arm):
-                    by_arm[arm] = drafter.calibration(turn.requests, turn.plan.worth[arm])
+                    by_arm[arm] = drafter.calibration(turn.requests, turn.plan.worth)
         return by_arm
 
-    def _askable(self, turn: Round, index: int) -> list[str]:
-        """Return the arms to ask for drafts for a request; an empty list for a request that has ended."""
-        # A request that may commit only one more token needs no draft: that token is the bonus token.
+    def _able(self, turn: Round, index: int) -> list[str]:
+        """Return the arms that may draft for a request in this round. Nothing else decides it.
+
+        None may for a request that has ended, nor for one that may commit one more token, which is the bonus token.
+        Otherwise an arm may that faults have not left out, that the policy or a hint names, whose KV has all features
+        that it begins with, and that serves the request by its hints.
+        """
         request = turn.requests[index]
         if turn.budgets[index] <= 1 or not request.running:
             return []
         serving = self.quarantine.serving(self.drafters, request)
-        return self.sync.able(request.row, self.controller.named(request, serving))
+        able, texts = (
+            self.sync.able(request.row, self.controller.named(request, serving)),
+            self.sources.of_text,
+        )
+        return [arm for arm in able if arm not in texts or texts[arm].serves(request)]
 
     def _proposed(
         self, turn: Round, index: int, asked: Sequence[str]
@@ -176,15 +171,13 @@ class Planner:
             if (drafter := self.sources.of_text.get(arm)) is None:
                 forecasts[arm] = None
                 continue
-            promised, candidate = drafter.promised(request), None
-            if promised is not None and self.controller.policy.joins_arms:
+            if (promised := drafter.promised(request)) is not None and self.controller.policy.joins_arms:
                 if promised.length > 1:
                     forecasts[arm] = promised
                 continue
-            if drafter.serves(request):
-                history, worth = partial(turn.history, index), turn.plan.worth[arm]
-                propose = partial(drafter.propose, request, n, history, worth, ahead)
-                candidate = self.sources.checked(arm, request, propose)
+            worth = turn.plan.worth
+            propose = partial(drafter.propose, request, n, partial(turn.history, index), worth, ahead)
+            candidate = self.sources.checked(arm, request, propose)
             if candidate and candidate.tokens:
                 candidates[arm] = candidate
                 price = worth.least_chance if ahead else 0.0  # else `propose` cut it by price
@@ -228,7 +221,7 @@ class Planner:
         due = upload.ints(self.sync.flags(turn.due, len(turn)))
         calibration = {arm: upload.floats(values) for arm, values in plan.calibration.items()}
         proposing, width = self.sources.proposing, self.sources.width
-        from_host = not self.host.exact and any(plan.candidates)
+        from_host = any(plan.candidates)
         if from_host:
             candidates = [by_arm.get(arm, NOTHING) for by_arm in plan.candidates for arm in proposing]
             tokens, counts, alive = side_by_side(candidates, width)

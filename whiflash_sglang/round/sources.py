@@ -1,4 +1,4 @@
-"""Draft sources: asks text drafters (lookup, structure) for candidates and lets them extend each other's drafts.
+"""Draft sources: asks text drafters (lookup, structure) for candidates and lets them extend each other's.
 
 Imports no SGLang.
 """
@@ -25,8 +25,8 @@ class DraftSources:
     Attributes:
         of_text: all text drafters, by arm. on_device: those for which the device drafts too. proposing: those that
             draft by `propose`, `on_device` first, as `choose_drafts` expects. proposers: arm by `Chosen.source`, except
-            0; the last, at -1, is the device's. widest: most drafts of a round. width: most tokens of a candidate if
-            the host knows texts late: two rounds of drafts.
+            0; the last, at -1, is the device's. widest: most drafts of a round. width: most tokens of a candidate: two
+            rounds of drafts, since the host may know texts a round late.
     """
 
     def __init__(
@@ -66,18 +66,16 @@ class DraftSources:
         """Whether the device makes the whole candidate itself, as a copy from the request's newest text."""
         return arm in self.on_device and all(part.source == CONTEXT for part in candidate.parts)
 
-    def extended(
-        self, turn: Round, index: int, first: str, drafts: Candidate, room: int
-    ) -> tuple[Candidate, int]:
-        """Let other text drafters extend a request's drafts, such as a copy that continues a chain. Return the drafts,
-        and how many of the original ones are left: a drafter may cut drafts that it forbids.
+    def extended(self, turn: Round, index: int, first: str, drafts: Candidate, room: int) -> Candidate:
+        """Return a request's candidate as other text drafters extend it, such as a copy that continues forced text. A
+        drafter may cut drafts that it forbids.
 
         An arm is not asked to extend its own tokens, nor asked again about drafts that have not changed since.
 
         Args:
             index: the request in the batch. first: the arm that made `drafts`. room: most tokens in all.
         """
-        request, left, last = turn.requests[index], len(drafts.tokens), first
+        request, last = turn.requests[index], first
         answered: dict[str, Candidate] = {}
         for arm, drafter in self._turns:
             if (
@@ -87,12 +85,11 @@ class DraftSources:
                 or not drafter.extends(request)
             ):
                 continue
-            extend = partial(drafter.extend_drafts, request, drafts, room, turn.plan.worth[arm])
+            extend = partial(drafter.extend_drafts, request, drafts, room, turn.plan.worth)
             longer = self.checked(arm, request, extend)
             if longer is None:
                 continue
             kept = common_prefix(drafts.tokens, longer.tokens)
-            left = min(left, kept)
             last = arm if len(longer.tokens) > kept else last
             drafts = answered[arm] = longer
-        return drafts, left
+        return drafts

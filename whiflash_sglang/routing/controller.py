@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import PLAIN, Forecast
-from whiflash_sglang.prices.costs import FULL_LENGTH, PROBE_ROUNDS, Costs, Worth
+from whiflash_sglang.prices.costs import FULL_LENGTH, Costs, Worth
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.records.signals import Decision, Signals
 from whiflash_sglang.routing.assign import MARGIN, Accepted, assign, best_rate
@@ -61,13 +61,9 @@ class Controller:
         pinned = span.prefer if span is not None and span.pin else None
         return [arm for arm in names if arm in candidates or arm == pinned]
 
-    def may_use(self, request: Request, arm: str) -> bool:
-        """Whether candidates of `arm` for a request may be verified."""
-        return request.decision.only in (None, arm) and bool(self.named(request, (arm,)))
-
-    def worth(self, arm: str) -> Worth:
-        """Return the tokens that a further draft of `arm` must bring; `FULL_LENGTH` if the policy prices nothing."""
-        return self.costs.worth(arm) if self.policy.prices_batches else FULL_LENGTH
+    def worth(self) -> Worth:
+        """Return the tokens that a further draft must bring; `FULL_LENGTH` if the policy prices nothing."""
+        return self.costs.worth() if self.policy.prices_batches else FULL_LENGTH
 
     def committed(
         self,
@@ -95,7 +91,6 @@ class Controller:
                 self.policy.observe(each, decision, length)
             drafts = min(width - 1, decision.limit)
             self.policy.judge(arm, drafts, min(len(tokens) - 1, drafts))
-            self.costs.widened(arm, width)
         request.committed(arm, tokens, width - 1, start=start, reason=decision.reason, lengths=whole)
         return free
 
@@ -140,7 +135,7 @@ def route(
             return math.inf
         return 1 - best_rate(bound(probes), costs, promised, policy.accepted) / best
 
-    probes = policy.probe(teachers, costs.timings if costs else lambda _: PROBE_ROUNDS, loss)
+    probes = policy.probe(teachers, loss)
     scores = bound(probes) if probes else scores
     chosen, lengths = (
         assign(scores, costs, previous, MARGIN, promised, policy.accepted) if priced else assign(scores)

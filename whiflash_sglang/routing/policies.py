@@ -38,8 +38,6 @@ MOST_TOGETHER = 16
 """Most requests that probe an arm in one round: means forget old rounds (`estimate.MEMORY`), so more are wasted."""
 
 
-Timings = Callable[[str], int]
-"""Returns how often an arm's draft was timed since its price was last found wrong."""
 Loss = Callable[[Mapping[int, str]], float]
 """Returns the share of a round's expected tokens per second that probes (request index → arm) cost."""
 
@@ -74,11 +72,11 @@ class Probes:
         self._losses: dict[str, float] = {}
         """By arm, the share of the round's tokens that its last probe was expected to cost."""
 
-    def choose(self, teachers: Sequence[Signals | None], timings: Timings, loss: Loss) -> Mapping[int, str]:
+    def choose(self, teachers: Sequence[Signals | None], loss: Loss) -> Mapping[int, str]:
         """Choose this round's probes: request index → arm, one arm at most; empty if none is due.
 
         Args:
-            teachers: each request's signals, None if it is not free. timings: see `Timings`. loss: see `Loss`.
+            teachers: each request's signals, None if it is not free. loss: see `Loss`.
         """
         able = defaultdict[str, defaultdict[str | None, list[tuple[int, Signals]]]](lambda: defaultdict(list))
         for index, signals in enumerate(teachers):
@@ -88,8 +86,8 @@ class Probes:
         for arm in self._since:
             self._since[arm] += 1
         for arm, members in sorted(able.items()):
-            timed, since = timings(arm), self._since.setdefault(arm, 0)
-            patience = {each: self._patience(arm, timed, each, len(of)) for each, of in members.items()}
+            since = self._since.setdefault(arm, 0)
+            patience = {each: self._patience(arm, each, len(of)) for each, of in members.items()}
             if since < min(patience.values()):
                 continue
             due = sorted(
@@ -110,19 +108,18 @@ class Probes:
     def _together(requests: int) -> int:
         return min(max(requests // 2, 1), MOST_TOGETHER)
 
-    def _patience(self, arm: str, timings: int, adapter: str | None, requests: int) -> float:
+    def _patience(self, arm: str, adapter: str | None, requests: int) -> float:
         """Return the rounds without `arm` after which it is probed: more, the better it is known and the worse it is.
 
-        An arm whose probes cost little is probed more often, within `PROBES_SHARE` of all tokens. The less known of
-        acceptance and price counts, the price by `timings`. So an arm whose price a busy moment raised is timed again
-        soon, if its acceptance could make it pay. requests: those of the adapter that may draft with it.
+        An arm whose probes cost little is probed more often, within `PROBES_SHARE` of all tokens. requests: those of
+        the adapter that may draft with it.
         """
         known = self._known(adapter)
         drafts = min(max(known.usual(arm) - 1, HOPELESS), 1.0)
         probes = known.rounds(arm) / self._together(requests)
         if adapter is not None:
             probes += min(self._probed[arm], INHERITED)
-        probes = min(probes, timings if drafts > HOPELESS else PROBE_ROUNDS)
+        probes = min(probes, PROBE_ROUNDS)
         cheap = max(self._losses.get(arm, math.inf) / PROBES_SHARE, min(known.rounds(arm), PROBE_ROUNDS / 4))
         return min(min(PROBE_ROUNDS, FIRST_PROBE * 2**probes) / drafts, cheap)
 
@@ -162,10 +159,10 @@ class Policy(Protocol):
         """Return the score of each allowed arm. `none` always has one, so that a route always exists."""
         ...
 
-    def probe(self, teachers: Sequence[Signals | None], timings: Timings, loss: Loss) -> Mapping[int, str]:
+    def probe(self, teachers: Sequence[Signals | None], loss: Loss) -> Mapping[int, str]:
         """Begin a round of the batch and return its probes: request index → arm that it tries regardless of scores.
 
-        teachers: each request's signals, None if its caller ordered the route. timings, loss: see `Timings`, `Loss`.
+        teachers: each request's signals, None if its caller ordered the route. loss: see `Loss`.
         """
         ...
 
@@ -189,7 +186,7 @@ class Blind:
     prices_batches = False
     joins_arms = False
 
-    def probe(self, teachers: Sequence[Signals | None], timings: Timings, loss: Loss) -> Mapping[int, str]:
+    def probe(self, teachers: Sequence[Signals | None], loss: Loss) -> Mapping[int, str]:
         """Return no probes: these policies learn nothing."""
         return {}
 
@@ -294,10 +291,8 @@ class AutoPolicy:
         scores[arms.NONE] = 1.0
         return scores
 
-    def probe(
-        self, teachers: Sequence[Signals | None], timings: Timings, loss: Loss = lambda _: math.inf
-    ) -> Mapping[int, str]:
-        return self._probes.choose(teachers, timings, loss)
+    def probe(self, teachers: Sequence[Signals | None], loss: Loss = lambda _: math.inf) -> Mapping[int, str]:
+        return self._probes.choose(teachers, loss)
 
     def observe(self, arm: str, decision: Decision, length: float) -> None:
         if arm != arms.NONE and arm not in decision.expected:

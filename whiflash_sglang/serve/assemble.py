@@ -20,13 +20,12 @@ from whiflash_sglang.checkpoints.bundle import verify
 from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
 from whiflash_sglang.checkpoints.manifest import NeuralRouter
 from whiflash_sglang.device.ranks import Ranks
-from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.engine.forward import graphs, triton_backend
 from whiflash_sglang.engine.forward.adapted import AdaptedTarget
 from whiflash_sglang.engine.forward.sampling import scales_rates, simulated_acceptance
 from whiflash_sglang.engine.forward.target import Target
-from whiflash_sglang.engine.scheduler import kv_budget, pricing
+from whiflash_sglang.engine.scheduler import kv_budget
 from whiflash_sglang.engine.scheduler.spec_worker import max_running_requests
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
@@ -34,6 +33,7 @@ from whiflash_sglang.formats.mtp import MTPDrafter
 from whiflash_sglang.formats.packed import pack_modules, quantise_modules
 from whiflash_sglang.formats.router import Layers, Router
 from whiflash_sglang.formats.table import read_draft
+from whiflash_sglang.prices.costs import Costs
 from whiflash_sglang.records.core import SampleHook
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.draft import DraftStage
@@ -58,9 +58,11 @@ from whiflash_sglang.telemetry.samples import Spool
 
 
 def build_drafters(
-    settings: Settings, target: Target, host: HostView, spending: Spending
+    settings: Settings, target: Target, spending: Spending, *, late: bool
 ) -> dict[str, Drafter]:
     """Load the drafters' checkpoints, which were checked against the target when the arguments were read.
+
+    late: as of `LookupArm`.
 
     The order of arms matters: tokens that a grammar forces come before copies, since they are surer. Without a
     tokenizer there are no grammars, and text is copied unchanged.
@@ -106,7 +108,7 @@ def build_drafters(
         words = vocabulary_of(target.tokenizer)
         drafters.append(StructureArm(settings.structure, words, spending.exhausted))
     if settings.lookup.enabled:
-        drafters.append(LookupArm(settings.lookup, host))
+        drafters.append(LookupArm(settings.lookup, late))
     return {drafter.arm: drafter for drafter in drafters}
 
 
@@ -180,9 +182,9 @@ def reserve(
 def build_controller(
     settings: Settings, target: Target, drafters: Mapping[str, Drafter], *, heads: bool, overlaps: bool
 ) -> Controller:
-    """Make the controller with its prices and policy. heads: as in `build_policy`. overlaps: as in `LookedUpCosts`."""
+    """Make the controller with its prices and policy. heads: as in `build_policy`. overlaps: as in `Costs`."""
     vocabulary = token_bytes(target.tokenizer) if target.tokenizer else ()
-    costs = pricing.costs_of(target.device, partial(rows_of, drafters), overlaps)
+    costs = Costs(partial(rows_of, drafters), overlaps)
     return Controller(build_policy(settings, heads=heads), costs, vocabulary)
 
 
@@ -224,7 +226,6 @@ class Parts(Observed, Protocol):
     target: Target
     ranks: Ranks
     router: Layers | None
-    host: HostView
     spending: Spending
     publisher: Publisher
 
@@ -268,10 +269,19 @@ def build_stages(parts: Parts) -> Stages:
             clock=parts.clock,
             quarantine=parts.quarantine,
             sources=sources,
-            host=parts.host,
             ranks=parts.ranks,
         ),
-        drafting=_drafting(parts, stops, rows, sources),
+        drafting=DraftStage(
+            drafters=parts.drafters,
+            sync=parts.sync,
+            slot_table=target.slot_table,
+            text=tokens.data,
+            stops=stops.few,
+            sampling=rows.data,
+            sources=sources,
+            quarantine=parts.quarantine,
+            rows_for=target.rows_for,
+        ),
         verifier=VerifyStage(target, epilogue, ends, hooks, parts.spending),
         epilogue=epilogue,
         signals=signals,
@@ -307,20 +317,4 @@ def _lifecycle(
         parts.tally,
         parts.publisher,
         parts.spool,
-    )
-
-
-def _drafting(parts: Parts, stops: StopTable, rows: SamplingRows, sources: DraftSources) -> DraftStage:
-    return DraftStage(
-        drafters=parts.drafters,
-        sync=parts.sync,
-        clock=parts.clock,
-        slot_table=parts.target.slot_table,
-        text=parts.tokens.data,
-        stops=stops.few,
-        sampling=rows.data,
-        host=parts.host,
-        sources=sources,
-        quarantine=parts.quarantine,
-        rows_for=parts.target.rows_for,
     )

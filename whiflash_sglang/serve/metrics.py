@@ -258,10 +258,8 @@ SERIES = (
     ),
     Series(
         "cost_seconds",
-        "prices of routes, fitted or (on CUDA) looked up: `draft` of one request with its catch-up and "
-        "`draft_request` of each further one, by arm; `verify` of one request without drafts, `verify_draft` of each "
-        "draft, `verify_request` of each further request, `verify_several` of a single request's first draft (on a "
-        "CPU); the engine's time `between` rounds",
+        "prices of routes: `draft` of one request with its catch-up and `draft_request` of each further one, by arm; "
+        "`verify` of one request without drafts, `verify_row` of each further row; the engine's time `between` rounds",
         lambda w: w.controller.costs.fitted(w.drafters).items(),
         ("work", "arm"),
     ),

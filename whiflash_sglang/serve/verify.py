@@ -70,7 +70,7 @@ class VerifyStage:
                 not processed yet; called before masks are made. None: the grammars have them.
         """
         widths, requests = turn.chosen.widths, len(turn)
-        rows = self._target.agreed_rows(turn.packed_rows, requests, widths if turn.bounded else None)
+        rows = self._target.agreed_rows(turn.packed_rows, requests, widths if turn.stride > 1 else None)
         turn.packed_rows = min(turn.packed_rows, rows)
         packed = turn.bonus, turn.chosen.tokens, widths, turn.starts, turn.rows
         block = prepare_mixed_block(*packed, self._target.slot_table, rows=rows)
@@ -94,7 +94,7 @@ class VerifyStage:
         seeded = sampling.is_seeded(batch)
         plan = CommitPlan(
             place=Place.BEHIND,
-            masks=Masks(block, turn.ahead, grammars) if grammars else None,
+            masks=Masks(block, grammars) if grammars else None,
             penalised=self._epilogue.penalties.any(turn.row_ids),
             rated=self._ends.rated(asked) if asked else None,
             seeded=seeded,

@@ -1,47 +1,33 @@
 """The worker that SGLang calls. A round: route, catch_up, draft, verify, commit, park (arXiv 2606.07710)."""
 
-import time
 from functools import partial
 from typing import Any
-from weakref import ReferenceType
 
 import torch
+from sglang.srt.runtime_context import get_schedule
 
 from whiflash_sglang.arms.base import of_text, widest_of, with_kv
 from whiflash_sglang.cache import backlog
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.device.clock import clock_of
-from whiflash_sglang.device.transfers import Download, HostView, Upload
+from whiflash_sglang.device.transfers import Download, Upload
 from whiflash_sglang.engine.carried import replace_settings, settings_of
 from whiflash_sglang.engine.forward import graphs
 from whiflash_sglang.engine.forward.parallel import ranks_of_model
 from whiflash_sglang.engine.forward.target import Target
-from whiflash_sglang.engine.scheduler import (
-    disaggregation,
-    draft_pool,
-    hicache,
-    overlap,
-    pricing,
-    releases,
-    step,
-)
+from whiflash_sglang.engine.scheduler import disaggregation, draft_pool, hicache, overlap, pricing, releases
 from whiflash_sglang.engine.scheduler.kv_budget import rehearse_sampling
 from whiflash_sglang.engine.scheduler.spec_worker import (
     BaseSpecWorker,
     DraftInput,
-    any_ended,
-    any_tracked,
     idle_result,
     max_running_requests,
-    next_round,
     prefill_rows,
     round_batch,
     round_result,
     row_ids_of,
-    step_result,
 )
 from whiflash_sglang.prices.round_clock import RoundClock
-from whiflash_sglang.records.core import Round
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.learning import results_of
 from whiflash_sglang.round.quarantine import Quarantine
@@ -60,14 +46,10 @@ from whiflash_sglang.settings.config import Settings, changed
 from whiflash_sglang.structure.spending import Spending
 from whiflash_sglang.telemetry.tally import Tally
 
-STEP_ROUNDS, STEP_SECONDS = 4, 0.1
-"""A step takes no further round after so many rounds or seconds: clients see its tokens only when it ends."""
-
 
 class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     """Owns the drafters, their KV and the controller, and drives the target through SGLang's own worker."""
 
-    scheduler: ReferenceType[Any]  # set once SGLang's scheduler is known to run this worker
     flushes_later = False  # whether requests that are released now are flushed together afterwards
 
     # The scheduler starts with gradients on. Uses no_grad, not inference_mode: inference tensors cannot be modified in
@@ -79,9 +61,9 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self._server_args, self.settings = server_args, settings_of(server_args)
         self.target, self.ranks = Target(target_worker), ranks_of_model()
         self.target.peers.on_written = self._copy_target
-        self.host = HostView.of(self.target.device, late=not server_args.disable_overlap_schedule)
+        self.overlaps = not get_schedule().disable_overlap_schedule
         self.spending = Spending(cuts=self.ranks.size == 1)
-        self.drafters = build_drafters(self.settings, self.target, self.host, self.spending)
+        self.drafters = build_drafters(self.settings, self.target, self.spending, late=self.overlaps)
         self.kv_arms, self.text_arms = with_kv(self.drafters), of_text(self.drafters)
         captured = sorted({i for d in self.kv_arms.values() for i in d.captured_layers})
         self.router = load_router(self.settings.neural, self.target)
@@ -93,7 +75,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.spool = spool_of(self.settings, server_args.model_path) if learns else None
         self.publisher = Publisher(self)
         self.controller = build_controller(
-            self.settings, self.target, self.drafters, heads=self._has_heads, overlaps=self.host.late
+            self.settings, self.target, self.drafters, heads=self._has_heads, overlaps=self.overlaps
         )
         self.sync = DraftSync(
             self.drafters,
@@ -142,7 +124,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         recorder = graphs.recorder(self.target.runner)
         self.stages.ends.capture_seconds(recorder)
         self.stages.drafting.capture(recorder, requests)
-        start = self.target, self.drafters, self.sync, self.host, self.clock.timer, requests
+        start = self.target, self.drafters, self.sync, self.clock.timer, requests
         pricing.price(costs, pricing.Start(*start), self.ranks)
         if self.ranks.leads:
             kv, policy = self.reservation, self.controller.policy.name
@@ -158,12 +140,12 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     def forward_batch_generation(
         self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None, pp_proxy_tensors: Any = None
     ) -> Any:
-        """Prefill an extend batch, or run a step of a decode batch (SGLang's spec-v2 interface)."""
+        """Prefill an extend batch, or run a round of a decode batch (SGLang's spec-v2 interface)."""
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
             return self._prefill(batch, on_publish)
         if batch.forward_mode.is_idle() or not batch.reqs:
             return self._join(batch, on_publish)
-        return self._step(batch, on_publish, grammar_barrier)
+        return self._round(batch, on_publish, grammar_barrier)
 
     def _join(self, batch: Any, on_publish: Any) -> Any:
         """Take part in a forward of other ranks when this one has no requests (DP attention)."""
@@ -215,40 +197,9 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.sync.adopt(row_ids, batch.seq_lens_cpu.tolist(), rows, batch.seq_lens.to(torch.int64))
             upload.send(self.target.device)
 
-    def _step(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> Any:
-        """Run one round, or several while nothing is drafted and no request needs the scheduler, to save its overhead.
-
-        SGLang reserves KV slots for two of the widest blocks beyond n, so rounds of one token may fill the first of
-        them. With DP attention a step has one round, since other ranks' steps have one.
-        """
-        began = time.perf_counter()
+    def _round(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> Any:
+        """Run one round of a decode batch, and return SGLang's record of it (`round_result`)."""
         turn = round_batch(batch, self.target.context_len, self.stages.planner.under_way)
-        most = min(STEP_ROUNDS, widest_of(self.drafters) + 1)
-        if on_publish is not None or self.target.peers.size > 1 or step.needs_scheduler(batch):
-            most = 1
-        result, tokens = self._round(batch, turn, on_publish, grammar_barrier)
-        rounds = [result]
-        while (
-            tokens
-            and len(rounds) < most
-            and not any_ended(turn, tokens)
-            and not any_tracked(batch, turn, tokens)
-            and self.ranks.broadcast(
-                lambda: time.perf_counter() - began < STEP_SECONDS and not step.has_mail(self.scheduler())
-            )
-        ):
-            turn = next_round(batch, turn, result, tokens)
-            result, tokens = self._round(batch, turn, on_publish, grammar_barrier)
-            rounds.append(result)
-        self.publisher.tick()
-        return step_result(rounds)
-
-    def _round(
-        self, batch: Any, turn: Round, on_publish: Any, grammar_barrier: Any
-    ) -> tuple[Any, list[list[int]]]:
-        """Run a round. Returns `round_result`, and the tokens that each request committed if another round may follow;
-        it may if nothing was drafted and the host knows them.
-        """
         clock, stages = self.clock, self.stages
         for previous in clock.begin():
             stages.learner.timed(previous)
@@ -272,12 +223,13 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             signals = stages.signals.read(verified, committed, stages.learner.needs(turn))
             results = Download(results_of(turn, committed, signals))
             if on_publish is None:
-                tokens = stages.learner.learn(turn, results.read())
+                stages.learner.learn(turn, results.read())
             else:
                 on_publish(results[results.at.seq_lens])
-                tokens = overlap.carry(verified.output, results, partial(stages.learner.learn, turn))
+                overlap.carry(verified.output, results, partial(stages.learner.learn, turn))
         self.tally.round_seconds.append(clock.end(turn.timed()))
-        return round_result(verified, results), [] if turn.stride > 1 else tokens
+        self.publisher.tick()
+        return round_result(verified, results)
 
     def clear_cache_pool(self) -> None:
         """Drop the state of all requests. SGLang calls this on `flush_cache`."""

@@ -188,7 +188,7 @@ def propose_copies(
     )
     out_alive = torch.empty(requests, width, dtype=torch.float32, device=device)
     agreements = torch.empty(requests, width, dtype=torch.int32, device=device)
-    copies = Drafts(out, copied, out_alive, passes=0, matched=matched, agreements=agreements)
+    copies = Drafts(out, copied, out_alive, matched=matched, agreements=agreements)
     if requests == 0:
         return copies
     slots, lengths = request_slots.contiguous(), seq_lens.contiguous()

@@ -220,7 +220,6 @@ def _rows(values: Tensor | None) -> Tensor | None:
 def _merge_drafts_kernel(
     tokens,
     counts,
-    first_counts,
     alive,
     more_tokens,
     more_counts,
@@ -262,7 +261,7 @@ def _merge_drafts_kernel(
     column = tl.arange(0, COLUMNS)
     inside = column < width
     count = tl.load(counts + request)
-    first_count = tl.load(first_counts + request)
+    first_count = count
     token = tl.load(tokens + request * width + column, mask=inside, other=0)
     chance = tl.load(alive + request * width + column, mask=inside, other=0.0)
     if HAS_MORE:
@@ -356,7 +355,6 @@ def choose_drafts(
     seq_lens: Tensor,
     text: Tensor,
     *,
-    first_counts: Tensor | None = None,
     appended: Drafts | None = None,
     from_host: Drafts | None = None,
     at: Tensor | None = None,
@@ -396,7 +394,6 @@ def choose_drafts(
     _merge_drafts_kernel[(size,)](
         tokens,
         counts,
-        counts if first_counts is None else first_counts.contiguous(),
         alive,
         tokens if more_tokens is None else more_tokens,
         counts if appended is None else appended.counts.contiguous(),

@@ -61,8 +61,8 @@ class AdaptedTarget:
         requests = batch.bonus, noise, widths, batch.starts, batch.rows
         block = prepare_mixed_block(*requests, batch.slot_table, rows=size * width)
         block = block._replace(positions=block.positions.clamp(max=target.context_len - 1))
-        on_host = batch.starts.cpu() if batch.host.exact else torch.full((size,), batch.longest)
-        unknown, runner = target.batch_of(batch.rows, batch.starts, on_host), target.runner
+        bounds, runner = torch.full((size,), batch.longest), target.runner
+        unknown = target.batch_of(batch.rows, batch.starts, bounds)
         graphs, runner.decode_cuda_graph_runner = runner.decode_cuda_graph_runner, None
         try:
             self._lay_out(size, width - 1)

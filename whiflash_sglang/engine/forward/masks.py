@@ -32,19 +32,16 @@ class Masks:
     Made before the target's forward, so that the host waits for a copy of the rows' tokens while the forward runs.
 
     Args:
-        block: the rows. ahead: per request, equally many tokens that were committed and that its grammar has not seen,
-            the bonus token last; they go before its rows. grammars: by the requests' indices, one at least.
+        block: the rows. grammars: by the requests' indices, one at least.
 
     Attributes: (filled by `build`)
         packed: [M, words] int32 on the host, pinned if the rows are on a GPU; `mask_places` are at its beginning, -1
             for rows of drafts that there was no time to mask, which must not be accepted.
     """
 
-    def __init__(
-        self, block: MixedBlock, ahead: Sequence[Sequence[int]], grammars: Mapping[int, Any]
-    ) -> None:
+    def __init__(self, block: MixedBlock, grammars: Mapping[int, Any]) -> None:
         rows, self._grammars = block.ids_and_requests, grammars
-        self._ahead, self._size, self._device = ahead, rows.shape[1], rows.device
+        self._size, self._device = rows.shape[1], rows.device
         self._host = async_d2h(rows)
         self._copied = torch.get_device_module(self._device).Event()
         self._copied.record()
@@ -73,7 +70,7 @@ class Masks:
             width = widths[i]
             if i in grammars:
                 chain, own = ids[first + 1 : first + width], bits[used : used + width]
-                fill = partial(fill_masks, grammars[i], self._ahead[i], chain, own, vocabulary, spending)
+                fill = partial(fill_masks, grammars[i], chain, own, vocabulary, spending)
                 try:
                     masked = spending.on(batch.reqs[i].rid, fill)
                 except ValueError as error:  # as SGLang ends a request whose grammar refuses a token
@@ -103,32 +100,22 @@ class Masks:
 
 
 def fill_masks(
-    grammar: Any,
-    ahead: Sequence[int],
-    drafts: Sequence[int],
-    bits: torch.Tensor,
-    vocabulary: int,
-    spending: Spending,
+    grammar: Any, drafts: Sequence[int], bits: torch.Tensor, vocabulary: int, spending: Spending
 ) -> int:
     """Write the masks of one request's rows, as far as they are needed, and set its grammar back.
 
     After a draft that the grammar forbids, and after its end, nothing is accepted, so no mask is needed there.
 
     Args:
-        ahead: committed tokens that the grammar has not seen. bits: [1 + drafts, words].
+        bits: [1 + drafts, words].
 
-    Raises ValueError if the grammar refuses a committed token or allows none; it cannot be used any more then.
+    Raises ValueError if the grammar allows no token; it cannot be used any more then.
 
     Returns:
         Rows whose drafts may be accepted: all, or those for which there was time.
     """
     taken = 0
     try:
-        for token in ahead:
-            if grammar.is_terminated():
-                return len(bits)
-            grammar.accept_token(token)
-            taken += 1
         for row in range(len(bits)):
             if row:
                 token = drafts[row - 1]

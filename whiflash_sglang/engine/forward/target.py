@@ -99,10 +99,12 @@ class Target(LoadedTarget):
             output.hidden_states = final if asked.is_full() else final[ends - 1]
         return result, features
 
-    def rows_for(self, rows: int, requests: int) -> int:
-        """Return the rows to pack `rows` rows of `requests` requests into: those of a graph that holds them, if any."""
+    def rows_for(self, rows: int, requests: int) -> int | None:
+        """Return the rows of a verification that has room for `rows` rows: those of the smallest graph that holds them.
+        None if there is no such graph and the host counts the rows (`agreed_rows`).
+        """
         graph = self._graph_for(rows, requests)
-        return rows if graph is None else graph
+        return rows if graph is None and get_parallel().tp_size > 1 else graph
 
     def agreed_rows(self, rows: int, requests: int, widths: torch.Tensor | None = None) -> int:
         """Return `rows_for` of the next verification. With DP attention all ranks agree on it and must call it at once.

@@ -12,13 +12,12 @@ from whiflash_sglang.device.transfers import Download
 from whiflash_sglang.records.core import Results, Verified
 
 
-def carry(output: Any, results: Download[Results], learn: Callable[..., object]) -> list[list[int]]:
+def carry(output: Any, results: Download[Results], learn: Callable[..., object]) -> None:
     """Attach the results to `output`, SGLang's record of the forward, until the scheduler processes it and `learn`
-    takes them. Returns the round's tokens that the host knows yet: an empty list.
+    takes them.
     """
     results.learn = learn
     output.auxiliary_device_output = append_auxiliary_output(output.auxiliary_device_output, results)
-    return []
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -29,16 +30,15 @@ from whiflash_sglang import __version__
 from whiflash_sglang.arms.base import Drafter, widest_of, with_kv
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.device.capture import graded
-from whiflash_sglang.device.clock import Clock, measure
+from whiflash_sglang.device.clock import REPEATS, Clock, measure
 from whiflash_sglang.device.ranks import Ranks
-from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.engine import supported
 from whiflash_sglang.engine.forward.graphs import VerifyGraphs, most_rows
 from whiflash_sglang.engine.forward.target import Target
-from whiflash_sglang.prices.costs import FULL_LENGTH, Costs, MeasuredCosts
+from whiflash_sglang.prices.costs import FULL_LENGTH, Costs
 from whiflash_sglang.prices.kept import KeptPrices
-from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
+from whiflash_sglang.prices.tables import CostTables, Sizes, Verifications
 from whiflash_sglang.records.core import DraftBatch
 
 LONGEST = 131072
@@ -60,16 +60,17 @@ no time: each program of an H200 has a share of the smallest size until eight KV
 SHORTER = 16
 """Otherwise the shorter sum is the longer one divided by this."""
 
-BATCHES = (1, 2, 4, 8)
-"""Numbers of requests with which drafters are profiled on a CPU."""
+EAGER = 4096
+"""Largest sum of contexts without graphs: a CPU walks a prefix in one go, and takes seconds for a longer one."""
+
+SPARSE = (1, 2, 4, 8, 16, 32, 64)
+"""Sizes that are timed without graphs. Others are on the lines between these; above 64 a price grows with the size."""
 
 CONTEXT = 32
 """Context in tokens of each made-up request of a draft pass, if the target takes as many."""
 
 TIMINGS = 3
-"""Measurements of which a profile takes the fastest. If something else ran at the start and an arm looks slow, only
-probes time it again; an arm that looks fast is timed again by its next round.
-"""
+"""Measurements without graphs, of which the fastest counts: other processes on the same cores slow single ones down."""
 
 PRICED = re.compile(
     "attention|backend|compile|context|deepep|determin|dtype|eager|expert|fp32|fp8|fus|graph|layers|lm_head|lora|moe|nvls|"
@@ -91,45 +92,35 @@ class CatchUps(Protocol):
     def idle(self, arm: str, tokens: int) -> Callable[[], object]: ...
 
 
-def costs_of(device: torch.device, width: Callable[[str], int], overlaps: bool) -> Costs:
-    """Return the prices of routes on a device: looked up on CUDA, where the host's clock would time only launches, else
-    measured every round. width: as of `Costs`. overlaps: as of `LookedUpCosts`.
-    """
-    return LookedUpCosts(width, overlaps) if device.type == "cuda" else MeasuredCosts(width)
-
-
 def price(costs: Costs, start: "Start", ranks: Ranks) -> None:
     """Give `costs` the prices that it needs before the first request: kept by an earlier start, or measured now.
 
-    Only the first process reads and writes kept prices; either all processes measure or none does.
+    Only the first process reads and writes kept prices; either all processes measure or none does. Prices of a CPU are
+    not kept: they show how busy it was.
     """
-    if isinstance(costs, LookedUpCosts):
-        kept = KeptPrices(cache_root() / "prices", start.key(ranks.size))
-        tables = ranks.broadcast(kept.read)
-        if tables is None:
-            tables = start.tables()
-            if ranks.leads:
-                kept.write(tables)
-        costs.tables = tables
-    elif isinstance(costs, MeasuredCosts):
-        start.profile(costs)
+    kept = KeptPrices(cache_root() / "prices", start.key(ranks.size)) if start.keeps else None
+    tables = ranks.broadcast(lambda: kept.read() if kept else None)
+    if tables is None:
+        tables = start.tables()
+        if kept is not None and ranks.leads:
+            kept.write(tables)
+    costs.tables = tables
 
 
 class Start:
     """Times the work of a server before its first request. requests: the most of a batch."""
 
     def __init__(
-        self,
-        target: Target,
-        drafters: Mapping[str, Drafter],
-        sync: CatchUps,
-        host: HostView,
-        clock: Clock,
-        requests: int,
+        self, target: Target, drafters: Mapping[str, Drafter], sync: CatchUps, clock: Clock, requests: int
     ) -> None:
         self.target, self.drafters, self.sync = target, drafters, sync
         self.passing = {arm: drafter for arm, drafter in drafters.items() if drafter.passes}
-        self.host, self.clock, self.requests = host, clock, requests
+        self.requests = requests
+        self.keeps = target.device.type == "cuda"
+        graphs = target.runner.decode_cuda_graph_runner
+        self._graphs = graphs if isinstance(graphs, VerifyGraphs) else None
+        repeats, of = (REPEATS, median) if self._graphs else (TIMINGS, min)
+        self._time = partial(measure, clock=clock, repeats=repeats, of=of)
 
     def key(self, size: int) -> dict[str, str]:
         """Return all that prices depend on, as text by name. size: number of processes that serve the model."""
@@ -158,28 +149,28 @@ class Start:
 
     def tables(self) -> CostTables:
         """Measure the prices of all work. Waits for the device."""
-        (sizes, most), (short, long) = self._rows(), self._contexts()
-        verifications = Verifications.measured(short, long, sizes, partial(self._verification, most))
-        wider = {above: self._wider(verifications, above, sizes, most) for above in self._widths()}
-        alone = [rows for rows in sizes if rows <= self.target.rows_for(most, most)]
-        plain = Verifications.measured(short, long, alone, partial(self._verification, most, plain=True))
-        groups, drafts, shorter = graded(self.requests), {}, {}
+        (sizes, most), (short, long), steps = self._rows(), self._contexts(), self._graphs is not None
+        verification = partial(self._verification, most)
+        verifications = Verifications.measured(short, long, sizes, verification, steps=steps)
+        wider, plain = dict[int, Verifications](), None
+        if self._graphs is not None:
+            wider = {above: self._wider(verifications, above, sizes, most) for above in self._widths()}
+            alone = [rows for rows in sizes if rows <= (self.target.rows_for(most, most) or most)]
+            plain = Verifications.measured(short, long, alone, partial(verification, plain=True))
+        groups, drafts, shorter = self._grid(self.requests), dict[str, Sizes](), dict[str, dict[int, Sizes]]()
         for arm, drafter in self.passing.items():
-            lengths = {n: Sizes.measured(groups, partial(self._pass, drafter, n)) for n in drafter.lengths}
+            lengths = {
+                n: Sizes.measured(groups, partial(self._pass, drafter, n), steps=steps)
+                for n in drafter.lengths
+            }
             drafts[arm], shorter[arm] = lengths.pop(drafter.max_drafts), lengths
         # Otherwise the scheduler would wait for the last of these forwards in place of the first prefill.
         self.target.runner.shared_read_done_event = None
         tokens = self._tokens()
-        catch_up = {arm: Sizes.measured(tokens, partial(self._catch_up, arm)) for arm in self.sync.arms}
+        catch_up = {
+            arm: Sizes.measured(tokens, partial(self._catch_up, arm), steps=steps) for arm in self.sync.arms
+        }
         return CostTables(verifications, drafts, catch_up, shorter, wider, plain)
-
-    def profile(self, costs: MeasuredCosts) -> None:
-        """Time the drafters' passes for a few batch sizes. Every write goes to the engine's padding slot."""
-        for arm, drafter in self.passing.items():
-            for size in (size for size in BATCHES if size <= len(self.target.slot_table)):
-                draft = partial(drafter.draft, self._batch(drafter, drafter.max_drafts, size))
-                passes = draft().passes
-                costs.drafted(arm, size, passes, measure(draft, self.clock, repeats=TIMINGS, of=min))
 
     @property
     def _widest(self) -> int:
@@ -188,16 +179,23 @@ class Start:
 
     def _rows(self) -> tuple[list[int], int]:
         """Return the numbers of rows to time verifications with, and the most requests of one; the graphs' if any."""
-        graphs = self.target.runner.decode_cuda_graph_runner
-        if isinstance(graphs, VerifyGraphs):
-            return graphs.capture_num_tokens, graphs.requests
-        return graded(most_rows(self.requests, self._widest)), self.requests
+        if self._graphs is not None:
+            return self._graphs.capture_num_tokens, self._graphs.requests
+        return self._grid(most_rows(self.requests, self._widest)), self.requests
+
+    def _grid(self, most: int) -> list[int]:
+        """Return sizes of work to time, ascending to `most`: a few of them without graphs."""
+        return (
+            graded(most)
+            if self._graphs
+            else [size for size in SPARSE if size < most] + [most] * (most <= SPARSE[-1])
+        )
 
     def _contexts(self) -> tuple[int, int]:
         """Return the shorter and the longer sum of contexts, in tokens, to time verifications with."""
         latent = self.target.runner.model_config.attention_arch == AttentionArch.MLA
         most = min(self.target.context_len - self._widest, self.target.kv_slots)
-        long = min(most, WALKED if latent else LONGEST)
+        long = min(most, EAGER if self._graphs is None else WALKED if latent else LONGEST)
         return (long // SHORTER if latent or long < 2 * FLAT else FLAT), long
 
     def _widths(self) -> list[int]:
@@ -230,10 +228,11 @@ class Start:
 
     def _tokens(self) -> list[int]:
         """Return the numbers of tokens to time catch-ups with."""
-        return self.sync.sizes(self.requests * self._widest)
+        most = self.requests * self._widest
+        return self.sync.sizes(most) if self._graphs else self._grid(most)
 
     def _pass(self, drafter: Drafter, length: int, requests: int) -> float:
-        return measure(partial(drafter.draft, self._batch(drafter, length, requests)), self.clock)
+        return self._time(partial(drafter.draft, self._batch(drafter, length, requests)))
 
     def _batch(self, drafter: Drafter, length: int, requests: int) -> DraftBatch:
         """Return a batch of `requests` made-up requests, with at most `length` drafts each."""
@@ -246,13 +245,11 @@ class Start:
         rows, starts, bonus, caps, tail, calibration = self.sync.rings.inputs(
             None, rows, starts, bonus, caps, calibration, drafter.features, tail=reads_tail, into=place
         )
-        limits, ids, host = [length] * requests, range(requests), self.host
-        return DraftBatch(
-            rows, starts, bonus, tail, table, context, caps, limits, ids, calibration, host=host
-        )
+        limits, ids = [length] * requests, range(requests)
+        return DraftBatch(rows, starts, bonus, tail, table, context, caps, limits, ids, calibration)
 
     def _catch_up(self, arm: str, tokens: int) -> float:
-        return measure(self.sync.idle(arm, tokens), self.clock)
+        return self._time(self.sync.idle(arm, tokens))
 
     def _verification(self, requests: int, rows: int, context: int, *, plain: bool = False) -> float:
         """Time a verification of `rows` rows of up to `requests` requests, with `context` tokens together: seconds.
@@ -275,7 +272,7 @@ class Start:
 
         with _spread_slots(target, count, each + max(widths)):
             block = prepare_mixed_block(bonus, drafts, verify_lens, starts, ids, target.slot_table, rows=rows)
-            return measure(verify, self.clock)
+            return self._time(verify)
 
 
 @contextmanager

@@ -10,11 +10,10 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.runtime_context import get_schedule
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker as BaseSpecWorker  # for `serve.worker`
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
-from sglang.srt.state_capturer.base import TopkCaptureOutput
 
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.device.transfers import Download, Upload
-from whiflash_sglang.engine.forward import recurrent, sampling
+from whiflash_sglang.engine.forward import sampling
 from whiflash_sglang.engine.patching import become
 from whiflash_sglang.records.core import PLACEHOLDERS, Rated, Results, Round, Verified, readable
 
@@ -73,52 +72,6 @@ def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int]) -
         batch.spec_info.bonus_tokens.to(torch.int64),
         list(batch.reqs),
         [max(budget, 1) for budget in budgets],
-        [[] for _ in batch.reqs],
-    )
-
-
-def next_round(batch: Any, turn: Round, done: GenerationBatchResult, tokens: Sequence[list[int]]) -> Round:
-    """Return the next round of the same requests, in the same step of the scheduler. Updates `batch`, too.
-
-    done: `round_result` of a round that drafted nothing. tokens: that it committed, per request, on the host.
-    """
-    lengths = [n + len(run) for n, run in zip(turn.most, tokens, strict=True)]
-    starts = done.new_seq_lens
-    # Lengths on the device and on the host are set separately, so that none is copied.
-    batch.seq_lens, batch.seq_lens_cpu = starts, torch.from_numpy(np.array(lengths))
-    batch.seq_lens_sum = sum(lengths)
-    for req in turn.reqs:
-        # Upstream counts only a step's last forward, so this earlier one, with one row and no drafts, is added here.
-        req.spec_verify_ct += 1
-        req.update_spec_correct_drafts_histogram(0)
-        req.spec_num_cap_tokens += 1
-        req.update_spec_cap_lens_histogram(1)
-    return replace(
-        turn,
-        starts=starts,
-        least=lengths,
-        most=lengths,
-        bonus=done.next_draft_input.bonus_tokens,
-        budgets=[left - len(run) for left, run in zip(turn.budgets, tokens, strict=True)],
-        ahead=[known + run for known, run in zip(turn.ahead, tokens, strict=True)],
-    )
-
-
-def any_ended(turn: Round, tokens: Sequence[list[int]]) -> bool:
-    """Whether a request may end with the `tokens` of a round: no budget is left, or its last token stops it."""
-    return any(
-        left <= len(run) or run[-1] in sampling.ending_ids(req)
-        for req, left, run in zip(turn.reqs, turn.budgets, tokens, strict=True)
-    )
-
-
-def any_tracked(batch: Any, turn: Round, tokens: Sequence[list[int]]) -> bool:
-    """Whether the round that committed `tokens` kept a recurrent state for the tree. The scheduler looks for one only
-    at the end of a step's last round.
-    """
-    every = recurrent.tracks_every(batch)
-    return every is not None and any(
-        n // every != (n + len(run)) // every for n, run in zip(turn.most, tokens, strict=True)
     )
 
 
@@ -260,37 +213,6 @@ def round_result(verified: Verified, results: Download[Results]) -> GenerationBa
         become(made, RoundResult)
         made.results, made.rated = results, verified.rated
     return made
-
-
-def step_result(rounds: Sequence[GenerationBatchResult]) -> GenerationBatchResult:
-    """Join the results of a step's rounds. Only the last round may have drafted, so the others have a column each."""
-    last, size = rounds[-1], len(rounds[-1].accept_lens)
-    if len(rounds) == 1:
-        return last
-    columns = [done.next_token_ids.view(size, -1) for done in rounds]
-    tokens = torch.cat([*(each[:, :1] for each in columns[:-1]), columns[-1]], dim=1)
-    return replace(
-        last,
-        next_token_ids=tokens.reshape(-1),
-        accept_lens=last.accept_lens + (len(rounds) - 1),
-        num_non_draft_tokens_per_req=len(rounds),
-        speculative_num_draft_tokens=tokens.shape[1],
-        speculative_output_stride=tokens.shape[1],
-        routed_experts_output=_joined([done.routed_experts_output for done in rounds]),
-        indexer_topk_output=_joined([done.indexer_topk_output for done in rounds]),
-    )
-
-
-def _joined(records: Sequence[TopkCaptureOutput | None]) -> TopkCaptureOutput | None:
-    """Join the records that forwards left for the host to keep; None if they left none."""
-    left = [record for record in records if record is not None]
-    if not left:
-        return None
-    return replace(
-        left[-1],
-        out_cache_loc=torch.cat([record.out_cache_loc for record in left]),
-        topk=torch.cat([record.topk for record in left]),
-    )
 
 
 def idle_result(device: torch.device) -> GenerationBatchResult:

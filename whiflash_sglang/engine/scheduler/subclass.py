@@ -5,7 +5,6 @@ its class while it is made: when its worker and its caches are there, and before
 """
 
 from typing import Any
-from weakref import ref
 
 from sglang.srt.managers.io_struct import (
     EndWeightUpdateReqInput,
@@ -47,7 +46,6 @@ def _becoming(original: Any, self: Any) -> None:
     tree = self.tree_cache
     if type(tree) is UnifiedRadixCache and tree.tree_core.is_eagle:
         become(tree, BigramTree)
-    self.draft_worker.scheduler = ref(self)
     if self.metrics_collector is not None:
         self.draft_worker.publish_to(self.metrics_collector)
 

@@ -1,5 +1,6 @@
-"""Rounds whose host reads nothing from the device: what the device decides by itself."""
+"""Rounds, whose host reads nothing from the device: what the device decides by itself."""
 
+import dataclasses
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -7,14 +8,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from engine import Engine, engine
 from model_set import Models
 from oracle_arm import OracleArm
 from overlap import overlapped
 from records import assert_same_logprobs, logprobs
+from sglang.srt.managers.utils import GenerationBatchResult
 
+from whiflash_sglang.device.transfers import Download
 from whiflash_sglang.drafts.rates import Mean
+from whiflash_sglang.engine.scheduler.spec_worker import round_result
 from whiflash_sglang.engine.scheduler.streamer import recording_of
+from whiflash_sglang.records.core import Results, Verified
 from whiflash_sglang.round import signals
 from whiflash_sglang.telemetry.trace import build_trace
 
@@ -28,9 +34,8 @@ def plain(models: Models) -> list[list[int]]:
         return e.generate(PROMPTS, max_new_tokens=TOKENS)
 
 
-def test_what_is_said_a_round_late_is_drafted(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_said_a_round_late_is_drafted(models: Models) -> None:
     """A prediction, of which the host knows how far the text is only when the next round has begun."""
-    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
     prompt, tokens = [random.Random(3).randrange(256) for _ in range(20)], 60
     with overlapped(models.target, whiflash=models.whiflash("lookup"), host_lengths=False) as e:
         e.submit("first", prompt, max_new_tokens=tokens)
@@ -49,20 +54,15 @@ def running(models: Models, plain: list[list[int]]) -> Iterator[Engine]:
     oracle = OracleArm(0.9, seed=1)
     for prompt, text in zip(PROMPTS, plain, strict=True):
         oracle.learn(prompt, text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
-        with engine(models.target, whiflash=models.whiflash("random"), arms=[oracle]) as e:
-            assert not e.worker.host.exact
-            verify = e.worker.target.verify
+    with engine(models.target, whiflash=models.whiflash("random"), arms=[oracle]) as e:
+        verify = e.worker.target.verify
 
-            def covered(batch: Any, block: Any, *args: Any) -> Any:
-                assert len(block.input_ids) == int(block.qo_indptr[-1]), (
-                    "attention leaves the others unwritten"
-                )
-                return verify(batch, block, *args)
+        def covered(batch: Any, block: Any, *args: Any) -> Any:
+            assert len(block.input_ids) == int(block.qo_indptr[-1]), "attention leaves the others unwritten"
+            return verify(batch, block, *args)
 
-            patch.setattr(e.worker.target, "verify", covered)
-            yield e
+        e.worker.target.verify = covered
+        yield e
 
 
 def test_a_prediction_is_drafted(running: Engine, plain: list[list[int]]) -> None:
@@ -182,11 +182,9 @@ def test_copies_are_verified_again_after_rounds_that_had_none(
     """The host makes room for what there was. If there was nothing, it must still learn of what there is now."""
     running.worker.reconfigure({"router": "lookup"})
     costs = running.worker.controller.costs
-    for means in ("_rows", "_drafts"):
-        monkeypatch.setattr(costs, means, defaultdict(getattr(costs, means).default_factory))
+    monkeypatch.setattr(costs, "_drafts", defaultdict(costs._drafts.default_factory))
     for route in ("lookup", "promised", "none"):
         for _ in range(5):
-            costs.widened(route, 1)
             costs.wanted(route, 0, Mean())
     assert running.generate(PROMPTS[:1], max_new_tokens=TOKENS) == plain[:1]
     req = list(running.requests.values())[-1]
@@ -214,3 +212,21 @@ def test_rows_are_those_of_a_graph(
     assert all(used <= most for most, used, _ in rows)
     assert {most for most, _, size in rows if most > size} <= {*grid}
     assert any(used == most > size for most, used, size in rows)
+
+
+def test_every_field_of_a_result_is_handed_on() -> None:
+    """All that the forward says but for ours."""
+    ours = {
+        *("next_token_ids", "accept_lens", "cap_lens", "next_draft_input", "new_seq_lens"),
+        *("num_non_draft_tokens_per_req", "speculative_num_draft_tokens", "speculative_output_stride"),
+    }
+    names = {field.name for field in dataclasses.fields(GenerationBatchResult)}
+    assert names >= ours
+
+    said = {name: f"the forward's {name}" for name in names}
+    verified = Verified(*[None] * 7, forward=GenerationBatchResult(**said))  # type: ignore[arg-type]
+    names_of_results = "tokens", "accept_lens", "widths", "bonus", "seq_lens"
+    known = dict.fromkeys(names_of_results, torch.ones((1, 1), dtype=torch.int32))
+    results = Download(Results(*[None] * 12)._replace(**known))
+    result = round_result(verified, results)
+    assert {name for name in names if getattr(result, name) is not said[name]} == ours
