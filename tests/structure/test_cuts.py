@@ -61,6 +61,14 @@ def test_what_is_remembered_and_cut_anew_is_bounded(vocabulary: Vocabulary) -> N
     assert len(asked) <= MOST
 
 
+def test_a_cut_text_is_found_by_its_tenant_only(vocabulary: Vocabulary) -> None:
+    """Elsewhere the time of a look would show whether another tenant's text ended so."""
+    cuts, pieces = Cuts(), [LikelyText('{"a": ', Kind.FORCED)]
+    for tenant in (None, b"one", b"two", b"one", None):
+        cut(vocabulary, [1], pieces, lambda _: 1.0, cuts.of(tenant), 9)
+    assert len(cuts.reasons) == 3
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 400), st.integers(0, 400))), st.text(max_size=40)

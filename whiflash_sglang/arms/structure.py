@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.checkpoints.manifest import Structure
+from whiflash_sglang.copying.tenants import Tenant
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Candidate
 from whiflash_sglang.prices.costs import Worth
@@ -82,15 +83,17 @@ class _Kept:
     """The arm's state of a request.
 
     grammar: its constraint, None without one. calls: calls that are expected of its tools, if any are. tools: their
-    definitions. guesses: words of its schemas. begin: number of prompt tokens. layout: of its output up to its newest
-    tokens, `unfollowed`; `free`: how many of these need no look. known: tokens of its text at the last look, 0 before.
-    tail, unseen: the text's last tokens, and those that its grammar had not accepted by then. tokens: what was found to
-    follow, whether or not it was worth its rows. looks: newest first, those that the text has not left.
+    definitions. tenant: whose request it is. guesses: words of its schemas. begin: number of prompt tokens. layout: of
+    its output up to its newest tokens, `unfollowed`; `free`: how many of these need no look. known: tokens of its text
+    at the last look, 0 before. tail, unseen: the text's last tokens, and those that its grammar had not accepted by
+    then. tokens: what was found to follow, whether or not it was worth its rows. looks: newest first, those that the
+    text has not left.
     """
 
     grammar: Grammar | None
     calls: Calls | None
     tools: str
+    tenant: Tenant | None = None
     guesses: Guesses | None = None
     begin: int = 0
     layout: Layout = field(default_factory=Layout)
@@ -125,7 +128,7 @@ class StructureArm(TextDrafter):
         known = grammar is not None and all_forced(grammar.schema, hints.tools)
         calls = Calls(hints.tools, hints.spans) if hints.tools and not known else None
         if grammar is not None or calls is not None:
-            kept = request.kept[self.arm] = _Kept(grammar, calls, hints.tools)
+            kept = request.kept[self.arm] = _Kept(grammar, calls, hints.tools, request.tenant)
             self._read(kept, request.read())
 
     def serves(self, request: Request) -> bool:
@@ -314,7 +317,7 @@ class StructureArm(TextDrafter):
                 likelihood=self._chances.of,
                 guesses=kept.guesses,
                 calls=calls,
-                cuts=self._chances.cuts,
+                cuts=self._chances.cuts.of(kept.tenant),
             )
         ids = [*drafts[:after], *(token.token for token in tokens)]
         return _Look(ids, after, tokens, refused, whole and not self._exhausted())

@@ -1,5 +1,6 @@
 """Statistics that all requests share: how often proposed tokens were right, by why they were proposed, and how a target
-cuts and lays out text that it was not free to choose. None of them holds a word of a request's text.
+cuts and lays out text that it was not free to choose. None of them holds a word of a request's text, but a cache of cut
+texts, which tenants do not share.
 
 A tokenizer cuts `":"get` one way. A target that would have written a blank there, and must not, cuts it another way,
 and does so every time.
@@ -31,7 +32,13 @@ class Cuts:
     def __init__(self) -> None:
         self._written: OrderedDict[tuple[int, int], int] = OrderedDict()
         self.reasons: OrderedDict[Hashable, Any] = OrderedDict()
-        """Texts as they are cut now, cached for `sketch.cut` by all that it depends on but chances."""
+        """Texts as they are cut now, cached for `sketch.cut` by all that it depends on but chances, and by tenant."""
+        self.tenant: Hashable = None
+
+    def of(self, tenant: Hashable) -> "Cuts":
+        """Return these cuts for a tenant's request. Only texts of the same tenant are found in `reasons`."""
+        self.tenant = tenant
+        return self
 
     def learn(self, before: int, usual: int, written: int) -> None:
         """Learn that after `before` the target wrote `written` where the tokenizer has `usual`, in the same text."""

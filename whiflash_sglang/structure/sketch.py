@@ -109,7 +109,7 @@ def cut(
     whole. If no token begins at the seam, the text is cut by itself.
     """
     tail = _open_word(vocabulary, tail[-TAIL:])
-    key = *tail, *pieces
+    key = cuts.tenant, *tail, *pieces
     reasons = cuts.reasons.pop(key, None)
     if reasons is None:
         reasons = _reasons(vocabulary, tail, pieces, cuts)
