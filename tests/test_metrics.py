@@ -22,17 +22,13 @@ def test_the_gap_between_two_rounds_is_no_pause(
     monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
     clock = RoundClock()
     assert clock.begin() == []
-    clock.drafted("ar", 2, 5, 0.003, 0.001)
-    clock.proposed(0.001)
     now[0] += 0.030
     clock.learned(2)
     clock.end(RoundTime(4, 1))
     now[0] += pause
     (previous,) = clock.begin()
     assert (previous.rows, previous.tokens) == (4, 2)
-    assert (previous.seconds, previous.drafting, previous.gap) == pytest.approx((0.030, 0.005, gap))
-    assert [arm for arm, *_ in previous.drafts] == ["ar"]
-    assert clock._drafts == [], "the next round's are its own"
+    assert (previous.seconds, previous.gap) == pytest.approx((0.030, gap))
 
 
 def test_rounds_on_a_device_are_timed_by_its_events_when_they_have_come() -> None:

@@ -109,7 +109,7 @@ class Captured:
             pool[:, 0] = torch.nan  # nobody's: padding writes there, and nobody may read it
         arm._captured = None if eager else passes
         replays = self.recorder.replays
-        drafts = arm.drafted(placed(arm, batch_of(arm, group, most)))
+        drafts = arm.draft(placed(arm, batch_of(arm, group, most)))
         assert drafts.alive is not None
         assert drafts.confidences is not None
         assert self.recorder.replays == replays + (not eager)
@@ -231,7 +231,7 @@ def test_a_group_that_nothing_was_captured_for_runs_as_it_is_written(captured: C
         batch_of(captured.arms.by_name["ar"], captured.group("ar", [9, 8, 7]), 3),
     )
     assert not arm.captured_for(batch)
-    assert arm.drafted(batch).tokens.shape == (3, 3)
+    assert arm.draft(batch).tokens.shape == (3, 3)
     assert captured.recorder.replays == 0
 
 

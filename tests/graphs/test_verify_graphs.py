@@ -50,7 +50,7 @@ def started(models: Models) -> Iterator[tuple[Engine, OracleArm]]:
             patch.object(stages.ends, "_needs", lambda: NEEDS),
             patch.object(learning, "PLAIN_ENTROPY_ROUNDS", 1),
             patch.object(e.worker.target._text.logits_processor, "keep_last_hidden_states", True),
-            patch.object(e.worker.controller, "worth", lambda _: FULL_LENGTH),
+            patch.object(e.worker.controller, "worth", lambda: FULL_LENGTH),
         ):
             yield e, oracle
 
@@ -137,7 +137,7 @@ def test_a_batch_without_a_graph_is_verified_eagerly(
     with emulated_graphs(started[0]) as captured:
         monkeypatch.setattr(captured, "requests", REQUESTS - 1)
         target = started[0].worker.target
-        assert (target.rows_for(7, 5), target.rows_for(7, 4)) == (7, 8)
+        assert (target.rows_for(7, 5), target.rows_for(7, 4)) == (None, 8)
         found = learned(started, [[]] * REQUESTS)
         assert (
             len(captured.backend.replayed)

@@ -215,7 +215,7 @@ def in_detail(world: Streams, loop: Any, launches: Any, places: set[Any]) -> dic
     }
 
 
-def timed(body: Callable[[], object], clock: Any) -> float:
+def timed(body: Callable[[], object], clock: Any, **_: Any) -> float:
     """In place of `measure`, which takes the median of several: no price means anything here."""
     begin = clock.record()
     body()

@@ -95,10 +95,10 @@ class CatchUps(Protocol):
 def price(costs: Costs, start: "Start", ranks: Ranks) -> None:
     """Give `costs` the prices that it needs before the first request: kept by an earlier start, or measured now.
 
-    Only the first process reads and writes kept prices; either all processes measure or none does. Prices of a CPU are
-    not kept: they show how busy it was.
+    Only the first process reads and writes kept prices; either all processes measure or none does. Prices without
+    graphs are not kept: they show how busy the host was.
     """
-    kept = KeptPrices(cache_root() / "prices", start.key(ranks.size)) if start.keeps else None
+    kept = KeptPrices(cache_root() / "prices", start.key(ranks.size)) if start.captured else None
     tables = ranks.broadcast(lambda: kept.read() if kept else None)
     if tables is None:
         tables = start.tables()
@@ -116,11 +116,15 @@ class Start:
         self.target, self.drafters, self.sync = target, drafters, sync
         self.passing = {arm: drafter for arm, drafter in drafters.items() if drafter.passes}
         self.requests = requests
-        self.keeps = target.device.type == "cuda"
         graphs = target.runner.decode_cuda_graph_runner
         self._graphs = graphs if isinstance(graphs, VerifyGraphs) else None
         repeats, of = (REPEATS, median) if self._graphs else (TIMINGS, min)
         self._time = partial(measure, clock=clock, repeats=repeats, of=of)
+
+    @property
+    def captured(self) -> bool:
+        """Whether verifications are captured, and therefore padded to the sizes of graphs."""
+        return self._graphs is not None
 
     def key(self, size: int) -> dict[str, str]:
         """Return all that prices depend on, as text by name. size: number of processes that serve the model."""
@@ -149,7 +153,7 @@ class Start:
 
     def tables(self) -> CostTables:
         """Measure the prices of all work. Waits for the device."""
-        (sizes, most), (short, long), steps = self._rows(), self._contexts(), self._graphs is not None
+        (sizes, most), (short, long), steps = self._rows(), self._contexts(), self.captured
         verification = partial(self._verification, most)
         verifications = Verifications.measured(short, long, sizes, verification, steps=steps)
         wider, plain = dict[int, Verifications](), None
