@@ -1,9 +1,9 @@
-"""Make SGLang's own figures of speculation count the rounds that ran and the drafts that were proposed.
+"""Make SGLang's own figures of speculation count the drafts that were proposed.
 
-Upstream counts every step as one forward that proposes the widest block to every request. Here a step may have several
-rounds, and a round proposes only drafts that are expected to pay. Upstream has figures for drafters that choose the
-number of rows per request: its `cap` figures, which count the bonus token's row too, and the worker fills them. Rows
-minus forwards are the drafts, by which the acceptance rates are computed.
+Upstream counts every round as one that proposes the widest block to every request. Here a round proposes only drafts
+that are expected to pay. Upstream has figures for drafters that choose the number of rows per request: its `cap`
+figures, which count the bonus token's row too, and the worker fills them. Rows minus forwards are the drafts, by which
+the acceptance rates are computed.
 
 OpenAI requests with `return_spec_tokens_details` also get the figures in vLLM's form, which benchmark harnesses read.
 """
@@ -27,25 +27,6 @@ class MetricsReporter(SchedulerMetricsReporter):  # type: ignore[misc]
     """SGLang's reporter of counts, log lines and Prometheus metrics, in a scheduler of ours."""
 
     spec_num_correct_drafts: Any
-
-    def update_spec_metrics(
-        self,
-        bs: int,
-        num_correct_drafts: int,
-        num_accept_tokens: int,
-        *args: Any,
-        num_cap_tokens: int = 0,
-        **named: Any,
-    ) -> None:
-        """Count all forwards of a step, of which upstream counts one. Each commits one token that is no draft.
-
-        All but the last of a step verify one row of every request.
-        """
-        forwards = num_accept_tokens - num_correct_drafts
-        num_cap_tokens += forwards - bs
-        super().update_spec_metrics(
-            forwards, num_correct_drafts, num_accept_tokens, *args, num_cap_tokens=num_cap_tokens, **named
-        )
 
     def report_decode_stats(self, *args: Any, **named: Any) -> None:
         """Report the rate of proposed drafts. Upstream divides accepted drafts by forwards times the widest block in
