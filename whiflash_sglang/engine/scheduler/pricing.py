@@ -189,11 +189,9 @@ class Start:
 
     def _grid(self, most: int) -> list[int]:
         """Return sizes of work to time, ascending to `most`: a few of them without graphs."""
-        return (
-            graded(most)
-            if self._graphs
-            else [size for size in SPARSE if size < most] + [most] * (most <= SPARSE[-1])
-        )
+        if self._graphs is not None:
+            return graded(most)
+        return sorted({*(size for size in SPARSE if size < most), min(most, SPARSE[-1])})
 
     def _contexts(self) -> tuple[int, int]:
         """Return the shorter and the longer sum of contexts, in tokens, to time verifications with."""
