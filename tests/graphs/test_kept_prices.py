@@ -170,5 +170,5 @@ def test_all_processes_do_what_the_first_one_does(start: Start, tmp_path: Path) 
     assert start.price(second) == tables
     assert start.runs > 0
     file.unlink()
-    start.price(Ranks(1, 2, lambda _: Message(0, 0, 0.0, tables)))
+    start.price(Ranks(1, 2, lambda _: Message(0, 0, tables)))
     assert (start.runs, kept(tmp_path)) == (0, [])

@@ -606,7 +606,7 @@ def check_learned(serving: Serving, arrivals: list[Arrival]) -> None:
             assert end <= begin <= end + req.retraction_count
             run = output[begin : begin + len(tokens)]
             cut_later = (
-                a.params.keys() & {"stop", "stop_regex"} or len(a.params.get("stop_token_ids", ())) > FEW
+                a.params.keys() & {"stop", "stop_regex"} or len(a.params.get("stop_token_ids") or ()) > FEW
             )
             assert tokens == run or (cut_later and tokens[: len(run)] == run)
             end = begin + len(run)

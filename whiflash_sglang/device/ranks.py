@@ -5,7 +5,6 @@ reads. So rank 0 decides once a round and sends its decision. The others work ou
 with the same code. Every message checks that they did, by a checksum of all noted facts.
 """
 
-import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,13 +21,12 @@ class DivergedError(WhiflashError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message of rank 0. number: of messages before it. checksum: of the facts that rank 0 had noted. now: seconds on
-    rank 0's clock. value: its decision.
+    """A message of rank 0. number: of messages before it. checksum: of the facts that rank 0 had noted. value: its
+    decision.
     """
 
     number: int
     checksum: int
-    now: float
     value: Any
 
 
@@ -47,7 +45,6 @@ class Ranks:
             raise ValueError(f"{size} ranks and {'no ' * (send is None)}way to talk to them")
         self.rank, self.size, self._send = rank, size, send
         self._number = self._checksum = 0
-        self._now = 0.0
 
     @property
     def leads(self) -> bool:
@@ -64,7 +61,7 @@ class Ranks:
             return decide()
         message = None
         if self.leads:
-            message = Message(self._number, self._checksum, time.monotonic(), decide())
+            message = Message(self._number, self._checksum, decide())
         received = self._send(message)
         if not isinstance(received, Message):
             raise DivergedError(
@@ -77,7 +74,7 @@ class Ranks:
                 f"rank {self.rank} of {self.size} did not commit what rank 0 did: before message {received.number} of "
                 f"rank 0, {self._number} of this one, they noted {received.checksum:08x} and {self._checksum:08x}"
             )
-        self._number, self._now = received.number + 1, received.now
+        self._number = received.number + 1
         value: T = received.value
         return value
 
@@ -85,7 +82,3 @@ class Ranks:
         """Note facts that every rank must share, by their `repr`; they are compared with the next message."""
         if self._send is not None:
             self._checksum = zlib.crc32(repr(facts).encode(), self._checksum)
-
-    def now(self) -> float:
-        """Return monotonic seconds, equal in all ranks: rank 0's clock at its last message, 0 before the first."""
-        return time.monotonic() if self._send is None else self._now

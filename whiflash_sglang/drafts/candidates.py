@@ -85,10 +85,6 @@ class Candidate(NamedTuple):
         bad = (i for i, (token, alive) in enumerate(pairs) if not 0 <= token < vocabulary or alive != alive)
         return self.first(next(bad, len(tokens)))
 
-    def gain(self, worth: float) -> float:
-        """Tokens that verifying the candidate is expected to bring, less `worth` tokens for each row."""
-        return sum(self.alive) - worth * len(self.alive)
-
     def outlook(self, most: int | None = None, passed: int = 0, price: float = 0.0) -> Forecast:
         """Return the forecast of verifying at most `most` tokens after the first `passed`, as far as they are worth
         `price` tokens a row. It assumes that earlier rounds commit those first ones; else the candidate is wrong.

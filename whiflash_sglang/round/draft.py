@@ -145,7 +145,7 @@ class DraftStage:
     def _copies(self, turn: Round, drafts: Drafts | None = None) -> Drafts | None:
         """Return the device's copies of what follows every request's text, or its `drafts`; None if no arm copies."""
         for arm, drafter in self.sources.on_device.items():
-            if arm not in self.quarantine:
+            if arm in turn.calibration and arm not in self.quarantine:  # the plan's, on which all ranks agree
                 with self.quarantine.guard(arm):
                     return drafter.copy(self._whole_batch(turn, arm, drafts is not None), drafts)
         return None

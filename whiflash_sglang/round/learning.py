@@ -89,7 +89,10 @@ class Learner:
         request, arm = turn.requests[i], turn.plan.routes[i]
         source, drafted = results.source[i], results.first_drafts[i]
         if turn.plan.limits.passes[i]:
-            self.quarantine.judge(arm, request, faulty=bool(results.faults[i]))
+            if results.drafted[i] or results.faults[i]:
+                self.quarantine.judge(arm, request, faulty=bool(results.faults[i]))
+            elif not source:
+                return arms.NONE, 0  # the pass raised, so the round shows nothing of the arm
         if source:
             arm, drafted = self.proposers[source], results.widths[i] - 1
         if arm != turn.plan.routes[i]:

@@ -95,10 +95,11 @@ class CatchUps(Protocol):
 def price(costs: Costs, start: "Start", ranks: Ranks) -> None:
     """Give `costs` the prices that it needs before the first request: kept by an earlier start, or measured now.
 
-    Only the first process reads and writes kept prices; either all processes measure or none does. Prices without
-    graphs are not kept: they show how busy the host was.
+    Only the first process reads and writes kept prices; either all processes measure or none does. Nothing is kept
+    without graphs, since such prices show how busy the host was, nor with DP attention, whose ranks measure together
+    and might find different files.
     """
-    kept = KeptPrices(cache_root() / "prices", start.key(ranks.size)) if start.captured else None
+    kept = KeptPrices(cache_root() / "prices", start.key(ranks.size)) if start.keeps else None
     tables = ranks.broadcast(lambda: kept.read() if kept else None)
     if tables is None:
         tables = start.tables()
@@ -115,7 +116,7 @@ class Start:
     ) -> None:
         self.target, self.drafters, self.sync = target, drafters, sync
         self.passing = {arm: drafter for arm, drafter in drafters.items() if drafter.passes}
-        self.requests = requests
+        self.requests = min(requests, len(target.slot_table) - 1)  # a rank of several may hold fewer requests
         graphs = target.runner.decode_cuda_graph_runner
         self._graphs = graphs if isinstance(graphs, VerifyGraphs) else None
         repeats, of = (REPEATS, median) if self._graphs else (TIMINGS, min)
@@ -125,6 +126,11 @@ class Start:
     def captured(self) -> bool:
         """Whether verifications are captured, and therefore padded to the sizes of graphs."""
         return self._graphs is not None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether prices are kept for later starts of the same server."""
+        return self.captured and self.target.peers.size == 1
 
     def key(self, size: int) -> dict[str, str]:
         """Return all that prices depend on, as text by name. size: number of processes that serve the model."""

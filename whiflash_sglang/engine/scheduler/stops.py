@@ -63,8 +63,13 @@ def _kept(req: Req, run: list[int]) -> int:
 
 
 def _ends_anywhere(req: Req) -> bool:
-    params = req.sampling_params
-    return bool(params.stop_strs or params.stop_regex_strs) or len(stop_ids(req)) > FEW
+    """Whether a run of the request may hold an end that the worker does not look for."""
+    params, tokenizer = req.sampling_params, req.tokenizer
+    if params.stop_strs or params.stop_regex_strs:
+        return True
+    named = params.stop_token_ids, req.eos_token_ids, tokenizer and tokenizer.additional_stop_token_ids
+    # Most requests name few, and to merge them takes longer than to count them.
+    return sum(len(ids or ()) for ids in named) >= FEW and len(stop_ids(req)) > FEW
 
 
 @around(
@@ -75,6 +80,6 @@ def _ends_anywhere(req: Req) -> bool:
 )
 def _by_the_last_token(original: Any, self: Req, new_accepted_len: int = 1) -> None:
     """Let only the last token of a run end a request by its text."""
-    if new_accepted_len > 1 and _ends_anywhere(self) and serves_ours():
+    if new_accepted_len > 1 and serves_ours() and _ends_anywhere(self):
         new_accepted_len = 1
     original(self, new_accepted_len)
