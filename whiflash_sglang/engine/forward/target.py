@@ -145,7 +145,8 @@ class Target(LoadedTarget):
         batch.input_ids, batch.forward_mode = block.input_ids, ForwardMode.TARGET_VERIFY
         batch.extend_input_logprob_token_ids = None  # left by a prefill: SGLang would send it again
         batch.spec_info = verify_input(block, widths, stride, self._captured.mode, self._rows_counted)
-        prepare_mamba_track_for_verify(batch)
+        if batch.reqs:  # made-up requests keep no states
+            prepare_mamba_track_for_verify(batch)
         return self._forward(batch)
 
     def batch_of(self, rows: torch.Tensor, starts: torch.Tensor, on_host: torch.Tensor) -> ScheduleBatch:
