@@ -76,8 +76,7 @@ STATE = {
     "priced_tokens": "committed by these rounds",
     "plain_seconds": "estimate of plain decoding's seconds for these tokens, by `costs`; over `priced_seconds`, "
     "the gain",
-    "plain_price": "how far plain decoding's price is known: `rounds` that were timed for it, those that are `needed`, "
-    "and which rounds count (`of`)",
+    "plain_price": "how far plain decoding's price is known: `rounds` that were timed, and those that are `needed`",
     "costs": "prices of routes in seconds, as in `sglang:whiflash_cost_seconds`, by `work` and arm",
     "memory": "bytes by scope, as in `sglang:whiflash_memory_bytes`",
     "samples": "with `--whiflash-learn`: finished requests by outcome, `bytes` on disk, whether writing is `failing`",

@@ -76,7 +76,6 @@ LONGEST = (
     "tests/worker/test_adapters.py",
     "tests/worker/test_structure.py",
     "tests/worker/test_sessions.py",
-    "tests/worker/test_steps.py",
     "tests/worker/test_embedded.py",
     "tests/graphs/test_verify_graphs.py",
 )

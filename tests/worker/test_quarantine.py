@@ -276,7 +276,7 @@ def test_several_ranks_agree() -> None:
     )
     with held.guard("lookup", request):
         fails()
-    assert not held.serves("lookup", request), "it raises in every rank alike"
+    assert not held.serves("lookup", request), "only the first rank asks it, so none waits"
     both = {0: request, 1: Request("other", running=True)}
     for raises in (held.guard("lookup"), held.guard("ar", request), held.guard_ingestion("ar")):
         with pytest.raises(RuntimeError, match="planted"), raises:

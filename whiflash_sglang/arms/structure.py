@@ -1,8 +1,9 @@
 """The arm `structure`: drafts text that a grammar forces, without a model (SGLang's jump-forward decoding, arXiv
 2312.07104). Here forced text is verified like any other draft, so the target decides how it is cut into tokens.
 
-It drafts from the text only. Forced stretches are short, so they matter most after other arms' drafts and before them:
-`extend_drafts` continues a neural draft or a copy, and drops what the grammar forbids in it.
+It drafts from the text only. Forced stretches are short, so they matter most after other candidates of the host, such
+as predictions, and before them: `extend_drafts` continues a candidate, and cuts it before the first token that the
+grammar forbids. Neural drafts are neither continued nor cut, since the host plans before it knows them.
 """
 
 import codecs

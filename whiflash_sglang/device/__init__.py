@@ -1,1 +1,1 @@
-"""The device that rounds run on: captured passes, transfers, ranks, clocks, and what the host may read."""
+"""The device that rounds run on: captured passes, transfers, ranks and clocks."""

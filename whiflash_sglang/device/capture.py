@@ -15,8 +15,8 @@ from whiflash_sglang.errors import ConfigError
 T = TypeVar("T")
 
 MOST_DRAFTS = 1024
-"""Most drafts of a batch that are verified at once where the host may not count them: the likeliest ones. A GPU is
-compute-bound at that size, and memory for more rows would be taken from KV."""
+"""Most drafts of a batch that are verified at once: the likeliest ones. A GPU is compute-bound at that size, and memory
+for more rows would be taken from KV."""
 
 
 class Recorder(Protocol):

@@ -1,7 +1,7 @@
 """Ranks: the processes that serve one model together. Rank 0 decides, the others follow. Imports no SGLang.
 
-A round's work follows from the committed tokens, which all ranks know, and from clocks and messages, which only rank 0
-reads. So rank 0 decides once a round and sends its decision. The others work out everything else from the same numbers
+A round's work follows from the committed tokens, which all ranks know, and from a clock, which only rank 0 reads. So
+rank 0 decides once a round and sends its decision. The others work out everything else from the same numbers
 with the same code. Every message checks that they did, by a checksum of all noted facts.
 """
 

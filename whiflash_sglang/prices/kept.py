@@ -1,7 +1,7 @@
 """Stores price tables measured at a server's start in a file, for later starts of the same server.
 
 The factor by which rounds correct the tables is not stored: a few rounds find it, and it shows how busy the machine is.
-On a CPU nothing is stored, because prices are fitted to the rounds themselves.
+Tables of a server without graphs are not stored, because they show how busy the host was.
 """
 
 import json

@@ -45,7 +45,7 @@ class Recording:
 
     level: of the trace; None if only an OpenTelemetry span carries the sums. prompt_tokens: length of the prompt.
     spanned: whether an OpenTelemetry span carries the sums. began, ended: start of the first round and end of the last
-    in seconds of the host's clock; 0 before. spent: seconds of its rounds by the worker's fitted prices; plain: seconds
+    in seconds of the host's clock; 0 before. spent: seconds of its rounds by the worker's prices; plain: seconds
     that plain decoding would take for its tokens; saved: the difference by arm. sources: of its drafts, each with its
     `FIGURES`. policy: in force when the request ended. cached: prompt tokens whose KV was cached, by place. agent,
     tenant: the caller, for OpenTelemetry spans: the hint's agent, and a hash of the tenant's keys.

@@ -1,10 +1,12 @@
-"""Measure prices of work at the start, with made-up requests: tables on CUDA, a profile of drafters on a CPU.
+"""Measure tables of prices at the start, with made-up requests.
 
-Work is issued as it will be while serving, by the same functions, from graphs where they were captured: a verification
-for every number of rows at two contexts, a draft of every arm for every number of requests, a catch-up for every number
-of tokens. A clock times it (:mod:`whiflash_sglang.device.clock`): events on a GPU, or the host's.
+Work is issued as it will be while serving, by the same functions, from graphs where they were captured: verifications
+by rows at two contexts, drafts of every arm by requests, catch-ups by tokens. With graphs each of their sizes is timed,
+without graphs a few sizes (`SPARSE`). A clock times the work (:mod:`whiflash_sglang.device.clock`): events on a GPU, or
+the host's.
 
-Tables are kept for later starts (:mod:`whiflash_sglang.prices.kept`), under a key of all that they depend on.
+With graphs and without DP attention tables are kept for later starts (:mod:`whiflash_sglang.prices.kept`), under a key
+of all that they depend on.
 
 Nothing is cached yet, so the slot table and the KV slots are free to be used: verified rows read distinct slots, as
 contexts do while serving, and drafts write to the padding slot.
@@ -61,7 +63,7 @@ SHORTER = 16
 """Otherwise the shorter sum is the longer one divided by this."""
 
 EAGER = 4096
-"""Largest sum of contexts without graphs: a CPU walks a prefix in one go, and takes seconds for a longer one."""
+"""Largest sum of contexts, in tokens, that is timed without graphs: a CPU takes seconds for a longer one."""
 
 SPARSE = (1, 2, 4, 8, 16, 32, 64)
 """Sizes that are timed without graphs. Others are on the lines between these; above 64 a price grows with the size."""
