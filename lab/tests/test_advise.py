@@ -107,7 +107,7 @@ STATE: dict[str, Any] = {
     "priced_seconds": 10.0,
     "priced_tokens": 1000,
     "plain_seconds": 15.0,
-    "plain_price": {"rounds": 8, "needed": 8, "of": "plain rounds"},
+    "plain_price": {"rounds": 8, "needed": 8},
     "by_arm": {
         "ar": {"rounds": 200, "tokens": 900, "proposed": 1000, "accepted": 700},
         "diffusion": {"rounds": 40, "tokens": 80, "proposed": 200, "accepted": 40},

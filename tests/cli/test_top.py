@@ -51,8 +51,8 @@ def state(times: int = 1) -> dict[str, Any]:
             "none": {name: value * times for name, value in plain.items()},
         },
         "reasons": {"score": 15 * times, "pin": 5 * times, "off": 0},
-        "plain_price": {"rounds": 8, "needed": 8, "of": "plain rounds"},
-        "costs": {"verify": 0.02, "verify_draft": 0.0005, "between": 0, "draft": {"ar": 0.0031}},
+        "plain_price": {"rounds": 8, "needed": 8},
+        "costs": {"verify": 0.02, "verify_row": 0.0005, "between": 0, "draft": {"ar": 0.0031}},
         "memory": {"draft_kv": 3 << 30, "lookup_index": 2048},
     }
 
@@ -177,7 +177,7 @@ SCREEN = """\
 │ switches 4.0 (8.0) a second                                                  │
 │ out      diffusion is quarantined: raised IndexError                         │
 │ reasons  score 75% · pin 25%                                                 │
-│ costs    20.00 ms a plain round of one request · 0.50 ms one more draft      │
+│ costs    20.00 ms a plain round of one request · 0.50 ms one more row        │
 │          verified                                                            │
 │ memory   draft kv 3.0 GiB · lookup index 2 KiB                               │
 │ replicas 0: 1 running, 20 tokens · ␛]0;owned␇[red]x: 2 running, 30 tokens    │
@@ -333,7 +333,7 @@ def test_a_report_counts_from_an_earlier_one(
 
 def test_a_gain_that_rests_on_a_guess_is_not_shown(recorded: Recorded) -> None:
     """By `report` and `top`, to people and as JSON."""
-    few = {"rounds": 3, "needed": 8, "of": "plain rounds"}
+    few = {"rounds": 3, "needed": 8}
     unpriced = {"priced_seconds": 0.0, "priced_tokens": 0, "plain_seconds": 0.0, "plain_price": few}
     recorded.answers["/whiflash/state"] = 200, json.dumps(state() | unpriced).encode()
 
@@ -341,9 +341,9 @@ def test_a_gain_that_rests_on_a_guess_is_not_shown(recorded: Recorded) -> None:
         return CliRunner().invoke(app, [*words, "--url", recorded.url]).stdout
 
     said = shown("report", "--cost-per-hour", "2")
-    assert "50 tokens, 125.0 a second; the gain is not known yet (3 of 8 plain rounds)" in said
+    assert "50 tokens, 125.0 a second; the gain is not known yet (3 of 8 rounds)" in said
     assert "a million tokens cost 4.44\n" in said
-    assert "not known yet (3 of 8 plain rounds)" in shown("top", "--once")
+    assert "not known yet (3 of 8 rounds)" in shown("top", "--once")
     (told,) = json.loads(shown("report", "--json", "--cost-per-hour", "2")).values()
     assert (told["gain"], told["saved_cost"], told["plain_price"]) == (None, None, few)
     (told,) = json.loads(shown("top", "--once", "--json"))
