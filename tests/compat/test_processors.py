@@ -87,5 +87,5 @@ def test_what_a_processor_forces_and_a_grammar_refuses_is_no_draft() -> None:
     processor, prompt = Qwen3ThinkingBudgetLogitProcessor, array("q", [151667])
     grammar = processor_grammar(processor.to_str(), {"thinking_budget": 1}, prompt, inner, VOCABULARY)
     bits = torch.full((3, -(-VOCABULARY // 32)), -1, dtype=torch.int32)
-    assert fill_masks(grammar, [], [5, 198], bits, VOCABULARY, Spending()) == 2
+    assert fill_masks(grammar, [5, 198], bits, VOCABULARY, Spending()) == 2
     assert grammar.length == 1

@@ -67,7 +67,7 @@ def test_who_does_not_consent_leaves_nothing(e: Engine, hints: str) -> None:
 def test_an_aborted_request_leaves_nothing(e: Engine) -> None:
     """Its client left, or somebody ended it."""
     e.submit("aborted", [7, 8, 9], max_new_tokens=200)
-    for _ in range(3):
+    for _ in range(8):
         e.step()
     e.abort("aborted")
     e.run()

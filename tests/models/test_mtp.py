@@ -130,10 +130,10 @@ def test_a_rounded_model_routes_by_the_gate_as_it_is_published(tmp_path: Path) -
 
 def test_what_a_head_costs_is_said_from_its_configuration(tmp_path: Path) -> None:
     path = write(tmp_path / "target", MIMO, {})
-    (judged,) = judge(str(path), read_target(str(path)))
+    ((_, served, detail),) = judge(str(path), read_target(str(path)))
     kv = 2 * 2 * HEAD_DIM * 4
-    assert judged.ok
-    assert judged.detail == (
+    assert served
+    assert detail == (
         f"MiMo's own head, the ar arm; reads what the target's head reads; {kv} bytes of KV a token, "
         f"{1 / TARGET_LAYERS:.1%} of the target's"
     )

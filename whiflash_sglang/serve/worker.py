@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from sglang.srt.runtime_context import get_schedule
 
 from whiflash_sglang.arms.base import of_text, widest_of, with_kv
 from whiflash_sglang.cache import backlog
@@ -61,7 +60,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self._server_args, self.settings = server_args, settings_of(server_args)
         self.target, self.ranks = Target(target_worker), ranks_of_model()
         self.target.peers.on_written = self._copy_target
-        self.overlaps = not get_schedule().disable_overlap_schedule
+        self.overlaps = overlap.is_on()
         self.spending = Spending(cuts=self.ranks.size == 1)
         self.drafters = build_drafters(self.settings, self.target, self.spending, late=self.overlaps)
         self.kv_arms, self.text_arms = with_kv(self.drafters), of_text(self.drafters)

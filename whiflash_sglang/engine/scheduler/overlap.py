@@ -20,13 +20,18 @@ def carry(output: Any, results: Download[Results], learn: Callable[..., object])
     output.auxiliary_device_output = append_auxiliary_output(output.auxiliary_device_output, results)
 
 
+def is_on() -> bool:
+    """Whether rounds overlap, as SGLang resolved it: its arguments may still say yes where it turned overlap off."""
+    return not get_schedule().disable_overlap_schedule
+
+
 @contextmanager
 def behind_forward(runner: Any) -> Iterator[None]:
     """Order the work that is issued in this context after the current forward and before the scheduler's next work.
 
     The scheduler's stream, on which it processes results, is ahead of the forward's. Without overlap there is only one.
     """
-    if get_schedule().disable_overlap_schedule:
+    if not is_on():
         yield
         return
     device = torch.get_device_module(runner.device)
