@@ -1,6 +1,6 @@
 # Rows of BFCL v4 as prompts: functions as tools with the types of JSON schema. $docs: the functions of multi-turn rows, with their files.
 def types: {dict: "object", HashMap: "object", Hashtable: "object", array: "array", list: "array", tuple: "array",
-  ArrayList: "array", Array: "array", Queue: "array", integer: "integer", byte: "integer", short: "integer",
+  ArrayList: "array", Array: "array", Queue: "array", Stack: "array", integer: "integer", byte: "integer", short: "integer",
   long: "integer", number: "number", float: "number", double: "number", boolean: "boolean", bool: "boolean", object: "object"};
 def typed: walk(if type == "object" and (.type | type) == "string" then .type |= (types[.] // "string") else . end);
 def files: {GorillaFileSystem: "gorilla_file_system", MathAPI: "math_api", MessageAPI: "message_api",

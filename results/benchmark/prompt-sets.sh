@@ -9,10 +9,12 @@ code='Write a solution to the following problem and make sure that it passes the
 
 # Rows with `turns`, or with the fields of a question. Arguments: the question in jq, files.
 rows() {
-  local asks=$1
+  local asks=$1 file
   shift
-  jq -c --arg set "$set" "{id: (\"\(input_filename | split(\"/\")[-1] | rtrimstr(\".jsonl\"))-\(input_line_number)\"),
-    category: \$set, turns: (.turns // [$asks])}" "$@"
+  for file in "$@"; do
+    jq -nc --arg set "$set" --arg file "$(basename "$file" .jsonl)" "[inputs] | to_entries[] | (.key + 1) as \$row | .value
+      | {id: \"\(\$file)-\(\$row)\", category: \$set, turns: (.turns // [$asks])}" "$file"
+  done
 }
 
 case $set in
@@ -32,7 +34,8 @@ case $set in
         "$folder"/multi_turn_func_doc/*.json) -f "$here"/bfcl.jq "$file"
     done ;;
   swe-agent) # the messages before the middle answer
-    find "$folder" -name '*.traj' -print0 | sort -z | xargs -0 jq -c '[.history[] | {role, content}] as $all
+    find "$folder" -name '*.traj' -print0 | sort -z | xargs -0 jq -c '[.history[] | {role, content} + ({tool_calls,
+        tool_call_id: (.tool_call_id // .tool_call_ids[0]?), reasoning_content} | with_entries(select(.value != null)))] as $all
       | [$all | to_entries[] | select(.value.role == "assistant" and .key > 0).key] as $answers | select($answers != [])
       | {id: input_filename, category: "SWE-agent", messages: $all[:$answers[$answers | length / 2 | floor]]}' ;;
   *) echo "$set is no set that docs/dev/bench.md lists" >&2; exit 2 ;;

@@ -60,7 +60,8 @@ WRONG: list[tuple[Any, ...]] = [
     (("serve", "--whiflash-router"), "--whiflash-router"),
     (("serve", "--port", "99999"), "--port 99999"),
     (("bench", "--server-args", "--x 'y"), "--server-args --x 'y"),
-    (("bench", "--server-args", "--dtype float3"), "--dtype float3"),
+    (("bench", "--server-args", "--dtype=float3"), "--dtype float3"),
+    (("bench", "--out", "report.md"), "--out report.md"),
     (("policy", "--api-key", "a\x00b"), "--api-key"),
 ]
 """A command line, what its one line names, and what was meant where that is named, too."""

@@ -8,7 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from whiflash_lab.bench.arms import DEFAULT, KNOWN, VARIANTS, Subject, build_arms, those_with_drafters
+from whiflash_lab.bench.arms import (
+    DEFAULT,
+    KNOWN,
+    VARIANTS,
+    Subject,
+    build_arms,
+    dtype_of,
+    server_words,
+    those_with_drafters,
+)
 from whiflash_lab.bench.fleet import environment, launcher, reason_of
 from whiflash_lab.bench.subject import build_subject, write_variant
 from whiflash_sglang.checkpoints.bundle import Bundle, verify
@@ -62,16 +71,22 @@ def test_a_checkout_with_an_environment_is_served_in_it(
         (checkout / "sglang").mkdir(parents=True)
         (checkout / "sglang" / "__init__.py").touch()
         (checkout / "sglang" / "launch_server.py").write_text(f"print('of', {checkout.name!r})\n")
+        (checkout / "whiflash_sglang").mkdir()
+        (checkout / "whiflash_sglang" / "__init__.py").touch()
     python = other / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(
-        f"#!/bin/sh\necho its own environment\nPYTHONPATH=$PYTHONPATH{other} exec {sys.executable} $*\n"
-    )
+    script = '#!/bin/sh\necho its own environment\nPYTHONPATH=$PYTHONPATH{} exec {} "$@"\n'
+    python.write_text(script.format(here, sys.executable))
     python.chmod(0o755)
     monkeypatch.setenv("PYTHONPATH", str(here))
     monkeypatch.chdir(here)
     with pytest.raises(ConfigError, match=r"no .*here/\.venv/bin/python: name a checkout"):
         build_arms([f"auto@{here}"], SUBJECT)
+    with pytest.raises(
+        ConfigError, match=r"imports .*here/whiflash_sglang/.*, not .*: run `uv sync` in .*other"
+    ):
+        build_arms(["auto@../other"], SUBJECT)
+    python.write_text(script.format(other, sys.executable))
     _, auto, older = build_arms(["auto", "auto@../other"], SUBJECT)
     assert (older.name, older.arguments, older.router) == ("auto@other", auto.arguments, auto.router)
     assert (auto.server != older.server, auto.python) == (True, None)
@@ -85,6 +100,14 @@ def test_ranks_and_replicas_share_the_threads_of_a_server(monkeypatch: pytest.Mo
     assert environment(["--dtype", "float32"]) == {"OMP_NUM_THREADS": "4"}
     assert environment(["--tp-size", "2"]) == {"OMP_NUM_THREADS": "2"}
     assert environment(["--tp-size", "2", "--dp-size", "2"]) == {"OMP_NUM_THREADS": "1"}
+
+
+def test_a_value_after_an_equals_sign_is_seen() -> None:
+    words = server_words('--dtype=float32 --tp-size 2 --json-model-override-args=\'{"a": "="}\' --x=-1')
+    assert words == [
+        "--dtype", "float32", "--tp-size", "2", "--json-model-override-args", '{"a": "="}', "--x=-1"
+    ]  # fmt: skip
+    assert dtype_of(words) == "float32"
 
 
 def test_hints_are_compared_on_servers_alike() -> None:

@@ -4,6 +4,8 @@ prompt that plain decoding does not take.
 
 import asyncio
 import io
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +21,11 @@ from server_host import stand_in
 
 from whiflash_lab.bench import reference, runner
 from whiflash_lab.bench.arms import Arm, Subject, build_arms
+from whiflash_lab.bench.cells import Answer, Cell
+from whiflash_lab.bench.command import judge
 from whiflash_lab.bench.fleet import Fleet
 from whiflash_lab.bench.load import RefusedError
+from whiflash_lab.bench.pages import render
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_lab.bench.reference import Reference
 from whiflash_lab.bench.runner import CLOSED_ALONE, Plan, Runner, Step
@@ -92,6 +97,52 @@ def test_a_server_that_ends_takes_its_arms_alone(url: str) -> None:
 def test_nothing_is_measured_without_plain_decoding(url: str) -> None:
     with pytest.raises(WhiflashError, match="plain decoding: the server did not start"):
         started(["none", "auto"], ["none"], url)
+
+
+@pytest.mark.parametrize("ending", [ServerError("OSError: no memory"), KeyboardInterrupt()])
+def test_a_server_that_does_not_start_again_loses_no_measurement(
+    ending: BaseException, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One arm does not start for the second repetition; plain decoding and another do not for the third."""
+    starts: Counter[str] = Counter()
+    last = {"auto": 1, "none": 2, "EAGLE3": 2}
+
+    class Ending(Starting):
+        def __enter__(self) -> object:
+            (arm,) = self._arguments
+            starts[arm] += 1
+            if starts[arm] > last[arm]:
+                raise ending if arm == "none" else ServerError(LOG)
+            return self
+
+    async def measured(running: Runner, step: Step, asker: object) -> Cell:
+        answer = Answer(prompt="p", seconds=1.0, ttft=0.1, tokens=(5,), forwards=1)
+        return Cell(load=step.load, arm=step.arm, repetition=step.repetition, seconds=1.0, answers=(answer,))
+
+    monkeypatch.setattr(
+        runner, "ask_reference", lambda client, prompt, most: Reference(prompt, (1,), (5,), (9.0,), "a")
+    )
+    monkeypatch.setattr(runner, "flush", lambda client: None)
+    monkeypatch.setattr(runner, "differences", lambda *_: [])
+    monkeypatch.setattr(Runner, "_cell", measured)
+    subject = Subject(target=tmp_path, bundle=tmp_path, eagle3=None, dflash=None, dtype="float32")
+    arms = tuple(Arm(name, name, (name,)) for name in last)
+    plan = Plan(subject, arms, (Prompt("p", "chat", ()),), repetitions=4)
+    said = io.StringIO()
+    with Fleet(lambda arguments, *_: Ending(arguments, url, said)) as fleet:  # type: ignore[arg-type, return-value]
+        report = Runner(plan, fleet, Lines(Console(file=said, width=200))).run()
+    ends = "plain decoding: .*no memory" if str(ending) else "interrupted"
+    why = f"ended after 2 of 4 repetitions: {ends}"
+    for server in report.provenance["servers"].values():
+        server["attention_backend"] = "torch_native"
+    assert re.search(why, said.getvalue())
+    assert re.search(f"\n- auto: .*no such drafter\n- The run {why}", render(report))
+    assert {arm: figures["overall"].answers for arm, figures in report.arms.items()} == {
+        "none": 2,
+        "EAGLE3": 2,
+    }
+    with pytest.raises(WhiflashError, match=why):
+        judge(report)
 
 
 def test_a_prompt_that_the_server_does_not_take_is_left_out(

@@ -1,6 +1,9 @@
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,6 +78,8 @@ def test_a_json_list_reads_as_json_lines_do(tmp_path: Path) -> None:
         ({"id": 1}, "neither 'messages' nor 'turns'"),
         ({"turns": "Hello"}, "list of strings"),
         ({"messages": ["Hello"]}, "an object with a 'role'"),
+        ({"messages": MESSAGES, "temperature": "0.6"}, "'temperature' is '0.6': give a number"),
+        ({"turns": ["Hello"], "top_p": True}, "'top_p' is True: give a number"),
     ],
 )
 def test_wrong_rows_are_named(row: object, message: str, tmp_path: Path) -> None:
@@ -121,3 +126,33 @@ def test_a_body_s_own_fields_are_sent() -> None:
 def test_seeds_are_of_prompts() -> None:
     first, again, other = (prompt_of({"id": name, "messages": MESSAGES}, "here") for name in "aab")
     assert first.seed == again.seed != other.seed
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+def test_rows_of_published_sets_lose_nothing(tmp_path: Path) -> None:
+    """Each row has an id, also in a file whose last line has no end; calls and types stay what they are."""
+    sets = Path(__file__).parents[3] / "results" / "benchmark"
+
+    def rows(*command: object) -> list[Any]:
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    for year in ("24", "25"):
+        write(tmp_path / f"aime{year}.jsonl", {"problem": "1 + 1?"}, {"turns": ["2 + 2?"]})
+    first, second, *_ = asked = rows(sets / "prompt-sets.sh", "aime", tmp_path)
+    assert [row["id"] for row in asked] == ["aime24-1", "aime24-2", "aime25-1", "aime25-2"]
+    assert (first["turns"][0].startswith("1 + 1?\nPlease reason"), second["turns"]) == (True, ["2 + 2?"])
+    calling = {"role": "assistant", "content": None, "tool_calls": [{"id": "c"}], "reasoning_content": "why"}
+    answered = {"role": "tool", "content": "done", "tool_call_id": "c"}
+    said = {"role": "assistant", "content": "so"}
+    listed = {"role": "tool", "content": "done", "tool_call_ids": ["c"], "agent": "main"}
+    history = [{**MESSAGES[0], "tool_calls": None}, calling, answered, calling, listed, said, said]
+    (tmp_path / "one.traj").write_text(json.dumps({"history": history}))
+    (row,) = rows(sets / "prompt-sets.sh", "swe-agent", tmp_path)
+    assert row["messages"] == [MESSAGES[0], calling, answered, calling, answered]
+    parameters = {"type": "dict", "properties": {"s": {"type": "Stack"}, "o": {"type": "any"}}}
+    function = {"name": "a.b", "description": "", "parameters": parameters}
+    write(tmp_path / "q.json", {"id": "simple_1", "question": [MESSAGES], "function": [function]})
+    (row,) = rows("jq", "-c", "--argjson", "docs", "[]", "-f", sets / "bfcl.jq", tmp_path / "q.json")
+    typed = row["tools"][0]["function"]["parameters"]
+    assert typed == {"type": "object", "properties": {"s": {"type": "array"}, "o": {"type": "string"}}}

@@ -4,7 +4,10 @@ WHIFLASH's router can be changed while it serves, so routers that learn nothing 
 it serves and has a server of its own, so that other routers' rounds do not teach it.
 """
 
+import os
 import re
+import shlex
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -43,6 +46,10 @@ PREDICTION, USELESS = "prediction", "useless"
 _SPELLED = re.compile(rf"(?:{'|'.join(KNOWN)}|(?:{'|'.join(WITH_WIDTH)}):0*[1-9]\d*)(?:@.+)?")
 
 _PINNED_INSTEAD = "the arm `diffusion` is WHIFLASH with only this drafter"
+
+ISOLATED = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
+"""Environment of another checkout's interpreter: neither the working directory nor PYTHONPATH may bring this one's
+sources."""
 
 EAGLE_STEPS = 5
 """Chain length of SGLang's EAGLE3, the same as WHIFLASH's default."""
@@ -105,6 +112,21 @@ class Arm:
     python: Path | None = field(default=None, repr=False)
 
 
+def server_words(text: str) -> list[str]:
+    """Split --server-args into words, `--flag=value` into two: whoever reads them looks for a value after its flag.
+
+    Raises UsageError if a quotation has no end.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"--server-args {text}: {error}") from None
+    parted = (re.fullmatch("(--[^=]+)=([^-].*)", word, re.DOTALL) for word in words)
+    return [
+        part for word, both in zip(words, parted, strict=True) for part in (both.groups() if both else [word])
+    ]
+
+
 def dtype_of(extra: Sequence[str]) -> str:
     """Return the dtype that server arguments name, else bfloat16. Raises UsageError if ties have no rule in it."""
     dtype = ["bfloat16", *(value for flag, value in pairwise(extra) if flag == "--dtype")][-1]
@@ -144,7 +166,7 @@ def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
 
     Raises:
         ConfigError: a name is unknown or given twice, needs a drafter that the bundle has not, or names a directory
-            without an environment.
+            without an environment that serves this directory's sources.
     """
     chosen = list(names) if NONE in names else [NONE, *names]
     check_names(chosen)
@@ -179,6 +201,7 @@ def _arm(name: str, subject: Subject) -> Arm:
             raise ConfigError(
                 f"--arms {name}: no {python}: name a checkout of this project with its environment"
             )
+        _check_sources(f"--arms {name}", python)
         arm, suffix = _arm(kind, subject), f"@{python.parents[2].name}"
         return replace(arm, name=kind + suffix, server=arm.server + suffix, python=python)
     kind, _, width = name.partition(":")
@@ -199,6 +222,26 @@ def _arm(name: str, subject: Subject) -> Arm:
         return Arm(name, server, (*common, *drafted, *FLAGS.get(kind, ())), ROUTERS.get(kind, AUTO), request)
     algorithm = "EAGLE3" if kind == ADAPTIVE else kind
     return Arm(name, name, (*common, "--speculative-algorithm", algorithm, *_upstream(kind, width, subject)))
+
+
+def _check_sources(option: str, python: Path) -> None:
+    """Raise ConfigError unless `python`, of a checkout's environment, imports that checkout's sources."""
+    checkout = python.parents[2].resolve()
+    command = [str(python), "-c", "import whiflash_sglang; print(whiflash_sglang.__file__)"]
+    asked = subprocess.run(
+        command,
+        env={**os.environ, **ISOLATED},
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    *_, found = ["", *asked.stdout.splitlines()]
+    if asked.returncode or not Path(found).resolve().is_relative_to(checkout):
+        what = f"imports {found}" if not asked.returncode else "does not import whiflash_sglang"
+        raise ConfigError(
+            f"{option}: {python} {what}, not this checkout's sources: run `uv sync` in {checkout}"
+        )
 
 
 def _upstream(kind: str, width: str, subject: Subject) -> tuple[str, ...]:

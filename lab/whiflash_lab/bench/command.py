@@ -43,13 +43,14 @@ def run(plan: Plan) -> BenchReport:
 
 
 def judge(report: BenchReport) -> None:
-    """Raise WhiflashError if an arm could not be measured, or if an arm of WHIFLASH differs from plain decoding at a
-    position where plain decoding at the same load does not differ from its reference.
+    """Raise WhiflashError if an arm could not be measured, if the run ended early, or if an arm of WHIFLASH differs
+    from plain decoding at a position where plain decoding at the same load does not differ from its reference.
     """
     ours = [arm for arm, server in report.provenance["servers"].items() if "WHIFLASH" in server["arguments"]]
     wrong = [d for d in report.differences if d["arm"] in ours and d["verdict"] == Verdict.DIFFERENT]
     wrong = [d for d in wrong if not d.get("of_plain")]
     problems = [f"{arm}: {reason}" for arm, reason in report.unavailable.items()]
+    problems += [f"the run {ended}"] if (ended := report.provenance.get("ended")) else []
     lost = report.provenance.get("unjudged")
     unjudged = f" (no tie could be judged: {lost})" if lost else ""
     for arm in dict.fromkeys(d["arm"] for d in wrong):

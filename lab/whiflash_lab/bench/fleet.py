@@ -11,6 +11,7 @@ from types import MappingProxyType
 import httpx
 from rich.progress import Progress
 
+from whiflash_lab.bench.arms import ISOLATED
 from whiflash_lab.bench.load import ANSWER_SECONDS
 from whiflash_lab.servers import Closing, Server, ServerHost
 from whiflash_sglang.errors import WhiflashError
@@ -47,8 +48,7 @@ def launcher(
     env = {**environment(arguments), **more}
     if python is None:
         return Server(arguments, host=host, log=log, env=env)
-    # Neither the working directory nor PYTHONPATH may bring this checkout's sources.
-    return Server(arguments, log=log, env={**env, "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}, python=python)
+    return Server(arguments, log=log, env={**env, **ISOLATED}, python=python)
 
 
 class Fleet(Closing):

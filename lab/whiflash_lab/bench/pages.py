@@ -24,6 +24,7 @@ def render(report: BenchReport) -> str:
         if load.load.is_alone:
             parts += [_by_category(load), _over(report, load)]
     lacking = "".join(f"\n- {arm}: {reason}" for arm, reason in report.unavailable.items())
+    lacking += f"\n- The run {ended}" if (ended := report.provenance.get("ended")) else ""
     lacking = lacking and f"## Not available\n{lacking}"
     parts += [_rounds(report), _differences(report), lacking, _reproduce(report)]
     return "\n\n".join(section for section in parts if section) + "\n"

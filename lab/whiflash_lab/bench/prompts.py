@@ -83,7 +83,7 @@ def load_prompts(source: str) -> list[Prompt]:
 
 
 def prompt_of(row: Any, where: str) -> Prompt:
-    """Convert a row of a supported format to a prompt. Raises ConfigError naming `where` and the missing field."""
+    """Convert a row of a supported format to a prompt. Raises ConfigError naming `where` and the wrong field."""
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: a row is a JSON object, not {type(row).__name__}")
     turns, messages = row.get("turns"), row.get("messages")
@@ -95,6 +95,10 @@ def prompt_of(row: Any, where: str) -> Prompt:
         messages, turns = [{"role": "user", "content": turns[0]}], turns[1:]
     elif not all(isinstance(message, dict) and "role" in message for message in messages):
         raise ConfigError(f"{where}: every one of 'messages' is an object with a 'role'")
+    for name in ("temperature", "top_p"):
+        value = row.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"{where}: '{name}' is {value!r:.80}: give a number, or leave it out")
     digest = hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()[:12]
     return Prompt(
         id=str(row.get("id", row.get("question_id", digest))),

@@ -116,6 +116,7 @@ class Runner:
         self._routers: dict[str, str] = {}
         self._servers: dict[str, dict[str, Any]] = {}
         self.unavailable: dict[str, str] = {}
+        self._ended = ""
         self.left_out = dict(plan.left_out)
         self.cells: list[Cell] = []
         self._began = time.monotonic()
@@ -149,13 +150,28 @@ class Runner:
         self._warm_up(self._available())
         task = self._progress.add_task("measuring", total=None)
         for done in range(self._plan.repetitions):
-            if done:
-                self._renew()
-            steps = list(sweep(self._available(), self._plan.loads, done, *self._prompt_ids()))
-            self._progress.update(
-                task, total=self._plan.repetitions * len(steps), completed=done * len(steps)
-            )
-            asyncio.run(self._measure(steps, task))
+            before = dict(self.unavailable)
+            try:
+                if done:
+                    self._renew()
+                steps = list(sweep(self._available(), self._plan.loads, done, *self._prompt_ids()))
+                self._progress.update(
+                    task, total=self._plan.repetitions * len(steps), completed=done * len(steps)
+                )
+                asyncio.run(self._measure(steps, task))
+            except (WhiflashError, httpx.HTTPError, KeyboardInterrupt) as error:
+                if not done:
+                    raise
+                self._end(done, str(error) or "interrupted", before)
+                break
+
+    def _end(self, whole: int, reason: str, unavailable: dict[str, str]) -> None:
+        """Keep the `whole` repetitions. unavailable: the arms lost before the one that ended the run, in which an
+        interrupted start loses all."""
+        self.unavailable = unavailable
+        self.cells = [cell for cell in self.cells if cell.repetition < whole]
+        self._ended = f"ended after {whole} of {self._plan.repetitions} repetitions: {reason}"
+        self._progress.console.print(self._ended, markup=False, highlight=False, soft_wrap=True)
 
     def _renew(self) -> None:
         """Start new servers of all arms. An arm whose server does not start is lost."""
@@ -333,6 +349,7 @@ class Runner:
             "max_tokens": plan.max_tokens,
             "prompts_sha256": digest_of(plan.prompts),
             "left_out": self.left_out,
+            "ended": self._ended,
             "recorded": list(plan.recorded),
             "sampling": [
                 dict(one) for one in sorted({tuple(p.sampling.items()) for p in plan.prompts} - {()})

@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 
 from whiflash_lab.bench import prompts as sources
-from whiflash_lab.bench.arms import DEFAULT, KNOWN, build_arms, check_names, dtype_of, those_with_drafters
+from whiflash_lab.bench.arms import (
+    DEFAULT,
+    KNOWN,
+    build_arms,
+    check_names,
+    dtype_of,
+    server_words,
+    those_with_drafters,
+)
 from whiflash_lab.cli.simulate import simulate
 from whiflash_lab.cli.widen import widen
 from whiflash_sglang.cli import DECIDE
@@ -52,7 +60,6 @@ def bench(
     whiflash bench --prompts bodies.jsonl --model-path MODEL --bundle BUNDLE --no-interleave
     whiflash bench --recorded log.jsonl --arms auto,auto+prediction
     """
-    import shlex
     import tempfile
 
     from whiflash_lab.bench.cells import Load
@@ -70,16 +77,19 @@ def bench(
         if recorded
         else sources.sample(sources.load_prompts(prompts or str(sources.shipped())), per_category)
     )
-    try:
-        extra = shlex.split(server_args)
-    except ValueError as error:
-        raise UsageError(f"--server-args {server_args}: {error}") from None
+    extra = server_words(server_args)
     dtype_of(extra)
     from whiflash_sglang.checkpoints.hub import check_place
 
     for place in filter(None, (model_path, bundle, *(str(file.absolute()) for file in recorded or ()))):
         check_place(place)
-    make_place("--out", out)
+    if out is not None:
+        if out.suffix != ".json" and not out.is_dir():
+            raise UsageError(
+                f"--out {out}: the report is JSON, with a page beside it that ends with .md: give FILE.json"
+            )
+        for file in (out, out.with_suffix(".md")) if out.suffix else (out,):
+            make_place("--out", file)
     from whiflash_lab.bench.recorded import read_talks, recorded_arms
     from whiflash_lab.bench.subject import build_subject
 
