@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from priced import priced
 from typer.testing import CliRunner
 
 from whiflash_lab.advise import GPUS, OURS, PLAIN, Estimate, Question, _card, advise
@@ -16,6 +17,7 @@ from whiflash_sglang.cli.app import app
 from whiflash_sglang.cli.report import brought
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
+from whiflash_sglang.prices.costs import PLAIN_ROUNDS
 
 RESULTS = Path(__file__).parents[2] / "results"
 
@@ -100,6 +102,7 @@ def test_a_long_context_takes_time_and_memory() -> None:
     assert many.rates[PLAIN] > few.rates[PLAIN]
 
 
+COSTS = priced(lambda arm: 4, {"ar": 0.003}, base=0.0195, row=0.0005)
 STATE: dict[str, Any] = {
     "tokens": 1000,
     "timed_seconds": 10.0,
@@ -107,13 +110,13 @@ STATE: dict[str, Any] = {
     "priced_seconds": 10.0,
     "priced_tokens": 1000,
     "plain_seconds": 15.0,
-    "plain_price": {"rounds": 8, "needed": 8},
+    "plain_price": COSTS.plain_price() | {"rounds": PLAIN_ROUNDS},
     "by_arm": {
         "ar": {"rounds": 200, "tokens": 900, "proposed": 1000, "accepted": 700},
         "diffusion": {"rounds": 40, "tokens": 80, "proposed": 200, "accepted": 40},
         "none": {"rounds": 100, "tokens": 100, "proposed": 0, "accepted": 0},
     },
-    "costs": {"verify": 0.02, "verify_draft": 0.0005, "verify_request": 0.002, "draft": {"ar": 0.003}},
+    "costs": COSTS.snapshot(["ar"]),
 }
 
 
@@ -121,6 +124,8 @@ def test_a_server_is_judged_by_its_own_prices() -> None:
     good = advise(Question("anything", requests=(1,), answer=64), STATE)
     assert good.verdict == "Take WHIFLASH for its own traffic: 100 tokens a second, 1.50 of plain's 67."
     assert "prices of the running server" in good.assumed
+    dear = {**STATE, "costs": {**STATE["costs"], "verify_row": 0.01}}
+    assert advise(Question("anything", requests=(1,), answer=64), dear).rows != good.rows
     assert "without diffusion: fewer than 64 rounds" in good.assumed
     assert "DFLASH" not in good.rows[1].rates
     poor = {**STATE, "by_arm": {"ar": {"rounds": 200, "tokens": 202, "proposed": 1000, "accepted": 2}}}

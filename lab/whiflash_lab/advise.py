@@ -338,14 +338,14 @@ def _of_server(state: Mapping[str, Any], question: Question) -> tuple[Card, Publ
         raise ConfigError(
             f"the server has drafted in fewer than {ENOUGH} rounds of a drafter: send it requests, then ask again"
         )
-    row = max(costs.get("verify_draft", 0.0), 1e-9)
+    row = max(costs.get("verify_row", 0.0), 1e-9)
     draft = costs.get("draft") or {}
     drafts = {arm: longest for arm, (_, longest) in drafted.items()}
     card = Card(
         "server",
         fixed=max(costs["verify"] + costs.get("between", 0.0) - row, 1e-6),
         row=row,
-        token=max(costs.get("verify_request", row) - row, 0.0) / (question.prompt + question.answer / 2),
+        token=0.0,  # the server does not say what context costs
         chain=draft.get(arms.AR, 0.0) / drafts.get(arms.AR, 1),
         block=draft.get(arms.DIFFUSION, 0.0),
     )

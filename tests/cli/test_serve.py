@@ -1,6 +1,8 @@
 """`whiflash serve`: what is asked for is served; only what is left open is filled in."""
 
+import io
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from in_process import whiflash
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.cli.serve import _url
 from whiflash_sglang.cli.serve_line import ServeLine
+from whiflash_sglang.errors import ConfigError
 
 WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
 LAUNCHER = [str(Path(sys.executable).with_name("sglang")), "serve"]
@@ -78,6 +81,25 @@ def test_flags_of_the_model_are_recognised_as_the_launcher_recognises_them() -> 
         assert words[:2] == LAUNCHER
         assert words[-len(read) :] == read
         assert "--served-model-name" not in words
+
+
+def test_only_what_whiflash_serves_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another algorithm's draft may be a name that only SGLang knows; a host may have addresses of one kind."""
+    opened: list[tuple[str, int]] = []
+    known = {"six": [socket.AF_INET6], "both": [socket.AF_INET6, socket.AF_INET]}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: [(kind,) for kind in known[host]])
+    monkeypatch.setattr(
+        socket, "create_server", lambda place, family: opened.append((place[0], family)) or io.BytesIO()
+    )
+    draft = ["a/b", "--speculative-draft-model-path", "/nowhere/draft", "--host"]
+    ServeLine.read([*draft, "six", "--speculative-algorithm", "EAGLE3"]).check()
+    ServeLine.read(["a/b", "--host", "both"]).check()
+    assert opened == [("six", socket.AF_INET6), ("both", socket.AF_INET)]
+    for algorithm in ([], ["--speculative-algorithm", "whiflash"]):
+        with pytest.raises(
+            ConfigError, match="--speculative-draft-model-path /nowhere/draft: no such directory"
+        ):
+            ServeLine.read([*draft, "six", *algorithm]).check()
 
 
 def test_the_command_is_quoted_for_a_shell() -> None:

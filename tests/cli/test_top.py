@@ -15,14 +15,19 @@ from typing import Any
 
 import httpx
 import pytest
+from priced import priced
 from rich.console import Console
 from typer.testing import CliRunner
 
 from whiflash_sglang.cli.app import app, main
 from whiflash_sglang.cli.top import StateReading, WatchedServer, figures, screen, since
 from whiflash_sglang.errors import ServerRefusedError
+from whiflash_sglang.prices.costs import PLAIN_ROUNDS
 
 WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
+
+
+COSTS = priced(lambda arm: 4, {"ar": 0.0031}, base=0.0195, row=0.0005)
 
 
 def state(times: int = 1) -> dict[str, Any]:
@@ -51,8 +56,8 @@ def state(times: int = 1) -> dict[str, Any]:
             "none": {name: value * times for name, value in plain.items()},
         },
         "reasons": {"score": 15 * times, "pin": 5 * times, "off": 0},
-        "plain_price": {"rounds": 8, "needed": 8},
-        "costs": {"verify": 0.02, "verify_row": 0.0005, "between": 0, "draft": {"ar": 0.0031}},
+        "plain_price": COSTS.plain_price() | {"rounds": PLAIN_ROUNDS},
+        "costs": COSTS.snapshot(["ar"]),
         "memory": {"draft_kv": 3 << 30, "lookup_index": 2048},
     }
 
@@ -333,7 +338,7 @@ def test_a_report_counts_from_an_earlier_one(
 
 def test_a_gain_that_rests_on_a_guess_is_not_shown(recorded: Recorded) -> None:
     """By `report` and `top`, to people and as JSON."""
-    few = {"rounds": 3, "needed": 8}
+    few = COSTS.plain_price() | {"rounds": 3}
     unpriced = {"priced_seconds": 0.0, "priced_tokens": 0, "plain_seconds": 0.0, "plain_price": few}
     recorded.answers["/whiflash/state"] = 200, json.dumps(state() | unpriced).encode()
 

@@ -36,7 +36,7 @@ class Bundle:
         said = self.manifest
         router = said.router.path if said.router else None
         places = {"eagle3": said.eagle3, "dflash": said.dflash, "uno": said.uno, "router": router}
-        return {part: place for part, place in places.items() if place is not None}
+        return {part: place for part, place in places.items() if place}
 
     def place(self, part: str) -> str:
         """Return the path of a part on this disk, or its hub id, with `@` and the revision that the manifest pins."""

@@ -30,8 +30,7 @@ def server_arguments(arguments: list[str]) -> list[str]:
     added = embedded_arguments(names) if line.is_embedded else []
     if ALGORITHM not in names:
         added += [ALGORITHM, "WHIFLASH"]
-    is_ours = str(line.values.get(ALGORITHM, "WHIFLASH")).upper() == "WHIFLASH"
-    if line.is_embedded and DRAFT not in names and is_ours:
+    if line.is_embedded and DRAFT not in names and line.is_ours:
         added += [DRAFT, str(embedded_bundle())]
     if line.line.keys().isdisjoint(MODEL):
         # `sglang serve` looks for the model on the command line only.

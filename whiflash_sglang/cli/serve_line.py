@@ -65,6 +65,11 @@ class ServeLine:
         """Whether neither the command line nor the file names a model, so that the embedded one serves."""
         return self.values.keys().isdisjoint(MODEL)
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether WHIFLASH drafts: nothing names another algorithm."""
+        return str(self.values.get(ALGORITHM, "WHIFLASH")).upper() == "WHIFLASH"
+
     def check(self) -> None:
         """Refuse a launch whose flags of WHIFLASH, paths or port cannot work.
 
@@ -74,7 +79,8 @@ class ServeLine:
         """
         values = self.values
         ours = _parse(values)
-        places = {name: values.get(name) for name in (*MODEL, DRAFT)}
+        # Another algorithm's draft is SGLang's to judge.
+        places = {name: values.get(name) for name in (*MODEL, *((DRAFT,) if self.is_ours else ()))}
         places |= {flag_of("eagle_draft"): ours.eagle_draft, flag_of("uno"): ours.uno}
         for name, place in places.items():
             # A model may be called in ways that only SGLang knows, such as a name without an owner.
@@ -124,7 +130,8 @@ def _check_port(host: str, port: Any) -> None:
     if not str(port).isdecimal() or int(port) > 65535:
         raise UsageError(f"--port {port}: give a number from 1 to 65535")
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        families = {family for family, *_ in socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)}
+        family = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
         socket.create_server((host, int(port)), family=family).close()
     except OSError as error:
         why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error.strerror})"

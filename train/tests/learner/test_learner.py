@@ -208,6 +208,11 @@ def test_there_is_one_learner(pair: Pair, tmp_path: Path) -> None:
     check_spool(samples_of(tmp_path))
     with alone(tmp_path, LOCK), pytest.raises(ConfigError, match="another run works in"):
         learn_once(learning)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (tmp_path / WORK).symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match=f"{tmp_path / WORK} is where .*: remove it"):
+        learn_once(learning)
+    assert elsewhere.is_dir()
 
 
 def test_what_a_killed_pass_left_goes(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,7 +236,8 @@ def check_target(configured: str, served: str) -> None:
 def _alone(directory: Path) -> Iterator[Path]:
     """Yield an empty work directory, which is locked and removed afterwards.
 
-    Raises ConfigError if another learner has the lock, or the directory has no samples.
+    Raises ConfigError if another learner has the lock, the directory has no samples, or what is at the work
+    directory's place cannot be removed.
     """
     if not samples_of(directory).is_dir():
         raise ConfigError(f"{directory} has no samples: name the directory of the server's --whiflash-learn")
@@ -244,7 +245,13 @@ def _alone(directory: Path) -> Iterator[Path]:
     work = directory / WORK
     with alone(directory, LOCK):
         shutil.rmtree(work, ignore_errors=True)  # a killed pass leaves it
-        work.mkdir(mode=0o700)
+        try:
+            work.mkdir(mode=0o700)
+        except FileExistsError:
+            raise ConfigError(
+                f"{work} is where a pass works, and holds a link, a file or another user's directory: remove it, "
+                "or use another directory"
+            ) from None
         try:
             yield work
         finally:
