@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from whiflash_sglang.checkpoints.bundle import Bundle
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.errors import CheckpointError, ConfigError
 from whiflash_sglang.settings.config import changed, parse_flags, resolve
@@ -121,6 +122,8 @@ def test_missing_manifest_keys_are_named(bundle: Path) -> None:
         load_manifest(write(bundle, without("target")))
     with pytest.raises(ConfigError, match=r"names no drafter: give key 'eagle3', 'dflash' or 'uno'"):
         load_manifest(write(bundle, without("eagle3", "dflash")))
+    write(bundle, {**MANIFEST, "dflash": "", "uno": ""})
+    assert Bundle.load(bundle).parts == {"eagle3": "e"}, "an empty place is none"
 
 
 @pytest.mark.parametrize(("missing", "there"), [("eagle3", "DFlash"), ("dflash", "EAGLE-3")])
