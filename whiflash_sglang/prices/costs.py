@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from whiflash_sglang.drafts.rates import RECENT_ROUNDS, Mean
 from whiflash_sglang.prices.correction import LIMIT, MEMORY, Correction, median
 from whiflash_sglang.prices.round_clock import RoundTime
-from whiflash_sglang.prices.tables import CostTables
+from whiflash_sglang.prices.tables import SHORTEST, CostTables
 
 PROBE_ROUNDS = 256
 """Rounds of the batch between two probes of an arm whose acceptance is well known."""
@@ -33,9 +33,6 @@ RATE_ROUNDS = 32
 
 PLAIN_ROUNDS = 8
 """Rounds that must be timed before the price of plain decoding, and so the gain of drafting, is known."""
-
-SHORTEST = 1e-6
-"""Smallest duration in seconds, because a clock may not have moved between two readings."""
 
 LEAST_CHANCE = 0.1
 """Chance of acceptance below which a draft is not verified if rows have no price."""

@@ -15,6 +15,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+SHORTEST = 1e-6
+"""Smallest price in seconds, because a clock may not have moved between two readings."""
+
 LONGEST = 60.0
 """Upper bound in seconds of a price in a file: no pass takes as long."""
 
@@ -41,7 +44,7 @@ class Sizes:
         never faster.
         """
         ordered = tuple(sorted(set(sizes)))
-        return cls(ordered, tuple(accumulate(map(price, ordered), max)), steps)
+        return cls(ordered, tuple(accumulate((max(price(size), SHORTEST) for size in ordered), max)), steps)
 
     def at(self, size: float) -> float:
         """Return the price of this size."""
