@@ -71,7 +71,7 @@ def test_a_slow_host_makes_rows_free_and_plain_decoding_no_faster() -> None:
     pair = PAIR._replace(lengths={"one": {arms.AR: 1.2, arms.DIFFUSION: 1.25}})
     simulation = Simulation(H100, load, "auto", pair=pair, host=host)
     rate = simulation.run().rate
-    assert simulation.controller.worth(arms.DIFFUSION).row == pytest.approx(0.0, abs=1e-3)
+    assert simulation.controller.worth().row == pytest.approx(0.0, abs=1e-3)
     assert rate > 0.99 * Simulation(H100, load, "dflash", pair=pair, host=host).run().rate
 
 

@@ -106,17 +106,15 @@ def test_draft_kv_beside_latent_attention(models: dict[str, Path]) -> None:
     edit(models["target"], lambda config: config.update(kv_lora_rank=40, qk_rope_head_dim=8))
     target = read_target(str(models["target"]))
     assert target.kv_bytes == 6 * (40 + 8) * 4
-    (judged,) = judge(str(models["eagle3"]), target)
-    assert "256 bytes of KV a token, 22.2% of the target's" in judged.detail  # 2 * 2 * 16 * 4 of 1,152
+    ((_, _, detail),) = judge(str(models["eagle3"]), target)
+    assert "256 bytes of KV a token, 22.2% of the target's" in detail  # 2 * 2 * 16 * 4 of 1,152
 
 
 def test_every_layer_of_a_drafter_has_kv(models: dict[str, Path]) -> None:
     edit(models["eagle3"], lambda config: config.update(num_hidden_layers=3))
-    (judged,) = judge(str(models["eagle3"]), read_target(str(models["target"])))
-    assert judged.ok
-    assert (
-        "768 bytes of KV a token, 50.0% of the target's" in judged.detail
-    )  # 3 of 6 layers of the same shape
+    ((_, served, detail),) = judge(str(models["eagle3"]), read_target(str(models["target"])))
+    assert served
+    assert "768 bytes of KV a token, 50.0% of the target's" in detail  # 3 of 6 layers of the same shape
 
 
 def test_a_checkpoint_without_weights_is_named(models: dict[str, Path], tmp_path: Path) -> None:
