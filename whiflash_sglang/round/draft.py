@@ -138,9 +138,8 @@ class DraftStage:
         rows = self.rows_for(size + usual, size)
         if rows is None:
             return most
-        return (
-            rows - size if usual else 0
-        )  # a graph of one row per request is enough if no drafts are expected
+        # If no drafts are expected, a graph of one row per request is enough.
+        return rows - size if usual else 0
 
     def _copies(self, turn: Round, drafts: Drafts | None = None) -> Drafts | None:
         """Return the device's copies of what follows every request's text, or its `drafts`; None if no arm copies."""
