@@ -1,5 +1,8 @@
 """propose_copies against a loop over every place of a text."""
 
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import kernel_oracles as oracles
@@ -7,10 +10,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import DEVICE, examples, guarded_outputs, running
+from kernel_backends import BACKENDS, DEVICE, INTERPRETING, examples, guarded_outputs, running
 from whiflash_kernels import propose_copies
+from whiflash_kernels.cpu.copies import CompiledCopies, compiled_copies
 
 BOUNDARIES = (1, 2, 3, 4, 6, 9, 14, 22)
+
+pytestmark = pytest.mark.parametrize(
+    "backend", BACKENDS if INTERPRETING or DEVICE.type == "cuda" else [*BACKENDS, "compiled"]
+)
+
+
+@cache
+def compiled() -> CompiledCopies:
+    try:
+        return compiled_copies(Path(mkdtemp()) / "own")
+    except OSError as error:
+        pytest.skip(str(error))
 
 
 def check(
@@ -69,8 +85,9 @@ def check(
     )
     expected_back = back.clone()  # on a CPU the op writes to `back` itself
     options = {"width": width, "worth": worth, "min_match": min_match}
-    with running(backend), guarded_outputs():
-        copies = propose_copies(*on_device, **options, behind=behind)
+    propose = compiled().propose if backend == "compiled" else propose_copies
+    with running("torch" if backend == "compiled" else backend), guarded_outputs():
+        copies = propose(*on_device, **options, behind=behind)
     for b, text in enumerate(texts):
         before = 1.0 if drafts is None else alive[b, max(counts[b] - 1, 0)].item()
         judged = (before, factors[b].item(), chances[b].tolist(), BOUNDARIES)
@@ -149,6 +166,6 @@ def test_any_text(backend: str, texts: list[list[int]], source: int, width: int,
     check(backend, texts, sources=[source] * len(texts), width=width, drafts=drafts)
 
 
-def test_rejects_what_does_not_fit() -> None:
+def test_rejects_what_does_not_fit(backend: str) -> None:
     with pytest.raises(ValueError, match="width must be"):
-        check("torch", [[1, 2, 1]], width=0)
+        check(backend, [[1, 2, 1]], width=0)

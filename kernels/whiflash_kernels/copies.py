@@ -9,7 +9,8 @@ from whiflash_kernels.dispatch import op
 from whiflash_kernels.structs import MOST_MATCHED, PLACES, SURE, Drafts
 
 
-def _check(tokens: Tensor, request_slots: Tensor, *rest: Tensor, width: int, **_: Any) -> None:
+def check(tokens: Tensor, request_slots: Tensor, *rest: Tensor, width: int, **_: Any) -> None:
+    """Raise ValueError for arguments of `propose_copies` that do not fit each other."""
     chances, boundaries = rest[-2:]
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
@@ -18,7 +19,7 @@ def _check(tokens: Tensor, request_slots: Tensor, *rest: Tensor, width: int, **_
         raise ValueError(f"chances must be {expected}, got {tuple(chances.shape)}")
 
 
-@op(_check)
+@op(check)
 def propose_copies(
     tokens: Tensor,
     request_slots: Tensor,

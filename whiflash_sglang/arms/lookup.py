@@ -15,6 +15,7 @@ import torch
 from whiflash_kernels import Drafts, propose_copies
 from whiflash_kernels.cpu.compiler import available
 from whiflash_kernels.cpu.copies import compiled_copies
+from whiflash_kernels.dispatch import backend_for
 
 from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.checkpoints.manifest import Lookup
@@ -139,7 +140,8 @@ class LookupArm(TextDrafter):
                 self._back = torch.zeros(len(batch.text), dtype=torch.int64, device=batch.caps.device)
                 self._buckets = sent(BUCKETS, batch.caps.device).to(torch.int32)
         size = len(batch)
-        return propose_copies(
+        compiled = None if backend_for(batch.text) == "triton" else self._compiled
+        return (propose_copies if compiled is None else compiled.propose)(
             batch.text,
             batch.rows,
             batch.starts,

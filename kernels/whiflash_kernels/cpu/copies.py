@@ -1,4 +1,4 @@
-"""The search for copies on the host, compiled at its first use; `copies.cpp` says what it computes."""
+"""The searches for copies on a CPU, compiled at their first use; `copies.cpp` says what they compute."""
 
 import ctypes
 from array import array
@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from whiflash_kernels.copies import check
 from whiflash_kernels.cpu import compiler
+from whiflash_kernels.structs import Drafts
 
 _SOURCE = Path(__file__).with_name("copies.cpp")
 
@@ -22,6 +27,11 @@ class CompiledCopies:
             [pointer] * 2 + [long] * 4 + [pointer] * 2 + [number] * 3 + [long] + [pointer] * 4
         )
         self._copy.restype = long
+        self._propose = library.whiflash_propose
+        self._propose.argtypes = (
+            [pointer, long] + [pointer] * 7 + [long] * 3 + [ctypes.c_float, long] + [pointer] * 6
+        )
+        self._propose.restype = None
         self._place = array("q", [0, 0])
         self._room(64)
 
@@ -66,6 +76,55 @@ class CompiledCopies:
         length, source = self._place
         parts = self._tokens[:count].tolist(), self._alive[:count].tolist(), self._agreements[:count].tolist()
         return *parts, length, source
+
+    def propose(
+        self,
+        tokens: Tensor,
+        request_slots: Tensor,
+        seq_lens: Tensor,
+        back: Tensor,
+        limits: Tensor,
+        factors: Tensor,
+        chances: Tensor,
+        boundaries: Tensor,
+        *,
+        width: int,
+        worth: float,
+        min_match: int = 1,
+        behind: tuple[Tensor, Tensor] | None = None,
+    ) -> Drafts:
+        """Propose copies as `whiflash_kernels.propose_copies` does, with its arguments, for tensors of a CPU.
+
+        It reads a text from its end until it has eight places; the torch reference compares every place.
+        """
+        check(tokens, request_slots, chances, boundaries, width=width)
+        sizes, limits, before = seq_lens.long() + 1, limits.long(), None
+        if behind is not None:
+            drafted, alive = behind
+            sizes = sizes + drafted
+            limits = torch.where(drafted > 0, limits - drafted, 0)
+            before = alive.gather(1, (drafted - 1).clamp(min=0)[:, None])
+        size, slots = len(sizes), request_slots.long()
+        shape = (size, width)
+        result = Drafts(
+            sizes.new_zeros(shape),
+            sizes.new_zeros(size),
+            chances.new_zeros(shape),
+            matched=sizes.new_zeros(size),
+            agreements=boundaries.new_zeros(shape),
+        )
+        arrays = slots, sizes, back, limits.contiguous(), factors.contiguous(), chances, boundaries
+        numbers = len(boundaries), size, width, worth, min_match
+        results = result.tokens, result.counts, result.alive, result.agreements, result.matched
+        self._propose(
+            tokens.data_ptr(),
+            tokens.stride(0),
+            *(each.data_ptr() for each in arrays),
+            *numbers,
+            None if before is None else before.data_ptr(),
+            *(each.data_ptr() for each in results),
+        )
+        return result
 
 
 @cache
