@@ -52,6 +52,10 @@ BLOCK_LAYERS = 5
 """Layers of a published block drafter; an EAGLE-3 drafter has one."""
 DRAFTER = 1.7
 """Memory of a drafter's layer over a target's, both with embeddings: six layers take 4.7 GB beside Qwen3-8B."""
+PAYS = "nothing, its KV stayed", "a copy of its KV from host memory", "a prefill, at the card's peak"
+"""Costs of an agent that returns with its context, if the KV of all agents does not fit."""
+HOST_TIER = 1
+"""The cost in `PAYS` that estimates assume: its flags are among the settings."""
 NGRAM = PublishedPair({"ours": {arms.DIFFUSION: 1.2}}, {arms.DIFFUSION: 11}, {arms.DIFFUSION: 11})
 """SGLang's NGRAM as a block whose drafting is free, with the length in `results/README.md`, measured once."""
 
@@ -72,10 +76,33 @@ class Question(NamedTuple):
     context: int = 0
 
 
+class Returning(NamedTuple):
+    """Estimated rates if every answer begins with an agent's return. pays: what for, unless all agents' KV fits.
+    seconds: of a server beside `OURS`. rates: as in `Estimate`.
+    """
+
+    pays: str
+    seconds: float
+    rates: Mapping[str, float]
+
+
+class Server(NamedTuple):
+    """One of `replicas` equal servers. prices: requests at once → prices. fitting: layers of drafters → requests that
+    have room beside them. returns: layers of drafters → seconds of a returning agent, for each of `PAYS`. eager:
+    seconds that each layer of our drafters takes longer than SGLang's.
+    """
+
+    prices: Callable[[int], Card]
+    fitting: Callable[[int], int] = lambda layers: sys.maxsize
+    returns: Callable[[int], Sequence[float]] = lambda layers: [0.0] * len(PAYS)
+    replicas: int = 1
+    eager: float = 0.0
+
+
 class Estimate(NamedTuple):
     """Estimated rates of one load. rates: tokens per second by SGLang's algorithm, `PLAIN` without one. load: its
     description. spread: the flag by which several cards share it. low, high: `OURS` over plain decoding on the worst
-    and the best text. ahead: `OURS` over `stock` on these.
+    and the best text. ahead: `OURS` over `stock` on these. returning: the rates for each of `PAYS`, empty if all fit.
     """
 
     load: str
@@ -85,6 +112,7 @@ class Estimate(NamedTuple):
     high: float
     ahead: tuple[float, float] = (1.0, 1.0)
     replicas: int = 1
+    returning: Sequence[Returning] = ()
 
     @property
     def gain(self) -> str:
@@ -142,7 +170,10 @@ class Advice:
     obstacles: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        return {**vars(self), "rows": [{**row._asdict(), "choice": row.choice} for row in self.rows]}
+        rows = [{**row._asdict(), "choice": row.choice} for row in self.rows]
+        for row in rows:
+            row["returning"] = [each._asdict() for each in row["returning"]]
+        return {**vars(self), "rows": rows}
 
 
 def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice:
@@ -165,7 +196,8 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
             raise ConfigError(f"what the server brings over plain decoding is {unknown(sums.price)}")
         rates = {PLAIN: sums.tokens / sums.seconds / sums.gain, OURS: sums.tokens / sums.seconds}
         rows = [Estimate(OWN, "", rates, sums.gain, sums.gain)]
-        rows += [_row(lambda _: card, pair, question, n, _block(target)) for n in tracked(loads, TASK)]
+        own = Server(lambda _: card)
+        rows += [_row(own, pair, question, n, _block(target)) for n in tracked(loads, TASK)]
         verdict, prices = rows[0].verdict(0.0), "the running server, host's time included; drafters alone"
     else:
         if target is None:
@@ -176,9 +208,8 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
         gpu, (lengths, published, source) = _gpu(question.gpu), target.acceptance
         pair = PublishedPair(lengths, published, {arm: min(FULL[arm], n) for arm, n in published.items()})
         rows = [_fastest(target, gpu, pair, question, n) for n in tracked(question.requests, TASK)]
-        verdict = "; ".join(row.verdict(max(_off(target))) for row in rows) + _cautions(
-            target, question, rows, pair
-        )
+        verdict = "; ".join(row.verdict(max(_off(target))) for row in rows)
+        verdict += _cautions(target, question, rows, pair) + _without_host(rows[-1])
         prices = _prices(target, gpu, question)
     return Advice(
         assumed=_assumed(target, question, prices, source, pair),
@@ -207,6 +238,17 @@ def _cautions(
         free = _fastest(target, _gpu(question.gpu), pair, question._replace(tools=0.0), most)
         caution = f"; without grammars {free.choice} for {free.load}{caution}"
     return caution
+
+
+def _without_host(row: Estimate) -> str:
+    """Return a sentence on the rate if evicted contexts are prefilled again; empty if nothing is evicted."""
+    if not row.returning:
+        return ""
+    again = row.returning[-1].rates
+    return (
+        f". KV does not fit {row.load}: without the host memory below, agents prefill again, and {row.choice} has "
+        f"{again[row.choice]:,.0f} tokens a second, {again[row.choice] / again[PLAIN]:.2f} of plain's"
+    )
 
 
 def _assumed(
@@ -273,7 +315,8 @@ def _obstacles(shape: Shape, question: Question, replicas: int) -> Iterator[str]
         on, needed = f" on {replicas} replicas" if replicas > 1 else "", most * tokens * shape.kv / 1e9
         yield (
             f"KV for {most} × {tokens:,} tokens takes {needed:.0f} GB: {plain} requests fit{on}, {one} beside a block "
-            f"drafter, {two} beside two. Rows assume that the others wait; more fit if they share a prefix"
+            f"drafter, {two} beside two. Rows assume that the others wait"
+            f"{', in host memory' * bool(question.context)}; more fit if they share a prefix"
         )
 
 
@@ -282,8 +325,23 @@ def _fitting(shape: Shape, question: Question, cards: int, layers: int = BLOCK_L
     always, experts = _split(shape)
     drafters = layers * cards / shape.layers
     room = USABLE * _gpu(question.gpu).memory * cards - experts - always * (1 + DRAFTER * drafters)
-    drafted = shape.kv * (1 + drafters)
-    return max(int(room / drafted / (question.context + question.prompt + question.answer)), 0)
+    each = _slot(shape, cards, layers) * (question.context + question.prompt + question.answer)
+    return max(int(room / each), 0)
+
+
+def _slot(shape: Shape, cards: int, layers: int = BLOCK_LAYERS + 1) -> float:
+    """Return the bytes of a token's KV on all cards beside drafters of so many layers."""
+    return shape.kv * (1 + layers * cards / shape.layers)
+
+
+def _returns(shape: Shape, question: Question, cards: int, layers: int = BLOCK_LAYERS + 1) -> list[float]:
+    """Return the seconds that a returning agent takes of a server, for each of `PAYS`; nothing runs beside them."""
+    gpu, tokens = _gpu(question.gpu), question.context
+    copied = tokens * _slot(shape, cards, layers) / (gpu.host * cards)
+    operations = (
+        2 * shape.active + 2 * shape.layers * shape.width * tokens
+    )  # half of the context is seen in the mean
+    return [0.0, copied, tokens * operations / (gpu.flops * cards)]
 
 
 def _gpu(name: str) -> Gpu:
@@ -368,9 +426,9 @@ def _fastest(
 
     def on(cards: int, replicas: int) -> Estimate:
         prices = partial(_card, target.shape, gpu, cards, question.context)
-        fitting = partial(_fitting, target.shape, question, cards)
-        eager = EAGER if cards > 1 else 0.0
-        row = _row(prices, pair, question, requests, _block(target), fitting, replicas, eager)
+        fitting, returns = (partial(each, target.shape, question, cards) for each in (_fitting, _returns))
+        server = Server(prices, fitting, returns, replicas, EAGER if cards > 1 else 0.0)
+        row = _row(server, pair, question, requests, _block(target))
         name, size = ("dp", replicas) if replicas > 1 else ("tp", cards)
         return row._replace(
             load=count(requests, "request") + (f", {name} {size}" if whole > 1 else ""),
@@ -384,49 +442,53 @@ def _fastest(
     )
 
 
-def _row(
-    prices: Callable[[int], Card],
-    pair: PublishedPair,
-    question: Question,
-    requests: int,
-    block: str,
-    fitting: Callable[[int], int] = lambda layers: sys.maxsize,
-    replicas: int = 1,
-    eager: float = 0.0,
-) -> Estimate:
-    """Estimate the rates of every way to serve a load.
-
-    prices: requests at once → prices. fitting: layers of drafters → requests that a replica has room for beside them.
-    eager: seconds that each layer of our drafters takes longer than SGLang's.
-    """
+def _row(server: Server, pair: PublishedPair, question: Question, requests: int, block: str) -> Estimate:
+    """Estimate the rates of every way to serve a load."""
     tools = max(question.tools, 1e-9)  # above 0, so that the host's time counts
+    layers = {"EAGLE3": 1, block: BLOCK_LAYERS, OURS: BLOCK_LAYERS + 1}
+    each = -(-requests // server.replicas)
 
     def rate(way: str, pair: PublishedPair) -> float:
-        layers = {"EAGLE3": 1, block: BLOCK_LAYERS, OURS: BLOCK_LAYERS + 1}.get(way, 0)
-        at_once = max(min(-(-requests // replicas), fitting(layers)), 1)
+        at_once = max(min(each, server.fitting(layers.get(way, 0))), 1)
         load = SimulatedLoad(
             at_once, 4 * at_once + 40, question.prompt, question.answer, tools=tools, cached=question.context
         )
-        card, method = prices(at_once), methods.get(way)
+        card, method = server.prices(at_once), methods.get(way)
         if way == OURS:
+            eager = server.eager
             card = replace(card, chain=card.chain + eager, block=card.block + BLOCK_LAYERS * eager)
         if method is None:  # NGRAM's drafting is free
             card, method = replace(card, block=0.0), "dflash"
-        return Simulation(card, load, method, pair=pair).run().rate * min(replicas, requests / at_once)
+        rate = Simulation(card, load, method, pair=pair).run().rate
+        return rate * min(server.replicas, requests / at_once)
+
+    def paying(way: str, rate: float, pays: int = HOST_TIER) -> float:
+        beside = layers.get(way, 0)
+        seconds = server.returns(beside)[pays] if server.fitting(beside) < each else 0.0
+        return rate / (1 + rate / server.replicas * seconds / question.answer)
 
     ways = {"eagle3": "EAGLE3", "dflash": block, "auto": OURS}
     drafted = (method for method in METHODS if FIXED.get(method, arms.NONE) in (arms.NONE, *pair.drafts))
     methods = {ways.get(method, method): method for method in drafted}
-    rates = {way: rate(way, pair) for way in methods}
-    rates |= {"NGRAM": rate("NGRAM", NGRAM), OURS: rates.pop(OURS)}
+    free = {way: rate(way, pair) for way in methods}
+    free |= {"NGRAM": rate("NGRAM", NGRAM), OURS: free.pop(OURS)}
+    rates = {way: paying(way, rate) for way, rate in free.items()}
     every = Estimate(count(requests, "request"), "", rates, 1.0, 1.0)
     single = [pair._replace(lengths={name: lengths}) for name, lengths in pair.lengths.items()]
     plain, best = rates[PLAIN], rates[every.stock]
     # The mean over texts is included, so that it is within its bracket.
-    ours = [rates[OURS], *(rate(OURS, one) for one in single)]
-    theirs = [best, *(rate(every.stock, one) if every.stock in methods else best for one in single)]
+    ours = [rates[OURS], *(paying(OURS, rate(OURS, one)) for one in single)]
+    stock = every.stock
+    theirs = [best, *(paying(stock, rate(stock, one)) if stock in methods else best for one in single)]
     ahead = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-    return every._replace(low=min(ours) / plain, high=max(ours) / plain, ahead=(min(ahead), max(ahead)))
+    returning = [
+        Returning(pays, seconds, {way: paying(way, rate, at) for way, rate in free.items()})
+        for at, (pays, seconds) in enumerate(zip(PAYS, server.returns(layers[OURS]), strict=True))
+        if question.context and server.fitting(layers[OURS]) < each
+    ]
+    return every._replace(
+        low=min(ours) / plain, high=max(ours) / plain, ahead=(min(ahead), max(ahead)), returning=returning
+    )
 
 
 def _settings(
@@ -441,6 +503,22 @@ def _settings(
     if question.context and row.replicas > 1:
         spread = ""
         yield "One server on each card, behind SGLang's router (cache_aware): it keeps prefixes, and drops cache_salt."
+    if row.returning:
+        cards = question.cards // row.replicas
+        agents = -(-max(question.requests) // row.replicas)
+        tokens = question.context + question.prompt + question.answer
+        host = -int(-agents * tokens * _slot(target.shape, cards) // (1e9 * cards))
+        parsers += f" --enable-session-radix-cache --enable-hierarchical-cache --hicache-size {host}"
+        narrow = target.shape._replace(kv=target.shape.kv // 2)
+        plain, ours = (row.replicas * _fitting(narrow, question, cards, n) for n in (0, BLOCK_LAYERS + 1))
+        yield (
+            f"Host memory: {host} GB a card hold all agents' KV. Requests carry session_id (the SDK's Session sends "
+            "it), so that agents' KV outlives other requests'; --radix-eviction-policy priority orders among them."
+        )
+        yield (
+            f"--kv-cache-dtype fp8_e4m3: {plain} agents fit, {ours} beside two drafters. Its text differs from that of "
+            "16-bit KV."
+        )
     if not by_arm and row.choice != OURS:
         drafter = {"EAGLE3": target.eagle3, _block(target): target.block}.get(row.choice, ())[:1]
         flags = "" if row.choice == PLAIN else f" --speculative-algorithm {row.choice}"

@@ -14,12 +14,15 @@ from whiflash_sglang.files.disk import read_yaml
 
 
 class Gpu(NamedTuple):
-    """A GPU's data sheet. flops: bf16 operations per second. bandwidth: bytes per second. memory: bytes."""
+    """A GPU's data sheet. flops: bf16 operations per second. bandwidth: bytes per second. memory: bytes. host: bytes
+    per second from host memory, assumed to be four fifths of PCIe's.
+    """
 
     name: str
     flops: float
     bandwidth: float
     memory: float
+    host: float = 50e9
 
 
 class Acceptance(NamedTuple):
@@ -53,7 +56,8 @@ class Ratio(NamedTuple):
 class Shape(NamedTuple):
     """Sizes of a model. parameters, active: with all experts, and with those that a token uses. kv: bytes per token of
     context. positions: tokens of the longest text. experts, used: experts of a layer, and those that a token uses, 0 in
-    a dense model. expert_bytes: bytes of an expert's parameter.
+    a dense model. expert_bytes: bytes of an expert's parameter. width: numbers of a token's query in a layer, in the
+    mean of layers, those with a window as 0.
     """
 
     parameters: float
@@ -64,6 +68,7 @@ class Shape(NamedTuple):
     experts: int = 0
     used: int = 0
     expert_bytes: float = 2.0
+    width: int = 4096
 
 
 class PublishedTarget(NamedTuple):

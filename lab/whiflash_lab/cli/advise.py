@@ -98,6 +98,8 @@ def advise(
 
 
 def _show(advice: "Advice") -> None:
+    from whiflash_lab.advise import OURS, PLAIN
+
     say_prose(advice.assumed)
     for line in (*advice.obstacles, advice.verdict):
         typer.echo()
@@ -110,6 +112,19 @@ def _show(advice: "Advice") -> None:
         ]
         typer.echo()
         show_table(["", *ways, "over plain"], lines, "Tokens a second, estimated; in brackets by data set")
+    for row in advice.rows[-1:]:
+        lines = [
+            [
+                f"{each.pays}: {each.seconds:.1f} s",
+                *(f"{each.rates[way]:,.0f}" for way in row.rates),
+                f"{each.rates[OURS] / each.rates[PLAIN]:.2f}",
+            ]
+            for each in row.returning
+        ]
+        if lines:
+            typer.echo()
+            title = f"An agent that returns pays, at {row.load}: tokens a second, estimated"
+            show_table(["", *row.rates, "over plain"], lines, title)
     lists = {
         "Not in the rows: tokens a round by copies and forced text, on a CPU": advice.copies,
         "As measured on cards, and how far an estimate of the same is off": advice.published,
