@@ -15,7 +15,7 @@ BROUGHT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "demo": ("lab", ("demo",)),
     "bundle": ("train", ("bundle", "lab lookup-seed")),
     "advise": ("lab", ("advise",)),
-    "bench": ("lab", ("bench", "lab simulate", "lab widen")),
+    "bench": ("lab", ("bench", "lab replay", "lab simulate", "lab widen")),
     "learn": ("train", ("learn",)),
     "train": ("train", ("train", "lab split", "lab features", "lab export")),
     "judge": ("lab", ("lab evaluate",)),

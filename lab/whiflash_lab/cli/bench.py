@@ -15,6 +15,7 @@ from whiflash_lab.bench.arms import (
     server_words,
     those_with_drafters,
 )
+from whiflash_lab.cli.replay import replay
 from whiflash_lab.cli.simulate import simulate
 from whiflash_lab.cli.widen import widen
 from whiflash_sglang.cli import DECIDE
@@ -122,5 +123,6 @@ def bench(
 
 def register(app: typer.Typer, lab: typer.Typer) -> None:
     app.command(rich_help_panel=DECIDE)(bench)
+    lab.command()(replay)
     lab.command()(simulate)
     lab.command()(widen)

@@ -1,0 +1,230 @@
+"""`whiflash lab replay`: walks recorded answers with the arms that need no model, and counts tokens a round by source.
+
+The recorded text counts as the target's greedy text, and each answer's first token as its prefill's. Requests run one
+after the other, as one tenant's. The arms, what they learn and how they extend each other are a server's; rows have no
+price here, so every draft is verified whose chance is at least `WORTH`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+from whiflash_sdk.presets import likely_spans
+
+from whiflash_lab.conversations import Conversation, RecordedTurn, Renderer
+from whiflash_sglang.arms.base import TextDrafter
+from whiflash_sglang.arms.lookup import LookupArm
+from whiflash_sglang.arms.structure import GRAMMAR, TOOLS, StructureArm
+from whiflash_sglang.checkpoints.manifest import Lookup, Structure
+from whiflash_sglang.copying.copier import CONTEXT
+from whiflash_sglang.drafts.candidates import NOTHING, Candidate, common_prefix, first_of
+from whiflash_sglang.prices.costs import Worth
+from whiflash_sglang.records.core import History
+from whiflash_sglang.records.request import Request
+from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.spans.tracker import SpanTracker
+from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
+from whiflash_sglang.structure.tools import carried_tools
+
+WORTH = Worth(0.01)
+WHOLE = 512
+"""Most tokens of a call that is guessed whole."""
+NAMES = {CONTEXT: "own text", GRAMMAR: "forced", TOOLS: "forced"}
+"""Name of a source in figures; other sources keep theirs."""
+BINS = (0.01, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)
+"""Least chances of the rows in the table of guessed calls."""
+
+
+@dataclass(slots=True)
+class Sums:
+    """Counts of answers. tokens: without those of prefills. rows: verified ones. accepted: drafts by source."""
+
+    answers: int = 0
+    tokens: int = 0
+    rounds: int = 0
+    rows: int = 0
+    accepted: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "Sums") -> None:
+        self.answers += other.answers
+        self.tokens += other.tokens
+        self.rounds += other.rounds
+        self.rows += other.rows
+        self.accepted += other.accepted
+
+    def as_json(self) -> dict[str, Any]:
+        rounds = max(self.rounds, 1)
+        return {
+            "answers": self.answers,
+            "tokens": self.tokens,
+            "rounds": self.rounds,
+            "tokens_per_round": self.tokens / rounds,
+            "rows_per_round": self.rows / rounds,
+            "drafts_per_round": {source: count / rounds for source, count in self.accepted.items()},
+        }
+
+
+class Guess(NamedTuple):
+    """A guess at a call's rest, made in a round inside it. chance: that all of it is right, 0 if its end was not
+    reached. right: whether it was. left: recorded tokens to the call's end. call: number of the call.
+    """
+
+    chance: float
+    right: bool
+    left: int
+    call: int
+
+
+class Walk:
+    """A server's arms without a model, over the answers of one tenant.
+
+    Args:
+        parser: name of the server's `--tool-call-parser`; None: calls are not known, so none of their text is drafted.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, lookup: Lookup, structure: Structure, parser: str | None
+    ) -> None:
+        self._vocabulary, self._parser, self._width = vocabulary, parser, lookup.max_width
+        forced = StructureArm(structure, vocabulary, lambda: False)
+        self._arms: list[TextDrafter] = [forced, LookupArm(lookup, late=False)]
+        self._requests = 0
+        self.guesses: list[Guess] = []
+        self.calls = 0
+
+    def answer(
+        self, turn: RecordedTurn, tools: Sequence[Mapping[str, Any]], prediction: Sequence[int] | None = None
+    ) -> Sums:
+        """Walk one answer, round by round. tools: those offered. prediction: tokens that its caller expected."""
+        self._requests += 1
+        text, begin = [*turn.prompt, *turn.answer], len(turn.prompt)
+        functions = [(tool["function"]["name"], tool["function"].get("parameters")) for tool in tools]
+        spans = likely_spans(
+            tool_parser=self._parser,
+            reasoning_parser=None,
+            has_tools=bool(tools),
+            response_format=None,
+            forced=False,
+        )
+        hints = RequestHints(
+            spans=spans, tools=(carried_tools(functions, self._parser) if tools else None) or ""
+        )
+        name = str(self._requests)
+        request = Request(
+            name, hints, tenant=b"", prediction=prediction, prompt=begin, read=lambda: turn.prompt
+        )
+        for arm in self._arms:
+            arm.begin(request)
+        tracker, sums, done = SpanTracker(spans, self._vocabulary.token_bytes), Sums(1), begin + 1
+        request.follow(tracker, text[begin:done])
+        inside = False
+        while done < len(text):
+            drafts = self._drafted(request, lambda start, end=done: text[start:end])
+            was, inside = inside, request.span is not None and request.span.kind == "tool_call"
+            self.calls += inside and not was
+            if inside:
+                self._guess(request, drafts, text[begin:done], text[done:])
+            verified = drafts.first(min(self._width, len(drafts.tokens)))
+            right = common_prefix(verified.tokens, text[done : done + len(verified.tokens)])
+            for source, count in first_of(verified.parts, right):
+                sums.accepted[NAMES.get(source, source)] += count
+            sums.rounds += 1
+            sums.rows += 1 + len(verified.tokens)
+            request.follow(tracker, text[done : done + right + 1])
+            done = min(done + right + 1, len(text))
+        sums.tokens = len(text) - begin - 1
+        for arm in self._arms:
+            arm.end(request)
+        return sums
+
+    def _drafted(self, request: Request, history: History) -> Candidate:
+        """Return what the arm proposes that expects most, as the others extend it."""
+        offers = [
+            (arm, arm.propose(request, 0, history, WORTH) or NOTHING)
+            for arm in self._arms
+            if arm.serves(request)
+        ]
+        arm, best = max(offers, key=lambda offer: sum(offer[1].alive))
+        for other in (*self._arms, *self._arms):  # as in a round, each extends what the others added
+            if best.tokens and other is not arm and other.extends(request):
+                longer = other.extend_drafts(request, best, self._width, WORTH)
+                arm = other if len(longer.tokens) > len(best.tokens) else arm
+                best = longer
+        return best
+
+    def _guess(
+        self, request: Request, drafts: Candidate, written: Sequence[int], rest: Sequence[int]
+    ) -> None:
+        """Guess the rest of the open call, which the recorded `rest` begins with."""
+        assert request.span is not None
+        if not request.span.end:
+            return
+        end, tail = request.span.end.encode(), bytes_of(self._vocabulary, written[-WHOLE:])
+        whole, before = drafts, -1
+        while before < len(whole.tokens) and not self._until(end, tail, whole.tokens):
+            before = len(whole.tokens)
+            for arm in self._arms:
+                if whole.tokens and arm.extends(request):
+                    whole = arm.extend_drafts(request, whole, WHOLE, WORTH)
+        reached, left = self._until(end, tail, whole.tokens), self._until(end, tail, rest)
+        chance = whole.alive[reached - 1] if reached else 0.0
+        right = bool(reached) and list(whole.tokens[:reached]) == list(rest[:reached])
+        self.guesses.append(Guess(chance, right, left, self.calls))
+
+    def _until(self, end: bytes, tail: bytes, tokens: Sequence[int]) -> int:
+        """Return the number of `tokens` up to the one that completes the marker `end`; 0 if none does."""
+        tail = tail[-len(end) + 1 :] if len(end) > 1 else b""
+        for number, token in enumerate(tokens, start=1):
+            tail += bytes_of(self._vocabulary, [token])
+            if end in tail:
+                return number
+        return 0
+
+
+def replayed(walk: Walk, recorded: Iterable[Conversation], renderer: Renderer) -> dict[str, Sums]:
+    """Walk all answers of these conversations. Return the counts by category, and of `all`."""
+    by_category: dict[str, Sums] = {}
+    for conversation in recorded:
+        turns = list(renderer.turns(conversation))
+        for turn in turns:
+            expected = conversation.prediction if turn is turns[-1] else None
+            tokens = None if expected is None else renderer.encode(expected)
+            sums = walk.answer(turn, conversation.tools, tokens)
+            for name in (conversation.category, "all"):
+                by_category.setdefault(name, Sums()).add(sums)
+    return {**by_category, "all": by_category.pop("all")}
+
+
+def curve(guesses: Sequence[Guess]) -> list[dict[str, float]]:
+    """Return a row for each interval of chances: its least chance, rounds inside calls, their mean chance, the share of
+    guesses that were right, and the median of tokens left. The first row has the rounds without a whole guess.
+    """
+    rows = []
+    for least, below in zip((0.0, *BINS), (*BINS, 2.0), strict=True):
+        found = [guess for guess in guesses if least <= guess.chance < below]
+        if found:
+            rows.append(
+                {
+                    "least": least,
+                    "rounds": len(found),
+                    "chance": fmean(guess.chance for guess in found),
+                    "right": fmean(guess.right for guess in found),
+                    "left": median(guess.left for guess in found),
+                }
+            )
+    return rows
+
+
+def known_ahead(guesses: Sequence[Guess], calls: int, least: float) -> dict[str, float]:
+    """Return, for the first guess of each call with a chance of at least `least`: the share of calls that have one, how
+    many of these are right, and the median of tokens left.
+    """
+    first: dict[int, Guess] = {}
+    for guess in guesses:
+        if guess.chance >= least:
+            first.setdefault(guess.call, guess)
+    found = list(first.values())
+    right, left = (fmean(g.right for g in found), median(g.left for g in found)) if found else (0.0, 0.0)
+    return {"least": least, "calls": len(found) / max(calls, 1), "right": right, "left": left}
