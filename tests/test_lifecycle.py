@@ -87,7 +87,7 @@ class History:
             self.sync,
             self.controller,
             *[Mock(return_value=None) for _ in range(5)],
-            hooks=(),
+            forcing=None,
             quarantine=Quarantine(["noting"]),
             tally=self.tally,
             publisher=Mock(),

@@ -397,6 +397,7 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
         {"environment": {"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "true"}},
         "unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
     ),
+    "simulated_acceptance": ({"environment": {"SGLANG_SIMULATE_ACC_LEN": "3"}}, "unset it"),
 }
 
 

@@ -46,4 +46,4 @@ def test_without_the_flag_nothing_is_forced(models: Models) -> None:
         forced = ask(e, "none", "off")
         free = e.generate(PROMPTS, max_new_tokens=40)
         assert [e.output(name) for name in forced] == free
-        assert not e.worker.stages.hooks
+        assert e.worker.stages.forcing is None

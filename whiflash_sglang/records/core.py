@@ -12,10 +12,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from whiflash_kernels import Chosen, Committed, Drafts, MixedBlock, PassInputs, pass_rows
+from whiflash_kernels import Chosen, Committed, Drafts, PassInputs, pass_rows
 from whiflash_kernels.structs import PADDING
 
-from whiflash_sglang.device.transfers import Floats, Upload
+from whiflash_sglang.device.transfers import Floats
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Candidate
 from whiflash_sglang.prices.costs import FULL_LENGTH, Worth
@@ -251,21 +251,6 @@ class DraftBatch:
         return pass_rows(
             self.slot_table, self.rows, self.starts, self.bonus, offset=offset, width=width, fill=fill
         )
-
-
-class SampleHook:
-    """A hook that replaces sampled tokens, for benchmarks (`round/forcing.py`). A server has none by default."""
-
-    def begin(self, upload: Upload, row: int, req: Any) -> None:
-        """Prepare for a request that begins, or begins again, in `row`. `upload`: carries its state to the device."""
-
-    def prefilled(self, reqs: Sequence[Any], ends: Sequence[int], sampled: torch.Tensor) -> torch.Tensor:
-        """Return the tokens to use in place of those that a prefill `sampled`, [B], for positions `ends`."""
-        return sampled
-
-    def verified(self, verified: "Verified", block: MixedBlock) -> "Verified":
-        """Return `verified` with the tokens to use in place of those sampled at the rows of `block`."""
-        return verified
 
 
 Values = Any

@@ -1,15 +1,14 @@
-"""Sample hooks of benchmarks: they replace sampled tokens by a recorded text, or pin the acceptance length."""
+"""Replace sampled tokens by a recorded text, for benchmarks (`--whiflash-force-recorded`)."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from whiflash_kernels import MixedBlock
 
-from whiflash_sglang.cache.tokens import NO_TOKEN
 from whiflash_sglang.device.transfers import Upload, sent
-from whiflash_sglang.records.core import SampleHook, Verified
+from whiflash_sglang.records.core import Verified
 from whiflash_sglang.spans.forced import forced_tokens
 from whiflash_sglang.spans.hints import HintError
 
@@ -19,7 +18,7 @@ FREE = -1
 """Table entry of a position without a forced token."""
 
 
-class Forcing(SampleHook):
+class Forcing:
     """Replaces sampled tokens by each request's recorded answer, from a table on the device.
 
     Args:
@@ -32,6 +31,7 @@ class Forcing(SampleHook):
         self._vocabulary = vocabulary
 
     def begin(self, upload: Upload, row: int, req: Any) -> None:
+        """Prepare for a request that begins, or begins again, in `row`. `upload`: carries its answer to the device."""
         tokens, prompt = self._tokens(req), len(req.origin_input_ids)
         self._table[row] = FREE
         room = self._table.shape[1] - prompt
@@ -39,6 +39,7 @@ class Forcing(SampleHook):
         upload.then(tokens[:room], lambda answer: place.copy_(answer))
 
     def prefilled(self, reqs: Sequence[Any], ends: Sequence[int], sampled: torch.Tensor) -> torch.Tensor:
+        """Return the tokens to use in place of those that a prefill `sampled`, [B], for positions `ends`."""
         forced = []
         for req, end in zip(reqs, ends, strict=True):
             index, tokens = end - len(req.origin_input_ids), self._tokens(req)
@@ -47,6 +48,7 @@ class Forcing(SampleHook):
         return torch.where(there != FREE, there, sampled)
 
     def verified(self, verified: Verified, block: MixedBlock) -> Verified:
+        """Return `verified` with the tokens to use in place of those sampled at the rows of `block`."""
         predictions, rows = verified.predictions, verified.request_rows
         assert predictions is not None
         forced = self._table[rows[block.request_of_row], block.positions + 1]
@@ -58,38 +60,3 @@ class Forcing(SampleHook):
         except HintError as error:
             logger.warning("request %.64r: a malformed forced answer is ignored (%s)", req.rid, error)
             return []
-
-
-PLACEHOLDER = 100
-"""Token id that SGLang's simulated acceptance commits in place of real ones (`apply_dflash_simulated_acceptance`)."""
-
-
-class PinnedAcceptance(SampleHook):
-    """Pins the acceptance length of every round, to measure what rounds cost; their text means nothing.
-
-    Args:
-        draw: returns the tokens that every request shall commit this round, bonus token included. real: commit the
-            drafts and the target's own token after them; otherwise `PLACEHOLDER`.
-    """
-
-    def __init__(self, draw: Callable[[], int], *, real: bool) -> None:
-        self._draw, self._real = draw, real
-
-    def verified(self, verified: Verified, block: MixedBlock) -> Verified:
-        """Replace predictions so that the drawn number of tokens is committed. A request with fewer rows commits all
-        of them, or those before the first draft that must not be accepted (NO_TOKEN).
-        """
-        predictions, ids, indptr = verified.predictions, verified.input_ids, verified.indptr
-        length = self._draw()
-        assert predictions is not None
-        row = torch.arange(len(ids), device=ids.device)
-        owner = torch.bucketize(row, indptr[1:-1], right=True)
-        place, last = row - indptr[owner], indptr[owner + 1] - 1
-        may, drafted = ids != NO_TOKEN, ids.roll(-1)  # NO_TOKEN: a draft that was not masked in time
-        if self._real:
-            agrees = (place < length - 1) & (row < last) & may.roll(-1)
-            predictions = torch.where(agrees, drafted, predictions)
-        else:
-            predictions = torch.full_like(predictions, PLACEHOLDER)
-        agreed = torch.where((place < length) & may, predictions.roll(1), FREE)
-        return verified._replace(predictions=predictions, input_ids=agreed)

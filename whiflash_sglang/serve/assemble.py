@@ -1,6 +1,6 @@
 """Builds the parts of a worker from settings: drafters, router, policy, and the stages of a round."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.engine.forward import graphs, triton_backend
 from whiflash_sglang.engine.forward.adapted import AdaptedTarget
-from whiflash_sglang.engine.forward.sampling import scales_rates, simulated_acceptance
+from whiflash_sglang.engine.forward.sampling import scales_rates
 from whiflash_sglang.engine.forward.target import Target
 from whiflash_sglang.engine.scheduler import kv_budget
 from whiflash_sglang.engine.scheduler.spec_worker import max_running_requests
@@ -34,12 +34,11 @@ from whiflash_sglang.formats.packed import pack_modules, quantise_modules
 from whiflash_sglang.formats.router import Layers, Router
 from whiflash_sglang.formats.table import read_draft
 from whiflash_sglang.prices.costs import Costs
-from whiflash_sglang.records.core import SampleHook
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.round.ends import GraphEnds
 from whiflash_sglang.round.epilogue import Epilogue
-from whiflash_sglang.round.forcing import Forcing, PinnedAcceptance
+from whiflash_sglang.round.forcing import Forcing
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner, rows_of
 from whiflash_sglang.round.signals import SignalReader
@@ -206,18 +205,12 @@ def build_policy(settings: Settings, *, heads: bool = False) -> Policy:
             return NeuralPolicy(settings.neural.threshold, settings.neural.min_dwell)
 
 
-def build_hooks(
-    settings: Settings, tokens: TokenTable, target: Target, ranks: Ranks, widest: int
-) -> list[SampleHook]:
-    """Make the hooks that replace sampled tokens for benchmarks; a server has none. widest: most rows of a request."""
-    hooks: list[SampleHook] = []
-    if settings.force_recorded:
-        rows, width = tokens.data.shape
-        hooks.append(Forcing(rows, width, target.shape.vocab_size, target.device))
-    if (simulated := simulated_acceptance(widest)) is not None:
-        draw, real = simulated
-        hooks.append(PinnedAcceptance(partial(ranks.broadcast, draw), real=real))
-    return hooks
+def build_forcing(settings: Settings, tokens: TokenTable, target: Target) -> Forcing | None:
+    """Make the table of recorded answers, for benchmarks; None on other servers."""
+    if not settings.force_recorded:
+        return None
+    rows, width = tokens.data.shape
+    return Forcing(rows, width, target.shape.vocab_size, target.device)
 
 
 class Parts(Observed, Protocol):
@@ -232,9 +225,9 @@ class Parts(Observed, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """The stages of a worker's rounds, and the lifecycle of its requests. hooks: as in `build_hooks`."""
+    """The stages of a worker's rounds, and the lifecycle of its requests. forcing: as of `build_forcing`."""
 
-    hooks: Sequence[SampleHook]
+    forcing: Forcing | None
     lifecycle: Lifecycle
     planner: Planner
     drafting: DraftStage
@@ -246,22 +239,22 @@ class Stages:
 
 
 def build_stages(parts: Parts) -> Stages:
-    """Build the stages before graphs are captured: without hooks, verification graphs commit their rows."""
+    """Build the stages before graphs are captured: verification graphs commit their rows, unless texts are forced."""
     target, tokens, widest = parts.target, parts.tokens, widest_of(parts.drafters) + 1
     stops = StopTable(len(tokens.data), target.device)
-    hooks = build_hooks(parts.settings, tokens, target, parts.ranks, widest)
+    forcing = build_forcing(parts.settings, tokens, target)
     rows = SamplingRows(len(tokens.data), target.random_seed, target.device)
     places = min(max_running_requests(), MOST_PENALISED) * graphs.captures_passes(target.device)
     penalties = PenaltyRows(len(tokens.data), target.shape.vocab_size, places, target.device)
     epilogue = Epilogue(parts.sync.rings, tokens.data, stops, rows.data, penalties)
     signals = SignalReader(parts.router, rows.data, scales_rates)
     ends = GraphEnds(epilogue, signals, widest, lambda: parts.controller.policy.needs)
-    if not hooks:
+    if forcing is None:
         target.end_graphs_with(ends)
     sources = DraftSources(parts.drafters, parts.quarantine, target.shape.vocab_size, parts.spending)
     return Stages(
-        hooks=hooks,
-        lifecycle=_lifecycle(parts, stops, rows, penalties, hooks),
+        forcing=forcing,
+        lifecycle=_lifecycle(parts, stops, rows, penalties, forcing),
         planner=Planner(
             drafters=parts.drafters,
             sync=parts.sync,
@@ -282,7 +275,7 @@ def build_stages(parts: Parts) -> Stages:
             quarantine=parts.quarantine,
             rows_for=target.rows_for,
         ),
-        verifier=VerifyStage(target, epilogue, ends, hooks, parts.spending),
+        verifier=VerifyStage(target, epilogue, ends, forcing, parts.spending),
         epilogue=epilogue,
         signals=signals,
         ends=ends,
@@ -300,7 +293,7 @@ def build_stages(parts: Parts) -> Stages:
 
 
 def _lifecycle(
-    parts: Parts, stops: StopTable, rows: SamplingRows, penalties: PenaltyRows, hooks: Sequence[SampleHook]
+    parts: Parts, stops: StopTable, rows: SamplingRows, penalties: PenaltyRows, forcing: Forcing | None
 ) -> Lifecycle:
     longest, vocabulary = parts.settings.lookup.prediction_tokens, parts.target.shape.vocab_size
     return Lifecycle(
@@ -312,7 +305,7 @@ def _lifecycle(
         rows,
         penalties,
         prediction_reader(parts.target.tokenizer, longest, vocabulary),
-        hooks,
+        forcing,
         parts.quarantine,
         parts.tally,
         parts.publisher,

@@ -14,9 +14,10 @@ from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.engine.forward import sampling
 from whiflash_sglang.engine.scheduler.grammars import grammar_of
 from whiflash_sglang.engine.scheduler.streamer import cached_of, recording_of
-from whiflash_sglang.records.core import SampleHook, readable
+from whiflash_sglang.records.core import readable
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.round.catch_up import DraftSync
+from whiflash_sglang.round.forcing import Forcing
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.serve.metrics import Publisher
@@ -49,7 +50,7 @@ class Lifecycle:
         sampling_rows: SamplingRows,
         penalties: PenaltyRows,
         read_prediction: ReadPrediction,
-        hooks: Sequence[SampleHook],
+        forcing: Forcing | None,
         quarantine: Quarantine,
         tally: Tally,
         publisher: Publisher,
@@ -58,7 +59,7 @@ class Lifecycle:
         self._drafters, self._sync, self._controller = drafters, sync, controller
         self._tokens, self._stops, self._sampling_rows = tokens, stops, sampling_rows
         self._penalties = penalties
-        self._read_prediction, self._hooks = read_prediction, hooks
+        self._read_prediction, self._forcing = read_prediction, forcing
         self._quarantine, self._tally, self._publisher, self._spool = quarantine, tally, publisher, spool
         self._handles: WeakKeyDictionary[Any, tuple[int, ...] | None] = WeakKeyDictionary()
         """By session, or by request if it has none: handles of the tenants of its turns so far, as in `Sample`; None if
@@ -110,8 +111,8 @@ class Lifecycle:
         self._stops.begin(upload, row, sampling.ending_ids(req))
         self._sampling_rows.begin(upload, row, sampling.parameters(req))
         self._penalties.begin(upload, row, sampling.penalties_of(req))
-        for hook in self._hooks:
-            hook.begin(upload, row, req)
+        if self._forcing is not None:
+            self._forcing.begin(upload, row, req)
 
     def forget_text(self, handle: int | None) -> None:
         """Drop samples of the tenant with this handle, or of all (None), and what drafters learned or cached of
@@ -167,7 +168,7 @@ class Lifecycle:
         handles = self._handles.get(req.session or req)
         finished = req.finished_reason.to_json()["type"] in FINISHED
         answer = req.output_ids_through_stop
-        if handles is None or not (text and finished and answer) or self._hooks:
+        if handles is None or not (text and finished and answer) or self._forcing:
             spool.decline()
             return
         spool.offer(req.origin_input_ids, answer, handles)

@@ -1,6 +1,5 @@
 """The stage `verify`: one forward of the target over bonus tokens and drafts, and the target's token at every row."""
 
-from collections.abc import Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -10,9 +9,10 @@ from whiflash_sglang.engine.forward import sampling
 from whiflash_sglang.engine.forward.masks import Masks, constrained
 from whiflash_sglang.engine.forward.parallel import first_ranks, sends_tokens
 from whiflash_sglang.engine.forward.target import Target
-from whiflash_sglang.records.core import Rated, Round, SampleHook, Verified
+from whiflash_sglang.records.core import Rated, Round, Verified
 from whiflash_sglang.round.ends import GraphEnds, Kind
 from whiflash_sglang.round.epilogue import Epilogue, under_masks
+from whiflash_sglang.round.forcing import Forcing
 from whiflash_sglang.structure.spending import Spending
 
 Place = Enum("Place", ["GRAPH", "SECOND_GRAPH", "BEHIND"])
@@ -47,20 +47,15 @@ class VerifyStage:
     """Runs the target over a round's drafts and samples its own token at every row.
 
     Args:
-        ends: commit rows in graphs where they may. hooks: replace sampled tokens, one after the other. spending: time
-            spent on grammars.
+        ends: commit rows in graphs where they may. forcing: replaces sampled tokens; None where no text is forced.
+        spending: time spent on grammars.
     """
 
     def __init__(
-        self,
-        target: Target,
-        epilogue: Epilogue,
-        ends: GraphEnds,
-        hooks: Sequence[SampleHook],
-        spending: Spending,
+        self, target: Target, epilogue: Epilogue, ends: GraphEnds, forcing: Forcing | None, spending: Spending
     ) -> None:
         self._target, self._epilogue, self._ends = target, epilogue, ends
-        self._hooks, self._spending, self._checks = hooks, spending, sampling.checks_numbers()
+        self._forcing, self._spending, self._checks = forcing, spending, sampling.checks_numbers()
 
     def verify(self, batch: Any, turn: Round, barrier: Any) -> Verified:
         """Run the target over bonus tokens and drafts, and commit them if a graph may.
@@ -123,6 +118,4 @@ class VerifyStage:
         else:
             predictions = self._epilogue.sample(rows)
         rows = rows._replace(predictions=first_ranks(predictions) if plan.shared else predictions)
-        for hook in self._hooks:
-            rows = hook.verified(rows, block)
-        return rows
+        return rows if self._forcing is None else self._forcing.verified(rows, block)

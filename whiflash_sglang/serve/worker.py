@@ -167,9 +167,9 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         if batch.forward_mode.is_idle():
             result.next_draft_input = idle_result(self.target.device).next_draft_input
             return result
-        for hook in self.stages.hooks:
+        if (forcing := self.stages.forcing) is not None:
             until = [prefix + more for prefix, more in zip(batch.prefix_lens, batch.extend_lens, strict=True)]
-            result.next_token_ids = hook.prefilled(batch.reqs, until, result.next_token_ids)
+            result.next_token_ids = forcing.prefilled(batch.reqs, until, result.next_token_ids)
         upload = Upload()
         row_ids, rows = row_ids_of(batch), batch.req_pool_indices.to(torch.int64)
         for req, row in zip(batch.reqs, row_ids, strict=True):

@@ -7,8 +7,6 @@ leaves the output distribution exactly the target's.
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +15,6 @@ from sglang.srt.layers import sampler
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.runtime_context import get_exec
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-from sglang.srt.speculative import spec_utils
 from sglang.srt.utils.async_probe import sanitize_nan_logits
 from whiflash_kernels import MixedBlock
 
@@ -127,25 +124,6 @@ def sample_as_sglang(
         part = LogitsProcessorOutput(next_token_logits=logits[few].clone())
         sampled.append(runner.sampler(part, _expand(info, owner[few]), False, [], [], block.positions[few]))
     return torch.cat(sampled).to(torch.int64)
-
-
-def simulated_acceptance(widest: int) -> tuple[Callable[[], int], bool] | None:
-    """Read `SGLANG_SIMULATE_ACC_LEN`, `_METHOD` and `_TOKEN_MODE`. Returns a draw of the tokens that every request
-    commits in the next round, and whether they are its drafts; None if nothing is simulated.
-
-    One length is drawn a round for all requests, as upstream's workers do. A request's block is as wide as it was
-    drafted, so one with fewer rows commits them all: upstream's draw for a block of that width.
-
-    Args:
-        widest: most rows of a request. Raises ValueError: a mode or method that upstream does not know.
-    """
-    length, method = spec_utils.SIMULATE_ACC_LEN, spec_utils.SIMULATE_ACC_METHOD
-    if length <= 0:
-        return None
-    spec_utils.check_simulate_acc_token_mode()
-    draw = partial(spec_utils.sample_simulated_acc_len, length, method, widest)
-    draw()  # an unknown method ends the start, not the first round
-    return draw, spec_utils.SIMULATE_ACC_TOKEN_MODE == "real-draft-token"
 
 
 def count_earlier_output(batch: Any) -> None:

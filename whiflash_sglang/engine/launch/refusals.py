@@ -460,6 +460,10 @@ REFUSALS: dict[str, Refusal] = {
         lambda x: x.is_set("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
         "the drafters' KV needs the size of the target's KV at the start; unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
     ),
+    "simulated_acceptance": Refusal(
+        lambda x: x.environment.get("SGLANG_SIMULATE_ACC_LEN"),
+        "SGLANG_SIMULATE_ACC_LEN={} pins the acceptance of SGLang's own algorithms only; unset it",
+    ),
     # scheduling
     "lora_backend": Refusal(
         _foreign_adapters,
