@@ -114,6 +114,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             raise ValueError(
                 "--enable-prefill-delayer needs overlap scheduling, which the CPU platform does not have; remove it"
             )
+        if server_args.enable_forward_pass_metrics:
+            raise ValueError("--enable-forward-pass-metrics times forwards with a GPU's events; remove it")
         if server_args.speculative_algorithm == "NGRAM":
             raise ValueError(
                 "--speculative-algorithm NGRAM verifies trees, which a CPU cannot; use EAGLE3, DFLASH or WHIFLASH"

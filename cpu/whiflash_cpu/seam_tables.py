@@ -1,6 +1,5 @@
 """Table of every private SGLang name that the CPU platform replaces; `seams.py` installs the replacements."""
 
-import time
 from collections.abc import Callable, Mapping
 from functools import wraps
 from types import ModuleType
@@ -183,37 +182,6 @@ def _mask_on_host(upstream: Callable[..., Any]) -> Callable[..., Any]:
     return staticmethod(apply_vocab_mask)
 
 
-class HostEvent:
-    """A time on the host that replaces a device event, for --enable-forward-pass-metrics."""
-
-    def __init__(self) -> None:
-        self._seconds = time.perf_counter()
-
-    def query(self) -> bool:
-        """Whether all work before the event is done: always, since CPU calls are synchronous."""
-        return True
-
-    def elapsed_time(self, end: "HostEvent") -> float:
-        """Return the milliseconds from this event to `end`."""
-        return (end._seconds - self._seconds) * 1000
-
-
-def _begin_on_host(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    def create(track_stream: bool = False) -> Any:
-        from sglang.srt.utils.device_timer import _TimingInterval
-
-        return _TimingInterval(start_event=HostEvent())
-
-    return staticmethod(create)
-
-
-def _end_on_host(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    def end(self: Any, metadata: dict[str, Any]) -> None:
-        self.end_event, self.metadata = HostEvent(), metadata
-
-    return end
-
-
 def _unpinned(upstream: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the initialiser of pools in host memory: without an accelerator their memory need not be pinned."""
 
@@ -237,8 +205,6 @@ _METHODS: tuple[Seam, ...] = (
         "sglang.srt.speculative.draft_utils", "DraftBackendFactory", "_create_backend", _create_draft_backend
     ),
     _wrapped(_RUNNER, "ModelRunner", "_extend_forward_kwargs", _keep_embedding_dtype),
-    _wrapped("sglang.srt.utils.device_timer", "_TimingInterval", "create", _begin_on_host),
-    _wrapped("sglang.srt.utils.device_timer", "_TimingInterval", "end", _end_on_host),
     _wrapped(
         "sglang.srt.constrained.xgrammar_backend", "XGrammarGrammarBackend", "apply_vocab_mask", _mask_on_host
     ),
