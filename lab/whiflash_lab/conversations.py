@@ -6,8 +6,11 @@ A reader takes a record's place in its file, a name and the record, and raises `
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +43,12 @@ Message = dict[str, Any]
 @dataclass(frozen=True)
 class Conversation:
     """A recorded conversation. messages: `role`, `content` (text), for assistants also `tool_calls` and
-    `reasoning_content`, for tools `tool_call_id`. tools: the tools offered, if recorded. category: groups figures.
+    `reasoning_content`, for tools `tool_call_id`; an answer that was not recorded has its number of `tokens` instead.
+    tools: the tools offered, if recorded. category: groups figures.
     prediction: the caller's prediction of the last answer (predicted outputs), if recorded. parent: for a subagent, the
     id of the conversation that it serves, and after how many answers of it the subagent begins.
+    waits: seconds before each answer's request in which tools ran or a user thought; 0 if not recorded. span: when it
+    began and ended, in seconds; NaN if not recorded.
     """
 
     id: str
@@ -51,6 +57,8 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
     prediction: str | None = None
     parent: tuple[str, int] | None = None
+    waits: tuple[float, ...] = ()
+    span: tuple[float, float] = (math.nan, math.nan)
 
     @property
     def answers(self) -> int:
@@ -73,7 +81,28 @@ def conversation(
     chars = len(json.dumps(normalised)) + len(json.dumps(offered))
     if chars > MAX_CHARS:
         raise ConfigError(f"{where}: {chars} characters; at most {MAX_CHARS} are read")
-    return Conversation(name, category, normalised, offered)
+    waits, ended, ready = list[float](), math.nan, math.nan
+    moments = [_moment(object_of(where, raw)) for raw in messages]
+    known = [moment for moment in moments if math.isfinite(moment)] or [math.nan]
+    for message, moment in zip(normalised, moments, strict=True):
+        if message["role"] == "assistant":
+            waits.append(max(ready - ended, 0.0) if math.isfinite(ready - ended) else 0.0)
+            ended, ready = moment, math.nan
+        elif math.isfinite(moment):
+            ready = moment
+    return Conversation(
+        name, category, normalised, offered, waits=tuple(waits), span=(min(known), max(known))
+    )
+
+
+def _moment(message: Message) -> float:
+    """Return a message's `timestamp`, which mini-swe-agent writes into `extra`, in seconds; NaN without one."""
+    extra = message.get("extra")
+    moment: Any = message.get("timestamp", extra.get("timestamp") if isinstance(extra, dict) else None)
+    try:
+        return datetime.fromisoformat(moment).timestamp() if isinstance(moment, str) else float(moment)
+    except (ValueError, TypeError, OverflowError):
+        return math.nan
 
 
 def tools_of(where: str, value: object) -> tuple[Mapping[str, Any], ...]:
@@ -138,6 +167,8 @@ def _message(where: str, raw: object) -> Message:
             message["reasoning_content"] = thought
         if listed:
             message["tool_calls"] = [_call(f"{where}.tool_calls[{i}]", each) for i, each in enumerate(listed)]
+        if isinstance(tokens := fields.get("tokens"), int) and tokens > 0:
+            message["tokens"] = tokens
     elif role == "tool" and fields.get("tool_call_id") is not None:
         message["tool_call_id"] = text_of(f"{where}.tool_call_id", fields["tool_call_id"])
     return message
@@ -164,12 +195,21 @@ class RecordedTurn:
     """One recorded answer.
 
     prompt: tokens before it, as the chat template renders them. answer: its tokens, the end of the turn included.
-    predictions: by suffix of a benchmark's arm (`bench.arms`), token ids that its requests bring.
+    predictions: by suffix of a benchmark's arm (`bench.arms`), token ids that its requests bring. wait: seconds
+    between the conversation's answer before and the request. free: tokens that the target writes as it likes, if the
+    answer was not recorded.
     """
 
     prompt: Sequence[int]
     answer: Sequence[int]
     predictions: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    wait: float = 0.0
+    free: int = 0
+
+    @property
+    def context(self) -> int:
+        """Tokens of the prompt and the answer."""
+        return len(self.prompt) + len(self.answer) + self.free
 
 
 class Renderer:
@@ -196,19 +236,23 @@ class Renderer:
         Raises:
             ConfigError: the template does not render an answer after its own generation prompt.
         """
-        known_text, known_tokens = "", list[int]()
+        known_text, known_tokens, waits = "", list[int](), iter(recorded.waits)
         for index, message in enumerate(recorded.messages):
             if message["role"] == "assistant":
+                wait, free = next(waits, 0.0), message.get("tokens", 0)
                 prompt_text = self._render(recorded, index, prompt=True)
                 answer_text, ending = self._answer(recorded, index, prompt_text)
                 prompt = self._extend(known_text, known_tokens, prompt_text)
                 answer = self.encode(answer_text)
                 known_text, known_tokens = prompt_text + answer_text, prompt + answer
                 if answer:
-                    yield RecordedTurn(prompt, [*answer, ending])
+                    yield RecordedTurn(prompt, [*answer, ending], wait=wait)
+                elif free:
+                    yield RecordedTurn(prompt, [], wait=wait, free=free)
 
     def _render(self, recorded: Conversation, count: int, prompt: bool) -> str:
-        shown = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in recorded.messages[:count]]
+        hidden = ("reasoning_content", "tokens")
+        shown = [{k: v for k, v in m.items() if k not in hidden} for m in recorded.messages[:count]]
         options: dict[str, Any] = {"tools": served_tools(recorded.id, recorded.tools), "tokenize": False}
         options |= {"add_generation_prompt": prompt, "chat_template": self._template}
         try:
@@ -251,7 +295,13 @@ def renderer_of(target: Path, bundle: Path) -> Renderer:
 MAX_BYTES = 1 << 30
 """Most bytes of one file."""
 
-KNOWN = "OpenAI messages, or trajectories of tau2, SWE-agent or mini-swe-agent"
+Record = tuple[str, str, Any]
+"""A record of a file: its place for errors, a name, and its JSON."""
+
+KNOWN = (
+    "OpenAI messages, SGLang's agentic-trace, LMCache's calls, or trajectories of tau-bench, tau2, SWE-agent or \
+mini-swe-agent"
+)
 
 
 def read_recorded(path: Path) -> list[Conversation]:
@@ -265,7 +315,7 @@ def read_recorded(path: Path) -> list[Conversation]:
     """
     conversations = []
     records = (record_of_file for record in _records(path) for record_of_file in _unpacked(*record))
-    for where, name, record in records:
+    for where, name, record in _joined(records):
         reader = next((reader for fits, reader in FORMATS if fits(record)), None)
         if reader is None:
             raise ConfigError(f"{where}: of no known format ({KNOWN})")
@@ -277,8 +327,8 @@ def read_recorded(path: Path) -> list[Conversation]:
     return conversations
 
 
-def _records(path: Path) -> Iterator[tuple[str, str, Any]]:
-    """Yield each record of a file with its place and a name: (place, name, record)."""
+def _records(path: Path) -> Iterator[Record]:
+    """Yield each record of a file with its place and a name."""
     text = read_text(path, MAX_BYTES)
     lines = list(lines_of(text))
     if path.suffix == ".jsonl" or (len(lines) > 1 and _stands_alone(lines[0][1])):
@@ -317,8 +367,14 @@ _ENVIRONMENT = "tau2_environment"
 _USER = "user"
 
 
-def _unpacked(where: str, name: str, document: Any) -> Iterator[tuple[str, str, Any]]:
-    """Yield the simulations of a tau2-bench document as records, with places and names; any other document as it is."""
+def _unpacked(where: str, name: str, document: Any) -> Iterator[Record]:
+    """Yield the simulations of a tau2-bench document, or the conversations of an agentic trace, as records, with places
+    and names; any other document as it is."""
+    if isinstance(document, dict) and "conversations" in document:
+        for index, turns in enumerate(list_of(f"{where}, conversations", document["conversations"])):
+            place = f"{where}, conversations[{index}]"
+            yield place, f"{name}-{index}", _agentic(place, list_of(place, turns))
+        return
     if not isinstance(document, dict) or "simulations" not in document:
         yield where, name, document
         return
@@ -332,7 +388,7 @@ def _tau2(where: str, name: str, record: dict[str, Any]) -> Conversation:
     """Read one simulation of a tau2-bench document `{info, tasks, simulations}`.
 
         {"info": {"environment_info": {"domain_name", "policy", "tool_defs"}},
-         "simulations": [{"task_id", "trial", "messages": [{"role", "content", "requestor",
+         "simulations": [{"task_id", "trial", "messages": [{"role", "content", "requestor", "timestamp",
                           "tool_calls": [{"id", "name", "arguments", "requestor"}]}, ...]}, ...]}
 
     The user may call tools, too; neither these calls nor their results are seen by the agent. Nothing else of `info` is
@@ -390,7 +446,90 @@ def _swe_agent(where: str, name: str, record: Any) -> Conversation:
         if not (isinstance(entry, dict) and entry.get("role") == "exit")
     ]
     name = text_of(f"{where}, instance_id", trajectory.get("instance_id")) or name
-    return conversation(where, name, "SWE-agent", messages)
+    read = conversation(where, name, "SWE-agent", messages)
+    steps = trajectory.get("trajectory")
+    timed = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    ran = [_moment({"timestamp": step.get("execution_time")}) for step in timed]
+    whole = len(ran) == read.answers and all(seconds >= 0 for seconds in ran)
+    return replace(read, waits=(0.0, *ran[:-1])) if whole else read
+
+
+# tau-bench, SGLang's agentic traces, LMCache's calls
+
+
+def _tau_bench(where: str, name: str, record: dict[str, Any]) -> Conversation:
+    """Read one run of tau-bench, `{"task_id", "trial", "traj": [...]}`, whose messages are in OpenAI's form.
+
+    Source: sierra-research/tau-bench, `historical_trajectories/`, which do not list the tools.
+    """
+    identity = f"{name}/task {record.get('task_id')} trial {record.get('trial', 0)}"
+    return conversation(where, identity, "tau-bench", list_of(f"{where}, traj", record["traj"]))
+
+
+AGENTIC_TOKENS = 220
+"""Tokens of each answer of an agentic trace, as in SGLang's loader: a trace has no answers."""
+
+
+def _agentic(where: str, turns: Sequence[object]) -> dict[str, Any]:
+    """Return one conversation of `{"conversations": [[{"messages": [...]}, ...]]}` as a record with empty answers.
+
+    A turn's messages are those that are new. Source: SGLang, `sglang/benchmark/datasets/agentic_trace.py`.
+    """
+    messages: list[object] = []
+    for index, turn in enumerate(turns):
+        said = object_of(f"{where}[{index}]", turn).get("messages")
+        messages += list_of(f"{where}[{index}].messages", said or [])
+        if said:
+            messages.append({"role": "assistant", "content": "", "tokens": AGENTIC_TOKENS})
+    return {"category": "agentic-trace", "messages": messages}
+
+
+def _joined(records: Iterable[Record]) -> Iterator[Record]:
+    """Yield records; the calls of an LMCache session become OpenAI records, one a conversation.
+
+        {"timestamp": 1760428436442742, "input": "…", "output": "…", "session_id": "…"}
+
+    An input is a whole prompt as text. It continues the call whose input it begins with, or opens a conversation; the
+    session's later conversations are subagents of its first. The time to a session's next call includes the recorded
+    model's. Source: LMCache/lmcache-agent-trace, which orders no lines and leaves answers out of some inputs.
+    """
+    sessions = defaultdict[str, list[Record]](list)
+    for where, name, record in records:
+        if isinstance(record, dict) and {"input", "output", "session_id", "timestamp"} <= record.keys():
+            session = text_of(f"{where}, session_id", record["session_id"])
+            if not math.isfinite(_moment(record)):
+                raise ConfigError(
+                    f"{where}, timestamp: must be microseconds, not {record['timestamp']!r:.80}"
+                )
+            asked = text_of(f"{where}, input", record["input"])
+            if asked and text_of(f"{where}, output", record["output"]):
+                sessions[session].append((where, asked, record))
+        else:
+            yield where, name, record
+    for session, calls in sessions.items():
+        talks: dict[str, list[Message]] = {}
+        opened: list[dict[str, Any]] = []
+        for _, asked, record in sorted(calls, key=lambda made: _moment(made[2])):
+            before = max(
+                (text for text in talks if asked.startswith(text) and asked != text), key=len, default=""
+            )
+            messages = talks.pop(before, [])
+            if not messages:
+                after = (
+                    sum(message["role"] == "assistant" for message in opened[0]["messages"]) if opened else 0
+                )
+                parent = {"parent": session, "after": after} if opened else {}
+                name = f"{session}-{len(opened) + 1}" if opened else session
+                opened.append({"id": name, "category": "LMCache", "messages": messages, **parent})
+            said, at = asked.removeprefix(before), {"timestamp": _moment(record) / 1e6}
+            if messages:
+                begin, quoted, rest = said.partition(messages[-1]["content"])
+                said = rest if quoted and begin.strip() in ("", "assistant:") else said
+            messages += [{"role": "user", "content": said, **at}]
+            messages += [{"role": "assistant", "content": record["output"], **at}]
+            talks[asked] = messages
+        for one in opened:
+            yield f"{calls[0][0]}, session {session}", session, one
 
 
 # OpenAI's messages
@@ -399,8 +538,8 @@ def _swe_agent(where: str, name: str, record: Any) -> Conversation:
 def _openai_log(where: str, name: str, record: dict[str, Any]) -> Conversation:
     """Read one conversation, or one request with its response, in OpenAI's form.
 
-        {"messages": [...], "tools": [...], "prediction": {...}, "id": "…", "category": "…",
-         "parent": "…", "after": 1}
+        {"messages": [{"role", "content", "timestamp", ...}], "tools": [...], "prediction": {...}, "id": "…",
+         "category": "…", "parent": "…", "after": 1}
         {"request": {"messages": [...], "tools": [...]}, "response": {"choices": [{"message": {...}}]}}
 
     Gateways log the second form; the first choice is the recorded answer. A prediction is of the last answer.
@@ -440,6 +579,7 @@ def _message_of(where: str, response: object) -> Message:
 
 FORMATS: tuple[tuple[Callable[[Any], bool], Callable[[str, str, Any], Conversation]], ...] = (
     (lambda record: isinstance(record, dict) and _ENVIRONMENT in record, _tau2),
+    (lambda record: isinstance(record, dict) and "traj" in record, _tau_bench),
     (_is_swe_agent, _swe_agent),
     (lambda record: isinstance(record, dict) and ("messages" in record or "request" in record), _openai_log),
 )

@@ -66,7 +66,7 @@ def clock(arm: str, rounds: int) -> dict[str, float] | None:
 def report() -> BenchReport:
     together = {arm: tuple(answer(arm, prompt) for prompt in ("c1", "c2", "t1")) for arm in SPEED}
     cells = [
-        Cell(load=load, arm=arm, repetition=r, seconds=seconds, answers=own, rounds=clock(arm, rounds))
+        Cell(load=load, arm=arm, repetition=r, seconds=seconds, answers=own, counters=clock(arm, rounds))
         for r in range(3)
         for arm in SPEED
         for load, seconds, own, rounds in (

@@ -83,6 +83,7 @@ FORMATS: dict[str, Any] = {
         ],
         "info": {"exit_status": "submitted"},
     },
+    "tau-bench": {"task_id": 3, "trial": 1, "reward": 1.0, "info": {}, "traj": MESSAGES},
     "mini-swe-agent": {
         "info": {"exit_status": "Submitted"},
         "messages": [*MESSAGES, {"role": "exit", "content": "", "extra": {}}],
@@ -91,6 +92,17 @@ FORMATS: dict[str, Any] = {
     },
 }
 """Each holds the question, the call, its result and the answer."""
+CALLS = [
+    {"timestamp": 7_000_000, "input": "Ask.\n\nThree lines.", "output": "Done."},
+    {"timestamp": 1_000_000, "input": "Ask.", "output": "Count it."},
+    {"timestamp": 2_500_000, "input": "You count.", "output": "Three?"},
+    {"timestamp": 4_500_000, "input": "You count.\n\nassistant: Three?\n\nSure?", "output": "Three."},
+]
+"""Two conversations of one LMCache session; the first one's inputs leave answers out."""
+TRACE = {
+    "metadata": {},
+    "conversations": [[{"messages": [ASK], "prompt_tokens": 9}, {"messages": [RESULT]}], [{"messages": []}]],
+}
 
 
 Write = Callable[..., Path]
@@ -147,7 +159,43 @@ def test_names_and_categories(write: Write) -> None:
     assert found["tau2"].id == "recorded/task 3 trial 1"
     assert found["tau2"].messages[0]["content"] == "Be kind."
     assert found["mini-swe-agent"].id == "repository__repository-1"
-    assert {one.category for one in found.values()} == {"support", "log", "tau2 airline", "SWE-agent"}
+    categories = {"support", "log", "tau2 airline", "SWE-agent", "tau-bench"}
+    assert {one.category for one in found.values()} == categories
+
+
+def test_calls_of_a_session_become_conversations(write: Write) -> None:
+    """In the order of time; the conversation that opens later is a subagent of the first."""
+    lines = [json.dumps({**call, "session_id": "s"}) for call in CALLS]
+    first, second = read_recorded(write("\n".join(lines), "calls.jsonl"))
+    assert [m["content"] for m in first.messages] == ["Ask.", "Count it.", "\n\nThree lines.", "Done."]
+    assert [m["content"] for m in second.messages] == ["You count.", "Three?", "\n\nSure?", "Three."]
+    assert (first.id, first.parent, second.parent) == ("s", None, ("s", 1))
+    assert (first.waits, second.waits) == ((0.0, 6.0), (0.0, 2.0))
+
+
+def test_a_trace_without_answers(write: Write) -> None:
+    (recorded,) = read_recorded(write(json.dumps(TRACE)))
+    assert [(m["role"], m.get("tokens")) for m in recorded.messages] == [
+        ("user", None),
+        ("assistant", 220),
+        ("tool", None),
+        ("assistant", 220),
+    ]
+
+
+def test_times_of_tools(write: Write) -> None:
+    """Between an answer and the last message before the next; what is not recorded is 0."""
+    begin, end = "2026-11-29T10:00:00", "2026-11-29T10:00:04.5"
+    logged = [ASK, {**CALL, "timestamp": begin}, {**RESULT, "timestamp": end}, ANSWER, ASK, ANSWER]
+    mini = [ASK, {**CALL, "extra": {"timestamp": 10.0}}, {**RESULT, "extra": {"timestamp": 13.0}}, ANSWER]
+    ran = [{"execution_time": 2.5}, {"execution_time": 9.0}]
+    for record, waits in (
+        ({"messages": logged}, (0.0, 4.5, 0.0)),
+        ({**FORMATS["mini-swe-agent"], "messages": mini}, (0.0, 3.0)),
+        ({**FORMATS["swe-agent"], "trajectory": ran}, (0.0, 2.5)),
+        ({**FORMATS["swe-agent"], "trajectory": ran[:1]}, (0.0, 0.0)),
+    ):
+        assert read_recorded(write(json.dumps(record)))[0].waits == waits
 
 
 def test_a_bare_list_of_messages_is_a_conversation(write: Write) -> None:
@@ -258,7 +306,8 @@ JSON = st.recursive(
 @given(st.data())
 def test_damage_is_read_or_named(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Any part replaced by anything: a conversation that renders, or an error that names the file; nothing else."""
-    record = json.loads(json.dumps(FORMATS[data.draw(st.sampled_from(sorted(FORMATS)))]))
+    whole = {**FORMATS, "calls": [{**call, "session_id": "s"} for call in CALLS], "trace": TRACE}
+    record = json.loads(json.dumps(whole[data.draw(st.sampled_from(sorted(whole)))]))
     *way, last = data.draw(st.sampled_from(places(record)[1:]))
     inside = record
     for key in way:

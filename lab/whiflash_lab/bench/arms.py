@@ -41,8 +41,17 @@ KNOWN = (NONE, *STATIC, ADAPTIVE, "NGRAM", *ROUTERS, *VARIANTS, *FLAGS, NO_HINTS
 DRAFTERS = {"EAGLE3": (AR,), ADAPTIVE: (AR,), "DFLASH": (DIFFUSION,), "DSPARK": (DIFFUSION,)}
 """SGLang's own arms → the drafters of a bundle that they serve."""
 DEFAULT = (NONE, "EAGLE3", "DFLASH", "auto")
-PREDICTION, USELESS = "prediction", "useless"
-"""Suffixes of a recorded run's arms, after a plus: requests bring the recorded or another conversation's prediction."""
+PREDICTION, USELESS, SESSIONS = "prediction", "useless", "sessions"
+MEANS: dict[str, tuple[str, ...]] = {
+    PREDICTION: (),
+    USELESS: (),
+    SESSIONS: ("--enable-session-radix-cache",),
+    "tlru": ("--radix-eviction-policy", "tlru"),
+    "lpm": ("--schedule-policy", "lpm"),
+    "host": ("--enable-hierarchical-cache",),
+}
+"""Suffixes of a recorded run's arms, each after a plus → flags of the server. Requests of the first two bring the
+recorded or another conversation's prediction; with sessions each conversation has a `session_id`."""
 _SPELLED = re.compile(rf"(?:{'|'.join(KNOWN)}|(?:{'|'.join(WITH_WIDTH)}):0*[1-9]\d*)(?:@.+)?")
 
 _PINNED_INSTEAD = "the arm `diffusion` is WHIFLASH with only this drafter"
@@ -101,6 +110,7 @@ class Arm:
     """One column of the comparison.
 
     server: key of the server that answers; router: to be set there, if any. request: fields of every request.
+    means: of `MEANS`, in a recorded run.
     python: the interpreter of another checkout's environment, which serves the arm; None: this one.
     """
 
@@ -109,6 +119,7 @@ class Arm:
     arguments: tuple[str, ...] = field(repr=False)
     router: str | None = None
     request: Mapping[str, Any] = field(default_factory=dict)
+    means: tuple[str, ...] = ()
     python: Path | None = field(default=None, repr=False)
 
 
@@ -139,7 +150,7 @@ def check_names(names: Sequence[str], *, recorded: bool = False) -> None:
     """Refuse names that no arm has, before anything is loaded.
 
     Args:
-        recorded: with --recorded, only routers and variants are played; each may bring a prediction.
+        recorded: with --recorded, only plain decoding, routers and variants are played, each with `MEANS`.
 
     Raises:
         UsageError: a name is unknown or given twice.
@@ -148,10 +159,10 @@ def check_names(names: Sequence[str], *, recorded: bool = False) -> None:
         raise UsageError(f"--arms names an arm twice: {', '.join(names)}")
     for name in names:
         if recorded:
-            kind, _, brings = name.partition("+")
-            names_known: tuple[str, ...] = (*ROUTERS, *VARIANTS, *FLAGS)
-            right = kind in names_known and brings in ("", PREDICTION, USELESS)
-            more = f"; each also with +{PREDICTION} or +{USELESS}"
+            kind, *means = name.split("+")
+            names_known: tuple[str, ...] = (NONE, *ROUTERS, *VARIANTS, *FLAGS)
+            right = kind in names_known and set(means) <= MEANS.keys()
+            more = f"; each also with {', '.join(f'+{means}' for means in MEANS)}"
         else:
             names_known = KNOWN
             right = _SPELLED.fullmatch(name) is not None

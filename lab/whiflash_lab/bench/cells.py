@@ -28,7 +28,8 @@ class Turn(BaseModel, frozen=True, extra="forbid"):
     """One answer of a conversation, or the mean of several.
 
     prompt: tokens of the prompt. cached: those found in the prefix cache. tokens: of the answer. ttft, seconds: seconds
-    from the request to its first and its last token.
+    from the request to its first and its last token. known: tokens of the prompt that the agent's turn before had
+    computed.
     """
 
     prompt: float
@@ -36,6 +37,7 @@ class Turn(BaseModel, frozen=True, extra="forbid"):
     tokens: float
     ttft: float
     seconds: float
+    known: float = 0.0
 
 
 class Answer(BaseModel, frozen=True, extra="forbid"):
@@ -64,7 +66,8 @@ class Answer(BaseModel, frozen=True, extra="forbid"):
 class Cell(BaseModel, frozen=True, extra="forbid"):
     """Answers of one arm under one load in one repetition, asked without a pause.
 
-    seconds: from the first request to the last answer. rounds: increase of WHIFLASH's round clock meanwhile.
+    seconds: from the first request to the last answer. counters: increase of the server's counters meanwhile, those
+    of WHIFLASH's round clock and of SGLang's evictions.
     """
 
     load: Load
@@ -72,7 +75,7 @@ class Cell(BaseModel, frozen=True, extra="forbid"):
     repetition: int
     seconds: float
     answers: tuple[Answer, ...]
-    rounds: dict[str, float] | None = None
+    counters: dict[str, float] | None = None
 
     @property
     def prompts(self) -> tuple[str, ...]:

@@ -83,7 +83,10 @@ class Asker:
                 for _ in range(min(load.value, len(prompts))):
                     users.create_task(user())
         except ExceptionGroup as failed:
-            raise failed.exceptions[0] from None
+            error: Exception = failed
+            while isinstance(error, ExceptionGroup):  # a subagent's is in its agent's
+                error = error.exceptions[0]
+            raise error from None
         return [answers[index] for index in range(len(prompts))]
 
 

@@ -19,6 +19,7 @@ def render(report: BenchReport) -> str:
         parts += [
             f"## Closed loop, concurrency {load.load.value}",
             _overview(load, report.over),
+            _jobs(load, report.provenance["servers"]),
             _turns(load),
         ]
         if load.load.is_alone:
@@ -56,6 +57,8 @@ def _asked_with(provenance: Mapping[str, Any]) -> str:
     what = "prompts, which the server did not take"
     if recorded := provenance.get("recorded"):
         sentences += f" Forced along the recorded text of {', '.join(recorded)}."
+        if longest := provenance.get("longest_wait"):
+            sentences += f" Tools take the time that was recorded, at most {longest:g} s; rates include it."
         what = "answers of conversations, which had no room"
     left_out = len(provenance.get("left_out", ()))
     return sentences + (f" Left out: {left_out} {what}." if left_out else "")
@@ -88,6 +91,27 @@ def _overview(load: LoadReport, over: str | None) -> str:
     return table(list(compress(header, filled)), [tuple(compress(row, filled)) for row in rows])
 
 
+def _jobs(load: LoadReport, servers: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a table of recorded agents' jobs, a row per arm."""
+    header = ["arm", "seconds a job p50/p95", f"faster than {NONE}", "first token ms p50/p95", "cached"]
+    header += ["computed again", "evicted", "retracted", "KV pool"]
+    rows = []
+    for arm, jobs in load.jobs.items():
+        seconds = Percentiles(**{name: ms / 1000 for name, ms in jobs.ms.model_dump().items()})
+        counts = (jobs.again, jobs.evicted, jobs.retracted, servers.get(arm, {}).get("max_total_num_tokens"))
+        rows.append(
+            (
+                arm,
+                _percentiles(seconds, 1),
+                _interval(jobs.faster),
+                _percentiles(jobs.ttft_ms, 0),
+                f"{jobs.cached / jobs.prompt:.1%} of {jobs.prompt:,}",
+                *("" if count is None else f"{count:,}" for count in counts),
+            )
+        )
+    return f"### Jobs\n\n{table(header, rows)}" if rows else ""
+
+
 def _turns(load: LoadReport) -> str:
     """Return a table of recorded conversations' turns: the first, every tenth, the last, and all together."""
     rows = []
@@ -101,7 +125,7 @@ def _turns(load: LoadReport) -> str:
 
 def _turn(name: object, arm: str, turns: Sequence[Turn]) -> tuple[str, ...]:
     """Return a row for several turns: sums, and the mean time to the first token."""
-    prompt, cached, tokens, ttft, seconds = (
+    prompt, cached, tokens, ttft, seconds, _ = (
         sum(getattr(turn, field) for turn in turns) for field in Turn.model_fields
     )
     rates = tokens / seconds, (tokens - len(turns)) / (seconds - ttft) if seconds > ttft else None

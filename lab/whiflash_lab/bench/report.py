@@ -94,13 +94,33 @@ class Ratios(BaseModel, frozen=True, extra="forbid"):
     over: dict[str, Interval] = {}
 
 
+class Jobs(BaseModel, frozen=True, extra="forbid"):
+    """Recorded agents' jobs of one arm, subagents and tool times included.
+
+    ms: of a job. ttft_ms: of a turn. faster: plain decoding's seconds a job over this arm's. prompt, cached: tokens of
+    all prompts, and those found in the prefix cache; again: those that the agent's turn before had computed, and that
+    were computed again. evicted: tokens; retracted: requests; None if not counted. Counts are of one
+    repetition.
+    """
+
+    ms: Percentiles
+    ttft_ms: Percentiles
+    faster: Interval | None
+    prompt: int
+    cached: int
+    again: int
+    evicted: int | None
+    retracted: int | None
+
+
 class LoadReport(BaseModel, frozen=True, extra="forbid"):
-    """Results of one load. turns: by arm, the mean of each turn over the conversations that have it."""
+    """Results of one load. turns: by arm, the mean of each turn over the conversations that have it. jobs: by arm."""
 
     load: Load
     arms: dict[str, dict[str, Figures]]
     ratios: dict[str, Ratios]
     turns: dict[str, list[Turn]] = {}
+    jobs: dict[str, Jobs] = {}
 
 
 class BenchReport(BaseModel, frozen=True, extra="forbid"):
@@ -128,13 +148,11 @@ def build_report(
     provenance: dict[str, Any],
     unavailable: Mapping[str, str],
     over: str | None = None,
-    base: str = NONE,
 ) -> BenchReport:
     """Compute the report of all cells.
 
     Args:
         groups: prompt id → category, or `loops` for prompts whose plain answer ends in a loop.
-        base: the arm of plain decoding.
         compared: differences of answers; None: answers were not compared.
         over: as in `BenchReport`.
     """
@@ -148,11 +166,11 @@ def build_report(
         for arm, mine in own.items():
             differs = compared and [d for d in compared if (d.load, d.arm) == (load.label, arm)]
             arms[arm] = {name: _figures(mine, groups, differs, name) for name in names_of(mine, groups)}
-        ratios = {arm: _ratios(arm, own, groups, over, base) for arm in own if base in own and arm != base}
-        turns = {
-            arm: _turns(mine) for arm, mine in own.items() if any(a.turns for c in mine for a in c.answers)
-        }
-        return LoadReport(load=load, arms=arms, ratios=ratios, turns=turns)
+        ratios = {arm: _ratios(arm, own, groups, over) for arm in own if NONE in own and arm != NONE}
+        played = {arm: mine for arm, mine in own.items() if any(a.turns for c in mine for a in c.answers)}
+        turns = {arm: _turns(mine) for arm, mine in played.items()}
+        jobs = {arm: _jobs(mine, played.get(NONE), groups) for arm, mine in played.items()}
+        return LoadReport(load=load, arms=arms, ratios=ratios, turns=turns, jobs=jobs)
 
     by_load: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
@@ -179,6 +197,36 @@ def _turns(cells: Sequence[Cell]) -> list[Turn]:
     ]
 
 
+def _jobs(cells: Sequence[Cell], plain: Sequence[Cell] | None, groups: Mapping[str, str]) -> Jobs:
+    def seconds(cells: Sequence[Cell]) -> Floats:
+        """Return the seconds of each job, [jobs, repetitions]."""
+        by_job: dict[str, list[float]] = defaultdict(list)
+        for cell in cells:
+            for answer in cell.answers:
+                by_job[answer.prompt].append(answer.seconds)
+        return np.array([by_job[name] for name in names])
+
+    names = sorted({answer.prompt for cell in cells for answer in cell.answers})
+    turns = [turn for cell in cells for answer in cell.answers for turn in answer.turns]
+    mine, repetitions = seconds(cells), len({cell.repetition for cell in cells})
+    ms, ttft = percentiles_ms(mine.flatten().tolist()), percentiles_ms([turn.ttft for turn in turns])
+    assert ms is not None
+    assert ttft is not None  # a conversation has an answer
+    faster = None
+    if plain is not None and plain is not cells:
+        once = np.ones_like(mine)
+        faster = paired_ratio(once, mine, once, seconds(plain), [groups[name] for name in names])
+    counted = _counters(cells)
+    prompt, cached, again = (
+        round(sum(values) / repetitions)
+        for values in zip(*((t.prompt, t.cached, max(t.known - t.cached, 0)) for t in turns), strict=True)
+    )
+    told = {
+        key: round(counted[key] / repetitions) if key in counted else None for key in ("evicted", "retracted")
+    }
+    return Jobs(ms=ms, ttft_ms=ttft, faster=faster, prompt=prompt, cached=cached, again=again, **told)
+
+
 def _figures(
     cells: Sequence[Cell], groups: Mapping[str, str], differing: Sequence[Difference] | None, name: str
 ) -> Figures:
@@ -187,7 +235,8 @@ def _figures(
     forwards = sum(answer.forwards for answer in answers)
     drafted = sum(len(answer.tokens) - answer.prefills for answer in answers)
     whole = within(cells, groups, name)
-    rounds = _rounds(whole)
+    counted = _counters(whole)
+    rounds = counted if counted.get("rounds") else {}
     tokens = sum(len(answer.tokens) for cell in whole for answer in cell.answers)
     here = [d for d in differing or () if belongs(groups[d.prompt], name)]
     verdicts = [d.verdict for d in here if not d.of_plain]
@@ -207,17 +256,17 @@ def _figures(
     )
 
 
-def _rounds(cells: Sequence[Cell]) -> dict[str, float]:
-    """Return the sums of WHIFLASH's round clock over `cells`; empty if they have no round."""
+def _counters(cells: Sequence[Cell]) -> dict[str, float]:
+    """Return the sums of the servers' counters over `cells`."""
     total: dict[str, float] = defaultdict(float)
     for cell in cells:
-        for key, value in (cell.rounds or {}).items():
+        for key, value in (cell.counters or {}).items():
             total[key] += value
-    return total if total.get("rounds") else {}
+    return dict(total)
 
 
 def _ratios(
-    arm: str, cells: Mapping[str, Sequence[Cell]], groups: Mapping[str, str], over: str | None, base: str
+    arm: str, cells: Mapping[str, Sequence[Cell]], groups: Mapping[str, str], over: str | None
 ) -> Ratios:
     ratios = Ratios(none={}, static={}, static_arm={})
     statics = [key for key in cells if "@" not in key and key.split(":")[0] in (*STATIC, *PINNED)]
@@ -225,7 +274,7 @@ def _ratios(
         if not cells[arm][0].load.is_alone and name != OVERALL:
             continue
         chosen = {key: within(own, groups, name) for key, own in cells.items()}
-        ratios.none[name] = paired(chosen[arm], chosen[base], groups)
+        ratios.none[name] = paired(chosen[arm], chosen[NONE], groups)
         if over is not None and over in cells and over != arm:
             ratios.over[name] = paired(chosen[arm], chosen[over], groups)
         if statics and arm not in statics:

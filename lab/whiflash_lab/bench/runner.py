@@ -20,7 +20,7 @@ from whiflash_lab.bench.cells import Cell, Load
 from whiflash_lab.bench.fleet import Fleet, environment
 from whiflash_lab.bench.load import ANSWER_SECONDS, Asker, RefusedError, RequestError, flush
 from whiflash_lab.bench.prompts import Prompt, digest_of
-from whiflash_lab.bench.reference import BestLogit, Reference, ask_reference, differences
+from whiflash_lab.bench.reference import BestLogit, Difference, Reference, ask_reference, differences
 from whiflash_lab.bench.report import LOOPS, BenchReport, build_report
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.files.hosts import LIMITS
@@ -76,7 +76,8 @@ class Plan:
     """The plan of a benchmark.
 
     interleave: run all servers at once and send each prompt to each arm in turn; otherwise one server at a time.
-    recorded: files of conversations, if these are the prompts. left_out: by name, why a prompt is not asked.
+    recorded: files of conversations, if these are the prompts. longest_wait: seconds of a tool at most. left_out: by
+    name, why a prompt is not asked.
     """
 
     subject: Subject
@@ -87,6 +88,7 @@ class Plan:
     max_tokens: int = 160
     interleave: bool = True
     recorded: tuple[str, ...] = ()
+    longest_wait: float = 0.0
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -104,10 +106,6 @@ class Runner:
         fleet: starts the servers; the caller closes it.
         progress: shows what is going on and how long it will take.
     """
-
-    base = NONE
-    """The arm of plain decoding."""
-    asker: type[Asker] = Asker
 
     def __init__(self, plan: Plan, fleet: Fleet, progress: Progress) -> None:
         self._plan, self._fleet, self._progress = plan, fleet, progress
@@ -137,10 +135,13 @@ class Runner:
         judging = self._progress.add_task("comparing answers with plain decoding", total=None)
         best = BestLogit(plan.subject.target, plan.subject.dtype)
         sampled = [reference.prompt.sampling for reference in self._references.values()]
-        compared = None if all(sampled) else differences(cells, self._references, best, plan.subject.dtype)
+        compared = None if all(sampled) else self._compare(cells, best)
         self._progress.remove_task(judging)
         record |= {**self._provenance(cells), "compared": not any(sampled), "unjudged": best.lost}
-        return build_report(cells, self._groups(), compared, record, self.unavailable, plan.over, self.base)
+        return build_report(cells, self._groups(), compared, record, self.unavailable, plan.over)
+
+    def _compare(self, cells: Sequence[Cell], best: BestLogit) -> list[Difference]:
+        return differences(cells, self._references, best, self._plan.subject.dtype)
 
     # ---------------------------------------------------------------- the two orders
 
@@ -181,7 +182,7 @@ class Runner:
         self._warm_up(self._available())
 
     def _in_turn(self) -> None:
-        plain = [arm for arm in self._plan.arms if arm.name == self.base]
+        plain = [arm for arm in self._plan.arms if arm.name == NONE]
         for server in dict.fromkeys(arm.server for arm in (*plain, *self._plan.arms)):
             group = [arm for arm in self._plan.arms if arm.server == server]
             self._start(group)
@@ -224,10 +225,10 @@ class Runner:
                     "environment": environment(_alone(arm)),
                     # This checkout's provenance is in the report's own.
                     **({} if arm.python is None else provenance.checkout(arm.python.parent)),
-                    **{key: info.get(key) for key in ("dtype", "attention_backend", "sampling_backend")},
+                    **{key: info.get(key) for key in TOLD},
                 }
-        if self.base in self.unavailable:
-            raise WhiflashError(f"plain decoding: {self.unavailable[self.base]}")
+        if NONE in self.unavailable:
+            raise WhiflashError(f"plain decoding: {self.unavailable[NONE]}")
 
     def _lose(self, name: str, reason: str) -> None:
         """Drop an arm and print the reason at once, since the run may last for hours."""
@@ -295,16 +296,18 @@ class Runner:
                     continue
                 arm = self._arms[step.arm]
                 try:
-                    asker = self.asker(clients[arm.server], self._plan.max_tokens, arm.request)
-                    cell = await self._cell(step, asker)
+                    cell = await self._cell(step, self._asker(clients[arm.server], arm))
                 except (RequestError, httpx.HTTPError) as error:
-                    if step.arm == self.base:
+                    if step.arm == NONE:
                         raise WhiflashError(f"plain decoding: a request failed: {error}") from error
                     self._lose(step.arm, f"a request failed: {error}")
                     continue
                 if task is not None:
                     self.cells.append(cell)
                     self._progress.advance(task)
+
+    def _asker(self, client: httpx.AsyncClient, arm: Arm) -> Asker:
+        return Asker(client, self._plan.max_tokens, arm.request)
 
     def _prompt(self, key: str, *, is_warm_up: bool) -> Prompt:
         return self._references[key].prompt
@@ -320,14 +323,14 @@ class Runner:
         answers = await asker.run(step.load, prompts)
         seconds = time.perf_counter() - began
         after = _state(arm, client)
-        rounds = {key: after[key] - before[key] for key in after} if after else None
+        counters = {key: after[key] - before[key] for key in after} if after else None
         return Cell(
             load=step.load,
             arm=step.arm,
             repetition=step.repetition,
             seconds=seconds,
             answers=tuple(answers),
-            rounds=rounds,
+            counters=counters,
         )
 
     def _route(self, arm: Arm, client: httpx.Client) -> None:
@@ -351,6 +354,7 @@ class Runner:
             "left_out": self.left_out,
             "ended": self._ended,
             "recorded": list(plan.recorded),
+            "longest_wait": plan.longest_wait,
             "sampling": [
                 dict(one) for one in sorted({tuple(p.sampling.items()) for p in plan.prompts} - {()})
             ],
@@ -363,8 +367,22 @@ def _alone(arm: Arm) -> list[str]:
     return [*arm.arguments, *(() if arm.router is None else ("--whiflash-router", arm.router))]
 
 
+TOLD = ("dtype", "attention_backend", "sampling_backend", "max_total_num_tokens")
+"""Fields of `/server_info` that a report keeps."""
+METRICS = "--enable-metrics"
+COUNTED = {"sglang:evicted_tokens_total": "evicted", "sglang:num_retracted_requests_total": "retracted"}
+"""SGLang's counters → their names in a cell."""
+
+
 def _state(arm: Arm, client: httpx.Client) -> dict[str, float]:
+    """Return the counters of a server that runs an arm."""
+    counted: dict[str, float] = {}
+    if METRICS in arm.arguments:
+        counted = dict.fromkeys(COUNTED.values(), 0.0)
+        for line in client.get("/metrics").raise_for_status().text.splitlines():
+            if name := COUNTED.get(line.partition("{")[0]):
+                counted[name] += float(line.rpartition(" ")[2])
     if arm.router is None:
-        return {}
+        return counted
     state = client.get("/whiflash/state").raise_for_status().json()
-    return {key: n for key, n in state.items() if isinstance(n, int | float) and key != "requests"}
+    return counted | {key: n for key, n in state.items() if isinstance(n, int | float) and key != "requests"}

@@ -31,7 +31,17 @@ def bench(
         str | None, typer.Option(help="Bodies of chat completions, as JSON lines or a JSON list.")
     ] = None,
     recorded: Annotated[
-        list[Path] | None, typer.Option(help="Replay recorded conversations instead of prompts.")
+        list[Path] | None, typer.Option(help="Replay recorded agents instead of prompts.")
+    ] = None,
+    agents: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Recorded agents at a time. Default: 1.")
+    ] = None,
+    longest_wait: Annotated[
+        float | None, typer.Option(min=0, help="Most seconds of a recorded tool. Default: 30.")
+    ] = None,
+    kv_share: Annotated[
+        float | None,
+        typer.Option(min=0, help="KV pool over what the recorded agents' longest contexts need."),
     ] = None,
     per_category: Annotated[
         int | None, typer.Option(min=1, max=MOST, help="Prompts of each category.")
@@ -40,7 +50,9 @@ def bench(
         int | None,
         typer.Option(min=2, max=MOST, help="Longest answer, in tokens. Default: 160, or as recorded."),
     ] = None,
-    concurrency: Annotated[str, typer.Option(help="Requests in flight; comma-separated.")] = "1",
+    concurrency: Annotated[
+        str | None, typer.Option(help="Requests in flight; comma-separated. Default: 1.")
+    ] = None,
     repetitions: Annotated[int, typer.Option(min=1, max=1000, help="Repetitions of the full set.")] = 3,
     interleave: Annotated[bool, typer.Option(help="Run all servers at once and ask prompts in turn.")] = True,
     out: Annotated[
@@ -59,7 +71,7 @@ def bench(
     whiflash bench --per-category 1 --repetitions 1 --max-tokens 64
     whiflash bench --concurrency 1,4,8 --out report.json
     whiflash bench --prompts bodies.jsonl --model-path MODEL --bundle BUNDLE --no-interleave
-    whiflash bench --recorded log.jsonl --arms auto,auto+prediction
+    whiflash bench --recorded log.jsonl --agents 8 --kv-share 0.5 --arms none+sessions,auto,auto+sessions
     """
     import tempfile
 
@@ -67,12 +79,17 @@ def bench(
     from whiflash_lab.bench.command import judge, publish, run
     from whiflash_lab.bench.runner import Plan
 
-    loads = [Load(value=number) for number in whole_numbers("--concurrency", concurrency)]
+    loads = [Load(value=number) for number in whole_numbers("--concurrency", concurrency or str(agents or 1))]
     names = [name.strip() for name in (arms or "").split(",") if name.strip()]
     check_names(names, recorded=bool(recorded))
-    refused = [name for name, value in (("--prompts", prompts), ("--per-category", per_category)) if value]
-    if recorded and refused:
-        raise UsageError(f"--recorded plays whole files and takes no {', '.join(refused)}: remove it")
+    others = {"--prompts": prompts, "--per-category": per_category, "--concurrency": concurrency}
+    if recorded and (refused := [name for name, value in others.items() if value]):
+        raise UsageError(
+            f"--recorded plays whole files, --agents at a time, and takes no {', '.join(refused)}: remove it"
+        )
+    own = {"--agents": agents, "--longest-wait": longest_wait, "--kv-share": kv_share}
+    if not recorded and (refused := [name for name, value in own.items() if value is not None]):
+        raise UsageError(f"{', '.join(refused)}: for --recorded FILE only, which is missing")
     chosen = (
         []
         if recorded
@@ -91,7 +108,7 @@ def bench(
             )
         for file in (out, out.with_suffix(".md")) if out.suffix else (out,):
             make_place("--out", file)
-    from whiflash_lab.bench.recorded import read_talks, recorded_arms
+    from whiflash_lab.bench.recorded import read_talks, recorded_arms, with_pool
     from whiflash_lab.bench.subject import build_subject
 
     with tempfile.TemporaryDirectory(prefix="whiflash-bench-") as scratch:
@@ -100,9 +117,11 @@ def bench(
         left_out: dict[str, str] = {}
         longest = max_tokens or 160
         if recorded:
-            talks, left_out = read_talks(recorded, subject, max_tokens, max(load.value for load in loads))
+            talks, left_out = read_talks(recorded, subject, max_tokens)
+            if kv_share is not None:
+                subject = with_pool(subject, talks, loads[0].value, kv_share)
             chosen, measured = list(talks), recorded_arms(names or ["auto"], subject, talks)
-            longest = max(len(task.answer) for talk in talks for task in talk.tasks)
+            longest = max(len(turn.answer) or turn.free for talk in talks for turn in talk.turns)
         else:
             measured = build_arms(names or those_with_drafters(DEFAULT, subject), subject)
         plan = Plan(
@@ -114,6 +133,7 @@ def bench(
             max_tokens=longest,
             interleave=interleave,
             recorded=tuple(path.name for path in recorded or ()),
+            longest_wait=0 if not recorded else 30 if longest_wait is None else longest_wait,
             left_out=left_out,
         )
         report = run(plan)
