@@ -35,26 +35,14 @@ def recorded(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("terminal", "no_color", "words", "coloured"),
-    [
-        (False, "", (), False),
-        (True, "", (), True),
-        (True, "1", (), False),
-        (False, "", ("--colour",), True),
-        (True, "", ("--no-colour",), False),
-    ],
+    ("terminal", "no_color", "coloured"), [(False, "", False), (True, "", True), (True, "1", False)]
 )
-def test_a_terminal_and_who_asks_for_them_get_colours_others_marks(
-    recorded: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    terminal: bool,
-    no_color: str,
-    words: tuple[str, ...],
-    coloured: bool,
+def test_a_terminal_gets_colours_others_marks(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool, no_color: str, coloured: bool
 ) -> None:
     monkeypatch.setenv("NO_COLOR", no_color)
     monkeypatch.setenv("TERM", "xterm-256color")
-    done = whiflash("trace", str(recorded), *words, terminal=terminal)
+    done = whiflash("trace", str(recorded), terminal=terminal)
     assert (done.returncode, ESCAPE in done.stdout, MARKS in done.stdout) == (0, coloured, not coloured)
 
 
@@ -74,7 +62,7 @@ def test_every_choice_and_other_routes_answers_have_their_text(recorded: Path) -
         "sglext": response["sglext"],
     }
     recorded.write_text(json.dumps([several, response, message]))
-    shown = whiflash("trace", str(recorded), "--no-colour").stdout
+    shown = whiflash("trace", str(recorded)).stdout
     for text in ("‹ar›Hello ", "‹ar›Howdy ", "‹ar›Salve ", "f({})", "‹ar›Hallo ", "choice 1"):
         assert text in shown, text
 

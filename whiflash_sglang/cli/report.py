@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from whiflash_sglang.cli.top import less
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.hosts import replicas_of
 
@@ -16,30 +15,24 @@ CAVEAT = (
 
 SUMS = ("tokens", "timed_tokens", "timed_seconds", "priced_tokens", "priced_seconds", "plain_seconds")
 COUNTED = (*SUMS, "by_arm", "plain_price")
-"""Keys of a server's state that a report reads, and stores for a later report's `--since`."""
+"""Keys of a server's state that a report reads."""
 
 
 class Brought(NamedTuple):
     """Gain of a server. seconds: of all decode rounds, estimated at the pace of the timed ones. gain: speed over plain
-    decoding in the rounds for which plain decoding's price was known; saved: seconds that drafting saved, at their
-    pace; None without such rounds. by_arm: tokens. price: how far plain decoding's price is known (`PlainPrice`).
+    decoding in the rounds for which plain decoding's price was known; None without such rounds. by_arm: tokens. price:
+    how far plain decoding's price is known (`PlainPrice`).
     """
 
     tokens: int
     seconds: float
     gain: float | None
-    saved: float | None
     by_arm: Mapping[str, int]
     price: Mapping[str, Any]
 
-    def as_json(self, hourly: float | None) -> dict[str, Any]:
-        """Return the figures for `--json`. hourly: cost of an hour of the server; None: without costs."""
-        rate, gain, second = self.tokens / self.seconds, self.gain, (hourly or 0.0) / 3600
-        costs = {} if hourly is None else {
-            "saved_cost": None if self.saved is None else second * self.saved,
-            "cost_per_million_tokens": 1e6 * second / rate,
-            "plain_cost_per_million_tokens": None if gain is None else 1e6 * second / rate * gain,
-        }  # fmt: skip
+    def as_json(self) -> dict[str, Any]:
+        """Return the figures for `--json`."""
+        rate, gain = self.tokens / self.seconds, self.gain
         return {
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -47,33 +40,26 @@ class Brought(NamedTuple):
             "plain_tokens_per_second": None if gain is None else rate / gain,
             "gain": gain,
             "plain_price": self.price,
-            **costs,
             "tokens_by_arm": dict(self.by_arm),
         }
 
 
-def brought(state: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> Brought:
-    """Compute a server's gain from its state: since `before`, an earlier state of it, or since its start.
+def brought(state: Mapping[str, Any]) -> Brought:
+    """Compute a server's gain from its state, since its start.
 
     Raises:
-        ConfigError: the server was restarted in between, has timed no round, or is of another release.
+        ConfigError: the server has timed no round, or is of another release.
     """
     if missing := [name for name in COUNTED if name not in state]:
         raise ConfigError(f"its state has no {missing[0]}: use the command of the server's own release")
-    counts: Any = state if before is None else less(state, before)
-    sums = [counts[name] for name in SUMS]
-    if min(sums) < 0:
-        raise ConfigError("the server was restarted after the reading of --since: leave --since out")
-    tokens, timed, seconds, priced_tokens, priced_seconds, plain = sums
+    tokens, timed, seconds, priced_tokens, priced_seconds, plain = (state[name] for name in SUMS)
     if min(tokens, timed, seconds) <= 0:
         raise ConfigError("the server has timed no round yet: send it requests, then ask again")
-    all_of = tokens / timed / replicas_of(state)  # rounds before a prefill or a pause are not timed
-    known = min(priced_tokens, priced_seconds, plain) > 0
     return Brought(
         tokens,
-        all_of * seconds,
-        plain / priced_seconds if known else None,
-        all_of * (plain - priced_seconds) if known else None,
-        {arm: own["tokens"] for arm, own in counts["by_arm"].items() if own["tokens"] > 0},
+        # Rounds before a prefill or a pause are not timed.
+        seconds * tokens / timed / replicas_of(state),
+        plain / priced_seconds if min(priced_tokens, priced_seconds, plain) > 0 else None,
+        {arm: own["tokens"] for arm, own in state["by_arm"].items() if own["tokens"] > 0},
         state["plain_price"],
     )

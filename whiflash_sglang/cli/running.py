@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,8 +18,7 @@ from whiflash_sglang.cli.options import (
     report,
     say_prose,
 )
-from whiflash_sglang.errors import ConfigError, ServerRefusedError, UsageError, WhiflashError
-from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, read_json_file
+from whiflash_sglang.errors import ConfigError, ServerRefusedError, WhiflashError
 from whiflash_sglang.settings.config import RouterName
 
 PATIENCE = 60.0
@@ -132,89 +130,43 @@ def top(
                     live.update(screen(view.look()), refresh=True)
 
 
-def summary(
-    url: UrlOption = None,
-    since: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="An earlier output of --json: count from it on."),
-    ] = None,
-    hourly: Annotated[
-        float | None,
-        typer.Option("--cost-per-hour", min=0, max=1e9, help="Cost of a server's hour, in any currency."),
-    ] = None,
-    as_json: JsonFlag = False,
-    api_key: AdminKeyOption = None,
-) -> None:
+def summary(url: UrlOption = None, as_json: JsonFlag = False, api_key: AdminKeyOption = None) -> None:
     """Report what drafting brought on running servers, against their own prices of rounds without drafts.
 
-    It counts from the server's start, or from an earlier report on.
+    It counts from the server's start.
 
     \b
-    Examples:
-    whiflash report --cost-per-hour 2.5
-    whiflash report --json > monday.json
+    Example:
+    whiflash report --url http://127.0.0.1:30000
     """
-    from whiflash_sglang.cli.report import CAVEAT, COUNTED, brought
-    from whiflash_sglang.files.hosts import address_of, without_password
-
-    before = {} if since is None else _earlier(since)
+    from whiflash_sglang.cli.report import CAVEAT, brought
+    from whiflash_sglang.files.hosts import without_password
 
     def ask(server: str) -> dict[str, Any] | str:
         state = steer(server, "/whiflash/state", None, api_key)
-        named, earlier = without_password(server), before.get(address_of(server))
-        if since is not None and earlier is None:
-            raise ServerRefusedError(
-                f"{named}: --since {since} has only {', '.join(before)}: give one of these as --url"
-            )
         try:
-            figures = brought(state, earlier).as_json(hourly)
+            figures = brought(state).as_json()
         except ConfigError as error:
-            raise ServerRefusedError(f"{named}: {error}") from None
-        counted = {name: state[name] for name in COUNTED}
-        return {**figures, "state": counted} if as_json else _sentences(figures)
+            raise ServerRefusedError(f"{without_password(server)}: {error}") from None
+        return figures if as_json else _sentences(figures)
 
     ask_every(url, ask, as_json)
     if not as_json:
         say_prose(CAVEAT)
 
 
-def _earlier(path: Path) -> dict[str, Any]:
-    """Return the servers' states in an earlier report, by their `address_of`. Raises UsageError."""
-    from whiflash_sglang.cli.report import COUNTED
-    from whiflash_sglang.files.hosts import ServerState, address_of
-
-    try:
-        states = {address_of(url): report["state"] for url, report in read_json_file(path).items()}
-        for state in states.values():
-            ServerState.model_validate({"policy": "", **{name: state[name] for name in COUNTED}})
-        return states
-    except NOT_AS_WRITTEN:
-        raise UsageError(f"--since {path} is no output of this release's `whiflash report --json`") from None
-
-
 def _sentences(sums: dict[str, Any]) -> str:
     from whiflash_sglang.cli.top import unknown
 
     arms = ", ".join(f"{arm} {count / sums['tokens']:.0%}" for arm, count in sums["tokens_by_arm"].items())
-    known = sums["gain"] is not None
     beside = f"; the gain is {unknown(sums['plain_price'])}"
-    if known:
+    if sums["gain"] is not None:
         beside = f" for {sums['plain_tokens_per_second']:.1f} without drafts: {sums['gain']:.2f} times"
     lines = [
         f"{sums['tokens']:,} tokens, {sums['tokens_per_second']:.1f} a second{beside}",
         f"tokens by drafter: {arms}",
     ]
-    if "saved_cost" in sums:
-        names = ("cost_per_million_tokens", "plain_cost_per_million_tokens", "saved_cost")
-        price, plain, saved = (_money(sums[name]) for name in names)
-        lines.append(
-            f"a million tokens cost {price}" + (f" instead of {plain}; saved {saved}" if known else "")
-        )
     return "\n  ".join(["", *lines])
-
-
-def _money(sum_: float | None) -> str:
-    return "" if sum_ is None else f"{sum_:.2f}" if abs(sum_) >= 1 else f"{sum_:.2g}"
 
 
 def register(app: typer.Typer, lab: typer.Typer) -> None:

@@ -94,16 +94,8 @@ def _text_of(response: dict[str, Any], index: int) -> str:
 def trace(
     file: Annotated[Path, typer.Argument(help="Responses: JSON or JSON lines.")],
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page to this file.")] = None,
-    colour: Annotated[
-        bool | None,
-        typer.Option(
-            help="Colours, or each drafter's name before its text. Default: colours on a terminal without "
-            "NO_COLOR.",
-            show_default=False,
-        ),
-    ] = None,
 ) -> None:
-    """Show which drafter wrote what in recorded responses.
+    """Show which drafter wrote what in recorded responses: by colours on a terminal, else by names before the text.
 
     \b
     Example:
@@ -116,8 +108,8 @@ def trace(
     turns = turns_of(file)
     if html is None:
         console = Console()
-        in_colour = console.is_terminal and not console.no_color if colour is None else colour
-        # `print`, because typer would remove colours in a pipe, also if the user asked for them.
+        in_colour = console.is_terminal and not console.no_color
+        # `print`, because typer would remove colours in a pipe, also if the user asked for them (FORCE_COLOR).
         print(conversation_terminal(turns, colour=in_colour))
         return
     write_output(html, conversation_html(turns, title=file.name))

@@ -20,7 +20,6 @@ MOST_ANSWER: Final = 16 << 20
 """Most bytes of an answer that are read."""
 FEW: Final = Field(max_length=1024)
 """Bound on the number of arms, reasons or replicas in an answer."""
-_LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 53)]
 Amount = Annotated[
@@ -120,17 +119,6 @@ def without_password(url: str) -> str:
     """
     url = re.sub("^([a-z]*://)?.*@", r"\1", url, flags=re.DOTALL | re.IGNORECASE)
     return re.split("[?#]", url, maxsplit=1)[0].rstrip("/").removesuffix("/v1")
-
-
-def address_of(url: str) -> str:
-    """Return a key that is the same for all URLs of one server, whatever name they have for this machine."""
-    url = without_password(url)
-    try:
-        parts = httpx.URL(url)
-    except httpx.InvalidURL:
-        return url
-    host = "localhost" if parts.host in _LOCAL else parts.host
-    return str(parts.copy_with(host=host))
 
 
 def ask(
