@@ -236,7 +236,7 @@ def choose(
     slots = index(requests)
     beside = {"appended": appended, "from_host": from_host, "at": index(requests, CANDIDATES)}
     beside |= {"copies": copies, "limits": slots}
-    return choose_drafts(laid, slots, slots, TEXT, **beside, worth=0.1, most_drafts=limit)
+    return choose_drafts(laid, slots, slots, TEXT, **beside, worth=0.1, most_drafts=limit, stops=STOPS)
 
 
 def copy(requests: int, *, behind: bool) -> None:

@@ -305,17 +305,20 @@ def cut(confidences, calibration, edges, limit, worth):
     return min(kept, limit), alive
 
 
-def choose(requests, worth, most, least=0.0):
+def choose(requests, worth, most, least=0.0, stops=None):
     """Drafts that are verified of every request, their sources, how many are the first ones; and all drafts.
 
     A request is its own drafts, those behind them, candidates and copies, each a list of (token, chance); a candidate
     is one with how many of its first tokens were committed since, whether these are the text's, and the most of it.
-    There are no copies if the rest of the first candidate pays its rows.
+    There are no copies if the rest of the first candidate pays its rows. A request's `stops` end its drafts.
     """
     merged, sources, first = [], [], []
-    for laid, behind, candidates, copies in requests:
-        best, source = laid + behind, 0
-        left = [(k, follow(*candidate, least)) for k, candidate in enumerate(candidates, 1)]
+    for (laid, behind, candidates, copies), ending in zip(
+        requests, stops or [()] * len(requests), strict=True
+    ):
+        best, source = until(laid + behind, ending), 0
+        left = [(k, until(follow(*candidate, least), ending)) for k, candidate in enumerate(candidates, 1)]
+        copies = until(copies, ending)
         copied = [] if left and gain(left[0][1], worth) > 0 else copies
         for number, drafts in (*left, (-1, copied)):
             if drafts and gain(drafts, worth) > gain(best, worth):
@@ -331,6 +334,11 @@ def choose(requests, worth, most, least=0.0):
         kept = [b for _, _, b in ranked[:most]]
         merged = [drafts[: kept.count(b)] for b, drafts in enumerate(merged)]
     return merged, sources, [min(n, len(drafts)) for n, drafts in zip(first, merged, strict=True)], wanted
+
+
+def until(drafts, stops):
+    ends = [i for i, (token, _) in enumerate(drafts, 1) if token in stops]
+    return drafts[: ends[0]] if ends else drafts
 
 
 def gain(drafts, worth):

@@ -165,6 +165,11 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
     slots = list(range(SLOTS, SLOTS - size, -1))
     starts = [6 + b for b in range(size)]
     text = torch.full((SLOTS + 1, CONTEXT), -5, dtype=torch.int64, device=DEVICE)
+    ending = st.lists(st.sampled_from([0, 1, 3, 20, 22, 40, 43, 61, 64, 71, 72]), max_size=3)
+    stops = [[100 * b + token for token in data.draw(ending)] for b in range(size)]
+    stopping = torch.full((SLOTS + 1, 3), -1)
+    for slot, ids in zip(slots, stops, strict=True):
+        stopping[slot, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
     lines, at = [], []
     for start, (_, _, proposed, _) in zip(starts, requests, strict=True):
         for tokens, passed, agrees, _ in proposed:
@@ -204,8 +209,9 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
             worth=worth,
             least=least,
             most_drafts=room,
+            stops=stopping.to(DEVICE),
         )
-    expected, sources, kept, wanted = oracles.choose(requests, worth, room, least)
+    expected, sources, kept, wanted = oracles.choose(requests, worth, room, least, stops)
     assert chosen.widths.tolist() == [len(own) + 1 for own in expected]
     assert chosen.source.tolist() == sources
     assert chosen.first_drafts.tolist() == kept

@@ -151,9 +151,11 @@ def choose_drafts(
     worth: float = 0.0,
     least: float = 0.0,
     most_drafts: int | None = None,
+    stops: Tensor | None = None,
 ) -> Chosen:
     """Choose the drafts that are verified: appended ones, replacements, and as many as there are rows for.
 
+    Every candidate ends with its first token of ``stops``[request_slots[b]], since nothing after it can be accepted.
     Behind request b's counts[b] drafts come its appended.counts[b]. These are candidate 0. The host's k-th counts as
     far as the text agrees: with a = seq_lens[b] + 1 - at[b, k], the tokens that were committed since it was made,
     tokens[b, k, :a] must be text[request_slots[b], at[b, k] : seq_lens[b] + 1]. Then its tokens from a on are drafts,
@@ -178,6 +180,7 @@ def choose_drafts(
         copies: tokens [B, L], counts [B] of at most W, alive [B, L], all contiguous.
         worth: what a row must bring. least: chance below which no token of the host's is verified.
         most_drafts: of the batch; None: all.
+        stops: [slots, S] int64, contiguous, the tokens that end each request, -1 in further columns; None: none does.
 
     Returns:
         `Chosen`, new.
@@ -196,6 +199,8 @@ def choose_drafts(
     assert alive is not None
     if appended is not None:
         tokens, counts, alive = _joined(tokens, counts, alive, appended)
+    ending = None if stops is None else stops[request_slots]
+    counts = _until(tokens, counts, ending)
     width, best = tokens.shape[1], _gain(counts, alive, worth)
     source = torch.zeros_like(counts)
     candidates: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
@@ -203,9 +208,10 @@ def choose_drafts(
         for k in range(at.shape[1]):
             one = (from_host.tokens[:, k], from_host.counts[:, k], from_host.alive[:, k], at[:, k])
             most = limits.clamp(max=width)
-            candidates.append((k + 1, _aligned(*one, request_slots, seq_lens, text, most, least)))
+            ids, count, chances = _aligned(*one, request_slots, seq_lens, text, most, least)
+            candidates.append((k + 1, (ids, _until(ids, count, ending), chances)))
     if copies is not None and copies.alive is not None:
-        copied = copies.counts
+        copied = _until(copies.tokens, copies.counts, ending)
         if candidates:  # the copying arm's own
             _, first_count, first_alive = candidates[0][1]
             copied = copied.masked_fill(_gain(first_count, first_alive, worth) > 0, 0)
@@ -239,6 +245,15 @@ def _sound(tokens: Tensor, drafted: Tensor, alive: Tensor, confidences: Tensor) 
     sure = confidences[:, :columns]
     sound[:, :columns] &= sure == sure
     return sound.cumprod(1).sum(1)
+
+
+def _until(tokens: Tensor, counts: Tensor, ending: Tensor | None) -> Tensor:
+    """Return `counts` up to the first of `tokens` [B, W] that is in its row of `ending` [B, S], [B]."""
+    if ending is None:
+        return counts
+    ends = (tokens[:, :, None] == ending[:, None]).any(2)
+    column = torch.arange(1, tokens.shape[1] + 1, device=counts.device)
+    return torch.minimum(counts, torch.where(ends, column, tokens.shape[1]).amin(1))
 
 
 def _lay(into: Tensor, index: Tensor, values: Tensor) -> None:

@@ -151,6 +151,7 @@ def _of_batches(served: Served) -> None:
                     copies=copies,
                     limits=zeros,
                     most_drafts=most,
+                    stops=stops,
                 )
             block = prepare_mixed_block(
                 zeros, chosen.tokens, chosen.widths, zeros, zeros, served.req_to_token, rows=size

@@ -126,6 +126,7 @@ class DraftStage:
             worth=plan.worth.row,
             least=plan.worth.least_chance,
             most_drafts=most,
+            stops=self.stops,
         )
         turn.packed_rows, turn.stride = size + most, 1 + max(limits.drafts) if most else 1
 

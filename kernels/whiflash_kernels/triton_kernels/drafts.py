@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from whiflash_kernels.structs import Chosen, Drafts
-from whiflash_kernels.triton_kernels.launch import draft_columns, lanes
+from whiflash_kernels.triton_kernels.launch import draft_columns, lanes, power_of_two
 
 RIVALS = 128
 """Number of the batch's chances with which a request's own are compared at a time."""
@@ -216,6 +216,13 @@ def _rows(values: Tensor | None) -> Tensor | None:
     return values if values is None or values.stride(1) == 1 else values.contiguous()
 
 
+@triton.jit
+def _until(token, column, count, stop):
+    """Cut `count` behind the first token that is among `stop`."""
+    ends = tl.sum((token[:, None] == stop[None, :]).to(tl.int32), axis=1) > 0
+    return tl.minimum(count, tl.min(tl.where(ends, column + 1, 2147483647), axis=0).to(tl.int64))
+
+
 @triton.jit(do_not_specialize=["width", "host_width", "copies_width", "more_row", "more_alive_row"])
 def _merge_drafts_kernel(
     tokens,
@@ -235,6 +242,7 @@ def _merge_drafts_kernel(
     request_slots,
     seq_lens,
     text,
+    stops,
     out,
     widths,
     first_drafts,
@@ -256,6 +264,8 @@ def _merge_drafts_kernel(
     HAS_MORE_ALIVE: tl.constexpr,
     HAS_COPIES: tl.constexpr,
     COMPETE: tl.constexpr,
+    STOPS: tl.constexpr,
+    PADDED_STOPS: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
@@ -275,7 +285,12 @@ def _merge_drafts_kernel(
         chance = tl.where(joins, more_chance, chance)
         count += extra
     length = tl.load(seq_lens + request).to(tl.int64)
-    line = text + tl.load(request_slots + request).to(tl.int64) * text_row
+    slot = tl.load(request_slots + request).to(tl.int64)
+    line = text + slot * text_row
+    if STOPS:
+        each = tl.arange(0, PADDED_STOPS)
+        stop = tl.load(stops + slot * STOPS + each, mask=each < STOPS, other=-1)
+        count = _until(token, column, count, stop)
     best = tl.sum(tl.where(inside & (column < count), chance - worth, 0.0), axis=0)
     winner = 0
     first_pays = count < 0
@@ -297,12 +312,15 @@ def _merge_drafts_kernel(
         there = inside & (column < most)
         lives = tl.div_rn(tl.load(host_alive + first + column, mask=there, other=0.0), sure)
         there &= lives >= least
+        candidate = tl.load(host_tokens + first + column, mask=there, other=0)
         most = tl.sum(there.to(tl.int64), axis=0)
+        if STOPS:
+            most = _until(candidate, column, most, stop)
+            there &= column < most
         gain = tl.sum(tl.where(there, lives - worth, 0.0), axis=0)
         if number == 0:
             first_pays = gain > 0.0
         wins = (most > 0) & (gain > best)
-        candidate = tl.load(host_tokens + first + column, mask=there, other=0)
         token = tl.where(wins, candidate, token)
         chance = tl.where(wins, lives, chance)
         count = tl.where(wins, most, count)
@@ -311,10 +329,13 @@ def _merge_drafts_kernel(
     if HAS_COPIES:
         copied = tl.load(copies_counts + request)
         there = inside & (column < copied) & (column < copies_width)
+        copy = tl.load(copies + request * copies_width + column, mask=there, other=0)
+        if STOPS:
+            copied = _until(copy, column, copied, stop)
+            there &= column < copied
         lives = tl.load(copies_alive + request * copies_width + column, mask=there, other=0.0)
         gain = tl.sum(tl.where(there, lives - worth, 0.0), axis=0)
         wins = (copied > 0) & (first_pays == 0) & (gain > best)
-        copy = tl.load(copies + request * copies_width + column, mask=there, other=0)
         token = tl.where(wins, copy, token)
         chance = tl.where(wins, lives, chance)
         count = tl.where(wins, copied, count)
@@ -363,6 +384,7 @@ def choose_drafts(
     worth: float = 0.0,
     least: float = 0.0,
     most_drafts: int | None = None,
+    stops: Tensor | None = None,
 ) -> Chosen:
     """Choose the drafts that are verified; see `whiflash_kernels.drafts.choose_drafts`."""
     (size, width), device = drafts.tokens.shape, text.device
@@ -404,6 +426,7 @@ def choose_drafts(
         request_slots.contiguous(),
         seq_lens.contiguous(),
         text,
+        text if stops is None else stops,
         *chosen,
         chances,
         float(worth),
@@ -421,6 +444,8 @@ def choose_drafts(
         HAS_MORE_ALIVE=more_alive is not None,
         HAS_COPIES=copies is not None,
         COMPETE=compete,
+        STOPS=0 if stops is None else stops.shape[1],
+        PADDED_STOPS=1 if stops is None else power_of_two(stops.shape[1]),
         num_warps=1,
     )
     if compete:
