@@ -11,7 +11,7 @@ from whiflash_sglang.drafts.candidates import Part
 from whiflash_sglang.telemetry.trace import Recording, build_trace, pieces_of, place
 
 PROMPT = 7
-SOURCES = ("ar", "diffusion", "context", "prediction", "grammar", "tools")
+SOURCES = ("ar", "diffusion", "context", "prediction", "group", "grammar", "tools")
 
 
 def recorded(*rounds: tuple[str, int], level: TraceLevel = "full", reason: str = "score") -> Recording:

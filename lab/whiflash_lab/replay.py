@@ -136,6 +136,7 @@ class Walk:
             done = min(done + right + 1, len(text))
         sums.tokens = len(text) - begin - 1
         for arm in self._arms:
+            arm.answered(request, turn.answer)
             arm.end(request)
         return sums
 

@@ -75,7 +75,7 @@ def test_every_request_carries_who_asks(wrapped: OpenAI, server: FakeServer) -> 
     create = wrapped.chat.completions.create
     with Session(tenant="acme", agent="coder"):
         create(model="m", messages=[user()])
-        with agent("inner"), Session():
+        with agent("inner"), Session(task="t"):
             create(model="m", messages=CHAT)
         wrapped.completions.create(model="m", prompt="x", extra_body={"cache_salt": "own"})
     with Session(agent="nearer", predicts=False), agent("outer"), Session(agent="n\udce9arer"):
@@ -89,6 +89,7 @@ def test_every_request_carries_who_asks(wrapped: OpenAI, server: FakeServer) -> 
         ("client", "client"),
     ]
     assert predicted(server.bodies[3]) is None
+    assert [server.wire(n).get("task") for n in range(5)] == [None, "t", None, None, None]
 
 
 @pytest.mark.parametrize("route", ["chat", "responses", "messages"])

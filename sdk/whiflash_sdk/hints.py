@@ -108,8 +108,9 @@ class Hints(_Hint):
     off: decode without drafting.
     infer: without spans, let the SDK and the server infer them from the request.
     trace: ask for the routing trace. True is "summary", sums by drafter; "full" has the stretches.
-    lookup: whether text is copied: `on`, `off`, or `context`, which is `on` for a request that no learner keeps.
+    lookup: whether text is copied: `on`, `off`, or `context`: from its own text only, and nothing of it is kept.
     agent: name of the agent, 1 to 64 characters, by which reports count.
+    task: name of the task, 1 to 64 characters: requests of a tenant with one name copy from each other's answers.
     learn: false keeps the request from a server that trains its drafters on what it serves.
     """
 
@@ -122,6 +123,7 @@ class Hints(_Hint):
     trace: bool | TraceLevel = False
     lookup: Annotated[LookupScope, BeforeValidator(lambda value: "on" if value is None else value)] = "on"
     agent: Name | None = None
+    task: Name | None = None
     learn: bool = True
 
     def encode(self) -> str:

@@ -21,7 +21,7 @@ class Session:
     conversation read or wrote last is sent as its prediction. A call, an inner block or `predict` wins.
 
     tenant: owner of the answers' text, as in `wrap(tenant=)`. agent: name of the agent. predicts: whether files are
-    predicted; the default is yes.
+    predicted; the default is yes. task: name of the task, whose calls copy from each other's answers.
 
     Raises: ValueError for an empty tenant.
     """
@@ -29,6 +29,7 @@ class Session:
     tenant: str | None = None
     agent: str | None = None
     predicts: bool | None = None
+    task: str | None = None
 
     def __post_init__(self) -> None:
         if self.tenant == "":
@@ -42,8 +43,9 @@ class Session:
         _SESSION.leave(self)
 
     def hints(self) -> Hints:
-        """Return hints with the agent's name, empty without one."""
-        return Hints(agent=name_sent(self.agent)) if self.agent else Hints()
+        """Return hints with the names of agent and task, as far as they are given."""
+        names = {"agent": self.agent, "task": self.task}
+        return Hints(**{kind: name_sent(name) for kind, name in names.items() if name})
 
     def prediction(self, body: Mapping[str, Any], parser: str | None) -> str | None:
         """Return the file that this request may edit; None if unknown. parser: the server's parser of tool calls."""
@@ -60,9 +62,9 @@ def session() -> Session | None:
     def field(name: str) -> Any:
         return next((value for one in held if (value := getattr(one, name)) is not None), None)
 
-    return Session(field("tenant"), field("agent"), field("predicts")) if held else None
+    return Session(field("tenant"), field("agent"), field("predicts"), field("task")) if held else None
 
 
 def naming_sessions() -> list[Session]:
-    """Return the enclosing sessions that name an agent, the innermost first."""
-    return [one for one in _SESSION.held() if one and one.agent]
+    """Return the enclosing sessions that name an agent or a task, the innermost first."""
+    return [one for one in _SESSION.held() if one and (one.agent or one.task)]

@@ -17,14 +17,16 @@ from whiflash_sdk.session import naming_sessions
 __all__ = ["code", "hinted", "json", "prose", "reasoning", "tool_call"]
 
 _BLOCK: BlockValue[tuple[Hints, int]] = BlockValue("whiflash_block", (Hints(), 0))
-"""Merged hints of the `hinted` blocks, and the number of sessions with an agent around the innermost of them."""
+"""Merged hints of the `hinted` blocks, and the number of sessions with a name around the innermost of them."""
 _OPENED: BlockValue[Span | None] = BlockValue("whiflash_opened", None)
 
 
 def block_hints() -> Hints:
     """Merge the hints of the enclosing `hinted` blocks and sessions, the innermost first; empty outside."""
     (held, depth), named = _BLOCK.get(), naming_sessions()
-    return held if len(named) <= depth else named[0].hints().over(held)
+    for one in reversed(named[: len(named) - depth]):
+        held = one.hints().over(held)
+    return held
 
 
 def opened_span() -> Span | None:

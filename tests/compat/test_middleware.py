@@ -17,6 +17,7 @@ from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
+from whiflash_sglang.copying.groups import SIBLINGS
 from whiflash_sglang.http import cut_streams, middleware, reader, writer
 from whiflash_sglang.http.callers import CALLER, Caller
 from whiflash_sglang.http.reader import CURRENT, Call, Fields, Form, as_chat, implied
@@ -309,6 +310,17 @@ def test_a_headers_agent_is_the_hint_of_a_request_without_one(monkeypatch: pytes
     assert [one.hints.agent for one in asyncio.run(reader.take_up(manager(), native, None))] == ["coder"] * 2
     CALLER.reset(token)
     assert [parse_hints(one["custom_params"]).agent for one in native.sampling_params] == ["coder"] * 2
+
+
+def test_answers_to_one_prompt_are_a_group_of_their_own() -> None:
+    """Unless they name a task. No other request has the group's name."""
+    named = {"custom_params": {"whiflash": '{"task":"t","agent":"a"}'}}
+    given = [{"n": 1}, {}, {"n": 2}, {"n": 2}, {"n": 2, **named}, named]
+    native = SimpleNamespace(sampling_params=given, rid=list("abcdef"))
+    asyncio.run(reader.take_up(manager(), native, None))
+    tasks = [parse_hints(one.get("custom_params")).task for one in native.sampling_params]
+    assert [task and task[: len(SIBLINGS)] for task in tasks] == [None, None, SIBLINGS, SIBLINGS, "t", "t"]
+    assert tasks[2] != tasks[3]
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,17 @@ from array import array
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from searching import SEARCH
 
 from whiflash_sglang.copying.calibration import BUCKETS, EVEN_ODDS, Agreement, MatchCalibration
 from whiflash_sglang.copying.copier import Copier
-from whiflash_sglang.copying.predicted import Prediction
+from whiflash_sglang.copying.texts import Prediction
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate
 from whiflash_sglang.records.core import PLACEHOLDERS, readable
 
 
 def copier_of(*tokens: int, **options: object) -> Copier:
-    copier = Copier(MatchCalibration(), **options)  # type: ignore[arg-type]
+    copier = Copier(SEARCH, MatchCalibration(), **options)  # type: ignore[arg-type]
     copier.extend(tokens)
     return copier
 
@@ -45,10 +46,10 @@ def test_agreement_of_the_places() -> None:
     def first(*tokens: int) -> Agreement:
         return copier_of(*tokens).look(1, 0.0).agreements[0]
 
-    assert first(1, 2, 9, 1, 2) is Agreement.ALONE
-    assert first(1, 2, 9, 1, 2, 9, 1, 2) is Agreement.UNANIMOUS
-    assert first(5, 1, 2, 9, 8, 1, 2, 7, 5, 1, 2) is Agreement.LEADING
-    assert first(1, 2, 9, 1, 2, 7, 1, 2) is Agreement.CONTESTED
+    assert first(1, 2, 9, 1, 2) == Agreement.ALONE
+    assert first(1, 2, 9, 1, 2, 9, 1, 2) == Agreement.UNANIMOUS
+    assert first(5, 1, 2, 9, 8, 1, 2, 7, 5, 1, 2) == Agreement.LEADING
+    assert first(1, 2, 9, 1, 2, 7, 1, 2) == Agreement.CONTESTED
 
 
 def test_agreement_is_judged_among_the_places_that_agreed_so_far() -> None:
@@ -65,7 +66,7 @@ def test_shorter_matches_than_asked_for_are_left_alone() -> None:
 
 def test_what_is_committed_teaches_whoever_drafted() -> None:
     calibration = MatchCalibration()
-    copier = Copier(calibration)
+    copier = Copier(SEARCH, calibration)
     copier.extend([1, 2, 9, 8, 7, 1, 2])
     assert tokens_of(copier.look(3, 0.0)) == [9, 8, 7]
     before = [calibration.chance(length, Agreement.ALONE) for length in (2, 3, 4)]
@@ -74,6 +75,14 @@ def test_what_is_committed_teaches_whoever_drafted() -> None:
     assert after[0] > before[0]
     assert after[1] < before[1]
     assert after[2] == before[2]
+
+
+def test_a_copy_ends_with_the_token_that_ends_the_turn() -> None:
+    copier = copier_of(1, 2, 9, 0, 5, 6, 1, 2, stops=(0,))
+    assert tokens_of(copier.look(5, 0.0)) == [9, 0]
+    assert tokens_of(copier.look_beyond([9], 1.0, 5, 0.0)) == [0]
+    assert not tokens_of(copier.look_beyond([9, 0], 1.0, 5, 0.0))
+    assert tokens_of(copier_of(1, 2, 9, 0, 5, 6, 1, 2).look(5, 0.0)) == [9, 0, 5, 6, 1]
 
 
 def test_drafts_lead_into_a_copy() -> None:
@@ -107,7 +116,7 @@ def test_how_a_request_copies_moves_a_copy_once_and_not_once_a_token() -> None:
     copier = copier_of(*range(1, 12), 1, 2)
     before = copier.look(8, 0.0).alive
     for _ in range(200):
-        copier._request.observe(0.5, True)
+        copier._own.habit.observe(0.5, True)
     after = copier.look(8, 0.0).alive
     factors = [b / a for a, b in zip(before, after, strict=True)]
     assert factors[0] > 1.1
@@ -116,22 +125,22 @@ def test_how_a_request_copies_moves_a_copy_once_and_not_once_a_token() -> None:
 
 def test_how_a_request_copies_its_text_says_nothing_of_its_prediction() -> None:
     """Copies of that are judged by its own table only, and are no evidence of how the request copies."""
-    copier = copier_of(1, 2, prediction=Prediction(range(100, 120), 2))
+    copier = copier_of(1, 2, prediction=Prediction(SEARCH, range(100, 120), 2))
     for _ in range(200):
-        copier._request.observe(0.5, False)
-    factor, proposal = copier._request.factor, copier.look(4, 0.0)
+        copier._own.habit.observe(0.5, False)
+    factor, proposal = copier._own.habit.factor, copier.look(4, 0.0)
     assert (proposal.parts[0].source, tokens_of(proposal)) == ("prediction", [100, 101, 102, 103])
-    fresh = copier_of(1, 2, prediction=Prediction(range(100, 120), 2)).look(4, 0.0)
+    fresh = copier_of(1, 2, prediction=Prediction(SEARCH, range(100, 120), 2)).look(4, 0.0)
     assert factor < 0.5
     assert proposal.alive == pytest.approx(fresh.alive)
     copier.extend([100, 7])
-    assert copier._request.factor == factor
+    assert copier._own.habit.factor == factor
 
 
 def test_a_request_that_copies_badly_is_trusted_less_than_others() -> None:
     calibration = MatchCalibration()
     rng = random.Random(0)
-    good, bad = Copier(calibration), Copier(calibration)
+    good, bad = Copier(SEARCH, calibration), Copier(SEARCH, calibration)
     good.extend([1, 2, 3, 4, 5])
     for _ in range(12):
         for token in (1, 2, 3, 4, 5):
@@ -139,8 +148,7 @@ def test_a_request_that_copies_badly_is_trusted_less_than_others() -> None:
             good.extend([token])
             bad.look(1, 0.0)
             bad.extend([rng.choice([1, 2, 3])])
-    known = calibration.chance(2, Agreement.ALONE)
-    assert good._request.adjust(known) > known > bad._request.adjust(known)
+    assert good._own.habit.factor > 1 > bad._own.habit.factor
 
 
 @settings(deadline=None)
@@ -160,7 +168,7 @@ def test_widths_and_expectations_are_bounded(text: list[int], limit: int, worth:
 @given(st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=8))
 def test_any_text(rounds: list[list[int]]) -> None:
     """Committed tokens follow no proposal in particular; proposed ones come after a real match somewhere."""
-    copier, own = Copier(MatchCalibration()), []
+    copier, own = Copier(SEARCH, MatchCalibration()), []
     for tokens in rounds:
         copier.extend(tokens)
         own += tokens
@@ -211,7 +219,7 @@ def test_a_copy_behind_drafts_goes_on_where_it_was() -> None:
 
 def test_what_a_copy_was_taken_from_is_known() -> None:
     """Also of one that goes behind drafts, which changes nothing of what was looked at before."""
-    copier = Copier(MatchCalibration(), prediction=Prediction([40, 41, 42, 75, 76]))
+    copier = Copier(SEARCH, MatchCalibration(), prediction=Prediction(SEARCH, [40, 41, 42, 75, 76]))
     found = {}
     for end in ([1, 2, 3, 1, 2], [40, 41, 42]):
         copier.extend(list(end))

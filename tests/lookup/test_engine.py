@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +16,7 @@ from model_set import Models
 from whiflash_kernels import Drafts
 
 from whiflash_sglang.cache import backlog
+from whiflash_sglang.round.learning import Learner
 
 TOKENS = 160
 LONG = 240
@@ -62,6 +64,89 @@ def cold(running: Engine) -> Answer:
 def test_a_request_may_opt_out(running: Engine, cold: Answer) -> None:
     assert ask(running, "a", lookup="off") == Answer(cold.tokens, TOKENS - 1)
     assert ask(running, "a", lookup="context") == cold, "it means `on`, and that no sample is kept"
+
+
+def siblings(running: Engine, count: int, task: str | None) -> list[str]:
+    """Requests with one prompt that run together, the first some tokens ahead; their names."""
+    custom = None if task is None else {"whiflash": json.dumps({"task": task})}
+    names = [f"s{len(running.requests):05d}-{number}" for number in range(count)]
+    for number, name in enumerate(names):
+        running.submit(name, PROMPT, max_new_tokens=TOKENS, custom_params=custom)
+        while number == 0 and len(running.requests.get(name, EMPTY).output_ids) < TOKENS // 2:
+            running.step()
+    return names
+
+
+EMPTY = SimpleNamespace(output_ids=())
+
+
+def test_siblings_copy_from_each_other_and_write_the_same(running: Engine) -> None:
+    answers, rounds = [], []
+    for task in (None, "t"):
+        running.start_over("lookup")
+        names = siblings(running, 4, task)
+        running.run()
+        answers.append([running.output(name) for name in names])
+        rounds.append([running.rounds(name)[0] for name in names])
+    assert answers[0] == answers[1]
+    assert max(rounds[1][1:]) < min(rounds[0][1:]) / 2
+
+
+def test_a_later_try_copies_from_the_first_until_it_is_forgotten(running: Engine, cold: Answer) -> None:
+    assert ask(running, "a", task="t") == cold
+    assert running.worker.snapshot()["memory"]["lookup_groups"] > 0
+    again = ask(running, "a", task="t")
+    assert again.tokens == cold.tokens
+    assert again.rounds < cold.rounds / 2
+    running.worker.forget(None)
+    assert running.worker.snapshot()["memory"]["lookup_groups"] == 0
+    assert ask(running, "a", task="t") == cold
+
+
+@pytest.mark.parametrize(("salt", "task"), [("b", "t"), (None, "t"), ("a", "u")])
+def test_another_tenant_and_another_task_get_what_they_get_beside_nobody(
+    running: Engine, salt: str | None, task: str
+) -> None:
+    """In rounds, too. The first request teaches the same of copies from its own text in both cases."""
+    found = []
+    for first in ({"task": "t"}, {"lookup": "context"}):
+        running.start_over("lookup")
+        ask(running, "a", **first)
+        found.append(ask(running, salt, task=task))
+    assert found[0] == found[1]
+
+
+def test_a_neighbour_that_is_aborted_or_retracted_changes_no_text(
+    running: Engine, cold: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *others = siblings(running, 3, "t")
+    running.abort(first)
+    running.run()
+    assert [running.output(name) for name in others] == [cold.tokens] * 2
+    monkeypatch.setattr("sglang.srt.managers.scheduler.TEST_RETRACT", True)
+    names = siblings(running, 3, "t")
+    running.run()
+    assert sum(running.requests[name].retraction_count for name in names) > 0
+    assert [running.output(name) for name in names] == [cold.tokens] * 3
+
+
+def test_nothing_is_drafted_after_the_end_of_a_turn(
+    running: Engine, cold: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A right prediction goes on after the token that ends the request: no row is verified for what follows it."""
+    stop = next(token for token in cold.tokens[40:] if token not in cold.tokens[:40])
+    end, verified = cold.tokens.index(stop), list[int]()
+    learn = Learner.learn
+
+    def noting(self: Learner, turn: Any, results: Any, *given: Any) -> Any:
+        verified.extend(map(sum, zip(results.starts, results.widths, strict=True)))
+        return learn(self, turn, results, *given)
+
+    monkeypatch.setattr(Learner, "learn", noting)
+    params = {"ignore_eos": False, "stop_token_ids": [stop], "max_new_tokens": TOKENS}
+    running.ask("ends", PROMPT, custom_params={"whiflash_prediction": cold.tokens}, **params)
+    assert running.output("ends") == cold.tokens[: end + 1]
+    assert max(verified) <= len(PROMPT) + end + 1
 
 
 def drafting_the_truth(running: Engine, truth: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

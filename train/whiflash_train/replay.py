@@ -36,6 +36,7 @@ from whiflash_train.drafters.dflash import choose_anchors, run_blocks
 from whiflash_train.drafters.eagle3 import plan_chains, unroll
 from whiflash_train.origin import Origin, VocabularyMatrices
 from whiflash_train.rounds import agreed, loop_start
+from whiflash_train.seed import search
 
 
 class PairParts(NamedTuple):
@@ -151,7 +152,7 @@ def replay_lookup(
         nothing = [Chain((), ())] * positions
         return copied._replace(behind=dict.fromkeys(drafted, nothing))
     widest = max([settings.max_width, *(len(chains[0].tokens) for chains in drafted.values() if chains)])
-    copier = Copier(calibration, settings.min_match)
+    copier = Copier(search(), calibration, settings.min_match)
     copier.extend(tokens[:prompt_length])
     for position in range(positions):
         begin = prompt_length + position + 1  # the bonus token is known, its KV is not

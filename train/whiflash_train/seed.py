@@ -3,8 +3,20 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from whiflash_kernels.cpu.copies import CompiledCopies, compiled_copies
+
 from whiflash_sglang.copying.calibration import BUCKETS, SEED_WEIGHT, Agreement, MatchCalibration
 from whiflash_sglang.copying.copier import Copier
+from whiflash_sglang.embedded import cache_root
+
+
+def search() -> CompiledCopies:
+    """Return the compiled search for copies.
+
+    Raises:
+        OSError: there is no C++ compiler.
+    """
+    return compiled_copies(cache_root() / "compiled")
 
 
 class AnsweredPrompt(NamedTuple):
@@ -23,7 +35,7 @@ def measure_seed(answers: Iterable[AnsweredPrompt], width: int = 16) -> tuple[tu
     right = [[0.5 * SEED_WEIGHT] * len(Agreement) for _ in BUCKETS]
     seen = [[SEED_WEIGHT] * len(Agreement) for _ in BUCKETS]
     for tokens, prompt_length in answers:
-        copier = Copier(MatchCalibration())
+        copier = Copier(search(), MatchCalibration())
         copier.extend(tokens[: prompt_length + 1])
         for position in range(prompt_length + 1, len(tokens)):
             copy = copier.look(width, worth=0.0)

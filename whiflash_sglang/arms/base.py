@@ -110,8 +110,8 @@ class KVDrafter(Drafter):
 class TextDrafter(Drafter):
     """An arm that drafts from the texts of requests and holds state for each.
 
-    Lifecycle per request: `begin` → `propose` in every round in which it may draft → `end`. Between these its state is
-    in `Request.kept`, by its name.
+    Lifecycle per request: `begin` → `propose` in every round in which it may draft → `answered` if it finishes → `end`.
+    Between these its state is in `Request.kept`, by its name.
 
     proposes: whether it drafts by `propose`, before the round is planned and without a pass; else by `draft`. forbids:
     whether it removes tokens that may not follow from other arms' drafts. on_device: whether the device also drafts for
@@ -178,6 +178,9 @@ class TextDrafter(Drafter):
 
     def copied(self, request: Request, copy: Candidate, committed: Sequence[int]) -> None:
         """Learn from the `copy` that the device made for a request, and the tokens that its round committed."""
+
+    def answered(self, request: Request, answer: Sequence[int]) -> None:
+        """Take the whole answer of a request that has finished. `end` follows."""
 
     def end(self, request: Request) -> None:
         """Drop the state of a request that ends."""

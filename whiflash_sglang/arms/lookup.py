@@ -4,9 +4,11 @@ While it drafts, the neural drafters do nothing: features that they miss wait in
 batch when a drafter is chosen again.
 
 The device copies from each request's own text (`propose_copies`), since the host may know the text a round late, and
-the host learns from the results how far copies can be trusted.
+the host learns from the results how far copies can be trusted. The host copies from other texts: predictions, and
+answers of the request's group.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -27,7 +29,8 @@ from whiflash_sglang.copying.calibration import (
     RequestCalibration,
 )
 from whiflash_sglang.copying.copier import Copier, teach
-from whiflash_sglang.copying.predicted import Prediction
+from whiflash_sglang.copying.groups import Groups, Member
+from whiflash_sglang.copying.texts import Prediction
 from whiflash_sglang.device.transfers import Floats, sent
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import PLAIN, Candidate, Forecast
@@ -36,17 +39,20 @@ from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import DraftBatch, History
 from whiflash_sglang.records.request import Request
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(slots=True)
 class _Kept:
     """The arm's state of a request.
 
-    prediction: the answer that its caller expects. alone: whether its own text is all that may be copied: no tools,
-    prediction or grammar. copier: made at the first look. copies: how well it copies. promised: forecast of the
-    device's newest known copy.
+    prediction: the answer that its caller expects. member: the request in its group; None: it has none. alone: whether
+    its own text is all that may be copied, unless its group has other answers: no tools, prediction or grammar. copier:
+    made at the first look. copies: how well it copies. promised: forecast of the device's newest known copy.
     """
 
     prediction: Prediction | None = None
+    member: Member | None = None
     alone: bool = False
     copier: Copier | None = None
     copies: RequestCalibration = field(default_factory=RequestCalibration)
@@ -71,6 +77,10 @@ class LookupArm(TextDrafter):
         self._calibration = MatchCalibration(self._seed)
         self._min_match = settings.min_match
         self._compiled = available("search for copies", compiled_copies, cache_root() / "compiled")
+        if self._compiled is None:
+            logger.warning("WHIFLASH: without it, the host copies neither predictions nor answers of a task")
+        self._answers = settings.answers
+        self._groups = None if self._compiled is None else Groups(self._compiled, self._seed)
         self._back: torch.Tensor | None = None
         """[request rows] int64: distance from a request's place of copying to its text's end; 0 if it does not copy."""
         self._buckets: torch.Tensor | None = None
@@ -86,9 +96,16 @@ class LookupArm(TextDrafter):
         if hints.lookup == "off":
             return
         kept = request.kept[self.arm] = _Kept()
+        if self._compiled is None or self._groups is None:
+            kept.alone = True
+            return
         if prediction is not None:
-            kept.prediction = Prediction(prediction, request.prompt, MatchCalibration(self._seed))
+            judge = MatchCalibration(self._seed)
+            kept.prediction = Prediction(self._compiled, prediction, request.prompt, judge)
         kept.alone = not hints.tools and kept.prediction is None and request.grammar is None
+        named = hints.task or self._answers == "tenant"
+        if named and self._answers != "off" and hints.lookup == "on":
+            kept.member = self._groups.join(request.tenant, hints.task or "", request.rid, request.prompt)
 
     def serves(self, request: Request) -> bool:
         return self.arm in request.kept
@@ -97,12 +114,18 @@ class LookupArm(TextDrafter):
         self, request: Request, length: int, history: History, worth: Worth, under_way: int = 0
     ) -> Candidate | None:
         kept: _Kept | None = request.kept.get(self.arm)
-        if kept is None:
+        if kept is None or self._compiled is None:
             return None
         copier = kept.copier
         if copier is None:
             copier = kept.copier = Copier(
-                self._calibration, self._min_match, kept.prediction, kept.copies, self._compiled
+                self._compiled,
+                self._calibration,
+                self._min_match,
+                kept.prediction,
+                kept.copies,
+                request.stops,
+                kept.member,
             )
         copier.extend(history(len(copier.text)))
         copy = copier.look(self.max_drafts + under_way, worth.least_chance, under_way)
@@ -158,20 +181,36 @@ class LookupArm(TextDrafter):
 
     def promised(self, request: Request) -> Forecast | None:
         kept: _Kept | None = request.kept.get(self.arm)
-        if not self._late or kept is None:
+        if kept is None or not kept.alone or not (self._late or self._compiled is None):
             return None
-        return kept.promised if kept.alone and kept.copier is None else None
+        if kept.member is not None and kept.member.has_others:
+            return None
+        kept.copier = None  # it looked while the group was worth it
+        return kept.promised
 
     def copied(self, request: Request, copy: Candidate, committed: Sequence[int]) -> None:
         kept: _Kept | None = request.kept.get(self.arm)
         if kept is not None and kept.alone and kept.copier is None:
-            kept.promised = copy.outlook()
+            kept.promised = copy.until(request.stops).outlook()
             teach(copy, committed, self._calibration, kept.copies)
+
+    def answered(self, request: Request, answer: Sequence[int]) -> None:
+        kept: _Kept | None = request.kept.get(self.arm)
+        if kept is not None and kept.member is not None:
+            kept.member.group.keep(answer)
+
+    def end(self, request: Request) -> None:
+        kept: _Kept | None = request.kept.get(self.arm)
+        if kept is not None and kept.member is not None and self._groups is not None:
+            self._groups.leave(kept.member)
 
     def forget(self) -> None:
         self._calibration = MatchCalibration(self._seed)
+        if self._groups is not None:
+            self._groups.forget()
 
     def host_bytes(self, running: Iterable[Request]) -> Mapping[str, int]:
-        """Return the bytes of the running requests' indexes."""
+        """Return the bytes of the running requests' indexes, and of the answers of groups."""
         copiers = (request.kept[self.arm].copier for request in running if self.arm in request.kept)
-        return {"index": sum(copier.text.nbytes for copier in copiers if copier is not None)}
+        own = sum(copier.text.nbytes for copier in copiers if copier is not None)
+        return {"index": own, "groups": 0 if self._groups is None else self._groups.nbytes}

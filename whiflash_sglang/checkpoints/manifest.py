@@ -115,7 +115,8 @@ class Lookup(Strict):
 
     enabled: whether the arm is loaded. max_width: most drafts. min_match: shortest match to copy from, in tokens.
     seed: initial chances that a copied token is right, from `whiflash lab lookup-seed` (default: embedded bundle's).
-    prediction_tokens: most tokens of a prediction; the rest is cut.
+    prediction_tokens: most tokens of a prediction; the rest is cut. answers: whose other answers are copied from: those
+    of the request's group, with `tenant` also all newest ones of its tenant if it has no group, or `off`.
     """
 
     enabled: bool = True
@@ -123,6 +124,7 @@ class Lookup(Strict):
     min_match: Positive = 1
     seed: tuple[tuple[Annotated[float, Field(gt=0, lt=1)], ...], ...] | None = None
     prediction_tokens: Positive = 16384
+    answers: Literal["off", "group", "tenant"] = "group"
 
     @field_validator("seed")
     @classmethod

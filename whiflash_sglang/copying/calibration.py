@@ -4,6 +4,7 @@ Two things show it: how long the match is, and whether the places that match agr
 has a decayed count of how often a token copied then was right, given that all before it were.
 """
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from enum import IntEnum
@@ -74,16 +75,6 @@ class MatchCalibration:
         """Return the chance that the token copied after a match of `length` is right."""
         return self._rates.of(self.bucket(length) * KINDS + agreement)
 
-    def along(self, length: int, agreement: int, count: int) -> list[float]:
-        """Return the chances of `count` tokens of a copy that begins after a match of `length`, none above `SURE`."""
-        chances: list[float] = []
-        while count > 0:
-            bucket = self.bucket(length)
-            run = count if bucket == len(BUCKETS) - 1 else min(BUCKETS[bucket + 1] - length, count)
-            chances += [min(self.chance(length, agreement), SURE)] * run
-            length, count = length + run, count - run
-        return chances
-
     @property
     def addresses(self) -> tuple[int, int]:
         """Return the addresses of its rates, for compiled code."""
@@ -106,18 +97,20 @@ class RequestCalibration:
     """
 
     def __init__(self) -> None:
-        self._right = self._expected = REQUEST_WEIGHT
-
-    def adjust(self, chance: float) -> float:
-        """Return the chance that this request's copy begins right, from the `chance` of all requests."""
-        return min(chance * self.factor, SURE)
+        self._begun = array("d", [REQUEST_WEIGHT] * 2)
+        """Copies begun right, and those expected to be."""
 
     @property
     def factor(self) -> float:
         """Return the number of copies begun right over that of those expected to be."""
-        return self._right / self._expected
+        return self._begun[0] / self._begun[1]
+
+    @property
+    def address(self) -> int:
+        """Return the address of these two numbers, for compiled code."""
+        return self._begun.buffer_info()[0]
 
     def observe(self, chance: float, right: bool) -> None:
         """Learn whether a copy's first token was `right`; its `chance` is that of all requests."""
-        self._right += right
-        self._expected += chance
+        self._begun[0] += right
+        self._begun[1] += chance

@@ -1,6 +1,6 @@
 """Candidates: drafts that are proposed without a pass of a model, and the sources that they were taken from."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -62,6 +62,11 @@ class Candidate(NamedTuple):
             return self
         parts = list(first_of(self.parts, count))
         return Candidate(self.tokens[:count], self.alive[:count], parts, self.at, under_way=self.under_way)
+
+    def until(self, stops: Collection[int]) -> "Candidate":
+        """Return the candidate cut after its first token of `stops`: nothing is accepted after the end of a turn."""
+        ends = (number for number, token in enumerate(self.tokens, 1) if token in stops)
+        return self.first(next(ends, len(self.tokens)))
 
     def followed_by(self, tokens: Sequence[int], alive: Sequence[float], source: str) -> "Candidate":
         """Return the candidate with these tokens appended, which were taken from `source`."""

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal, TypeVar
+from uuid import uuid4
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.entrypoints.openai.responses_adapters import custom_tool_parameters
@@ -19,6 +20,7 @@ from sglang.srt.managers.tokenizer_manager import ServerStatus
 from whiflash_sdk.hints import INFERRED_KEY, WIRE_KEY
 from whiflash_sdk.presets import likely_spans
 
+from whiflash_sglang.copying.groups import SIBLINGS
 from whiflash_sglang.engine.carried import settings_of
 from whiflash_sglang.http.callers import CALLER
 from whiflash_sglang.spans.carrier import add_hints, validate_custom_params
@@ -60,6 +62,13 @@ class Fields:
             hints = {"learn": False, "lookup": self.hints.lookup, "off": self.hints.off}
             params = {**(self.params or {}), WIRE_KEY: json.dumps(hints)}
         return replace(self, params=params)
+
+    def grouped(self) -> "Fields":
+        """Return these fields with a task of their own, unless they name one: several answers to one prompt may copy
+        from each other.
+        """
+        named = self.hints.task is None and add_hints(self.params, {"task": f"{SIBLINGS}{uuid4().hex}"})
+        return replace(self, params=named) if named else self
 
 
 @dataclass(slots=True)
@@ -158,7 +167,10 @@ async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Fields]:
             one = replace(call.fields, params=implied(manager, as_chat(call), call.fields))
         else:
             one = await fields_of(manager, entry.get("custom_params") if isinstance(entry, dict) else None)
-        fields.append(one.unlearned() if is_unlearned else one)
+        one = one.unlearned() if is_unlearned else one
+        fields.append(
+            one.grouped() if isinstance(entry, dict) and entry.get("n", 1) not in (1, None) else one
+        )
     for name, value in keys.items():
         setattr(obj, name, value)
     if any(one.params is not None for one in fields):

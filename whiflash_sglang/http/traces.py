@@ -8,10 +8,14 @@ neither on the drafters nor on the rest of the batch.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from whiflash_sglang.copying.predicted import Prediction
+from whiflash_kernels.cpu.compiler import available
+from whiflash_kernels.cpu.copies import CompiledCopies, compiled_copies
+
+from whiflash_sglang.copying.texts import Prediction
+from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.engine.carried import META_KEY
 from whiflash_sglang.engine.patching import around
 from whiflash_sglang.http.reader import Call, Fields, of_choice, parameters_of
@@ -63,6 +67,17 @@ def followed(
     return _Outputs(manager, obj, call, fields).follow(outputs)
 
 
+def _predicted(prediction: Sequence[int], answer: Sequence[int]) -> dict[str, int]:
+    """Return OpenAI's counts of a prediction. Without the search, which needs a compiler, none of it is used."""
+    search: CompiledCopies | None = available("search for copies", compiled_copies, cache_root() / "compiled")
+    accepted = 0
+    if search is not None:
+        followed = Prediction(search, prediction)
+        followed.follow(answer)
+        accepted = followed.accepted
+    return {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": len(prediction) - accepted}
+
+
 class _Outputs:
     """Completes the outputs of one request. The increments of a stream are joined first."""
 
@@ -88,12 +103,8 @@ class _Outputs:
             texts.append(text or "")
             tokens = earlier
         if fields.prediction is not None and meta.get("finish_reason"):
-            prediction = Prediction(fields.prediction)
-            await asyncio.get_running_loop().run_in_executor(None, prediction.follow, tokens)
-            counts = {
-                "accepted_prediction_tokens": prediction.accepted,
-                "rejected_prediction_tokens": prediction.rejected,
-            }
+            loop = asyncio.get_running_loop()
+            counts = await loop.run_in_executor(None, _predicted, fields.prediction, tokens)
             meta.update(counts)
             if self._call is not None:
                 self._call.counts[choice] = counts

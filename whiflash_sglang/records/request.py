@@ -20,8 +20,9 @@ class Request(Signals):
     """A request on the host, from its prefill to its end or its retraction. row: of the request table.
 
     From its body: hints. tenant: who sent it, None if unknown. prediction: tokens of the answer that its caller
-    expects. grammar: its constraint (`structure.matchers.Grammar`). prompt: tokens of its text before the answer.
-    read: returns these tokens as drafters may read them. Rounds do not call it, since there may be many.
+    expects. grammar: its constraint (`structure.matchers.Grammar`). prompt: tokens of its text before the answer. read:
+    returns these tokens as drafters may read them. Rounds do not call it, since there may be many. stops: tokens that
+    end it.
 
     running: whether it is live: false after its end, and after a retraction, which begins a new one. kept: by arm, the
     state that an arm that reads texts holds for it until its end. recording: its trace, if it asked for one. counts: of
@@ -45,6 +46,7 @@ class Request(Signals):
     grammar: Any = None
     prompt: int = 0
     read: Callable[[], Sequence[int]] = tuple
+    stops: Sequence[int] = ()
     running: bool = False
     kept: dict[str, Any] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)

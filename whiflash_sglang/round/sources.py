@@ -68,7 +68,7 @@ class DraftSources:
 
     def extended(self, turn: Round, index: int, first: str, drafts: Candidate, room: int) -> Candidate:
         """Return a request's candidate as other text drafters extend it, such as a copy that continues forced text. A
-        drafter may cut drafts that it forbids.
+        drafter may cut drafts that it forbids. It ends with the first token that ends the request.
 
         An arm is not asked to extend its own tokens, nor asked again about drafts that have not changed since.
 
@@ -92,4 +92,4 @@ class DraftSources:
             kept = common_prefix(drafts.tokens, longer.tokens)
             last = arm if len(longer.tokens) > kept else last
             drafts = answered[arm] = longer
-        return drafts
+        return drafts.until(request.stops)

@@ -90,6 +90,7 @@ class Lifecycle:
         if recording is not None:
             recording.agent = hints.agent
             recording.tenant = None if tenant is None else f"{handle_of(tenant):016x}"
+        stops = sampling.ending_ids(req)
         request = Request(
             req.rid,
             hints,
@@ -99,6 +100,7 @@ class Lifecycle:
             grammar_of(req),
             len(req.origin_input_ids),
             partial(readable, req.origin_input_ids),
+            stops,
             recording=recording,
             adapter=req.lora_id,
         )
@@ -108,7 +110,7 @@ class Lifecycle:
                 with self._quarantine.guard(arm, request):
                     drafter.begin(request)
         self._tokens.begin(upload, row, readable(req.origin_input_ids), req.output_ids)
-        self._stops.begin(upload, row, sampling.ending_ids(req))
+        self._stops.begin(upload, row, stops)
         self._sampling_rows.begin(upload, row, sampling.parameters(req))
         self._penalties.begin(upload, row, sampling.penalties_of(req))
         if self._forcing is not None:
@@ -138,6 +140,10 @@ class Lifecycle:
         if self._spool is not None and finished:
             self._sample(self._spool, req)
         self._tally.ended(request.counts, cached_of(req) if finished else {})
+        if finished:
+            for arm, drafter in self._drafters.items():
+                with self._quarantine.guard(arm, request):
+                    drafter.answered(request, req.output_ids_through_stop)
         self._drop(request)
         if not self._controller.states:
             self._publisher.flush()

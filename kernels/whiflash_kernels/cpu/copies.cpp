@@ -1,17 +1,20 @@
-// Two searches for copies. `whiflash_copy`, on the host: what `copying/index.py` and `copying/copier.py` of
-// whiflash_sglang do in Python, which is the specification: the same chains, places, votes, and chances to the last
-// bit. `whiflash_propose`, for a batch: `propose_copies` of `whiflash_kernels.copies`, whose body is its specification.
+// Two searches for copies. `whiflash_copy`, on the host: in a request's own text, in answers of its group, and in the
+// answer that its caller predicts; `tests/lookup/searched.py` says in Python what is found. `whiflash_propose`, for a
+// batch: `propose_copies` of `whiflash_kernels.copies`, whose body is its specification.
 //
 // All memory is the caller's. A `Text` is T tokens with, for each, the place before it with the same hash of its last
 // token (`one_before`) or its last two (`two_before`), and the tables of the newest places (`..._heads`), `mask` + 1
-// entries each.
+// entries each. Source: hash chains, as in LZ77.
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <vector>
 
 namespace {
 
 constexpr int CANDIDATES = 8, STEPS = 32, MATCH = 32, KINDS = 4, GAP = -1;
+constexpr int NEAR = 64;    // places ahead of where an answer left its prediction that are all compared
+constexpr int SETTLED = 3;  // tokens that an answer follows at a new place before the search begins there
 constexpr int BUCKETS[] = {1, 2, 3, 4, 6, 9, 14, 22};
 constexpr double SURE = 0.995;
 enum Agreement { ALONE, UNANIMOUS, LEADING, CONTESTED };
@@ -22,80 +25,123 @@ struct Text {
     int32_t* two_before;
     int32_t* one_heads;
     int32_t* two_heads;
-    int64_t size, mask, broken;  // broken: tokens below zero are among them
+    int64_t size, mask;
+};
+
+// Where an answer goes on in its prediction. end: [MATCH], the answer's last `ended` tokens. appeared: of each token of
+// the prediction, whether the answer had it where it was expected. left: the place after which the search begins.
+struct Followed {
+    const Text* text;
+    uint8_t* appeared;
+    int32_t* end;
+    int64_t ended, length, source, left, accepted;
+};
+
+// A text to copy from. right, seen: decayed observations of each bucket and agreement. habit: [2], copies from it that
+// began right, and those that were expected to; null: unknown. at: where the last copy from it would go on, -1: there
+// was none. followed: set for a prediction, which has one place. own: whether it is the text whose end is looked for.
+struct Source {
+    const Text* text;
+    const double* right;
+    const double* seen;
+    const double* habit;
+    const Followed* followed;
+    int64_t at, own;
 };
 
 struct Place {
-    int length;
-    int64_t source;
-    std::vector<int32_t> ahead;
+    int64_t length, source;
+    const Source* from;
 };
+
+using Tokens = std::vector<int32_t>;
 
 int64_t of_two(int64_t before, int64_t token, int64_t mask) {
     return ((before * 0x9E3779B1LL >> 12) ^ token) & mask;
 }
 
-int match(const Text& text, int64_t source, const std::vector<int32_t>& end) {
+int64_t match(const Text& text, int64_t source, const Tokens& end) {
     if (source > text.size) return 0;
-    const int most = int(std::min<int64_t>(source, end.size()));
-    int length = 0;
+    const int64_t most = std::min<int64_t>(source, end.size());
+    int64_t length = 0;
     while (length < most && text.tokens[source - 1 - length] == end[end.size() - 1 - length]) ++length;
     return length;
 }
 
-std::vector<Place> earlier(const Text& text, int64_t two, int64_t one, const std::vector<int32_t>& end) {
+// The newest places where the last two or more tokens of `end` occur, else those of its last one. itself: whether `end`
+// is the text's own, whose last place is none.
+void earlier(const Source& from, const Tokens& end, bool itself, std::vector<Place>& places) {
+    const Text& text = *from.text;
+    if (end.empty() || !text.size) return;
     const int32_t last = end.back(), before = end.size() > 1 ? end[end.size() - 2] : GAP;
-    std::vector<Place> places;
-    for (int step = 0; step < STEPS && two >= 1 && places.size() < CANDIDATES; ++step) {
+    const size_t first = places.size();
+    int64_t two = end.size() > 1 ? text.two_heads[of_two(before, last, text.mask)] : -1;
+    int64_t one = text.one_heads[last & text.mask];
+    if (itself) two = text.two_before[text.size - 1], one = text.one_before[text.size - 1];
+    for (int step = 0; step < STEPS && two >= 1 && places.size() - first < CANDIDATES; ++step) {
+        // Occurrences may overlap the text's end: a repeated unit continues itself.
         if (text.tokens[two] == last && text.tokens[two - 1] == before)
-            places.push_back({match(text, two + 1, end), two + 1, {}});
+            places.push_back({match(text, two + 1, end), two + 1, &from});
         two = text.two_before[two];
     }
-    if (!places.empty()) return places;
-    for (int step = 0; step < STEPS && one >= 0 && places.size() < CANDIDATES; ++step) {
-        if (text.tokens[one] == last) places.push_back({1, one + 1, {}});
+    if (places.size() > first) return;
+    for (int step = 0; step < STEPS && one >= 0 && places.size() - first < CANDIDATES; ++step) {
+        if (text.tokens[one] == last) places.push_back({1, one + 1, &from});
         one = text.one_before[one];
     }
-    return places;
 }
 
-std::vector<int32_t> continuation(
-    const Text& text, int64_t source, size_t most, const int32_t* drafts, size_t drafted
-) {
-    std::vector<int32_t> ahead;
-    if (source < text.size)
-        ahead.assign(text.tokens + source, text.tokens + std::min<int64_t>(source + most, text.size));
-    if (text.broken) {
-        const auto image = std::find_if(ahead.begin(), ahead.end(), [](int32_t token) { return token < 0; });
-        if (image != ahead.end()) return {ahead.begin(), image};
-    }
-    ahead.insert(ahead.end(), drafts, drafts + std::min(drafted, most - ahead.size()));
-    for (size_t period = ahead.size(), at = 0; period && ahead.size() < most; ++at) ahead.push_back(ahead[at]);
-    return ahead;
+// Of a prediction's places: a longer match first, then one ahead of where the answer left, then a near one.
+Place nearest(const Followed& followed, const Tokens& end) {
+    const Text& text = *followed.text;
+    const Source from{&text, nullptr, nullptr, nullptr, nullptr, -1, 0};
+    std::vector<Place> places;
+    for (int64_t at = followed.left; at < std::min(followed.left + NEAR, text.size); ++at)
+        if (text.tokens[at] == end.back()) places.push_back({match(text, at + 1, end), at + 1, &from});
+    earlier(from, end, false, places);
+    Place best{0, followed.left, nullptr};
+    const auto better = [&](const Place& one, const Place& other) {
+        if (one.length != other.length) return one.length > other.length;
+        const bool ahead = one.source > followed.left, behind = other.source > followed.left;
+        if (ahead != behind) return ahead;
+        return std::abs(one.source - followed.left) < std::abs(other.source - followed.left);
+    };
+    for (const Place& each : places)
+        if (best.length == 0 || better(each, best)) best = each;
+    return best;
 }
 
-// How the places judge each token of the best one's copy.
-std::vector<int32_t> votes(const std::vector<Place>& places, const Place& best) {
-    std::vector<int32_t> agreements;
-    std::vector<std::pair<size_t, int>> following;  // of each place: tokens that it shares with the copy, its match
-    for (const Place& place : places) {
-        const size_t most = std::min(place.ahead.size(), best.ahead.size());
-        const auto parts = std::mismatch(place.ahead.begin(), place.ahead.begin() + most, best.ahead.begin());
-        following.push_back({parts.first - place.ahead.begin(), place.length});
+Tokens ending(const int32_t* tokens, int64_t size, const int32_t* more, int64_t count) {
+    const int64_t kept = std::max<int64_t>(0, std::min<int64_t>(size, MATCH - count));
+    Tokens end(tokens + size - kept, tokens + size);
+    end.insert(end.end(), more + std::max<int64_t>(0, count - MATCH), more + count);
+    return end;
+}
+
+// Where the answer goes on in its prediction behind `drafts`, if these are right.
+Place behind(const Source& from, const int32_t* drafts, int64_t drafted) {
+    const Followed& followed = *from.followed;
+    const Text& text = *followed.text;
+    Place place{followed.length, followed.source, &from};
+    if (!drafted) return place;
+    const bool agrees = place.length && place.source + drafted <= text.size &&
+                        std::equal(drafts, drafts + drafted, text.tokens + place.source);
+    if (agrees) return {std::min<int64_t>(place.length + drafted, MATCH), place.source + drafted, &from};
+    place = nearest(followed, ending(followed.end, followed.ended, drafts, drafted));
+    return {place.length, place.source, &from};
+}
+
+// The token `offset` behind a place, -1: none. Behind the end of the own text come the drafts, then the copy itself.
+int32_t ahead(const Place& place, int64_t offset, const int32_t* drafts, int64_t drafted) {
+    const Text& text = *place.from->text;
+    if (place.from->own) {
+        const int64_t period = text.size + drafted - place.source;
+        if (period <= 0) return GAP;
+        offset %= period;
     }
-    for (size_t at = 0; at < best.ahead.size(); ++at) {
-        int longest = -1, against = -1;
-        for (auto [shared, length] : following) {
-            int& side = shared > at ? longest : against;
-            side = std::max(side, length);
-        }
-        const bool split = against >= 0;
-        agreements.push_back(
-            split ? (against < longest ? LEADING : CONTESTED) : following.size() == 1 ? ALONE : UNANIMOUS);
-        const auto parted = [at](const auto& each) { return each.first <= at; };
-        following.erase(std::remove_if(following.begin(), following.end(), parted), following.end());
-    }
-    return agreements;
+    const int64_t at = place.source + offset;
+    if (at < text.size) return text.tokens[at];
+    return place.from->own ? drafts[at - text.size] : GAP;
 }
 
 }  // namespace
@@ -114,62 +160,94 @@ extern "C" void whiflash_link(const Text* text, int64_t start) {
     }
 }
 
-// The copy behind the text's end and `drafts`: up to `most` (> 0) tokens, the first and the first `paid` in any case, each
-// of the others with a chance of at least `worth` if those that are paid are accepted. Returns how many; 0: no place
-// matches.
+// Advances a prediction by tokens of the answer, with bounded work for each.
+extern "C" void whiflash_follow(Followed* followed, const int32_t* tokens, int64_t count) {
+    const Text& text = *followed->text;
+    for (int64_t i = 0; i < count; ++i) {
+        const Tokens end = ending(followed->end, followed->ended, tokens + i, 1);
+        std::copy(end.begin(), end.end(), followed->end);
+        followed->ended = end.size();
+        const int64_t source = followed->source;
+        if (followed->length && source < text.size && text.tokens[source] == tokens[i]) {
+            followed->accepted += !followed->appeared[source];
+            followed->appeared[source] = 1;
+            if (followed->length >= SETTLED) followed->left = source + 1;
+            followed->length = std::min<int64_t>(followed->length + 1, MATCH);
+            ++followed->source;
+        } else {
+            const Place place = nearest(*followed, end);
+            followed->length = place.length;
+            followed->source = place.source;
+        }
+    }
+}
+
+// The copy behind the end of the own text among `sources` and `drafts`: up to `most` (> 0) tokens, the first and the first
+// `paid` in any case, each of the others with a chance of at least `worth` if those that are paid are accepted. It ends
+// with the first of `stops`. Returns how many; 0: no place matches by `least` tokens. The longest match is copied from, of
+// equals the first in the order of `sources`.
 //
-// copied_from: where the text would go on with the last copy; -1: there was none. right, seen: decayed observations of
-// each bucket and agreement. factor: on the first token's chance. alive: the chance that all before is accepted.
-// place: [2], the match's length and its source. tokens, alives, agreements: [most].
+// alive: the chance that all before is accepted. place: [3], the match's length, its place, and the number of its source.
+// tokens, alives, agreements: [most].
 extern "C" int64_t whiflash_copy(
-    const Text* text, const int32_t* drafts, int64_t drafted, int64_t copied_from, int64_t least, int64_t most,
-    const double* right, const double* seen, double factor, double worth, double alive,
-    int64_t paid, int64_t* place, int32_t* tokens, double* alives, int32_t* agreements
+    const Source* sources, int64_t count, const int32_t* drafts, int64_t drafted, const int32_t* stops, int64_t stopping,
+    int64_t least, int64_t most, double worth, double alive, int64_t paid, int64_t* place, int32_t* tokens,
+    double* alives, int32_t* agreements
 ) {
-    const int64_t kept = std::max<int64_t>(0, std::min<int64_t>(text->size, MATCH - drafted));
-    std::vector<int32_t> end(text->tokens + text->size - kept, text->tokens + text->size);
-    end.insert(end.end(), drafts + std::max<int64_t>(0, drafted - MATCH), drafts + drafted);
+    const auto stop = [&](int32_t token) { return std::find(stops, stops + stopping, token) != stops + stopping; };
+    if (std::any_of(drafts, drafts + drafted, stop)) return 0;
+    const auto own = std::find_if(sources, sources + count, [](const Source& each) { return each.own; });
+    const Tokens end = ending(own->text->tokens, own->text->size, drafts, drafted);
     std::vector<Place> places;
-    const int64_t last = text->size - 1;
-    if (drafted && text->size) {
-        const bool pair = end.size() > 1;
-        const int64_t two = pair ? text->two_heads[of_two(end[end.size() - 2], end.back(), text->mask)] : -1;
-        places = earlier(*text, two, text->one_heads[end.back() & text->mask], end);
-    } else if (last >= 1) {
-        places = earlier(*text, text->two_before[last], text->one_before[last], end);
+    for (const Source* from = sources; from < sources + count; ++from) {
+        if (from->followed) {
+            places.push_back(behind(*from, drafts, drafted));
+            continue;
+        }
+        const size_t first = places.size();
+        const int64_t source = from->at + drafted;
+        // The place copied from has moved on, and may no longer be among a chain's newest ones.
+        if (from->at >= 0) places.push_back({match(*from->text, source, end), source, from});
+        const size_t newest = places.size();
+        earlier(*from, end, from->own && !drafted, places);
+        const auto same = [&](const Place& each) { return newest > first && each.source == source; };
+        places.erase(std::remove_if(places.begin() + newest, places.end(), same), places.end());
     }
-    if (copied_from >= 0) {
-        const int64_t source = copied_from + drafted;
-        const int length = match(*text, source, end);
-        const auto same = [&](const Place& each) { return each.source == source && each.length == length; };
-        const auto known = std::find_if(places.begin(), places.end(), same);
-        if (known != places.end()) places.erase(known);
-        places.insert(places.begin(), {length, source, {}});
-    }
-    for (Place& each : places) {
-        if (each.length >= least) each.ahead = continuation(*text, each.source, most, drafts, drafted);
-    }
-    const auto silent = [](const Place& each) { return each.ahead.empty(); };
+    const auto silent = [&](const Place& each) { return each.length < least || ahead(each, 0, drafts, drafted) < 0; };
     places.erase(std::remove_if(places.begin(), places.end(), silent), places.end());
     if (places.empty()) return 0;
     const auto shorter = [](const Place& one, const Place& other) { return one.length < other.length; };
-    const Place& best = *std::max_element(places.begin(), places.end(), shorter);  // the first of equals
+    const Place best = *std::max_element(places.begin(), places.end(), shorter);  // the first of equals
     place[0] = best.length;
     place[1] = best.source;
-    const std::vector<int32_t> agreed = votes(places, best);
-    for (size_t at = 0; at < agreed.size(); ++at) {
-        const int64_t length = best.length + at;
-        const int bucket = int(std::upper_bound(std::begin(BUCKETS), std::end(BUCKETS), length) - BUCKETS) - 1;
-        const int kind = bucket * KINDS + agreed[at];
-        const double chance = right[kind] / seen[kind];
+    place[2] = best.from - sources;
+    const double factor = best.from->habit ? best.from->habit[0] / best.from->habit[1] : 1.0;
+    for (int64_t at = 0; at < most; ++at) {
+        const int32_t token = ahead(best, at, drafts, drafted);
+        if (token < 0) return at;
+        // How the places that agreed so far judge the token. Those that end here say nothing.
+        int64_t longest = 0, against = 0;
+        size_t following = 0;
+        for (const Place& each : places) {
+            const int32_t other = ahead(each, at, drafts, drafted);
+            if (other == token) longest = std::max(longest, each.length);
+            else if (other >= 0) against = std::max(against, each.length);
+            if (other == token) places[following++] = each;
+        }
+        places.resize(following);
+        const int agreement = against ? (against < longest ? LEADING : CONTESTED) : following == 1 ? ALONE : UNANIMOUS;
+        const int bucket = int(std::upper_bound(std::begin(BUCKETS), std::end(BUCKETS), best.length + at) - BUCKETS) - 1;
+        const int kind = bucket * KINDS + agreement;
+        const double chance = best.from->right[kind] / best.from->seen[kind];
         alive *= std::min(at ? chance : chance * factor, SURE);
-        if (at && int64_t(at) >= paid && !(alive >= worth)) return at;
-        if (int64_t(at) == paid - 1) worth *= alive;
-        tokens[at] = best.ahead[at];
+        if (at && at >= paid && !(alive >= worth)) return at;
+        if (at == paid - 1) worth *= alive;
+        tokens[at] = token;
         alives[at] = alive;
-        agreements[at] = agreed[at];
+        agreements[at] = agreement;
+        if (stop(token)) return at + 1;
     }
-    return agreed.size();
+    return most;
 }
 
 namespace {

@@ -17,22 +17,22 @@ _SOURCE = Path(__file__).with_name("copies.cpp")
 
 
 class CompiledCopies:
-    """Calls the compiled search. There is one per process and directory (`compiled_copies`), for one thread."""
+    """Calls the compiled search. A process has one for each directory (`compiled_copies`). One thread may `copy`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-        self._link, self._copy = library.whiflash_link, library.whiflash_copy
+        self._link, self._follow = library.whiflash_link, library.whiflash_follow
+        self._copy = library.whiflash_copy
         self._link.argtypes, self._link.restype = (pointer, long), None
-        self._copy.argtypes = (
-            [pointer] * 2 + [long] * 4 + [pointer] * 2 + [number] * 3 + [long] + [pointer] * 4
-        )
+        self._follow.argtypes, self._follow.restype = (pointer, pointer, long), None
+        self._copy.argtypes = [*[pointer, long] * 3, long, long, number, number, long, *[pointer] * 4]
         self._copy.restype = long
         self._propose = library.whiflash_propose
         self._propose.argtypes = (
             [pointer, long] + [pointer] * 7 + [long] * 3 + [ctypes.c_float, long] + [pointer] * 6
         )
         self._propose.restype = None
-        self._place = array("q", [0, 0])
+        self._place = array("q", [0, 0, 0])
         self._room(64)
 
     def _room(self, most: int) -> None:
@@ -46,36 +46,52 @@ class CompiledCopies:
         """Enter tokens from `start` on into a text's chains and tables.
 
         Args:
-            text: its `Text`, as eight numbers of 64 bits.
+            text: its `Text`, as seven numbers of 64 bits.
         """
         self._link(text.buffer_info()[0], start)
 
-    def copy(
-        self,
-        text: "array[int]",
-        drafts: Sequence[int],
-        copied_from: int,
-        least: int,
-        most: int,
-        observed: tuple[int, int],
-        chances: tuple[float, float, float, int],
-    ) -> tuple[list[int], list[float], list[int], int, int]:
-        """Return a copy's tokens, chances, agreements, match length and source. Without tokens no place matches.
+    def follow(self, followed: "array[int]", tokens: Sequence[int]) -> None:
+        """Advance a prediction by tokens of the answer.
 
         Args:
-            text: as of `link`. observed: addresses of `right` and `seen`. chances: the factor on the first one, the
-                least that is worth a token, and that of all before the copy; tokens that are `paid`. The rest as of
-                `whiflash_copy`.
+            followed: its `Followed`, as eight numbers of 64 bits.
+        """
+        ids = array("i", tokens)
+        self._follow(followed.buffer_info()[0], *ids.buffer_info())
+
+    def copy(
+        self,
+        sources: "array[int]",
+        drafts: Sequence[int],
+        stops: "array[int]",
+        least: int,
+        most: int,
+        chances: tuple[float, float, int],
+    ) -> tuple[list[int], list[float], list[int], int, int, int]:
+        """Return a copy's tokens, chances and agreements, its match's length and place, and the number of its source.
+        Without tokens no place matches.
+
+        Args:
+            sources: `Source`s, as seven numbers of 64 bits each. stops: int32. chances: the least that is worth a
+                token, and that of all before the copy; tokens that are paid. The rest as of `whiflash_copy`.
         """
         if most > self._most:
             self._room(most)
-        fields, ids = text.buffer_info()[0], array("i", drafts)
+        address, numbers = sources.buffer_info()
+        ids = array("i", drafts)
         count = self._copy(
-            fields, *ids.buffer_info(), copied_from, least, most, *observed, *chances, *self._results
+            address,
+            numbers // 7,
+            *ids.buffer_info(),
+            *stops.buffer_info(),
+            least,
+            most,
+            *chances,
+            *self._results,
         )
-        length, source = self._place
         parts = self._tokens[:count].tolist(), self._alive[:count].tolist(), self._agreements[:count].tolist()
-        return *parts, length, source
+        length, source, number = self._place
+        return *parts, length, source, number
 
     def propose(
         self,
@@ -134,5 +150,5 @@ def compiled_copies(directory: Path) -> CompiledCopies:
     Raises:
         OSError: they cannot be compiled or loaded.
     """
-    # Products and sums are not fused, so that results are the same as Python's.
+    # Products and sums are not fused, so that results are the same on every machine.
     return CompiledCopies(compiler.load(_SOURCE, directory, ["-ffp-contract=off"]))

@@ -55,6 +55,7 @@ class Piece(NamedTuple):
 SOURCES: Final = {
     "context": "the conversation and the answer so far",
     "prediction": "the answer that was predicted",
+    "group": "other answers of the task",
     "grammar": "what a grammar forces or suggests",
     "tools": "what calls of the request's tools look like",
     "ar": "EAGLE-3",

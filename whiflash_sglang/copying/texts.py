@@ -1,0 +1,135 @@
+"""Texts to copy from, indexed for the compiled search: a request's own, an answer of another, a predicted answer.
+
+Hash chains over one and two tokens find where a text's end occurred earlier, as in LZ77. A search follows 32 links of a
+chain, keeps 8 places and compares 32 tokens at each, whatever the text. Memory is three flat arrays and two tables of
+heads: 20 to 36 bytes a token.
+"""
+
+from array import array
+from collections.abc import Iterable, Sequence
+from sys import getsizeof
+from typing import TYPE_CHECKING
+
+from whiflash_sglang.copying.calibration import MatchCalibration, RequestCalibration
+
+if TYPE_CHECKING:
+    from whiflash_kernels.cpu.copies import CompiledCopies
+
+MAX_MATCH = 32
+"""Longest match that is measured: a longer one counts as this long."""
+
+GAP = -1
+"""Id between texts; no token has it. Ids below it are positions of images (`core.readable`)."""
+
+BEGINNING = 6
+"""Match length of a prediction's beginning while nothing is written yet that could match."""
+
+_FIRST_HEADS = 256
+
+
+class Text:
+    """A text that is extended at its end only.
+
+    Attributes:
+        fields: the arrays' addresses and sizes, for compiled code: always the same array.
+    """
+
+    def __init__(self, compiled: "CompiledCopies", tokens: Iterable[int] = ()) -> None:
+        self._compiled = compiled
+        self.tokens, self.fields = array("i"), array("q", [0]) * 7
+        self._allocate(_FIRST_HEADS)
+        self.extend(tokens)
+
+    def _allocate(self, size: int) -> None:
+        """Allocate chains for `size` tokens, without links."""
+        # By place, the one before with the same hash of its last token, or its last two; by hash, the newest places.
+        self._chains = [array("i", [-1]) * size for _ in range(4)]
+        self.fields[1:5] = array("q", (each.buffer_info()[0] for each in self._chains))
+        self.fields[6] = size - 1
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the arrays, their reserve included."""
+        return sum(map(getsizeof, (self.tokens, *self._chains)))
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Append committed tokens, in constant time each, averaged over the doublings of the tables."""
+        start = len(self.tokens)
+        self.tokens.extend(iter(tokens))  # an array of another type is only taken as an iterator
+        if len(self.tokens) > self.fields[6] + 1:
+            self._allocate(1 << (len(self.tokens) - 1).bit_length())
+            start = 0
+        self.fields[0], self.fields[5] = self.tokens.buffer_info()
+        self._compiled.link(self.fields, start)
+
+
+class Source:
+    """A text to copy from.
+
+    Args:
+        name: of its copies' parts. judge: chances of copies from it. habit: how well such copies have begun so far,
+            beside those of others; None: unknown.
+    """
+
+    def __init__(
+        self, name: str, text: Text, judge: MatchCalibration, habit: RequestCalibration | None = None
+    ) -> None:
+        self.name, self.text, self.judge, self.habit = name, text, judge, habit
+        own = 0 if habit is None else habit.address
+        self.fields = array("q", (text.fields.buffer_info()[0], *judge.addresses, own, 0, -1, 0))
+
+
+class Prediction(Source):
+    """The answer that a request's caller predicts (OpenAI's predicted outputs). `follow` is given the answer.
+
+    An answer follows its prediction token by token. Once it differs, the place at which it comes back is searched: the
+    longest match with the answer's end, and of equals the nearest one ahead of where it left.
+
+    Args:
+        tokens: the predicted answer's. prompt: number of tokens that `follow` is given before the answer's.
+            judge: chances of this request's copies from it: how right a caller is says nothing of other copies.
+    """
+
+    def __init__(
+        self,
+        compiled: "CompiledCopies",
+        tokens: Sequence[int],
+        prompt: int = 0,
+        judge: MatchCalibration | None = None,
+    ) -> None:
+        super().__init__("prediction", Text(compiled, tokens), judge or MatchCalibration())
+        self._compiled, self._prompt, self._answer = compiled, prompt, 0
+        self._arrays = self.text.fields, array("B", bytes(max(len(tokens), 1))), array("i", [0]) * MAX_MATCH
+        addresses = (each.buffer_info()[0] for each in self._arrays)
+        self._followed = array("q", (*addresses, 0, BEGINNING, 0, 0, 0))
+        self.fields[4] = self._followed.buffer_info()[0]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Return the length of the match at which the answer goes on, and its place in the prediction."""
+        return self._followed[4], self._followed[5]
+
+    @property
+    def accepted(self) -> int:
+        """Return the number of its tokens that the answer had where they were expected, each counted once."""
+        return self._followed[7]
+
+    @property
+    def rejected(self) -> int:
+        """Return the number of its tokens that the answer did not have where they were expected."""
+        return len(self.text) - self.accepted
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether most of the answer so far followed it."""
+        return 2 * (self.accepted + BEGINNING) >= self._answer
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Advance by tokens of the text, with bounded work for each."""
+        answer = tokens[self._prompt :]
+        self._prompt = max(self._prompt - len(tokens), 0)
+        self._answer += len(answer)
+        self._compiled.follow(self._followed, answer)
