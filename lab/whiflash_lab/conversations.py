@@ -44,11 +44,10 @@ Message = dict[str, Any]
 class Conversation:
     """A recorded conversation. messages: `role`, `content` (text), for assistants also `tool_calls` and
     `reasoning_content`, for tools `tool_call_id`; an answer that was not recorded has its number of `tokens` instead.
-    tools: the tools offered, if recorded. category: groups figures.
-    prediction: the caller's prediction of the last answer (predicted outputs), if recorded. parent: for a subagent, the
-    id of the conversation that it serves, and after how many answers of it the subagent begins.
-    waits: seconds before each answer's request in which tools ran or a user thought; 0 if not recorded. span: when it
-    began and ended, in seconds; NaN if not recorded.
+    tools: the tools offered, if recorded. category: groups figures. prediction: the caller's prediction of the last
+    answer (predicted outputs), if recorded. parent: for a subagent, the id of the conversation that it serves, and
+    after how many answers of it the subagent begins. task: what several conversations may try, if recorded. waits:
+    seconds before each answer's request in which tools ran or a user thought; 0 if not recorded.
     """
 
     id: str
@@ -57,8 +56,8 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
     prediction: str | None = None
     parent: tuple[str, int] | None = None
+    task: str = ""
     waits: tuple[float, ...] = ()
-    span: tuple[float, float] = (math.nan, math.nan)
 
     @property
     def answers(self) -> int:
@@ -82,17 +81,14 @@ def conversation(
     if chars > MAX_CHARS:
         raise ConfigError(f"{where}: {chars} characters; at most {MAX_CHARS} are read")
     waits, ended, ready = list[float](), math.nan, math.nan
-    moments = [_moment(object_of(where, raw)) for raw in messages]
-    known = [moment for moment in moments if math.isfinite(moment)] or [math.nan]
-    for message, moment in zip(normalised, moments, strict=True):
+    for message, raw in zip(normalised, messages, strict=True):
+        moment = _moment(object_of(where, raw))
         if message["role"] == "assistant":
             waits.append(max(ready - ended, 0.0) if math.isfinite(ready - ended) else 0.0)
             ended, ready = moment, math.nan
         elif math.isfinite(moment):
             ready = moment
-    return Conversation(
-        name, category, normalised, offered, waits=tuple(waits), span=(min(known), max(known))
-    )
+    return Conversation(name, category, normalised, offered, waits=tuple(waits))
 
 
 def _moment(message: Message) -> float:
@@ -299,8 +295,7 @@ Record = tuple[str, str, Any]
 """A record of a file: its place for errors, a name, and its JSON."""
 
 KNOWN = (
-    "OpenAI messages, SGLang's agentic-trace, LMCache's calls, or trajectories of tau-bench, tau2, SWE-agent or \
-mini-swe-agent"
+    "OpenAI messages, LMCache's calls, agentic-trace, or runs of tau-bench, tau2, SWE-agent, mini-swe-agent"
 )
 
 
@@ -404,8 +399,15 @@ def _tau2(where: str, name: str, record: dict[str, Any]) -> Conversation:
         silent = message.get("role") == _USER and message.get("tool_calls") and not message.get("content")
         if message.get("requestor") != _USER and not silent:
             messages.append(_tau2_message(f"{where}, messages[{index}]", message))
-    identity = f"{name}/task {record.get('task_id')} trial {record.get('trial', 0)}"
-    return conversation(where, identity, f"tau2 {domain}".strip(), messages, environment.get("tool_defs"))
+    return _trial(where, name, record, f"tau2 {domain}".strip(), messages, environment.get("tool_defs"))
+
+
+def _trial(
+    where: str, name: str, record: dict[str, Any], category: str, messages: list[Any], tools: object = None
+) -> Conversation:
+    task = f"task {record.get('task_id')}"
+    identity = f"{name}/{task} trial {record.get('trial', 0)}"
+    return replace(conversation(where, identity, category, messages, tools), task=f"{category} {task}")
 
 
 def _tau2_message(where: str, message: Message) -> Message:
@@ -445,8 +447,8 @@ def _swe_agent(where: str, name: str, record: Any) -> Conversation:
         for entry in list_of(f"{where}, {key}", trajectory[key])
         if not (isinstance(entry, dict) and entry.get("role") == "exit")
     ]
-    name = text_of(f"{where}, instance_id", trajectory.get("instance_id")) or name
-    read = conversation(where, name, "SWE-agent", messages)
+    task = text_of(f"{where}, instance_id", trajectory.get("instance_id"))
+    read = replace(conversation(where, task or name, "SWE-agent", messages), task=task)
     steps = trajectory.get("trajectory")
     timed = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
     ran = [_moment({"timestamp": step.get("execution_time")}) for step in timed]
@@ -462,8 +464,7 @@ def _tau_bench(where: str, name: str, record: dict[str, Any]) -> Conversation:
 
     Source: sierra-research/tau-bench, `historical_trajectories/`, which do not list the tools.
     """
-    identity = f"{name}/task {record.get('task_id')} trial {record.get('trial', 0)}"
-    return conversation(where, identity, "tau-bench", list_of(f"{where}, traj", record["traj"]))
+    return _trial(where, name, record, "tau-bench", list_of(f"{where}, traj", record["traj"]))
 
 
 AGENTIC_TOKENS = 220
@@ -497,10 +498,6 @@ def _joined(records: Iterable[Record]) -> Iterator[Record]:
     for where, name, record in records:
         if isinstance(record, dict) and {"input", "output", "session_id", "timestamp"} <= record.keys():
             session = text_of(f"{where}, session_id", record["session_id"])
-            if not math.isfinite(_moment(record)):
-                raise ConfigError(
-                    f"{where}, timestamp: must be microseconds, not {record['timestamp']!r:.80}"
-                )
             asked = text_of(f"{where}, input", record["input"])
             if asked and text_of(f"{where}, output", record["output"]):
                 sessions[session].append((where, asked, record))
@@ -510,14 +507,11 @@ def _joined(records: Iterable[Record]) -> Iterator[Record]:
         talks: dict[str, list[Message]] = {}
         opened: list[dict[str, Any]] = []
         for _, asked, record in sorted(calls, key=lambda made: _moment(made[2])):
-            before = max(
-                (text for text in talks if asked.startswith(text) and asked != text), key=len, default=""
-            )
+            continued = (text for text in talks if asked.startswith(text) and asked != text)
+            before = max(continued, key=len, default="")
             messages = talks.pop(before, [])
             if not messages:
-                after = (
-                    sum(message["role"] == "assistant" for message in opened[0]["messages"]) if opened else 0
-                )
+                after = len(opened[0]["messages"]) // 2 if opened else 0
                 parent = {"parent": session, "after": after} if opened else {}
                 name = f"{session}-{len(opened) + 1}" if opened else session
                 opened.append({"id": name, "category": "LMCache", "messages": messages, **parent})
@@ -539,7 +533,7 @@ def _openai_log(where: str, name: str, record: dict[str, Any]) -> Conversation:
     """Read one conversation, or one request with its response, in OpenAI's form.
 
         {"messages": [{"role", "content", "timestamp", ...}], "tools": [...], "prediction": {...}, "id": "…",
-         "category": "…", "parent": "…", "after": 1}
+         "category": "…", "task": "…", "parent": "…", "after": 1}
         {"request": {"messages": [...], "tools": [...]}, "response": {"choices": [{"message": {...}}]}}
 
     Gateways log the second form; the first choice is the recorded answer. A prediction is of the last answer.
@@ -567,7 +561,8 @@ def _openai_log(where: str, name: str, record: dict[str, Any]) -> Conversation:
         prediction = body_prediction(request)
     except HintError as error:
         raise ConfigError(f"{where}, {error}") from None
-    return replace(logged, prediction=prediction, parent=(parent, after) if parent else None)
+    task = text_of(f"{where}, task", record.get("task"))
+    return replace(logged, prediction=prediction, parent=(parent, after) if parent else None, task=task)
 
 
 def _message_of(where: str, response: object) -> Message:

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -18,20 +19,11 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from whiflash_lab.bench.arms import NONE, Subject
-from whiflash_lab.bench.cells import Answer, Cell, Load
+from whiflash_lab.bench.cells import Answer, Cell, Load, Turn
 from whiflash_lab.bench.fleet import Fleet
 from whiflash_lab.bench.load import RequestError
 from whiflash_lab.bench.pages import render
-from whiflash_lab.bench.recorded import (
-    Player,
-    Replayer,
-    Talk,
-    Task,
-    recorded_arms,
-    talks_of,
-    tasks_of,
-    with_pool,
-)
+from whiflash_lab.bench.recorded import Player, Replayer, Talk, Task, recorded_arms, talks_of, with_pool
 from whiflash_lab.bench.report import build_report
 from whiflash_lab.bench.runner import Plan
 from whiflash_lab.bench.subject import build_subject
@@ -60,7 +52,8 @@ def rows() -> list[dict[str, Any]]:
         ]
         messages = [*said, {"role": "assistant", "content": answer}]
         prediction = {"type": "content", "content": TEXTS[i]}
-        found.append({"id": f"t{i}", "category": "edit", "messages": messages, "prediction": prediction})
+        row = {"id": f"t{i}", "category": "edit", "task": "edits", "messages": messages}
+        found.append({**row, "prediction": prediction})
     return found
 
 
@@ -100,9 +93,9 @@ def talks(recorded: list[Conversation], subject: Subject) -> list[Talk]:
 def test_conversations_become_tasks(
     talks: list[Talk], recorded: list[Conversation], subject: Subject
 ) -> None:
-    assert [(talk.id, len(talk.turns)) for talk in talks] == [("t0", 2), ("t1", 2), ("t2", 2)]
-    first, last = talks[0].turns
-    assert [task.known for task in tasks_of(talks[0].steps)] == [0, len(first.prompt) + len(first.answer) - 1]
+    assert [(talk.id, len(talk.tasks)) for talk in talks] == [("t0", 2), ("t1", 2), ("t2", 2)]
+    first, last = (task.turn for task in talks[0].tasks)
+    assert [task.known for task in talks[0].tasks] == [0, len(first.prompt) + len(first.answer) - 1]
     assert not first.predictions
     renderer = renderer_of(subject.target, subject.bundle)
     tokenizer = AutoTokenizer.from_pretrained(subject.target)
@@ -115,7 +108,7 @@ def test_conversations_become_tasks(
     assert text(last.predictions["useless"]) in TEXTS[1:]
     cut, left_out = talks_of(recorded, renderer, max_tokens=5, room=60)
     assert list(left_out) == ["t0, answer 1", "t1, answer 1", "t2, answer 1"]
-    assert [[len(turn.answer) for turn in talk.turns] for talk in cut] == [[5]] * 3
+    assert [[len(task.turn.answer) for task in talk.tasks] for talk in cut] == [[5]] * 3
     twice, _ = talks_of([recorded[0]] * 2, renderer, max_tokens=5, room=600)
     assert [talk.id for talk in twice] == ["t0", "t0-2"], "each is played and has figures of its own"
 
@@ -124,7 +117,7 @@ def test_a_subagent_s_answers_are_between_its_parent_s(subject: Subject, tmp_pat
     sizes = {"renderer": renderer_of(subject.target, subject.bundle), "max_tokens": 200, "room": 600}
     [talk], _ = talks_of(agent_and_subagent(tmp_path / "a.jsonl"), **sizes)
     decode = AutoTokenizer.from_pretrained(subject.target).decode
-    answers = [decode(list(turn.answer[:-1])) for turn in talk.turns]
+    answers = [decode(list(task.turn.answer[:-1])) for task in talk.tasks]
     assert answers == ["Find it, you.", "A jump.", "On the lawn.", "There: the lawn."]
     for fields in ({"after": 3}, {"parent": "subagent"}):
         with pytest.raises(ConfigError, match=r"subagent: no '.*' with . answers is before it"):
@@ -152,7 +145,7 @@ def test_the_shipped_edits_can_be_read(file: str) -> None:
 
 def test_a_conversation_s_answers_are_figures_of_one_prompt(talks: list[Talk]) -> None:
     """Each answer's first token is a prefill's; a first token's time is a turn's."""
-    tokens = {talk.id: sum(len(turn.answer) for turn in talk.turns) for talk in talks}
+    tokens = {talk.id: sum(len(task.turn.answer) for task in talk.tasks) for talk in talks}
     cells = [
         Cell(
             load=Load(value=1),
@@ -194,48 +187,50 @@ def fleet(host: ServerHost) -> Iterator[Fleet]:
 def test_a_recorded_run(talks: list[Talk], subject: Subject, fleet: Fleet, tmp_path: Path) -> None:
     """Plain decoding is stock SGLang, which a pool of half of what the agents need makes evict."""
     subject = with_pool(subject, talks, 3, 0.5)
-    arms = tuple(recorded_arms(["lookup+prediction", "lookup+useless", "none+sessions"], subject, talks))
+    arms = tuple(
+        recorded_arms(["lookup+prediction+group", "lookup+useless", "none+sessions"], subject, talks)
+    )
     loads = (Load(value=1), Load(value=2))
     plan = Plan(subject, arms, tuple(talks), loads, repetitions=1, recorded=("log",))
     report = Replayer(plan, fleet, Progress(console=Console(file=io.StringIO()))).run()
     assert (report.unavailable, report.differences) == ({}, [])
     for load in report.loads:
         lengths = {arm: figures["overall"].acceptance_length for arm, figures in load.arms.items()}
-        assert set(lengths) == {NONE, "lookup+prediction", "lookup+useless", "none+sessions"}
+        assert set(lengths) == {NONE, "lookup+prediction+group", "lookup+useless", "none+sessions"}
         assert lengths[NONE] == lengths["none+sessions"] == 1.0
-        assert lengths["lookup+prediction"] > 1.2 * lengths["lookup+useless"]
+        assert lengths["lookup+prediction+group"] > 1.2 * lengths["lookup+useless"]
         for turns in load.turns.values():
             assert [turn.tokens for turn in turns] == [
-                fmean(len(talk.turns[number].answer) for talk in talks) for number in range(2)
+                fmean(len(talk.tasks[number].turn.answer) for talk in talks) for number in range(2)
             ]
             first, second = turns
             # A turn's prompt holds the one before with its answer, whose newest token has no KV yet.
             before = first.prompt + first.tokens
             assert before - 4 <= second.cached < before < second.prompt
             assert 0 < second.ttft <= second.seconds
-        assert load.turns["lookup+prediction"][1].cached >= load.turns[NONE][1].cached - 1
+        assert load.turns["lookup+prediction+group"][1].cached >= load.turns[NONE][1].cached - 1
         for jobs in load.jobs.values():
             assert 0 < jobs.cached < jobs.prompt
             assert jobs.ms.p50 > jobs.ttft_ms.p50
         assert load.jobs[NONE].faster is None
         assert load.jobs["none+sessions"].evicted is not None
     page = render(report)
-    assert "| 2 | lookup+prediction |" in page
-    assert "| all | lookup+prediction |" in page
+    assert "| 2 | lookup+prediction+group |" in page
+    assert "| all | lookup+prediction+group |" in page
     assert "Forced along the recorded text of log." in page
     assert f"| arm | tokens/s | over {NONE} |" in page
     assert f"| arm | seconds a job p50/p95 | faster than {NONE} |" in page
     assert "Every answer is the recorded one" in page
 
-    url = fleet.url("lookup+prediction")
-    task = talks[0].turns[0]
+    url = fleet.url("lookup+prediction+group")
+    task = talks[0].tasks[0].turn
     params = {"max_new_tokens": 4, "custom_params": {"whiflash_forced": [1, 100_000]}}
     body = {"input_ids": list(task.prompt), "sampling_params": params}
     refused = httpx.post(f"{url}/generate", json=body, timeout=None)
     assert refused.status_code == 400
     assert "whiflash_forced[1]: must be a token id below" in refused.text
     turn = RecordedTurn(task.prompt, [*task.answer, 100_000])
-    impossible = Talk("t", "edit", (), steps=(Task(turn, 0),))
+    impossible = Talk("t", "edit", (), tasks=(Task(turn, "t", 0),))
 
     async def played(talk: Talk) -> Answer:
         async with httpx.AsyncClient(base_url=url, timeout=None) as client:
@@ -251,31 +246,35 @@ def test_a_recorded_run(talks: list[Talk], subject: Subject, fleet: Fleet, tmp_p
     assert [turn.cached for turn in (begun, last)] == pytest.approx([shared, shared], abs=4)
 
 
-def test_subagents_of_one_answer_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their time is part of their agent's tool time, which is cut at the longest wait."""
-    waits: list[float] = []
+def test_a_tool_s_time_is_cut_and_goes_on_while_subagents_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each conversation has a session, which is closed after its last answer."""
+    clock, told = [0.0], list[Any]()
 
     async def sleep(seconds: float) -> None:
-        waits.append(round(seconds))
+        told.append(round(seconds))
 
-    async def played() -> list[int]:
-        both = asyncio.Barrier(2)
+    class Fake(Player):
+        async def _answer(self, talk: Talk, task: Task, session: str | None) -> Any:
+            clock[0] += 10
+            told.append(session)
+            return Turn(prompt=1, cached=0, tokens=1, ttft=1, seconds=1), [], 0
 
-        class Fake(Player):
-            async def _answer(self, talk: str, task: Task, session: object) -> Any:
-                if task.known:
-                    await both.wait()
-                return task.turn.free, [], 0
+    def closed(request: httpx.Request) -> httpx.Response:
+        told.append(("closed", json.loads(request.content)["session_id"]))
+        return httpx.Response(200)
 
-        monkeypatch.setattr(asyncio, "sleep", sleep)
-        own = [Task(RecordedTurn([], [], free=free, wait=wait), 0) for free, wait in ((1, 0.0), (4, 90.0))]
-        theirs = [(Task(RecordedTurn([], [], free=free), 1),) for free in (2, 3)]
-        async with httpx.AsyncClient() as client, asyncio.timeout(60):
-            answers = await Fake(client, 8, longest_wait=30.0)._play("t", (own[0], tuple(theirs), own[1]))
-        return [turn for turn, *_ in answers]
+    async def played() -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(closed), base_url="http://s") as client:
+            waits = (("a", 0.0), ("sub", 0.0), ("a", 90.0))
+            tasks = tuple(Task(RecordedTurn([], [], wait=wait), name, 0) for name, wait in waits)
+            await Fake(client, 8, means=("sessions",), longest_wait=30.0).ask(Talk("t", "", (), tasks=tasks))
 
-    assert asyncio.run(played()) == [1, 2, 3, 4]
-    assert waits == [0, 0, 0, 30]
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    asyncio.run(played())
+    _, own, _, theirs, ended, waited, again, last = told
+    assert (own, ended, waited, last) == (again, ("closed", theirs), 20, ("closed", own))
+    assert own != theirs
 
 
 def test_options_of_other_runs_are_not_passed_over() -> None:

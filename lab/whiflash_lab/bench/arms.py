@@ -41,17 +41,19 @@ KNOWN = (NONE, *STATIC, ADAPTIVE, "NGRAM", *ROUTERS, *VARIANTS, *FLAGS, NO_HINTS
 DRAFTERS = {"EAGLE3": (AR,), ADAPTIVE: (AR,), "DFLASH": (DIFFUSION,), "DSPARK": (DIFFUSION,)}
 """SGLang's own arms → the drafters of a bundle that they serve."""
 DEFAULT = (NONE, "EAGLE3", "DFLASH", "auto")
-PREDICTION, USELESS, SESSIONS = "prediction", "useless", "sessions"
+PREDICTION, USELESS, SESSIONS, GROUP = "prediction", "useless", "sessions", "group"
 MEANS: dict[str, tuple[str, ...]] = {
     PREDICTION: (),
     USELESS: (),
     SESSIONS: ("--enable-session-radix-cache",),
+    GROUP: (),
     "tlru": ("--radix-eviction-policy", "tlru"),
     "lpm": ("--schedule-policy", "lpm"),
     "host": ("--enable-hierarchical-cache",),
 }
 """Suffixes of a recorded run's arms, each after a plus → flags of the server. Requests of the first two bring the
-recorded or another conversation's prediction; with sessions each conversation has a `session_id`."""
+recorded or another conversation's prediction; with sessions each conversation has a `session_id`, with group the name
+of its task."""
 _SPELLED = re.compile(rf"(?:{'|'.join(KNOWN)}|(?:{'|'.join(WITH_WIDTH)}):0*[1-9]\d*)(?:@.+)?")
 
 _PINNED_INSTEAD = "the arm `diffusion` is WHIFLASH with only this drafter"

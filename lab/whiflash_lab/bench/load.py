@@ -83,10 +83,7 @@ class Asker:
                 for _ in range(min(load.value, len(prompts))):
                     users.create_task(user())
         except ExceptionGroup as failed:
-            error: Exception = failed
-            while isinstance(error, ExceptionGroup):  # a subagent's is in its agent's
-                error = error.exceptions[0]
-            raise error from None
+            raise failed.exceptions[0] from None
         return [answers[index] for index in range(len(prompts))]
 
 

@@ -3,25 +3,26 @@
 Prompts, verification, routing and cost are real; only the tokens that the target samples are replaced by the recorded
 ones (`round/forcing.py`; without WHIFLASH, `bench/forcing.py`). So a small target can be measured on text that another
 model wrote, and all arms see the same prompts. A job is a conversation with its subagents and is one prompt of the run.
-Its answers are asked one after the other, with the tools' times between them. Subagents of one answer run at once,
-unless their times show that one followed another.
+Its answers are asked one after the other, with the tools' times between them.
 """
 
 import asyncio
-import math
+import hashlib
+import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeAlias
+from typing import Any
 from uuid import uuid4
 
 import httpx
 
 from whiflash_lab.bench.arms import (
+    GROUP,
     MEANS,
     NONE,
     PREDICTION,
@@ -32,11 +33,11 @@ from whiflash_lab.bench.arms import (
     build_arms,
     check_names,
 )
-from whiflash_lab.bench.cells import Answer, Cell, Turn
+from whiflash_lab.bench.cells import Answer, Turn
 from whiflash_lab.bench.forcing import ANSWER, PROCESSOR
 from whiflash_lab.bench.load import Asker, RequestError
 from whiflash_lab.bench.prompts import Prompt
-from whiflash_lab.bench.reference import BestLogit, Difference, Reference
+from whiflash_lab.bench.reference import Reference
 from whiflash_lab.bench.runner import METRICS, Runner
 from whiflash_lab.conversations import Conversation, RecordedTurn, Renderer, read_recorded, renderer_of
 from whiflash_sglang.errors import ConfigError
@@ -56,44 +57,27 @@ WARM_UP_ANSWERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """An answer to ask for. known: tokens of its prompt that the conversation's turn before has computed."""
+    """An answer to ask for. conversation: its name. known: tokens of the prompt that the turn before has computed."""
 
     turn: RecordedTurn
+    conversation: str
     known: int
-
-
-Step: TypeAlias = "Task | tuple[tuple[Step, ...], ...]"
-"""An answer, or the subagents that begin at once after it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Talk(Prompt):
-    """A conversation with its subagents' conversations. steps: what is asked, in order."""
+    """A conversation with its subagents' conversations. tasks: all their answers, in order. task: its name, or ""."""
 
-    steps: tuple[Step, ...] = ()
-
-    @property
-    def turns(self) -> list[RecordedTurn]:
-        """All answers, subagents' before those of their parent that come later."""
-        return [task.turn for task in tasks_of(self.steps)]
+    tasks: tuple[Task, ...] = ()
+    task: str = ""
 
     @property
     def context(self) -> int:
         """Tokens of the longest prompt with its answer."""
-        return max(turn.context for turn in self.turns)
+        return max(task.turn.context for task in self.tasks)
 
     def request(self) -> dict[str, Any]:
-        return {"tasks": [[list(turn.prompt), list(turn.answer)] for turn in self.turns]}
-
-
-def tasks_of(steps: Iterable[Step]) -> Iterator[Task]:
-    """Yield the answers of steps and of the subagents between them."""
-    for step in steps:
-        if isinstance(step, Task):
-            yield step
-        else:
-            for chain in step:
-                yield from tasks_of(chain)
+        return {"tasks": [[list(task.turn.prompt), list(task.turn.answer)] for task in self.tasks]}
 
 
 def talks_of(
@@ -108,25 +92,18 @@ def talks_of(
         ConfigError: a subagent's parent is not before it, or is shorter than it says.
     """
     expected = [None if each.prediction is None else renderer.encode(each.prediction) for each in recorded]
-    turns, talks, left_out = dict[str, list[RecordedTurn]](), list[Prompt](), dict[str, str]()
+    turns, talks, left_out = dict[str, list[RecordedTurn]](), list[Talk](), dict[str, str]()
     begins, subagents = dict[str, int](), defaultdict[tuple[str, int], list[str]](list)
-    spans: dict[str, tuple[float, float]] = {}
 
-    def steps(agent: str) -> Iterator[Step]:
+    def played(agent: str) -> Iterator[Task]:
         """Yield every answer once; a subagent's before its parent continues, which needs the subagent's result."""
         computed: Sequence[int] = ()
         for number, turn in enumerate(turns[agent], start=1):
             if number > begins[agent] and turn.context <= room:
-                yield Task(turn, agreed(turn.prompt, computed))
+                yield Task(turn, agent, agreed(turn.prompt, computed))
             computed = [*turn.prompt, *turn.answer[:-1]]
-            groups, ended = list[list[tuple[Step, ...]]](), math.nan
-            for name in subagents[agent, number]:
-                begin, end = spans[name]
-                if not groups or begin > ended:
-                    groups.append([])
-                groups[-1].append(tuple(steps(name)))
-                ended = max(end, ended)
-            yield from (tuple(filter(None, group)) for group in groups if any(group))
+            for subagent in subagents[agent, number]:
+                yield from played(subagent)
 
     for index, record in enumerate(recorded):
         name = record.id
@@ -148,13 +125,12 @@ def talks_of(
             own[-1] = replace(own[-1], predictions=both)
         sizes = list(enumerate(turn.context for turn in own))[begins[name] :]
         left_out |= {f"{name}, answer {at}": f"{n} tokens" for at, n in sizes if n > room}
-        spans[name] = record.span
         if record.parent:
             subagents[record.parent].append(name)
         else:
-            talks.append(Prompt(name, record.category, ()))
-    whole = [Talk(talk.id, talk.category, (), steps=tuple(steps(talk.id))) for talk in talks]
-    return [talk for talk in whole if talk.steps], left_out
+            talks.append(Talk(name, record.category, (), task=record.task))
+    talks = [replace(talk, tasks=tuple(played(talk.id))) for talk in talks]
+    return [talk for talk in talks if talk.tasks], left_out
 
 
 def recorded_arms(names: Sequence[str], subject: Subject, talks: Iterable[Talk]) -> list[Arm]:
@@ -165,7 +141,7 @@ def recorded_arms(names: Sequence[str], subject: Subject, talks: Iterable[Talk])
     """
     chosen = [NONE, *(name for name in names if name != NONE)]
     check_names(chosen, recorded=True)
-    predicted = any(turn.predictions for talk in talks for turn in talk.turns)
+    predicted = any(task.turn.predictions for talk in talks for task in talk.tasks)
     arms = []
     for name in chosen:
         kind, *means = name.split("+")
@@ -236,7 +212,17 @@ class Player(Asker):
         """
         assert isinstance(prompt, Talk)
         began = time.perf_counter()
-        answers = await self._play(prompt.id, prompt.steps)
+        answers, ended = [], defaultdict[str, float](lambda: began)
+        sessions = {task.conversation: uuid4().hex for task in prompt.tasks if SESSIONS in self.means}
+        last = {task.conversation: task for task in prompt.tasks}
+        for task in prompt.tasks:
+            # A tool's time goes on while subagents run, which are such a tool.
+            waited = time.perf_counter() - ended[task.conversation]
+            await asyncio.sleep(min(task.turn.wait, self.longest_wait) - waited)
+            answers.append(await self._answer(prompt, task, sessions.get(task.conversation)))
+            ended[task.conversation] = time.perf_counter()
+            if sessions and last[task.conversation] is task:
+                await self.client.post("/close_session", json={"session_id": sessions[task.conversation]})
         return Answer(
             prompt=prompt.id,
             seconds=time.perf_counter() - began,
@@ -247,30 +233,15 @@ class Player(Asker):
             turns=tuple(turn for turn, *_ in answers),
         )
 
-    async def _play(self, talk: str, steps: Sequence[Step]) -> list[tuple[Turn, list[int], int]]:
-        """Play one conversation, and its subagents' at once. Return all answers (`_answer`) in the recorded order."""
-        session = {"session_id": uuid4().hex} if SESSIONS in self.means else {}
-        answers, ended = [], time.perf_counter()
-        for step in steps:
-            if isinstance(step, Task):
-                # A tool's time goes on while subagents run, which are such a tool.
-                await asyncio.sleep(min(step.turn.wait, self.longest_wait) + ended - time.perf_counter())
-                answers.append(await self._answer(talk, step, session))
-                ended = time.perf_counter()
-                continue
-            async with asyncio.TaskGroup() as group:
-                subagents = [group.create_task(self._play(talk, chain)) for chain in step]
-            answers += [answer for subagent in subagents for answer in subagent.result()]
-        if session:
-            await self.client.post("/close_session", json=session)
-        return answers
-
-    async def _answer(self, talk: str, task: Task, session: Mapping[str, str]) -> tuple[Turn, list[int], int]:
+    async def _answer(self, talk: Talk, task: Task, session: str | None) -> tuple[Turn, list[int], int]:
         """Ask for one answer. Return its turn, its tokens, and the target forwards after its prefill."""
         recorded = task.turn
         custom: dict[str, Any] = {}
         if recorded.answer:
             custom[ANSWER if self.is_stock else "whiflash_forced"] = list(recorded.answer)
+        if talk.task and GROUP in self.means:
+            named = hashlib.sha256(talk.task.encode()).hexdigest()[:16]
+            custom["whiflash"] = json.dumps({"task": named})
         for name in recorded.predictions.keys() & set(self.means):
             custom["whiflash_prediction"] = list(recorded.predictions[name])
         params = {
@@ -279,15 +250,20 @@ class Player(Asker):
             "ignore_eos": True,
             "custom_params": custom,
         }
-        body = {"input_ids": list(recorded.prompt), "sampling_params": params, "stream": True, **session}
+        body = {
+            "input_ids": list(recorded.prompt),
+            "sampling_params": params,
+            "stream": True,
+            "session_id": session,
+        }
         if self.is_stock:
             body["custom_logit_processor"] = PROCESSOR
-        arrived = await self.streamed(talk, "/generate", body)
+        arrived = await self.streamed(talk.id, "/generate", body)
         # Each event holds the whole answer so far.
         events = [(at, line.removeprefix("data: ")) for at, line in arrived if line.startswith("data: {")]
         reply = read_json(events[-1][1]) if events else {}
         if "error" in reply:
-            raise RequestError(f"conversation {talk}: {reply['error']}")
+            raise RequestError(f"conversation {talk.id}: {reply['error']}")
         written = reply.get("output_ids", [])
         if recorded.answer and written != list(recorded.answer):
             raise RequestError(
@@ -312,9 +288,6 @@ class Replayer(Runner):
     def _ask_references(self) -> None:
         self._references = {talk.id: Reference(talk, (), (), (), "") for talk in self._plan.prompts}
 
-    def _compare(self, cells: Sequence[Cell], best: BestLogit) -> list[Difference]:
-        return []  # Each answer was compared with the recorded one when it came.
-
     def _asker(self, client: httpx.AsyncClient, arm: Arm) -> Player:
         plan = self._plan
         return Player(client, plan.max_tokens, {}, arm.router is None, arm.means, plan.longest_wait)
@@ -324,8 +297,8 @@ class Replayer(Runner):
         assert isinstance(talk, Talk)
         if not is_warm_up:
             return talk
-        first = list(tasks_of(talk.steps))[:WARM_UP_ANSWERS]
-        return replace(talk, steps=tuple(Task(replace(task.turn, wait=0.0), task.known) for task in first))
+        first = tuple(replace(one, turn=replace(one.turn, wait=0.0)) for one in talk.tasks[:WARM_UP_ANSWERS])
+        return replace(talk, tasks=first, task="")  # no group may know the answers that are measured
 
     def _groups(self) -> dict[str, str]:
         """Return prompt id → category. No group is `loops`, since the target did not write the texts."""

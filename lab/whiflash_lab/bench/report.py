@@ -198,15 +198,14 @@ def _turns(cells: Sequence[Cell]) -> list[Turn]:
 
 
 def _jobs(cells: Sequence[Cell], plain: Sequence[Cell] | None, groups: Mapping[str, str]) -> Jobs:
+    names = sorted({answer.prompt for cell in cells for answer in cell.answers})
+
     def seconds(cells: Sequence[Cell]) -> Floats:
         """Return the seconds of each job, [jobs, repetitions]."""
-        by_job: dict[str, list[float]] = defaultdict(list)
-        for cell in cells:
-            for answer in cell.answers:
-                by_job[answer.prompt].append(answer.seconds)
-        return np.array([by_job[name] for name in names])
+        return np.array(
+            [[a.seconds for cell in cells for a in cell.answers if a.prompt == name] for name in names]
+        )
 
-    names = sorted({answer.prompt for cell in cells for answer in cell.answers})
     turns = [turn for cell in cells for answer in cell.answers for turn in answer.turns]
     mine, repetitions = seconds(cells), len({cell.repetition for cell in cells})
     ms, ttft = percentiles_ms(mine.flatten().tolist()), percentiles_ms([turn.ttft for turn in turns])
@@ -216,15 +215,17 @@ def _jobs(cells: Sequence[Cell], plain: Sequence[Cell] | None, groups: Mapping[s
     if plain is not None and plain is not cells:
         once = np.ones_like(mine)
         faster = paired_ratio(once, mine, once, seconds(plain), [groups[name] for name in names])
-    counted = _counters(cells)
-    prompt, cached, again = (
-        round(sum(values) / repetitions)
-        for values in zip(*((t.prompt, t.cached, max(t.known - t.cached, 0)) for t in turns), strict=True)
+    counted = {name: round(count / repetitions) for name, count in _counters(cells).items()}
+    return Jobs(
+        ms=ms,
+        ttft_ms=ttft,
+        faster=faster,
+        prompt=round(sum(turn.prompt for turn in turns) / repetitions),
+        cached=round(sum(turn.cached for turn in turns) / repetitions),
+        again=round(sum(max(turn.known - turn.cached, 0) for turn in turns) / repetitions),
+        evicted=counted.get("evicted"),
+        retracted=counted.get("retracted"),
     )
-    told = {
-        key: round(counted[key] / repetitions) if key in counted else None for key in ("evicted", "retracted")
-    }
-    return Jobs(ms=ms, ttft_ms=ttft, faster=faster, prompt=prompt, cached=cached, again=again, **told)
 
 
 def _figures(

@@ -135,13 +135,14 @@ class Runner:
         judging = self._progress.add_task("comparing answers with plain decoding", total=None)
         best = BestLogit(plan.subject.target, plan.subject.dtype)
         sampled = [reference.prompt.sampling for reference in self._references.values()]
-        compared = None if all(sampled) else self._compare(cells, best)
+        compared: Sequence[Difference] | None = None
+        if plan.recorded:
+            compared = []  # each answer was compared with the recorded one when it came
+        elif not all(sampled):
+            compared = differences(cells, self._references, best, plan.subject.dtype)
         self._progress.remove_task(judging)
         record |= {**self._provenance(cells), "compared": not any(sampled), "unjudged": best.lost}
         return build_report(cells, self._groups(), compared, record, self.unavailable, plan.over)
-
-    def _compare(self, cells: Sequence[Cell], best: BestLogit) -> list[Difference]:
-        return differences(cells, self._references, best, self._plan.subject.dtype)
 
     # ---------------------------------------------------------------- the two orders
 

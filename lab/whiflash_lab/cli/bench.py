@@ -121,7 +121,7 @@ def bench(
             if kv_share is not None:
                 subject = with_pool(subject, talks, loads[0].value, kv_share)
             chosen, measured = list(talks), recorded_arms(names or ["auto"], subject, talks)
-            longest = max(len(turn.answer) or turn.free for talk in talks for turn in talk.turns)
+            longest = max(len(one.turn.answer) or one.turn.free for talk in talks for one in talk.tasks)
         else:
             measured = build_arms(names or those_with_drafters(DEFAULT, subject), subject)
         plan = Plan(
