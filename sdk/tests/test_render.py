@@ -1,4 +1,4 @@
-"""The renderers: nothing the model writes acts, and everything the trace says shows."""
+"""The renderers: nothing the model writes acts, and everything the trace says shows. A real browser: test_timeline."""
 
 import re
 from html.parser import HTMLParser

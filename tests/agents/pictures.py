@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "sdk" / "tests"))
 
 from browser import browser
 from rich.console import Console
@@ -147,7 +148,7 @@ def main() -> None:
             for scheme in ("light", "dark"):
                 chromium.show(page, width=970, height=1400, dark=scheme == "dark")
                 chromium.ask(WITHOUT_TABLES)
-                chromium.point("section .band.arm-lookup")
+                chromium.point("section .band.arm-lookup", scroll=False)
                 chromium.shoot(to / f"trace-{scheme}.png", to_end_of="main", scale=1.5)
                 chromium.ask(TIMELINE_AND_TEXT)
                 chromium.shoot(to / f"answer-{scheme}.png", to_end_of="main", scale=1.5)

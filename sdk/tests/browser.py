@@ -25,15 +25,15 @@ FLAGS = (
 
 
 class Browser:
-    """One tab."""
+    """One tab. events: messages that it sent unasked since the last `show`."""
 
     def __init__(self, to: int, out: int) -> None:
         self._to, self._from = os.fdopen(to, "wb", 0), os.fdopen(out, "rb")
         self._buffer, self._number, self._session = b"", 0, None
-        self._events: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime"):
+        for domain in ("Page", "Runtime", "Network", "Log", "Accessibility"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Browser:
                 assert "error" not in answer, (method, answer["error"])
                 result: dict[str, Any] = answer["result"]
                 return result
-            self._events.append(answer)
+            self.events.append(answer)
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
@@ -60,9 +60,9 @@ class Browser:
         found: dict[str, Any] = json.loads(message)
         return found
 
-    def show(self, page: Path, *, width: int, height: int, dark: bool) -> None:
+    def show(self, page: Path, *, width: int = 1100, height: int = 900, dark: bool = False) -> None:
         """Load a page and wait until it is there."""
-        self._events.clear()
+        self.events.clear()
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call(
@@ -73,8 +73,8 @@ class Browser:
             mobile=False,
         )
         self.call("Page.navigate", url=page.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self._events):
-            self._events.append(self._read())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._read())
 
     def ask(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page, which itself may run none."""
@@ -82,23 +82,38 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def point(self, selector: str) -> None:
-        """Move the mouse to the middle of an element that is in view."""
+    def press(self, key: str, code: int) -> None:
+        """A key, such as Tab, 9."""
+        text = {"text": "\r"} if key == "Enter" else {}
+        for kind in ("keyDown", "keyUp"):
+            extra = text if kind == "keyDown" else {}
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **extra
+            )
+
+    def point(self, selector: str, *, scroll: bool = True) -> None:
+        """Move the mouse to the middle of an element. scroll: bring it to the middle of the view before."""
         place = self.ask(
-            f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            f" if ({json.dumps(scroll)}) e.scrollIntoView({{block: 'center'}});"
+            " const r = e.getBoundingClientRect();"
             " return [r.x + r.width / 2, r.y + r.height / 2] })()"
         )
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=place[0], y=place[1])
 
-    def shoot(self, path: Path, *, to_end_of: str, scale: float) -> None:
-        """A picture of the page, down to the end of an element. scale: pixels for one of CSS."""
-        end = f"document.querySelector({json.dumps(to_end_of)}).getBoundingClientRect().bottom + scrollY"
-        width, height = self.ask(f"[innerWidth, {end}]")
-        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": scale}
-        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)[
-            "data"
-        ]
+    def shoot(self, path: Path, *, to_end_of: str | None = None, scale: float = 1) -> None:
+        """A picture of the page, down to the end of an element if one is given. scale: pixels for one of CSS."""
+        extra: dict[str, Any] = {"captureBeyondViewport": True}
+        if to_end_of is not None:
+            end = f"document.querySelector({json.dumps(to_end_of)}).getBoundingClientRect().bottom + scrollY"
+            width, height = self.ask(f"[innerWidth, {end}]")
+            extra["clip"] = {"x": 0, "y": 0, "width": width, "height": height, "scale": scale}
+        data = self.call("Page.captureScreenshot", format="png", **extra)["data"]
         path.write_bytes(base64.b64decode(data))
+
+    def methods(self, name: str) -> list[dict[str, Any]]:
+        """Parameters of the events of one kind."""
+        return [event["params"] for event in self.events if event.get("method") == name]
 
 
 @contextmanager
