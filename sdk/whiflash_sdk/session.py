@@ -44,8 +44,8 @@ class Session:
 
     def hints(self) -> Hints:
         """Return hints with the names of agent and task, as far as they are given."""
-        names = {"agent": self.agent, "task": self.task}
-        return Hints(**{kind: name_sent(name) for kind, name in names.items() if name})
+        agent = Hints(agent=name_sent(self.agent)) if self.agent else Hints()
+        return Hints(task=name_sent(self.task)).over(agent) if self.task else agent
 
     def prediction(self, body: Mapping[str, Any], parser: str | None) -> str | None:
         """Return the file that this request may edit; None if unknown. parser: the server's parser of tool calls."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from whiflash_sglang.arms.lookup import LookupArm
 from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.copying import groups
-from whiflash_sglang.copying.groups import SIBLINGS
+from whiflash_sglang.copying.groups import PROBES, SIBLINGS
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.request import Request
@@ -158,6 +158,7 @@ def test_what_is_forgotten_is_found_by_nobody() -> None:
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "TOKENS", 200)
     monkeypatch.setattr(groups, "GROUPS", 3)
+    monkeypatch.setattr(groups, "MOST", 250)
     server = arm()
     for number in range(30):
         answered(server, range(1000 * number, 1000 * number + 70), rid=f"a{number}")
@@ -168,8 +169,10 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     answered(server, range(5000), rid="long")
     assert len(group.ended.text) <= 200
     for name in "uvtw":  # `t` is used again, so `u` is the one that goes
-        answered(server, rid=name, task=name)
+        answered(server, range(9), rid=name, task=name)
     assert [name for _, name in server._groups._groups] == ["v", "t", "w"]  # type: ignore[union-attr]
+    answered(server, range(189), rid="x", task="v")
+    assert [name for _, name in server._groups._groups] == ["w", "v"], "tokens"  # type: ignore[union-attr]
 
 
 def test_siblings_end_with_the_last_of_them() -> None:
@@ -193,20 +196,18 @@ def test_an_answer_longer_than_the_newest_places_is_followed_where_it_was() -> N
         said, at = asked.say(*answer[at : at + 8]), at + 8
 
 
-def test_a_group_whose_copies_are_not_taken_is_left_until_more_requests_came() -> None:
+def test_a_group_whose_copies_are_not_taken_is_tried_at_the_beginning_of_each_request() -> None:
     server = arm(late=True)
     answered(server, [token for i in range(50) for token in (5, 200 + i)], rid="a")
-    asked = ask(server, "b")
-    for number in range(200):
-        asked.say(5, 300 + number)
-        if server.promised(asked.request) is not None:
-            break
-    assert 60 < number < 100
-    assert not asked.request.kept["lookup"].member.has_others
-    for more in range(16):
-        again = ask(server, f"c{more}")
-        again.end()
-    assert asked.request.kept["lookup"].member.has_others
+    useless, useful = ask(server, "b"), ask(server, "c")
+    for number in range(PROBES + 1):
+        assert server.promised(useless.request) is None
+        useless.say(5, 300 + number)
+    assert server.promised(useless.request) is not None
+    for number in range(PROBES + 9):
+        useful.say(5, 200 + number)
+        assert server.promised(useful.request) is None
+    assert server.promised(useless.request) is None, "it was right for another one"
 
 
 def test_the_host_looks_while_a_group_has_others() -> None:

@@ -196,8 +196,8 @@ class LookupArm(TextDrafter):
 
     def answered(self, request: Request, answer: Sequence[int]) -> None:
         kept: _Kept | None = request.kept.get(self.arm)
-        if kept is not None and kept.member is not None:
-            kept.member.group.keep(answer)
+        if kept is not None and kept.member is not None and self._groups is not None:
+            self._groups.keep(kept.member, answer)
 
     def end(self, request: Request) -> None:
         kept: _Kept | None = request.kept.get(self.arm)

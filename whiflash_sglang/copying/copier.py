@@ -74,7 +74,7 @@ class Copier:
         """Append the tokens committed since, and learn from them: the prompt first, then round by round."""
         right = teach(self._copy, tokens, self._source.judge, self._source.habit)
         if self._member is not None:
-            if len(self.text) and tokens:
+            if any(source.name == GROUP for source in self._sources):
                 self._member.looked(right if self._source.name == GROUP else 0)
             self._member.extend(tokens)
         self._copy = NOTHING
@@ -112,10 +112,9 @@ class Copier:
         if limit <= 0 or not len(self.text):
             return NOTHING, self._own, -1
         self._list_sources()
-        *parts, matched, at, number = self._compiled.copy(
+        tokens, alive, agreements, matched, at, number = self._compiled.copy(
             self._fields, drafts, self._stops, self._min_match, limit, chances
         )
-        tokens, alive, agreements = parts
         if not tokens:
             return NOTHING, self._own, -1
         source = self._sources[number]

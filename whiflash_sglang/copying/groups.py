@@ -5,7 +5,7 @@ A group holds committed answers only: prompts and tools' results of others add n
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from whiflash_sglang.copying.calibration import MatchCalibration, RequestCalibration, Seed
@@ -25,19 +25,16 @@ SIBLINGS = "whiflash-n:"
 TOKENS = 64_000
 """Most tokens of a group's ended answers. Beyond, the newer half stays."""
 
-GROUPS = 64
-"""Most groups; the one that was joined longest ago goes first."""
+GROUPS, MOST = 1_000, 1_000_000
+"""Most groups, and most tokens of all their ended answers. The group that was joined longest ago goes first."""
 
 LIVE = 4
 """Most running requests of a group that a request copies from, the newest."""
 
-FEWEST_TAKEN = 0.1
-"""Mean number of right tokens that a look finds in a group. Below that it is not searched."""
-_MEMORY, _ENOUGH, _AGAIN = (
-    256.0,
-    64.0,
-    16,
-)  # looks of that mean, its weight before it decides, requests until a new one
+FEWEST_TAKEN, PROBES = 0.05, 16
+"""Mean number of right tokens that a look finds in a group. Below that only a request's first looks search it."""
+
+_MEMORY = 64.0  # looks of that mean
 
 Key = tuple[Tenant | None, str]
 """A group: whose it is, and its name."""
@@ -50,7 +47,7 @@ class Group:
         self._compiled, self._judge, self._habit = compiled, judge, RequestCalibration()
         self.ended = self._source()
         self.live: dict[str, Source] = {}
-        self.taken, self._begun = Mean(), 0
+        self.taken = Mean()
 
     def _source(self, tokens: Sequence[int] = ()) -> Source:
         return Source(GROUP, Text(self._compiled, tokens), self._judge, self._habit)
@@ -58,9 +55,6 @@ class Group:
     def join(self, rid: str) -> None:
         """Begin the answer of a request."""
         self.live[rid] = self._source()
-        self._begun += 1
-        if self._begun % _AGAIN == 0:
-            self.taken = Mean()
 
     def keep(self, answer: Sequence[int]) -> None:
         """Take the whole answer of a request that ended."""
@@ -72,11 +66,6 @@ class Group:
     def clear(self) -> None:
         """Drop all texts. Running requests go on without the group."""
         self.ended, self.live = self._source(), {}
-
-    @property
-    def is_taken(self) -> bool:
-        """Whether copies from it have been right often enough, or that is not known yet."""
-        return self.taken.weight < _ENOUGH or self.taken.value >= FEWEST_TAKEN
 
     @property
     def nbytes(self) -> int:
@@ -92,20 +81,21 @@ class Member:
     """
 
     def __init__(self, group: Group, key: Key, rid: str, prompt: int) -> None:
-        self.group, self.key, self.rid, self._prompt = group, key, rid, prompt
-
-    def others(self) -> Iterator[Source]:
-        """Yield the texts of the group's other answers that are searched."""
-        if not self.group.is_taken or self.rid not in self.group.live:
-            return
-        if len(self.group.ended.text):
-            yield self.group.ended
-        yield from [each for rid, each in self.group.live.items() if rid != self.rid][-LIVE:]
+        self.group, self.key, self.rid, self._prompt, self._looks = group, key, rid, prompt, 0
 
     @property
     def has_others(self) -> bool:
-        """Whether there is an answer of another request to copy from, or one that will be."""
-        return next(self.others(), None) is not None
+        """Whether the group has another answer, or one that is about to begin, and is searched."""
+        group = self.group
+        is_searched = self._looks < PROBES or group.taken.value >= FEWEST_TAKEN
+        return is_searched and self.rid in group.live and (len(group.live) > 1 or len(group.ended.text) > 0)
+
+    def others(self) -> list[Source]:
+        """Return the texts of the group's other answers that are searched."""
+        if not self.has_others:
+            return []
+        running = [each for rid, each in self.group.live.items() if rid != self.rid][-LIVE:]
+        return [each for each in (self.group.ended, *running) if len(each.text)]
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append committed tokens of the request's text to its answer, from which others copy."""
@@ -116,6 +106,7 @@ class Member:
 
     def looked(self, right: int) -> None:
         """Note the number of right tokens that a look found in the group."""
+        self._looks += 1
         self.group.taken.add(right, _MEMORY)
 
 
@@ -125,6 +116,7 @@ class Groups:
     def __init__(self, compiled: "CompiledCopies", seed: Seed) -> None:
         self._compiled, self._seed, self._judge = compiled, seed, MatchCalibration(seed)
         self._groups: OrderedDict[Key, Group] = OrderedDict()
+        self._tokens = 0
 
     def join(self, tenant: Tenant | None, name: str, rid: str, prompt: int) -> Member:
         """Return a request that begins as a member of the group of this name. prompt: tokens of its prompt."""
@@ -133,23 +125,42 @@ class Groups:
             self._groups[key] = Group(self._compiled, self._judge)
         group = self._groups[key]
         self._groups.move_to_end(key)
-        if len(self._groups) > GROUPS:
-            self._groups.popitem(last=False)
+        self._evict()
         group.join(rid)
         return Member(group, key, rid, prompt)
+
+    def keep(self, member: Member, answer: Sequence[int]) -> None:
+        """Take the whole answer of a member that ended."""
+        group = member.group
+        if self._groups.get(member.key) is group:
+            self._tokens -= len(group.ended.text)
+            group.keep(answer)
+            self._tokens += len(group.ended.text)
+            self._evict()
+
+    def _evict(self) -> None:
+        """Drop the groups that were joined longest ago, down to the bounds."""
+        while len(self._groups) > GROUPS or self._tokens > MOST:
+            self._drop(next(iter(self._groups)))
+
+    def _drop(self, key: Key) -> None:
+        """Drop a group with its texts."""
+        group = self._groups.pop(key)
+        self._tokens -= len(group.ended.text)
+        group.clear()
 
     def leave(self, member: Member) -> None:
         """End a request's part in its group, and a group of siblings with its last one."""
         group, key = member.group, member.key
         group.live.pop(member.rid, None)
         if key[1].startswith(SIBLINGS) and not group.live and self._groups.get(key) is group:
-            del self._groups[key]
+            self._drop(key)
 
     def forget(self) -> None:
         """Drop all groups with their texts, and what copies from them have taught."""
         self._judge = MatchCalibration(self._seed)
-        while self._groups:
-            self._groups.popitem()[1].clear()
+        for key in list(self._groups):
+            self._drop(key)
 
     @property
     def nbytes(self) -> int:

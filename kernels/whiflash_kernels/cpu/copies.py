@@ -25,7 +25,7 @@ class CompiledCopies:
         self._copy = library.whiflash_copy
         self._link.argtypes, self._link.restype = (pointer, long), None
         self._follow.argtypes, self._follow.restype = (pointer, pointer, long), None
-        self._copy.argtypes = [*[pointer, long] * 3, long, long, number, number, long, *[pointer] * 4]
+        self._copy.argtypes = [pointer, long] * 3 + [long] * 2 + [number] * 2 + [long] + [pointer] * 4
         self._copy.restype = long
         self._propose = library.whiflash_propose
         self._propose.argtypes = (
