@@ -45,6 +45,10 @@ def test_tokens_are_counted_by_their_source(tokenizer: Path) -> None:
     assert set(copied.accepted) == {"own text"}
     assert copied.rounds < copied.tokens <= copied.rounds + copied.accepted["own text"]
     assert copied.rows >= copied.rounds + copied.accepted["own text"]
+    new = "zyx wvu tsr qpo nml kji hgf"
+    theirs = [walk.answer(turn(f"{i}. ", new), (), task=task) for i, task in enumerate("aaab")]
+    assert theirs[2].accepted["group"] > 0
+    assert not theirs[0].accepted["group"] + theirs[3].accepted["group"], "no other answer of its task"
     first = walk.answer(turn("Find it. ", CALL), TOOLS)
     assert first.accepted["forced"] > 0
     assert walk.calls == 1

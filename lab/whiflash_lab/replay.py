@@ -8,6 +8,7 @@ price here, so every draft is verified whose chance is at least `WORTH`.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -95,9 +96,15 @@ class Walk:
         self.calls = 0
 
     def answer(
-        self, turn: RecordedTurn, tools: Sequence[Mapping[str, Any]], prediction: Sequence[int] | None = None
+        self,
+        turn: RecordedTurn,
+        tools: Sequence[Mapping[str, Any]],
+        prediction: Sequence[int] | None = None,
+        task: str = "",
     ) -> Sums:
-        """Walk one answer, round by round. tools: those offered. prediction: tokens that its caller expected."""
+        """Walk one answer, round by round. tools: those offered. prediction: tokens that its caller expected. task:
+        whose other answers it may copy from.
+        """
         self._requests += 1
         text, begin = [*turn.prompt, *turn.answer], len(turn.prompt)
         functions = [(tool["function"]["name"], tool["function"].get("parameters")) for tool in tools]
@@ -108,12 +115,16 @@ class Walk:
             response_format=None,
             forced=False,
         )
-        hints = RequestHints(
-            spans=spans, tools=(carried_tools(functions, self._parser) if tools else None) or ""
-        )
-        name = str(self._requests)
+        carried = carried_tools(functions, self._parser) if tools else None
+        group = sha256(task.encode()).hexdigest()[:16] if task else None
         request = Request(
-            name, hints, tenant=b"", prediction=prediction, prompt=begin, read=lambda: turn.prompt
+            str(self._requests),
+            RequestHints(spans=spans, tools=carried or "", task=group),
+            tenant=b"",
+            prediction=prediction,
+            prompt=begin,
+            read=lambda: turn.prompt,
+            stops=turn.answer[-1:],
         )
         for arm in self._arms:
             arm.begin(request)
@@ -189,10 +200,10 @@ def replayed(walk: Walk, recorded: Iterable[Conversation], renderer: Renderer) -
     by_category: dict[str, Sums] = {}
     for conversation in recorded:
         turns = list(renderer.turns(conversation))
-        for turn in turns:
+        for turn in (turn for turn in turns if turn.answer):  # some traces have only lengths
             expected = conversation.prediction if turn is turns[-1] else None
             tokens = None if expected is None else renderer.encode(expected)
-            sums = walk.answer(turn, conversation.tools, tokens)
+            sums = walk.answer(turn, conversation.tools, tokens, conversation.task)
             for name in (conversation.category, "all"):
                 by_category.setdefault(name, Sums()).add(sums)
     return {**by_category, "all": by_category.pop("all")}

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,6 +23,12 @@ def replay(
         str | None,
         typer.Option(help="Your server's --tool-call-parser. Without it no text of calls is forced."),
     ] = None,
+    answers: Annotated[
+        Literal["off", "group", "tenant"],
+        typer.Option(
+            help="Copy from other answers of the same task, of all that have none, too, or of none."
+        ),
+    ] = "group",
     drafts: Annotated[int, typer.Option(min=1, max=64, help="Most drafts of a round.")] = 16,
     as_json: JsonFlag = False,
 ) -> None:
@@ -51,7 +57,7 @@ def replay(
     else:
         renderer = Renderer(AutoTokenizer.from_pretrained(tokenizer))
     vocabulary = vocabulary_of(AutoTokenizer.from_pretrained(tokenizer))
-    lookup = Lookup(max_width=drafts, seed=embedded.lookup.seed)
+    lookup = Lookup(max_width=drafts, seed=embedded.lookup.seed, answers=answers)
     walk = Walk(vocabulary, lookup, Structure(max_width=drafts), parser)
     sums = replayed(walk, tracked(recorded, "replaying conversations"), renderer)
     calls = {
