@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whiflash_sglang.drafts.candidates import Forecast
-from whiflash_sglang.routing.assign import MARGIN, assign
+from whiflash_sglang.routing.assign import MARGIN, assign, weights_of
 
 ARMS = ("ar", "diffusion", "lookup")
 
@@ -45,6 +45,18 @@ def test_without_costs_every_request_takes_its_best_arm() -> None:
         {"none": 1.0},
     ]
     assert assign(scores).routes == ["diffusion", "ar", "none"]
+
+
+def test_where_rows_are_scarce_the_urgent_get_them() -> None:
+    scores, dear = [{"ar": 3.0, "none": 1.0}] * 2, FixedCosts(draft_seconds={"ar": 0.0}, per_row=0.004)
+    for priorities, routes in (
+        ((0, 0), ["ar", "ar"]),
+        ((7, -(2**63)), ["ar", "none"]),
+        ((0, 9), ["none", "ar"]),
+    ):
+        assert assign(scores, dear, weights=weights_of(priorities)).routes == routes
+    free = FixedCosts(draft_seconds={"ar": 0.0}, per_row=0.0)
+    assert assign(scores, free, weights=weights_of((0, 9))).routes == ["ar", "ar"]
 
 
 def test_what_is_promised_without_a_pass_is_charged_for_its_rows() -> None:

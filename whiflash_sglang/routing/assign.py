@@ -49,6 +49,7 @@ def assign(
     margin: float | None = None,
     promised: Sequence[Forecast] = (),
     accepted: Accepted = lambda _, drafts: drafts,
+    weights: Sequence[float] = (),
 ) -> Assignment:
     """Choose for each request a drafter's pass, a candidate without a pass (`arms.PROMISED`) or plain decoding.
 
@@ -59,6 +60,7 @@ def assign(
         margin: relative gain that a switch must promise (`MARGIN`); None: any gain is enough.
         promised: forecast of each request's best candidate, read if it scores `arms.PROMISED`.
         accepted: mean number of accepted drafts of a limited pass.
+        weights: worth of a token of each request (`weights_of`); empty: all are worth the same.
 
     Returns:
         The routes with the most expected tokens per second, or the previous ones if these are within the margin; and
@@ -66,7 +68,7 @@ def assign(
     """
     if costs is None or not scores:
         return Assignment(best_each(scores), {})
-    batch = _Batch(scores, costs, promised, accepted)
+    batch = _Batch(scores, costs, promised, accepted, weights)
     best, (best_rate, lengths) = batch.best()
     if best_rate <= 0.0:
         best, best_rate = best_each(scores), 0.0  # scores of policies that only order arms
@@ -80,29 +82,48 @@ def assign(
 
 
 def best_rate(
-    scores: Sequence[Scores], costs: Costs, promised: Sequence[Forecast], accepted: Accepted
+    scores: Sequence[Scores],
+    costs: Costs,
+    promised: Sequence[Forecast],
+    accepted: Accepted,
+    weights: Sequence[float],
 ) -> float:
     """Return the expected tokens per second of the best routes, without a margin for the previous ones."""
-    return _Batch(scores, costs, promised, accepted).best()[1][0]
+    return _Batch(scores, costs, promised, accepted, weights).best()[1][0]
+
+
+def weights_of(priorities: Sequence[int]) -> list[float]:
+    """Return the worth of a token of each request: a priority counts half as much as the next higher one of the batch.
+
+    Only the order counts, as in SGLang's queue, since operators choose any numbers.
+    """
+    classes = {priority: number for number, priority in enumerate(sorted(set(priorities), reverse=True))}
+    return [0.5 ** classes[priority] for priority in priorities]
 
 
 class _Batch:
-    """Groups requests that rank their arms alike, which take the same arm of any set, and rates choices by price.
+    """Groups requests of one weight that rank their arms alike, which take the same arm of any set, and rates choices
+    by price.
 
     A request without scores decodes plainly and counts as no tokens.
     """
 
     def __init__(
-        self, scores: Sequence[Scores], costs: Costs, promised: Sequence[Forecast], accepted: Accepted
+        self,
+        scores: Sequence[Scores],
+        costs: Costs,
+        promised: Sequence[Forecast],
+        accepted: Accepted,
+        weights: Sequence[float],
     ) -> None:
         self.scores, self.costs, self.promised = [each or UNSCORED for each in scores], costs, promised
-        self.accepted = accepted
+        self.accepted, self.weights = accepted, weights or [1.0] * len(scores)
         self.names = tuple(sorted({arm for each in self.scores for arm in each} - {arms.NONE}))
         self.rows = {arm: costs.width(arm) for arm in self.names if arm != arms.PROMISED}
         self.limits = {arm: self._limited(arm, rows) for arm, rows in self.rows.items()}
         self.rows[arms.NONE] = PLAIN.rows
-        self.alike: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
-        """Arms ranked by score, best first → indices of the requests that rank them so."""
+        self.alike: defaultdict[tuple[float, tuple[str, ...]], list[int]] = defaultdict(list)
+        """Weight, and arms ranked by score, best first → indices of these requests."""
         orders: dict[int, list[str]] = {}
         for index, each in enumerate(self.scores):
             rows = promised[index].rows if arms.PROMISED in each else 0
@@ -111,7 +132,8 @@ class _Batch:
                 known = self.rows | {arms.PROMISED: rows}
                 order = orders[rows] = sorted([*self.names, arms.NONE], key=known.__getitem__)
             named = order if len(each) == len(order) else [arm for arm in order if arm in each]
-            self.alike[tuple(sorted(named, key=each.__getitem__, reverse=True))].append(index)
+            ranked = tuple(sorted(named, key=each.__getitem__, reverse=True))
+            self.alike[self.weights[index], ranked].append(index)
 
     def _limited(self, arm: str, rows: float) -> list[tuple[int, float, float]]:
         """Return the lengths that a pass may have, each with a request's verified rows and its share of the accepted
@@ -134,11 +156,18 @@ class _Batch:
         """Return the choices with the most expected tokens per second, that rate, and the lengths of passes it needs.
         Ties go to the smaller set.
 
-        In a set of active arms every request takes its best one. Sets that lack a pinned request's arm are skipped.
+        In a set of active arms every request takes its best one, or requests of a lower weight decode plainly where
+        rows are scarce. Sets that lack a pinned request's arm are skipped.
         """
         best, top, members = tuple[str, ...](), (-math.inf, dict[str, int]()), self.alike.values()
         choices = (
-            tuple([next((arm for arm in ranked if arm in active), "") for ranked in self.alike])
+            tuple(
+                [
+                    next((arm for arm in ranked if arm in (active if weight >= least else UNSCORED)), "")
+                    for weight, ranked in self.alike
+                ]
+            )
+            for least in sorted(set(self.weights))
             for active in _subsets(self.names, len(self.scores))
         )
         for choice in dict.fromkeys(choices):
@@ -156,9 +185,9 @@ class _Batch:
 
     def _rate(self, parts: Iterable[tuple[str, Sequence[int]]]) -> tuple[float, dict[str, int]]:
         """Return the most tokens per second, and the lengths of passes by arm. parts: arms with their requests."""
-        expected, rows, scored, drafted = 0.0, 0.0, defaultdict[str, float](float), Counter[str]()
+        expected, rows, gained, drafted = 0.0, 0.0, defaultdict[str, float](float), Counter[str]()
         for arm, indices in parts:
-            score = sum([self.scores[index][arm] for index in indices])
+            score = sum([self.weights[index] * self.scores[index][arm] for index in indices])
             expected += score
             if arm == arms.PROMISED:
                 rows += sum([self.promised[index].rows for index in indices])
@@ -166,13 +195,13 @@ class _Batch:
                 rows += self.rows[arm] * len(indices)
             if arm not in WITHOUT_A_PASS:
                 drafted[arm] += len(indices)
-                scored[arm] += score
+                gained[arm] += score - sum([self.weights[index] for index in indices])
         names, best, lengths = sorted(drafted), -math.inf, dict[str, int]()
         for limits in product(*(self.limits[arm] for arm in names)):
             tokens, verified, drafting = expected, rows, 0.0
             for arm, (drafts, width, share) in zip(names, limits, strict=True):
                 requests = drafted[arm]
-                tokens -= max(scored[arm] - requests, 0.0) * (1 - share)
+                tokens -= max(gained[arm], 0.0) * (1 - share)
                 verified -= requests * (self.rows[arm] - width)
                 drafting += self.costs.draft(arm, requests, drafts)
             rate = tokens / self.costs.lasts(self.costs.verify(verified, len(self.scores)) + drafting)

@@ -8,7 +8,7 @@ from whiflash_sglang.drafts.candidates import PLAIN, Forecast
 from whiflash_sglang.prices.costs import FULL_LENGTH, Costs, Worth
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.records.signals import Decision, Signals
-from whiflash_sglang.routing.assign import MARGIN, Accepted, assign, best_rate
+from whiflash_sglang.routing.assign import MARGIN, Accepted, assign, best_rate, weights_of
 from whiflash_sglang.routing.policies import Policy, Scores, apply_hints
 from whiflash_sglang.spans.tracker import SpanTracker
 
@@ -115,6 +115,7 @@ def route(
     priced, scores, sources = policy.prices_batches, list[Scores](), list[str]()
     promised, teachers = list[Forecast](), list[Signals | None]()
     previous = [request.decision.keeps for request in requests]
+    weights = weights_of([request.priority for request in requests])
     for request, forecast, kept in zip(requests, forecasts, previous, strict=True):
         scored, source = _scored(request, policy, forecast), arms.NONE
         decision, expected = request.decision, request.expected
@@ -131,14 +132,16 @@ def route(
         return [{probes[i]: each[probes[i]]} if i in probes else each for i, each in enumerate(scores)]
 
     def loss(probes: Mapping[int, str]) -> float:
-        if costs is None or not (best := best_rate(scores, costs, promised, policy.accepted)):
+        if costs is None or not (best := best_rate(scores, costs, promised, policy.accepted, weights)):
             return math.inf
-        return 1 - best_rate(bound(probes), costs, promised, policy.accepted) / best
+        return 1 - best_rate(bound(probes), costs, promised, policy.accepted, weights) / best
 
     probes = policy.probe(teachers, loss)
     scores = bound(probes) if probes else scores
     chosen, lengths = (
-        assign(scores, costs, previous, MARGIN, promised, policy.accepted) if priced else assign(scores)
+        assign(scores, costs, previous, MARGIN, promised, policy.accepted, weights)
+        if priced
+        else assign(scores)
     )
     if costs is not None:
         costs.limit(lengths)

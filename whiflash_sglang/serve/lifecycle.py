@@ -13,7 +13,7 @@ from whiflash_sglang.copying.tenants import Tenant, handle_of, tenant_of
 from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.engine.forward import sampling
 from whiflash_sglang.engine.scheduler.grammars import grammar_of
-from whiflash_sglang.engine.scheduler.streamer import cached_of, recording_of
+from whiflash_sglang.engine.scheduler.streamer import cached_of, recording_of, urgency
 from whiflash_sglang.records.core import readable
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.round.catch_up import DraftSync
@@ -101,6 +101,7 @@ class Lifecycle:
             len(req.origin_input_ids),
             partial(readable, req.origin_input_ids),
             stops,
+            urgency(req),
             recording=recording,
             adapter=req.lora_id,
         )

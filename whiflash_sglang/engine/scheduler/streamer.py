@@ -1,5 +1,5 @@
-"""Keep recordings of traced requests on SGLang's own requests, and send each with its request's last output.
-`http/traces.py` makes traces of them.
+"""Read what SGLang's own requests say of themselves; keep recordings of traced ones on them, and send each with its
+request's last output. `http/traces.py` makes traces of them.
 
 A recording is an attribute of its request, so it ends with the request, however that ends. Outputs of requests that
 asked for no trace are the ones that SGLang sends without us.
@@ -8,6 +8,7 @@ asked for no trace are the ones that SGLang sends without us.
 from typing import Any
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from sglang.srt.runtime_context import get_schedule
 from whiflash_sdk.hints import TraceLevel
 
 from whiflash_sglang.engine.carried import META_KEY, settings_of
@@ -33,6 +34,14 @@ def cached_of(req: Any) -> dict[str, int]:
     """Return the number of a prompt's cached tokens by place: `device`, `host` memory, `storage`; without zeros."""
     places = {place: int(getattr(req, f"cached_tokens_{place}")) for place in CACHED}
     return {place: tokens for place, tokens in places.items() if tokens}
+
+
+def urgency(req: Any) -> int:
+    """Return the request's priority, higher if it is more urgent; 0 without `--enable-priority-scheduling`."""
+    schedule = get_schedule()
+    if not schedule.enable_priority_scheduling or req.priority is None:
+        return 0
+    return int(-req.priority if schedule.schedule_low_priority_values_first else req.priority)
 
 
 class OutputStreamer(SchedulerOutputStreamer):  # type: ignore[misc]
