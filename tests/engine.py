@@ -35,6 +35,7 @@ REQUEST_FIELDS = (
     "return_logprob",
     "return_routed_experts",
     "session",
+    "session_id",
     "token_ids_logprob",
     "token_indices_to_pool",
     "top_logprobs_num",

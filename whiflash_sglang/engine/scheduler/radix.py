@@ -8,12 +8,12 @@ WHIFLASH with an autoregressive drafter, without claiming to be EAGLE anywhere e
 from functools import wraps
 from typing import Any
 
-from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_server_args
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.engine.carried import serves_ours, settings_of
 from whiflash_sglang.engine.patching import around
+from whiflash_sglang.engine.scheduler.session_tree import SessionTree
 
 
 @around(
@@ -35,7 +35,7 @@ def _with_bigrams(original: Any) -> Any:
     return build
 
 
-class BigramTree(UnifiedRadixCache):  # type: ignore[misc]
+class BigramTree(SessionTree):
     """A tree with bigram keys that keeps and finds as many slots as one with plain keys.
 
     SGLang ends a key with the last token that has KV, and limits a prompt's hit in tokens: both cost a slot.

@@ -6,6 +6,7 @@ its class while it is made: when its worker and its caches are there, and before
 
 from typing import Any
 
+import msgspec
 from sglang.srt.managers.io_struct import (
     EndWeightUpdateReqInput,
     UpdateWeightFromDiskReqInput,
@@ -23,6 +24,7 @@ from whiflash_sglang.engine.scheduler.control import InternalState
 from whiflash_sglang.engine.scheduler.disaggregation import PreallocQueue
 from whiflash_sglang.engine.scheduler.figures import MetricsReporter
 from whiflash_sglang.engine.scheduler.radix import BigramTree
+from whiflash_sglang.engine.scheduler.session_tree import MARK, SessionTracker, SessionTree
 from whiflash_sglang.engine.scheduler.stops import BatchResultProcessor
 from whiflash_sglang.engine.scheduler.streamer import OutputStreamer
 
@@ -44,8 +46,9 @@ def _becoming(original: Any, self: Any) -> None:
         return
     become(self, type("WhiflashScheduler", (WhiflashScheduler, type(self)), {}))
     tree = self.tree_cache
-    if type(tree) is UnifiedRadixCache and tree.tree_core.is_eagle:
-        become(tree, BigramTree)
+    if type(tree) is UnifiedRadixCache:
+        become(tree, BigramTree if tree.tree_core.is_eagle else SessionTree)
+        become(tree.session_refs, SessionTracker)
     if self.metrics_collector is not None:
         self.draft_worker.publish_to(self.metrics_collector)
 
@@ -105,6 +108,13 @@ class WhiflashScheduler:
             if not session.streaming:
                 releases.clear_turns(session.req_nodes, asked.rid)
         super().handle_generate_request(recv_req)  # type: ignore[misc]
+
+    def close_session(self: Any, recv_req: Any) -> None:
+        """Close a tenant's session, and one that was opened, whose id has no tenant."""
+        tenant, _, session = recv_req.session_id.rpartition(MARK)
+        if self.enable_session_radix_cache:
+            self.tree_cache.release_radix_session(f"{tenant}{MARK}{session}")
+        super().close_session(msgspec.structs.replace(recv_req, session_id=session))  # type: ignore[misc]
 
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
         """Take over the logit processors of a request. SGLang calls this once its grammar is compiled."""

@@ -1,0 +1,55 @@
+"""Evict first what only older turns of a conversation have: compacted history, a dropped branch, stripped thinking.
+
+With `--enable-session-radix-cache` SGLang keeps a session's KV longer than a stranger's, and an older turn's end until
+the session closes, whether or not a later turn continues it.
+"""
+
+from typing import Any
+
+from sglang.srt.mem_cache.unified_cache.session_ref_tracker import UnifiedSessionRefTracker
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+MARK = "\x1f"
+"""Character between the tenant and a client's id in the scheduler's id of a session."""
+LINE = f"{MARK}line:"
+"""Beginning of a client's id, after the mark, of a session in which each request continues the conversation."""
+AGE = 2.0**40
+"""Accesses by which a superseded node counts as older. Differences among these nodes stay, so ranks agree on them."""
+
+
+class SessionTree(UnifiedRadixCache):  # type: ignore[misc]
+    """A tree in which a turn's prompt belongs to its session once it has been prefilled, not when the turn ends."""
+
+    def checkpoint_into_tree(self, req: Any, *, up_to: int, **named: Any) -> None:
+        super().checkpoint_into_tree(req, up_to=up_to, **named)
+        prefilled = not req.finished() and up_to >= len(req.origin_input_ids)
+        if prefilled and not self.disable and LINE in (req.session_id or ""):
+            self.session_refs.register_session_ref(req, leaf=req.last_node)
+
+
+class SessionTracker(UnifiedSessionRefTracker):  # type: ignore[misc]
+    """A tracker by which a session that is one conversation holds only what its newest turn continues."""
+
+    def register_session_ref(self, req: Any, leaf: Any) -> None:
+        """Give up what only older turns have, and make it the first to be evicted."""
+        super().register_session_ref(req, leaf)
+        session, given_up = req.session_id or "", dict[int, Any]()
+        if LINE not in session:
+            return
+        for component in self.components:
+            newest = component.resolve_session_leaf(req, self.tree_core.node_by_id(leaf))
+            leaves = set(component._session_leaves.get(session, ()))
+            for node in leaves - {newest} if newest in leaves else ():
+                component._dec_session_coverage(session, node)
+                component._unmark_session_leaf(session, node)
+                while node.parent is not None:
+                    given_up[node.id] = node
+                    node = node.parent
+        alone = [n for n in given_up.values() if not any(one.session_ref(n) for one in self.components)]
+        for node in sorted(alone, key=lambda node: -node.last_access_time):
+            node.last_access_time -= AGE  # the order of the tree's leaves
+            for lists in (self.tree_core.lru_lists, self.tree_core.host_lru_lists):
+                for lru in (lists[component.component_type] for component in self.components):
+                    if lru.in_list(node):  # the order of windows and recurrent states
+                        lru._remove_node(node)
+                        lru._add_node_after(lru.tail.lru_prev[lru._pt], node)
