@@ -6,12 +6,15 @@ sockets to a real server, under uvicorn's httptools where that is installed.
 
 import json
 import random
+import re
 import socket
 from collections.abc import Iterator
+from itertools import cycle
 from typing import Any
 
 import grpc
 import pytest
+from patience import wait_until
 from server_host import Server, ServerHost
 from tiny_models import served_pair
 from typer.testing import CliRunner
@@ -19,6 +22,7 @@ from typer.testing import CliRunner
 from whiflash_lab.servers import free_port
 from whiflash_sglang.cli import echo
 from whiflash_sglang.cli.app import app
+from whiflash_sglang.http.callers import SESSIONS
 
 pytestmark = pytest.mark.server
 
@@ -42,6 +46,7 @@ def grpc_port() -> int:
 def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost, grpc_port: int) -> Iterator[Server]:
     arguments = [*served_pair(tmp_path_factory.mktemp("checkpoints")), "--enable-cache-report"]
     arguments += ["--whiflash-trust-tenant-header", "on", "--grpc-port", str(grpc_port)]
+    arguments += ["--enable-session-radix-cache"]
     with host.running(*arguments) as running:
         yield running
 
@@ -98,6 +103,36 @@ def test_a_body_names_nobody(server: Server, path: str) -> None:
     other = body_of(path, text, cache_salt="other")
     assert cached(ask(server, path, other, TENANT + mine.encode())) > 20
     assert cached(ask(server, path, other, b"x-whiflash-TENANT: " + victim.encode())) > 20
+
+
+def closed(server: Server, session: str, tenant: bytes) -> int:
+    """Leaves of the prefix cache that a session held, which this tenant closes."""
+    assert ask(server, "/close_session", {"session_id": session}, TENANT + tenant)[0] == 200
+    pattern = re.compile(rf"release_session {tenant.decode()}\x1f{session}: indexed (\d+)")
+    return int(wait_until(lambda: pattern.findall(server.log.read_text()))[-1])
+
+
+@pytest.mark.parametrize(("path", "header"), zip(ROUTES, cycle(SESSIONS)))
+def test_a_session_is_its_tenants(server: Server, path: str, header: str) -> None:
+    """On every route, by every header that names one; a body's own name wins."""
+    head, own = (f"{name}-{ROUTES.index(path)}" for name in ("head", "own"))
+    headers = [TENANT + b"victim", f"{header}: {head}".encode()]
+    assert ask(server, path, body_of(path, prompt(head)), *headers)[0] == 200
+    assert ask(server, path, body_of(path, prompt(own), session_id=own), *headers)[0] == 200
+    for name in (head, own):
+        assert [closed(server, name, tenant) for tenant in (b"other", b"victim")] == [0, 1]
+
+
+def test_no_id_looks_like_another_tenants(server: Server) -> None:
+    forged = {"session_id": "victim\x1fone", "capacity_of_str_len": 9}
+    generated = body_of("/v1/completions", "one two", **forged)
+    for path, asked in (
+        ("/close_session", forged),
+        ("/open_session", forged),
+        ("/v1/completions", generated),
+    ):
+        status, text = ask(server, path, asked, TENANT + b"other")
+        assert (status, b"control character" in text) == (400, True), path
 
 
 def test_a_batch_has_one_tenant(server: Server) -> None:

@@ -205,7 +205,7 @@ def test_parameters_of_the_native_route_are_checked(given: dict[str, Any], said:
 def without_tokenizer() -> Any:
     own = SimpleNamespace(force_recorded=False, lookup=SimpleNamespace(prediction_tokens=9))
     own.trust_tenant_header, own.samples = False, SimpleNamespace(directory=None)
-    settings = SimpleNamespace(_whiflash=own)
+    settings = SimpleNamespace(_whiflash=own, enable_session_radix_cache=False)
     model = SimpleNamespace(vocab_size=TOKENS)
     return SimpleNamespace(tokenizer=None, model_config=model, server_args=settings, server_status=None)
 

@@ -42,7 +42,12 @@ def manager(*, trusts: bool = False, **more: Any) -> Any:
     settings.trust_tenant_header = trusts
     return SimpleNamespace(
         config_value=lambda name: "hermes" if name == "tool_call_parser" else None,
-        server_args=SimpleNamespace(_whiflash=settings, api_key="user", admin_api_key="boss", **more),
+        server_args=SimpleNamespace(
+            _whiflash=settings,
+            api_key="user",
+            admin_api_key="boss",
+            **{"enable_session_radix_cache": False, **more},
+        ),
         model_config=SimpleNamespace(vocab_size=8),
         tokenizer=SimpleNamespace(encode=lambda text, **_: [ord(character) % 8 for character in text]),
         server_status=None,

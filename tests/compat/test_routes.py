@@ -34,6 +34,7 @@ class Manager:
             served_model_name="tiny",
             model_path="tiny",
             tokenizer_worker_num=1,
+            enable_session_radix_cache=True,
         )
         self.sent: list[Any] = []
         self.taken = True

@@ -1,4 +1,5 @@
-"""Read the headers that name a sender: `X-WhiFlash-Agent` and, if an operator trusts it, `X-WhiFlash-Tenant`.
+"""Read the headers that name a sender: `X-WhiFlash-Agent`, a session's id and, if an operator trusts it,
+`X-WhiFlash-Tenant`.
 
 A gateway sets them for clients in any language. The tenant goes into SGLang's internal request (`reader.take_up`),
 which every route makes, so it does not depend on the form or encoding of a body, or on the HTTP method.
@@ -14,16 +15,21 @@ from whiflash_sdk.hints import MAX_NAME_CHARS
 from whiflash_sglang.spans.hints import HintError
 
 AGENT, TENANT = "X-WhiFlash-Agent", "X-WhiFlash-Tenant"
+SESSIONS = ("X-WhiFlash-Session", "x-dynamo-session-id", "x-claude-code-session-id", "X-Session-ID")
+"""Headers that name a session, for requests whose body names none; the first that is there counts."""
+SESSION_CHARS = 256
+"""Most characters of a session's id in a header; longer ones are not read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The agent and the tenant that a request's headers name; None without the header. is_probe: the request came over
-    a route of health checks, which needs no tenant."""
+    """The agent, the tenant and the session that a request's headers name; None without the header. is_probe: the
+    request came over a route of health checks, which needs no tenant."""
 
     agent: str | None = None
     tenant: str | None = None
     is_probe: bool = False
+    session: str | None = None
 
     def check_tenant(self, *, trusted: bool) -> None:
         """Check that the header names the tenant if this server trusts it, and that it is absent otherwise.
@@ -56,7 +62,14 @@ def caller_of(headers: Iterable[tuple[bytes, bytes]], *, is_probe: bool = False)
     agent = _name(lines, AGENT)
     if agent is not None and len(agent) > MAX_NAME_CHARS:
         raise HintError(AGENT, f"has {len(agent)} characters; give at most {MAX_NAME_CHARS}")
-    return Caller(agent, _name(lines, TENANT), is_probe)
+    return Caller(agent, _name(lines, TENANT), is_probe, _session(lines))
+
+
+def _session(lines: list[tuple[bytes, bytes]]) -> str | None:
+    """Return the session that the headers name. An unusable value counts as none: SGLang serves such a request, too."""
+    values = dict(reversed(lines))
+    found = (values.get(name.lower().encode(), b"").decode(errors="replace") for name in SESSIONS)
+    return next((name for name in found if 0 < len(name) <= SESSION_CHARS), None)
 
 
 def _name(lines: list[tuple[bytes, bytes]], header: str) -> str | None:

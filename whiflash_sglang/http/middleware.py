@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 
 from whiflash_sglang.engine.carried import asks_for_ours, settings_of
 from whiflash_sglang.engine.launch.keys import without_keys
-from whiflash_sglang.http import writer
+from whiflash_sglang.http import sessions, writer
 from whiflash_sglang.http.callers import CALLER, NOBODY, caller_of
 from whiflash_sglang.http.reader import CURRENT, Call, Form, read
 from whiflash_sglang.spans.hints import HintError
@@ -91,6 +91,13 @@ class HintsMiddleware:
                 caller.check_tenant(trusted=settings_of(manager.server_args).trust_tenant_header)
             CALLER.set(caller)
             if form is None:
+                if path in (sessions.OPEN, sessions.CLOSE) and manager.server_args.enable_session_radix_cache:
+                    trusted = settings_of(manager.server_args).trust_tenant_header
+                    body, receive = await _parsed(receive)
+                    if isinstance(body, dict):
+                        body = sessions.scoped_body(path, body, caller, trusted=trusted)
+                        whole = {"type": "http.request", "body": orjson.dumps(body), "more_body": False}
+                        receive = _giving(whole, receive)
                 if path in INFO:
                     send = writer.rewriting(send, lambda info: without_keys(info, manager.server_args))
             elif form == "native":
@@ -131,15 +138,21 @@ async def _parsed(receive: Receive) -> tuple[object, Receive]:
             message = {"type": "http.request", "body": b"".join(parts), "more_body": False}
             break
         message = await receive()
+    receive = _giving(message, receive)
+    try:
+        return orjson.loads(message.get("body", b"")), receive
+    except orjson.JSONDecodeError:
+        return None, receive
+
+
+def _giving(message: Message, receive: Receive) -> Receive:
+    """Return a `receive` that gives this message, then what `receive` does."""
     waiting = [message]
 
     async def again() -> Message:
         return waiting.pop() if waiting else await receive()
 
-    try:
-        return orjson.loads(message.get("body", b"")), again
-    except orjson.JSONDecodeError:
-        return None, again
+    return again
 
 
 def _refusal(form: Form | None, error: HintError) -> Response:

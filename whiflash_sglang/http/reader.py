@@ -23,6 +23,7 @@ from whiflash_sdk.presets import likely_spans
 from whiflash_sglang.copying.groups import SIBLINGS
 from whiflash_sglang.engine.carried import settings_of
 from whiflash_sglang.http.callers import CALLER
+from whiflash_sglang.http.sessions import scope
 from whiflash_sglang.spans.carrier import add_hints, validate_custom_params
 from whiflash_sglang.spans.forced import check_forced
 from whiflash_sglang.spans.hints import CARRIED_PREDICTION, TOOLS_KEY, HintError, RequestHints
@@ -34,6 +35,8 @@ Form = Literal["chat", "completion", "responses", "messages", "native"]
 """The API by whose schema a request is written. A native request has `sampling_params`, which carry its hints."""
 _TEXTS = ("prompt", "input", "instructions", "system", "prediction")
 """Fields of a body that are not needed after it was read, and may be long. SGLang has its own copies of them."""
+KEYS = ("cache_salt", "extra_key", "session_id")
+"""Fields of a body by which SGLang keeps KV."""
 _FUNCTIONS = ("function", "custom")
 """Types of Responses' tools that a model calls; SGLang has others."""
 
@@ -76,7 +79,8 @@ class Call:
     """One request of a route in `middleware.FORMS`, until its answer is sent.
 
     body: as SGLang parses it, without its texts. It is empty, and `fields` is None, if the request is native or SGLang
-    will refuse it. keys: `cache_salt` and `extra_key` of Messages, since SGLang's model has no field for them.
+    will refuse it. keys: `cache_salt`, `extra_key` and `session_id` of Messages, since SGLang's model has no field for
+    them.
     """
 
     form: Form
@@ -128,7 +132,7 @@ async def read(form: Form, body: object, manager: Any) -> Call:
     fields = await fields_of(manager, params)
     if body.get("previous_response_id") is not None:  # an earlier turn may have opted out of learning
         fields = fields.unlearned()
-    keys = {name: body[name] for name in ("cache_salt", "extra_key") if body.get(name) is not None}
+    keys = {name: body[name] for name in KEYS if body.get(name) is not None}
     wrong = [name for name, value in keys.items() if not isinstance(value, str)]
     if form == "messages" and wrong:
         raise HintError(wrong[0], "must be text")
@@ -157,7 +161,7 @@ async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Fields]:
     if not is_warm_up:
         caller.check_tenant(trusted=settings.trust_tenant_header)
     if settings.trust_tenant_header:
-        keys = {"cache_salt": caller.tenant, "extra_key": None}
+        keys = {**keys, "cache_salt": caller.tenant, "extra_key": None}
     # A client may choose the name of a health check, so that name opens nothing.
     is_check = str(getattr(obj, "rid", None)).startswith(HEALTH_CHECK_RID_PREFIX)
     is_unlearned = settings.samples.directory is not None and (is_warm_up or is_check)
@@ -173,6 +177,8 @@ async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Fields]:
         )
     for name, value in keys.items():
         setattr(obj, name, value)
+    if manager.server_args.enable_session_radix_cache:
+        scope(obj, caller.session)
     if any(one.params is not None for one in fields):
         filled = [_filled(entry, one.params) for entry, one in zip(entries, fields, strict=True)]
         obj.sampling_params = filled if isinstance(obj.sampling_params, list) else filled[0]

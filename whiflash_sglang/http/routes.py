@@ -110,6 +110,7 @@ async def _capabilities() -> dict[str, object]:
         "tool_call_parser": manager.config_value("tool_call_parser"),
         "reasoning_parser": manager.config_value("reasoning_parser"),
         "tenant_header": settings.trust_tenant_header,
+        "sessions": bool(server_args.enable_session_radix_cache),
         "limits": {
             "spans": MAX_SPANS,
             "marker_chars": MAX_MARKER_CHARS,

@@ -1,0 +1,48 @@
+"""Keep the sessions of one tenant apart from another's (`--enable-session-radix-cache`).
+
+SGLang's scheduler knows a session by its id alone, so whoever guesses an id could close the session, or hold KV for it.
+The scheduler gets an id that begins with the tenant, and no client can give one that looks like it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from whiflash_sglang.engine.scheduler.session_tree import MARK
+from whiflash_sglang.http.callers import Caller
+from whiflash_sglang.spans.hints import HintError
+
+OPEN, CLOSE = "/open_session", "/close_session"
+"""SGLang's routes that take a session's id."""
+
+
+def scope(obj: Any, header: str | None) -> None:
+    """Give SGLang's internal request the scheduler's id of its session. header: the id in the headers, which a body's
+    id overrules.
+
+    Raises:
+        HintError: the id has the character that separates tenants.
+    """
+    given = getattr(obj, "session_id", None)
+    if given is None and getattr(obj, "session_params", None) is None:
+        given = header
+    if isinstance(given, str) and given:  # SGLang refuses other types
+        obj.session_id = _scoped(given, obj.cache_salt)
+
+
+def scoped_body(path: str, body: Mapping[str, Any], caller: Caller, *, trusted: bool) -> Mapping[str, Any]:
+    """Return the body of a request to close a session with the scheduler's id; of one to open a session, as it is.
+
+    trusted: whether the header names the tenant, and not the field `cache_salt`. Raises: HintError as `scope` does.
+    """
+    if not isinstance(body.get("session_id"), str):  # SGLang refuses it, or names the session itself
+        return body
+    if path == CLOSE:
+        caller.check_tenant(trusted=trusted)
+    scoped = _scoped(body["session_id"], caller.tenant if trusted else body.get("cache_salt"))
+    return {"session_id": scoped} if path == CLOSE else body
+
+
+def _scoped(session: str, salt: object) -> str:
+    if MARK in session:
+        raise HintError("session_id", f"has the control character {MARK!r}; leave it out")
+    return f"{salt or ''}{MARK}{session}"
