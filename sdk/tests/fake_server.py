@@ -52,6 +52,7 @@ CAPABILITIES: dict[str, Any] = {
     "prediction_tokens": 16384,
     "tool_call_parser": "hermes",
     "reasoning_parser": None,
+    "sessions": True,
     "a_later_field": {"is": "ignored"},
 }
 
@@ -110,6 +111,7 @@ class FakeServer:
     content: str = '{"city": "Zürich"}'
     paths: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    closed: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
 
     @property
@@ -285,8 +287,11 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             self.path = self.path.partition("?")[0]
-            server.paths.append(self.path)
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/close_session":
+                server.closed.append(body | {"key": self.headers.get("Authorization")})
+                return self._send(404 if "close" in server.refuses else 200, b"", "")
+            server.paths.append(self.path)
             server.bodies.append(body)
             server.headers.append(dict(self.headers))
             if refused := server.refuses & body.keys():
@@ -311,6 +316,7 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 else:
                     answer = _completion(server, body, chat=self.path.endswith("/chat/completions"))
                 self._send(200, json.dumps(answer).encode())
+            return None
 
     return Handler
 

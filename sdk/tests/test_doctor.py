@@ -34,6 +34,7 @@ def test_nothing_is_wrong(client: OpenAI, server: FakeServer) -> None:
         ({"tool_call_parser": "of_tomorrow"}, "tool calls", "Hints(spans=…)"),
         ({"version": 2}, "server", "whiflash serve"),
         ({"tenant_header": True}, "tenant", "X-WhiFlash-Tenant"),
+        ({"sessions": False}, "sessions", "--enable-session-radix-cache"),
     ],
 )
 def test_what_the_server_lacks_is_named(

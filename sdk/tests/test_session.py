@@ -1,17 +1,21 @@
 """`Session`: salt and agent of every request, and the file that an edit is likely to write."""
 
+import asyncio
 import json
+import sys
 import warnings
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from fake_server import CAPABILITIES, ROUTES, FakeServer
-from openai import OpenAI
+from openai import AsyncOpenAI, OpenAI
 
-from whiflash_sdk import Session, agent, predict, spans, wrap
+from whiflash_sdk import Session, agent, http_client, predict, spans, wrap
 from whiflash_sdk.edits import file_shown, file_to_edit
 
+session: Any = sys.modules["whiflash_sdk.session"]
 FILE = 'def area(r):\n\treturn 3.14 * r * r  # "é"\n'
 NUMBERED = "".join(f"{number:6}\t{line}\n" for number, line in enumerate(FILE.splitlines(), 1))
 NONE: Any = {"type": "object", "properties": {}}
@@ -90,6 +94,76 @@ def test_every_request_carries_who_asks(wrapped: OpenAI, server: FakeServer) -> 
     ]
     assert predicted(server.bodies[3]) is None
     assert [server.wire(n).get("task") for n in range(5)] == [None, "t", None, None, None]
+
+
+def test_a_session_is_named_and_closed_where_it_was_open(
+    wrapped: OpenAI, server: FakeServer, ran: Any, async_client: AsyncOpenAI
+) -> None:
+    """A conversation, a subagent's and another agent's; at their ends, on errors, and when the interpreter exits."""
+
+    def ask(**extra: Any) -> Any:
+        wrapped.chat.completions.create(model="m", messages=[user()], extra_body=extra or None)
+        return server.bodies[-1].get("session_id")
+
+    with suppress(ZeroDivisionError), Session(tenant="acme", agent="coder") as outer:
+        assert ask() == ask() == outer.id
+        assert outer.id.startswith("line:")
+        assert ask(session_id="mine") == "mine"
+        assert ask(session_params={"id": "x"}) is None
+        with Session(predicts=False):
+            assert ask() == outer.id
+        with Session(agent="sub") as inner:
+            assert ask() == inner.id != outer.id
+        with agent("helper"):
+            assert ask(cache_salt="b") == f"{outer.id}/helper"
+        raise ZeroDivisionError
+    ids = [(inner.id, "acme"), (outer.id, "acme"), (f"{outer.id}/helper", "b")]
+    assert [(one["session_id"], one["cache_salt"]) for one in server.closed] == ids
+    assert {one["key"] for one in server.closed} == {"Bearer key"}
+    session._close_all()
+    assert len(server.closed) == 3
+
+    async def main() -> None:
+        create = wrap(async_client).chat.completions.create
+        async with Session() as several:
+            await create(model="m", messages=[user()])  # type: ignore[call-overload]
+        assert server.closed[-1]["session_id"] == several.id
+        with Session() as several:
+            await create(model="m", messages=[user()])  # type: ignore[call-overload]
+        await asyncio.gather(*session._tasks)
+        assert server.closed[-1]["session_id"] == several.id
+
+    ran(main())
+    with Session() as left:
+        ask()
+        session._close_all()
+        assert server.closed[-1]["session_id"] == f"{left.id}/client"
+    assert len(server.closed) == 6
+    assert not session._open
+
+
+def test_over_an_http_client_a_session_is_closed_too(server: FakeServer) -> None:
+    with (
+        OpenAI(base_url=server.base_url, api_key="key", http_client=http_client()) as client,
+        Session() as one,
+    ):
+        client.chat.completions.create(model="m", messages=[user()])  # type: ignore[list-item]
+    assert [body["session_id"] for body in (*server.bodies, *server.closed)] == [one.id] * 2
+
+
+def test_a_server_that_closes_no_session_breaks_nothing(
+    wrapped: OpenAI, server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.refuses = {"close"}
+    for _ in range(2):
+        with Session():
+            wrapped.chat.completions.create(model="m", messages=[user()])  # type: ignore[list-item]
+    assert len(server.closed) == 2
+    assert [record.message.count("/close_session") for record in caplog.records] == [1]
+    server.refuses = {"session_id"}
+    with Session(), pytest.warns(UserWarning, match="session_id"):
+        wrapped.chat.completions.create(model="m", messages=[user()])  # type: ignore[list-item]
+    assert "session_id" not in server.bodies[-1]
 
 
 @pytest.mark.parametrize("route", ["chat", "responses", "messages"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 from threading import Lock
@@ -60,6 +61,7 @@ class Capabilities(BaseModel):
     prediction_tokens: most tokens of a prediction; the rest is cut. 0: predictions are ignored.
     tool_call_parser, reasoning_parser: SGLang's parser in force, if any.
     tenant_header: whether a gateway's header `X-WhiFlash-Tenant` names the tenant, whatever requests say.
+    sessions: whether it keeps the prompts of open sessions longest (`--enable-session-radix-cache`).
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
@@ -74,11 +76,12 @@ class Capabilities(BaseModel):
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
     tenant_header: bool = False
+    sessions: bool = False
 
     def assumed(self) -> Capabilities:
         """Complete capabilities that a caller wrote: fields that are not set get the values of a server of this
         release."""
-        latest = {"routes": ROUTES, "prediction_tokens": PREDICTION_TOKENS}
+        latest = {"routes": ROUTES, "prediction_tokens": PREDICTION_TOKENS, "sessions": True}
         return self.model_copy(update={k: v for k, v in latest.items() if k not in self.model_fields_set})
 
 
@@ -278,12 +281,12 @@ def _probe(
     with untraced():
         if server.is_due(None):
             try:
-                server.answered((yield from asker.get(url, limits)))
+                server.answered((yield from asker.ask(url, limits)))
             except Exception as error:  # hooks and key providers are the user's; a probe breaks no request
                 server.failed(error)
         if server.needs_list(model):
             try:
-                server.listed((yield from asker.get(f"{asker.base}/models", limits)))
+                server.listed((yield from asker.ask(f"{asker.base}/models", limits)))
             except Exception as error:
                 if _status(error) == 404:
                     server.listed(None)
@@ -303,18 +306,27 @@ def _lock(server: AskedServer) -> anyio.Lock:
 
 def _server(asker: Asker) -> tuple[str, AskedServer]:
     """Return the URL to ask, and the state of that server for the asker's key in this process."""
-    base = urlsplit(asker.base)
-    # The server's root is the base URL without its API version: `/v1` is where OpenAI's routes live.
-    route = base.path.rstrip("/").removesuffix("/v1") + "/whiflash/capabilities"
-    url, shown = (
-        urlunsplit((base.scheme, netloc, route, "", ""))
-        for netloc in (base.netloc, base.netloc.rpartition("@")[2])
-    )
+    url, shown = _addresses(asker, "/whiflash/capabilities")
     # The process id is part of the key: in a fork nobody would release locks that its parent's threads hold.
     server = _servers.setdefault((os.getpid(), asker.fingerprint(url)), AskedServer(shown))
     for oldest in list(_servers)[:-MOST_SERVERS] if len(_servers) > MOST_SERVERS else ():
         _servers.pop(oldest, None)
     return url, server
+
+
+def close_session(asker: Asker, body: Mapping[str, str]) -> Flow[None]:
+    """Close a session on the asker's server; takes at most two seconds a phase. Raises: the client's errors."""
+    with untraced():
+        yield from asker.ask(_addresses(asker, "/close_session")[0], _limits(asker, None), body)
+
+
+def _addresses(asker: Asker, route: str) -> list[str]:
+    """Return the URL of a route at the server's root, and the same without a password."""
+    base = urlsplit(asker.base)
+    # The server's root is the base URL without its API version: `/v1` is where OpenAI's routes live.
+    path = base.path.rstrip("/").removesuffix("/v1") + route
+    places = (base.netloc, base.netloc.rpartition("@")[2])
+    return [urlunsplit((base.scheme, netloc, path, "", "")) for netloc in places]
 
 
 def _limits(asker: Asker, timeout: float | Timeout | NotGiven | None) -> dict[str, float]:

@@ -11,7 +11,6 @@ from typing import Any, Final, Protocol, TypeVar
 
 from typing_extensions import Unpack
 
-from whiflash_sdk.capabilities import ask, async_ask
 from whiflash_sdk.collecting import open_scope
 from whiflash_sdk.flow import Flow, run, run_async
 from whiflash_sdk.identity import OfClient, api_clients
@@ -167,7 +166,7 @@ def _hinting_request(client: Any) -> Callable[..., Any]:
     """Return a `request` method, which all calls of the client use, that adds hints and takes traces out."""
     inherited = _inherited(client, "request")
     is_async = isinstance(client, api_clients(asynchronous=True))
-    drive, asks = (run_async, async_ask) if is_async else (run, ask)
+    drive = run_async if is_async else run
 
     @functools.wraps(client.request)
     def request(cast_to: Any, options: Any, **kwargs: Any) -> Any:
@@ -179,9 +178,9 @@ def _hinting_request(client: Any) -> Callable[..., Any]:
         def send(body: Mapping[str, Any]) -> Flow[Any]:
             return (yield door(_carrying(options, body)))
 
-        asking = functools.partial(asks, OfClient(client), options.timeout)
         told, body = vars(client)[_WRAPPED], {**(options.json_data or {}), **(options.extra_json or {})}
-        return drive(exchange(client, told, route, body, ask=asking, send=send, take=note))
+        asked: Any = {"asker": OfClient(client), "timeout": options.timeout, "is_async": is_async}
+        return drive(exchange(client, told, route, body, **asked, send=send, take=note))
 
     @functools.wraps(client.request)
     async def awaited(*args: Any, **kwargs: Any) -> Any:

@@ -79,6 +79,9 @@ def _findings(client: Any, server: AskedServer, model: str | None) -> Iterator[F
     if answer.tenant_header:
         detail = "a gateway's header X-WhiFlash-Tenant names the tenant; tenant= and cache_salt are ignored"
         yield Finding("tenant", None, detail)
+    lacks = "session ids have no effect: start the server with --enable-session-radix-cache"
+    detail = "prompts of open sessions are evicted last" if answer.sessions else lacks
+    yield Finding("sessions", answer.sessions or None, detail)
     yield from _drafters(answer)
     yield from _parsers(answer)
 

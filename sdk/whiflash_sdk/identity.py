@@ -65,14 +65,17 @@ class OfClient:
         self.base = str(client.base_url).rstrip("/") + ("" if is_openai else "/v1")
         self.timeout = client.timeout
 
-    def get(self, url: str, limits: Mapping[str, float]) -> Flow[Any]:
-        """Return the JSON body of a 200. It follows no redirect, which would receive the keys.
+    def ask(self, url: str, limits: Mapping[str, float], body: object = None) -> Flow[Any]:
+        """Return the body of a 200, from JSON, to a GET, or to a POST of `body`. It follows no redirect, which would
+        receive the keys.
 
         limits: seconds by phase. Raises: the client's errors.
         """
         options = {"headers": _CLOSES, "max_retries": 0, "follow_redirects": False}
         options["timeout"] = self._library.Timeout(**limits)
-        return (yield self._client.get(url, cast_to=object, options=options))
+        if body is None:
+            return (yield self._client.get(url, cast_to=object, options=options))
+        return (yield self._client.post(url, cast_to=object, body=body, options=options))
 
     def fingerprint(self, url: str) -> bytes:
         """Return a digest of address and authentication; a digest, so that no secret is stored.
@@ -92,28 +95,31 @@ class OfClient:
 
 
 class OfRequest:
-    """Asker for one HTTP request and the HTTP client that will send it; has the members of `OfClient`."""
+    """Asker for one HTTP request, whose body it does not keep, and the HTTP client that will send it; has the members
+    of `OfClient`."""
 
     def __init__(self, http: Any, request: Any, base: str) -> None:
-        self._http, self._request, self.base = http, request, base
+        self._http, self._request, self.base = http, type(request), base
+        self._url, self._headers = request.url, request.headers
         self.timeout = request.extensions.get("timeout")
 
-    def get(self, url: str, limits: Mapping[str, float]) -> Flow[Any]:
-        sent = self._request.headers.raw
-        headers = [(name, value) for name, value in sent if not _OF_ONE_REQUEST.fullmatch(name)]
-        asked = type(self._request)(
-            "GET",
-            self._request.url.copy_with(path=urlsplit(url).path),
+    def ask(self, url: str, limits: Mapping[str, float], body: object = None) -> Flow[Any]:
+        headers = [(name, value) for name, value in self._headers.raw if not _OF_ONE_REQUEST.fullmatch(name)]
+        posted: dict[str, Any] = {} if body is None else {"json": body}
+        asked = self._request(
+            "POST" if posted else "GET",
+            self._url.copy_with(path=urlsplit(url).path),
             headers=[*headers, *_READABLE, *_CLOSES.items()],
             extensions={"timeout": dict(limits)},
+            **posted,
         )
         answer = yield self._http.send(asked, follow_redirects=False)
         answer.raise_for_status()  # not chained: None in older HTTPX
-        return read_json(answer.content)
+        return read_json(answer.content) if answer.content else None
 
     def fingerprint(self, url: str) -> bytes:
         """Return a digest of address and authentication, without cookies, which balancers replace at any time."""
-        sent = {**self._request.headers, **self._request.url.params}
+        sent = {**self._headers, **self._url.params}
         sent.pop("cookie", None)
         return _digest(url, sent, None, id(self._http.auth))
 

@@ -9,21 +9,22 @@ from typing import Any, Final, TypedDict
 
 from whiflash_sdk.agents import Agent, name_of
 from whiflash_sdk.blocks import predicted_text
-from whiflash_sdk.capabilities import AskedServer, Capabilities
+from whiflash_sdk.capabilities import AskedServer, Capabilities, ask, async_ask
 from whiflash_sdk.collecting import start
 from whiflash_sdk.derive import derive_spans, open_first
 from whiflash_sdk.errors import guessed, warn_unsupported
 from whiflash_sdk.flow import Flow, ResultT
 from whiflash_sdk.hints import WIRE_KEY, Hints, Span, TraceLevel, decode
+from whiflash_sdk.identity import Asker
 from whiflash_sdk.reading import json_or_none, text_or_none
-from whiflash_sdk.session import Session, session
+from whiflash_sdk.session import Session, conversation, session
 from whiflash_sdk.spans import block_hints, opened_span
 
 _DERIVED: Final = ("chat/completions", "completions")
 _CONVERTED: Final = ("responses", "v1/messages")
 """Routes whose requests a server converts to chat completions: the SDK does not read their tools."""
 REFUSALS: Final = (400, 422)
-_ADDED: Final = ("custom_params", "prediction", "cache_salt")
+_ADDED: Final = ("custom_params", "prediction", "cache_salt", "session_id")
 """Fields of a request that the SDK may add or extend."""
 _INSIDE: Final = (f"custom_params.{WIRE_KEY}", "prediction.content")
 """Names in the refusal of a server that reads these fields, but refuses their value in this request."""
@@ -148,7 +149,9 @@ def exchange(
     route: str,
     body: Mapping[str, Any],
     *,
-    ask: Callable[..., Any],
+    asker: Asker,
+    timeout: Any = None,
+    is_async: bool,
     send: Callable[[Mapping[str, Any]], Flow[Any]],
     take: Callable[..., None],
     work: Callable[..., Any] = at_once,
@@ -157,13 +160,18 @@ def exchange(
     """Send a request with hints, again without them if they are refused, and return the answer. It is a `flow.Flow`.
 
     owner: the client whose `collect` blocks see the call.
-    ask: the step that returns what is known about the server, given the request's model.
+    asker, timeout: of the server's capabilities, and of the session's end. is_async: whether the steps are awaited.
     send: sends a body and returns the answer; for a refusal it raises `fails` with the `response`.
     take: reads the answer's traces.
     work: the step that calls a function whose time grows with the body.
     """
-    server = (yield ask(text_or_none(body.get("model")))) if told.capabilities is None else None
+    model, server = text_or_none(body.get("model")), None
+    if told.capabilities is None:
+        server = yield (async_ask if is_async else ask)(asker, timeout, model)
     going = yield work(Outgoing, body, route, told, server)
+    talk, sent = conversation(), going.body.get("session_id")
+    if talk is not None and isinstance(sent, str) and sent.startswith(talk.id):
+        talk.sent_to(asker, sent, going.body.get("cache_salt"), is_async=is_async)
     call = start(owner, going.agent)
     try:
         answer = yield from send(going.body)
@@ -232,6 +240,7 @@ def _with_hints(
             hints = hints.model_copy(update={"spans": open_first(tuple(others), opened)})
         params[WIRE_KEY] = hints.encode()
         rest = {**_predicted(capabilities, body, inside), **rest, **_salted(body, inside, told)}
+        rest = {**_named(capabilities, body, hints.agent), **rest}
     return {**rest, "custom_params": params} if params else rest
 
 
@@ -248,6 +257,16 @@ def _salted(body: Mapping[str, Any], inside: Session | None, told: Told) -> dict
     """Return the tenant as the field `cache_salt`; empty without a tenant, or if the request has a salt."""
     tenant = (inside.tenant if inside else None) or told.tenant
     return {} if tenant is None or body.get("cache_salt") is not None else {"cache_salt": tenant}
+
+
+def _named(capabilities: Capabilities | bool, body: Mapping[str, Any], agent: str | None) -> dict[str, Any]:
+    """Return the enclosing session as the field `session_id`; empty without one, if the request names a session, or if
+    the server keeps none. agent: of the request; another agent than the session's has a conversation of its own."""
+    sessions = capabilities.sessions if isinstance(capabilities, Capabilities) else True
+    talk = conversation() if sessions and "session_params" not in body else None
+    if talk is None:
+        return {}
+    return {"session_id": talk.id if agent in (None, talk.hints().agent) else f"{talk.id}/{agent}"}
 
 
 def _predicted(

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import asyncio
+import atexit
+import logging
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
 
+import anyio
 from typing_extensions import Self
 
 from whiflash_sdk.blocks import BlockValue
+from whiflash_sdk.capabilities import close_session
 from whiflash_sdk.edits import file_to_edit
+from whiflash_sdk.flow import Flow, run, run_async
 from whiflash_sdk.hints import Hints, name_sent
+from whiflash_sdk.identity import Asker
+
+_LOG: Final = logging.getLogger("whiflash_sdk")
 
 
 @dataclass(frozen=True)
@@ -19,6 +30,11 @@ class Session:
 
     An inner session inherits fields that it leaves out. If a request offers a tool that edits files, the file that the
     conversation read or wrote last is sent as its prediction. A call, an inner block or `predict` wins.
+
+    A server with `--enable-session-radix-cache` evicts the session's prompts after those of nobody's session, until the
+    block ends. A session that names an agent is one conversation: each call continues the one before, and what a call
+    does not continue is evicted first. Give a subagent, or calls beside the conversation, an inner `Session` with an
+    agent of its own. `async with` waits until an asynchronous client has closed it.
 
     tenant: owner of the answers' text, as in `wrap(tenant=)`. agent: name of the agent. predicts: whether files are
     predicted; the default is yes. task: name of the task, whose calls copy from each other's answers.
@@ -30,10 +46,12 @@ class Session:
     agent: str | None = None
     predicts: bool | None = None
     task: str | None = None
+    id: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.tenant == "":
             raise ValueError("tenant: is empty, which is no salt. Give a name, or None")
+        object.__setattr__(self, "id", f"{'line' if self.agent else 'calls'}:{uuid.uuid4().hex}")
 
     def __enter__(self) -> Self:
         _SESSION.enter(self)
@@ -41,6 +59,22 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         _SESSION.leave(self)
+        for place in _taken(self.id):
+            place.close()
+
+    async def __aenter__(self) -> Self:
+        return self.__enter__()
+
+    async def __aexit__(self, *_: object) -> None:
+        _SESSION.leave(self)
+        for place in _taken(self.id):
+            await run_async(place.closing())
+
+    def sent_to(self, asker: Asker, sent: str, salt: str | None, *, is_async: bool) -> None:
+        """Note that a request with this id goes to the asker's server, where it is to be closed."""
+        places = _open.setdefault((os.getpid(), self.id), {})
+        key = (asker.base, asker.fingerprint(asker.base), is_async, sent, salt)
+        places.setdefault(key, _Place(asker, sent, salt, is_async))
 
     def hints(self) -> Hints:
         """Return hints with the names of agent and task, as far as they are given."""
@@ -50,6 +84,70 @@ class Session:
     def prediction(self, body: Mapping[str, Any], parser: str | None) -> str | None:
         """Return the file that this request may edit; None if unknown. parser: the server's parser of tool calls."""
         return None if self.predicts is False else file_to_edit(body, parser)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A server on which a session is open, for one salt."""
+
+    asker: Asker
+    session: str
+    salt: str | None
+    is_async: bool
+
+    def close(self) -> None:
+        """Close the session; a task of the running event loop does it if the client is asynchronous."""
+        if not self.is_async:
+            run(self.closing())
+            return
+        try:
+            task = asyncio.get_running_loop().create_task(run_async(self.closing()))
+        except RuntimeError:  # no loop of asyncio runs here
+            try:
+                anyio.run(run_async, self.closing())
+            except RuntimeError as error:  # one of another library does
+                _failed(self.asker, error)
+        else:
+            _tasks.add(task)
+            task.add_done_callback(_tasks.discard)
+
+    def closing(self) -> Flow[None]:
+        """Close the session. A failure ends no agent: the server evicts an open session's prompts later, no more."""
+        salt = {} if self.salt is None else {"cache_salt": self.salt}
+        try:
+            yield from close_session(self.asker, {"session_id": self.session, **salt})
+        except Exception as error:
+            _failed(self.asker, error)
+
+
+_open: dict[tuple[int, str], dict[object, _Place]] = {}
+"""Where sessions are open, by process and id: a fork does not close those of its parent."""
+_tasks: set[asyncio.Task[None]] = set()
+_unclosed: set[str] = set()
+"""Servers that did not close a session, each of which is logged once."""
+
+
+def _taken(session: str) -> Iterator[_Place]:
+    return iter(_open.pop((os.getpid(), session), {}).values())
+
+
+def _failed(asker: Asker, error: Exception) -> None:
+    server = asker.base.rpartition("@")[2]
+    if server not in _unclosed:
+        _unclosed.add(server)
+        _LOG.warning(
+            "%s did not close a session (%s): its prompts are evicted later than they could be. Let proxies pass "
+            "POST /close_session",
+            server,
+            type(error).__name__,
+        )
+
+
+@atexit.register
+def _close_all() -> None:
+    for process, session in list(_open):
+        for place in _taken(session) if process == os.getpid() else ():
+            place.close()
 
 
 _SESSION: BlockValue[Session | None] = BlockValue("whiflash_session", None)
@@ -63,6 +161,13 @@ def session() -> Session | None:
         return next((value for one in held if (value := getattr(one, name)) is not None), None)
 
     return Session(field("tenant"), field("agent"), field("predicts"), field("task")) if held else None
+
+
+def conversation() -> Session | None:
+    """Return the session whose id is sent: the innermost that names an agent, or the outermost; None outside of
+    sessions."""
+    held = [one for one in _SESSION.held() if one]
+    return next((one for one in held if one.agent), held[-1]) if held else None
 
 
 def naming_sessions() -> list[Session]:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, overload
 import anyio.to_thread
 from typing_extensions import Unpack
 
-from whiflash_sdk.capabilities import ask, async_ask
 from whiflash_sdk.collecting import open_scope
 from whiflash_sdk.errors import HintError
 from whiflash_sdk.flow import Flow, run, run_async
@@ -158,8 +157,8 @@ def _exchange(way: Any, request: Any) -> Flow[Any]:
             raise _FailedError(answer, text)
         return answer
 
-    asking = functools.partial(async_ask if way.is_async else ask, _asker(way, request, route), None)
-    steps: dict[str, Any] = {"ask": asking, "send": send, "take": watch, "work": work, "fails": _FailedError}
+    steps: dict[str, Any] = {"asker": _asker(way, request, route), "is_async": way.is_async, "send": send}
+    steps |= {"take": watch, "work": work, "fails": _FailedError}
     try:
         return (yield from exchange(way.owner, way.told, route, body, **steps))
     except HintError:  # hints of the request itself: the server will refuse them
