@@ -230,6 +230,7 @@ def _as_json(name: str, verdict: Any) -> dict[str, Any]:
         "without_drafters": {"starts": not verdict.without_drafters, "obstacles": verdict.without_drafters},
         "replaced": verdict.replaced,
         "unread": verdict.unread,
+        "notes": verdict.notes,
     }
 
 
@@ -244,6 +245,7 @@ def _lines(name: str, verdict: Any, *, full: bool) -> list[str]:
     if full:
         lines += [f"  {sentence}" for sentence in verdict.replaced]
         lines += [f"  not judged: {what}" for what in verdict.unread]
+        lines += [f"  {note}" for note in verdict.notes]
     return lines
 
 

@@ -51,6 +51,17 @@ def _url(line: ServeLine) -> str:
     return f"http{'s' if values.get('--ssl-certfile') else ''}://{host}:{values.get('--port') or PORT}"
 
 
+KEEPING = {
+    "--enable-session-radix-cache": "Evict prompts of open sessions last: the SDK's Session, or a header such as "
+    "X-WhiFlash-Session, names one.",
+    "--radix-eviction-policy POLICY": "Order of eviction: lru, or tlru, which keeps enough of each prompt for a quick "
+    "first token.",
+    "--enable-hierarchical-cache": "Copy evicted prompts to host memory, with drafters' KV; --hicache-ratio 2 holds "
+    "twice the device's.",
+}
+"""Flags of SGLang's that keep agents' prompts cached between their turns."""
+
+
 class ServeCommand(TyperCommand):
     """Command whose help also shows the flags that WHIFLASH adds to `sglang serve`."""
 
@@ -63,9 +74,15 @@ class ServeCommand(TyperCommand):
 
         console = Console(highlight=False)
         console.print("Flags of WHIFLASH, beside those of `sglang serve`:\n", markup=False)
-        for flag in flags():
-            console.print(f"  {flag.name} {flag.takes}", markup=False, style="bold", soft_wrap=True)
-            console.print(Padding(flag.meaning, (0, 0, 0, 6)), markup=False)
+        ours = {f"{flag.name} {flag.takes}": flag.meaning for flag in flags()}
+        for title, told in (
+            ("", ours),
+            ("\nFlags of `sglang serve` that keep agents' prompts cached:\n", KEEPING),
+        ):
+            console.print(title, markup=False, end="\n" if title else "")
+            for name, meaning in told.items():
+                console.print(f"  {name}", markup=False, style="bold", soft_wrap=True)
+                console.print(Padding(meaning, (0, 0, 0, 6)), markup=False)
 
 
 def serve(

@@ -42,6 +42,11 @@ SETTINGS = {
     "speculative_num_draft_tokens": "--whiflash-block-size, the longest block",
 }
 """Flags of SGLang's algorithms → the flag of WHIFLASH that bounds the same length; rounds choose lengths below it."""
+UNKEPT = (
+    "session ids have no effect: agents' prompts are evicted as anybody's; add --enable-session-radix-cache, and leave "
+    "--disable-radix-cache out"
+)
+"""Note on a launch that keeps no session's KV."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +55,14 @@ class LaunchVerdict:
 
     obstacles: by name of a rule or flag, a sentence that says what to do, the start's own first. without_drafters:
     obstacles if no drafter keeps KV. replaced: a sentence on each flag that WHIFLASH replaces. unread: facts that no
-    rule could read, because the recipe does not hold them.
+    rule could read, because the recipe does not hold them. notes: what is without effect.
     """
 
     obstacles: Mapping[str, str]
     without_drafters: Mapping[str, str]
     replaced: Sequence[str] = ()
     unread: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @property
     def starts(self) -> bool:
@@ -105,7 +111,8 @@ def judge(
     launch = replace(launch, draft_kv=read.drafters)
     obstacles = read.wrong | _obstacles(launch)
     without = read.wrong | _obstacles(replace(launch, draft_kv=False))
-    return LaunchVerdict(obstacles, without, [*replaced, *chosen], read.unread)
+    keeps = launch.args.enable_session_radix_cache and not launch.args.disable_radix_cache
+    return LaunchVerdict(obstacles, without, [*replaced, *chosen], read.unread, () if keeps else (UNKEPT,))
 
 
 def _obstacles(launch: Launch) -> dict[str, str]:
