@@ -121,7 +121,7 @@ class _Place:
 
 
 _open: dict[tuple[int, str], dict[object, _Place]] = {}
-"""Where sessions are open, by process and id: a fork does not close those of its parent."""
+"""Servers with open sessions, by process and session: a fork does not close those of its parent."""
 _tasks: set[asyncio.Task[None]] = set()
 _unclosed: set[str] = set()
 """Servers that did not close a session, each of which is logged once."""
