@@ -426,8 +426,9 @@ def _fastest(
 
     def on(cards: int, replicas: int) -> Estimate:
         prices = partial(_card, target.shape, gpu, cards, question.context)
-        fitting, returns = (partial(each, target.shape, question, cards) for each in (_fitting, _returns))
-        server = Server(prices, fitting, returns, replicas, EAGER if cards > 1 else 0.0)
+        sizes = target.shape, question, cards
+        eager = EAGER if cards > 1 else 0.0
+        server = Server(prices, partial(_fitting, *sizes), partial(_returns, *sizes), replicas, eager)
         row = _row(server, pair, question, requests, _block(target))
         name, size = ("dp", replicas) if replicas > 1 else ("tp", cards)
         return row._replace(

@@ -131,8 +131,12 @@ class Walk:
         tracker, sums, done = SpanTracker(spans, self._vocabulary.token_bytes), Sums(1), begin + 1
         request.follow(tracker, text[begin:done])
         inside = False
+
+        def history(start: int) -> Sequence[int]:
+            return text[start:done]
+
         while done < len(text):
-            drafts = self._drafted(request, lambda start, end=done: text[start:end])
+            drafts = self._drafted(request, history)
             was, inside = inside, request.span is not None and request.span.kind == "tool_call"
             self.calls += inside and not was
             if inside:

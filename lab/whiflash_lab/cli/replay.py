@@ -57,18 +57,16 @@ def replay(
     else:
         renderer = Renderer(AutoTokenizer.from_pretrained(tokenizer))
     vocabulary = vocabulary_of(AutoTokenizer.from_pretrained(tokenizer))
-    lookup = Lookup(max_width=drafts, seed=embedded.lookup.seed, answers=answers)
+    seed = embedded.lookup.seed if embedded.lookup else None
+    lookup = Lookup(max_width=drafts, seed=seed, answers=answers)
     walk = Walk(vocabulary, lookup, Structure(max_width=drafts), parser)
     sums = replayed(walk, tracked(recorded, "replaying conversations"), renderer)
-    calls = {
-        "calls": walk.calls,
-        "curve": curve(walk.guesses),
-        "ahead": [known_ahead(walk.guesses, walk.calls, least) for least in (0.5, 0.8, 0.95)],
-    }
+    chances = curve(walk.guesses)
+    ahead = [known_ahead(walk.guesses, walk.calls, least) for least in (0.5, 0.8, 0.95)]
     if as_json:
-        typer.echo(
-            json.dumps({"by_category": {k: v.as_json() for k, v in sums.items()}, "known_calls": calls})
-        )
+        by_category = {name: each.as_json() for name, each in sums.items()}
+        calls = {"calls": walk.calls, "curve": chances, "ahead": ahead}
+        typer.echo(json.dumps({"by_category": by_category, "known_calls": calls}))
         return
     sources = sorted({source for each in sums.values() for source in each.accepted})
     rows = [
@@ -92,13 +90,13 @@ def replay(
             f"{row['right']:.2f}",
             f"{row['left']:.0f}",
         ]
-        for row in calls["curve"]
+        for row in chances
     ]
     title = f"The rest of a call, guessed whole in each round inside one of {walk.calls:,} calls"
     show_table(["chance", "rounds", "mean chance", "right", "tokens left"], lines, title)
     typer.echo()
-    for each in calls["ahead"]:
+    for one in ahead:
         say_prose(
-            f"With a chance of {each['least']:g} or more, {each['calls']:.0%} of calls are known before their end, "
-            f"{each['right']:.0%} of these rightly, {each['left']:.0f} tokens (median) ahead."
+            f"With a chance of {one['least']:g} or more, {one['calls']:.0%} of calls are known before their end, "
+            f"{one['right']:.0%} of these rightly, {one['left']:.0f} tokens (median) ahead."
         )
