@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ class CompiledCopies:
     """Calls the compiled search. A process has one for each directory (`compiled_copies`). One thread may `copy`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+        types: tuple[Any, ...] = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+        pointer, long, number = types
         self._link, self._follow = library.whiflash_link, library.whiflash_follow
         self._copy = library.whiflash_copy
         self._link.argtypes, self._link.restype = (pointer, long), None
@@ -122,16 +124,11 @@ class CompiledCopies:
             before = alive.gather(1, (drafted - 1).clamp(min=0)[:, None])
         size, slots = len(sizes), request_slots.long()
         shape = (size, width)
-        result = Drafts(
-            sizes.new_zeros(shape),
-            sizes.new_zeros(size),
-            chances.new_zeros(shape),
-            matched=sizes.new_zeros(size),
-            agreements=boundaries.new_zeros(shape),
-        )
+        out, counts, alives = sizes.new_zeros(shape), sizes.new_zeros(size), chances.new_zeros(shape)
+        agreements, matched = boundaries.new_zeros(shape), sizes.new_zeros(size)
         arrays = slots, sizes, back, limits.contiguous(), factors.contiguous(), chances, boundaries
         numbers = len(boundaries), size, width, worth, min_match
-        results = result.tokens, result.counts, result.alive, result.agreements, result.matched
+        results = out, counts, alives, agreements, matched
         self._propose(
             tokens.data_ptr(),
             tokens.stride(0),
@@ -140,7 +137,7 @@ class CompiledCopies:
             None if before is None else before.data_ptr(),
             *(each.data_ptr() for each in results),
         )
-        return result
+        return Drafts(out, counts, alives, matched=matched, agreements=agreements)
 
 
 @cache
