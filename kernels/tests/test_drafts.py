@@ -299,6 +299,23 @@ def test_a_candidate_counts_from_where_the_text_is(backend: str) -> None:
         choose_drafts(laid, at, starts, text, **host)
 
 
+def test_every_candidate_ends_with_its_requests_stop(backend: str) -> None:
+    """Own drafts, those behind them, the host's and copies, each the most likely once, with a stop in the middle."""
+    at, zero = integers([0, 1, 2, 3]), integers([0] * 4)
+    text = torch.zeros(4, 9, dtype=torch.int64, device=DEVICE)
+    likely, unlikely = [0.5] * 3, [0.125] * 3
+    laid = Drafts(integers([[5, 7, 5]] * 4), integers([3, 1, 1, 1]), floats([likely, *[unlikely] * 3]))
+    more = Drafts(integers([[7, 5]] * 4), integers([0, 2, 0, 0]), floats([[0.125] * 2] * 4))
+    host = Drafts(integers([[[5, 7, 5]]] * 4), integers([[0], [0], [3], [0]]), floats([[likely]] * 4))
+    copies = Drafts(integers([[5, 7, 5]] * 4), integers([0, 0, 0, 3]), floats([likely] * 4))
+    known = {"from_host": host, "at": integers([[1]] * 4), "limits": integers([3] * 4), "copies": copies}
+    for stops, width in (([[-1, 7]] * 4, 3), ([[-1, -1]] * 4, 4)):
+        with running(backend), guarded_outputs():
+            chosen = choose_drafts(laid, at, zero, text, appended=more, **known, stops=integers(stops))
+        assert chosen.source.tolist() == [0, 0, 1, -1]
+        assert chosen.widths.tolist() == [width] * 4
+
+
 def test_a_copy_does_not_count_if_the_copying_arms_candidate_pays(backend: str) -> None:
     """It may promise less than the copy. The copy counts if the text has left it, or it does not pay."""
     at, none = integers([0, 1, 2, 3]), integers([0] * 4)
