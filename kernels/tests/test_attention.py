@@ -11,6 +11,7 @@ from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
 from kernel_tolerances import assert_close
 from whiflash_kernels import attention, draft_attention
 from whiflash_kernels.cpu.paged_attention import compiled_attention
+from whiflash_kernels.verify import EIGHT_BITS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -28,6 +29,7 @@ class Batch:
     dim: int = 16
     window: int | None = None
     dtype: torch.dtype = torch.float32
+    pool: torch.dtype | None = None
     context: int = 200
     wide_values: bool = False
     """V is a part of wider rows, with other strides than K."""
@@ -46,7 +48,10 @@ class Batch:
         q = torch.randn(requests * self.width, self.heads, self.dim, generator=generator)
         if self.wide_values:
             v = torch.nn.functional.pad(v, (0, 4, 0, 1), value=float("nan"))[:, :-1, :-4]
-        q, k, v = (tensor.to(self.dtype).to(DEVICE) for tensor in (q, k, v))
+        q, k, v = (
+            tensor.to(dtype).to(DEVICE)
+            for tensor, dtype in zip((q, k, v), (self.dtype, *[self.pool or self.dtype] * 2), strict=True)
+        )
         scale = self.dim**-0.5
         expected = oracles.draft_attention(
             q, k, v, table, request_slots.tolist(), ends, self.width, self.causal, scale, self.window
@@ -77,6 +82,7 @@ BATCHES = [
         for heads, kv_heads, dim in ((9, 3, 64), (1, 1, 8), (8, 1, 40), (6, 6, 16), (20, 1, 320))
     ),
     Batch((70, 9), 4, 4, True, wide_values=True),
+    *(Batch((70, 9), 4, 4, causal, dtype=t, pool=EIGHT_BITS[0]) for causal in BOTH for t in DTYPES),
     Batch((77, 3), 17, 17, True, heads=8, kv_heads=1),  # rows of several tiles
     *(Batch((150, 2), 5, 5, causal, window=n) for n in (0, 1, 63, 64, 500) for causal in BOTH),
     *(Batch(lengths, 4, 4, causal) for lengths in ((12, -4, 0), (-4, -9)) for causal in BOTH),  # padding

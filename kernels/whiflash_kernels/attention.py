@@ -44,7 +44,7 @@ def draft_attention(
 
     Args:
         q: [B * width, Hq, D] float, request after request; last dimension contiguous.
-        k, v: [S, Hkv, D], q's dtype; last dimension contiguous. The rows' own K and V are already there.
+        k, v: [S, Hkv, D], q's dtype or 8-bit floats; last dimension contiguous. The rows' own K and V are there.
         req_to_token: [slots, context] int32 (or int64), last dimension contiguous.
         request_slots: [B] int64 or int32; one request may be given as several of ``width`` 1, as in a catch-up.
         seq_lens: [B] int64 or int32. A request with e <= 0 is padding.

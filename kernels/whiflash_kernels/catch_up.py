@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from whiflash_kernels.dispatch import backend_for, op
+from whiflash_kernels.float8 import rounded
 from whiflash_kernels.packed import linear
 from whiflash_kernels.structs import DFlashWeights, Eagle3Weights, KVPools
 
@@ -171,8 +172,7 @@ def write_kv(
     parts = [first * cos - second * sin, second * cos + first * sin]
     if 2 * half < dim:
         parts.append(k[..., 2 * half :])
-    k = torch.cat(parts, dim=-1).to(pools.k[0].dtype)
-    v = kv[:, :, 1].to(pools.v[0].dtype)
+    k, v = (rounded(each, pools.k[0].dtype) for each in (torch.cat(parts, dim=-1), kv[:, :, 1]))
     for layer, (k_pool, v_pool) in enumerate(zip(pools.k, pools.v, strict=True)):
         k_pool[cache_slots] = k[:, layer]
         v_pool[cache_slots] = v[:, layer]

@@ -24,6 +24,13 @@ def _sglang() -> Any:
     return import_module("sgl_kernel")
 
 
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in `dtype`. In 8 bits it is clamped, as in Triton: some versions of torch make NaN of larger numbers."""
+    if dtype.itemsize == 1:
+        x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return x.to(dtype)
+
+
 def multiplies(x: Tensor) -> bool:
     """Whether kernels quantise and multiply x: 16 bits, from sm_89 on."""
     narrow = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)

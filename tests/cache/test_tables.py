@@ -2,6 +2,7 @@
 
 from math import inf
 
+import pytest
 import torch
 
 from whiflash_sglang.cache.backlog import FeatureRings, FeatureRows
@@ -12,15 +13,16 @@ from whiflash_sglang.device.transfers import Upload
 ROWS, CONTEXT, MARGIN = 3, 10, 4
 
 
-def test_written_keys_and_values_lie_at_their_slots() -> None:
-    kv = DraftKV(2, 5, 3, 4, torch.float32, "cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_written_keys_and_values_lie_at_their_slots(dtype: torch.dtype) -> None:
+    kv = DraftKV(2, 5, 3, 4, dtype, "cpu")
     slots, k, v = torch.tensor([4, 1]), torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     kv.write(1, slots, k, v)
     for kept, given in ((kv.k, k), (kv.v, v)):
         expected = torch.zeros(2, 5, 3, 4)
         expected[1, 4], expected[1, 1] = given
-        assert torch.equal(kept, expected)
-    assert kv.k.nbytes + kv.v.nbytes == 5 * DraftKV.bytes_per_token(2, 3, 4, torch.float32)
+        assert torch.equal(kept.float(), expected.to(dtype).float())
+    assert kv.k.nbytes + kv.v.nbytes == 5 * DraftKV.bytes_per_token(2, 3, 4, dtype)
 
 
 def test_rings_take_what_is_reserved_for_them() -> None:

@@ -274,15 +274,19 @@ def test_drafters_that_one_host_pool_cannot_hold() -> None:
         DraftPool(pool, {"ar": kv, "diffusion": wide}, 4)
     with pytest.raises(ConfigError, match=r"target has 3 and the drafters have 4; remove them"):
         DraftPool(pool, {"ar": kv, "diffusion": kv}, 3)
-    views = DraftPool(pool, {"ar": kv, "diffusion": kv}, 4)
-    assert [layer.data_ptr() for layer in views.k_buffer] == [layer.data_ptr() for layer in kv.k] * 2
+    for dtype, stored in ((torch.float32, torch.float32), (torch.float8_e4m3fn, torch.uint8)):
+        kv = DraftKV(2, 17, 2, 16, dtype, "cpu")
+        views = DraftPool(pool, {"ar": kv, "diffusion": kv}, 4)
+        assert [layer.data_ptr() for layer in views.k_buffer] == [layer.data_ptr() for layer in kv.k] * 2
+        assert {layer.dtype for layer in views.k_buffer} == {stored}
 
 
 def test_pages_of_two_pools_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draft_pool, "copies_kv", lambda: True)
     monkeypatch.setattr(draft_pool, "_digest", str)
-    drafters: dict[str, Any] = {"ar": SimpleNamespace(model="model")}
     keys = set()
     for pool in (object(), Mock(spec=draft_pool.BaseSWAKVPool)):
-        keys.add(draft_pool.layout_of(SimpleNamespace(runner=Mock(token_to_kv_pool=pool)), drafters))
-    assert len(keys) == 2
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            drafters: dict[str, Any] = {"ar": SimpleNamespace(model="model", kv_dtype=dtype)}
+            keys.add(draft_pool.layout_of(SimpleNamespace(runner=Mock(token_to_kv_pool=pool)), drafters))
+    assert len(keys) == 4

@@ -113,6 +113,7 @@ SETTINGS = {
     ),
     "whole prompts": Setting(plain={"chunked_prefill_size": None}),
     "fp8": Setting(plain={"kv_cache_dtype": "fp8_e4m3", "chunked_prefill_size": None}),
+    "drafters in fp8": Setting({"speculative_draft_kv_cache_dtype": "fp8_e4m3"}),
     "priorities": Setting(
         {
             "max_running_requests": 2,
@@ -235,6 +236,7 @@ ROWS = [
     row("small rings", "random", "traffic", *KNOWING),
     row("as for agents", "random", "long prompts"),
     row("fp8", "random", "long prompts"),
+    row("drafters in fp8", "random", "traffic", *KNOWING),
     row("priorities", "auto", "priorities", "pushed", evidence=True),
     row("priorities", "random", "priorities", "pushed"),
     *(
@@ -586,7 +588,9 @@ def check_kept(serving: Serving, row: Row) -> None:
         # Without graphs the host reads how many rows there are (`Target.agreed_rows`).
         own = [site for site in waits if site.startswith("whiflash") and "forward/target.py" not in site]
         assert not own, "a grammar's host waits"
-    if hasattr(e.scheduler.tree_cache, "tree_core") and row.setting not in ("fp8", "no tree"):
+    narrow = "fp8" in row.setting
+    assert {drafter.kv.k.dtype.itemsize for drafter in e.worker.kv_arms.values()} <= {1 if narrow else 4}
+    if hasattr(e.scheduler.tree_cache, "tree_core") and not narrow and row.setting != "no tree":
         assert assert_tree_is_true(e, serving.models, models_of(serving)) > 50
         chained = serving.setting.drafters in ("pair", "ar")
         assert e.scheduler.tree_cache.tree_core.is_eagle == chained, "only EAGLE-3 needs bigrams"

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from whiflash_kernels import Drafts, PassInputs
 
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
@@ -72,11 +73,12 @@ class KVDrafter(Drafter):
 
     captured_layers: target layers whose *outputs* it reads. attends_text: whether it attends over a request's text
     while it ingests; then rows have `requests`. model: the loaded checkpoint. kv: of all slots, once `allocate` has
-    run.
+    run; kv_dtype: its numbers'.
     """
 
     model: TargetsParts
     kv: DraftKV
+    kv_dtype: torch.dtype
     captured_layers: tuple[int, ...] = ()
     attends_text: bool = False
     passes = True

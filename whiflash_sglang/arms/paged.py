@@ -38,11 +38,12 @@ class PagedArm(KVDrafter):
     """Base of the arms that have KV.
 
     Args:
-        layers: number of draft layers with KV. shape: heads of each. dtype, device: the target's.
+        layers: number of draft layers with KV. shape: heads of each. dtype, device: the target's; `build_drafters`
+            may give KV another dtype.
     """
 
     def __init__(self, layers: int, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> None:
-        self._layers, self._shape, self._dtype, self._device = layers, shape, dtype, device
+        self._layers, self._shape, self.kv_dtype, self._device = layers, shape, dtype, device
         self.length = DraftLength(device)
         self._captured: dict[int, CapturedPass[Drafts]] | None = None
         self._inputs: DraftBatch
@@ -106,12 +107,14 @@ class PagedArm(KVDrafter):
 
     def kv_bytes_per_token(self) -> int:
         """Return the bytes that its KV adds to one target slot."""
-        return DraftKV.bytes_per_token(self._layers, self._shape.kv_heads, self._shape.head_dim, self._dtype)
+        return DraftKV.bytes_per_token(
+            self._layers, self._shape.kv_heads, self._shape.head_dim, self.kv_dtype
+        )
 
     def allocate(self, slots: int) -> None:
         """Allocate KV for `slots` target slots."""
         shape = self._shape
-        self.kv = DraftKV(self._layers, slots, shape.kv_heads, shape.head_dim, self._dtype, self._device)
+        self.kv = DraftKV(self._layers, slots, shape.kv_heads, shape.head_dim, self.kv_dtype, self._device)
 
     def calibration(self, requests: Sequence[Request], worth: Worth) -> Sequence[float]:
         """Return the calibration of `DraftLength`."""

@@ -9,6 +9,7 @@ from random import Random
 import numpy as np
 import torch
 from whiflash_kernels import KVPools, SamplingTable
+from whiflash_kernels.float8 import rounded
 from whiflash_kernels.layers import write_rows
 
 from whiflash_sglang.device.transfers import Upload
@@ -116,4 +117,7 @@ class DraftKV:
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store k, v `[N, Hkv, D]` of one layer at `slots` [N] int64."""
-        write_rows(k.to(self.k.dtype), v.to(self.v.dtype), self.pools.k[layer], self.pools.v[layer], slots)
+        # Not every device copies rows of 8-bit floats; all copy bytes.
+        stored = torch.uint8 if self.k.dtype.itemsize == 1 else self.k.dtype
+        k, v = (rounded(each, self.k.dtype).view(stored) for each in (k, v))
+        write_rows(k, v, self.pools.k[layer].view(stored), self.pools.v[layer].view(stored), slots)

@@ -108,7 +108,10 @@ def build_drafters(
         drafters.append(StructureArm(settings.structure, words, spending.exhausted))
     if settings.lookup.enabled:
         drafters.append(LookupArm(settings.lookup, late))
-    return {drafter.arm: drafter for drafter in drafters}
+    by_arm = {drafter.arm: drafter for drafter in drafters}
+    for drafter in with_kv(by_arm).values():
+        drafter.kv_dtype = kv_budget.draft_kv_dtype(target)
+    return by_arm
 
 
 def chain_arm(

@@ -109,7 +109,7 @@ def _attend_kernel(
         wanted = there[:, None] & (column < DIM)[None, :]
         keys = tl.load(
             k + slot[:, None] * k_slot + kv_head * k_head + column[None, :], mask=wanted, other=0.0
-        )
+        ).to(query.dtype)
         scores = product(query, tl.trans(keys), PRECISION, WIDEN) * (scale * LOG2E)
         seen = there[None, :] & live[:, None]
         if CAUSAL:
@@ -123,7 +123,7 @@ def _attend_kernel(
         total = total * fade + tl.sum(weights, axis=1)
         values = tl.load(
             v + slot[:, None] * v_slot + kv_head * v_head + column[None, :], mask=wanted, other=0.0
-        )
+        ).to(query.dtype)
         added = product(weights.to(values.dtype), values, PRECISION, WIDEN)
         sums = sums * fade[:, None] + added
         peak = new_peak

@@ -81,7 +81,8 @@ def _write_kv_kernel(
     v_column = tl.arange(0, DIM_BLOCK)[None, :]
     v_mask = (head < heads) & (v_column < DIM)
     values = tl.load(k_source + heads * DIM + v_column, mask=v_mask, other=0.0)
-    tl.store(v_pool + slot * slot_stride + head * head_stride + v_column, values.to(dtype), mask=v_mask)
+    values = values.to(tl.float32).to(dtype)
+    tl.store(v_pool + slot * slot_stride + head * head_stride + v_column, values, mask=v_mask)
 
 
 def write_kv(

@@ -207,7 +207,6 @@ FOREIGN: dict[str, Any] = {
     "speculative_draft_attention_backend": None,
     "speculative_draft_window_size": None,
     "speculative_draft_model_quantization": None,
-    "speculative_draft_kv_cache_dtype": None,
     "speculative_adaptive": False,
     "enable_multi_layer_eagle": False,
     "uno_lora_path": None,

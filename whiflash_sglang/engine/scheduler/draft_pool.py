@@ -65,7 +65,8 @@ class DraftPool(MHATokenToKVPool):  # type: ignore[misc]
         )
 
     def _create_buffers_normal(self) -> None:
-        self.k_buffer, self.v_buffer = self._k, self._v
+        views = ([layer.view(self.store_dtype) for layer in layers] for layers in (self._k, self._v))
+        self.k_buffer, self.v_buffer = views
 
 
 def copies_kv() -> bool:
@@ -94,7 +95,10 @@ def layout_of(target: Any, drafters: Mapping[str, KVDrafter]) -> str | None:
         # Plain SGLang has two pools for a target with windows.
         return "whiflash-one-pool" if not two_pools and has_windows(target.runner.model_config) else None
     models = {arm: drafter.model for arm, drafter in drafters.items()}
-    return f"whiflash-{_digest(models)}{'-two-pools' if two_pools else ''}"
+    narrow = sorted(
+        {str(drafter.kv_dtype) for drafter in drafters.values() if drafter.kv_dtype.itemsize == 1}
+    )
+    return "-".join(["whiflash", _digest(models), *narrow, *(["two-pools"] if two_pools else [])])
 
 
 def _digest(models: Mapping[str, TargetsParts]) -> str:

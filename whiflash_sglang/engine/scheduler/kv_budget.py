@@ -24,7 +24,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.mem_cache import kv_cache_configurator
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.model_executor import pool_configurator
-from sglang.srt.runtime_context import get_disagg
+from sglang.srt.runtime_context import get_disagg, get_spec
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from whiflash_sglang.cache.tokens import SamplingRows, StopTable, TokenTable
@@ -39,6 +39,17 @@ LOGIT_BYTES = 26
 """Bytes that sampling may take at its peak for one logit, its working copy included. `tests/worker/test_rehearsal.py`
 checks this for torch's own top-k and top-p, which sort; FlashInfer's do not.
 """
+
+
+NARROW = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+"""Dtypes of draft KV in 8 bits, by `--speculative-draft-kv-cache-dtype`."""
+
+
+def draft_kv_dtype(target: Any) -> torch.dtype:
+    """Return the dtype of drafters' KV: 8 bits if the argument says so, or by default if the target's KV has 8."""
+    name = get_spec().speculative_draft_kv_cache_dtype
+    by_default = target.runner.kv_cache_dtype if name in (None, "auto") else target.dtype
+    return NARROW.get(name, by_default if by_default in NARROW.values() else target.dtype)
 
 
 def sampling_bytes(rows: int, vocabulary: int) -> int:
