@@ -216,7 +216,7 @@ CANDIDATES = 2
 
 def drafted(requests: int, width: int) -> Drafts:
     lives = chances(requests, width)
-    return Drafts(index(requests, width), index(requests), lives, lives)
+    return Drafts(index(requests, width), index(requests), lives, lives, ints(requests))
 
 
 def host_drafts(requests: int, columns: int) -> Drafts:
@@ -235,7 +235,7 @@ def choose(
     laid = drafted(requests, width) if isinstance(width, int) else width
     slots = index(requests)
     beside = {"appended": appended, "from_host": from_host, "at": index(requests, CANDIDATES)}
-    beside |= {"copies": copies, "limits": slots}
+    beside |= {"copies": copies, "limits": slots, "drawn": slots}
     return choose_drafts(laid, slots, slots, TEXT, **beside, worth=0.1, most_drafts=limit, stops=STOPS)
 
 

@@ -305,17 +305,18 @@ def cut(confidences, calibration, edges, limit, worth):
     return min(kept, limit), alive
 
 
-def choose(requests, worth, most, least=0.0, stops=None):
-    """Drafts that are verified of every request, their sources, how many are the first ones; and all drafts.
+def choose(requests, worth, most, least=0.0, stops=None, spare=None):
+    """Drafts that are verified of every request, their sources, how many are the first ones; and those worth a row.
 
     A request is its own drafts, those behind them, candidates and copies, each a list of (token, chance); a candidate
     is one with how many of its first tokens were committed since, whether these are the text's, and the most of it.
-    There are no copies if the rest of the first candidate pays its rows. A request's `stops` end its drafts.
+    There are no copies if the rest of the first candidate pays its rows. A request's `stops` end its drafts. spare:
+    further drafts of each request, which fill rows behind its own.
     """
-    merged, sources, first = [], [], []
-    for (laid, behind, candidates, copies), ending in zip(
-        requests, stops or [()] * len(requests), strict=True
-    ):
+    merged, sources, first, wanted = [], [], [], []
+    none = [[]] * len(requests)
+    for request, ending, left_over in zip(requests, stops or none, spare or none, strict=True):
+        laid, behind, candidates, copies = request
         best, source = until(laid + behind, ending), 0
         left = [(k, until(follow(*candidate, least), ending)) for k, candidate in enumerate(candidates, 1)]
         copies = until(copies, ending)
@@ -323,10 +324,12 @@ def choose(requests, worth, most, least=0.0, stops=None):
         for number, drafts in (*left, (-1, copied)):
             if drafts and gain(drafts, worth) > gain(best, worth):
                 best, source = drafts, number
+        wanted.append(len(best))
+        if fills := laid and not behind and not source:
+            best = until(laid + left_over, ending)
         merged.append(best)
         sources.append(source)
-        first.append(len(laid))
-    wanted = [len(drafts) for drafts in merged]
+        first.append(len(best if fills else laid))
     if most is not None:
         ranked = sorted(
             (-chance, depth, b) for b, drafts in enumerate(merged) for depth, (_, chance) in enumerate(drafts)

@@ -147,10 +147,13 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
     worth, room = data.draw(st.sampled_from([0.0, 0.125])), data.draw(st.none() | st.integers(0, 20))
     least = data.draw(st.sampled_from([0.0, 0.25]))
     extra, columns, longest = (data.draw(st.integers(1, most)) for most in (7, 9, 9))
+    fills, spare = data.draw(st.booleans()), list[list[Draft]]()
     requests = []
     for b in range(size):
         laid = data.draw(drafts(data.draw(st.sampled_from([1, 0, width])), 100 * b))
         last = laid[-1][1] if laid else 1.0
+        left = data.draw(drafts(width - len(laid), 100 * b + 10)) if fills else []
+        spare.append([(token, min(chance, last)) for token, chance in left])
         most = min(extra, width - len(laid)) if has_behind and laid else 0
         behind = [(token, min(chance, last)) for token, chance in data.draw(drafts(most, 100 * b + 20))]
         proposed = [data.draw(host_candidates(longest, 100 * b + 60 + 10 * k)) for k in range(count)]
@@ -162,6 +165,9 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
     own, more, copied = (
         padded([r[i] for r in requests], w) for i, w in ((0, width), (1, extra), (3, columns))
     )
+    drawn, faults = [len(r[0]) + len(left) for r, left in zip(requests, spare, strict=True)], [0, 0, 1, 0, 0]
+    drafted, _, chances = padded([r[0] + left for r, left in zip(requests, spare, strict=True)], width)
+    laid_drafts = Drafts(drafted, own[1], chances, faults=integers(faults[:size]))
     slots = list(range(SLOTS, SLOTS - size, -1))
     starts = [6 + b for b in range(size)]
     text = torch.full((SLOTS + 1, CONTEXT), -5, dtype=torch.int64, device=DEVICE)
@@ -197,7 +203,7 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
     )
     with running(backend), guarded_outputs():
         chosen = choose_drafts(
-            Drafts(*own),
+            laid_drafts,
             integers(slots),
             integers(starts),
             text,
@@ -210,8 +216,10 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
             least=least,
             most_drafts=room,
             stops=stopping.to(DEVICE),
+            drawn=integers(drawn) if fills else None,
         )
-    expected, sources, kept, wanted = oracles.choose(requests, worth, room, least, stops)
+    spare = [left if not fault else [] for left, fault in zip(spare, faults, strict=False)]
+    expected, sources, kept, wanted = oracles.choose(requests, worth, room, least, stops, spare)
     assert chosen.widths.tolist() == [len(own) + 1 for own in expected]
     assert chosen.source.tolist() == sources
     assert chosen.first_drafts.tolist() == kept

@@ -128,8 +128,11 @@ def _check_chosen(
     at: Tensor | None = None,
     copies: Drafts | None = None,
     limits: Tensor | None = None,
+    drawn: Tensor | None = None,
     **__: Any,
 ) -> None:
+    if drawn is not None and drafts.faults is None:
+        raise ValueError("drafts that may fill rows need faults")
     if from_host is not None and (at is None or limits is None):
         raise ValueError("the host's candidates need their positions and limits")
     if any(source is not None and source.alive is None for source in (drafts, from_host, copies)):
@@ -152,6 +155,7 @@ def choose_drafts(
     least: float = 0.0,
     most_drafts: int | None = None,
     stops: Tensor | None = None,
+    drawn: Tensor | None = None,
 ) -> Chosen:
     """Choose the drafts that are verified: appended ones, replacements, and as many as there are rows for.
 
@@ -165,7 +169,8 @@ def choose_drafts(
     verified, the first of equals, candidate 0 if no other's sum is larger. Last, with ``most_drafts``, requests
     compete. So many drafts with the largest ``alive`` of the batch are kept. Equals go to the earlier place in a
     request, then to the earlier request. A draft is never likelier than those before it, so each request keeps its
-    first ones.
+    first ones. With ``drawn``, drafts beyond counts[b] compete, too, up to drawn[b]: they are not worth a row, but a
+    graph has rows to spare. They do so if candidate 0 is verified, has no fault and no appended drafts.
 
     Args:
         drafts: `lay_drafts`'.
@@ -179,14 +184,15 @@ def choose_drafts(
             both needed with it.
         copies: tokens [B, L], counts [B] of at most W, alive [B, L], all contiguous.
         worth: what a row must bring. least: chance below which no token of the host's is verified.
-        most_drafts: of the batch; None: all.
+        most_drafts: of the batch; None: all. drawn: [B] int64 or int32, the tokens that request b's pass drafted.
         stops: [slots, S] int64, contiguous, the tokens that end each request, -1 in further columns; None: none does.
 
     Returns:
         `Chosen`, new.
 
     Raises:
-        ValueError: ``from_host`` without ``at`` or ``limits``, or any of the three without chances.
+        ValueError: ``from_host`` without ``at`` or ``limits``, any of the three without chances, or ``drawn`` with
+            drafts without faults.
 
     Grid: (B), a second launch where requests compete; graph-capturable.
     Numerics: chances are compared and their sum taken in float32.
@@ -225,13 +231,20 @@ def choose_drafts(
         counts, best = torch.where(wins, count, counts), torch.where(wins, gain, best)
         source = torch.where(wins, number, source)
     wanted = kept = counts.to(torch.int32)
+    first = drafts.counts
+    if drawn is not None:
+        fills = (source == 0) & (first > 0) & (drafts.faults == 0)
+        if appended is not None:
+            fills &= appended.counts == 0
+        filled = torch.maximum(counts, _until(tokens, drawn.clamp(max=width), ending))
+        kept, first = torch.where(fills, filled, counts).int(), torch.where(fills, filled, first)
     if most_drafts is not None:
         kept = _likeliest(alive, kept, most_drafts)
     put_block(text, request_slots, seq_lens, tokens)
     return Chosen(
         tokens=tokens,
         widths=kept + 1,
-        first_drafts=torch.minimum(kept, drafts.counts).int(),
+        first_drafts=torch.minimum(kept, first).int(),
         source=source.to(torch.int32),
         wanted=wanted,
     )
@@ -295,15 +308,13 @@ def _aligned(
 
 
 def _joined(tokens: Tensor, counts: Tensor, alive: Tensor, appended: Drafts) -> tuple[Tensor, Tensor, Tensor]:
-    """Append `appended` to the drafts of every request; it overwrites only padding."""
-    width, extra = tokens.shape[1], appended.tokens.shape[1]
-    column = counts[:, None] + torch.arange(extra, device=counts.device)
-    tokens = F.pad(tokens, (0, extra)).scatter_(1, column, appended.tokens)[:, :width]
-    chances = appended.alive
-    if chances is None:
-        chances = torch.zeros_like(appended.tokens, dtype=alive.dtype)
-    alive = F.pad(alive, (0, extra)).scatter_(1, column, chances)[:, :width]
-    return tokens, counts + appended.counts, alive
+    """Append `appended` to the drafts of every request."""
+    place = torch.arange(tokens.shape[1], device=counts.device) - counts[:, None]
+    joins = (place >= 0) & (place < appended.counts[:, None])
+    place = place.clamp(0, appended.tokens.shape[1] - 1)
+    chances = 0.0 if appended.alive is None else appended.alive.gather(1, place)
+    tokens = torch.where(joins, appended.tokens.gather(1, place), tokens)
+    return tokens, counts + appended.counts, torch.where(joins, chances, alive)
 
 
 def _gain(counts: Tensor, alive: Tensor, worth: float) -> Tensor:

@@ -89,7 +89,7 @@ class Chosen(NamedTuple):
     source: Tensor
     """[B] int32, source of the drafts: 0 `lay_drafts`, k the host's k-th candidate, -1 the device's copies."""
     wanted: Tensor
-    """[B] int32: drafts of each request before requests competed for rows."""
+    """[B] int32: drafts of each request that are worth a row, before requests competed for rows."""
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,7 @@ def _of_batches(served: Served) -> None:
                     limits=zeros,
                     most_drafts=most,
                     stops=stops,
+                    drawn=zeros,
                 )
             block = prepare_mixed_block(
                 zeros, chosen.tokens, chosen.widths, zeros, zeros, served.req_to_token, rows=size

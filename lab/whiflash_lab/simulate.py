@@ -316,13 +316,16 @@ class Simulation:
         self.lengths = {arm: costs.length(arm) if arm != arms.NONE else 0 for arm in routes}
         for index, (request, state, route) in enumerate(zip(running, states, routes, strict=True)):
             longest, arm = self.lengths[route], route
-            chances = request.alive(route, self.controller.worth().row, longest)
+            chances = request.alive(
+                route, 0.0, longest
+            )  # those that are not worth a row fill rows that are left
+            paying = len(request.alive(route, self.controller.worth().row, longest))
             known = [1.0] * (request.known.rows - 1)
-            if sum(known) > sum(chances) and state.decision.only != arms.NONE:
-                arm, chances = arms.STRUCTURE, known
+            if sum(known) > sum(chances[:paying]) and state.decision.only != arms.NONE:
+                arm, chances, paying = arms.STRUCTURE, known, len(known)
             priced_as = arms.PROMISED if route == arms.NONE and state.decision.promised else route
             room += min(costs.room(priced_as, state.wanted[priced_as]), longest or KNOWN)
-            self.controller.wanted(state, state.decision, priced_as, len(chances))
+            self.controller.wanted(state, state.decision, priced_as, paying)
             rounds.append((route, arm))
             alive += [(each, index) for each in chances]
         sizes = self.tables.verifications.at_short.sizes

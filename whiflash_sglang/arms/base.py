@@ -24,13 +24,14 @@ class Drafter:
     arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token). passes:
     whether a network, its `model`, drafts; then its pass is timed at the start. features: which of the target's
     captured layers it reads, None: all. tail_width: columns of feature n-1 that a draft begins with, 0 if it reads
-    none.
+    none. fills: whether its drafts and their chances go on behind their count, with those that are not worth a row.
     """
 
     arm: str
     model: Any
     max_drafts: int
     passes: bool = False
+    fills: bool = False
     features: FeatureSlice | None = None
     tail_width: int = 0
 

@@ -42,6 +42,8 @@ class PagedArm(KVDrafter):
             may give KV another dtype.
     """
 
+    fills = True
+
     def __init__(self, layers: int, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> None:
         self._layers, self._shape, self.kv_dtype, self._device = layers, shape, dtype, device
         self.length = DraftLength(device)

@@ -31,7 +31,7 @@ class UnoArm(TextDrafter):
 
     arm = arms.UNO
     proposes = False
-    passes = True
+    passes = fills = True
 
     def __init__(self, model: Any, drafts: int) -> None:
         self.model, self.max_drafts, target = model, drafts, model.target

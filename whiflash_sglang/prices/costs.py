@@ -40,6 +40,12 @@ LEAST_CHANCE = 0.1
 LEFT_OUT = 2.0
 """Least assumed worth of a draft that finds no room in a smaller graph, as a multiple of a row's price."""
 
+FILLED = 0.5
+"""Assumed worth of a draft that fills a row of a larger graph, as a multiple of a row's price: it was not worth one."""
+
+LARGER = 5
+"""Number of graphs, from the smallest one that holds all drafts on, that a round may use."""
+
 WAITED = 0.05
 """A gap longer than this share of a round's seconds means that the device waited for the host. Launches leave small
 gaps, too."""
@@ -243,22 +249,31 @@ class Costs:
 
     def _filled(self, requests: int, rows: float) -> tuple[int, float]:
         """Return the rows that are verified in place of `rows`, and their uncorrected seconds with the loss of drafts
-        that are left out.
+        that are left out, less what drafts bring that fill rows.
 
         If `rows` exceed a graph's size by a few, the smaller graph is used if that costs less than the larger graph.
         The drafts left out are the least likely: each counts as `LEFT_OUT` prices of a row, or as the geometric mean of
-        that price and what a draft usually brings if that is more, since rows may be nearly free.
+        that price and what a draft usually brings if that is more, since rows may be nearly free. A larger graph is
+        used if its further rows cost less than the drafts that were not worth a row bring there, each `FILLED` prices.
         """
         verify, sizes = self.tables.verify, self.tables.verifications.at_short.sizes
-        place = bisect_left(sizes, rows)
-        seconds = verify(rows, requests, self._context)
+        place, best = bisect_left(sizes, rows), (math.ceil(rows), verify(rows, requests, self._context))
         # Whether a round drafts at all is its route's decision, so some room for drafts is left.
-        if self.tables.steps and place and (smaller := sizes[place - 1]) > requests:
-            price = self.tables.row(rows, requests, self._context)
-            each = max(LEFT_OUT * price, math.sqrt(price * self._brought))
-            if (shorter := verify(smaller, requests, self._context) + (rows - smaller) * each) < seconds:
-                return smaller, shorter
-        return math.ceil(rows), seconds
+        if not self.tables.steps or not place or rows <= requests:
+            return best
+        price = self.tables.row(rows, requests, self._context)
+        most = requests * max((self._widest(arm) for arm in self.tables.drafts), default=1)
+        others = [size for size in sizes[place + 1 : place + LARGER] if size <= most]
+        if (smaller := sizes[place - 1]) > requests:
+            others.append(smaller)
+        for size in others:
+            each = FILLED * price
+            if size < rows:
+                each = max(LEFT_OUT * price, math.sqrt(price * self._brought))
+            seconds = verify(size, requests, self._context) + (rows - size) * each
+            if seconds < best[1]:
+                best = size, seconds
+        return best
 
     def _row(self, rows: float) -> float:
         return self.correction.factor * self.tables.row(rows, self._requests, self._context)

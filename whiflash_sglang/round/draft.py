@@ -111,7 +111,9 @@ class DraftStage:
         )
         appended = self._copies(turn, turn.drafts) if behind else None
         copies = turn.copies = self._copies(turn) if any(limits.copied) else None
-        most = self._room(plan, size)
+        most, graph = self._room(plan, size)
+        # Rows that a graph has to spare are filled; without a graph each row costs.
+        fills = graph and all(self.drafters[arm].fills for arm in turn.members)
         from_host, at = turn.host_drafts or (None, None)
         turn.chosen = choose_drafts(
             turn.drafts,
@@ -127,20 +129,23 @@ class DraftStage:
             least=plan.worth.least_chance,
             most_drafts=most,
             stops=self.stops,
+            drawn=turn.limits.passes if fills else turn.drafts.counts,
         )
         turn.packed_rows, turn.stride = size + most, 1 + max(limits.drafts) if most else 1
 
-    def _room(self, plan: Plan, size: int) -> int:
-        """Return the most drafts that a round of `size` requests verifies: as many as fill the rows of the graph that
-        holds the usual number; all of them if there is no graph, since the host then counts them.
+    def _room(self, plan: Plan, size: int) -> tuple[int, bool]:
+        """Return the most drafts that a round of `size` requests verifies, and whether a graph verifies them.
+
+        With a graph these are as many as fill the one that holds the usual number. Otherwise they are all, since the
+        host then counts the rows.
         """
         most = min(sum(plan.limits.drafts), MOST_DRAFTS)
         usual = min(plan.usual_drafts, most)
         rows = self.rows_for(size + usual, size)
         if rows is None:
-            return most
+            return most, False
         # If no drafts are expected, a graph of one row per request is enough.
-        return rows - size if usual else 0
+        return rows - size if usual else 0, True
 
     def _copies(self, turn: Round, drafts: Drafts | None = None) -> Drafts | None:
         """Return the device's copies of what follows every request's text, or its `drafts`; None if no arm copies."""

@@ -239,6 +239,8 @@ def _merge_drafts_kernel(
     copies,
     copies_alive,
     copies_counts,
+    drawn,
+    faults,
     request_slots,
     seq_lens,
     text,
@@ -263,6 +265,7 @@ def _merge_drafts_kernel(
     HAS_MORE: tl.constexpr,
     HAS_MORE_ALIVE: tl.constexpr,
     HAS_COPIES: tl.constexpr,
+    HAS_DRAWN: tl.constexpr,
     COMPETE: tl.constexpr,
     STOPS: tl.constexpr,
     PADDED_STOPS: tl.constexpr,
@@ -272,6 +275,7 @@ def _merge_drafts_kernel(
     inside = column < width
     count = tl.load(counts + request)
     first_count = count
+    alone = count > 0
     token = tl.load(tokens + request * width + column, mask=inside, other=0)
     chance = tl.load(alive + request * width + column, mask=inside, other=0.0)
     if HAS_MORE:
@@ -284,6 +288,7 @@ def _merge_drafts_kernel(
             more_chance = tl.load(more_alive + request * more_alive_row + place, mask=joins, other=0.0)
         chance = tl.where(joins, more_chance, chance)
         count += extra
+        alone &= extra == 0
     length = tl.load(seq_lens + request).to(tl.int64)
     slot = tl.load(request_slots + request).to(tl.int64)
     line = text + slot * text_row
@@ -343,9 +348,16 @@ def _merge_drafts_kernel(
     tl.store(source + request, winner)
     tl.store(out + request * width + column, token, mask=inside)
     tl.store(line + length + 1 + column, token, mask=inside)
+    tl.store(wanted + request, count.to(tl.int32))
+    if HAS_DRAWN:
+        fills = alone & (winner == 0) & (tl.load(faults + request) == 0)
+        filled = tl.minimum(tl.load(drawn + request), width).to(tl.int64)
+        if STOPS:
+            filled = _until(token, column, filled, stop)
+        count = tl.where(fills, tl.maximum(count, filled), count)
+        first_count = tl.where(fills, count, first_count)
     tl.store(widths + request, (count + 1).to(tl.int32))
     tl.store(first_drafts + request, tl.minimum(count, first_count).to(tl.int32))
-    tl.store(wanted + request, count.to(tl.int32))
     if COMPETE:
         tl.store(chances + request * width + column, tl.where(column < count, chance, -1.0), mask=inside)
 
@@ -385,6 +397,7 @@ def choose_drafts(
     least: float = 0.0,
     most_drafts: int | None = None,
     stops: Tensor | None = None,
+    drawn: Tensor | None = None,
 ) -> Chosen:
     """Choose the drafts that are verified; see `whiflash_kernels.drafts.choose_drafts`."""
     (size, width), device = drafts.tokens.shape, text.device
@@ -423,6 +436,8 @@ def choose_drafts(
         *candidates,
         counts if limits is None else limits.contiguous(),
         *copied,
+        counts if drawn is None else drawn.contiguous(),
+        counts if drafts.faults is None else drafts.faults,
         request_slots.contiguous(),
         seq_lens.contiguous(),
         text,
@@ -443,6 +458,7 @@ def choose_drafts(
         HAS_MORE=appended is not None,
         HAS_MORE_ALIVE=more_alive is not None,
         HAS_COPIES=copies is not None,
+        HAS_DRAWN=drawn is not None,
         COMPETE=compete,
         STOPS=0 if stops is None else stops.shape[1],
         PADDED_STOPS=1 if stops is None else power_of_two(stops.shape[1]),
