@@ -21,6 +21,8 @@ from reference import Comparison
 from tiny_models import tiny_pair
 from traffic import Arrival, mixed, play
 
+from whiflash_sglang.engine.scheduler.session_tree import LINE
+
 EVERY = 8
 """Tokens of an interval."""
 INTERVALS = {"mamba_radix_cache_strategy": "extra_buffer", "mamba_track_interval": EVERY}
@@ -193,18 +195,27 @@ def test_plain_decoding_keeps_states_at_intervals(tmp_path: Path) -> None:
         assert check_states(e, model) > 4
 
 
+@pytest.mark.parametrize("sessions", [False, True])
 @pytest.mark.parametrize("case", sampled(["delta rule", "delta rule, intervals"], "delta rule, intervals"))
-def test_few_states_chunks_aborts_and_retractions(case: str, tmp_path: Path) -> None:
-    few = {"max_mamba_cache_size": 20, "chunked_prefill_size": 16, "max_total_tokens": 640}
-    with serving(case, tmp_path, retract=7, **few) as s:
+def test_few_states_chunks_aborts_and_retractions(case: str, sessions: bool, tmp_path: Path) -> None:
+    """sessions: they hold their states, and each gives up what its newest turn does not continue."""
+    few: dict[str, Any] = {"max_mamba_cache_size": 20, "chunked_prefill_size": 16, "max_total_tokens": 640}
+    with serving(case, tmp_path, retract=7, enable_session_radix_cache=sessions, **few) as s:
         hits = 0
         for arrivals in s.turns:
             leaving = [replace(a, abort_after=5) if i % 5 == 4 else a for i, a in enumerate(arrivals)]
+            if sessions:
+                names = [LINE + a.rid.replace("turn2-", "").replace("turn3-", "") for a in leaving]
+                leaving = [
+                    replace(a, params={**a.params, "session_id": name})
+                    for a, name in zip(leaving, names, strict=True)
+                ]
             turn(s, leaving)
             hits += sum(s.engine.requests[a.rid].cached_tokens for a in arrivals)
         assert hits > 0
         assert sum(req.retraction_count for req in s.engine.requests.values()) > 5
         assert check_states(s.engine, s.model) > 3
+        s.engine.scheduler.tree_cache.sanity_check()
 
 
 def test_states_and_draft_kv_come_back_from_host_memory(tmp_path: Path) -> None:
