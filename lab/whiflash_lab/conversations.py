@@ -23,7 +23,7 @@ from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, lines_of, read_json
 from whiflash_sglang.spans.hints import HintError
 from whiflash_sglang.spans.prediction import body_prediction
 from whiflash_sglang.spans.vocabulary import vocabulary_of
-from whiflash_train.answers.prompts import served_tools
+from whiflash_train.answers.prompts import served_message, served_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -248,7 +248,8 @@ class Renderer:
 
     def _render(self, recorded: Conversation, count: int, prompt: bool) -> str:
         hidden = ("reasoning_content", "tokens")
-        shown = [{k: v for k, v in m.items() if k not in hidden} for m in recorded.messages[:count]]
+        served = map(served_message, recorded.messages[:count])
+        shown = [{k: v for k, v in message.items() if k not in hidden} for message in served]
         options: dict[str, Any] = {"tools": served_tools(recorded.id, recorded.tools), "tokenize": False}
         options |= {"add_generation_prompt": prompt, "chat_template": self._template}
         try:

@@ -1,6 +1,5 @@
 """Recorded messages become the tokens of prompts and answers."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ SPOKEN = conversation(
         {
             "role": "assistant",
             "content": "I will.",
-            "tool_calls": [call("write", json.dumps({"path": "new.py"})), call("done", "{}")],
+            "tool_calls": [call("write", '{"path":"new.py"}'), call("done", "{}")],
         },
         {"role": "tool", "content": "written"},
         {"role": "assistant", "content": "RoundResult. I will."},

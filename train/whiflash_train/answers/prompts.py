@@ -163,7 +163,7 @@ def prepare(
     """Render a row. A share `required_share` of the rows with tools, chosen by id, gets `tool_choice: required`. Raises
     ConfigError if the template refuses the messages.
     """
-    messages, where = [_served(message) for message in row["messages"]], f"prompt {row['id']}"
+    messages, where = [served_message(message) for message in row["messages"]], f"prompt {row['id']}"
     tools = served_tools(where, row.get("tools"))
     options: dict[str, Any] = {"chat_template": template, "add_generation_prompt": True, "return_dict": True}
     try:
@@ -178,7 +178,7 @@ def prepare(
     return PromptRow(row["id"], row["category"], list(encoded["input_ids"]), grammar)
 
 
-def _served(message: dict[str, Any]) -> dict[str, Any]:
+def served_message(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message as SGLang passes it to a template: missing content is "", a call's arguments are an object."""
     calls = [{**call, "function": {**call["function"]}} for call in message.get("tool_calls") or ()]
     for function in (call["function"] for call in calls):
