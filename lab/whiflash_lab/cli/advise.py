@@ -126,7 +126,7 @@ def _show(advice: "Advice") -> None:
             title = f"An agent that returns pays, at {row.load}: tokens a second, estimated"
             show_table(["", *row.rates, "over plain"], lines, title)
     lists = {
-        "Not in the rows: tokens a round by copies and forced text, on a CPU": advice.copies,
+        "Not in the rows: tokens a round by copies and forced text": advice.copies,
         "As measured on cards, and how far an estimate of the same is off": advice.published,
         "Drafters (read their licences; some have none)": [f"EAGLE-3: {name}" for name in advice.eagle3]
         + [f"block: {name}" for name in advice.block],
