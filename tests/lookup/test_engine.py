@@ -130,25 +130,6 @@ def test_a_neighbour_that_is_aborted_or_retracted_changes_no_text(
     assert [running.output(name) for name in names] == [cold.tokens] * 3
 
 
-def test_nothing_is_drafted_after_the_end_of_a_turn(
-    running: Engine, cold: Answer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A right prediction goes on after the token that ends the request: no row is verified for what follows it."""
-    stop = next(token for token in cold.tokens[40:] if token not in cold.tokens[:40])
-    end, verified = cold.tokens.index(stop), list[int]()
-    learn = Learner.learn
-
-    def noting(self: Learner, turn: Any, results: Any, *given: Any) -> Any:
-        verified.extend(map(sum, zip(results.starts, results.widths, strict=True)))
-        return learn(self, turn, results, *given)
-
-    monkeypatch.setattr(Learner, "learn", noting)
-    params = {"ignore_eos": False, "stop_token_ids": [stop], "max_new_tokens": TOKENS}
-    running.ask("ends", PROMPT, custom_params={"whiflash_prediction": cold.tokens}, **params)
-    assert running.output("ends") == cold.tokens[: end + 1]
-    assert max(verified) <= len(PROMPT) + end + 1
-
-
 def drafting_the_truth(running: Engine, truth: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every round is EAGLE-3's, and it drafts the next three tokens of `truth`, as sure as can be."""
 
@@ -161,6 +142,30 @@ def drafting_the_truth(running: Engine, truth: list[int], monkeypatch: pytest.Mo
 
     monkeypatch.setattr(running.worker.drafters["ar"], "draft", draft)
     monkeypatch.setattr(running.worker.controller, "route", lambda rows, *_: ["ar"] * len(rows))
+
+
+@pytest.mark.parametrize("router", ["lookup", "ar"])
+def test_nothing_is_drafted_after_the_end_of_a_turn(
+    running: Engine, cold: Answer, monkeypatch: pytest.MonkeyPatch, router: str
+) -> None:
+    """A copy and a drafter that are right go on after the token that ends the request: no row is verified for that."""
+    news = (at for at in range(5, TOKENS, 4) if cold.tokens[at] not in cold.tokens[:at])
+    end, verified = next(news), list[int]()  # the first of three drafts
+    learn = Learner.learn
+
+    def noting(self: Learner, turn: Any, results: Any, *given: Any) -> Any:
+        verified.extend(map(sum, zip(results.starts, results.widths, strict=True)))
+        return learn(self, turn, results, *given)
+
+    monkeypatch.setattr(Learner, "learn", noting)
+    custom: dict[str, Any] = {"whiflash_prediction": cold.tokens}
+    if router == "ar":
+        drafting_the_truth(running, cold.tokens, monkeypatch)
+        custom = {"whiflash": '{"lookup": "off"}'}
+    params = {"ignore_eos": False, "stop_token_ids": [cold.tokens[end]], "max_new_tokens": TOKENS}
+    running.ask(f"ends by {router}", PROMPT, custom_params=custom, **params)
+    assert running.output(f"ends by {router}") == cold.tokens[: end + 1]
+    assert max(verified) == len(PROMPT) + end + 1
 
 
 def test_drafts_that_lead_into_a_copy_are_extended(

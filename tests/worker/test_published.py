@@ -177,4 +177,4 @@ def test_memory_is_what_was_allocated(models: Models, monkeypatch: pytest.Monkey
         watermarks = e.worker.sync.watermarks.device.nbytes
         assert published["backlog"] == rings.features.nbytes + rings.next_tokens.nbytes + watermarks
         assert published["text"] == e.worker.tokens.data.nbytes
-        assert published["lookup_index"] == 0
+        assert published["lookup_index"] == published["lookup_groups"] == 0

@@ -266,7 +266,7 @@ SERIES = (
     _each(
         "memory_bytes{scope}",
         "bytes by scope: `draft_kv` beside the target's slots, `backlog` (parked features), `text` of running "
-        "requests, `lookup_index` of their copying arm",
+        "requests, `lookup_index` of their copying arm, `lookup_groups` of answers of tasks",
         memory_of,
     ),
     _each(
