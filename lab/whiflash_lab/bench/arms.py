@@ -47,7 +47,10 @@ MEANS: dict[str, tuple[str, ...]] = {
     USELESS: (),
     SESSIONS: ("--enable-session-radix-cache",),
     GROUP: (),
-    "tlru": ("--radix-eviction-policy", "tlru"),
+    "tlru": (
+        *("--radix-eviction-policy", "tlru", "--radix-eviction-policy-config"),
+        '{"threshold": 4096, "next_prompt_estimate": 512}',
+    ),
     "lpm": ("--schedule-policy", "lpm"),
     "host": ("--enable-hierarchical-cache",),
 }
