@@ -500,8 +500,9 @@ def _joined(records: Iterable[Record]) -> Iterator[Record]:
         if isinstance(record, dict) and {"input", "output", "session_id", "timestamp"} <= record.keys():
             session = text_of(f"{where}, session_id", record["session_id"])
             asked = text_of(f"{where}, input", record["input"])
-            if asked and text_of(f"{where}, output", record["output"]):
-                sessions[session].append((where, asked, record))
+            output = text_of(f"{where}, output", record["output"])
+            if asked and output:
+                sessions[session].append((where, asked, {**record, "output": output}))
         else:
             yield where, name, record
     for session, calls in sessions.items():

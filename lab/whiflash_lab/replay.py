@@ -12,6 +12,7 @@ from hashlib import sha256
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
+from whiflash_kernels.cpu.copies import compiled_copies
 from whiflash_sdk.presets import likely_spans
 
 from whiflash_lab.conversations import Conversation, RecordedTurn, Renderer
@@ -21,6 +22,7 @@ from whiflash_sglang.arms.structure import GRAMMAR, TOOLS, StructureArm
 from whiflash_sglang.checkpoints.manifest import Lookup, Structure
 from whiflash_sglang.copying.copier import CONTEXT
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate, common_prefix, first_of
+from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import History
 from whiflash_sglang.records.request import Request
@@ -83,12 +85,17 @@ class Walk:
 
     Args:
         parser: name of the server's `--tool-call-parser`; None: calls are not known, so none of their text is drafted.
+
+    Raises:
+        OSError: the search for copies cannot be compiled.
     """
 
     def __init__(
         self, vocabulary: Vocabulary, lookup: Lookup, structure: Structure, parser: str | None
     ) -> None:
         self._vocabulary, self._parser, self._width = vocabulary, parser, lookup.max_width
+        # Without it the arm would copy nothing, and say so in a log only.
+        compiled_copies(cache_root() / "compiled")
         forced = StructureArm(structure, vocabulary, lambda: False)
         self._arms: list[TextDrafter] = [forced, LookupArm(lookup, late=False)]
         self._requests = 0
@@ -201,16 +208,17 @@ class Walk:
 
 def replayed(walk: Walk, recorded: Iterable[Conversation], renderer: Renderer) -> dict[str, Sums]:
     """Walk all answers of these conversations. Return the counts by category, and of `all`."""
-    by_category: dict[str, Sums] = {}
+    by_category, total = dict[str, Sums](), Sums()
     for conversation in recorded:
         turns = list(renderer.turns(conversation))
         for turn in (turn for turn in turns if turn.answer):  # some traces have only lengths
             expected = conversation.prediction if turn is turns[-1] else None
             tokens = None if expected is None else renderer.encode(expected)
             sums = walk.answer(turn, conversation.tools, tokens, conversation.task)
-            for name in (conversation.category, "all"):
-                by_category.setdefault(name, Sums()).add(sums)
-    return {**by_category, "all": by_category.pop("all")}
+            by_category.setdefault(conversation.category, Sums()).add(sums)
+            total.add(sums)
+    by_category.pop("all", None)
+    return {**by_category, "all": total}
 
 
 def curve(guesses: Sequence[Guess]) -> list[dict[str, float]]:

@@ -329,7 +329,8 @@ class Simulation:
             rounds.append((route, arm))
             alive += [(each, index) for each in chances]
         sizes = self.tables.verifications.at_short.sizes
-        self.least_rows = sizes[bisect_left(sizes, len(running) + costs.packed(len(running), ceil(room)))]
+        packed = costs.packed(len(running), ceil(room), len(alive))
+        self.least_rows = sizes[bisect_left(sizes, len(running) + packed)]
         most = self.least_rows - len(running)
         kept = Counter(index for _, index in sorted(alive, reverse=True)[:most])
         return [(*each, kept[index]) for index, each in enumerate(rounds)]

@@ -8,6 +8,7 @@ from collections import Counter
 from contextlib import suppress
 from typing import Any
 
+import anyio
 import pytest
 from fake_server import CAPABILITIES, ROUTES, FakeServer
 from openai import AsyncOpenAI, OpenAI
@@ -132,13 +133,26 @@ def test_a_session_is_named_and_closed_where_it_was_open(
             await create(model="m", messages=[user()])  # type: ignore[call-overload]
         await asyncio.gather(*session._tasks)
         assert server.closed[-1]["session_id"] == several.id
+        with suppress(TimeoutError), anyio.fail_after(0.5):
+            async with Session() as several:
+                await create(model="m", messages=[user()])  # type: ignore[call-overload]
+                await anyio.sleep(60)
+        assert server.closed[-1]["session_id"] == several.id, "its scope was cancelled"
 
     ran(main())
+
+    async def ends_with_its_loop() -> Session:
+        create = wrap(AsyncOpenAI(base_url=server.base_url, api_key="key")).chat.completions.create
+        with Session() as last:
+            await create(model="m", messages=[user()])  # type: ignore[call-overload]
+        return last
+
+    assert asyncio.run(ends_with_its_loop()).id == server.closed[-1]["session_id"]
     with Session() as left:
         ask()
         session._close_all()
-        assert server.closed[-1]["session_id"] == f"{left.id}/client"
-    assert len(server.closed) == 6
+        assert server.closed[-1]["session_id"] == left.id
+    assert len(server.closed) == 8
     assert not session._open
 
 

@@ -160,7 +160,8 @@ def exchange(
     """Send a request with hints, again without them if they are refused, and return the answer. It is a `flow.Flow`.
 
     owner: the client whose `collect` blocks see the call.
-    asker, timeout: of the server's capabilities, and of the session's end. is_async: whether the steps are awaited.
+    asker: asks for the server's capabilities and closes the session. timeout: for asking.
+    is_async: whether the steps are awaited.
     send: sends a body and returns the answer; for a refusal it raises `fails` with the `response`.
     take: reads the answer's traces.
     work: the step that calls a function whose time grows with the body.
@@ -266,7 +267,8 @@ def _named(capabilities: Capabilities | bool, body: Mapping[str, Any], agent: st
     talk = conversation() if sessions and "session_params" not in body else None
     if talk is None:
         return {}
-    return {"session_id": talk.id if agent in (None, talk.hints().agent) else f"{talk.id}/{agent}"}
+    same = not talk.agent or agent in (None, talk.hints().agent)
+    return {"session_id": talk.id if same else f"{talk.id}/{agent}"}
 
 
 def _predicted(

@@ -31,10 +31,10 @@ class Session:
     An inner session inherits fields that it leaves out. If a request offers a tool that edits files, the file that the
     conversation read or wrote last is sent as its prediction. A call, an inner block or `predict` wins.
 
-    A server with `--enable-session-radix-cache` evicts the session's prompts after those of nobody's session, until the
-    block ends. A session that names an agent is one conversation: each call continues the one before, and what a call
-    does not continue is evicted first. Give a subagent, or calls beside the conversation, an inner `Session` with an
-    agent of its own. `async with` waits until an asynchronous client has closed it.
+    A server with `--enable-session-radix-cache` evicts the session's prompts after those of requests without a session,
+    until the block ends. A session that names an agent is one conversation: each call continues the one before, and
+    what a call does not continue is evicted first. Give a subagent, or calls beside the conversation, an inner
+    `Session` with an agent of its own. `async with` waits until an asynchronous client has closed it.
 
     tenant: owner of the answers' text, as in `wrap(tenant=)`. agent: name of the agent. predicts: whether files are
     predicted; the default is yes. task: name of the task, whose calls copy from each other's answers.
@@ -67,14 +67,17 @@ class Session:
 
     async def __aexit__(self, *_: object) -> None:
         _SESSION.leave(self)
-        for place in _taken(self.id):
-            await run_async(place.closing())
+        with anyio.CancelScope(
+            shield=True
+        ):  # a cancelled block closes, too; `close_session` bounds the seconds
+            for place in _taken(self.id):
+                await run_async(place.closing())
 
     def sent_to(self, asker: Asker, sent: str, salt: str | None, *, is_async: bool) -> None:
         """Note that a request with this id goes to the asker's server, where it is to be closed."""
-        places = _open.setdefault((os.getpid(), self.id), {})
         key = (asker.base, asker.fingerprint(asker.base), is_async, sent, salt)
-        places.setdefault(key, _Place(asker, sent, salt, is_async))
+        # In one step after the digest: another thread may end the session meanwhile.
+        _open.setdefault((os.getpid(), self.id), {}).setdefault(key, _Place(asker, sent, salt, is_async))
 
     def hints(self) -> Hints:
         """Return hints with the names of agent and task, as far as they are given."""
@@ -101,7 +104,7 @@ class _Place:
             run(self.closing())
             return
         try:
-            task = asyncio.get_running_loop().create_task(run_async(self.closing()))
+            task = asyncio.get_running_loop().create_task(_finish(self))
         except RuntimeError:  # no loop of asyncio runs here
             try:
                 anyio.run(run_async, self.closing())
@@ -112,12 +115,20 @@ class _Place:
             task.add_done_callback(_tasks.discard)
 
     def closing(self) -> Flow[None]:
-        """Close the session. A failure ends no agent: the server evicts an open session's prompts later, no more."""
+        """Close the session. Errors are logged, not raised: the only harm is that these prompts are evicted late."""
         salt = {} if self.salt is None else {"cache_salt": self.salt}
         try:
             yield from close_session(self.asker, {"session_id": self.session, **salt})
         except Exception as error:
             _failed(self.asker, error)
+
+
+async def _finish(place: _Place) -> None:
+    """Close a session in a task. A loop that ends cancels its tasks once, then waits for them."""
+    try:
+        await run_async(place.closing())
+    except asyncio.CancelledError:
+        await run_async(place.closing())
 
 
 _open: dict[tuple[int, str], dict[object, _Place]] = {}
@@ -128,7 +139,7 @@ _unclosed: set[str] = set()
 
 
 def _taken(session: str) -> Iterator[_Place]:
-    return iter(_open.pop((os.getpid(), session), {}).values())
+    return iter([*_open.pop((os.getpid(), session), {}).values()])
 
 
 def _failed(asker: Asker, error: Exception) -> None:
@@ -137,7 +148,7 @@ def _failed(asker: Asker, error: Exception) -> None:
         _unclosed.add(server)
         _LOG.warning(
             "%s did not close a session (%s): its prompts are evicted later than they could be. Let proxies pass "
-            "POST /close_session",
+            "POST /close_session, and close clients after their sessions",
             server,
             type(error).__name__,
         )

@@ -155,6 +155,17 @@ def test_what_is_forgotten_is_found_by_nobody() -> None:
     assert not ask(server, "e").say(7, 8).tokens
 
 
+def test_an_answer_is_kept_once_if_its_index_is_made_twice() -> None:
+    server = arm(late=True)
+    asked = ask(server, "a")
+    asked.say(*ANSWER[:9])
+    assert asked.request.kept["lookup"].copier is not None
+    assert server.promised(asked.request) is not None, "the device copies alone"
+    asked.say(*ANSWER[9:])
+    (live,) = server._groups._groups[None, "t"].live.values()  # type: ignore[union-attr]
+    assert live.text.tokens.tolist() == ANSWER
+
+
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "TOKENS", 200)
     monkeypatch.setattr(groups, "GROUPS", 3)
@@ -229,7 +240,7 @@ def test_without_a_compiler_the_device_copies_own_text(
 ) -> None:
     monkeypatch.setattr("whiflash_sglang.arms.lookup.available", lambda *_: None)
     server = arm()
-    assert "neither predictions nor answers of a task" in caplog.text
+    assert "neither predictions nor other answers of a task" in caplog.text
     request = Request("r", RequestHints(task="t"), prediction=[1, 2, 3], stops=(7,))
     server.begin(request)
     assert server.promised(request) is not None

@@ -55,6 +55,7 @@ def test_where_rows_are_scarce_the_urgent_get_them() -> None:
         ((0, 9), ["none", "ar"]),
     ):
         assert assign(scores, dear, weights=weights_of(priorities)).routes == routes
+    assert len(set(weights_of(range(64)))) == 3, "each weight multiplies the choices that are rated"
     free = FixedCosts(draft_seconds={"ar": 0.0}, per_row=0.0)
     assert assign(scores, free, weights=weights_of((0, 9))).routes == ["ar", "ar"]
 

@@ -24,7 +24,7 @@ class Drafter:
     arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token). passes:
     whether a network, its `model`, drafts; then its pass is timed at the start. features: which of the target's
     captured layers it reads, None: all. tail_width: columns of feature n-1 that a draft begins with, 0 if it reads
-    none. fills: whether its drafts and their chances go on behind their count, with those that are not worth a row.
+    none. fills: whether a pass returns tokens and chances beyond its count, which may fill spare rows of a graph.
     """
 
     arm: str
@@ -74,7 +74,7 @@ class KVDrafter(Drafter):
 
     captured_layers: target layers whose *outputs* it reads. attends_text: whether it attends over a request's text
     while it ingests; then rows have `requests`. model: the loaded checkpoint. kv: of all slots, once `allocate` has
-    run; kv_dtype: its numbers'.
+    run; kv_dtype: dtype of its KV.
     """
 
     model: TargetsParts

@@ -78,7 +78,9 @@ class LookupArm(TextDrafter):
         self._min_match = settings.min_match
         self._compiled = available("search for copies", compiled_copies, cache_root() / "compiled")
         if self._compiled is None:
-            logger.warning("WHIFLASH: without it, the host copies neither predictions nor answers of a task")
+            logger.warning(
+                "WHIFLASH: without a C++ compiler, neither predictions nor other answers of a task are copied"
+            )
         self._answers = settings.answers
         self._groups = None if self._compiled is None else Groups(self._compiled, self._seed)
         self._back: torch.Tensor | None = None
@@ -163,7 +165,8 @@ class LookupArm(TextDrafter):
                 self._back = torch.zeros(len(batch.text), dtype=torch.int64, device=batch.caps.device)
                 self._buckets = sent(BUCKETS, batch.caps.device).to(torch.int32)
         size = len(batch)
-        compiled = None if backend_for(batch.text) == "triton" else self._compiled
+        on_host = batch.text.device.type == "cpu" and backend_for(batch.text) == "torch"
+        compiled = self._compiled if on_host else None
         return (propose_copies if compiled is None else compiled.propose)(
             batch.text,
             batch.rows,
@@ -185,7 +188,7 @@ class LookupArm(TextDrafter):
             return None
         if kept.member is not None and kept.member.has_others:
             return None
-        kept.copier = None  # it looked while the group was worth it
+        kept.copier = None  # the device copies alone while the group has no other answers
         return kept.promised
 
     def copied(self, request: Request, copy: Candidate, committed: Sequence[int]) -> None:
@@ -196,12 +199,14 @@ class LookupArm(TextDrafter):
 
     def answered(self, request: Request, answer: Sequence[int]) -> None:
         kept: _Kept | None = request.kept.get(self.arm)
-        if kept is not None and kept.member is not None and self._groups is not None:
+        if kept is not None and kept.member is not None:
+            assert self._groups is not None
             self._groups.keep(kept.member, answer)
 
     def end(self, request: Request) -> None:
         kept: _Kept | None = request.kept.get(self.arm)
-        if kept is not None and kept.member is not None and self._groups is not None:
+        if kept is not None and kept.member is not None:
+            assert self._groups is not None
             self._groups.leave(kept.member)
 
     def forget(self) -> None:

@@ -76,7 +76,7 @@ class Copier:
         if self._member is not None:
             if any(source.name == GROUP for source in self._sources):
                 self._member.looked(right if self._source.name == GROUP else 0)
-            self._member.extend(tokens)
+            self._member.extend(len(self.text), tokens)
         self._copy = NOTHING
         if self._prediction is not None:
             self._prediction.follow(tokens)

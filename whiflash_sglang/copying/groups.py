@@ -20,7 +20,7 @@ GROUP = "group"
 """The source of copies from other answers of the request's group."""
 
 SIBLINGS = "whiflash-n:"
-"""Beginning of the names of groups of `n` answers to one prompt. They end with the last answer."""
+"""Beginning of the names of groups of `n` answers to one prompt. A group ends when none of its answers is written."""
 
 TOKENS = 64_000
 """Most tokens of a group's ended answers. Beyond, the newer half stays."""
@@ -32,7 +32,8 @@ LIVE = 4
 """Most running requests of a group that a request copies from, the newest."""
 
 FEWEST_TAKEN, PROBES = 0.05, 16
-"""Mean number of right tokens that a look finds in a group. Below that only a request's first looks search it."""
+"""Least mean of right tokens per search of a group. Below it a request searches its group in its first `PROBES` rounds
+only."""
 
 _MEMORY = 64.0  # looks of that mean
 
@@ -77,7 +78,7 @@ class Member:
     """A request in its group.
 
     Args:
-        rid: its id. prompt: tokens that `extend` is given before the answer's.
+        rid: its id. prompt: number of tokens of its text before the answer's.
     """
 
     def __init__(self, group: Group, key: Key, rid: str, prompt: int) -> None:
@@ -97,12 +98,10 @@ class Member:
         running = [each for rid, each in self.group.live.items() if rid != self.rid][-LIVE:]
         return [each for each in (self.group.ended, *running) if len(each.text)]
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Append committed tokens of the request's text to its answer, from which others copy."""
-        answer = tokens[self._prompt :]
-        self._prompt = max(self._prompt - len(tokens), 0)
+    def extend(self, start: int, tokens: Sequence[int]) -> None:
+        """Append those committed `tokens` of the request's text, from place `start` on, that its answer lacks."""
         if own := self.group.live.get(self.rid):
-            own.text.extend(answer)
+            own.text.extend(tokens[max(self._prompt + len(own.text) - start, 0) :])
 
     def looked(self, right: int) -> None:
         """Note the number of right tokens that a look found in the group."""

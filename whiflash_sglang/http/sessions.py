@@ -26,7 +26,7 @@ def scope(obj: Any, header: str | None) -> None:
     if given is None and getattr(obj, "session_params", None) is None:
         given = header
     if isinstance(given, str) and given:  # SGLang refuses other types
-        obj.session_id = _scoped(given, obj.cache_salt)
+        obj.session_id = _scoped(given, getattr(obj, "cache_salt", None))  # embeddings have no salt
 
 
 def scoped_body(path: str, body: Mapping[str, Any], caller: Caller, *, trusted: bool) -> Mapping[str, Any]:

@@ -210,9 +210,11 @@ class Costs:
         """Return the seconds of one target forward over `rows` packed rows, with the loss of drafts left out."""
         return self.correction.factor * self._filled(requests, rows)[1]
 
-    def packed(self, requests: int, drafts: int) -> int:
-        """Return the drafts that a round of so many requests verifies if they have `drafts` in all."""
-        return self._filled(requests, requests + drafts)[0] - requests if drafts else 0
+    def packed(self, requests: int, drafts: int, drawn: float = math.inf) -> int:
+        """Return the drafts that a round of so many requests verifies. drafts: those that are worth a row. drawn: those
+        that passes make at most.
+        """
+        return self._filled(requests, requests + drafts, requests + drawn)[0] - requests if drafts else 0
 
     def worth(self) -> Worth:
         """Return the tokens that a further draft must bring; `FULL_LENGTH` until a rate was measured.
@@ -247,9 +249,9 @@ class Costs:
         """Return the uncorrected seconds of a pass, by default of the present limit."""
         return self.tables.draft(arm, requests, drafts or self._limits.get(arm, 0))
 
-    def _filled(self, requests: int, rows: float) -> tuple[int, float]:
-        """Return the rows that are verified in place of `rows`, and their uncorrected seconds with the loss of drafts
-        that are left out, less what drafts bring that fill rows.
+    def _filled(self, requests: int, rows: float, most: float = math.inf) -> tuple[int, float]:
+        """Return the rows of the graph that is used in place of `rows`, and its uncorrected seconds: plus the assumed
+        loss of drafts that are left out, less the assumed worth of drafts that fill it. most: rows that can be filled.
 
         If `rows` exceed a graph's size by a few, the smaller graph is used if that costs less than the larger graph.
         The drafts left out are the least likely: each counts as `LEFT_OUT` prices of a row, or as the geometric mean of
@@ -262,7 +264,7 @@ class Costs:
         if not self.tables.steps or not place or rows <= requests:
             return best
         price = self.tables.row(rows, requests, self._context)
-        most = requests * max((self._widest(arm) for arm in self.tables.drafts), default=1)
+        most = min(most, requests * max((self._widest(arm) for arm in self.tables.drafts), default=1))
         others = [size for size in sizes[place + 1 : place + LARGER] if size <= most]
         if (smaller := sizes[place - 1]) > requests:
             others.append(smaller)

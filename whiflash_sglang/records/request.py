@@ -22,7 +22,7 @@ class Request(Signals):
     From its body: hints. tenant: who sent it, None if unknown. prediction: tokens of the answer that its caller
     expects. grammar: its constraint (`structure.matchers.Grammar`). prompt: tokens of its text before the answer. read:
     returns these tokens as drafters may read them. Rounds do not call it, since there may be many. stops: tokens that
-    end it. priority: more is more urgent; 0 without priority scheduling.
+    end it. priority: a higher number is more urgent; 0 without priority scheduling.
 
     running: whether it is live: false after its end, and after a retraction, which begins a new one. kept: by arm, the
     state that an arm that reads texts holds for it until its end. recording: its trace, if it asked for one. counts: of

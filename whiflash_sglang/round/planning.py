@@ -81,7 +81,7 @@ class Planner:
         usual = [*map(min, plan.limits.drafts, map(costs.room, plan.priced_as, own))]
         for request, drafts in zip(requests, usual, strict=True):
             request.usual_rows = 1 + drafts
-        plan.usual_drafts = costs.packed(len(turn), math.ceil(sum(usual)))
+        plan.usual_drafts = costs.packed(len(turn), math.ceil(sum(usual)), sum(plan.limits.passes))
         plan.calibration = self._calibrations(turn)
         return plan
 
@@ -171,7 +171,9 @@ class Planner:
             if (drafter := self.sources.of_text.get(arm)) is None:
                 forecasts[arm] = None
                 continue
-            if (promised := drafter.promised(request)) is not None and self.controller.policy.joins_arms:
+            # Otherwise nobody but the host copies, so its index stays.
+            joins = self.controller.policy.joins_arms
+            if joins and (promised := drafter.promised(request)) is not None:
                 if promised.length > 1:
                     forecasts[arm] = promised
                 continue

@@ -26,6 +26,9 @@ UNSCORED = {arms.NONE: 0.0}
 Accepted = Callable[[str, float], float]
 """(arm, drafts) → mean number of accepted drafts of a pass with so many."""
 
+CLASSES = 3
+"""Most weights of a batch: each further one multiplies the choices that are rated."""
+
 MARGIN = 0.02
 """Relative gain in tokens per second that a switch must promise, so that routes do not flap."""
 
@@ -95,10 +98,11 @@ def best_rate(
 def weights_of(priorities: Sequence[int]) -> list[float]:
     """Return the worth of a token of each request: a priority counts half as much as the next higher one of the batch.
 
-    Only the order counts, as in SGLang's queue, since operators choose any numbers.
+    Only the order counts, as in SGLang's queue, since operators choose any numbers. The priorities from the third on
+    count alike.
     """
     classes = {priority: number for number, priority in enumerate(sorted(set(priorities), reverse=True))}
-    return [0.5 ** classes[priority] for priority in priorities]
+    return [0.5 ** min(classes[priority], CLASSES - 1) for priority in priorities]
 
 
 class _Batch:

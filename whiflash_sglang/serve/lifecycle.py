@@ -28,8 +28,8 @@ from whiflash_sglang.telemetry.tally import Tally
 
 logger = logging.getLogger(__name__)
 
-MALFORMED = RequestHints()
-"""Takes the place of hints that could not be read."""
+MALFORMED = RequestHints(lookup="context")
+"""Takes the place of hints that could not be read. They may have said that nothing of the answer is kept."""
 
 FINISHED = ("stop", "length")
 """SGLang's reasons for an end that leave a whole answer: neither aborted nor left by the client."""
@@ -141,7 +141,7 @@ class Lifecycle:
         if self._spool is not None and finished:
             self._sample(self._spool, req)
         self._tally.ended(request.counts, cached_of(req) if finished else {})
-        if finished:
+        if finished and req.finished_reason.to_json()["type"] in FINISHED:
             for arm, drafter in self._drafters.items():
                 with self._quarantine.guard(arm, request):
                     drafter.answered(request, req.output_ids_through_stop)

@@ -101,7 +101,8 @@ def talks_of(
         for number, turn in enumerate(turns[agent], start=1):
             if number > begins[agent] and turn.context <= room:
                 yield Task(turn, agent, agreed(turn.prompt, computed))
-            computed = [*turn.prompt, *turn.answer[:-1]]
+            if number <= begins[agent] or turn.context <= room:  # else no server computes it
+                computed = [*turn.prompt, *turn.answer[:-1]]
             for subagent in subagents[agent, number]:
                 yield from played(subagent)
 
@@ -242,7 +243,7 @@ class Player(Asker):
         if talk.task and GROUP in self.means:
             named = hashlib.sha256(talk.task.encode()).hexdigest()[:16]
             custom["whiflash"] = json.dumps({"task": named})
-        for name in recorded.predictions.keys() & set(self.means):
+        for name in (one for one in self.means if one in recorded.predictions):
             custom["whiflash_prediction"] = list(recorded.predictions[name])
         params = {
             "max_new_tokens": len(recorded.answer) or recorded.free,
@@ -264,6 +265,8 @@ class Player(Asker):
         reply = read_json(events[-1][1]) if events else {}
         if "error" in reply:
             raise RequestError(f"conversation {talk.id}: {reply['error']}")
+        if "meta_info" not in reply:
+            raise RequestError(f"conversation {talk.id}: the stream ended without an answer")
         written = reply.get("output_ids", [])
         if recorded.answer and written != list(recorded.answer):
             raise RequestError(

@@ -460,7 +460,11 @@ REFUSALS: dict[str, Refusal] = {
         "the drafters' KV needs the size of the target's KV at the start; unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
     ),
     "simulated_acceptance": Refusal(
-        lambda x: x.environment.get("SGLANG_SIMULATE_ACC_LEN"),
+        lambda x: (
+            (length := x.environment.get("SGLANG_SIMULATE_ACC_LEN", "")).strip("0.")
+            and length[0] != "-"  # SGLang's own value for none
+            and length
+        ),
         "SGLANG_SIMULATE_ACC_LEN={} pins the acceptance of SGLang's own algorithms only; unset it",
     ),
     # scheduling

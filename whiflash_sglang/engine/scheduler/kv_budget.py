@@ -46,10 +46,27 @@ NARROW = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 def draft_kv_dtype(target: Any) -> torch.dtype:
-    """Return the dtype of drafters' KV: 8 bits if the argument says so, or by default if the target's KV has 8."""
+    """Return the dtype of drafters' KV: 8 bits if the argument says so, or by default if the target's KV has 8 and the
+    kernels can read it.
+
+    Raises ConfigError if the argument names what the GPU's kernels cannot read.
+    """
     name = get_spec().speculative_draft_kv_cache_dtype
     by_default = target.runner.kv_cache_dtype if name in (None, "auto") else target.dtype
-    return NARROW.get(name, by_default if by_default in NARROW.values() else target.dtype)
+    dtype = NARROW.get(name, by_default if by_default in NARROW.values() else target.dtype)
+    device = torch.device(target.device)
+    if (
+        dtype != NARROW["fp8_e4m3"]
+        or device.type != "cuda"
+        or torch.cuda.get_device_capability(device) >= (8, 9)
+    ):
+        return dtype
+    if name not in NARROW:
+        return target.dtype
+    raise ConfigError(  # Triton converts this type from Ada on
+        "--speculative-draft-kv-cache-dtype fp8_e4m3 needs a GPU of compute capability 8.9 or later; give fp8_e5m2 "
+        "or bf16"
+    )
 
 
 def sampling_bytes(rows: int, vocabulary: int) -> int:
