@@ -50,9 +50,7 @@ def _lines(root: Path, budgets: dict[str, Any]) -> Iterator[str]:
             yield f"{folder}: {lines:,} lines, budget {most:,}. Remove some, or raise it in a commit that says why."
         elif not files:
             yield f"{folder}: no Python, budget {most:,}. Remove the line in budgets.toml."
-    packages = {
-        file.parent.relative_to(root).as_posix() for file in root.glob("whiflash_sglang/*/__init__.py")
-    }
+    packages = {file.parent.relative_to(root).as_posix() for file in root.glob("whiflash_sglang/*/__init__.py")}
     for folder in sorted(packages - budgets.keys()):
         yield f"{folder}: no budget. Add its lines to budgets.toml in a commit that says why."
 
@@ -78,11 +76,7 @@ def _raised(root: Path) -> Iterator[str]:
 
     def bounds(revision: str) -> dict[str, int]:
         found = tomllib.loads(_git(root, "show", f"{revision}:budgets.toml"))
-        return {
-            f"{table} {name}": most
-            for table in ("total", "lines")
-            for name, most in found.get(table, {}).items()
-        }
+        return {f"{table} {name}": most for table in ("total", "lines") for name, most in found.get(table, {}).items()}
 
     for commit in _git(root, "log", "--format=%h", "--", "budgets.toml").split():
         before, after = bounds(f"{commit}^"), bounds(commit)

@@ -169,11 +169,7 @@ def formats_table() -> str:
 def targets_table() -> str:
     """Families of targets, each with what shows that it is served."""
     rows = (
-        (
-            ", ".join(f"`{name}`" for name in one.architectures),
-            one.kind,
-            "; ".join(filter(None, (one.shown, one.note))),
-        )
+        (", ".join(f"`{name}`" for name in one.architectures), one.kind, "; ".join(filter(None, (one.shown, one.note))))
         for one in sorted(FAMILIES, key=lambda one: [*Shown].index(one.shown))
     )
     return table(("`architectures`", "layers", "status"), rows)
@@ -190,9 +186,7 @@ def state_list() -> str:
         "memory",
         "samples",
     )
-    found = (
-        (", ".join(f"`{name}`" for name in names), what) for what, names in groupby(known, STATE.__getitem__)
-    )
+    found = ((", ".join(f"`{name}`" for name in names), what) for what, names in groupby(known, STATE.__getitem__))
     return listed(found)
 
 
@@ -308,9 +302,7 @@ def _type(annotation: Any) -> str:
     if origin in (Union, UnionType):
         return ", ".join(dict.fromkeys(_type(part) for part in inside if part is not NoneType))
     if origin is tuple:
-        return (
-            f"list of {_type(inside[0])}" if inside[1:] == (...,) else f"{len(inside)} × {_type(inside[0])}"
-        )
+        return f"list of {_type(inside[0])}" if inside[1:] == (...,) else f"{len(inside)} × {_type(inside[0])}"
     if origin in (Sequence, list):
         return f"list of {_type(inside[0])}"
     if origin is dict:
@@ -363,12 +355,7 @@ BENCHMARK = ROOT / "results" / "benchmark"
 HOME = {"report": "greedy", "sampled": "temperature 0.6", "tools": "forced tool calls, temperature 0.6"}
 """Reports on prompts of our own, and what was asked."""
 
-AWAY = {
-    "suites": "Spec-Bench and nine other sets",
-    "ifeval": "IFEval",
-    "bfcl": "BFCL",
-    "swe-agent": "SWE-agent",
-}
+AWAY = {"suites": "Spec-Bench and nine other sets", "ifeval": "IFEval", "bfcl": "BFCL", "swe-agent": "SWE-agent"}
 """Reports on prompts of others."""
 
 SPECIAL = {
@@ -461,9 +448,7 @@ def card_table() -> str:
     record = read_json_file(ROOT / "results" / "gpu" / "shaped.json")
     checks, rates = record["figures"]["checks"], "tokens_per_s_at_{}_of_1024"
     loads = [load for load in map(str, range(1, 100)) if rates.format(load) in checks["none"]]
-    arms = [
-        arm for arm in ("none", "plain", "DFLASH", "DFLASH-4", "ar", "diffusion", "auto") if arm in checks
-    ]
+    arms = [arm for arm in ("none", "plain", "DFLASH", "DFLASH-4", "ar", "diffusion", "auto") if arm in checks]
     rows = ((arm, *(f"{checks[arm][rates.format(load)]:,.0f}" for load in loads)) for arm in arms)
     return table((f"tokens a second, {record['machine'].partition(',')[0]}", *loads), rows)
 

@@ -173,11 +173,7 @@ class Walker:
         first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
         skipped: set[int] = set()
         said = node.body[0]
-        if (
-            isinstance(said, ast.Expr)
-            and isinstance(said.value, ast.Constant)
-            and isinstance(said.value.value, str)
-        ):
+        if isinstance(said, ast.Expr) and isinstance(said.value, ast.Constant) and isinstance(said.value.value, str):
             skipped = set(range(said.lineno, (said.end_lineno or said.lineno) + 1))
         kept = [
             lines[number - 1].rstrip()
@@ -222,13 +218,7 @@ def flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 def defines(node: ast.stmt, name: str) -> bool:
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return node.name == name
-    targets = (
-        node.targets
-        if isinstance(node, ast.Assign)
-        else [node.target]
-        if isinstance(node, ast.AnnAssign)
-        else []
-    )
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     return any(isinstance(one, ast.Name) and one.id == name for target in targets for one in ast.walk(target))
 
 

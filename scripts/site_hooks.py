@@ -51,9 +51,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         lambda link: link[1] if only_in_repository(link[2], page.file.src_uri, files) else link[0], markdown
     )
     markdown = SCHEMED.sub(r"![\1](\2-light.png#only-light) ![\1](\2-dark.png#only-dark)", markdown)
-    return LINK.sub(
-        lambda link: f"]({site_link(link[1], page.file.src_uri, files)}{link[2] or ''})", markdown
-    )
+    return LINK.sub(lambda link: f"]({site_link(link[1], page.file.src_uri, files)}{link[2] or ''})", markdown)
 
 
 def only_in_repository(target: str, page: str, files: Files) -> bool:

@@ -274,19 +274,12 @@ def main() -> int:
         for side, more in (("plain", []), ("whiflash", ours)):
             arguments = ["--model-path", model, *ARGUMENTS, *more]
             run(
-                lambda flags, all=arguments: Renewed([*all, *flags], host),
-                model,
-                KITS,
-                told[side],
-                save,
-                given.seconds,
+                lambda flags, all=arguments: Renewed([*all, *flags], host), model, KITS, told[side], save, given.seconds
             )
     plain, drafting = told["plain"], told["whiflash"]
     lost = [name for name, outcome in plain.items() if outcome == "passed" != drafting.get(name)]
     passed = sum(outcome == "passed" for outcome in drafting.values())
-    sums = (
-        f"SGLang {installed()}: {passed} of {len(plain)} pass with WHIFLASH, {len(lost)} fewer than without"
-    )
+    sums = f"SGLang {installed()}: {passed} of {len(plain)} pass with WHIFLASH, {len(lost)} fewer than without"
     print(f"{table(plain, drafting)}\n\n{sums}")
     if given.markdown:
         given.markdown.write_text(page(sums, table(plain, drafting)))

@@ -21,16 +21,12 @@ BANNED = re.compile(
     r"\b(tells?|told|lies?|lay|lying|stands?(?!-in)|stood|mends?|mended|goes? by|anew|(?:by|at) hand|of before)\b",
     re.IGNORECASE,
 )
-OPENING = re.compile(
-    r"(?:^|(?<=[.!?:] )|(?<=[.!?:]\*\* ))(What|Who|Of|Where|Whoever|Whatever)\b(?![^.!?]*\?)"
-)
+OPENING = re.compile(r"(?:^|(?<=[.!?:] )|(?<=[.!?:]\*\* ))(What|Who|Of|Where|Whoever|Whatever)\b(?![^.!?]*\?)")
 FIRST = re.compile(
     r"(Of|Who|What|Where|Itself|As|Those|For|In|With|By|To|Equal|Not|None|So|The same|Same|How|Its|That|Such)\b"
 )
 """Words with which no docstring of a function or class begins: a verb, "Whether" or the thing returned stands there."""
-CODE = re.compile(
-    r"^```.*?^```|^<!-- (\w+): written.*?<!-- end of \1 -->|`[^`\n]+`", re.MULTILINE | re.DOTALL
-)
+CODE = re.compile(r"^```.*?^```|^<!-- (\w+): written.*?<!-- end of \1 -->|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
 
 SENTENCE = re.compile(r"(?<=[.!?:;])\s+|\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )|\||\n(?=#)")

@@ -72,9 +72,7 @@ class Engine:
         fields = {name: params.pop(name) for name in REQUEST_FIELDS if name in params}
         session, images = fields.pop("session", None), fields.pop("images", None)
         if session is not None:
-            fields["session_params"] = SessionParams(
-                **(session if isinstance(session, dict) else {"id": session})
-            )
+            fields["session_params"] = SessionParams(**(session if isinstance(session, dict) else {"id": session}))
         logprobs = fields.setdefault("return_logprob", False)
         sampling = SamplingParams(**{"temperature": 0.0, "max_new_tokens": 32, "ignore_eos": True, **params})
         sampling.normalize(self.scheduler.tokenizer)
@@ -102,9 +100,7 @@ class Engine:
     def step(self) -> bool:
         """One pass of the scheduler's normal event loop; False when there was nothing to run."""
         scheduler = self.scheduler
-        plan = scheduler.get_next_batch_to_run(
-            running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
-        )
+        plan = scheduler.get_next_batch_to_run(running_batch=scheduler.running_batch, last_batch=scheduler.last_batch)
         scheduler.running_batch = plan.running_batch
         batch = plan.batch_to_run
         if batch:
@@ -353,9 +349,7 @@ def _unwatched() -> Iterator[None]:
     from sglang.srt.utils.watchdog import Watchdog
 
     with (
-        patch.object(
-            scheduler, "create_scheduler_watchdog", lambda *_, **__: Watchdog.create("engine", None)
-        ),
+        patch.object(scheduler, "create_scheduler_watchdog", lambda *_, **__: Watchdog.create("engine", None)),
         patch.object(scheduler, "create_load_snapshot_writer", lambda *_, **__: None),
     ):
         yield

@@ -91,9 +91,7 @@ def provenance() -> Result:
     return {
         "command": " ".join(["pytest", *sys.argv[1:]]),
         "commit": made["revision"],
-        "clean": _git(
-            "status", "--porcelain", "--", "whiflash_sglang", "cpu/whiflash_cpu", "kernels/whiflash_kernels"
-        )
+        "clean": _git("status", "--porcelain", "--", "whiflash_sglang", "cpu/whiflash_cpu", "kernels/whiflash_kernels")
         == "",
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": made["python"],
@@ -103,9 +101,7 @@ def provenance() -> Result:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
@@ -123,9 +119,7 @@ def summary() -> str:
 
     Sampling shows each parameter's p-value.
     """
-    areas = {
-        area: [json.loads(p.read_text()) for p in sorted((RESULTS / area).glob("*.json"))] for area in AREAS
-    }
+    areas = {area: [json.loads(p.read_text()) for p in sorted((RESULTS / area).glob("*.json"))] for area in AREAS}
     lines = [
         "# Evidence",
         "",
@@ -144,9 +138,7 @@ def summary() -> str:
 
 
 def _table(results: Mapping[str, Result]) -> Iterator[str]:
-    shown = (
-        key for result in results.values() for key, value in result.items() if not isinstance(value, dict)
-    )
+    shown = (key for result in results.values() for key, value in result.items() if not isinstance(value, dict))
     columns = list(dict.fromkeys(shown))
     yield _row(["cell", *columns])
     yield _row(["---"] * (len(columns) + 1))

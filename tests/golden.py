@@ -202,19 +202,13 @@ class Measured:
             torch.manual_seed(47)
             found = sample(e, oracle, parameters, EACH)
         tests = {kind: goodness_of_fit(answers, self.leaves[kind]) for kind, answers in found.items()}
-        return {
-            kind: f"p {test.p_value!r}, χ² {test.statistic!r}, df {test.freedom}"
-            for kind, test in tests.items()
-        }
+        return {kind: f"p {test.p_value!r}, χ² {test.statistic!r}, df {test.freedom}" for kind, test in tests.items()}
 
     @cached_property
     def leaves(self) -> dict[str, dict[tuple[int, ...], float]]:
         """Parameter set → chances of what may be sampled."""
         target, rare = self.models.reference.target, 5 / EACH
-        return {
-            kind: joint(target, PROMPT, {**BASE, **params}, WINDOW, rare)
-            for kind, params in PARAMETERS.items()
-        }
+        return {kind: joint(target, PROMPT, {**BASE, **params}, WINDOW, rare) for kind, params in PARAMETERS.items()}
 
     @cached_property
     def likely(self) -> list[int]:
@@ -298,9 +292,7 @@ def made_on() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help="write results/golden.json")
     parser.add_argument("--figures", action="store_true", help="planning time and speed, too")
     parser.add_argument("--only", nargs="+", default=[""], metavar="PART", help="parts whose names begin so")

@@ -41,9 +41,7 @@ class HostRound(NamedTuple):
     scheduler: float
     planning: float
     learning: float
-    masks: float = (
-        0.0  # 0 if nothing is under a grammar; else from the drafts on, and the round ends behind them
-    )
+    masks: float = 0.0  # 0 if nothing is under a grammar; else from the drafts on, and the round ends behind them
     drafting: float = 0.0
 
 

@@ -103,9 +103,7 @@ class Batch:
         controller, clock = Controller(AutoPolicy(), costs, self.token_bytes), RoundClock()
         sources = DraftSources(self.drafters, held, self.vocabulary, spending)
         self.planner = Planner(self.drafters, sync, controller, clock, held, sources)
-        self.learner = Learner(
-            self.drafters, controller, clock, Tally.of(self.drafters), held, sources.proposers
-        )
+        self.learner = Learner(self.drafters, controller, clock, Tally.of(self.drafters), held, sources.proposers)
         self.requests: list[Any] = []
         self.running = controller.states
         for row in range(1, size + 1):
@@ -181,9 +179,7 @@ class Batch:
 
     def _note(self, turn: Round) -> None:
         """Add what was planned to the digest."""
-        for route, decision, by_arm in zip(
-            turn.plan.routes, turn.decisions, turn.plan.candidates, strict=True
-        ):
+        for route, decision, by_arm in zip(turn.plan.routes, turn.decisions, turn.plan.candidates, strict=True):
             candidates = [
                 (arm, list(each.tokens), list(each.alive), list(map(tuple, each.parts)), each.at)
                 for arm, each in by_arm.items()
@@ -267,11 +263,7 @@ class Constraint:
 
     def __init__(self, prompt: int) -> None:
         variants = [
-            {
-                "type": "object",
-                "properties": {"name": {"const": name}, "arguments": schema},
-                "required": ["name"],
-            }
+            {"type": "object", "properties": {"name": {"const": name}, "arguments": schema}, "required": ["name"]}
             for name, schema in TOOLS
         ]
         self.schema = json.dumps({"type": "array", "items": {"anyOf": variants}})
@@ -325,9 +317,7 @@ class Agents(Batch):
         call = self._call()
         if form == "hermes":
             return f"{PROSE}<tool_call>\n{json.dumps(call)}\n</tool_call>\n"
-        arguments = "".join(
-            f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in call["arguments"].items()
-        )
+        arguments = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in call["arguments"].items())
         return f"{PROSE}<tool_call>\n<function={call['name']}>\n{arguments}</function>\n</tool_call>\n"
 
     def _following(self, req: Any, count: int) -> list[int]:

@@ -89,14 +89,10 @@ class ReferenceDrafters:
         positions, following = torch.arange(len(context)), torch.tensor(list(tokens[1:]))
         fused = self._eagle3.fuse(self._features(context, self._eagle3_layers))
         ar = self._of_a_whole_pass(following, fused, positions)
-        diffusion = self._dflash.keys_values(
-            self._dflash.fuse(self._features(context, self._dflash_layers)), positions
-        )
+        diffusion = self._dflash.keys_values(self._dflash.fuse(self._features(context, self._dflash_layers)), positions)
         return {"ar": ar, "diffusion": KeysValues(*diffusion)}
 
-    def _of_a_whole_pass(
-        self, following: torch.Tensor, fused: torch.Tensor, positions: torch.Tensor
-    ) -> KeysValues:
+    def _of_a_whole_pass(self, following: torch.Tensor, fused: torch.Tensor, positions: torch.Tensor) -> KeysValues:
         """K and V that every layer of EAGLE-3 attends to in one step over the whole text."""
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -128,9 +124,7 @@ class Comparison:
         if list(expected) == list(found):
             return
         first = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), None)
-        assert first is not None, (
-            f"{what}: {len(found)} tokens instead of {len(expected)}, equal as far as they go"
-        )
+        assert first is not None, f"{what}: {len(found)} tokens instead of {len(expected)}, equal as far as they go"
         lead = self.target.lead([*prompt, *expected[:first]], expected[first], found[first])
         assert lead <= TIE, (
             f"{what}: token {first} of {len(expected)} is {found[first]}, plain decoding gives {expected[first]}, "
@@ -157,6 +151,4 @@ class Comparison:
 
     def summary(self) -> str:
         """One line for the test's output."""
-        return (
-            f"{self.compared} outputs compared, {len(self.ties)} ties {[f'{gap:.1e}' for gap in self.ties]}"
-        )
+        return f"{self.compared} outputs compared, {len(self.ties)} ties {[f'{gap:.1e}' for gap in self.ties]}"

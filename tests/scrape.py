@@ -25,13 +25,9 @@ def total(samples: Samples, name: str, **labels: str) -> float:
     """The sum of a series, of ours where its name has no prefix."""
     name = name if ":" in name else PREFIX + name
     wanted = labels.items()
-    return sum(
-        value for (found, own), value in samples.items() if found == name and wanted <= dict(own).items()
-    )
+    return sum(value for (found, own), value in samples.items() if found == name and wanted <= dict(own).items())
 
 
 def values(samples: Samples, label: str) -> set[str]:
     """Values of a label in our series."""
-    return {
-        dict(labels)[label] for (name, labels) in samples if name.startswith(PREFIX) and label in dict(labels)
-    }
+    return {dict(labels)[label] for (name, labels) in samples if name.startswith(PREFIX) and label in dict(labels)}

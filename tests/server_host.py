@@ -139,9 +139,7 @@ class Forked:
         stopped: whoever made the table does that.
     """
 
-    def __init__(
-        self, host: ServerHost, arguments: Sequence[str], kept: dict[tuple[str, ...], Server]
-    ) -> None:
+    def __init__(self, host: ServerHost, arguments: Sequence[str], kept: dict[tuple[str, ...], Server]) -> None:
         self._host, self._arguments, self._kept = host, tuple(arguments), kept
 
     @property

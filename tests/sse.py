@@ -10,16 +10,8 @@ from whiflash_sdk import Trace
 
 PROMPT = "one two three four one two three four one two"
 MESSAGES: Any = [{"role": "user", "content": PROMPT}]
-ASKED: dict[str, Any] = {
-    "model": "tiny",
-    "temperature": 0,
-    "max_tokens": 24,
-    "extra_body": {"ignore_eos": True},
-}
-TOOL: Any = {
-    "type": "function",
-    "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
-}
+ASKED: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 24, "extra_body": {"ignore_eos": True}}
+TOOL: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/generate")
 
 _IDENTITIES = ((re.compile(r'"id": ?"[^"]*"'), '"id":"…"'), (re.compile(r'"created": ?\d+'), '"created":0'))

@@ -147,13 +147,9 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> "Arms":
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--evidence", action="store_true", help="run the full matrices and write results/evidence/")
     parser.addoption(
-        "--evidence", action="store_true", help="run the full matrices and write results/evidence/"
-    )
-    parser.addoption(
-        "--fast",
-        action="store_true",
-        help="run what needs neither SGLang nor a server, with few examples each",
+        "--fast", action="store_true", help="run what needs neither SGLang nor a server, with few examples each"
     )
     parser.addoption(
         "--seconds", type=Path, metavar="PAGE", help="write the seconds of each file of this run to a page"
@@ -162,9 +158,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     examples = 10 if config.getoption("--fast") else hypothesis.settings.default.max_examples
-    hypothesis.settings.register_profile(
-        "suite", max_examples=examples, deadline=None
-    )  # nothing depends on speed
+    hypothesis.settings.register_profile("suite", max_examples=examples, deadline=None)  # nothing depends on speed
     hypothesis.settings.load_profile("suite")
     if config.getoption("--fast"):
         sys.meta_path.insert(0, NoSGLang())  # type: ignore[arg-type]
@@ -250,10 +244,7 @@ revision {made["revision"][:8]}{" and changes" * made["uncommitted_changes"]}.
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """How long a whole run took, if that is beyond its budget."""
     if config.args_source is config.ArgsSource.TESTPATHS and not config.getoption("--evidence"):
-        target, spent = (
-            "fast" if config.getoption("--fast") else "test",
-            (time.monotonic() - BEGAN) / at_start(),
-        )
+        target, spent = ("fast" if config.getoption("--fast") else "test", (time.monotonic() - BEGAN) / at_start())
         most = tomllib.loads((config.rootpath / "budgets.toml").read_text("utf-8"))["seconds"][target]
         if spent > most:
             raising = "Make tests cheaper, or raise it in a commit that says why."

@@ -98,10 +98,7 @@ class TestFiles:
         refused(pair, r"is for a vocabulary of 1000, this target has 320")
 
 
-LAYER_FIELDS = {
-    0: ("eagle_config", "eagle_aux_hidden_state_layer_ids"),
-    1: ("dflash_config", "target_layer_ids"),
-}
+LAYER_FIELDS = {0: ("eagle_config", "eagle_aux_hidden_state_layer_ids"), 1: ("dflash_config", "target_layer_ids")}
 SPELLED = {0: r"eagle_config\.eagle_aux_hidden_state_layer_ids", 1: "target_layer_ids"}
 """As messages name them: `target_layer_ids` may stand at the top level too."""
 
@@ -116,9 +113,7 @@ SPELLED = {0: r"eagle_config\.eagle_aux_hidden_state_layer_ids", 1: "target_laye
         (["0", 1, 2], r"{field} must be a list of layer numbers, got \['0', 1, 2\]"),
     ],
 )
-def test_layers_that_the_target_has_not(
-    pair: tuple[Path, Path], which: int, layers: list[Any], message: str
-) -> None:
+def test_layers_that_the_target_has_not(pair: tuple[Path, Path], which: int, layers: list[Any], message: str) -> None:
     section, field = LAYER_FIELDS[which]
     edit(pair[which], lambda config: config[section].update({field: layers}))
     refused(pair, message.format(field=SPELLED[which]))
@@ -147,9 +142,7 @@ def test_an_impossible_block(pair: tuple[Path, Path], block: Any) -> None:
 def test_a_block_longer_than_trained(pair: tuple[Path, Path]) -> None:
     assert block_size_of(pair[1], None) == 8
     assert block_size_of(pair[1], 4) == 4
-    with pytest.raises(
-        CheckpointError, match=r"--whiflash-block-size 16 exceeds the checkpoint's block of 8"
-    ):
+    with pytest.raises(CheckpointError, match=r"--whiflash-block-size 16 exceeds the checkpoint's block of 8"):
         block_size_of(pair[1], 16)
 
 

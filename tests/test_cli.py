@@ -85,16 +85,12 @@ def test_hub_ids_are_fetched_as_the_command_line_says(
     }
 
 
-def test_mixed_chunks_are_switched_off_with_a_warning(
-    launch: Arguments, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mixed_chunks_are_switched_off_with_a_warning(launch: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch("--enable-mixed-chunk").enable_mixed_chunk is False  # type: ignore[attr-defined]
     assert "--enable-mixed-chunk is switched off" in capsys.readouterr().err
 
 
-def test_what_cannot_be_served_stops_before_weights_are_read(
-    launch: Arguments, models: Models, tmp_path: Path
-) -> None:
+def test_what_cannot_be_served_stops_before_weights_are_read(launch: Arguments, models: Models, tmp_path: Path) -> None:
     """One line instead of a traceback, from the same call that a launcher makes: no directory holds weights."""
     falcon = {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"}
     for name, changes in (("target", {}), ("falcon", falcon)):

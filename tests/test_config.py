@@ -51,9 +51,7 @@ def test_wrong_flags_are_named(given: dict[str, str], message: str) -> None:
 
 
 def test_flags_as_text_are_read() -> None:
-    flags = parse_flags(
-        {"router": "entropy", "neural_router_threshold": "0.5", "block_size": "4", "eagle_draft": None}
-    )
+    flags = parse_flags({"router": "entropy", "neural_router_threshold": "0.5", "block_size": "4", "eagle_draft": None})
     assert (flags.router, flags.neural_router_threshold, flags.block_size, flags.eagle_draft) == (
         "entropy",
         0.5,
@@ -172,13 +170,9 @@ def test_a_server_needs_no_drafter(bundle: Path) -> None:
     assert resolve(parse_flags({}), None, target_mtp=lambda: bundle / "e").drafters == {"ar": bundle / "e"}
     assert resolve(parse_flags({"eagle_draft": str(bundle / "e")}), None).drafters == {"ar": bundle / "e"}
     for router, needs in {"ar": "EAGLE-3", "diffusion": "DFlash", "entropy": "EAGLE-3 and DFlash"}.items():
-        with pytest.raises(
-            ConfigError, match=f"router '{router}' needs {needs}; the drafters here are: none"
-        ):
+        with pytest.raises(ConfigError, match=f"router '{router}' needs {needs}; the drafters here are: none"):
             resolve(parse_flags({"router": router}), None)
-    with pytest.raises(
-        ConfigError, match="none leaves nothing for --speculative-draft-model-path; remove one"
-    ):
+    with pytest.raises(ConfigError, match="none leaves nothing for --speculative-draft-model-path; remove one"):
         resolve(parse_flags({"drafters": "none"}), bundle / "d")
     with pytest.raises(ConfigError, match="none leaves nothing for --whiflash-eagle-draft; remove one"):
         resolve(parse_flags({"drafters": "none", "eagle_draft": "e"}), bundle)

@@ -16,13 +16,7 @@ from time import process_time
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = (
-    "sdk/whiflash_sdk",
-    "whiflash_sglang",
-    "cpu/whiflash_cpu",
-    "lab/whiflash_lab",
-    "train/whiflash_train",
-)
+SOURCES = ("sdk/whiflash_sdk", "whiflash_sglang", "cpu/whiflash_cpu", "lab/whiflash_lab", "train/whiflash_train")
 CPU_SECONDS = 300
 """Bound of all expressions together, which take a fiftieth of it. A quadratic one takes more."""
 NOT_ASKED = {
@@ -46,9 +40,7 @@ def expressions() -> Iterator[tuple[str, re.Pattern[Any], str]]:
             if function := re.fullmatch(r"re\.(?!escape)(\w+)", ast.unparse(call.func)):
                 flags = [one.value for one in call.keywords if one.arg == "flags"]
                 flags += call.args[1:2] if function[1] == "compile" else []
-                pattern = re.compile(
-                    ast.literal_eval(call.args[0]), *(eval(ast.unparse(one)) for one in flags)
-                )
+                pattern = re.compile(ast.literal_eval(call.args[0]), *(eval(ast.unparse(one)) for one in flags))
                 used = rf"\b{held.get(id(call), '-')}\.((?:full)?match|search|sub|split|find\w+)\("
                 methods = set(re.findall(used, "".join(texts.values()))) or {"search"}
                 for method in methods if function[1] == "compile" else {function[1]}:

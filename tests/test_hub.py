@@ -33,9 +33,7 @@ def test_revision_and_directory_are_passed_on(asked: Calls, tmp_path: Path) -> N
     assert asked == [("owner/name", None, None), ("owner/name", "v2", "/data")]
 
 
-def test_modelscope_where_sglang_uses_it(
-    asked: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_modelscope_where_sglang_uses_it(asked: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_USE_MODELSCOPE", "true")
     monkeypatch.setitem(sys.modules, "modelscope.hub.snapshot_download", None)
     with pytest.raises(ConfigError, match=r"owner/name: SGLANG_USE_MODELSCOPE is set, but .* unset"):
@@ -54,7 +52,5 @@ def test_modelscope_where_sglang_uses_it(
 def test_a_hub_that_has_nothing_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = Mock(side_effect=OSError("first line\nsecond line"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
-    with pytest.raises(
-        ConfigError, match=r"^owner/name at revision v2: .* the hub gave nothing \(first line\): check"
-    ):
+    with pytest.raises(ConfigError, match=r"^owner/name at revision v2: .* the hub gave nothing \(first line\): check"):
         fetch("owner/name", revision="v2")

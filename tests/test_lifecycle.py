@@ -121,9 +121,7 @@ class History:
 
     def check(self) -> None:
         table = self.controller.states
-        assert {row: request.rid for row, request in table.items()} == {
-            row: req.rid for row, req in self.rows.items()
-        }
+        assert {row: request.rid for row, request in table.items()} == {row: req.rid for row, req in self.rows.items()}
         assert self.arm.running == set(table.values())
         assert all(request.running for request in table.values())
 

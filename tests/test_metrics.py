@@ -15,9 +15,7 @@ class Events(DeviceClock):
 
 
 @pytest.mark.parametrize(("pause", "gap"), [(0.002, 0.002), (60.0, 0.030)])
-def test_the_gap_between_two_rounds_is_no_pause(
-    monkeypatch: pytest.MonkeyPatch, pause: float, gap: float
-) -> None:
+def test_the_gap_between_two_rounds_is_no_pause(monkeypatch: pytest.MonkeyPatch, pause: float, gap: float) -> None:
     now = [100.0]
     monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
     clock = RoundClock()
@@ -43,10 +41,9 @@ def test_rounds_on_a_device_are_timed_by_its_events_when_they_have_come() -> Non
         clock.end(RoundTime(number, 1))
     events.now, events.done = 60.0, 30.0
     first, second = clock.begin()
-    assert [(r.rows, r.tokens, r.seconds, r.gap) for r in (first, second)] == [
-        (1, 1, 8.0, 2.0),
-        (2, 2, 8.0, 8.0),
-    ], "a pause of 12 s says nothing of the engine"
+    assert [(r.rows, r.tokens, r.seconds, r.gap) for r in (first, second)] == [(1, 1, 8.0, 2.0), (2, 2, 8.0, 8.0)], (
+        "a pause of 12 s says nothing of the engine"
+    )
     events.now = 68.0
     clock.end(RoundTime(4, 1))
     clock.interrupt()

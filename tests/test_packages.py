@@ -39,9 +39,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 def run(*arguments: str, cwd: Path, path: str | None = None) -> str:
     """This Python without the project's own folders on its path."""
     environment = {"PATH": "/usr/bin:/bin", **({"PYTHONPATH": path} if path else {})}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

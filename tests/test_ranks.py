@@ -57,9 +57,7 @@ def test_other_notes(astray: Callable[[Ranks], Any]) -> None:
     first.note("round", [1, 2])
     astray(second)
     first.broadcast(lambda: 0)
-    with pytest.raises(
-        DivergedError, match="rank 1 of 2 did not commit what rank 0 did: before message 0 of rank 0"
-    ):
+    with pytest.raises(DivergedError, match="rank 1 of 2 did not commit what rank 0 did: before message 0 of rank 0"):
         second.broadcast(never)
 
 

@@ -33,9 +33,7 @@ def load(server: Server, expected: dict[tuple[int, ...], list[int]], rng: random
         prompt, tokens = rng.choice(list(expected)), rng.randint(1, TOKENS)
         body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": tokens}}
         if n % 25 == 0:
-            server.post(
-                "/whiflash/policy", {"router": rng.choice(["auto", "none", "ar", "diffusion", "lookup"])}
-            )
+            server.post("/whiflash/policy", {"router": rng.choice(["auto", "none", "ar", "diffusion", "lookup"])})
             server.post("/whiflash/forget", {"all": True})
         if n % 5 == 0:
             leave(server, body, rng.randint(0, 20))

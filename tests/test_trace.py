@@ -67,11 +67,7 @@ def test_drafts_are_credited_to_what_they_were_taken_from() -> None:
     joined = [("ar", 3), ("grammar", 2), ("context", 4)]
     assert brought((joined, 9, 4, 0.8)) == {"ar": (3, 3, 0.6), "grammar": (2, 1, 0.2), "context": (4, 0, 0.0)}
     assert brought((joined, 4, 4, 0.8)) == {"ar": (3, 3, 0.6), "grammar": (1, 1, 0.2)}, "the rest verified"
-    assert brought((joined, 6, 0, -0.6)) == {
-        "ar": (3, 0, -0.3),
-        "grammar": (2, 0, -0.2),
-        "context": (1, 0, -0.1),
-    }
+    assert brought((joined, 6, 0, -0.6)) == {"ar": (3, 0, -0.3), "grammar": (2, 0, -0.2), "context": (1, 0, -0.1)}
     assert brought(([("context", 2)], 2, 2, 0.5), ([("context", 3), ("context", 1)], 4, 3, -0.25)) == {
         "context": (6, 5, 0.25)
     }
@@ -157,9 +153,7 @@ def test_a_summary_stays_small_whatever_the_length() -> None:
             recording = recorded(*arms, level=level)  # type: ignore[arg-type]
             for arm, count in arms:
                 recording.price(arm, count, round_seconds=1 / 3, plain_seconds=1 / 7)
-                recording.credit(
-                    [Part(name, 99) for name in SOURCES], proposed=700, accepted=700, saved=9.87654
-                )
+                recording.credit([Part(name, 99) for name in SOURCES], proposed=700, accepted=700, saved=9.87654)
             sizes[tokens, level] = len(json.dumps(build_trace(recording, "auto", tokens)))
     assert sizes[1_000, "summary"] < sizes[100_000, "summary"] < 1300
     assert sizes[1_000, "full"] < sizes[100_000, "full"]

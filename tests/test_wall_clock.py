@@ -5,14 +5,9 @@ from pathlib import Path
 
 PACKAGES = [
     Path(__file__).parents[1] / part
-    for part in (
-        "whiflash_sglang",
-        *(f"{part}/whiflash_{part}" for part in ("cpu", "kernels", "lab", "sdk", "train")),
-    )
+    for part in ("whiflash_sglang", *(f"{part}/whiflash_{part}" for part in ("cpu", "kernels", "lab", "sdk", "train")))
 ]
-WALL = re.compile(
-    r"\btime\.time(_ns)?\(|\bdatetime\.(now|utcnow|today)\(|\bdate\.today\(|\btime\.(localtime|gmtime)\("
-)
+WALL = re.compile(r"\btime\.time(_ns)?\(|\bdatetime\.(now|utcnow|today)\(|\bdate\.today\(|\btime\.(localtime|gmtime)\(")
 
 DATES = {
     "sdk/whiflash_sdk/collecting.py",

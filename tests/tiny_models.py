@@ -172,9 +172,7 @@ def tiny_eagle3(
     return path
 
 
-def tiny_dflash(
-    directory: Path | str, target_dir: Path | str, *, block_size: int = 8, num_layers: int = 2
-) -> Path:
+def tiny_dflash(directory: Path | str, target_dir: Path | str, *, block_size: int = 8, num_layers: int = 2) -> Path:
     """Write a DFlash drafter (``DFlashDraftModel``) for a :func:`tiny_target`.
 
     Args:

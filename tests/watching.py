@@ -14,20 +14,9 @@ from streams import HOST, PINNED, Streams
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-FACTORIES = frozenset(
-    {"tensor", "as_tensor", "from_numpy", "asarray", "frombuffer", "arange", "empty", "zeros"}
-)
+FACTORIES = frozenset({"tensor", "as_tensor", "from_numpy", "asarray", "frombuffer", "arange", "empty", "zeros"})
 FACTORIES |= {"ones", "full", "linspace", "empty_strided", "rand", "randint", "randn"}
-SHAPE_ONLY = (
-    "empty",
-    "new_empty",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-)
+SHAPE_ONLY = ("empty", "new_empty", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 """Operators that read the shape of their arguments only."""
 
 
@@ -144,9 +133,7 @@ class _Functions(OfStreams, TorchFunctionMode):
             self.world.read_by_host(tensor, f"{site()} {name}")
         return func(*args, **kwargs)
 
-    def _moved(
-        self, func: Any, name: str, tensor: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def _moved(self, func: Any, name: str, tensor: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Make a copy if a GPU would make one."""
         world, to_host = self.world, name == "cpu" or _says_cpu()
         if to_host == (world.cell(tensor).place is not None):

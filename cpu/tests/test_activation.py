@@ -66,9 +66,7 @@ def test_the_operator_says_which_plugins_are_loaded(
     monkeypatch: pytest.MonkeyPatch, said: str | None, algorithms: set[str], platforms: set[str]
 ) -> None:
     """`SGLANG_PLUGINS`: the way back to plain SGLang without taking anything off the machine."""
-    monkeypatch.setenv("SGLANG_PLUGINS", said) if said else monkeypatch.delenv(
-        "SGLANG_PLUGINS", raising=False
-    )
+    monkeypatch.setenv("SGLANG_PLUGINS", said) if said else monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
     ours = {"whiflash", PLATFORM}
     assert ours & plugins.load_plugins_by_group(plugins.GENERAL_PLUGINS_GROUP).keys() == algorithms
     assert ours & plugins.load_plugins_by_group(plugins.PLATFORM_PLUGINS_GROUP).keys() == platforms

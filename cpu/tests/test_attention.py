@@ -81,9 +81,7 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
             pytest.skip("no C++ compiler here")
         monkeypatch.setattr(attention, "attention_kernel", lambda: kernel)
     table = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(1)).view(4, 64).to(torch.int32)
-    return SimpleNamespace(
-        req_to_token_pool=SimpleNamespace(req_to_token=table), token_to_kv_pool=Pool(request.param)
-    )
+    return SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=table), token_to_kv_pool=Pool(request.param))
 
 
 def layer(attn_type: AttentionType = AttentionType.DECODER, **changes: Any) -> Any:
@@ -120,9 +118,7 @@ def attend(backend: CpuAttentionBackend, rows: int, forward_batch: Any, of: Any)
     return backend.forward(query, None, None, of, forward_batch, save_kv_cache=False)
 
 
-def expected(
-    runner: Any, q_lens: list[int], kv_lens: list[int], rows: torch.Tensor, causal: bool
-) -> torch.Tensor:
+def expected(runner: Any, q_lens: list[int], kv_lens: list[int], rows: torch.Tensor, causal: bool) -> torch.Tensor:
     query = torch.randn(sum(q_lens), HEADS, DIM, generator=torch.Generator().manual_seed(3))
     table = runner.req_to_token_pool.req_to_token[rows]
     plan = PagedAttentionPlan.build(table, q_lens, kv_lens, causal=causal)
@@ -165,9 +161,7 @@ def test_uniform_verification_sees_the_rows_after_seq_lens(runner: Any) -> None:
 
 
 def test_ragged_verification(runner: Any) -> None:
-    layout = RaggedVerifyLayout.from_verify_lens(
-        verify_lens_cpu=[1, 8, 3], device=torch.device("cpu"), grid=[12]
-    )
+    layout = RaggedVerifyLayout.from_verify_lens(verify_lens_cpu=[1, 8, 3], device=torch.device("cpu"), grid=[12])
     forward_batch = batch(ForwardMode.TARGET_VERIFY, [10, 21, 3])
     forward_batch.spec_info = SimpleNamespace(draft_token_num=8, ragged_verify_layout=layout)
     check(runner, forward_batch, [1, 8, 3], [11, 29, 6])
@@ -215,9 +209,7 @@ def test_windowed_layers_have_slots_of_their_own(runner: Any, window: int) -> No
     query = torch.randn(14, HEADS * DIM).to(keys.dtype)
     found = []
     for kv in (runner.token_to_kv_pool, pool):
-        backend = CpuAttentionBackend(
-            SimpleNamespace(req_to_token_pool=runner.req_to_token_pool, token_to_kv_pool=kv)
-        )
+        backend = CpuAttentionBackend(SimpleNamespace(req_to_token_pool=runner.req_to_token_pool, token_to_kv_pool=kv))
         backend.init_forward_metadata(forward_batch)
         for number, seen in ((0, -1), (1, window)):
             of = layer(layer_id=number, sliding_window_size=seen)
@@ -236,8 +228,7 @@ def test_layers_share_one_plan_per_kind(runner: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"is_cross_attention": True}, "cross"), ({"logit_cap": 30.0}, "logit cap of 30")],
+    ("changes", "message"), [({"is_cross_attention": True}, "cross"), ({"logit_cap": 30.0}, "logit cap of 30")]
 )
 def test_what_it_does_not_serve_is_refused(runner: Any, changes: dict[str, Any], message: str) -> None:
     forward_batch = batch(ForwardMode.DECODE, [5])

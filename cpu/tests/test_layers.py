@@ -75,9 +75,7 @@ def test_what_is_not_taken_goes_to_torch(compiled: None) -> None:
     norm = RMSNorm(64).bfloat16()
     assert torch.equal(layers.rms_norm(partial, x), partial.forward_native(x))
     assert torch.equal(layers.rms_norm(half, x.half()), half.forward_native(x.half()))
-    for found, expected in zip(
-        layers.rms_norm(norm, x, added, x), norm.forward_native(x, added, x), strict=True
-    ):
+    for found, expected in zip(layers.rms_norm(norm, x, added, x), norm.forward_native(x, added, x), strict=True):
         assert torch.equal(found, expected)
     q, k, offsets = normal(3, 32), normal(3, 16), torch.tensor([4, 4, 4])
     found = layers.rotate(rope(), torch.arange(3), q, k, offsets)
@@ -85,9 +83,7 @@ def test_what_is_not_taken_goes_to_torch(compiled: None) -> None:
         assert torch.equal(one, other)
 
 
-def test_the_short_way_through_a_layer_is_the_same(
-    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_short_way_through_a_layer_is_the_same(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """Token by token, logprob by logprob, feature by feature; a hook keeps a layer on SGLang's way."""
     taken: list[int] = []
     features: list[Tensor] = []
@@ -115,9 +111,7 @@ def test_the_short_way_through_a_layer_is_the_same(
             return [(list(r.output_ids), r.logprob.output_token_logprobs_val) for r in made]
 
         short = answers("short")
-        assert set(taken) == set(range(1, len(found))), (
-            "the first layer of a stack starts the residual stream"
-        )
+        assert set(taken) == set(range(1, len(found))), "the first layer of a stack starts the residual stream"
         kept = features.copy()
         taken.clear()
         features.clear()

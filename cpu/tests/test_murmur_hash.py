@@ -31,9 +31,7 @@ def test_published_vector() -> None:
 
 def test_every_seed_position_and_column() -> None:
     seeds, positions, columns = [0, 1, 42, 2**40 + 7, 2**64 - 1], [0, 3, 100, 2047, 31], [0, 1, 319, 49151]
-    found = murmur_hash32(
-        torch.tensor(seeds, dtype=torch.uint64), torch.tensor(positions), torch.tensor(columns)
-    )
+    found = murmur_hash32(torch.tensor(seeds, dtype=torch.uint64), torch.tensor(positions), torch.tensor(columns))
     assert found.dtype == torch.uint32
     assert found.tolist() == [
         [murmur3(struct.pack("<QII", seed, position, column)) for column in columns]

@@ -26,8 +26,7 @@ PROMPTS = [[7, 8, 9, 10], [50, 60, 70], list(range(100, 130))]
 Texts = list[list[int]]
 
 pytestmark = pytest.mark.skipif(
-    not packable(torch.zeros(8, 8, dtype=torch.bfloat16)),
-    reason="oneDNN multiplies no bfloat16 on this processor",
+    not packable(torch.zeros(8, 8, dtype=torch.bfloat16)), reason="oneDNN multiplies no bfloat16 on this processor"
 )
 
 
@@ -77,9 +76,7 @@ def plain(checkpoints: Checkpoints, other: Path) -> tuple[Texts, Texts]:
         return asked(checkpoints.target), asked(other)
 
 
-def test_no_room_is_said_and_nothing_is_packed(
-    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_room_is_said_and_nothing_is_packed(checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "whiflash_cpu"), without_copies(), started(checkpoints.target) as e:
         assert not any(is_packed(weight) for weight in model_of(e).parameters())
     assert "weights are not laid out for this CPU's matrix kernels" in caplog.text

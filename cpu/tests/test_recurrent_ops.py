@@ -79,9 +79,7 @@ def test_the_delta_rule_is_transformers(by_channel: bool) -> None:
         v = draw(total, heads, width, seed=10 * part + 2)
         decay = -draw(total, heads, *[size] * by_channel, seed=10 * part + 3).abs()
         beta = draw(total, heads, seed=10 * part + 4).sigmoid()
-        out, behind, marked = gated_delta_rule(
-            q, k, v, decay, beta, states, starts, rows, every=part == 1, marks=marks
-        )
+        out, behind, marked = gated_delta_rule(q, k, v, decay, beta, states, starts, rows, every=part == 1, marks=marks)
         for i, (begin, end) in enumerate(zip(starts.tolist(), starts[1:].tolist(), strict=False)):
             one = [x[None, begin:end] for x in (q, k, v, decay, beta)]
             expected, last = rule(
@@ -107,9 +105,7 @@ def test_decays_by_channel_are_transformers(bound: float | None) -> None:
     from whiflash_cpu.recurrent_backends import CpuChannelDeltaBackend
 
     rows, heads, size = 7, 3, 4
-    said = SimpleNamespace(
-        hidden_size=size, linear_head_dim=size, linear_num_heads=heads, linear_lower_bound=bound
-    )
+    said = SimpleNamespace(hidden_size=size, linear_head_dim=size, linear_num_heads=heads, linear_lower_bound=bound)
     gate = Glm5NextTextForgetGate(said)
     gate.A_log.data, gate.dt_bias.data = draw(heads, seed=1), draw(heads * size, seed=2)
     x = draw(rows, size, seed=3)
@@ -133,9 +129,7 @@ def test_mamba_2_is_its_formula() -> None:
     for part in range(2):
         x, dt = draw(total, heads, width, seed=10 * part + 4), draw(total, heads, seed=10 * part + 5).exp()
         b, c = (draw(total, groups, size, seed=10 * part + i) for i in (6, 7))
-        out, behind, marked = selective_scan(
-            x, dt, a, b, c, skip, states, starts, rows, every=part == 1, marks=marks
-        )
+        out, behind, marked = selective_scan(x, dt, a, b, c, skip, states, starts, rows, every=part == 1, marks=marks)
         after = states.clone()
         for i, (begin, end) in enumerate(zip(starts.tolist(), starts[1:].tolist(), strict=False)):
             for t in range(begin, end):
@@ -166,8 +160,6 @@ def test_states_become_those_behind_the_accepted_rows() -> None:
     conv, temporal = kept.conv[0].clone(), kept.temporal.clone()
     conv[:, [5, 1]] = kept.intermediate_conv_window[0][:, [0, 1], [4, 0]]
     temporal[:, [5, 1]] = kept.intermediate_ssm[:, [0, 1], [4, 0]]
-    scatter_mamba_states_after_mtp_verify(
-        kept, torch.tensor([5, 1, 2, -1]), torch.tensor([4, 0, -1, 3]), None, None
-    )
+    scatter_mamba_states_after_mtp_verify(kept, torch.tensor([5, 1, 2, -1]), torch.tensor([4, 0, -1, 3]), None, None)
     assert torch.equal(kept.conv[0], conv)
     assert torch.equal(kept.temporal, temporal)

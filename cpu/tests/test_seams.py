@@ -44,9 +44,7 @@ def expected_here(a: int, b: int) -> None:
         (expected_here, True, "expected no operator on this platform"),
     ],
 )
-def test_a_changed_name_is_reported(
-    stranger: ModuleType, value: object, absent: bool, complaint: str
-) -> None:
+def test_a_changed_name_is_reported(stranger: ModuleType, value: object, absent: bool, complaint: str) -> None:
     stranger.name = value  # type: ignore[attr-defined]
     check = seams._check(Seam("sglang.stranger", "name", expected_here, absent=absent))
     assert not check.ok

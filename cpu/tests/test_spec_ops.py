@@ -88,9 +88,7 @@ def test_sampled_verification_has_the_targets_distribution() -> None:
     rounds, vocab = 40_000, 4
     generator = torch.Generator().manual_seed(1)
     # Conditional on the drafted first token being accepted, the second token follows its own row.
-    rows = torch.tensor(
-        [[0.1, 0.5, 0.15, 0.25], [0.3, 0.2, 0.4, 0.1], [0.0, 0.7, 0.0, 0.3]], dtype=torch.float64
-    )
+    rows = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.3, 0.2, 0.4, 0.1], [0.0, 0.7, 0.0, 0.3]], dtype=torch.float64)
     draft = torch.tensor([0, 1, 2])  # the bonus token of the round before, then two drafts
     predicts, index, number = outputs(rounds, 3)
     coins = torch.rand(rounds, 3, generator=generator)

@@ -21,9 +21,7 @@ def test_a_shared_expert_is_gated_row_by_row() -> None:
 
 def test_only_this_platforms_attention_goes_by_another_name() -> None:
     def named(base: str | None, prefill: str | None = None) -> tuple[str | None, str | None]:
-        cfg = SimpleNamespace(
-            attention_backend=base, prefill_attention_backend=prefill, decode_attention_backend=None
-        )
+        cfg = SimpleNamespace(attention_backend=base, prefill_attention_backend=prefill, decode_attention_backend=None)
         return layers.attention_backends_of(cfg)
 
     assert named("whiflash_cpu") == ("triton", "triton")

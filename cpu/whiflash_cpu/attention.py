@@ -142,8 +142,7 @@ class CpuMultiStepDraftBackend:
                 f"--speculative-eagle-topk {topk}: the CPU platform drafts chains only; use --speculative-eagle-topk 1"
             )
         self.attn_backends = [
-            CpuAttentionBackend(model_runner, draft_offset=step + 1)
-            for step in range(speculative_num_steps - 1)
+            CpuAttentionBackend(model_runner, draft_offset=step + 1) for step in range(speculative_num_steps - 1)
         ]
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -191,9 +190,7 @@ class CpuKVPool(MHATokenToKVPool):
     def _init_kv_copy_and_warmup(self) -> None:
         self._kv_copy_config = None
 
-    def _store_kv_layer(
-        self, layer_idx: int, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor
-    ) -> None:
+    def _store_kv_layer(self, layer_idx: int, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor) -> None:
         write_rows(cache_k, cache_v, self.k_buffer[layer_idx], self.v_buffer[layer_idx], loc)
 
     def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:

@@ -126,14 +126,7 @@ class CpuDeltaBackend(CpuRecurrentBackend):
     """Replaces `GDNAttnBackend`, for layers with a gated delta rule whose decay is each head's own."""
 
     def forward_extend(
-        self,
-        layer: Any,
-        forward_batch: Any,
-        *,
-        mixed_qkv: torch.Tensor,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        **_: Any,
+        self, layer: Any, forward_batch: Any, *, mixed_qkv: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **_: Any
     ) -> torch.Tensor:
         """Apply the gated delta rule. mixed_qkv: [T, 2 Hk K + H V]. a: see `decay`. b: [T, H] or [1, T, H]. Returns
         [1, T, H, V]."""
@@ -183,12 +176,7 @@ class CpuChannelDeltaBackend(CpuDeltaBackend):
 
 
 def fused_qkvzba_split_reshape_cat(
-    mixed_qkvz: torch.Tensor,
-    mixed_ba: torch.Tensor,
-    num_heads_qk: int,
-    num_heads_v: int,
-    head_qk: int,
-    head_v: int,
+    mixed_qkvz: torch.Tensor, mixed_ba: torch.Tensor, num_heads_qk: int, num_heads_v: int, head_qk: int, head_v: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Split the fused projection of Qwen3-Next, whose columns are ordered by key head. mixed_qkvz:
     [T, Hk (2 K + 2 V H / Hk)]. mixed_ba: [T, 2 H]. Returns [T, 2 Hk K + H V] of queries, keys and values, z [T, H, V],
@@ -202,12 +190,7 @@ def fused_qkvzba_split_reshape_cat(
 
 
 def fused_qkvzba_split_reshape_cat_contiguous(
-    mixed_qkvz: torch.Tensor,
-    mixed_ba: torch.Tensor,
-    num_heads_qk: int,
-    num_heads_v: int,
-    head_qk: int,
-    head_v: int,
+    mixed_qkvz: torch.Tensor, mixed_ba: torch.Tensor, num_heads_qk: int, num_heads_v: int, head_qk: int, head_v: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Split Qwen3.5's fused projection as `fused_qkvzba_split_reshape_cat`; its columns are not grouped by key head."""
     rows, width = len(mixed_qkvz), 2 * num_heads_qk * head_qk + num_heads_v * head_v

@@ -91,13 +91,7 @@ _NAMES: tuple[Seam, ...] = (
     *_same(_CONV, recurrent_ops, "causal_conv1d_fn", "causal_conv1d_update"),
     *_same(_STATE_SCATTER, recurrent_ops, "scatter_mamba_states_after_mtp_verify"),
     Seam("sglang.srt.layers.dp_attention", "memcpy_func", memcpy_cpu),
-    *_same(
-        _PARALLEL,
-        collectives,
-        "reg_all_gather_into_tensor",
-        "reg_reduce_scatter_tensor",
-        "reg_all_to_all_single",
-    ),
+    *_same(_PARALLEL, collectives, "reg_all_gather_into_tensor", "reg_reduce_scatter_tensor", "reg_all_to_all_single"),
     *_same(_ELEMENTWISE, layers, "fused_gate_sigmoid_mul", "fused_gate_sigmoid_mul_add"),
     *_same("sglang.srt.mem_cache.allocation", spec_ops, "assign_req_to_token_pool_func", "get_last_loc"),
     Seam("sglang.srt.mem_cache.pool_host.common", "_cuda_host_register", _leave_unregistered),
@@ -201,20 +195,13 @@ _METHODS: tuple[Seam, ...] = (
         "_hybrid_full_attention_pool_class",
         _hybrid_pool,
     ),
-    _wrapped(
-        "sglang.srt.speculative.draft_utils", "DraftBackendFactory", "_create_backend", _create_draft_backend
-    ),
+    _wrapped("sglang.srt.speculative.draft_utils", "DraftBackendFactory", "_create_backend", _create_draft_backend),
     _wrapped(_RUNNER, "ModelRunner", "_extend_forward_kwargs", _keep_embedding_dtype),
-    _wrapped(
-        "sglang.srt.constrained.xgrammar_backend", "XGrammarGrammarBackend", "apply_vocab_mask", _mask_on_host
-    ),
+    _wrapped("sglang.srt.constrained.xgrammar_backend", "XGrammarGrammarBackend", "apply_vocab_mask", _mask_on_host),
     _wrapped(_UNQUANTISED, "UnquantizedLinearMethod", "apply", packed_weights.apply),
     _wrapped(_UNQUANTISED, "UnquantizedFusedMoEMethod", "forward_native", layers.of_own_experts),
     _wrapped(
-        "sglang.srt.layers.logits_processor",
-        "LogitsProcessor",
-        "_compute_lm_head",
-        packed_weights.compute_lm_head,
+        "sglang.srt.layers.logits_processor", "LogitsProcessor", "_compute_lm_head", packed_weights.compute_lm_head
     ),
     *(
         _wrapped(_WEIGHT_UPDATER, "WeightUpdater", name, packed_weights.before_updates)
@@ -224,9 +211,7 @@ _METHODS: tuple[Seam, ...] = (
         _wrapped(_WEIGHT_UPDATER, "WeightUpdater", name, packed_weights.around_updates)
         for name in ("update_weights_from_disk", "update_weights_from_ipc", "end_weight_update")
     ),
-    _wrapped(
-        "sglang.srt.utils.weight_checker", "WeightChecker", "_reset_tensors", packed_weights.around_updates
-    ),
+    _wrapped("sglang.srt.utils.weight_checker", "WeightChecker", "_reset_tensors", packed_weights.around_updates),
     _wrapped(_RUNNER, "ModelRunner", "finalize_startup_weight_load", packed_weights.around_updates),
 )
 
@@ -250,9 +235,7 @@ def delta_seams() -> tuple[Seam, ...]:
             "fused_qkvzba_split_reshape_cat_contiguous",
         ),
         *_same(_ELEMENTWISE, recurrent_backends, "fused_sigmoid_mul"),
-        _wrapped(
-            f"{fla}.fused_norm_gate", "FusedRMSNormGated", "forward", lambda _: recurrent_backends.gated_norm
-        ),
+        _wrapped(f"{fla}.fused_norm_gate", "FusedRMSNormGated", "forward", lambda _: recurrent_backends.gated_norm),
         _wrapped(f"{fla}.layernorm_gated", "RMSNorm", "forward", lambda _: recurrent_backends.norm_gated),
     )
 

@@ -239,9 +239,7 @@ def table_qk_norm_rope_(
     heads = qkv[:, : (num_q_heads + num_k_heads) * head_dim].view(rows, num_q_heads + num_k_heads, head_dim)
     x = heads.float()
     x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-    weight = torch.cat(
-        [q_weight.float().expand(num_q_heads, head_dim), k_weight.float().expand(num_k_heads, head_dim)]
-    )
+    weight = torch.cat([q_weight.float().expand(num_q_heads, head_dim), k_weight.float().expand(num_k_heads, head_dim)])
     x = x * weight
     cos, sin = cos_sin_cache[positions].float().unsqueeze(1).chunk(2, dim=-1)
     first, second = x.chunk(2, dim=-1)

@@ -20,12 +20,7 @@ JOBS = [
 async def work(client: AsyncOpenAI, session: Session, number: int, tool: str, task: str) -> None:
     """One agent: a forced tool call, then a streamed answer."""
     messages: list[Any] = [{"role": "user", "content": task}]
-    asked: dict[str, Any] = {
-        "model": session.model,
-        "temperature": 0,
-        "max_tokens": 48,
-        "tools": [SCHEMAS[tool]],
-    }
+    asked: dict[str, Any] = {"model": session.model, "temperature": 0, "max_tokens": 48, "tools": [SCHEMAS[tool]]}
     with collect() as collected:
         turn = await client.chat.completions.create(**asked, messages=messages, tool_choice="required")
         message = turn.choices[0].message
@@ -36,9 +31,7 @@ async def work(client: AsyncOpenAI, session: Session, number: int, tool: str, ta
             {"role": "tool", "tool_call_id": call.id, "content": result},
         ]
         answer = ""
-        stream = await client.chat.completions.create(
-            **asked, messages=messages, tool_choice="none", stream=True
-        )
+        stream = await client.chat.completions.create(**asked, messages=messages, tool_choice="none", stream=True)
         async for chunk in stream:
             answer += (chunk.choices[0].delta.content or "") if chunk.choices else ""
     print(f"agent {number}: {call.function.name}({call.function.arguments}) -> {result}; {answer!r}")

@@ -46,12 +46,7 @@ def main() -> None:
     )
     with collect() as collected:
         result = agent.run_sync(TASK)
-    returns = [
-        part
-        for message in result.all_messages()
-        for part in message.parts
-        if isinstance(part, ToolReturnPart)
-    ]
+    returns = [part for message in result.all_messages() for part in message.parts if isinstance(part, ToolReturnPart)]
     assert returns[0].tool_name == "query_shop", result.all_messages()
     print(f"query_shop -> {returns[0].content}\n{result.output!r}")
     session.record(TASK, collected.traces)

@@ -24,9 +24,7 @@ class Session:
     def from_command_line(cls, description: str | None, arguments: Sequence[str] | None = None) -> "Session":
         """Parse the command line; the model is the server's first unless named."""
         parser = argparse.ArgumentParser(description=description)
-        parser.add_argument(
-            "--base-url", default="http://127.0.0.1:30000/v1", help="of the server's OpenAI routes"
-        )
+        parser.add_argument("--base-url", default="http://127.0.0.1:30000/v1", help="of the server's OpenAI routes")
         parser.add_argument("--model", help="default: the server's first")
         parser.add_argument("--trace", type=Path, metavar="FILE.html", help="write the routing as a page")
         given = parser.parse_args(arguments)

@@ -21,12 +21,7 @@ def solve(client: OpenAI, session: Session, task: str, tool: str) -> str:
     """One task: a forced call of one tool, its result, then the answer."""
     messages: list[Any] = [{"role": "system", "content": "You answer with the help of tools."}]
     messages.append({"role": "user", "content": task})
-    asked: dict[str, Any] = {
-        "model": session.model,
-        "temperature": 0,
-        "max_tokens": 48,
-        "tools": [SCHEMAS[tool]],
-    }
+    asked: dict[str, Any] = {"model": session.model, "temperature": 0, "max_tokens": 48, "tools": [SCHEMAS[tool]]}
 
     turn = client.chat.completions.create(**asked, messages=messages, tool_choice="required")
     session.record(f"{task} (tool call)", [routing(turn)])
@@ -41,9 +36,7 @@ def solve(client: OpenAI, session: Session, task: str, tool: str) -> str:
     text = answer.choices[0].message.content or ""
     session.record(f"{task} (answer)", [routing(answer)], text)
     messages[-1] = {**messages[-1], "content": ""}
-    without = client.chat.completions.create(
-        **{**asked, "max_tokens": 1}, messages=messages, tool_choice="none"
-    )
+    without = client.chat.completions.create(**{**asked, "max_tokens": 1}, messages=messages, tool_choice="none")
     assert answer.usage.prompt_tokens > without.usage.prompt_tokens, "the result did not reach the prompt"
     return text
 

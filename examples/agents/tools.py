@@ -70,9 +70,7 @@ def search_files(word: str) -> str:
         word: the word to look for.
     """
     folder = Path(__file__).parent
-    found = [
-        path.name for path in sorted(folder.glob("*.*")) if word.lower() in path.read_text("utf-8").lower()
-    ]
+    found = [path.name for path in sorted(folder.glob("*.*")) if word.lower() in path.read_text("utf-8").lower()]
     return ", ".join(found) or "no file contains it"
 
 
@@ -100,9 +98,7 @@ def _schema(name: str, properties: dict[str, Any]) -> dict[str, Any]:
 
 # `strict` makes the server's grammar enforce the schema, so that arguments are valid whatever the model.
 SCHEMAS: dict[str, Any] = {
-    "calculate": _schema(
-        "calculate", {"expression": {"type": "string", "pattern": r"^[0-9][0-9+*/ ()-]{0,20}[0-9]$"}}
-    ),
+    "calculate": _schema("calculate", {"expression": {"type": "string", "pattern": r"^[0-9][0-9+*/ ()-]{0,20}[0-9]$"}}),
     "query_shop": _schema(
         "query_shop",
         {

@@ -21,13 +21,5 @@ def report(package: str, way: str, traces: Iterable[CollectedTrace]) -> None:
     agents = list(dict.fromkeys(trace.agent for trace in found if trace.agent))
     tokens = sum(trace.tokens for trace in found)
     print(
-        json.dumps(
-            {
-                "version": version(package),
-                "way": way,
-                "agents": agents,
-                "traces": len(found),
-                "tokens": tokens,
-            }
-        )
+        json.dumps({"version": version(package), "way": way, "agents": agents, "traces": len(found), "tokens": tokens})
     )

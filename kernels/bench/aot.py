@@ -32,16 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import triton
-from cases import (
-    KERNELS,
-    Bench,
-    CaseSizes,
-    attention_cases,
-    catch_up_cases,
-    router_cases,
-    routing_cases,
-    verify_cases,
-)
+from cases import KERNELS, Bench, CaseSizes, attention_cases, catch_up_cases, router_cases, routing_cases, verify_cases
 from provenance import provenance
 from shapes import SHAPES
 from triton.backends.compiler import GPUTarget
@@ -139,11 +130,7 @@ EIGHT = replace(SIZES, batches=(8,))
 CASES = (
     (QWEN, SIZES, (*KERNELS, catch_up_cases)),
     (SMOL, EIGHT, (attention_cases, verify_cases, catch_up_cases)),
-    (
-        replace(QWEN, name="8 heads of queries to one of keys", heads=64),
-        EIGHT,
-        (attention_cases, verify_cases),
-    ),
+    (replace(QWEN, name="8 heads of queries to one of keys", heads=64), EIGHT, (attention_cases, verify_cases)),
     (replace(QWEN, name="heads of 256", heads=16, dim=256), EIGHT, (attention_cases, verify_cases)),
     (replace(QWEN, name="fp32", dtype=torch.float32), EIGHT, (routing_cases, router_cases)),
     (replace(SMOL, name="fp16, odd rows", vocab=50_257, dtype=torch.float16), EIGHT, (routing_cases,)),
@@ -201,9 +188,7 @@ def kernel_names() -> set[str]:
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     ]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(
-            f"kernels of one name: {twice}; a report could not say which is which, so rename one"
-        )
+        raise ValueError(f"kernels of one name: {twice}; a report could not say which is which, so rename one")
     return set(names)
 
 
@@ -413,9 +398,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write results/aot.json and results/aot.md")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument(
-        "--batches", type=int, help="count what so many random batches compile, and nothing else"
-    )
+    parser.add_argument("--batches", type=int, help="count what so many random batches compile, and nothing else")
     arguments = parser.parse_args()
     if arguments.batches:
         print(json.dumps(compilations(arguments.batches)))

@@ -124,9 +124,7 @@ def main() -> int:
     only = [op for op in arguments.only.split(",") if op]
     for case in all_cases(bench, only):
         print(f"{case.op}, {case.label}", file=sys.stderr, flush=True)
-        rows += measure(
-            case, device, limits, compiled=not arguments.no_compile, budget_ms=arguments.budget_ms
-        )
+        rows += measure(case, device, limits, compiled=not arguments.no_compile, budget_ms=arguments.budget_ms)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     document = {
         "shape": shape.name,

@@ -244,16 +244,12 @@ def block_cases(bench: Bench) -> Iterator[Case]:
         # Ids in and out, positions, slots and owners: five int64 a row.
         yield Case("prepare_mixed_block", f"{batch} requests, {rows} rows", prepare, 5 * 8 * rows)
         ints = partial(torch.zeros, dtype=torch.int32, device=bench.device)
-        places = GraphSlots(
-            ints(batch), ints(batch + 1), torch.zeros_like(lengths), ints(batch), slots.clone()
-        )
+        places = GraphSlots(ints(batch), ints(batch + 1), torch.zeros_like(lengths), ints(batch), slots.clone())
         call = partial(fill_slots, widths, lengths, slots, places, rows=rows, empty=1)
         yield Case("fill_slots", f"{batch} requests", call, batch * (8 + 8 + 8 + 4 * 3 + 8 * 2))
         commit = (predictions, block.input_ids, block.qo_indptr, lengths)
         stops = torch.full((bench.slots, 8), -1, device=bench.device)
-        call = partial(
-            accept_and_commit, *commit, stride=s.block, request_slots=slots, stops=stops, text=bench.text
-        )
+        call = partial(accept_and_commit, *commit, stride=s.block, request_slots=slots, stops=stops, text=bench.text)
         # Both ids of a row; a request's stops, and its tokens for the engine and the text.
         moved = 2 * 8 * rows + 8 * 8 * batch + (8 + 8) * batch * s.block
         yield Case("accept_and_commit", f"{batch} requests, {rows} rows", call, moved)
@@ -277,9 +273,7 @@ def attention_cases(bench: Bench) -> Iterator[Case]:
                 2 * entries * s.kv_heads * s.dim * q.element_size() + 2 * q.nbytes,
                 4 * entries * width * s.heads * s.dim,
                 others={"torch, K and V contiguous": contiguous_attention(bench, q, batch, width)},
-                compilable=partial(
-                    attention.draft_attention, *arguments, **options, window=None, longest=context
-                ),
+                compilable=partial(attention.draft_attention, *arguments, **options, window=None, longest=context),
             )
 
 
@@ -294,9 +288,7 @@ def verify_cases(bench: Bench) -> Iterator[Case]:
     for context in (bench.sizes.context, *bench.sizes.long):
         for batch in (n for n in bench.sizes.batches if n * context <= MOST_TOKENS or not bench.sizes.long):
             ragged = [(1, 8, WIDEST)[i % 3] for i in range(batch)]
-            yield verify_case(
-                bench, f"{batch} x 1, 8 or 17", ragged, bench.below(context, batch) + 1, context
-            )
+            yield verify_case(bench, f"{batch} x 1, 8 or 17", ragged, bench.below(context, batch) + 1, context)
             lengths = torch.full((batch,), context, device=bench.device)
             for width in (1, 8, WIDEST):
                 yield verify_case(bench, f"{batch} x {width}", [width] * batch, lengths, context)
@@ -371,9 +363,7 @@ def pass_cases(bench: Bench) -> Iterator[Case]:
         members, bonus = torch.arange(batch, device=bench.device), bench.below(s.vocab, batch)
         calibration = torch.ones(BINS + 2, device=bench.device)
         chunks = {"chunks": s.eagle3_chunks, "chunk_width": s.hidden}
-        call = partial(
-            draft_inputs, bench.rings, members, slots, lengths, bonus, bonus, calibration, **chunks
-        )
+        call = partial(draft_inputs, bench.rings, members, slots, lengths, bonus, bonus, calibration, **chunks)
         yield Case("draft_inputs", f"{batch} requests", call, batch * (9 * 8 + 2 * width))
         call = partial(pass_rows, bench.table, slots, lengths, bonus, offset=0, width=s.block, fill=0)
         yield Case("pass_rows", f"{batch} x {s.block} rows", call, batch * (3 * 8 + s.block * (4 + 3 * 8)))
@@ -395,9 +385,7 @@ def draft_cases(bench: Bench) -> Iterator[Case]:
             limits = torch.full_like(members, width)
             call = partial(cut_drafts, sure, calibration, edges, limits)
             if width == s.block - 1:
-                yield Case(
-                    "cut_drafts", f"{len(members)} x {width}", call, 8 * sure.numel() + 16 * len(members)
-                )
+                yield Case("cut_drafts", f"{len(members)} x {width}", call, 8 * sure.numel() + 16 * len(members))
             counts, alive = call()
             tokens = bench.below(s.vocab, len(members), width)
             parts.append((members, Drafts(tokens, counts, alive, sure)))
@@ -414,9 +402,7 @@ def draft_cases(bench: Bench) -> Iterator[Case]:
         read = sum(16 * own.tokens.numel() + 16 * len(members) for members, own in parts)
         yield Case("lay_drafts", f"{batch} requests", lay, read + batch * (8 + 20 * COPIED + 4 * s.block))
         chances = bench.chances(batch, COPIED).cumprod(1)
-        copies = Drafts(
-            bench.below(s.vocab, batch, COPIED), torch.full((batch,), 4, device=bench.device), chances
-        )
+        copies = Drafts(bench.below(s.vocab, batch, COPIED), torch.full((batch,), 4, device=bench.device), chances)
         choose = partial(
             choose_drafts,
             lay(),

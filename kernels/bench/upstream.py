@@ -42,9 +42,7 @@ def materialise(shape: ModelShape, arguments: tuple) -> Call:
             k_pool[slots], v_pool[slots] = k, v
 
     def call() -> None:
-        fused = F.rms_norm(
-            F.linear(features, weights.fc), weights.hidden_norm.shape, weights.hidden_norm, weights.eps
-        )
+        fused = F.rms_norm(F.linear(features, weights.fc), weights.hidden_norm.shape, weights.hidden_norm, weights.eps)
         helper.materialize(fused, positions, write)
 
     return call

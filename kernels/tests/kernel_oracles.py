@@ -173,8 +173,7 @@ def eagle3_rows(features, next_tokens, weights) -> tuple[list[Tensor], list[Tens
         if weights.chunk_norms is not None:
             chunks = feature.view(weights.chunk_norms.shape)
             normed = [
-                rms_norm(chunk, norm, weights.eps)
-                for chunk, norm in zip(chunks, weights.chunk_norms, strict=True)
+                rms_norm(chunk, norm, weights.eps) for chunk, norm in zip(chunks, weights.chunk_norms, strict=True)
             ]
             feature = torch.cat(normed)
         fused = linear(feature, weights.fc, weights.fc_bias)
@@ -216,11 +215,7 @@ def draft_attention(q, k, v, table, request_slots, ends, width, causal, scale, w
 
 def verify_attention(q, k, v, k_pool, v_pool, lists, widths, scale, window, cap, sinks, k_scale, v_scale):
     """[sum(widths), Hq, D] in float64, one head of one row at a time; ``lists`` has each request's slots."""
-    out, groups, begun = (
-        torch.zeros((sum(widths), *q.shape[1:]), dtype=torch.float64),
-        q.shape[1] // k.shape[1],
-        0,
-    )
+    out, groups, begun = (torch.zeros((sum(widths), *q.shape[1:]), dtype=torch.float64), q.shape[1] // k.shape[1], 0)
     q, k, v, k_pool, v_pool = (tensor.double().cpu() for tensor in (q, k, v, k_pool, v_pool))
     for slots, width in zip(lists, widths, strict=True):
         every_key = torch.cat((k_pool[slots] * k_scale, k[begun : begun + width]))
@@ -239,9 +234,7 @@ def verify_attention(q, k, v, k_pool, v_pool, lists, widths, scale, window, cap,
     return out
 
 
-def propose_copy(
-    text, source, limit, alive, factor, chances, boundaries, width, worth, min_match, keep_first
-):
+def propose_copy(text, source, limit, alive, factor, chances, boundaries, width, worth, min_match, keep_first):
     """One request, token by token: (tokens, chances, agreements, place, match length)."""
 
     def match(place: int) -> int:

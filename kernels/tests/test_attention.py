@@ -99,8 +99,7 @@ def test_rows_of_one_request_may_stand_for_requests_of_their_own(backend: str) -
     """So a catch-up attends, whose rows the device alone knows: each up to itself, padding to nothing."""
     generator = torch.Generator().manual_seed(3)
     q, k, v = (
-        torch.randn(count, heads, 16, generator=generator).to(DEVICE)
-        for count, heads in ((7, 4), (400, 2), (400, 2))
+        torch.randn(count, heads, 16, generator=generator).to(DEVICE) for count, heads in ((7, 4), (400, 2), (400, 2))
     )
     table = torch.randperm(400, generator=generator).view(2, 200).int().to(DEVICE)
     last = torch.tensor([90, 91, 92, 93, 4, 5, 0], device=DEVICE)
@@ -110,14 +109,7 @@ def test_rows_of_one_request_may_stand_for_requests_of_their_own(backend: str) -
         alone = draft_attention(q, k, v, table, owners, last, width=1, **given)
         runs = [
             draft_attention(
-                q[begin:end],
-                k,
-                v,
-                table,
-                owners[end - 1 : end],
-                last[end - 1 : end],
-                width=end - begin,
-                **given,
+                q[begin:end], k, v, table, owners[end - 1 : end], last[end - 1 : end], width=end - begin, **given
             )
             for begin, end in ((0, 4), (4, 6))
         ]
@@ -180,9 +172,7 @@ class TestTritonShares:
 
         monkeypatch.setattr(kernels, "FEWEST_ENTRIES", 256)
         with watched_merges() as merges:
-            Batch((40, 4096, 0, 63, 64, 65), 4, 4, False, kv_heads=1, window=window, context=4200).check(
-                "triton"
-            )
+            Batch((40, 4096, 0, 63, 64, 65), 4, 4, False, kv_heads=1, window=window, context=4200).check("triton")
         ((cut, partial),) = merges
         assert cut == [(1, 0, shares)]
         assert int((~partial.isnan().any(1)).sum()) == shares * 4 * 4
@@ -203,9 +193,7 @@ class TestTritonShares:
     causal=st.booleans(),
     window=st.none() | st.integers(0, 300),
 )
-def test_any_batch(
-    backend: str, seq_lens: list[int], width: int, ahead: int, causal: bool, window: int | None
-) -> None:
+def test_any_batch(backend: str, seq_lens: list[int], width: int, ahead: int, causal: bool, window: int | None) -> None:
     Batch(tuple(seq_lens), width + ahead, width, causal, window=window, context=420).check(backend)
 
 

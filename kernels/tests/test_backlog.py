@@ -25,14 +25,10 @@ class Ragged:
 @st.composite
 def batches(draw: st.DrawFn, longest: int) -> Ragged:
     slots = draw(st.lists(st.integers(0, 9), unique=True, max_size=6))
-    return Ragged(
-        slots, [draw(st.integers(0, 40)) for _ in slots], [draw(st.integers(0, longest)) for _ in slots]
-    )
+    return Ragged(slots, [draw(st.integers(0, 40)) for _ in slots], [draw(st.integers(0, longest)) for _ in slots])
 
 
-def sentinel_rings(
-    slots: int, capacity: int, width: int, dtype: torch.dtype = torch.bfloat16
-) -> BacklogRings:
+def sentinel_rings(slots: int, capacity: int, width: int, dtype: torch.dtype = torch.bfloat16) -> BacklogRings:
     return BacklogRings(
         features=torch.full((slots, capacity, width), SENTINEL, dtype=dtype, device=DEVICE),
         next_tokens=torch.full((slots, capacity), SENTINEL, dtype=torch.int64, device=DEVICE),
@@ -208,9 +204,7 @@ def test_unpark_rejects_chunks_outside_the_features() -> None:
 def test_more_rows_than_asked_for_are_left_out(backend: str) -> None:
     table = torch.zeros(2, 8, dtype=torch.int32, device=DEVICE)
     with running(backend), guarded_outputs():
-        _, _, positions, *_ = unpark(
-            filled_rings(2, 4, 8), integers([1]), integers([0]), integers([3]), table, rows=2
-        )
+        _, _, positions, *_ = unpark(filled_rings(2, 4, 8), integers([1]), integers([0]), integers([3]), table, rows=2)
     assert positions.tolist() == [0, 1]
 
 

@@ -108,9 +108,7 @@ def check_round(
 @example([1, 1, 1], 2, 3, torch.int32)
 @example([8, 4, 1, 16], 1, None, torch.int32)
 @example([0, 1, 1], 2, 3, torch.int64)
-def test_any_round(
-    backend: str, widths: list[int], seed: int, padding: int | None, dtype: torch.dtype
-) -> None:
+def test_any_round(backend: str, widths: list[int], seed: int, padding: int | None, dtype: torch.dtype) -> None:
     check_round(backend, widths, seed, padding=padding, dtype=dtype)
 
 
@@ -121,9 +119,7 @@ def test_any_round_that_may_end(backend: str, data: st.DataObject, widths: list[
     columns = data.draw(st.integers(1, 3))
     ending = st.lists(st.sampled_from([-1, -1, 0, 1, 2]), min_size=columns, max_size=columns)
     stops = [data.draw(ending) for _ in widths]
-    check_round(
-        backend, widths, seed, stops=stops, dtype=data.draw(st.sampled_from([torch.int32, torch.int64]))
-    )
+    check_round(backend, widths, seed, stops=stops, dtype=data.draw(st.sampled_from([torch.int32, torch.int64])))
 
 
 def test_256_requests(backend: str) -> None:
@@ -167,9 +163,7 @@ def test_commit_stops_at_the_stride_or_a_stop(backend: str, stops: list[int], co
 def graph_slots(count: int) -> GraphSlots:
     """Full of nonsense."""
     wide = torch.full((2, count), -9, dtype=torch.int64, device=DEVICE)
-    widths, ends, indptr = (
-        torch.full((n,), -9, dtype=torch.int32, device=DEVICE) for n in (count, count, count + 1)
-    )
+    widths, ends, indptr = (torch.full((n,), -9, dtype=torch.int32, device=DEVICE) for n in (count, count, count + 1))
     return GraphSlots(widths, indptr, wide[0], ends, wide[1].clone())
 
 
@@ -195,9 +189,7 @@ def test_slots_hold_a_batch_and_what_it_leaves(
     assert slots.widths.tolist() == [*widths, *more]
     assert slots.qo_indptr.tolist() == [0, *accumulate([*widths, *more])]
     assert slots.seq_lens.tolist() == [*lengths, *[3] * spare]
-    assert slots.ends.tolist() == [
-        n + w for n, w in zip([*lengths, *[3] * spare], [*widths, *more], strict=True)
-    ]
+    assert slots.ends.tolist() == [n + w for n, w in zip([*lengths, *[3] * spare], [*widths, *more], strict=True)]
     assert slots.request_slots.tolist() == [*requests, *[0] * spare]
 
 

@@ -71,10 +71,7 @@ def sentinel_pools(shape: Shape, dtype: torch.dtype, layout: str = "separate") -
         pools = [tensor[1:].view(size) for tensor in flat]
         return KVPools(tuple(pools[: shape.layers]), tuple(pools[shape.layers :]))
     return KVPools(
-        *(
-            tuple(torch.full(size, SENTINEL, dtype=dtype, device=DEVICE) for _ in range(shape.layers))
-            for _ in range(2)
-        )
+        *(tuple(torch.full(size, SENTINEL, dtype=dtype, device=DEVICE) for _ in range(shape.layers)) for _ in range(2))
     )
 
 
@@ -149,9 +146,7 @@ def check_dflash(
     check_pools(pools, rows, weights.k_norm, positions, slots, rope, kept)
 
 
-def check_eagle3(
-    backend: str, shape: Shape, dtype: torch.dtype, *, sliced: bool = False, **options: object
-) -> None:
+def check_eagle3(backend: str, shape: Shape, dtype: torch.dtype, *, sliced: bool = False, **options: object) -> None:
     """sliced: the rotations are a part of a wider table."""
     source = Source(dtype)
     weights = replace(

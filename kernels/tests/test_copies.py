@@ -64,9 +64,7 @@ def check(
     if right is not None:
         chances.fill_(right)
         factors.fill_(1.0)
-    left = [
-        limit if drafts is None else limit * (count > 0) for limit, count in zip(limits, counts, strict=True)
-    ]
+    left = [limit if drafts is None else limit * (count > 0) for limit, count in zip(limits, counts, strict=True)]
     on_device = [
         tensor.to(DEVICE)
         for tensor in (
@@ -80,9 +78,7 @@ def check(
             torch.tensor(BOUNDARIES, dtype=torch.int32),
         )
     ]
-    behind = (
-        None if drafts is None else (torch.tensor(counts, dtype=torch.int64).to(DEVICE), alive.to(DEVICE))
-    )
+    behind = None if drafts is None else (torch.tensor(counts, dtype=torch.int64).to(DEVICE), alive.to(DEVICE))
     expected_back = back.clone()  # on a CPU the op writes to `back` itself
     options = {"width": width, "worth": worth, "min_match": min_match}
     propose = compiled().propose if backend == "compiled" else propose_copies
@@ -110,10 +106,7 @@ TEXTS: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
     "repeats": ([[5, 6, 7, 8, 9, 5, 6, 7], [1, 2, 3], [4], [], [3] * 40, [1, 2] * 30], {}),
     "places disagree": ([[1, 2, 9, 1, 2, 9, 8, 1, 2, 7, 1, 2], [8, 1, 2, 5, 3, 1, 2, 6, 8, 1, 2]], {}),
     "more places than are kept": ([[*OFTEN, 1, 2], [*OFTEN, 1], [*OFTEN * 4, 1, 2]], {}),
-    "a copy goes on where it was": (
-        [[1, 2, 3, 4, 9, *[1, 2, 8] * 10, 1, 2]] * 4,
-        {"sources": [2, 5, 0, 10_000]},
-    ),
+    "a copy goes on where it was": ([[1, 2, 3, 4, 9, *[1, 2, 8] * 10, 1, 2]] * 4, {"sources": [2, 5, 0, 10_000]}),
     "the only place is where a copy goes on": ([[5, 6, 7, 8, 9, 5, 6, 7]], {"sources": [3]}),
     "a chance that equals its price": ([[5, 6, 7, 8, 9, 5, 6, 7]], {"worth": 0.25, "right": 0.5}),
     "no chance is certain": ([[5, 6, 7, 8, 9, 5, 6, 7]], {"right": 1.0}),
@@ -125,10 +118,7 @@ TEXTS: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
     ),
     "two tokens match behind many places where one does": ([[1, 2, 7, *[3, 2] * 600, 5, 1, 2]], {}),
     **{
-        f"matches of {shortest}": (
-            [[1, 5, 2, 1], [3, 1, 5, 2, 3, 1], [4, 3, 1, 5, 4, 3, 1]],
-            {"min_match": shortest},
-        )
+        f"matches of {shortest}": ([[1, 5, 2, 1], [3, 1, 5, 2, 3, 1], [4, 3, 1, 5, 4, 3, 1]], {"min_match": shortest})
         for shortest in (1, 2, 3, 40)
     },
     "no requests": ([], {}),

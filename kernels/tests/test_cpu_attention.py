@@ -112,9 +112,7 @@ def tensors_of(case: Case, dtype: torch.dtype = torch.bfloat16) -> Tensors:
 
 
 def run(kernel: Any, case: Case, x: Tensors, scale: float | None = None) -> Tensor:
-    plan = kernel.plan(
-        x.table, case.q_lens, case.kv_lens, causal=case.causal, request_rows=x.rows, window=case.window
-    )
+    plan = kernel.plan(x.table, case.q_lens, case.kv_lens, causal=case.causal, request_rows=x.rows, window=case.window)
     assert isinstance(kernel, InTorch) or fits(x.q, x.k, x.v)
     found: Tensor = plan.run(x.q, x.k, x.v, scale or case.size**-0.5, x.sinks)
     return found
@@ -211,16 +209,12 @@ def test_values_may_be_a_part_of_keys(compiled: CompiledAttention) -> None:
     case = Case((2, 9), (70, 9), kv_heads=1, share=4, size=80, v_size=64)
     x = tensors_of(case)
     shared = Tensors(x.q, x.k, x.k[..., :64], x.table, x.rows, None)
-    torch.testing.assert_close(
-        run(compiled, case, shared).double(), by_formula(case, shared), rtol=2**-7, atol=2**-7
-    )
+    torch.testing.assert_close(run(compiled, case, shared).double(), by_formula(case, shared), rtol=2**-7, atol=2**-7)
 
 
 @settings(deadline=None, max_examples=60)
 @given(case=cases(), others=st.integers(1, 3), threads=st.sampled_from([1, 3]))
-def test_a_request_does_not_depend_on_others_or_on_threads(
-    kernel: Any, case: Case, others: int, threads: int
-) -> None:
+def test_a_request_does_not_depend_on_others_or_on_threads(kernel: Any, case: Case, others: int, threads: int) -> None:
     """Alone as beside any others, on any number of threads; what is compiled bit by bit."""
     exact = not isinstance(kernel, InTorch)
     x = tensors_of(case, torch.bfloat16 if exact else kernel.dtype)
@@ -231,12 +225,7 @@ def test_a_request_does_not_depend_on_others_or_on_threads(
         row = 0
         for request, (m, n) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
             plan = kernel.plan(
-                x.table,
-                [m],
-                [n],
-                causal=case.causal,
-                request_rows=x.rows[request : request + 1],
-                window=case.window,
+                x.table, [m], [n], causal=case.causal, request_rows=x.rows[request : request + 1], window=case.window
             )
             alone = plan.run(x.q[row : row + m], x.k, x.v, case.size**-0.5, x.sinks)
             most = 0.0 if exact else 2e-6 if kernel.dtype == torch.float32 else 2**-7
@@ -283,9 +272,7 @@ def test_lengths_are_checked(kernel: Any, q_lens: list[int], kv_lens: list[int],
 
 
 def test_no_rows_are_no_work(kernel: Any) -> None:
-    x = tensors_of(
-        Case((1,), (5,)), torch.bfloat16 if isinstance(kernel, CompiledAttention) else kernel.dtype
-    )
+    x = tensors_of(Case((1,), (5,)), torch.bfloat16 if isinstance(kernel, CompiledAttention) else kernel.dtype)
     for widths, lengths in (((), ()), ((0,), (5,))):
         plan = kernel.plan(x.table, widths, lengths, causal=True)
         assert plan.run(x.q[:0], x.k, x.v, 1.0).shape == (0, 6, 64)

@@ -47,9 +47,7 @@ def test_entries_of_the_slot_table_may_lie_apart(kernel: CompiledAttention, dtyp
 
 
 @pytest.mark.parametrize(("rows", "entries"), [(1, 50), (1, 250), (5, 250), (70, 250)])
-def test_what_lies_before_every_window_is_not_read(
-    kernel: CompiledAttention, rows: int, entries: int
-) -> None:
+def test_what_lies_before_every_window_is_not_read(kernel: CompiledAttention, rows: int, entries: int) -> None:
     window, table = 10, slots_of(1, SLOTS)
     q, k, v = normal(rows, HEADS, SIZE), normal(SLOTS, KV_HEADS, SIZE), normal(SLOTS, KV_HEADS, SIZE)
     plan = kernel.plan(table, [rows], [entries], causal=True, window=window)
@@ -76,9 +74,7 @@ def test_what_is_no_number_is_seen(kernel: CompiledAttention, entry: int) -> Non
     [(2, 4, 32, None), (4, 4, 32, None), (3, 4, 64, None), (3, 3, 32, None), (3, 1, 32, None), (3, 4, 32, 2)],
     ids=["fewer rows", "more rows", "wider", "a head over", "fewer heads", "fewer sinks"],
 )
-def test_shapes_that_do_not_fit(
-    kernel: CompiledAttention, rows: int, heads: int, size: int, sinks: int | None
-) -> None:
+def test_shapes_that_do_not_fit(kernel: CompiledAttention, rows: int, heads: int, size: int, sinks: int | None) -> None:
     plan = kernel.plan(slots_of(1, SLOTS), [3], [10], causal=True)
     k = normal(SLOTS, KV_HEADS, SIZE)
     with pytest.raises(ValueError, match="do not fit"):

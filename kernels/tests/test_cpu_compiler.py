@@ -100,8 +100,7 @@ def planted(folder: Path, source: Path) -> Path:
     compiler.load(source, own)
     trace, program = own.with_name("loaded"), own.with_name("planted.c")
     program.write_text(
-        "#include <stdio.h>\n__attribute__((constructor)) void here(void)"
-        f' {{ fclose(fopen("{trace}", "w")); }}\n'
+        f'#include <stdio.h>\n__attribute__((constructor)) void here(void) {{ fclose(fopen("{trace}", "w")); }}\n'
     )
     folder.mkdir()
     library = folder / only(own).name

@@ -38,12 +38,8 @@ def close(found: Tensor, exact: Tensor) -> None:
     adds=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
-def test_norms(
-    compiled: CompiledLayers, rows: int, size: int, offset: float, adds: bool, dtype: torch.dtype
-) -> None:
-    x, added, weight = (
-        normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(rows, size)] * 2 + [(size,)])
-    )
+def test_norms(compiled: CompiledLayers, rows: int, size: int, offset: float, adds: bool, dtype: torch.dtype) -> None:
+    x, added, weight = (normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(rows, size)] * 2 + [(size,)]))
     total, normed = compiled.norm(x, weight, 1e-3, offset, added if adds else None)
     exact = x.double() + added.double() if adds else x.double()
     close(total, exact)
@@ -103,11 +99,7 @@ def test_a_row_does_not_depend_on_its_neighbours(compiled: CompiledLayers, dtype
     def results(part: slice) -> list[Tensor]:
         turned = x[part].reshape(-1, 6, 192).clone()
         compiled.rotate(turned[:, :4], turned[:, 4:], table[part, :96].contiguous(), None)
-        return [
-            *compiled.norm(x[part], table[0], 1e-5, 0.0, added[part]),
-            compiled.silu_and_mul(x[part]),
-            turned,
-        ]
+        return [*compiled.norm(x[part], table[0], 1e-5, 0.0, added[part]), compiled.silu_and_mul(x[part]), turned]
 
     whole = results(slice(0, 64))
     for begin, end in ((0, 1), (63, 64), (5, 9), (20, 53)):

@@ -68,9 +68,7 @@ def test_strided_rows(products: CompiledProducts) -> None:
 
 
 @pytest.mark.parametrize(("x", "bias"), [((3, 63), 32), ((3, 64), 31)])
-def test_shapes_that_do_not_fit_are_refused(
-    products: CompiledProducts, x: tuple[int, int], bias: int
-) -> None:
+def test_shapes_that_do_not_fit_are_refused(products: CompiledProducts, x: tuple[int, int], bias: int) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         products(normal(*x), normal(32, 64), normal(bias))
 

@@ -29,9 +29,7 @@ def memory(tensor: torch.Tensor) -> int:
     dtype=dtypes,
     spare=spares,
 )
-def test_any_claim(
-    backend: str, arms: int, slots: list[int], seed: int, dtype: torch.dtype, spare: int | None
-) -> None:
+def test_any_claim(backend: str, arms: int, slots: list[int], seed: int, dtype: torch.dtype, spare: int | None) -> None:
     generator = torch.Generator().manual_seed(seed)
     watermarks = torch.randint(0, CONTEXT, (arms, SLOTS), generator=generator)
     lengths = torch.randint(1, CONTEXT, (len(slots),), generator=generator).tolist()
@@ -41,9 +39,7 @@ def test_any_claim(
     marks, into = watermarks.to(DEVICE), None
     if spare is not None:
         size = len(slots) + spare
-        into = Claims(
-            *(integers([OLD]).expand(shape).clone() for shape in (size, (arms, size), (arms, size)))
-        )
+        into = Claims(*(integers([OLD]).expand(shape).clone() for shape in (size, (arms, size), (arms, size))))
     batch = integers(slots, dtype), integers(lengths, dtype), due.to(DEVICE, dtype)
     with running(backend), guarded_outputs():
         found = claim_backlogs(marks, *batch, into=into)
@@ -75,9 +71,7 @@ def test_any_members(
     features = torch.randn(SLOTS, CAPACITY, 24, generator=generator).to(DEVICE)
     rings = BacklogRings(features, torch.zeros(SLOTS, CAPACITY, dtype=torch.int64, device=DEVICE))
     slots = torch.randperm(SLOTS, generator=generator)[:requests].tolist()
-    lengths, bonus, limits = (
-        torch.randint(1, CONTEXT, (requests,), generator=generator).tolist() for _ in range(3)
-    )
+    lengths, bonus, limits = (torch.randint(1, CONTEXT, (requests,), generator=generator).tolist() for _ in range(3))
     members = data.draw(st.none() | st.lists(st.integers(0, requests - 1), unique=True))
     chunks = data.draw(st.sampled_from([None, (), (2, 0), (1,)]))
     columns = list(range(24)) if chunks is None else [c * 8 + i for c in chunks for i in range(8)]
@@ -152,8 +146,7 @@ def test_any_pass(
     positions = [[n + offset + i for i in range(width)] for n in lengths]
     assert places.tolist() == [[max(p, 0) for p in own] for own in positions]
     assert cache_slots.tolist() == [
-        [int(table[slot, p]) if p >= 0 else 0 for p in own]
-        for slot, own in zip(slots, positions, strict=True)
+        [int(table[slot, p]) if p >= 0 else 0 for p in own] for slot, own in zip(slots, positions, strict=True)
     ]
     if fill is None:
         assert ids is None

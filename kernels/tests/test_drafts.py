@@ -35,14 +35,9 @@ def test_any_cut(backend: str, data: st.DataObject, members: int, width: int, wo
         floats(confidences).view(members, width)
     )
     with running(backend), guarded_outputs():
-        counts, alive = cut_drafts(
-            strided, floats([*calibration, worth]), floats(edges), integers(limits, dtype)
-        )
+        counts, alive = cut_drafts(strided, floats([*calibration, worth]), floats(edges), integers(limits, dtype))
     # As float32 sees the edges: 0.1 is not below itself.
-    found = [
-        oracles.cut(own, calibration, edges, limit, worth)
-        for own, limit in zip(confidences, limits, strict=True)
-    ]
+    found = [oracles.cut(own, calibration, edges, limit, worth) for own, limit in zip(confidences, limits, strict=True)]
     assert counts.tolist() == [kept for kept, _ in found]
     assert alive.tolist() == [lives for _, lives in found]
     assert (counts.dtype, alive.dtype) == (torch.int64, torch.float32)
@@ -107,9 +102,7 @@ def test_any_laying(backend: str, data: st.DataObject, size: int, width: int, co
 def drafts(draw: st.DrawFn, most: int, tokens: int) -> list[Draft]:
     """Tokens with chances that never rise."""
     size = draw(st.sampled_from([most, min(most, 1), 0]))
-    chances = draw(
-        st.lists(st.sampled_from([0.5, 0.0, 0.125, 0.25, 0.75, 1.0]), min_size=size, max_size=size)
-    )
+    chances = draw(st.lists(st.sampled_from([0.5, 0.0, 0.125, 0.25, 0.75, 1.0]), min_size=size, max_size=size))
     return [(tokens + i, chance) for i, chance in enumerate(sorted(chances, reverse=True))]
 
 
@@ -118,11 +111,7 @@ def padded(rows: list[list[Draft]], width: int) -> tuple[torch.Tensor, torch.Ten
     tokens = [[token for token, _ in own] + [-7] * (width - len(own)) for own in rows]
     chances = [[chance for _, chance in own] + [9.0] * (width - len(own)) for own in rows]
     size = len(rows)
-    return (
-        integers(tokens).view(size, width),
-        integers([len(own) for own in rows]),
-        floats(chances).view(size, width),
-    )
+    return (integers(tokens).view(size, width), integers([len(own) for own in rows]), floats(chances).view(size, width))
 
 
 @st.composite
@@ -139,9 +128,7 @@ def host_candidates(draw: st.DrawFn, most: int, tokens: int) -> tuple[list[Draft
 
 
 @settings(max_examples=examples(100), deadline=None)
-@given(
-    data=st.data(), size=st.sampled_from([5, 2, 0]), width=st.sampled_from([7, 4, 1]), count=st.integers(0, 2)
-)
+@given(data=st.data(), size=st.sampled_from([5, 2, 0]), width=st.sampled_from([7, 4, 1]), count=st.integers(0, 2))
 def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, count: int) -> None:
     has_behind, has_copies = data.draw(st.booleans()), data.draw(st.booleans())
     worth, room = data.draw(st.sampled_from([0.0, 0.125])), data.draw(st.none() | st.integers(0, 20))
@@ -159,12 +146,8 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
         proposed = [data.draw(host_candidates(longest, 100 * b + 60 + 10 * k)) for k in range(count)]
         copies = data.draw(drafts(min(width, columns), 100 * b + 40)) if has_copies else []
         limit = min([candidate[3] for candidate in proposed], default=0)
-        requests.append(
-            (laid, behind, [(*candidate[:3], min(limit, width)) for candidate in proposed], copies)
-        )
-    own, more, copied = (
-        padded([r[i] for r in requests], w) for i, w in ((0, width), (1, extra), (3, columns))
-    )
+        requests.append((laid, behind, [(*candidate[:3], min(limit, width)) for candidate in proposed], copies))
+    own, more, copied = (padded([r[i] for r in requests], w) for i, w in ((0, width), (1, extra), (3, columns)))
     drawn, faults = [len(r[0]) + len(left) for r, left in zip(requests, spare, strict=True)], [0, 0, 1, 0, 0]
     drafted, _, chances = padded([r[0] + left for r, left in zip(requests, spare, strict=True)], width)
     laid_drafts = Drafts(drafted, own[1], chances, faults=integers(faults[:size]))
@@ -189,10 +172,7 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
         (
             laid,
             behind,
-            [
-                (proposed, passed, agrees or passed <= 0, most)
-                for proposed, passed, agrees, most in own_candidates
-            ],
+            [(proposed, passed, agrees or passed <= 0, most) for proposed, passed, agrees, most in own_candidates],
             copies,
         )
         for laid, behind, own_candidates, copies in requests

@@ -52,9 +52,7 @@ def random(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def close(found: Tensor, expected: Tensor) -> None:
     exact = found.dtype == torch.float32
-    torch.testing.assert_close(
-        found.double(), expected, rtol=1e-5 if exact else 2e-2, atol=1e-5 if exact else 2e-2
-    )
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5 if exact else 2e-2, atol=1e-5 if exact else 2e-2)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -64,10 +62,7 @@ def test_torch_norms_by_the_formula(shape: tuple[int, ...], dtype: torch.dtype, 
     x, weight = random(*shape, dtype=dtype), random(64, dtype=dtype)
     with running("torch"), torch.no_grad():
         found = layers.rms_norm(x, weight, 1e-3, unit_offset=unit_offset)
-    close(
-        found,
-        normed(x, weight + unit_offset if dtype == torch.float32 else weight.double() + unit_offset, 1e-3),
-    )
+    close(found, normed(x, weight + unit_offset if dtype == torch.float32 else weight.double() + unit_offset, 1e-3))
     assert found.dtype == dtype
 
 
@@ -146,13 +141,7 @@ class StandIns:
         return activated(input).to(input.dtype)
 
     def apply_rope_with_cos_sin_cache_inplace(
-        self,
-        positions: Tensor,
-        query: Tensor,
-        key: Tensor,
-        head_size: int,
-        cos_sin_cache: Tensor,
-        is_neox: bool,
+        self, positions: Tensor, query: Tensor, key: Tensor, head_size: int, cos_sin_cache: Tensor, is_neox: bool
     ) -> None:
         assert is_neox
         assert positions.shape == (len(query),)
@@ -209,9 +198,9 @@ def test_flashinfer_adds_and_norms(flashinfer: StandIns, unit_offset: bool) -> N
     total, found = layers.add_rms_norm(residual.clone(), x.clone(), weight, 1e-3, unit_offset=unit_offset)
     close(total, added)
     close(found, normed(added, weight.double() + unit_offset, 1e-3))
-    assert ON_GPU or flashinfer.calls == [
-        "gemma_fused_add_rmsnorm" if unit_offset else "fused_add_rmsnorm"
-    ], "one launch"
+    assert ON_GPU or flashinfer.calls == ["gemma_fused_add_rmsnorm" if unit_offset else "fused_add_rmsnorm"], (
+        "one launch"
+    )
 
 
 @pytest.mark.parametrize("unit_offset", [False, True])

@@ -15,9 +15,7 @@ def matrix(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tens
     return torch.randn(rows, columns, generator=generator).to(dtype)
 
 
-needs_onednn = pytest.mark.skipif(
-    not packable(matrix(8, 8)), reason="oneDNN multiplies no bfloat16 on this processor"
-)
+needs_onednn = pytest.mark.skipif(not packable(matrix(8, 8)), reason="oneDNN multiplies no bfloat16 on this processor")
 
 
 @needs_onednn
@@ -104,13 +102,7 @@ def test_a_copy_is_of_the_weight_as_it_was_until_it_is_forgotten() -> None:
 
 @pytest.mark.parametrize(
     "weight",
-    [
-        matrix(8, 8, torch.float32),
-        matrix(8, 8)[0],
-        matrix(8, 8)[:, :4],
-        matrix(0, 8),
-        matrix(8, 8).requires_grad_(),
-    ],
+    [matrix(8, 8, torch.float32), matrix(8, 8)[0], matrix(8, 8)[:, :4], matrix(0, 8), matrix(8, 8).requires_grad_()],
 )
 def test_what_is_left_alone(weight: Tensor) -> None:
     assert not packable(weight)

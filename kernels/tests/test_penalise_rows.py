@@ -35,9 +35,7 @@ def check(backend: str, seed: int, vocab: int, dtype: torch.dtype = torch.float3
     bounds, padding = [0, *accumulate(widths)], rng.randint(0, 3)
     logits = torch.randn((bounds[-1] + padding, vocab), generator=generator).to(dtype)
     ids = torch.randint(vocab, (len(logits),), generator=generator)
-    text = torch.tensor(
-        [rng.choices([-2, -27, vocab, 1 << 40, 0, vocab - 1], k=CONTEXT) for _ in range(SLOTS)]
-    )
+    text = torch.tensor([rng.choices([-2, -27, vocab, 1 << 40, 0, vocab - 1], k=CONTEXT) for _ in range(SLOTS)])
     bias = torch.randn((PLACES, vocab), generator=generator)
     bias[-1, rng.randrange(vocab)] = -math.inf
     places, factors, lengths = torch.full((SLOTS, 4), -1), torch.full((SLOTS, 3), math.nan), []
@@ -50,9 +48,7 @@ def check(backend: str, seed: int, vocab: int, dtype: torch.dtype = torch.float3
             places[slot] = torch.tensor(
                 [rng.choice([-1, slot - 1, slot - 1]), PLACES - 1, answer, answer + rng.randint(0, 30)]
             )
-            factors[slot] = torch.tensor(
-                [rng.choice([0, 0.5, -0.3]), rng.choice([0, 0.7]), rng.choice([1, 1.3])]
-            )
+            factors[slot] = torch.tensor([rng.choice([0, 0.5, -0.3]), rng.choice([0, 0.7]), rng.choice([1, 1.3])])
     expected = logits.double()
     for request, slot in enumerate(slots):
         place, early, answer, enough = places[slot].tolist()
@@ -78,9 +74,7 @@ def test_every_row_counts_its_own_drafts(backend: str) -> None:
         check(backend, seed, vocab=11)
 
 
-@pytest.mark.parametrize(
-    ("vocab", "dtype"), [(1, torch.float32), (4097, torch.float32), (300, torch.bfloat16)]
-)
+@pytest.mark.parametrize(("vocab", "dtype"), [(1, torch.float32), (4097, torch.float32), (300, torch.bfloat16)])
 def test_vocabularies_and_types(backend: str, vocab: int, dtype: torch.dtype) -> None:
     for seed in range(3):
         check(backend, seed, vocab, dtype)

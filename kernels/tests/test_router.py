@@ -11,9 +11,7 @@ from whiflash_kernels import router_mlp
 def layers(hidden: int, units: int, outputs: int, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(hidden + units)
     sizes = [(units, hidden), (units,), (outputs, units), (outputs,)]
-    return [
-        (torch.randn(*size, generator=generator) * size[-1] ** -0.5).to(dtype).to(DEVICE) for size in sizes
-    ]
+    return [(torch.randn(*size, generator=generator) * size[-1] ** -0.5).to(dtype).to(DEVICE) for size in sizes]
 
 
 def states(rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:

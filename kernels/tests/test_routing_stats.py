@@ -29,9 +29,7 @@ def check(stats: tuple[torch.Tensor, ...], logits: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("rows", "vocab"), [(1, 1), (1, 2), (3, 5), (2, 4096), (2, 4097), (256, 33), (1, 151_936)]
-)
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (1, 2), (3, 5), (2, 4096), (2, 4097), (256, 33), (1, 151_936)])
 def test_random_logits(backend: str, dtype: torch.dtype, rows: int, vocab: int) -> None:
     logits = random_logits(rows, vocab, dtype)
     before = logits.clone()

@@ -68,10 +68,7 @@ def check(
     allowed[0], allowed[:, vocab // 2] = True, True
     of_row = torch.randint(3, (rows + padding,), generator=generator)
     slots = (torch.randperm(SLOTS - 1, generator=generator)[:count] + 1).tolist()
-    parameters, seeds = (
-        [KINDS[kind] for kind in kinds],
-        [(seed * 7 + (i << 60)) % (1 << 63) for i in range(count)],
-    )
+    parameters, seeds = ([KINDS[kind] for kind in kinds], [(seed * 7 + (i << 60)) % (1 << 63) for i in range(count)])
     lengths = torch.randint(5, 90, (count,), generator=generator).tolist()
     own = table(parameters, slots, seeds)
     slots = [0] * count if nobody else slots

@@ -113,9 +113,7 @@ def cut(backend: str, shares: int, fewest: int) -> mock._patch:
 def random_batch(seed: int) -> Batch:
     rng = random.Random(seed)
     some = range(rng.randint(1, 6))
-    lengths = [
-        rng.choice((0, 1, 63, 64, 65, *(rng.randint(0, n) for n in (300, 300, 1000, 4096)))) for _ in some
-    ]
+    lengths = [rng.choice((0, 1, 63, 64, 65, *(rng.randint(0, n) for n in (300, 300, 1000, 4096)))) for _ in some]
     widths = [rng.choice((0, 1, 1, 2, 3, 4, 5, 8, 16, 17, 33)) for _ in some]
     return Batch(
         tuple(widths),
@@ -219,9 +217,7 @@ def test_rejects_what_does_not_fit() -> None:
     offsets = torch.tensor([0, 4])
 
     def attend(q=q, k=k, v=k, out=q, k_pool=pool, v_pool=pool, kv=offsets, most=4, sinks=None):
-        verify_attention(
-            q, k, v, out, k_pool, v_pool, offsets, kv, offsets, most=most, scale=1.0, sinks=sinks
-        )
+        verify_attention(q, k, v, out, k_pool, v_pool, offsets, kv, offsets, most=most, scale=1.0, sinks=sinks)
 
     attend()
     for error, wrong in {

@@ -36,9 +36,7 @@ def served(requests: int, widths: set[int], candidates: int) -> Served:
     [(2, {1, 33}, 2), (48, {1}, 1), (96, {1}, 0)],
     ids=["1 and 2", "1 and 48", "1, 64 and 96"],
 )
-def test_launches_before_the_first_request(
-    backend: str, requests: int, widths: set[int], candidates: int
-) -> None:
+def test_launches_before_the_first_request(backend: str, requests: int, widths: set[int], candidates: int) -> None:
     """Batches of the sizes in its name. Only zeros are written to rows that are nobody's."""
     server = served(requests, widths, candidates)
     with running(backend):

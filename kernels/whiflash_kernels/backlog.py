@@ -11,11 +11,7 @@ from whiflash_kernels.structs import PAD_ROW, BacklogRings, Claims
 
 
 def _check_features(rings: BacklogRings, features: Tensor, *_: Any, **__: Any) -> None:
-    if (
-        features.ndim != 2
-        or features.shape[1] != rings.features.shape[2]
-        or features.dtype != rings.features.dtype
-    ):
+    if features.ndim != 2 or features.shape[1] != rings.features.shape[2] or features.dtype != rings.features.dtype:
         raise ValueError(
             f"features must be [T, {rings.features.shape[2]}] {rings.features.dtype} to fit the rings, "
             f"got {tuple(features.shape)} {features.dtype}"
@@ -81,9 +77,7 @@ def check_chunks(
     if chunks and not (
         chunk_width > 0 and width % chunk_width == 0 and all(0 <= c < width // chunk_width for c in chunks)
     ):
-        raise ValueError(
-            f"chunks {tuple(chunks)} of {chunk_width} columns do not fit features of width {width}"
-        )
+        raise ValueError(f"chunks {tuple(chunks)} of {chunk_width} columns do not fit features of width {width}")
 
 
 @op(check_chunks)
@@ -151,22 +145,14 @@ def unpark(
     def padded(tensor: Tensor, value: int = 0) -> Tensor:
         return torch.cat([tensor, tensor.new_full((missing, *tensor.shape[1:]), value)])
 
-    return (
-        padded(features),
-        padded(tokens),
-        padded(positions),
-        padded(cache_slots, PAD_ROW),
-        padded(owner, PAD_ROW),
-    )
+    return (padded(features), padded(tokens), padded(positions), padded(cache_slots, PAD_ROW), padded(owner, PAD_ROW))
 
 
 def _check_claim(
     watermarks: Tensor, request_slots: Tensor, _: Tensor, due: Tensor, *, into: Claims | None = None
 ) -> None:
     if due.shape != (watermarks.shape[0], request_slots.shape[0]):
-        raise ValueError(
-            f"due must be {(watermarks.shape[0], request_slots.shape[0])}, got {tuple(due.shape)}"
-        )
+        raise ValueError(f"due must be {(watermarks.shape[0], request_slots.shape[0])}, got {tuple(due.shape)}")
     if not watermarks.is_contiguous():
         raise ValueError("watermarks must be contiguous")
     if into is not None and len(request_slots) > len(into.request_slots):
@@ -222,8 +208,6 @@ def _ragged(
     kept = lengths.clamp_max(capacity).long()
     owner = torch.repeat_interleave(kept)
     # Index inside the request's run of rows; a run longer than the ring keeps its last `capacity` rows.
-    inside = (
-        torch.arange(owner.numel(), device=owner.device) - (kept.cumsum(0) - kept - lengths + kept)[owner]
-    )
+    inside = torch.arange(owner.numel(), device=owner.device) - (kept.cumsum(0) - kept - lengths + kept)[owner]
     ring_rows = request_slots[owner].long() * capacity + (begins[owner] + inside) % capacity
     return row_starts[owner] + inside, ring_rows

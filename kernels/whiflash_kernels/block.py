@@ -118,8 +118,7 @@ def fill_slots(
 def _check_rows(predictions: Tensor, input_ids: Tensor, *_: Any, stride: int, **__: Any) -> None:
     if predictions.shape != input_ids.shape:
         raise ValueError(
-            "predictions and input_ids must match, "
-            f"got {tuple(predictions.shape)} and {tuple(input_ids.shape)}"
+            f"predictions and input_ids must match, got {tuple(predictions.shape)} and {tuple(input_ids.shape)}"
         )
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}")
@@ -193,9 +192,7 @@ def accept_and_commit(
     )
 
 
-def _one_row_each(
-    bonus: Tensor, seq_lens: Tensor, request_slots: Tensor, req_to_token: Tensor
-) -> tuple[Tensor, ...]:
+def _one_row_each(bonus: Tensor, seq_lens: Tensor, request_slots: Tensor, req_to_token: Tensor) -> tuple[Tensor, ...]:
     """Return ids, positions, KV slots, request of each row, and `qo_indptr`, for one row per request."""
     indptr = torch.arange(bonus.shape[0] + 1, dtype=torch.int32, device=bonus.device)
     slots = req_to_token[request_slots, seq_lens].long()

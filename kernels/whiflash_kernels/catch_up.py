@@ -34,19 +34,12 @@ def _check(
             f"{positions.shape[0]}, {cache_slots.shape[0]}"
         )
     if isinstance(weights, Eagle3Weights) and len(pools.k) != 1:
-        raise ValueError(
-            f"the KV-only pass is exact for one-layer EAGLE-3 only, got pools of {len(pools.k)} layers"
-        )
+        raise ValueError(f"the KV-only pass is exact for one-layer EAGLE-3 only, got pools of {len(pools.k)} layers")
 
 
 @torch.no_grad()
 def dflash_catch_up(
-    features: Tensor,
-    positions: Tensor,
-    cache_slots: Tensor,
-    weights: DFlashWeights,
-    rope_table: Tensor,
-    pools: KVPools,
+    features: Tensor, positions: Tensor, cache_slots: Tensor, weights: DFlashWeights, rope_table: Tensor, pools: KVPools
 ) -> Tensor:
     """Write K and V of every DFlash layer for N context positions.
 

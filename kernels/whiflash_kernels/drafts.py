@@ -17,15 +17,11 @@ def _check_cut(confidences: Tensor, calibration: Tensor, edges: Tensor, limits: 
             f"confidences must be [M, W] with limits [M], got {tuple(confidences.shape)} and {tuple(limits.shape)}"
         )
     if calibration.shape[0] < edges.shape[0] + 2:
-        raise ValueError(
-            f"{edges.shape[0]} edges part more bins than {calibration.shape[0] - 1} chances are for"
-        )
+        raise ValueError(f"{edges.shape[0]} edges part more bins than {calibration.shape[0] - 1} chances are for")
 
 
 @op(_check_cut)
-def cut_drafts(
-    confidences: Tensor, calibration: Tensor, edges: Tensor, limits: Tensor
-) -> tuple[Tensor, Tensor]:
+def cut_drafts(confidences: Tensor, calibration: Tensor, edges: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     """Count the drafts of each request that are worth their rows, from the drafter's confidence in each.
 
     With bin(c) = the number of edges <= c and worth = the last of calibration: alive[m, i] = the product of

@@ -62,9 +62,7 @@ def _compiles(dtype: torch.dtype, device: torch.device) -> bool:
         norm.fused_add_rmsnorm(rows.clone(), rows.clone(), rows[0], 1e-6)
         _flashinfer("activation").silu_and_mul(rows)
         table = torch.ones(2, 64, dtype=torch.float32, device=device)
-        _flashinfer("rope").apply_rope_with_cos_sin_cache_inplace(
-            at, heads, heads.clone(), 64, table, is_neox=True
-        )
+        _flashinfer("rope").apply_rope_with_cos_sin_cache_inplace(at, heads, heads.clone(), 64, table, is_neox=True)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:

@@ -25,9 +25,7 @@ class BacklogRings:
 
     def __post_init__(self) -> None:
         if self.features.ndim != 3 or self.features.stride(2) != 1:
-            raise ValueError(
-                "rings.features must be [slots, capacity, width] with a contiguous last dimension"
-            )
+            raise ValueError("rings.features must be [slots, capacity, width] with a contiguous last dimension")
         if self.next_tokens.shape != self.features.shape[:2] or not self.next_tokens.is_contiguous():
             raise ValueError(
                 f"rings.next_tokens must be a contiguous {tuple(self.features.shape[:2])}, "
@@ -104,9 +102,7 @@ class KVPools:
 
     def __post_init__(self) -> None:
         if not self.k or len(self.k) != len(self.v):
-            raise ValueError(
-                f"pools need as many K as V tensors and at least one, got {len(self.k)}/{len(self.v)}"
-            )
+            raise ValueError(f"pools need as many K as V tensors and at least one, got {len(self.k)}/{len(self.v)}")
         first = self.k[0]
         if first.ndim != 3 or first.stride(2) != 1:
             raise ValueError("pools must be [slots, Hkv, D] with a contiguous last dimension")

@@ -42,9 +42,7 @@ def _check(
                 f"got {tuple(pool.shape)} in {pool.dtype}"
             )
     if not 0 < len(qo_indptr) <= len(kv_indptr):
-        raise ValueError(
-            f"qo_indptr must be [B + 1], got {len(qo_indptr)}, for {len(kv_indptr)} of kv_indptr"
-        )
+        raise ValueError(f"qo_indptr must be [B + 1], got {len(qo_indptr)}, for {len(kv_indptr)} of kv_indptr")
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ValueError(f"sinks must be [{q.shape[1]}], got {tuple(sinks.shape)}")
     if any(tensor.stride(-1) != 1 for tensor in (q, k, v, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices)):

@@ -74,9 +74,7 @@ def _of_one_request(served: Served) -> None:
         park(served.rings, served.rings.features[0, :1], zeros, zeros, zeros, zeros, zeros, max_length=1)
     calibration = torch.ones(served.bins + 2, dtype=torch.float32, device=device)
     for chunks, width, starts in served.columns:
-        unpark(
-            served.rings, zeros, zeros, zeros, served.req_to_token, rows=1, chunks=chunks, chunk_width=width
-        )
+        unpark(served.rings, zeros, zeros, zeros, served.req_to_token, rows=1, chunks=chunks, chunk_width=width)
         gather = partial(draft_inputs, chunks=chunks if starts else (), chunk_width=width)
         for members in (None, zeros):
             inputs = gather(served.rings, members, zeros, ones, zeros, zeros, calibration)
@@ -95,17 +93,7 @@ def _of_one_request(served: Served) -> None:
     )
     for behind in (None, (zeros, chances[:, 0])):
         propose_copies(
-            text,
-            zeros,
-            zeros,
-            back,
-            zeros,
-            calibration[:1],
-            chances,
-            boundaries,
-            width=width,
-            worth=0.5,
-            behind=behind,
+            text, zeros, zeros, back, zeros, calibration[:1], chances, boundaries, width=width, worth=0.5, behind=behind
         )
 
 
@@ -159,14 +147,7 @@ def _of_batches(served: Served) -> None:
             )
             ids = block.input_ids
             accept_and_commit(
-                ids,
-                ids,
-                block.qo_indptr,
-                zeros,
-                stride=width + 1,
-                request_slots=zeros,
-                stops=stops,
-                text=text,
+                ids, ids, block.qo_indptr, zeros, stride=width + 1, request_slots=zeros, stops=stops, text=text
             )
         _sample(served, zeros)
         if size >= requests:

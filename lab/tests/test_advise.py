@@ -223,9 +223,7 @@ def test_replicas_are_taken_if_they_are_faster() -> None:
 def test_ours_is_not_named_without_what_speaks_against_it() -> None:
     found = advise(Question("Qwen3-8B", requests=(8, 64), tools=1.0, answer=64)).verdict
     assert found.startswith("Take WHIFLASH for 8 requests")
-    assert (
-        "; without grammars DSPARK for 8 requests. No card has served trained weights with WHIFLASH" in found
-    )
+    assert "; without grammars DSPARK for 8 requests. No card has served trained weights with WHIFLASH" in found
 
 
 def test_what_cannot_be_answered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,13 +249,7 @@ def test_the_command_shows_and_prints_json() -> None:
     found = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
     assert found["rows"][0]["choice"] in found["verdict"]
     digits = "9" * 5000
-    for wrong in (
-        "--requests=1,many",
-        "--requests=4097",
-        "--context=128 kB",
-        "--gpu=rtx4090",
-        f"--context={digits}",
-    ):
+    for wrong in ("--requests=1,many", "--requests=4097", "--context=128 kB", "--gpu=rtx4090", f"--context={digits}"):
         assert isinstance(CliRunner().invoke(app, ["advise", "qwen3-8b", wrong]).exception, UsageError)
 
 
@@ -265,9 +257,7 @@ def test_a_report_compares_with_the_servers_prices() -> None:
     whole = brought(STATE).as_json()
     assert (whole["gain"], whole["tokens_per_second"]) == (1.5, 100.0)
     prefills = brought({**STATE, "tokens": 3000}).as_json()
-    assert (prefills["tokens_per_second"], prefills["seconds"]) == (100.0, 30.0), (
-        "two of three were not timed"
-    )
+    assert (prefills["tokens_per_second"], prefills["seconds"]) == (100.0, 30.0), "two of three were not timed"
     half = brought({**STATE, "timed_seconds": 20.0, "timed_tokens": 2000, "tokens": 2000}).as_json()
     assert (half["gain"], half["seconds"]) == (1.5, 20.0), "of the rounds whose plain price was known"
     guessed = brought({**STATE, "priced_seconds": 0, "priced_tokens": 0, "plain_seconds": 0}).as_json()

@@ -49,28 +49,14 @@ def test_recipes_that_others_published() -> None:
     assert sum(not verdict.without_drafters for verdict in verdicts) == WITHOUT_DRAFTERS
 
 
-LATENT = {
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 INDEX = {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 2}
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
 LINEAR = {"layer_types": ["linear_attention"] * 3 + ["full_attention"], "head_dim": 16}
 BY_TARGET: dict[str, tuple[tuple[str, ...], int, dict[str, Any]]] = {
     # Words in a recipe's name; how many of them start on a target of this kind.
-    "Qwen3_5MoeForConditionalGeneration": (
-        ("qwen3.5",),
-        22,
-        {"text_config": {**SIZES, **LINEAR}, "vision_config": {}},
-    ),
-    "GlmMoeDsaForCausalLM": (
-        ("glm5.2",),
-        0,
-        {**SIZES, **LATENT, **INDEX, "max_position_embeddings": 1 << 20},
-    ),
+    "Qwen3_5MoeForConditionalGeneration": (("qwen3.5",), 22, {"text_config": {**SIZES, **LINEAR}, "vision_config": {}}),
+    "GlmMoeDsaForCausalLM": (("glm5.2",), 0, {**SIZES, **LATENT, **INDEX, "max_position_embeddings": 1 << 20}),
     "DeepseekV4ForCausalLM": (
         ("deepseek-v4", "dsv4"),
         0,
@@ -86,20 +72,14 @@ KINDS = {"Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe", "GlmMoeDsaForCausa
 def test_recipes_on_their_targets(write: Write, tmp_path: Path, architecture: str) -> None:
     """By flags and by the class that they are for. If a target's rule went, raise the number."""
     words, starting, config = BY_TARGET[architecture]
-    kind = {
-        "architectures": [architecture],
-        "model_type": KINDS.get(architecture, "llama"),
-        "torch_dtype": "bfloat16",
-    }
+    kind = {"architectures": [architecture], "model_type": KINDS.get(architecture, "llama"), "torch_dtype": "bfloat16"}
     write("config.json", json.dumps({**kind, **config}))
     asked = [recipe["flags"] for recipe in published() if any(word in recipe["recipe"] for word in words)]
     assert sum(judge(flags, target=tmp_path).starts for flags in asked) == starting
 
 
 def test_flags_of_other_algorithms_are_replaced() -> None:
-    verdict = judge(
-        {"speculative-algorithm": "NEXTN", "speculative-num-steps": "3", "speculative-adaptive": ""}
-    )
+    verdict = judge({"speculative-algorithm": "NEXTN", "speculative-num-steps": "3", "speculative-adaptive": ""})
     assert verdict.starts
     assert [sentence.split(" is ")[0] for sentence in verdict.replaced] == [
         "--speculative-algorithm NEXTN",
@@ -249,9 +229,7 @@ def test_reading_shell(write: Write) -> None:
 
 
 def test_reading_yaml_and_json(write: Write) -> None:
-    plain = read(
-        write("flags.yaml", "tp-size: 2\nenable-metrics: true\nlora-paths: [a, b]\nadmin-api-key:\n")
-    )
+    plain = read(write("flags.yaml", "tp-size: 2\nenable-metrics: true\nlora-paths: [a, b]\nadmin-api-key:\n"))
     flags = {"tp-size": "2", "enable-metrics": "true", "lora-paths": ["a", "b"], "admin-api-key": ""}
     assert plain[0].flags == flags
     roles = {"prefill": {"tp-size": 8}, "decode": {"tp-size": 4}}
@@ -288,11 +266,7 @@ def nested(value: str) -> str:
         ("a.json", '{"a": 1', "is not JSON"),
         ("a.json", '{"flags": 1}', "flags and values expected"),
         ("a.json", '{"flags": {"tp-size": 2}, "environment": [1]}', "flags and values expected"),
-        (
-            "a.yaml",
-            "sglang_config: {prefill: {tp-size: 2}}\nprefill_environment: [1]",
-            "flags and values expected",
-        ),
+        ("a.yaml", "sglang_config: {prefill: {tp-size: 2}}\nprefill_environment: [1]", "flags and values expected"),
         ("a.json", '{"a":' * 3000, "cannot be read"),
         ("a.json", f'{{"a": {"9" * 5000}}}', "cannot be read"),
         ("a.yaml", "[" * 3000, "nested too deeply"),
@@ -330,11 +304,7 @@ def test_the_command(write: Write) -> None:
     refused = run(app, ["check", "--recipe", str(bad), "--json"])
     assert refused.exit_code == 1
     (verdict,) = json.loads(refused.output)
-    assert (verdict["recipe"], verdict["starts"], list(verdict["obstacles"])) == (
-        str(bad),
-        False,
-        ["pp_size"],
-    )
+    assert (verdict["recipe"], verdict["starts"], list(verdict["obstacles"])) == (str(bad), False, ["pp_size"])
     assert verdict["without_drafters"] == {"starts": False, "obstacles": verdict["obstacles"]}
     assert [line.split(" is ")[1][:12] for line in verdict["replaced"]] == ["replaced by ", "left out: WH"]
     several = run(app, ["check", "--recipe", str(PUBLISHED)])

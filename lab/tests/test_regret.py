@@ -69,9 +69,7 @@ def main() -> None:
             print(f"{world}: {share:+.1%}, probes {cost:.2%}, {over:.2f} of stock plain decoding")
     worlds, lost, probes, overs = zip(*found, strict=True)
     above = sum(each > MOST for each in lost)
-    print(
-        f"{len(worlds)} worlds: mean {sum(lost) / len(lost):+.2%}, worst {max(lost):+.2%}, {above} above {MOST:.0%}"
-    )
+    print(f"{len(worlds)} worlds: mean {sum(lost) / len(lost):+.2%}, worst {max(lost):+.2%}, {above} above {MOST:.0%}")
     print(f"slower than stock plain decoding: {sum(over < 1 for over in overs)}, at worst {min(overs):.2f}")
     print(f"probes: {sum(probes) / len(probes):.2%} of tokens, at most {max(probes):.2%}")
 

@@ -39,9 +39,7 @@ def test_tokens_are_counted_by_their_source(tokenizer: Path) -> None:
     new = walk.answer(RecordedTurn([1], list(range(300, 340))), ())
     assert (new.tokens, new.rounds, sum(new.accepted.values())) == (39, 39, 0), "no token comes twice"
     for _ in range(4):  # chances are learned
-        copied = walk.answer(
-            turn("one two three four five six seven eight. ", "one two three four five six seven"), ()
-        )
+        copied = walk.answer(turn("one two three four five six seven eight. ", "one two three four five six seven"), ())
     assert set(copied.accepted) == {"own text"}
     assert copied.rounds < copied.tokens <= copied.rounds + copied.accepted["own text"]
     assert copied.rows >= copied.rounds + copied.accepted["own text"]
@@ -63,18 +61,9 @@ def test_tokens_are_counted_by_their_source(tokenizer: Path) -> None:
 
 
 def test_guesses_are_tabulated_by_their_chance() -> None:
-    guesses = [
-        Guess(0.0, False, 30, 1),
-        Guess(0.85, True, 20, 1),
-        Guess(0.97, True, 2, 1),
-        Guess(0.85, False, 9, 2),
-    ]
+    guesses = [Guess(0.0, False, 30, 1), Guess(0.85, True, 20, 1), Guess(0.97, True, 2, 1), Guess(0.85, False, 9, 2)]
     rows = curve(guesses)
-    assert [(row["least"], row["rounds"], row["right"]) for row in rows] == [
-        (0.0, 1, 0),
-        (0.8, 2, 0.5),
-        (0.95, 1, 1),
-    ]
+    assert [(row["least"], row["rounds"], row["right"]) for row in rows] == [(0.0, 1, 0), (0.8, 2, 0.5), (0.95, 1, 1)]
     assert known_ahead(guesses, 4, 0.8) == {"least": 0.8, "calls": 0.5, "right": 0.5, "left": 14.5}
     assert known_ahead(guesses, 4, 0.99)["calls"] == 0
 
@@ -86,9 +75,7 @@ def test_a_log_is_replayed_by_category(tokenizer: Path, tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text("\n".join(map(json.dumps, records)))
     line = ["lab", "replay", str(log), "--tokenizer", str(tokenizer)]
-    found = json.loads(CliRunner().invoke(app, [*line, "--json"], catch_exceptions=False).stdout)[
-        "by_category"
-    ]
+    found = json.loads(CliRunner().invoke(app, [*line, "--json"], catch_exceptions=False).stdout)["by_category"]
     assert [found[name]["answers"] for name in ("short", "long", "all")] == [1, 3, 4]
     assert found["all"]["tokens"] == found["short"]["tokens"] + found["long"]["tokens"]
     assert found["long"]["tokens_per_round"] > 1.5

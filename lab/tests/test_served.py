@@ -95,9 +95,7 @@ class Planted:
         if path == "/tokenize":
             return {"tokens": self.tokenizer.encode(body["prompt"], add_special_tokens=False)}
         options = {"chat_template": self.planted.get("template"), "add_generation_prompt": True}
-        prompt = list(
-            self.tokenizer.apply_chat_template(body["messages"], return_dict=True, **options)["input_ids"]
-        )
+        prompt = list(self.tokenizer.apply_chat_template(body["messages"], return_dict=True, **options)["input_ids"])
         text = [*prompt]
         for _ in range(body["max_tokens"]):
             text.append(int(self.model.next_logits(text).argmax()))

@@ -89,15 +89,9 @@ def test_a_fitted_card_is_compared_with_chains_and_stock_plain(monkeypatch: pyte
     arguments = ["lab", "simulate", "--figures", str(FIGURES), "--requests", "16"]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.output
-    rows = [
-        line.strip("|").split("|")
-        for line in shown.output.splitlines()
-        if line.startswith(("| 1.05", "| 3 "))
-    ]
+    rows = [line.strip("|").split("|") for line in shown.output.splitlines() if line.startswith(("| 1.05", "| 3 "))]
     assert [len(row) for row in rows] == [12, 12, 5, 5]
     for row in rows[:2]:
         stock, ours, *_, best = (float(cell.replace(",", "")) for cell in row[2:10])
         assert stock > ours
-        assert best > 0.97, (
-            "a chain of three is the best of 16 requests, plain decoding where nothing is accepted"
-        )
+        assert best > 0.97, "a chain of three is the best of 16 requests, plain decoding where nothing is accepted"

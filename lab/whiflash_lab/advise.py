@@ -140,8 +140,7 @@ class Estimate(NamedTuple):
         low, high = self.ahead if self.choice == OURS else (1 / self.ahead[1], 1 / self.ahead[0])
         brackets = {way: _by_set(low, high) for way in ways if {self.choice, way} == {OURS, self.stock}}
         over = [
-            f"{rate / self.rates[way]:.2f}{brackets.get(way, '')} of {way}'s {self.rates[way]:,.0f}"
-            for way in ways
+            f"{rate / self.rates[way]:.2f}{brackets.get(way, '')} of {way}'s {self.rates[way]:,.0f}" for way in ways
         ]
         unsure = self.choice != PLAIN and rate < (1 + error) * self.rates[PLAIN]
         parts = f"{self.choice} for {self.load}: {rate:,.0f} tokens a second, {' and '.join(over)}"
@@ -223,9 +222,7 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
     )
 
 
-def _cautions(
-    target: PublishedTarget, question: Question, rows: Sequence[Estimate], pair: PublishedPair
-) -> str:
+def _cautions(target: PublishedTarget, question: Question, rows: Sequence[Estimate], pair: PublishedPair) -> str:
     """Return reasons against `OURS` if it is the fastest, else an empty text."""
     ours = {n: row for n, row in zip(question.requests, rows, strict=True) if row.choice == OURS}
     if not ours:
@@ -251,9 +248,7 @@ def _without_host(row: Estimate) -> str:
     )
 
 
-def _assumed(
-    target: PublishedTarget, question: Question, prices: str, source: str, pair: PublishedPair
-) -> str:
+def _assumed(target: PublishedTarget, question: Question, prices: str, source: str, pair: PublishedPair) -> str:
     chains = f"EAGLE3 drafts chains of {pair.drafts[arms.AR]}, " if arms.AR in pair.drafts else ""
     names = {arms.AR: "EAGLE3", arms.DIFFUSION: _block(target)}
     rounds = " and ".join(
@@ -285,9 +280,7 @@ def _off(target: PublishedTarget) -> list[float]:
 
     def of(one: PublishedTarget) -> list[float]:
         tried = [ratio for ratio in one.ratios if ratio.using and ratio.using[1] != arms.NONE]
-        return [
-            found / float(ratio.by_requests[n]) - 1 for ratio in tried for n, found in ratio.estimated.items()
-        ]
+        return [found / float(ratio.by_requests[n]) - 1 for ratio in tried for n, found in ratio.estimated.items()]
 
     return of(target) or [off for one in KNOWN for off in of(one)]
 
@@ -338,9 +331,7 @@ def _returns(shape: Shape, question: Question, cards: int, layers: int = BLOCK_L
     """Return the seconds that a returning agent takes of a server, for each of `PAYS`; nothing runs beside them."""
     gpu, tokens = _gpu(question.gpu), question.context
     copied = tokens * _slot(shape, cards, layers) / (gpu.host * cards)
-    operations = (
-        2 * shape.active + 2 * shape.layers * shape.width * tokens
-    )  # half of the context is seen in the mean
+    operations = 2 * shape.active + 2 * shape.layers * shape.width * tokens  # half of the context is seen in the mean
     return [0.0, copied, tokens * operations / (gpu.flops * cards)]
 
 
@@ -418,9 +409,7 @@ def _block(target: PublishedTarget) -> str:
     return "DSPARK" if "dspark" in "".join(target.block[:1]).lower() else "DFLASH"
 
 
-def _fastest(
-    target: PublishedTarget, gpu: Gpu, pair: PublishedPair, question: Question, requests: int
-) -> Estimate:
+def _fastest(target: PublishedTarget, gpu: Gpu, pair: PublishedPair, question: Question, requests: int) -> Estimate:
     """Estimate one server per card if the target fits on one, or one server on all cards if that is surely faster."""
     whole = question.cards
 
@@ -438,9 +427,7 @@ def _fastest(
         )
 
     replicas = [on(1, whole)] if whole > 1 and _fitting(target.shape, question, 1) else []
-    return max(
-        [*replicas, on(whole, 1)], key=lambda row: max(row.rates.values()) * (SURE if row in replicas else 1)
-    )
+    return max([*replicas, on(whole, 1)], key=lambda row: max(row.rates.values()) * (SURE if row in replicas else 1))
 
 
 def _row(server: Server, pair: PublishedPair, question: Question, requests: int, block: str) -> Estimate:
@@ -492,9 +479,7 @@ def _row(server: Server, pair: PublishedPair, question: Question, requests: int,
     )
 
 
-def _settings(
-    target: PublishedTarget, question: Question, row: Estimate, by_arm: Mapping[str, Any]
-) -> Iterator[str]:
+def _settings(target: PublishedTarget, question: Question, row: Estimate, by_arm: Mapping[str, Any]) -> Iterator[str]:
     """Yield commands and advice. row: estimate of the last load. by_arm: the state of a server with the target."""
     if FULL.keys() & by_arm.keys():
         yield "The server has drafters. `whiflash policy none --url URL` stops them while it serves, `auto` goes on."

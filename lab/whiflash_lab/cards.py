@@ -132,9 +132,7 @@ class FittedCard:
     def tables(self, rows: int, context: int, chain: int = 0) -> CostTables:
         """Return the price tables that a start would measure, for as many requests as can have a full block's rows."""
         most = rows // (KNOWN + 1)
-        sizes = [
-            n for n in (*self.recorded.verifications.at_short.sizes, 896, 1024, 1088) if n <= grid(rows)[-1]
-        ]
+        sizes = [n for n in (*self.recorded.verifications.at_short.sizes, 896, 1024, 1088) if n <= grid(rows)[-1]]
 
         def price(most: int, rows: int, context: int) -> float:
             count = min(rows, most)

@@ -19,12 +19,8 @@ STEADY, STARTS = (400, 1500), 8
 """First and last round of a rate of `auto`; number of runs over which a start is averaged."""
 
 
-def _of_length(
-    card: FittedCard, length: float, requests: int, method: str, rounds: int, **run: Any
-) -> Simulation:
-    pair = PublishedPair(
-        {"one": dict.fromkeys(DRAFTS, length)}, dict.fromkeys(DRAFTS, DRAFTS[arms.DIFFUSION]), DRAFTS
-    )
+def _of_length(card: FittedCard, length: float, requests: int, method: str, rounds: int, **run: Any) -> Simulation:
+    pair = PublishedPair({"one": dict.fromkeys(DRAFTS, length)}, dict.fromkeys(DRAFTS, DRAFTS[arms.DIFFUSION]), DRAFTS)
     simulation = Simulation(card, SimulatedLoad(requests, 1 << 40, 1024, 192), method, pair=pair, **run)
     simulation.run(rounds)
     return simulation
@@ -52,9 +48,7 @@ def starts(card: FittedCard, length: float, *, measured: bool) -> list[float]:
         tokens, seconds = map(sum, zip(*(each for run in runs for each in run.trace), strict=True))
         return tokens / seconds
 
-    return [
-        rate("auto", rounds, **known) / max(rate(method, rounds) for method in CHAINS) for rounds in (50, 200)
-    ]
+    return [rate("auto", rounds, **known) / max(rate(method, rounds) for method in CHAINS) for rounds in (50, 200)]
 
 
 def tables_of_chains(figures: Path, sizes: Sequence[int]) -> Iterator[str]:
@@ -76,14 +70,7 @@ def tables_of_chains(figures: Path, sizes: Sequence[int]) -> Iterator[str]:
     for length, n in product(LENGTHS, sizes):
         *rates, best, over = beside_chains(card, length, n)
         other = f"{beside_chains(stock, length, n)[-1]:.2f}" if length <= PLAIN_LENGTH else ""
-        cells = [
-            f"{length:g}",
-            str(n),
-            *(f"{rate:,.0f}" for rate in rates),
-            f"{best:.2f}",
-            f"{over:.2f}",
-            other,
-        ]
+        cells = [f"{length:g}", str(n), *(f"{rate:,.0f}" for rate in rates), f"{best:.2f}", f"{over:.2f}", other]
         yield f"| {' | '.join(cells)} |"
     yield "\n| tokens a block | rounds 1 to 50 | 1 to 200 | with measured acceptance, 1 to 50 | 1 to 200 |"
     yield "| ---: | ---: | ---: | ---: | ---: |"

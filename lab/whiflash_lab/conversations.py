@@ -295,9 +295,7 @@ MAX_BYTES = 1 << 30
 Record = tuple[str, str, Any]
 """A record of a file: its place for errors, a name, and its JSON."""
 
-KNOWN = (
-    "OpenAI messages, LMCache's calls, agentic-trace, or runs of tau-bench, tau2, SWE-agent, mini-swe-agent"
-)
+KNOWN = "OpenAI messages, LMCache's calls, agentic-trace, or runs of tau-bench, tau2, SWE-agent, mini-swe-agent"
 
 
 def read_recorded(path: Path) -> list[Conversation]:

@@ -47,9 +47,7 @@ WEATHER_TOOL = {
 
 QUESTIONS: dict[str, dict[str, Any]] = {
     "chat": {
-        "messages": [
-            {"role": "user", "content": "Write a Python function that checks whether a number is even."}
-        ]
+        "messages": [{"role": "user", "content": "Write a Python function that checks whether a number is even."}]
     },
     "tool call": {
         "messages": [{"role": "user", "content": "What is the weather in Paris, in celsius?"}],

@@ -280,9 +280,7 @@ def ask_server(asks: Asks, row: Mapping[str, Any], arm: Arm, longest: int) -> tu
     return (choice["prompt_token_ids"], choice["response_token_ids"]), rounds[:-1]
 
 
-def prompt_cause(
-    own: list[int], served: list[int], tokenizer: PreTrainedTokenizerBase, asks: Asks
-) -> Cause | None:
+def prompt_cause(own: list[int], served: list[int], tokenizer: PreTrainedTokenizerBase, asks: Asks) -> Cause | None:
     """Find why a server's tokens of a prompt differ from the bundle's `own`; None: they are equal."""
     if own == served:
         return None
@@ -340,9 +338,7 @@ def drafter_cause(
     return "layer" if above else "positions", begins + ends
 
 
-def compare_served(
-    bundle: Path, prompts: Path, asks: Asks, arm: Arm, settings: EvaluationSettings
-) -> dict[str, Any]:
+def compare_served(bundle: Path, prompts: Path, asks: Asks, arm: Arm, settings: EvaluationSettings) -> dict[str, Any]:
     """Compare a server's accepted drafts with the bundle's replay of the same answers. Return `positions` (drafts;
     served and, if prompts and target agree, offline: share, low, high), `cause` (None: both agree) and its `sentence`.
 
@@ -397,10 +393,7 @@ def _replay(
         vocabulary = VocabularyMatrices.read(Path(scratch) / "target", name, **settings.hardware.place)
         wrong = sum(unlike_target(store.read(record), vocabulary.head) for record in store.records)
         if (other := wrong / sum(len(answer) for _, answer in texts)) > OTHER_TARGET:
-            return (
-                "target",
-                f"{name} does not choose {other:.0%} of the served tokens: weights differ.",
-            ), None
+            return ("target", f"{name} does not choose {other:.0%} of the served tokens: weights differ."), None
         pair = Pair.load(parts, vocabulary)
         # The other drafter is dropped, because its layers were not captured.
         head = pair.block_head if arm == arms.DIFFUSION else None

@@ -90,9 +90,7 @@ class Walk:
         OSError: the search for copies cannot be compiled.
     """
 
-    def __init__(
-        self, vocabulary: Vocabulary, lookup: Lookup, structure: Structure, parser: str | None
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, lookup: Lookup, structure: Structure, parser: str | None) -> None:
         self._vocabulary, self._parser, self._width = vocabulary, parser, lookup.max_width
         # Without it the arm would copy nothing, and say so in a log only.
         compiled_copies(cache_root() / "compiled")
@@ -116,11 +114,7 @@ class Walk:
         text, begin = [*turn.prompt, *turn.answer], len(turn.prompt)
         functions = [(tool["function"]["name"], tool["function"].get("parameters")) for tool in tools]
         spans = likely_spans(
-            tool_parser=self._parser,
-            reasoning_parser=None,
-            has_tools=bool(tools),
-            response_format=None,
-            forced=False,
+            tool_parser=self._parser, reasoning_parser=None, has_tools=bool(tools), response_format=None, forced=False
         )
         carried = carried_tools(functions, self._parser) if tools else None
         group = sha256(task.encode()).hexdigest()[:16] if task else None
@@ -165,9 +159,7 @@ class Walk:
     def _drafted(self, request: Request, history: History) -> Candidate:
         """Return what the arm proposes that expects most, as the others extend it."""
         offers = [
-            (arm, arm.propose(request, 0, history, WORTH) or NOTHING)
-            for arm in self._arms
-            if arm.serves(request)
+            (arm, arm.propose(request, 0, history, WORTH) or NOTHING) for arm in self._arms if arm.serves(request)
         ]
         arm, best = max(offers, key=lambda offer: sum(offer[1].alive))
         for other in (*self._arms, *self._arms):  # as in a round, each extends what the others added
@@ -177,9 +169,7 @@ class Walk:
                 best = longer
         return best
 
-    def _guess(
-        self, request: Request, drafts: Candidate, written: Sequence[int], rest: Sequence[int]
-    ) -> None:
+    def _guess(self, request: Request, drafts: Candidate, written: Sequence[int], rest: Sequence[int]) -> None:
         """Guess the rest of the open call, which the recorded `rest` begins with."""
         assert request.span is not None
         if not request.span.end:

@@ -254,11 +254,7 @@ class Simulation:
         contexts = [request.prompt + request.at for request in running]
         caught_up, draft = {}, 0.0
         for arm, n in drafted.items():
-            behind = [
-                max(one.behind[arm], 1)
-                for one, (route, *_) in zip(running, rounds, strict=True)
-                if route == arm
-            ]
+            behind = [max(one.behind[arm], 1) for one, (route, *_) in zip(running, rounds, strict=True) if route == arm]
             caught_up[arm] = sum(behind)
             draft += self.card.drafting(self.tables, arm, n, self.lengths.get(arm, 0), caught_up[arm])
         verify = self.card.forward(self.tables, rows, widths, contexts)
@@ -306,8 +302,7 @@ class Simulation:
         """Route by `auto`: return each request's pass, the arm of its verified drafts, and their number."""
         states = [self.controller.states[request.row] for request in running]
         forecasts = [
-            dict.fromkeys(self.pair.drafts)
-            | ({arms.STRUCTURE: request.known} if request.known.rows > 1 else {})
+            dict.fromkeys(self.pair.drafts) | ({arms.STRUCTURE: request.known} if request.known.rows > 1 else {})
             for request in running
         ]
         routes, costs = self.controller.route(states, forecasts), self.controller.costs
@@ -316,9 +311,7 @@ class Simulation:
         self.lengths = {arm: costs.length(arm) if arm != arms.NONE else 0 for arm in routes}
         for index, (request, state, route) in enumerate(zip(running, states, routes, strict=True)):
             longest, arm = self.lengths[route], route
-            chances = request.alive(
-                route, 0.0, longest
-            )  # those that are not worth a row fill rows that are left
+            chances = request.alive(route, 0.0, longest)  # those that are not worth a row fill rows that are left
             paying = len(request.alive(route, self.controller.worth().row, longest))
             known = [1.0] * (request.known.rows - 1)
             if sum(known) > sum(chances[:paying]) and state.decision.only != arms.NONE:

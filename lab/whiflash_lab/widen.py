@@ -81,11 +81,7 @@ class Model:
 
     def within(self, prefix: str) -> Weights:
         """Return the tensors whose names begin with `prefix`, named without it."""
-        return {
-            name.removeprefix(prefix): tensor
-            for name, tensor in self.tensors.items()
-            if name.startswith(prefix)
-        }
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)
@@ -100,9 +96,7 @@ class Widening:
         wide, config = self.shape, self.model.config
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         if wide.heads % wide.kv_heads or wide.kv_heads < kv_heads:
-            raise UsageError(
-                f"{wide.heads} heads on {wide.kv_heads} KV heads cannot hold {heads} on {kv_heads}"
-            )
+            raise UsageError(f"{wide.heads} heads on {wide.kv_heads} KV heads cannot hold {heads} on {kv_heads}")
         if wide.heads // wide.kv_heads < heads // kv_heads:
             raise UsageError(
                 f"{wide.heads} heads on {wide.kv_heads} are {wide.heads // wide.kv_heads} a KV head, fewer than "
@@ -144,9 +138,7 @@ class Widening:
             parts += [torch.zeros_like(part)] * odd
         return torch.cat(parts, 1)
 
-    def idle(
-        self, count: int, size: int, inputs: Sequence[Tensor], output: Tensor
-    ) -> tuple[list[Tensor], Tensor]:
+    def idle(self, count: int, size: int, inputs: Sequence[Tensor], output: Tensor) -> tuple[list[Tensor], Tensor]:
         """Draw `count` heads of `size` rows, or neurons of one, that add nothing: equal in pairs.
 
         Returns: their rows of each of `inputs`, and their columns of `output`, which are opposite in pairs. The last
@@ -195,13 +187,7 @@ class Widening:
             name: self.writes(weight) if len(weight) == self.hidden else weight  # norms of a head stay
             for name, weight in small.items()
         }
-        wide = [
-            *map(self.reads, (q, k, v)),
-            self.writes(o),
-            self.reads(gate),
-            self.reads(up),
-            self.writes(down),
-        ]
+        wide = [*map(self.reads, (q, k, v)), self.writes(o), self.reads(gate), self.reads(up), self.writes(down)]
         return norms | dict(zip((*ATTENTION, *MLP), wide, strict=True))
 
     def ends(self) -> Weights:
@@ -238,9 +224,7 @@ class Widening:
         index = dict[str, str]()
         for number, weights in enumerate(chain([self.ends()], self.layers(layers))):
             file = f"model-{number:03}.safetensors"
-            save_file(
-                {name: t.contiguous().cpu() for name, t in weights.items()}, out / file, {"format": "pt"}
-            )
+            save_file({name: t.contiguous().cpu() for name, t in weights.items()}, out / file, {"format": "pt"})
             index |= dict.fromkeys(weights, file)
         (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
         config = {
@@ -286,12 +270,7 @@ def widen_pair(target: Path, bundle: Path, out: Path, shape: Shape) -> None:
     block.write(out / "bundle" / "dflash", blocks, **changes)
     for name in ("router", "sources"):
         manifest.pop(name, None)
-    manifest |= {
-        "name": f"{manifest['name']}-wide",
-        "target": str(wide),
-        "eagle3": "eagle3",
-        "dflash": "dflash",
-    }
+    manifest |= {"name": f"{manifest['name']}-wide", "target": str(wide), "eagle3": "eagle3", "dflash": "dflash"}
     (out / "bundle" / MANIFEST).write_text(json.dumps(manifest, indent=1))
     if template := manifest.get("chat_template"):
         shutil.copy(bundle / template, out / "bundle" / template)

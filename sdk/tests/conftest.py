@@ -34,12 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     sys.modules["whiflash_sdk.trace"].STREAMS.clear()
     module = sys.modules["whiflash_sdk.capabilities"]
-    for name, value in {
-        "now": made,
-        "PROBE_SECONDS": PROBE_SECONDS,
-        "_servers": {},
-        "_warned": set(),
-    }.items():
+    for name, value in {"now": made, "PROBE_SECONDS": PROBE_SECONDS, "_servers": {}, "_warned": set()}.items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(sys.modules["whiflash_sdk.errors"], "_failed", [])
     return made

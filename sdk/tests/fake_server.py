@@ -134,9 +134,7 @@ class FakeServer:
 
     def hints(self, index: int = -1) -> dict[str, Any]:
         """The hints of one completion request, fields at their defaults left out."""
-        return decode(self.bodies[index]["custom_params"]["whiflash"]).model_dump(
-            mode="json", exclude_defaults=True
-        )
+        return decode(self.bodies[index]["custom_params"]["whiflash"]).model_dump(mode="json", exclude_defaults=True)
 
 
 def _message(server: FakeServer, body: dict[str, Any]) -> dict[str, Any]:
@@ -148,11 +146,7 @@ def _message(server: FakeServer, body: dict[str, Any]) -> dict[str, Any]:
     parameters = tools[0]["function"]["parameters"]["properties"].items()
     arguments = {name: 2 if spec.get("type") in ("integer", "number") else "2+2" for name, spec in parameters}
     call = {"name": chosen["function"]["name"], "arguments": json.dumps(arguments)}
-    return {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [{"id": "c0", "type": "function", "function": call}],
-    }
+    return {"role": "assistant", "content": None, "tool_calls": [{"id": "c0", "type": "function", "function": call}]}
 
 
 def _traced(server: FakeServer) -> dict[str, Any]:

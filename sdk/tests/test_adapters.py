@@ -271,9 +271,7 @@ def test_smolagents(server: FakeServer) -> None:
     from whiflash_sdk.adapters.smolagents import wrap_model
 
     model = wrap_model(smolagents.OpenAIModel("m", api_base=server.base_url, api_key="key"))
-    agent = smolagents.ToolCallingAgent(
-        tools=[smolagents.tool(calculate)], model=model, max_steps=2, verbosity_level=0
-    )
+    agent = smolagents.ToolCallingAgent(tools=[smolagents.tool(calculate)], model=model, max_steps=2, verbosity_level=0)
     with collect() as collected:
         agent.run("What is 2+2?")
     assert set(server.said("agent")) == {"ToolCallingAgent"}

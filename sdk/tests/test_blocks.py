@@ -82,16 +82,10 @@ def test_halves_of_an_async_generator_run_in_two_tasks(
         assert inside != outside
 
 
-def test_tasks_at_the_same_time_keep_their_own(
-    async_client: AsyncOpenAI, server: FakeServer, ran: Any
-) -> None:
+def test_tasks_at_the_same_time_keep_their_own(async_client: AsyncOpenAI, server: FakeServer, ran: Any) -> None:
     """Also where two of them are inside the same session."""
     sessions = {name: Session(agent=name) for name in "ab"}
-    of_all = (
-        lambda name: sessions[name],
-        predict,
-        lambda name: hinted(Hints(spans=(Span(kind="code", begin=name),))),
-    )
+    of_all = (lambda name: sessions[name], predict, lambda name: hinted(Hints(spans=(Span(kind="code", begin=name),))))
 
     async def ask(name: str) -> None:
         with ExitStack() as blocks:

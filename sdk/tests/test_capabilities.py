@@ -65,9 +65,7 @@ def test_an_answer_holds_for_its_time_and_no_longer(
     assert (server.routed(), server.paths.count(ROUTE)) == (routed, asked)
 
 
-def test_a_dead_gateway_is_not_asked_with_every_request(
-    client: OpenAI, server: FakeServer, clock: Clock
-) -> None:
+def test_a_dead_gateway_is_not_asked_with_every_request(client: OpenAI, server: FakeServer, clock: Clock) -> None:
     server.capabilities_status = 503
     wrap(client)
     for _ in range(1200):  # ten minutes, a request every half second
@@ -184,13 +182,7 @@ def test_a_probe_may_take_what_the_request_may_and_no_more_than_its_own_bound(cl
     client.chat.completions.create(**ASKED, timeout=30.0)
     phases = ("connect", "read", "write", "pool")
     whole = dict.fromkeys(phases, bound)
-    assert told == [
-        dict.fromkeys(phases, 50.0),
-        {**whole, "connect": 40.0},
-        whole,
-        whole,
-        dict.fromkeys(phases, 30.0),
-    ]
+    assert told == [dict.fromkeys(phases, 50.0), {**whole, "connect": 40.0}, whole, whole, dict.fromkeys(phases, 30.0)]
 
 
 @contextmanager
@@ -208,18 +200,14 @@ def asking(client: OpenAI, server: FakeServer) -> Iterator[Future[Any]]:
             server.silent.clear()
 
 
-def test_who_waits_for_anothers_probe_waits_as_long_as_it_would_itself(
-    client: OpenAI, server: FakeServer
-) -> None:
+def test_who_waits_for_anothers_probe_waits_as_long_as_it_would_itself(client: OpenAI, server: FakeServer) -> None:
     with asking(wrap(client), server):
         assert whiflash_sdk.capabilities(client.with_options(timeout=0.01)) is None
         assert server.paths.count(ROUTE) == 1
     assert whiflash_sdk.capabilities(client) is not None
 
 
-def test_nobody_waits_for_a_known_answer_to_be_renewed(
-    client: OpenAI, server: FakeServer, clock: Clock
-) -> None:
+def test_nobody_waits_for_a_known_answer_to_be_renewed(client: OpenAI, server: FakeServer, clock: Clock) -> None:
     ask(wrap(client))
     clock.seconds = 301
     with asking(client, server) as asked:
@@ -324,9 +312,7 @@ def test_the_log_tells_of_probes_and_of_no_secret(
         assert secret not in repr(vars(sys.modules["whiflash_sdk.capabilities"]))
 
 
-def test_what_is_wrong_is_said_once_a_server_and_reason(
-    client: OpenAI, server: FakeServer, clock: Clock
-) -> None:
+def test_what_is_wrong_is_said_once_a_server_and_reason(client: OpenAI, server: FakeServer, clock: Clock) -> None:
     wrap(client)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -374,9 +360,7 @@ def test_a_silent_server_takes_the_clients_time(
     assert server.paths.count(ROUTE) <= 1  # none where the time was over before the server was reached
 
 
-def test_who_starts_together_asks_once(
-    client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, ran: Any
-) -> None:
+def test_who_starts_together_asks_once(client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, ran: Any) -> None:
     wrap(client), wrap(async_client, agent="a")
     server.capabilities_seconds = 0.1
     with ThreadPoolExecutor(8) as pool:

@@ -49,9 +49,7 @@ def test_a_server_that_lists_one_model_gets_hints_under_any_name(client: OpenAI,
     assert [server.paths.count(path) for path in (ROUTE, "/v1/models")] == [1, 1]
 
 
-def test_a_list_that_fails_once_is_asked_for_again_soon(
-    client: OpenAI, server: FakeServer, clock: Clock
-) -> None:
+def test_a_list_that_fails_once_is_asked_for_again_soon(client: OpenAI, server: FakeServer, clock: Clock) -> None:
     wrap(client)
     for models in (None, ["tiny"]):
         server.models = models

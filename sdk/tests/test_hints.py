@@ -26,13 +26,10 @@ def test_what_the_server_would_refuse_is_refused() -> None:
 
 
 def test_encoding_is_short_and_comes_back() -> None:
-    hints = Hints(
-        spans=[Span(kind="json", open=True, prefer="lookup", pin=True, bias={"ar": -2})], trace=True
-    )  # type: ignore[arg-type]
+    hints = Hints(spans=[Span(kind="json", open=True, prefer="lookup", pin=True, bias={"ar": -2})], trace=True)  # type: ignore[arg-type]
     text = hints.encode()
     assert (
-        text
-        == '{"spans":[{"kind":"json","open":true,"prefer":"lookup","pin":true,"bias":{"ar":-2.0}}],"trace":true}'
+        text == '{"spans":[{"kind":"json","open":true,"prefer":"lookup","pin":true,"bias":{"ar":-2.0}}],"trace":true}'
     )
     assert decode(text) == hints
     assert hints.extra_body() == {"custom_params": {"whiflash": text}}
@@ -82,11 +79,7 @@ FENCES = [("json", "```json", False), ("code", "```", False)]
         ),
         (
             {"tool_parser": "gpt-oss", "reasoning_parser": "gpt-oss", "has_tools": True},
-            [
-                ("reasoning", "<|channel|>analysis<|message|>", False),
-                ("tool_call", "to=functions.", False),
-                *FENCES,
-            ],
+            [("reasoning", "<|channel|>analysis<|message|>", False), ("tool_call", "to=functions.", False), *FENCES],
         ),
     ],
 )

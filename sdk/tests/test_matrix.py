@@ -29,9 +29,7 @@ def test_passes_in_its_own_environment(requirements: list[str], python: str, tmp
     found = subprocess.run([*isolated, "python", "-V"], cwd=tmp_path, capture_output=True, text=True)
     if found.returncode != 0 and python != THIS_PYTHON:
         pytest.skip(f"no Python {python} here, and none could be fetched: {found.stderr.strip()[-200:]}")
-    asked = [
-        part for one in [*requirements, "pytest", "mypy", "basedpyright", *TRACING] for part in _with(one)
-    ]
+    asked = [part for one in [*requirements, "pytest", "mypy", "basedpyright", *TRACING] for part in _with(one)]
     options = ["--import-mode=importlib", "-p", "no:cacheprovider", "-W", "ignore", "-m", "not evidence"]
     line = [*isolated, *asked, "pytest", "-q", *options, "--rootdir", str(SDK), str(SDK / "tests")]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)

@@ -15,15 +15,7 @@ from whiflash_sdk.render.page import zooms
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;'\""
 STRETCHES: list[dict[str, Any]] = [
-    {
-        "start": 1,
-        "end": 9,
-        "arm": "ar",
-        "rounds": 2,
-        "accepted": 6,
-        "reason": "score",
-        "round_tokens": [5, 3],
-    },
+    {"start": 1, "end": 9, "arm": "ar", "rounds": 2, "accepted": 6, "reason": "score", "round_tokens": [5, 3]},
     {"start": 9, "end": 25, "arm": "lookup", "rounds": 1, "accepted": 15, "reason": "span", "span": "json"},
     {"start": 25, "end": 27, "arm": "diffusion", "rounds": 1, "accepted": 1, "reason": "pin", "span": "json"},
     {"start": 27, "end": 28, "arm": '"><b>x', "rounds": 1, "accepted": 0, "reason": HOSTILE},
@@ -260,9 +252,7 @@ def test_the_prefills_token_is_part_of_the_text_and_of_its_span() -> None:
 def test_tokens_of_the_target_have_no_colour(arm: str, round_chars: list[list[int]], shown: str) -> None:
     text = '{"city":"Paris'
     stretch = {**STRETCHES[1], "arm": arm, "chars": [0, len(text)], "round_chars": round_chars}
-    cut = Trace.model_validate(
-        {"version": 1, "policy": "auto", "rounds": 2, "tokens": 14, "stretches": [stretch]}
-    )
+    cut = Trace.model_validate({"version": 1, "policy": "auto", "rounds": 2, "tokens": 14, "stretches": [stretch]})
     elements = Elements(html(cut, text))
     assert text in elements.text
     assert len(elements.named("u")) == bool(shown)
@@ -310,9 +300,7 @@ def contrast(one: str, other: str) -> float:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_in_light_and_dark(scheme: str) -> None:
     style = files("whiflash_sdk.render").joinpath("page.css").read_text("utf-8")
-    light, dark = re.findall(
-        r"\.whiflash \{\s+(?:color-scheme: light dark;)?(\s+--page.*?)\}", style, re.DOTALL
-    )
+    light, dark = re.findall(r"\.whiflash \{\s+(?:color-scheme: light dark;)?(\s+--page.*?)\}", style, re.DOTALL)
     colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", light if scheme == "light" else dark))
     for ground in ("page", "card", "lane-ground"):
         assert contrast(colours["ink"], colours[ground]) >= 7

@@ -10,11 +10,7 @@ from whiflash_sdk import Report, Share, agent, collect, wrap
 
 SCHEMA = {"type": "object", "properties": {"expression": {"type": "string"}}}
 TOOLS: Any = [{"type": "function", "function": {"name": "calculator", "parameters": SCHEMA}}]
-PRICED = {
-    **TRACE,
-    "seconds": 0.5,
-    "arms": {name: {**arm, "saved": 0.25} for name, arm in TRACE["arms"].items()},
-}
+PRICED = {**TRACE, "seconds": 0.5, "arms": {name: {**arm, "saved": 0.25} for name, arm in TRACE["arms"].items()}}
 
 
 @pytest.fixture
@@ -40,10 +36,7 @@ def rows(shares: tuple[Share, ...]) -> dict[str, int]:
 def test_every_answer_is_in_one_row_of_each_table(report: Report) -> None:
     assert rows(report.agents) == {"planner": 2, "<b>writer</b>": 2, "no agent": 1}
     assert rows(report.tools) == {"text only": 3, "calculator": 2}
-    assert [turn.name for turn in report.turns][::3] == [
-        "1. planner: calculator",
-        "4. <b>writer</b>: text only",
-    ]
+    assert [turn.name for turn in report.turns][::3] == ["1. planner: calculator", "4. <b>writer</b>: text only"]
     for shares in (report.agents, report.tools, report.turns):
         for name in ("answers", "rounds", "tokens", "seconds", "saved"):
             assert sum(getattr(share, name) for share in shares) == getattr(report.total, name)
@@ -55,13 +48,7 @@ def test_sums_are_those_of_the_traces(report: Report) -> None:
     assert (total.seconds, total.saved) == (2.5, 2.5)
     assert total.acceptance_length == pytest.approx(70 / 15)
     lookup = total.arms["lookup"]
-    assert (lookup.rounds, lookup.tokens, lookup.proposed, lookup.accepted, lookup.saved) == (
-        5,
-        40,
-        45,
-        35,
-        1.25,
-    )
+    assert (lookup.rounds, lookup.tokens, lookup.proposed, lookup.accepted, lookup.saved) == (5, 40, 45, 35, 1.25)
 
 
 def test_a_report_is_data(report: Report) -> None:
@@ -71,9 +58,7 @@ def test_a_report_is_data(report: Report) -> None:
 def test_a_report_is_text_and_a_page_that_runs_nothing(report: Report) -> None:
     text, page = str(report), report.html()
     assert "5 answers; estimated time saved by the server's own prices" in text
-    figures = (
-        "calculator        2      28       6               4.67    1.00 s    1.00 s  lookup 8.00 · ar 3.00"
-    )
+    figures = "calculator        2      28       6               4.67    1.00 s    1.00 s  lookup 8.00 · ar 3.00"
     assert figures in text.splitlines()
     heads = [line for line in text.splitlines() if "saved" in line][1:]
     assert [line.split()[0] for line in heads] == ["Agent", "Tool", "Turn", "Drafter"]
@@ -99,8 +84,7 @@ def test_what_nobody_knows_is_left_out(client: OpenAI) -> None:
 def test_spans_get_what_a_call_came_to(client: OpenAI, server: FakeServer) -> None:
     """The span that is current as the call begins, a stream's once it was read; those that do not record get none."""
     sdk, memory = (
-        pytest.importorskip(f"opentelemetry.sdk.trace{name}")
-        for name in ("", ".export.in_memory_span_exporter")
+        pytest.importorskip(f"opentelemetry.sdk.trace{name}") for name in ("", ".export.in_memory_span_exporter")
     )
     exporting = pytest.importorskip("opentelemetry.sdk.trace.export")
     exporter = memory.InMemorySpanExporter()
@@ -120,10 +104,7 @@ def test_spans_get_what_a_call_came_to(client: OpenAI, server: FakeServer) -> No
         client.chat.completions.create(**ASKED)
     server.trace = PRICED
     own = {"gen_ai.operation.name": "invoke_agent", "gen_ai.agent.name": "orchestrator"}
-    with (
-        tracer.start_as_current_span("POST /run") as around,
-        tracer.start_as_current_span("agent", attributes=own),
-    ):
+    with tracer.start_as_current_span("POST /run") as around, tracer.start_as_current_span("agent", attributes=own):
         for more in (0, -5, 5):
             server.trace = {**PRICED, "tokens": PRICED["tokens"] + more}
             client.chat.completions.create(**ASKED)
@@ -133,9 +114,7 @@ def test_spans_get_what_a_call_came_to(client: OpenAI, server: FakeServer) -> No
     whole, stream, broken, agent, _ = (dict(span.attributes) for span in exporter.get_finished_spans())
     assert {name: agent.pop(name) for name in own} == own
     assert agent.pop("whiflash.acceptance_length") == pytest.approx(14 / 3)
-    assert agent == {
-        name: 3 * value for name, value in whole.items() if "gen_ai" not in name and "length" not in name
-    }
+    assert agent == {name: 3 * value for name, value in whole.items() if "gen_ai" not in name and "length" not in name}
     assert whole == stream
     assert broken == {}
     assert whole == {

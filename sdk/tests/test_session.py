@@ -21,8 +21,7 @@ FILE = 'def area(r):\n\treturn 3.14 * r * r  # "é"\n'
 NUMBERED = "".join(f"{number:6}\t{line}\n" for number, line in enumerate(FILE.splitlines(), 1))
 NONE: Any = {"type": "object", "properties": {}}
 READ, EDIT = (
-    {"type": "function", "function": {"name": name, "parameters": NONE}}
-    for name in ("read_file", "edit_file")
+    {"type": "function", "function": {"name": name, "parameters": NONE}} for name in ("read_file", "edit_file")
 )
 CHANGE = {"path": "a.py", "old_string": "3.14", "new_string": "pi"}
 
@@ -30,10 +29,7 @@ CHANGE = {"path": "a.py", "old_string": "3.14", "new_string": "pi"}
 def call(number: int, arguments: Any) -> dict[str, Any]:
     text = arguments if isinstance(arguments, str) else json.dumps(arguments)
     function = {"name": "f", "arguments": text}
-    return {
-        "role": "assistant",
-        "tool_calls": [{"id": f"c{number}", "type": "function", "function": function}],
-    }
+    return {"role": "assistant", "tool_calls": [{"id": f"c{number}", "type": "function", "function": function}]}
 
 
 def user(text: str = "Do it.") -> dict[str, Any]:
@@ -157,10 +153,7 @@ def test_a_session_is_named_and_closed_where_it_was_open(
 
 
 def test_over_an_http_client_a_session_is_closed_too(server: FakeServer) -> None:
-    with (
-        OpenAI(base_url=server.base_url, api_key="key", http_client=http_client()) as client,
-        Session() as one,
-    ):
+    with OpenAI(base_url=server.base_url, api_key="key", http_client=http_client()) as client, Session() as one:
         client.chat.completions.create(model="m", messages=[user()])  # type: ignore[list-item]
     assert [body["session_id"] for body in (*server.bodies, *server.closed)] == [one.id] * 2
 
@@ -181,16 +174,12 @@ def test_a_server_that_closes_no_session_breaks_nothing(
 
 
 @pytest.mark.parametrize("route", ["chat", "responses", "messages"])
-def test_a_file_that_was_read_is_predicted_for_tools_that_edit(
-    wrapped: OpenAI, server: FakeServer, route: str
-) -> None:
+def test_a_file_that_was_read_is_predicted_for_tools_that_edit(wrapped: OpenAI, server: FakeServer, route: str) -> None:
     with Session():
         if route == "chat":
             wrapped.chat.completions.create(model="m", messages=CHAT, tools=[READ, EDIT])  # type: ignore[call-overload]
         elif route == "responses":
-            wrapped.responses.create(
-                model="m", input=OF_RESPONSES, tools=[{"type": "function", "name": "write"}]
-            )  # type: ignore[call-overload]
+            wrapped.responses.create(model="m", input=OF_RESPONSES, tools=[{"type": "function", "name": "write"}])  # type: ignore[call-overload]
         else:
             wrapped.post(
                 "/v1/messages",
@@ -209,11 +198,7 @@ def test_a_file_that_was_read_is_predicted_for_tools_that_edit(
         ([call(2, {"path": "a.py"}), result(2, "x = 2")], [EDIT], "x = 2"),
         ([call(2, {"command": "ls"}), result(2, "a.py")], [EDIT], FILE),
         ([call(2, {"path": ".", "pattern": "r"}), result(2, "a.py:1:def area(r):")], [EDIT], FILE),
-        (
-            [call(2, {"search": "3", "replace": "4"}), result(2, f"Done.\n{OPENED}1:x = 4\n")],
-            [EDIT],
-            "x = 4\n",
-        ),
+        ([call(2, {"search": "3", "replace": "4"}), result(2, f"Done.\n{OPENED}1:x = 4\n")], [EDIT], "x = 4\n"),
         ([call(2, {"search": "3", "replace": "4"}), result(2, f"Not done.\n{OPENED}")], [EDIT], FILE),
         ([call(2, {"path": "b.py", "old_str": "3"}), result(2, "No such file.")], [EDIT], FILE),
         (

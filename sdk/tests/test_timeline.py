@@ -23,10 +23,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    turns = [
-        Turn(f"</title>{HOSTILE}", TEXT, trace(proposed=20), "<b>model</b>"),
-        Turn("Second", TEXT, trace()),
-    ]
+    turns = [Turn(f"</title>{HOSTILE}", TEXT, trace(proposed=20), "<b>model</b>"), Turn("Second", TEXT, trace())]
     path = tmp_path_factory.mktemp("page") / "trace.html"
     path.write_text(conversation_html(turns, title="Recorded"), "utf-8")
     return path

@@ -25,13 +25,8 @@ def test_the_trace_is_typed(client: OpenAI, server: FakeServer) -> None:
     assert trace.text == server.content, "the response has the text, so the server sends it once"
 
 
-def test_sources_are_typed_and_absent_where_a_server_of_before_has_none(
-    client: OpenAI, server: FakeServer
-) -> None:
-    found = {
-        "prediction": {"proposed": 12, "accepted": 7, "saved": 0.25},
-        "form": {"proposed": 1, "accepted": 0},
-    }
+def test_sources_are_typed_and_absent_where_a_server_of_before_has_none(client: OpenAI, server: FakeServer) -> None:
+    found = {"prediction": {"proposed": 12, "accepted": 7, "saved": 0.25}, "form": {"proposed": 1, "accepted": 0}}
     server.trace = {**FULL, "sources": found}
     trace = routing(wrap(client).chat.completions.create(**ASKED))
     assert trace is not None
@@ -100,8 +95,6 @@ def test_a_broken_trace_is_named(client: OpenAI, server: FakeServer, broken: Any
         routing(response)
 
 
-@pytest.mark.parametrize(
-    "response", [None, {}, {"sglext": None}, {"sglext": {}}, {"meta_info": {"id": 1}}, "x"]
-)
+@pytest.mark.parametrize("response", [None, {}, {"sglext": None}, {"sglext": {}}, {"meta_info": {"id": 1}}, "x"])
 def test_no_trace_is_none(response: object) -> None:
     assert routing(response) is None

@@ -24,9 +24,7 @@ def made(server: FakeServer, *, below: bool) -> OpenAI:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("below", [False, True])
 @pytest.mark.parametrize("instrumented_first", [False, True])
-def test_spans_are_kept_and_completed(
-    server: FakeServer, instrumented_first: bool, below: bool, stream: bool
-) -> None:
+def test_spans_are_kept_and_completed(server: FakeServer, instrumented_first: bool, below: bool, stream: bool) -> None:
     """Below a client its own span gets the figures; with `wrap`, the one around it, as the tracer's opens below."""
     exporter = memory.InMemorySpanExporter()
     provider = sdk.TracerProvider()

@@ -21,10 +21,7 @@ httpx: Any = sys.modules.get("httpx") or sys.modules["httpx2"]
 httpx2: Any = sys.modules.get("httpx2", httpx)
 
 ASKED: Any = {"model": "m", "messages": [{"role": "user", "content": "Wo?  é"}]}
-TOOL: Any = {
-    "type": "function",
-    "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
-}
+TOOL: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 streaming: Any = sys.modules["whiflash_sdk.streaming"]
 collecting: Any = sys.modules["whiflash_sdk.collecting"]
 WAYS = ["wrap", "http_client"]
@@ -87,9 +84,7 @@ def test_a_stream_loses_its_trace_chunk_and_nothing_else(server: FakeServer, zip
     assert passed == [event for event in sent if "sglext" not in event]
     assert len(passed) == len(sent) - 1
     (trace,) = collected.traces
-    assert trace.text == "".join(
-        json.loads(e[6:])["choices"][0]["delta"].get("content", "") for e in passed[:2]
-    )
+    assert trace.text == "".join(json.loads(e[6:])["choices"][0]["delta"].get("content", "") for e in passed[:2])
 
 
 def test_events_cut_anywhere_are_whole_again() -> None:
@@ -182,10 +177,7 @@ def test_a_refusal_is_read_as_if_nobody_had_read_it(server: FakeServer, zipped: 
         assert raw == expected[0]
         for name in ("content-encoding", "content-length", "content-type"):
             assert headers.get(name) == expected[1].get(name)
-    with (
-        hinting("http_client", server) as client,
-        pytest.raises(openai.UnprocessableEntityError, match="too long"),
-    ):
+    with hinting("http_client", server) as client, pytest.raises(openai.UnprocessableEntityError, match="too long"):
         client.chat.completions.create(**ASKED)
 
 
@@ -241,9 +233,7 @@ def test_strict_is_the_cause_of_the_librarys_error(server: FakeServer) -> None:
     ):
         client.with_options(max_retries=0).chat.completions.create(**ASKED)
     error = raised.value
-    cause = (
-        error.__cause__ if isinstance(error, openai.APIConnectionError) else error
-    )  # newer clients' is bare
+    cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else error  # newer clients' is bare
     assert isinstance(cause, whiflash_sdk.UnsupportedServerError)
 
 
@@ -328,16 +318,8 @@ def test_anthropics_own_client(server: FakeServer, way: str) -> None:
             assert stream.get_final_text() == server.content
         events = client.messages.create(**MESSAGE, stream=True, tools=CALLABLE)
         kinds = [event.type for event in events]
-    assert kinds == [
-        "message_start",
-        "content_block_start",
-        "content_block_stop",
-        "message_delta",
-        "message_stop",
-    ]
-    assert [routing(answer) for answer in (message, stream, stream.get_final_message(), events)] == [
-        EXPECTED
-    ] * 4
+    assert kinds == ["message_start", "content_block_start", "content_block_stop", "message_delta", "message_stop"]
+    assert [routing(answer) for answer in (message, stream, stream.get_final_message(), events)] == [EXPECTED] * 4
     assert [(one.agent, one.tools, one.response_id, one.model) for one in seen.traces] == [
         ("coder", tools, "r0", "tiny") for tools in (("f",), (), ("f",))
     ]
@@ -358,9 +340,7 @@ def test_anthropics_asynchronous_client(server: FakeServer) -> None:
     told: dict[str, Any] = {"base_url": server.url, "api_key": "key"}
     for make in (
         lambda: wrap(anthropic.AsyncAnthropic(**told)),
-        lambda: anthropic.AsyncAnthropic(
-            **told, http_client=whiflash_sdk.async_http_client(httpx2.AsyncClient())
-        ),
+        lambda: anthropic.AsyncAnthropic(**told, http_client=whiflash_sdk.async_http_client(httpx2.AsyncClient())),
     ):
         assert asyncio.run(ask(make)) == (EXPECTED, EXPECTED)
 

@@ -16,10 +16,7 @@ PACKAGES = Path(whiflash_sdk.__file__).parents[1]
 
 @pytest.mark.parametrize(
     "command",
-    [
-        ["mypy", "--strict", "--config-file=", "--cache-dir=.mypy"],
-        ["basedpyright", f"--pythonpath={sys.executable}"],
-    ],
+    [["mypy", "--strict", "--config-file=", "--cache-dir=.mypy"], ["basedpyright", f"--pythonpath={sys.executable}"]],
     ids=["mypy", "pyright"],
 )
 @pytest.mark.skipif(
@@ -28,9 +25,7 @@ PACKAGES = Path(whiflash_sdk.__file__).parents[1]
 def test_a_users_program_is_typed(command: list[str], tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.read_text("utf-8"))
-    (tmp_path / "pyrightconfig.json").write_text(
-        f'{{"typeCheckingMode": "strict", "extraPaths": ["{PACKAGES}"]}}'
-    )
+    (tmp_path / "pyrightconfig.json").write_text(f'{{"typeCheckingMode": "strict", "extraPaths": ["{PACKAGES}"]}}')
     line = [sys.executable, "-m", *command, "program.py"]
     environment = {**os.environ, "MYPYPATH": str(PACKAGES)}
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -134,9 +134,7 @@ def test_every_way_of_asking_carries_hints_and_is_collected(client: OpenAI, serv
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_body_of_bytes_goes_out_as_it_is(client: OpenAI, server: FakeServer) -> None:
-    names = {"body", "content"} & inspect.signature(
-        client.post
-    ).parameters.keys()  # the latter is of openai 3
+    names = {"body", "content"} & inspect.signature(client.post).parameters.keys()  # the latter is of openai 3
     for name in names:
         given: Any = {name: json.dumps(ASKED).encode()}
         wrap(client).post("/chat/completions", cast_to=object, **given)
@@ -274,9 +272,7 @@ def test_a_server_that_does_not_route_gets_what_the_call_says(
     assert whiflash_sdk.routing(response) is None
 
 
-def test_strict_says_so_instead(
-    client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, ran: Any
-) -> None:
+def test_strict_says_so_instead(client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, ran: Any) -> None:
     server.capabilities_status = 404
     wrap(client, strict=True), wrap(async_client, strict=True)
     for _ in range(2):
@@ -329,9 +325,7 @@ def test_misuse_says_what_to_give(client: OpenAI) -> None:
         ask(wrap(client), extra_body={"custom_params": params})
 
 
-@pytest.mark.parametrize(
-    "way", ["create", "raw", "async", "repeated", "repeated, assumed", "repeated, below"]
-)
+@pytest.mark.parametrize("way", ["create", "raw", "async", "repeated", "repeated, assumed", "repeated, below"])
 def test_warnings_point_at_the_users_call(
     client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, ran: Any, way: str
 ) -> None:

@@ -28,9 +28,7 @@ def mean(trace: Trace | None) -> float:
 
 
 def ask(client: OpenAI) -> ChatCompletion:
-    return client.chat.completions.create(
-        model="m", messages=MESSAGES, extra_body=HINTS.extra_body({"top_k": 20})
-    )
+    return client.chat.completions.create(model="m", messages=MESSAGES, extra_body=HINTS.extra_body({"top_k": 20}))
 
 
 def main() -> list[float]:
@@ -41,9 +39,7 @@ def main() -> list[float]:
         model="m", messages=MESSAGES, response_format=City, extra_body=HINTS.extra_body()
     )
     city: City | None = parsed.choices[0].message.parsed
-    text = client.completions.create(
-        model="m", prompt=city.name if city else "x", extra_body=HINTS.extra_body()
-    )
+    text = client.completions.create(model="m", prompt=city.name if city else "x", extra_body=HINTS.extra_body())
     for chunk in client.chat.completions.create(
         model="m", messages=MESSAGES, stream=True, extra_body=HINTS.extra_body()
     ):
@@ -66,9 +62,7 @@ def below() -> ChatCompletion:
 async def asynchronous() -> str | None:
     client: AsyncOpenAI = wrap(AsyncOpenAI(), trace=False)
     with collect() as collected:
-        response = await client.chat.completions.create(
-            model="m", messages=MESSAGES, extra_body=HINTS.extra_body()
-        )
+        response = await client.chat.completions.create(model="m", messages=MESSAGES, extra_body=HINTS.extra_body())
     print(collected.traces, await whiflash_sdk.async_capabilities(client))
     return response.choices[0].message.content
 

@@ -9,13 +9,7 @@ from whiflash_sdk.capabilities import Capabilities, async_capabilities, capabili
 from whiflash_sdk.client import wrap
 from whiflash_sdk.collecting import Collected, collect
 from whiflash_sdk.doctor import Finding, async_doctor, doctor, explain
-from whiflash_sdk.errors import (
-    HintError,
-    TraceError,
-    UnsupportedServerError,
-    UnsupportedServerWarning,
-    WhiFlashError,
-)
+from whiflash_sdk.errors import HintError, TraceError, UnsupportedServerError, UnsupportedServerWarning, WhiFlashError
 from whiflash_sdk.hints import Arm, Hints, Kind, Span, TraceLevel
 from whiflash_sdk.report import Report, Share
 from whiflash_sdk.session import Session

@@ -237,9 +237,7 @@ async def async_capabilities(client: AsyncOpenAI) -> Capabilities | None:
     return (await async_ask(OfClient(client))).found
 
 
-def ask(
-    asker: Asker, timeout: float | Timeout | NotGiven | None = None, model: str | None = None
-) -> AskedServer:
+def ask(asker: Asker, timeout: float | Timeout | NotGiven | None = None, model: str | None = None) -> AskedServer:
     """Return what is known about the asker's server, after asking it if that is due.
 
     timeout: of the request that needs the answer, which bounds the question; if not given, the asker's. model: that
@@ -274,9 +272,7 @@ async def async_ask(
     return server
 
 
-def _probe(
-    asker: Asker, url: str, server: AskedServer, limits: dict[str, float], model: str | None
-) -> Flow[None]:
+def _probe(asker: Asker, url: str, server: AskedServer, limits: dict[str, float], model: str | None) -> Flow[None]:
     """Ask for the capabilities if they are due, and for the list of models if it decides about this model."""
     with untraced():
         if server.is_due(None):

@@ -202,6 +202,4 @@ def _carrying(options: Any, body: Mapping[str, Any]) -> Any:
     own = options.json_data or {}
     extra = {name: value for name, value in body.items() if name not in own or own[name] is not value}
     kept = {name: value for name, value in own.items() if name in body}
-    return options.model_copy(
-        update={"json_data": kept if own else options.json_data, "extra_json": extra or None}
-    )
+    return options.model_copy(update={"json_data": kept if own else options.json_data, "extra_json": extra or None})

@@ -9,9 +9,7 @@ from whiflash_sdk.hints import MAX_SPANS, Span
 from whiflash_sdk.presets import REASONING_PARSERS, TOOL_CALL_PARSERS, likely_spans
 
 
-def derive_spans(
-    body: Mapping[str, Any], tool_parser: str | None, reasoning_parser: str | None
-) -> tuple[Span, ...]:
+def derive_spans(body: Mapping[str, Any], tool_parser: str | None, reasoning_parser: str | None) -> tuple[Span, ...]:
     """Derive the spans that are sent together with a block's open span; none if a parser is unknown here.
 
     Without a block the server infers the spans, and it knows the markers of its own parsers.

@@ -90,9 +90,7 @@ def _wrapped(settings: Told | None) -> Finding:
     if settings is None:
         return Finding("client", False, "it sends no hints: call whiflash_sdk.wrap(client)")
     if settings.capabilities is False:
-        return Finding(
-            "client", False, "hints are switched off: by capabilities=False, or WHIFLASH_SDK_DISABLE is set"
-        )
+        return Finding("client", False, "hints are switched off: by capabilities=False, or WHIFLASH_SDK_DISABLE is set")
     if settings.hints.off:
         return Finding("client", False, "its hints say off=True: every answer is decoded without drafts")
     return Finding("client", True, "it sends hints")
@@ -155,9 +153,7 @@ def _brought(trace: Trace) -> Iterator[Finding]:
         detail += ": no drafter was worth its time, or none is loaded. doctor(client) looks at the server"
     yield Finding("drafts", plain < trace.rounds if trace.rounds else None, detail)
     if pinned or spans:
-        yield Finding(
-            "spans", True, f"{pinned + spans} of {trace.rounds} rounds were routed by a pin or preference"
-        )
+        yield Finding("spans", True, f"{pinned + spans} of {trace.rounds} rounds were routed by a pin or preference")
     if not trace.sources:
         yield Finding(
             "sources",

@@ -11,15 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from whiflash_sdk.errors import HintError
@@ -85,16 +77,14 @@ class Span(_Hint):
     open: bool = False
     prefer: Arm | None = None
     pin: bool = False
-    bias: Annotated[dict[Arm, BiasAmount], BeforeValidator(lambda value: {} if value is None else value)] = (
-        Field(default_factory=dict)
+    bias: Annotated[dict[Arm, BiasAmount], BeforeValidator(lambda value: {} if value is None else value)] = Field(
+        default_factory=dict
     )
 
     @model_validator(mode="after")
     def _complete(self) -> Span:
         if self.begin is None and not self.open:
-            raise PydanticCustomError(
-                "begin", "is missing; give a marker, or set open to start inside the span"
-            )
+            raise PydanticCustomError("begin", "is missing; give a marker, or set open to start inside the span")
         if self.pin and self.prefer is None:
             raise PydanticCustomError("prefer", "is missing; pin needs the arm to use")
         return self
@@ -214,8 +204,7 @@ _REASONS: Final = {
     "dict_type": "must be an object of arms and numbers",
     "float_type": "must be a number",
     **dict.fromkeys(
-        ("greater_than_equal", "less_than_equal", "finite_number"),
-        f"must be between {-MAX_BIAS:g} and {MAX_BIAS:g}",
+        ("greater_than_equal", "less_than_equal", "finite_number"), f"must be between {-MAX_BIAS:g} and {MAX_BIAS:g}"
     ),
 }
 """Messages by the wrong field's name, or else by pydantic's type of error."""

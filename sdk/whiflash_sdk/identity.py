@@ -25,8 +25,7 @@ _SECRET_WORDS: Final = frozenset(
 )
 """Words by which a header counts as authentication: `Authorization`, `X-Api-Key`, `OpenAI-Organization`."""
 _OF_ONE_REQUEST: Final = re.compile(
-    rb"connection|content-.*|accept.*|if-.*|range|expect|te|trailer|transfer-encoding|idempotency-key",
-    re.IGNORECASE,
+    rb"connection|content-.*|accept.*|if-.*|range|expect|te|trailer|transfer-encoding|idempotency-key", re.IGNORECASE
 )
 """Headers that a question for capabilities does not copy from the request that needs the answer."""
 _READABLE: Final = [(b"accept", b"application/json"), (b"accept-encoding", b"identity")]
@@ -129,9 +128,7 @@ Asker = OfClient | OfRequest
 
 def _digest(url: str, sent: Mapping[str, Any], *more: object) -> bytes:
     secrets = sorted(
-        (name.lower(), value)
-        for name, value in sent.items()
-        if isinstance(value, str) and _authenticates(name)
+        (name.lower(), value) for name, value in sent.items() if isinstance(value, str) and _authenticates(name)
     )
     return hashlib.blake2b(repr((url, secrets, *more)).encode(), key=_SALT, digest_size=16).digest()
 

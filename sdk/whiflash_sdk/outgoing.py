@@ -28,9 +28,7 @@ _ADDED: Final = ("custom_params", "prediction", "cache_salt", "session_id")
 """Fields of a request that the SDK may add or extend."""
 _INSIDE: Final = (f"custom_params.{WIRE_KEY}", "prediction.content")
 """Names in the refusal of a server that reads these fields, but refuses their value in this request."""
-_FLAGS: Final = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
-    ("", "0", "false", "no", "off"), False
-)
+_FLAGS: Final = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("", "0", "false", "no", "off"), False)
 
 
 class ClientSettings(TypedDict, total=False):
@@ -245,9 +243,7 @@ def _with_hints(
     return {**rest, "custom_params": params} if params else rest
 
 
-def _derived(
-    body: Mapping[str, Any], route: str, hints: Hints, capabilities: Capabilities | bool
-) -> tuple[Span, ...]:
+def _derived(body: Mapping[str, Any], route: str, hints: Hints, capabilities: Capabilities | bool) -> tuple[Span, ...]:
     """Derive the spans to send beside a block's span: the server infers none for a request that has spans."""
     if not (hints.infer and isinstance(capabilities, Capabilities) and route in _DERIVED):
         return ()
@@ -271,18 +267,14 @@ def _named(capabilities: Capabilities | bool, body: Mapping[str, Any], agent: st
     return {"session_id": talk.id if same else f"{talk.id}/{agent}"}
 
 
-def _predicted(
-    capabilities: Capabilities | bool, body: Mapping[str, Any], inside: Session | None
-) -> dict[str, Any]:
+def _predicted(capabilities: Capabilities | bool, body: Mapping[str, Any], inside: Session | None) -> dict[str, Any]:
     """Return the field `prediction` of the enclosing block or session; empty if the request has one, or if the server
     reads none."""
     assumed = capabilities if isinstance(capabilities, Capabilities) else Capabilities(version=1).assumed()
     if "prediction" in body or assumed.prediction_tokens == 0:
         return {}
     parser = assumed.tool_call_parser
-    text = predicted_text(
-        lambda: guessed(inside.prediction, body, parser, otherwise=None) if inside else None
-    )
+    text = predicted_text(lambda: guessed(inside.prediction, body, parser, otherwise=None) if inside else None)
     if text is None:
         return {}
     # A file may have been read with surrogates for bytes that are no text, which no request can carry.

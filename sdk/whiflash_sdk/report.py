@@ -87,10 +87,7 @@ class Report(BaseModel):
             for number, trace in enumerate(traces, 1)
         )
         return cls(
-            total=Share.of("all", traces),
-            agents=_by(agent_of, traces),
-            tools=_by(tools_of, traces),
-            turns=turns,
+            total=Share.of("all", traces), agents=_by(agent_of, traces), tools=_by(tools_of, traces), turns=turns
         )
 
     @property

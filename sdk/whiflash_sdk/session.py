@@ -67,9 +67,7 @@ class Session:
 
     async def __aexit__(self, *_: object) -> None:
         _SESSION.leave(self)
-        with anyio.CancelScope(
-            shield=True
-        ):  # a cancelled block closes, too; `close_session` bounds the seconds
+        with anyio.CancelScope(shield=True):  # a cancelled block closes, too; `close_session` bounds the seconds
             for place in _taken(self.id):
                 await run_async(place.closing())
 

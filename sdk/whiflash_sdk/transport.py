@@ -186,9 +186,7 @@ def _asker(way: Any, request: Any, route: str) -> OfRequest:
     return OfRequest(way.inner, request, str(request.url.copy_with(path=path, query=None)))
 
 
-def _carrying(
-    library: Any, request: Any, content: bytes, own: Mapping[str, Any], body: Mapping[str, Any]
-) -> Any:
+def _carrying(library: Any, request: Any, content: bytes, own: Mapping[str, Any], body: Mapping[str, Any]) -> Any:
     """Return the request with this body; the same object if the body is unchanged."""
     edited = edit_json(content, own, body)
     if edited is content:
@@ -199,9 +197,7 @@ def _carrying(
         codings = request.headers["accept-encoding"].split(",")
         kept = [coding for coding in codings if decodes(library, coding.partition(";")[0].strip().lower())]
         headers.append((b"accept-encoding", ",".join(kept).strip().encode() or b"identity"))
-    return type(request)(
-        request.method, request.url, headers=headers, content=edited, extensions=request.extensions
-    )
+    return type(request)(request.method, request.url, headers=headers, content=edited, extensions=request.extensions)
 
 
 def _text(library: Any, response: Any, raw: bytes) -> str:

@@ -107,9 +107,7 @@ def look(server: Server, path: Path) -> None:
         answers[3].result()
         view.look()
         time.sleep(3)
-        console = Console(
-            file=io.StringIO(), record=True, width=112, force_terminal=True, color_system="truecolor"
-        )
+        console = Console(file=io.StringIO(), record=True, width=112, force_terminal=True, color_system="truecolor")
         console.print(screen(view.look()))
         for answer in answers:
             answer.cancel()
@@ -118,9 +116,7 @@ def look(server: Server, path: Path) -> None:
 
 def demonstrate(path: Path) -> None:
     """Screen of `whiflash demo`."""
-    console = Console(
-        file=io.StringIO(), record=True, width=118, force_terminal=True, color_system="standard"
-    )
+    console = Console(file=io.StringIO(), record=True, width=118, force_terminal=True, color_system="standard")
     show(run("auto", None, Progress(disable=True)), console)
     draw(console, "whiflash demo", path)
 

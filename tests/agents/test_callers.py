@@ -27,14 +27,7 @@ from whiflash_sglang.http.callers import SESSIONS
 pytestmark = pytest.mark.server
 
 TENANT = b"X-WhiFlash-Tenant: "
-ROUTES = (
-    "/v1/chat/completions",
-    "/invocations",
-    "/v1/completions",
-    "/v1/responses",
-    "/v1/messages",
-    "/generate",
-)
+ROUTES = ("/v1/chat/completions", "/invocations", "/v1/completions", "/v1/responses", "/v1/messages", "/generate")
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +119,7 @@ def test_a_session_is_its_tenants(server: Server, path: str, header: str) -> Non
 def test_no_id_looks_like_another_tenants(server: Server) -> None:
     forged = {"session_id": "victim\x1fone", "capacity_of_str_len": 9}
     generated = body_of("/v1/completions", "one two", **forged)
-    for path, asked in (
-        ("/close_session", forged),
-        ("/open_session", forged),
-        ("/v1/completions", generated),
-    ):
+    for path, asked in (("/close_session", forged), ("/open_session", forged), ("/v1/completions", generated)):
         status, text = ask(server, path, asked, TENANT + b"other")
         assert (status, b"control character" in text) == (400, True), path
         if path != "/v1/completions":  # SGLang's parser reads this, and ours does not
@@ -157,10 +146,7 @@ def test_a_batch_has_one_tenant(server: Server) -> None:
         ([b"X-WhiFlash-Tenant:"], b"is empty"),
         ([TENANT + b"a", TENANT + b"b"], b"twice with different values"),
         ([TENANT + b"caf\xe9"], b"not UTF-8"),
-        (
-            [TENANT + b"a", b"X-WhiFlash-Agent: x", b"X-WhiFlash-Agent: y"],
-            b"X-WhiFlash-Agent: is there twice",
-        ),
+        ([TENANT + b"a", b"X-WhiFlash-Agent: x", b"X-WhiFlash-Agent: y"], b"X-WhiFlash-Agent: is there twice"),
     ],
 )
 def test_a_name_that_is_not_one_is_refused(server: Server, headers: list[bytes], why: bytes) -> None:
@@ -175,9 +161,11 @@ def test_names_are_whole(server: Server) -> None:
     """Two names that differ in one byte are two tenants; a header that says the same twice is one."""
     text = body_of("/generate", prompt("names"))
     first, second = TENANT + "café".encode(), TENANT + "cafè".encode()
-    assert [
-        cached(ask(server, "/generate", text, *lines)) > 20 for lines in ([first], [second], [first, first])
-    ] == [False, False, True]
+    assert [cached(ask(server, "/generate", text, *lines)) > 20 for lines in ([first], [second], [first, first])] == [
+        False,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("head", [[TENANT + b"trailing acme"], []])

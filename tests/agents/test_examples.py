@@ -63,9 +63,7 @@ def test_the_agent_reaches_its_end_and_is_routed(name: str, server: Server, tmp_
     check(run_example(name, server.url, page), page, "json" if name == "extract.py" else "tool_call")
 
 
-def test_pydantic_ai_reaches_its_end_and_is_routed(
-    server: Server, isolated: list[str], tmp_path: Path
-) -> None:
+def test_pydantic_ai_reaches_its_end_and_is_routed(server: Server, isolated: list[str], tmp_path: Path) -> None:
     page = tmp_path / "trace.html"
     check(run_example(ISOLATED, server.url, page, isolated), page, "tool_call")
 

@@ -79,9 +79,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "messages-tools": message(tools=[{"name": "look", "input_schema": SCHEMA}]),
 }
 
-OWN = re.compile(
-    r"(^|_)id$|^created|_at$|latency|_ts$|_time$|throughput|cached_tokens|^spec_|^dp_rank$|^obfuscation$"
-)
+OWN = re.compile(r"(^|_)id$|^created|_at$|latency|_ts$|_time$|throughput|cached_tokens|^spec_|^dp_rank$|^obfuscation$")
 """Fields that no two answers share, that count the cache, and that every speculative algorithm of SGLang adds."""
 
 
@@ -150,9 +148,7 @@ def test_features_do_what_they_say(both: tuple[dict[str, Any], dict[str, Any]]) 
         assert json.loads(said, strict=False).keys() == {"name", "kind"}
     assert len(plain["generate-batch"]) == 6
     assert [len(plain[name]["choices"]) for name in ("completion", "chat")] == [2, 2]
-    assert list(differences(plain["chat-json-schema"], plain["chat-tool"])), (
-        "the comparison sees what differs"
-    )
+    assert list(differences(plain["chat-json-schema"], plain["chat-tool"])), "the comparison sees what differs"
 
 
 def test_disconnects_leave_nothing_behind(servers: tuple[Server, Server], both: Any) -> None:
@@ -202,9 +198,7 @@ def test_a_wrong_token_of_one_arm_fails_the_check(server: Server, monkeypatch: p
     """`whiflash check --echo`: the answers of a real server, and a token that somebody changed on their way."""
     asked = echo.over_http
 
-    def changed(
-        client: httpx.Client, url: str, bodies: Sequence[echo.Body], **named: Any
-    ) -> Sequence[echo.Body]:
+    def changed(client: httpx.Client, url: str, bodies: Sequence[echo.Body], **named: Any) -> Sequence[echo.Body]:
         answers = asked(client, url, bodies, **named)
         for body, answer in zip(bodies, answers, strict=True):
             if '"prefer": "diffusion"' in body["sampling_params"]["custom_params"]["whiflash"]:

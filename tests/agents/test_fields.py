@@ -88,10 +88,7 @@ def table(wrong: Sequence[Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
         yield from (("/generate", {**NATIVE, "session_params": {name: value}}, name) for value in wrong)
 
 
-SENT = {*names(io_struct.TokenizedGenerateReqInput)} & {*names(io_struct.GenerateReqInput)} - {
-    "input_ids",
-    "rid",
-}
+SENT = {*names(io_struct.TokenizedGenerateReqInput)} & {*names(io_struct.GenerateReqInput)} - {"input_ids", "rid"}
 """Fields of `/generate` that the scheduler reads one of; a list passes SGLang's models."""
 
 
@@ -113,9 +110,7 @@ def streamed(server: Server, until: Event) -> list[str]:
     body = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 200, "ignore_eos": True}
     texts = []
     while not texts or not until.is_set():
-        with httpx.stream(
-            "POST", f"{server.url}/v1/completions", json=body | {"stream": True}, timeout=None
-        ) as s:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body | {"stream": True}, timeout=None) as s:
             events = [line.removeprefix("data: ") for line in s.iter_lines() if line.startswith("data: {")]
         texts.append("".join(json.loads(event)["choices"][0]["text"] for event in events))
     return texts
@@ -123,10 +118,7 @@ def streamed(server: Server, until: Event) -> list[str]:
 
 def test_no_value_of_any_field_ends_the_server(server: Server, pytestconfig: pytest.Config) -> None:
     over, wrong = Event(), []
-    with (
-        ThreadPoolExecutor(1) as pool,
-        httpx.Client(base_url=server.url, timeout=None, limits=ALONE) as client,
-    ):
+    with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=server.url, timeout=None, limits=ALONE) as client:
         neighbour = pool.submit(streamed, server, over)
         try:
             for route, body, name in table(chosen(pytestconfig, WRONG, *DAILY)):
@@ -159,11 +151,7 @@ def test_turns_of_a_session_are_replaced(server: Server) -> None:
 
 def test_every_field_is_a_clients_or_the_servers() -> None:
     """A new field of SGLang's is nobody's until somebody has looked at it."""
-    known = {
-        *names(GenerateRequest),
-        *names(protocol.ChatCompletionRequest),
-        *names(protocol.CompletionRequest),
-    }
+    known = {*names(GenerateRequest), *names(protocol.ChatCompletionRequest), *names(protocol.CompletionRequest)}
     known |= {*Engine.async_generate.__annotations__, *admission.INTERNAL}
     served = {"input_embeds", "log_metrics", "no_logs", "return_entropy", "return_flat_raw_top_logprobs"}
     served |= {"image_max_dynamic_patch", "return_indexer_topk", "video_max_dynamic_patch"}

@@ -145,11 +145,7 @@ SURROGATES = ["\U0001f600", "\ud83d", "\ude00\ud83d"]
 @pytest.mark.parametrize("where", ["tool result", "tool", "schema", "prediction"])
 def test_no_text_of_a_request_ends_an_arm_for_everybody(server: Server, text: str, where: str) -> None:
     said = json.dumps({"found": [f"{text} a file\n{text}", "another file of many words\n" * 8]})
-    arguments: dict[str, Any] = {
-        "type": "object",
-        "properties": {"name": {"type": "string"}},
-        "required": ["name"],
-    }
+    arguments: dict[str, Any] = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
     if where in ("tool", "schema"):
         arguments["properties"]["name"]["enum"] = [f"{text}", "a"]
     tool = {"type": "function", "function": {"name": "find", "parameters": arguments}}
@@ -186,14 +182,7 @@ def asked_of(route: str, predicted: object, **more: Any) -> dict[str, Any]:
             "sampling_params": {**params, "custom_params": {"whiflash_prediction": predicted}},
             **more,
         }
-    asked = {
-        "model": "tiny",
-        "max_tokens": 24,
-        "temperature": 0,
-        "ignore_eos": True,
-        "regex": LETTERS,
-        **more,
-    }
+    asked = {"model": "tiny", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "regex": LETTERS, **more}
     shown: dict[str, Any] = {"messages": MESSAGES} if "chat" in route else {"prompt": PROMPT}
     return {**asked, **shown, **({} if predicted is None else {"prediction": predict(predicted)})}
 
@@ -261,9 +250,7 @@ def test_a_stream_ends_with_what_appeared(server: Server, client: OpenAI, route:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_step_with_a_long_prediction_works_and_its_trace_says_what_was_read(
-    client: OpenAI, stream: bool
-) -> None:
+def test_a_step_with_a_long_prediction_works_and_its_trace_says_what_was_read(client: OpenAI, stream: bool) -> None:
     with predicting("def f(): pass\n" * 6_000), collect() as collected:
         answers: list[Any] = [
             client.chat.completions.create(**ASKED, messages=MESSAGES, stream=stream),

@@ -32,16 +32,12 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "workers": ("--tokenizer-worker-num", "2"),
 }
 REFUSED = {"storage + streaming sessions": "--hicache-storage-backend file beside --enable-streaming-session"}
-PAIRS = [
-    " + ".join(pair) for pair in itertools.combinations(FEATURES, 2) if pair != ("host memory", "storage")
-]
+PAIRS = [" + ".join(pair) for pair in itertools.combinations(FEATURES, 2) if pair != ("host memory", "storage")]
 TOKENS = {"max_new_tokens": 70, "temperature": 0, "ignore_eos": True}
 PROMPT = "one two three four " * 8
 
 
-def talk(
-    server: Server, more: dict[str, Any], *, session: str | None = None, streaming: bool = False
-) -> None:
+def talk(server: Server, more: dict[str, Any], *, session: str | None = None, streaming: bool = False) -> None:
     """Two turns, of which the second goes on from the first; raises for one that has no answer."""
     said, rid = "", None
     for text in (PROMPT, "and five"):
@@ -56,12 +52,7 @@ def talk(
 @pytest.mark.parametrize("pair", sampled(PAIRS, *REFUSED))
 def test_two_turns_of_a_pair(host: ServerHost, models: Models, tmp_path: Path, pair: str) -> None:
     given = ["--model-path", str(models.target), "--dtype", "float32", "--speculative-algorithm", "WHIFLASH"]
-    given += [
-        "--speculative-draft-model-path",
-        str(models.dflash),
-        "--whiflash-eagle-draft",
-        str(models.eagle3),
-    ]
+    given += ["--speculative-draft-model-path", str(models.dflash), "--whiflash-eagle-draft", str(models.eagle3)]
     given += [part for name in pair.split(" + ") for part in FEATURES[name]]
     asked: list[dict[str, Any]] = [{}, {"sampling_params": {**TOKENS, "regex": "[a-z]{20}"}}]
     if "adapters" in pair:

@@ -50,20 +50,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "generate-logprobs": ("/generate", {**NATIVE, **LOGPROBS}),
     "vertex": (
         "/vertex_generate",
-        {
-            "instances": [{"text": TEXT}],
-            "parameters": {"sampling_params": SAMPLING, "stream": True, **LOGPROBS},
-        },
+        {"instances": [{"text": TEXT}], "parameters": {"sampling_params": SAMPLING, "stream": True, **LOGPROBS}},
     ),
     "completion": ("/v1/completions", COMPLETION),
     "completion-logprobs": ("/v1/completions", {**COMPLETION, "logprobs": 2, **USAGE}),
     "completion-n": ("/v1/completions", {**COMPLETION, "n": 2, **USAGE}),
     "chat": ("/v1/chat/completions", {**CHAT, "tools": TOOLS}),
     "chat-n": ("/v1/chat/completions", {**CHAT, "tools": TOOLS, "n": 3}),
-    "chat-logprobs": (
-        "/v1/chat/completions",
-        {**CHAT, "tools": TOOLS, "logprobs": True, "top_logprobs": 2, **USAGE},
-    ),
+    "chat-logprobs": ("/v1/chat/completions", {**CHAT, "tools": TOOLS, "logprobs": True, "top_logprobs": 2, **USAGE}),
     "chat-one-text": ("/v1/chat/completions", {**CHAT, "tools": TOOLS, "separate_reasoning": False}),
     "chat-late-reasoning": ("/v1/chat/completions", {**CHAT, "tools": TOOLS, "stream_reasoning": False}),
     "chat-one-call": ("/v1/chat/completions", {**CHAT, "tools": TOOLS, "parallel_tool_calls": False}),

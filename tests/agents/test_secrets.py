@@ -9,12 +9,7 @@ from server_host import Server, ServerHost
 
 pytestmark = pytest.mark.server
 
-KEY, ADMIN, WRONG, SALT = (
-    "key-of-clients-41",
-    "key-of-operators-42",
-    "key-of-nobody-43",
-    "salt-of-a-tenant-44",
-)
+KEY, ADMIN, WRONG, SALT = ("key-of-clients-41", "key-of-operators-42", "key-of-nobody-43", "salt-of-a-tenant-44")
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +26,7 @@ def test_keys_are_in_no_answer_and_no_log(server: Server) -> None:
     sent: dict[str | None, list[httpx.Response]] = {}
     for key in (KEY, ADMIN, WRONG, None):
         with httpx.Client(
-            base_url=server.url,
-            timeout=None,
-            headers={} if key is None else {"Authorization": f"Bearer {key}"},
+            base_url=server.url, timeout=None, headers={} if key is None else {"Authorization": f"Bearer {key}"}
         ) as client:
             sent[key] = [
                 client.post("/generate", json=asked),

@@ -36,9 +36,7 @@ class Collector:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                sent = ExportTraceServiceRequest.FromString(
-                    self.rfile.read(int(self.headers["Content-Length"]))
-                )
+                sent = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["Content-Length"])))
                 for resource in sent.resource_spans:
                     for scope in resource.scope_spans:
                         spans.extend(map(_attributes, scope.spans))
@@ -75,13 +73,9 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
-def incremental(
-    tmp_path_factory: pytest.TempPathFactory, host: ServerHost, collector: Collector
-) -> Iterator[Server]:
+def incremental(tmp_path_factory: pytest.TempPathFactory, host: ServerHost, collector: Collector) -> Iterator[Server]:
     """Streams of increments, prompts in small chunks; SGLang's own spans, which `collector` is sent."""
-    flags = (
-        "--tool-call-parser hermes --incremental-streaming-output --chunked-prefill-size 64 --enable-trace"
-    )
+    flags = "--tool-call-parser hermes --incremental-streaming-output --chunked-prefill-size 64 --enable-trace"
     arguments = [*served_pair(tmp_path_factory.mktemp("checkpoints")), *flags.split()]
     arguments += ["--otlp-traces-endpoint", collector.endpoint]
     with host.running(*arguments, env={"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}) as running:
@@ -178,14 +172,7 @@ def plain(route: str, stream: bool, n: int) -> dict[str, Any]:
     if route == "/generate":
         params = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True, "n": n}
         return {"text": PROMPT, "sampling_params": params, "stream": stream}
-    asked = {
-        "model": "tiny",
-        "temperature": 0,
-        "max_tokens": 40,
-        "ignore_eos": True,
-        "n": n,
-        "stream": stream,
-    }
+    asked = {"model": "tiny", "temperature": 0, "max_tokens": 40, "ignore_eos": True, "n": n, "stream": stream}
     return {**asked, "messages": MESSAGES} if "chat" in route else {**asked, "prompt": PROMPT}
 
 
@@ -199,9 +186,7 @@ def test_who_did_not_ask_gets_what_a_plain_server_sends(
     with traced_neighbour(server):
         beside = [ask(server.url, route, body) for _ in range(3)]
     assert all("whiflash" not in sent for sent in (alone, *beside))
-    assert [comparable(sent, spec=False) for sent in (alone, *beside)] == [
-        comparable(ask(stock.url, route, body))
-    ] * 4
+    assert [comparable(sent, spec=False) for sent in (alone, *beside)] == [comparable(ask(stock.url, route, body))] * 4
     assert [comparable(sent).keys() for sent in beside] == [comparable(alone).keys()] * 3
 
 

@@ -10,9 +10,7 @@ EVENTS = ("finish", "abort", "retract", "remap")
 
 route = st.sampled_from(["ar", "diffusion", "none"])
 event = st.none() | st.tuples(st.sampled_from(EVENTS), st.integers(0, ROWS - 1))
-rounds = st.tuples(
-    st.tuples(*[route] * ROWS), st.tuples(*[st.integers(1, WIDEST)] * ROWS), event, st.integers(1, 6)
-)
+rounds = st.tuples(st.tuples(*[route] * ROWS), st.tuples(*[st.integers(1, WIDEST)] * ROWS), event, st.integers(1, 6))
 """Routes, accepted lengths (bonus included), what happens after it, and how often the round is repeated."""
 
 

@@ -39,9 +39,7 @@ class Arms:
     by_name: dict[str, PagedArm]
     width: int
 
-    def full_pass(
-        self, features: torch.Tensor, tokens: torch.Tensor
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def full_pass(self, features: torch.Tensor, tokens: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """KV of positions 0..n-1 in one go: per arm k and v [layers, n, Hkv, D]. tokens: [n + 1]."""
         n = len(features)
         slots = torch.arange(n)
@@ -92,9 +90,7 @@ class Replay:
         self.arms, self.late = arms, late
         self.random = random.Random(seed)
         self._generator = torch.Generator().manual_seed(seed)
-        self.sync = DraftSync(
-            arms.by_name, capacity, arms.width, torch.float32, Quarantine(arms.by_name, alone=False)
-        )
+        self.sync = DraftSync(arms.by_name, capacity, arms.width, torch.float32, Quarantine(arms.by_name, alone=False))
         for arm in arms.by_name.values():
             arm.kv.k.fill_(torch.nan)  # whatever is read without having been written shows
             arm.kv.v.fill_(torch.nan)
@@ -115,9 +111,7 @@ class Replay:
         inputs = DraftBatch.of_padding(ROWS, self.features, self.table, CALIBRATION)
         for arm in self.arms.by_name.values():
             arm.capture(recorder, inputs)
-        self.sync.capture(
-            recorder, ROWS, ROWS * max(arm.max_drafts + 1 for arm in self.arms.by_name.values())
-        )
+        self.sync.capture(recorder, ROWS, ROWS * max(arm.max_drafts + 1 for arm in self.arms.by_name.values()))
 
     def begin(self, row: int) -> None:
         """A new request: its recording is drawn, its prompt is prefilled, sometimes in two chunks."""
@@ -173,9 +167,7 @@ class Replay:
         for row, (n, width, count) in enumerate(zip(self.lengths, widths, counts, strict=True)):
             starts.append(sum(len(p) for p in packed))
             rejected = width - count
-            packed.append(
-                torch.cat([self.features[row, n : n + count], torch.full((rejected, self.arms.width), 7.0)])
-            )
+            packed.append(torch.cat([self.features[row, n : n + count], torch.full((rejected, self.arms.width), 7.0)]))
             following.append(
                 torch.cat([self.tokens[row, n + 1 : n + count + 1], torch.zeros(rejected, dtype=torch.int64)])
             )

@@ -129,7 +129,5 @@ def test_what_is_due_follows_choice_and_room() -> None:
         chosen = rng.random() < 0.5
         parked = max(lag, 1)  # feature n-1 stays parked for the next chain
         wanted = lag > 0 and (chosen or parked + width > 16)
-        assert marks.due("ar", [0], [length], [length], [chosen], [width]) == (
-            ([0], lag) if wanted else ([], 0)
-        )
+        assert marks.due("ar", [0], [length], [length], [chosen], [width]) == (([0], lag) if wanted else ([], 0))
         assert marks.synced(0, "ar") == (length if wanted else length - lag)

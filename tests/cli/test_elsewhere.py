@@ -68,9 +68,7 @@ def test_commands_of_others_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nothing_else")
-def test_checks_that_are_not_installed_name_their_package(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_checks_that_are_not_installed_name_their_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "serve.sh").write_text("sglang serve OWNER/MODEL")
     with pytest.raises(check.UsageError, match=r"--recipe: whiflash-lab .*whiflash_lab-"):
         check.check(recipe=tmp_path / "serve.sh")

@@ -190,9 +190,7 @@ def test_a_wrong_command_line_ends_with_2(outcomes: Outcomes, row: tuple[Any, ..
 
 
 @pytest.mark.parametrize(("arguments", "named"), FAILING)
-def test_a_failure_ends_with_1_and_names_the_thing(
-    outcomes: Outcomes, arguments: tuple[str, ...], named: str
-) -> None:
+def test_a_failure_ends_with_1_and_names_the_thing(outcomes: Outcomes, arguments: tuple[str, ...], named: str) -> None:
     done = outcomes[arguments]
     assert done.returncode == 1
     assert named in said_in_one_line(done)
@@ -226,9 +224,7 @@ def test_a_traceback_is_there_for_whoever_asks(monkeypatch: pytest.MonkeyPatch) 
     done = whiflash("trace", "/nowhere/answers.json")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
-    assert done.stderr.endswith(
-        "whiflash: error: /nowhere/answers.json cannot be read: No such file or directory\n"
-    )
+    assert done.stderr.endswith("whiflash: error: /nowhere/answers.json cannot be read: No such file or directory\n")
 
 
 def test_version() -> None:
@@ -295,9 +291,7 @@ def test_help_and_wrong_values_import_nothing_heavy(all_in_one: tuple[Any, Any, 
     helps, flags, loaded, _ = all_in_one
     assert loaded == []
     groups = {"", "lab", "bundle"}
-    assert (
-        len([name for name in helps if name not in groups and not name.startswith("lab ")]) <= MOST_COMMANDS
-    )
+    assert len([name for name in helps if name not in groups and not name.startswith("lab ")]) <= MOST_COMMANDS
     assert all(f"─ {name} ─" in helps[""][0][1] for name in ("Serve", "Look", "Decide", "Train"))
     assert {code for shown in helps.values() for code, _ in shown} == {0}
     for command, ((_, shown), _) in helps.items():

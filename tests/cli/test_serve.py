@@ -46,9 +46,7 @@ def test_a_model_of_the_configuration_file_is_served(tmp_path: Path, spelled: st
     words = printed(*([f"--config={config}"] if joined else ["--config", str(config)]))
     # `sglang serve` looks for the model on its command line only.
     asked = ["--model-path", "Qwen/Qwen3-8B", "--config", str(config)]
-    assert words == [*LAUNCHER, "--model-type", "llm", *asked], (
-        "the file says everything, and SGLang must see it"
-    )
+    assert words == [*LAUNCHER, "--model-type", "llm", *asked], "the file says everything, and SGLang must see it"
 
 
 def test_a_configuration_file_without_a_model_leaves_the_target_open(tmp_path: Path) -> None:
@@ -96,9 +94,7 @@ def test_only_what_whiflash_serves_is_judged(monkeypatch: pytest.MonkeyPatch) ->
     ServeLine.read(["a/b", "--host", "both"]).check()
     assert opened == [("six", socket.AF_INET6), ("both", socket.AF_INET)]
     for algorithm in ([], ["--speculative-algorithm", "whiflash"]):
-        with pytest.raises(
-            ConfigError, match="--speculative-draft-model-path /nowhere/draft: no such directory"
-        ):
+        with pytest.raises(ConfigError, match="--speculative-draft-model-path /nowhere/draft: no such directory"):
             ServeLine.read([*draft, "six", *algorithm]).check()
 
 
@@ -119,6 +115,4 @@ def test_the_embedded_target_comes_with_what_keeps_its_calls_valid() -> None:
     assert words[words.index("--speculative-draft-model-path") + 1] == str(embedded_bundle())
     assert str(embedded_bundle()) not in printed("--speculative-algorithm", "EAGLE3")
     assert str(embedded_bundle()) not in printed("--speculative-draft-model-path", "a/b")
-    assert "--constrained-json-disable-any-whitespace" not in printed(
-        "--constrained-json-max-whitespace-cnt=3"
-    )
+    assert "--constrained-json-disable-any-whitespace" not in printed("--constrained-json-max-whitespace-cnt=3")

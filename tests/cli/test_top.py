@@ -202,10 +202,7 @@ def test_a_screen_has_every_figure() -> None:
     hostile = "\x1b]0;owned\x07[red]x"
     after = state(3) | {
         "quarantined": {"diffusion": "raised IndexError"},
-        "replicas": [
-            {"replica": 0, "requests": 1, "tokens": 20},
-            {"replica": hostile, "requests": 2, "tokens": 30},
-        ],
+        "replicas": [{"replica": 0, "requests": 1, "tokens": 20}, {"replica": hostile, "requests": 2, "tokens": 30}],
     }
     told = {name: value for name, value in state().items() if name in ("policy", "requests", "tokens")}
     now = since(StateReading(10.0, state(1)), StateReading(12.0, after))
@@ -222,14 +219,8 @@ DEAD = "http://127.0.0.1:1"
 @pytest.mark.parametrize(
     ("answers", "said"),
     [
-        (
-            {"/whiflash/capabilities": (404, b"")},
-            "it is no SGLang server with --speculative-algorithm WHIFLASH",
-        ),
-        (
-            {"/whiflash/capabilities": (200, b"<html>")},
-            "/whiflash/capabilities answered 200 without the expected JSON",
-        ),
+        ({"/whiflash/capabilities": (404, b"")}, "it is no SGLang server with --speculative-algorithm WHIFLASH"),
+        ({"/whiflash/capabilities": (200, b"<html>")}, "/whiflash/capabilities answered 200 without the expected JSON"),
         ({"/whiflash/state": (500, b"{}")}, "/whiflash/state answered 500 without the expected JSON"),
         ({"/whiflash/state": (200, b"[]")}, "/whiflash/state answered 200 without the expected JSON"),
         ({"/whiflash/state": (400, b'{"object": "error", "message": "too long"}')}, "answered 400: too long"),

@@ -50,17 +50,10 @@ def test_every_choice_and_other_routes_answers_have_their_text(recorded: Path) -
     first = json.loads(recorded.read_text())
     (trace,) = first["sglext"]["whiflash"]
     second = {"index": 1, "message": {"content": "Howdy world"}}
-    several = {
-        "choices": [*first["choices"], second],
-        "sglext": {"whiflash": [trace, {**trace, "choice": 1}]},
-    }
+    several = {"choices": [*first["choices"], second], "sglext": {"whiflash": [trace, {**trace, "choice": 1}]}}
     said = [{"content": [{"type": "output_text", "text": "Salve mundi"}]}, {"name": "f", "arguments": "{}"}]
     response = {"text": None, "output": said, "sglext": {"whiflash": [trace]}}
-    message = {
-        "type": "message",
-        "content": [{"type": "text", "text": "Hallo world"}],
-        "sglext": response["sglext"],
-    }
+    message = {"type": "message", "content": [{"type": "text", "text": "Hallo world"}], "sglext": response["sglext"]}
     recorded.write_text(json.dumps([several, response, message]))
     shown = whiflash("trace", str(recorded)).stdout
     for text in ("‹ar›Hello ", "‹ar›Howdy ", "‹ar›Salve ", "f({})", "‹ar›Hallo ", "choice 1"):

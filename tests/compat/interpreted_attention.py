@@ -48,9 +48,7 @@ CONTEXT = 64
 MOST = REQUESTS + spare_slots(REQUESTS, CONFIGURED)
 """Slots of a graph."""
 STARTS, ROWS = [5, 2, 9], [2, 0, 3]
-FULL_ATTENTION = SimpleNamespace(
-    hf_config=PretrainedConfig(), is_draft_model=False, linear_attn_registry_result=None
-)
+FULL_ATTENTION = SimpleNamespace(hf_config=PretrainedConfig(), is_draft_model=False, linear_attn_registry_result=None)
 """SGLang's configuration of a target, as far as it says what its layers are."""
 WIDTHS = {"uniform": [3, 3, 3], "ragged": [3, 1, 5], "alone": [4], "plain": [1, 1, 1]}
 
@@ -80,11 +78,7 @@ class Verification:
             bonus, drafts, self.lens, starts, self.rows, self.table, rows=bucket or sum(widths)
         )
         self.translator = KVIndexTranslator(
-            req_to_token=self.table,
-            token_to_kv_pool_allocator=None,
-            token_to_kv_pool=kv,
-            page_size=page,
-            device="cpu",
+            req_to_token=self.table, token_to_kv_pool_allocator=None, token_to_kv_pool=kv, page_size=page, device="cpu"
         )
         self.batch = SimpleNamespace(
             batch_size=len(widths),
@@ -137,14 +131,11 @@ def graphs_of(buckets: list[int], attention: str = "other") -> Any:
         capture_num_tokens=buckets,
         device="cpu",
         buffers=SimpleNamespace(
-            req_pool_indices=torch.zeros(MOST, dtype=torch.int64),
-            seq_lens=torch.ones(MOST, dtype=torch.int64),
+            req_pool_indices=torch.zeros(MOST, dtype=torch.int64), seq_lens=torch.ones(MOST, dtype=torch.int64)
         ),
         seq_len_fill_value=1,
         model_runner=SimpleNamespace(
-            prefill_attention_backend_str=attention,
-            decode_attention_backend_str=attention,
-            model_config=FULL_ATTENTION,
+            prefill_attention_backend_str=attention, decode_attention_backend_str=attention, model_config=FULL_ATTENTION
         ),
         _captured_ragged_layouts={},
     )
@@ -171,9 +162,7 @@ def captured(case: Verification, backend: Any) -> Any:
 
     graphs = graphs_of(buckets)
     nothing = torch.zeros(0, dtype=torch.int64)
-    backend.init_forward_metadata_out_graph(
-        view(graphs.get_spec_info(bucket), nothing, nothing), in_capture=True
-    )
+    backend.init_forward_metadata_out_graph(view(graphs.get_spec_info(bucket), nothing, nothing), in_capture=True)
     metadata = backend.forward_metadata
     for name in (
         "cache_seqlens_int32",

@@ -11,15 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted_attention import (
-    CONFIGURED,
-    CONTEXT,
-    FULL_ATTENTION,
-    REQUESTS,
-    WIDTHS,
-    Verification,
-    graphs_of,
-)
+from interpreted_attention import CONFIGURED, CONTEXT, FULL_ATTENTION, REQUESTS, WIDTHS, Verification, graphs_of
 from sglang.srt.layers.attention import flashinfer_mla_backend, trtllm_mla_backend
 from sglang.srt.layers.attention.trtllm_mla_backend import TRTLLMMLABackend
 
@@ -34,9 +26,7 @@ LAYER = SimpleNamespace(
     tp_q_head_num=HEADS, tp_k_head_num=1, head_dim=SIZE, v_head_dim=LATENT, layer_id=0, scaling=SIZE**-0.5
 )
 RUNNER = SimpleNamespace(
-    prefill_attention_backend_str="fa4",
-    decode_attention_backend_str="trtllm_mla",
-    model_config=FULL_ATTENTION,
+    prefill_attention_backend_str="fa4", decode_attention_backend_str="trtllm_mla", model_config=FULL_ATTENTION
 )
 
 
@@ -73,9 +63,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process of a server with our widest block, without context parallelism or parent's graphs (FlashInfer)."""
     for module in (trtllm_mla_backend, flashinfer_mla_backend):
         monkeypatch.setattr(module, "get_parallel", lambda: SimpleNamespace(dcp_enabled=False))
-    monkeypatch.setattr(
-        recurrent, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=CONFIGURED)
-    )
+    monkeypatch.setattr(recurrent, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=CONFIGURED))
     parent = flashinfer_mla_backend.FlashInferMLAAttnBackend
     monkeypatch.setattr(parent, "init_cuda_graph_state", lambda *_: None)
 
@@ -102,10 +90,7 @@ def content(case: Verification) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries of every row, and a pool that holds what no request may read as well."""
     generator = torch.Generator().manual_seed(3)
     rows = int(case.block.positions.shape[0])
-    return (
-        torch.randn(rows, HEADS, SIZE, generator=generator),
-        torch.randn(4 * CONTEXT, 1, SIZE, generator=generator),
-    )
+    return (torch.randn(rows, HEADS, SIZE, generator=generator), torch.randn(4 * CONTEXT, 1, SIZE, generator=generator))
 
 
 def expected(case: Verification, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

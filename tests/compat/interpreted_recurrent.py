@@ -80,9 +80,7 @@ def decoded(kind: Any, pool: Any, slot: int, rows: Mapping[str, torch.Tensor], o
     weight, bias = kind.convolution
     for i in own:
         x = kind.convolved(rows)[i][None]
-        mixed = causal_conv1d_update(
-            x, upright, weight, bias, "silu", conv_state_indices=torch.tensor([slot])
-        )
+        mixed = causal_conv1d_update(x, upright, weight, bias, "silu", conv_state_indices=torch.tensor([slot]))
         out, state = kind.decode(rows, i, mixed, state)
         found.append((out[0], state[0], inputs[slot].clone()))
     return found

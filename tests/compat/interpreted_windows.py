@@ -87,9 +87,7 @@ class OwnPool(Pool, SWAKVPool):
         return where.swa_loc if self.layers_mapping[0][1] else where.loc
 
     def of(self, slots: torch.Tensor) -> torch.Tensor:
-        return (
-            self.translate_loc_from_full_to_swa(slots.long()) if self.layers_mapping[0][1] else slots.long()
-        )
+        return self.translate_loc_from_full_to_swa(slots.long()) if self.layers_mapping[0][1] else slots.long()
 
     def evict(self, case: Verification, window: int, page: int) -> None:
         """Whole pages behind each request's window."""
@@ -249,9 +247,7 @@ def forward(
     backend: Any, case: Verification, window: int, *, cap: float = 0.0, sinks: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output of a backend for its plan, and the formula: [T, H, D] each."""
-    layer = RadixAttention(
-        HEADS, SIZE, SCALE, KV_HEADS, layer_id=0, logit_cap=cap, sliding_window_size=window
-    )
+    layer = RadixAttention(HEADS, SIZE, SCALE, KV_HEADS, layer_id=0, logit_cap=cap, sliding_window_size=window)
     case.batch.out_cache_loc_is_physical, case.batch.mha_one_shot = False, False
     case.batch._attn_output = case.batch.attn_attend_prefix_cache = None
     rows = len(case.block.positions)
@@ -365,9 +361,7 @@ def test_what_is_wrong_is_told_apart() -> None:
 def test_of_several_windows_the_widest_is_planned() -> None:
     """A model whose class does not say its window (Laguna) has it all the same; the kernel masks the narrower ones."""
     kinds = (-1, 2, 7)
-    layers = [
-        RadixAttention(HEADS, SIZE, SCALE, KV_HEADS, i, sliding_window_size=w) for i, w in enumerate(kinds)
-    ]
+    layers = [RadixAttention(HEADS, SIZE, SCALE, KV_HEADS, i, sliding_window_size=w) for i, w in enumerate(kinds)]
     assert widest_window(torch.nn.ModuleList(layers)) == 7
     assert widest_window(torch.nn.ModuleList(layers[:1])) is None
     case = verification(WIDTHS["ragged"], 7, "one")

@@ -141,10 +141,7 @@ class Mamba2:
         self, rows: Mapping[str, torch.Tensor], i: int, mixed: torch.Tensor, state: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         projected, one = rows["hidden_states"][i][None], torch.tensor([0, 1])
-        time, (x, b, c) = (
-            F.softplus(projected[:, -HEADS:] + self.mixer.dt_bias),
-            split_mixed(self.mixer, mixed),
-        )
+        time, (x, b, c) = (F.softplus(projected[:, -HEADS:] + self.mixer.dt_bias), split_mixed(self.mixer, mixed))
         out, behind, _ = selective_scan(
             x, time, self.mixer.A, b, c, self.mixer.D, state, one, Rows.of(one, 1), every=False
         )

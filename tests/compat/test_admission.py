@@ -74,10 +74,7 @@ def test_media_that_are_not_served_are_named() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (
-            {"ids": [1, TOKENS]},
-            "input_ids (prompt): token 320 is not in the vocabulary, whose ids are 0 to 319",
-        ),
+        ({"ids": [1, TOKENS]}, "input_ids (prompt): token 320 is not in the vocabulary, whose ids are 0 to 319"),
         ({"ids": [-1, 1]}, "input_ids (prompt): token -1"),
         ({"ids": [1, TOKENS, 2]}, "input_ids (prompt): token 320"),
         ({"sampling": {"stop_token_ids": [TOKENS, 5], "min_new_tokens": 1}}, "stop_token_ids: token 320"),
@@ -87,10 +84,7 @@ def test_media_that_are_not_served_are_named() -> None:
         ({"sampling": {"logit_bias": {"5": 1e39}}}, "logit_bias: is 1e+39 for '5'; give -1e+09 to 1e+09"),
         ({"sampling": {"stop_token_ids": [5, TOKENS], "min_new_tokens": 1}}, "stop_token_ids: token 320"),
         ({"sampling": {"stop_token_ids": [-1], "min_new_tokens": 1}}, "stop_token_ids: token -1"),
-        (
-            {"session_params": {"id": ["a"]}},
-            "session_params.id: is ['a']; Expected `str | null`, got `array`",
-        ),
+        ({"session_params": {"id": ["a"]}}, "session_params.id: is ['a']; Expected `str | null`, got `array`"),
         ({"session_params": {"id": "a", "rid": 3}}, "session_params.rid"),
         (
             {"session_params": {"id": "a", "offset": "3"}},
@@ -138,18 +132,12 @@ def test_what_others_bring_is_of_the_scheduler_s_types(value: Any) -> None:
 def test_an_empty_prompt_is_refused_unless_a_session_has_text() -> None:
     for session in (None, {}, {"offset": 0}, {"id": None}, {"rid": None}):
         obj = GenerateReqInput(text="", sampling_params={}, session_params=session)
-        with pytest.raises(
-            ValueError, match=r"text \(prompt, input_ids\): is empty; give at least one token"
-        ):
+        with pytest.raises(ValueError, match=r"text \(prompt, input_ids\): is empty; give at least one token"):
             check_bounds(obj, [], TOKENS)
     check_bounds(GenerateReqInput(text="", sampling_params={}, session_params={"id": "a"}), [], TOKENS)
 
 
-SCORED: dict[str, Any] = {
-    "sampling_params": {"max_new_tokens": 0},
-    "return_logprob": True,
-    "logprob_start_len": 0,
-}
+SCORED: dict[str, Any] = {"sampling_params": {"max_new_tokens": 0}, "return_logprob": True, "logprob_start_len": 0}
 WHOLE = {"disable_radix_cache": True, "chunked_prefill_size": -1, "allow_auto_truncate": False}
 
 

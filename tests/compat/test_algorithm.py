@@ -51,9 +51,7 @@ def test_lengths_come_to_the_host_where_the_attention_asks_for_them(asked: bool)
 
 
 @pytest.mark.parametrize("algorithm_served", ["WHIFLASH", "EAGLE3", None])
-def test_attention_is_ours_in_a_server_of_ours(
-    monkeypatch: pytest.MonkeyPatch, algorithm_served: str | None
-) -> None:
+def test_attention_is_ours_in_a_server_of_ours(monkeypatch: pytest.MonkeyPatch, algorithm_served: str | None) -> None:
     monkeypatch.setitem(triton_backend.ATTENTION_BACKENDS, "triton", None)
     served = SimpleNamespace(speculative_algorithm=algorithm_served)
     monkeypatch.setattr("sglang.srt.runtime_context.get_spec", lambda: served)

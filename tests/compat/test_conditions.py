@@ -35,11 +35,7 @@ def told_apart() -> set[str]:
     """Questions to an algorithm that have another answer for none."""
     load_plugins()
     ours, none = SpeculativeAlgorithm.from_string(ALGORITHM), SpeculativeAlgorithm.NONE
-    names = [
-        name
-        for name in vars(SpeculativeAlgorithm)
-        if name.startswith(("is_", "supports_", "has_", "carries_"))
-    ]
+    names = [name for name in vars(SpeculativeAlgorithm) if name.startswith(("is_", "supports_", "has_", "carries_"))]
     return {name for name in names if getattr(ours, name)() != getattr(none, name)()}
 
 
@@ -139,11 +135,7 @@ def in_sources(questions: set[str]) -> Iterator[tuple[tuple[str, str], int]]:
 
 def rows() -> list[list[str]]:
     lines = PAGE.read_text(encoding="utf-8").splitlines()
-    return [
-        [cell.strip().strip("`") for cell in line.split("|")[1:-1]]
-        for line in lines
-        if line.startswith("| `")
-    ]
+    return [[cell.strip().strip("`") for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
 
 
 @pytest.mark.newest

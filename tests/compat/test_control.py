@@ -19,9 +19,7 @@ from whiflash_sglang.serve.worker import WhiFlashWorker
 from whiflash_sglang.settings.config import Flags, PolicyChange, Settings, changed, resolve
 
 KEYS = [*(f"{control.KEY}.{field}" for field in PolicyChange.model_fields), control.FORGET]
-NUMBERS = st.one_of(
-    st.floats(), st.integers(), st.integers(-(10**400), 10**400), st.integers(-3, 20), st.booleans()
-)
+NUMBERS = st.one_of(st.floats(), st.integers(), st.integers(-(10**400), 10**400), st.integers(-3, 20), st.booleans())
 ANYTHING = st.recursive(
     st.one_of(st.none(), NUMBERS, st.text(), st.binary(), st.complex_numbers()),
     lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(), inner)),

@@ -53,10 +53,7 @@ def walked(parser: str, prompt: str) -> tuple[str, str]:
 def test_a_call_as_it_is_expected_is_read_as_that_call(parser: str) -> None:
     named = PARSERS[parser].call.lstrip().replace("{name}", "get_weather").replace("{index}", "1")
     written, expected = walked(parser, f"before <x> {named} </x>")
-    tools = [
-        Tool(type="function", function={"name": name, "parameters": parameters})
-        for name, parameters in FUNCTIONS
-    ]
+    tools = [Tool(type="function", function={"name": name, "parameters": parameters}) for name, parameters in FUNCTIONS]
     _, (call, *more) = FunctionCallParser(tools, parser).parse_non_stream(written)
     assert not more
     found = json.loads(call.parameters)

@@ -43,10 +43,7 @@ def manager(*, trusts: bool = False, **more: Any) -> Any:
     return SimpleNamespace(
         config_value=lambda name: "hermes" if name == "tool_call_parser" else None,
         server_args=SimpleNamespace(
-            _whiflash=settings,
-            api_key="user",
-            admin_api_key="boss",
-            **{"enable_session_radix_cache": False, **more},
+            _whiflash=settings, api_key="user", admin_api_key="boss", **{"enable_session_radix_cache": False, **more}
         ),
         model_config=SimpleNamespace(vocab_size=8),
         tokenizer=SimpleNamespace(encode=lambda text, **_: [ord(character) % 8 for character in text]),
@@ -390,12 +387,7 @@ def test_who_leaves_in_the_middle_of_a_body_is_gone_for_the_route(monkeypatch: p
         ("messages", {"separate_reasoning": False}, {"reasoning_parser": "qwen3"}, True),
         ("chat", {}, {"tool_call_parser": "hermes"}, False),
         ("chat", {"tools": tools_of("chat", "f")}, {"tool_call_parser": "hermes"}, True),
-        (
-            "chat",
-            {"tools": tools_of("chat", "f"), "tool_choice": "none"},
-            {"tool_call_parser": "hermes"},
-            False,
-        ),
+        ("chat", {"tools": tools_of("chat", "f"), "tool_choice": "none"}, {"tool_call_parser": "hermes"}, False),
         ("chat", {"messages": [{"tools": tools_of("chat", "f")}]}, {"tool_call_parser": "hermes"}, True),
         ("messages", {"tools": tools_of("messages", "f")}, {"tool_call_parser": "hermes"}, True),
     ],
@@ -411,9 +403,7 @@ def test_a_stream_is_cut_for_who_does_not_only_add_it_up(
     for stream in (True, False):
         obj = SimpleNamespace(stream=stream)
         assert cut_streams.are_read_one_by_one(manager(), obj, call) == (read and stream)
-    assert not cut_streams.are_read_one_by_one(
-        SimpleNamespace(tokenizer=None), SimpleNamespace(stream=True), call
-    )
+    assert not cut_streams.are_read_one_by_one(SimpleNamespace(tokenizer=None), SimpleNamespace(stream=True), call)
 
 
 TRACE: dict[str, Any] = {"choice": 0, "rounds": 3, "stretches": []}
@@ -459,9 +449,7 @@ def test_a_chats_answer_has_trace_and_counts(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_asked_for_nothing_is_sent_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = b'{ "choices" : [] , "n": 1e3}'
-    app = App(
-        monkeypatch, lambda _: StreamingResponse(iter([sent[:5], sent[5:]]), media_type="application/json")
-    )
+    app = App(monkeypatch, lambda _: StreamingResponse(iter([sent[:5], sent[5:]]), media_type="application/json"))
     for body in ({}, {"custom_params": FULL}):
         assert app.client.post("/v1/completions", json=body).content == sent
 
@@ -514,9 +502,7 @@ async def sent(path: str, body: dict[str, Any], parts: list[bytes], text: str = 
             found.append(message["body"])
 
     out = writer.extending(call, send)
-    await out(
-        {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
-    )
+    await out({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
     ended(call, text)
     for part in parts:
         await out({"type": "http.response.body", "body": part, "more_body": True})

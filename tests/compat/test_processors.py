@@ -37,10 +37,7 @@ def test_masks_are_what_sglangs_processor_allows(kind: Any, params: dict[str, An
         req = SimpleNamespace(origin_input_ids=prompt, output_ids=output)
         grammar = processor_grammar(kind.to_str(), params, prompt, None, VOCABULARY)
         for _ in range(20):
-            bits, logits = (
-                torch.full((2, -(-VOCABULARY // 32)), -1, dtype=torch.int32),
-                torch.ones(1, VOCABULARY),
-            )
+            bits, logits = (torch.full((2, -(-VOCABULARY // 32)), -1, dtype=torch.int32), torch.ones(1, VOCABULARY))
             grammar.fill_vocab_mask(bits, 1)
             forbidden = np.unpackbits(bits[1].numpy().view(np.uint8), bitorder="little")[:VOCABULARY] == 0
             logits = kind()(logits, [None if params is None else {**params, "__req__": req}])

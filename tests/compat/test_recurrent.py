@@ -34,18 +34,14 @@ def test_rounds_are_what_decoding_one_by_one_gives(
     monkeypatch.setattr(recurrent, "mamba_track_grid", lambda page: EVERY)
     torch.manual_seed(0)
     rng = random.Random(0)
-    conv = SimpleNamespace(
-        conv_weight=torch.randn(WIDTH, TAPS), conv_bias=torch.randn(WIDTH) if biased else None
-    )
+    conv = SimpleNamespace(conv_weight=torch.randn(WIDTH, TAPS), conv_bias=torch.randn(WIDTH) if biased else None)
     alone = torch.randn(SLOTS, WIDTH, TAPS - 1).to(kept_in)
     # Behind each slot of a request the one where its state is kept for the tree.
     states = torch.cat([alone, torch.zeros_like(alone)])[None]
     lengths, kept = [0] * SLOTS, torch.zeros_like(alone)
     windows = torch.zeros(1, 5, STEPS, WIDTH, TAPS - 1, dtype=kept_in)
     nothing = torch.zeros(1, 2 * SLOTS, 0)
-    caches = SimpleNamespace(
-        conv=[states], intermediate_conv_window=[windows], temporal=nothing, intermediate_ssm=None
-    )
+    caches = SimpleNamespace(conv=[states], intermediate_conv_window=[windows], temporal=nothing, intermediate_ssm=None)
     cache = SimpleNamespace(conv=[states[0]], intermediate_conv_window=[windows[0]])
     for _ in range(12):
         requests = rng.randint(1, 4)
@@ -64,11 +60,7 @@ def test_rounds_are_what_decoding_one_by_one_gives(
         for i, slot in enumerate(slots.tolist()):
             for row in range(int(starts[i]), int(starts[i]) + accepted[i]):
                 single = causal_conv1d_update(
-                    x[row][None],
-                    alone,
-                    conv.conv_weight,
-                    conv.conv_bias,
-                    conv_state_indices=torch.tensor([slot]),
+                    x[row][None], alone, conv.conv_weight, conv.conv_bias, conv_state_indices=torch.tensor([slot])
                 )
                 torch.testing.assert_close(out[row], single[0])
                 lengths[slot] += 1

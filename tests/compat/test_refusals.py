@@ -64,9 +64,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 """Differences from a Llama, by row."""
 
 
-def target(
-    directory: Path, base: dict[str, Any] = LLAMA, *, text_alone: bool = False, **changes: Any
-) -> ModelConfig:
+def target(directory: Path, base: dict[str, Any] = LLAMA, *, text_alone: bool = False, **changes: Any) -> ModelConfig:
     """SGLang's configuration of a checkpoint that consists of its `config.json`."""
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(base | changes))
@@ -206,16 +204,12 @@ def chosen(**given: Any) -> SimpleNamespace:
     return arguments
 
 
-def test_what_takes_images_is_served_for_text_unless_it_is_asked_for_them(
-    taken: Launch, tmp_path: Path
-) -> None:
+def test_what_takes_images_is_served_for_text_unless_it_is_asked_for_them(taken: Launch, tmp_path: Path) -> None:
     kind = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", **SECTIONS}
     text = target(tmp_path / "model", text_alone=True, **kind)
     assert text.model_is_mrope
     assert refusal_of(replace(taken, model=text)) is None
-    with_images = replace(
-        with_arguments(taken, enable_multimodal=True), model=target(tmp_path / "model", **kind)
-    )
+    with_images = replace(with_arguments(taken, enable_multimodal=True), model=target(tmp_path / "model", **kind))
     assert refusal_of(with_images) is None
     roles = with_arguments(with_images, disaggregation_mode="decode")
     assert "untested between prefill and decode servers" in sentence(roles)
@@ -245,9 +239,7 @@ def test_windows_are_verified_where_every_row_has_its_own(taken: Launch, tmp_pat
     found = sentence(replace(on_cuda(taken), model=model))
     assert "trtllm_mla is not known to mask" in found
     assert "give --attention-backend triton, fa3, fa4 or trtllm_mha" in found
-    prefilled = with_arguments(
-        on_cuda(taken), attention_backend="triton", prefill_attention_backend="trtllm_mla"
-    )
+    prefilled = with_arguments(on_cuda(taken), attention_backend="triton", prefill_attention_backend="trtllm_mla")
     assert "trtllm_mla is not known to mask" in sentence(replace(prefilled, model=model))
 
 
@@ -462,9 +454,7 @@ def test_on_cuda_what_was_left_open_is_what_works(monkeypatch: pytest.MonkeyPatc
         assert (args.attention_backend, args.disable_overlap_schedule) == (attention, False)
         assert args.lora_backend == "triton"
         assert (args.cuda_graph_backend_decode, args.cuda_graph_backend_prefill) == (None, "disabled")
-    chosen = ServerArgs(
-        model_path="unused", attention_backend="trtllm_mha", cuda_graph_backend_decode="disabled"
-    )
+    chosen = ServerArgs(model_path="unused", attention_backend="trtllm_mha", cuda_graph_backend_decode="disabled")
     assert not choose_for_cuda(chosen)
     assert (chosen.attention_backend, chosen.cuda_graph_backend_decode) == ("trtllm_mha", "disabled")
     several = ServerArgs(model_path="unused", tp_size=2)
@@ -481,9 +471,7 @@ def test_a_backend_that_plans_on_the_host_is_replaced(
 ) -> None:
     monkeypatch.setattr(launches.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(launches, "get_platform", lambda: SimpleNamespace(is_sm90=hopper))
-    args = ServerArgs(
-        model_path="unused", attention_backend="flashinfer", decode_attention_backend="flashinfer"
-    )
+    args = ServerArgs(model_path="unused", attention_backend="flashinfer", decode_attention_backend="flashinfer")
     launches.choose(args)
     chosen = (args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend)
     assert chosen == (attention, None, None)
@@ -492,9 +480,7 @@ def test_a_backend_that_plans_on_the_host_is_replaced(
         f"--decode-attention-backend flashinfer is replaced by {attention}",
     ]
     assert "every round would wait" in caplog.text
-    half = ServerArgs(
-        model_path="unused", attention_backend="trtllm_mha", prefill_attention_backend="flashinfer"
-    )
+    half = ServerArgs(model_path="unused", attention_backend="trtllm_mha", prefill_attention_backend="flashinfer")
     launches.choose(half)
     assert (half.attention_backend, half.prefill_attention_backend) == ("trtllm_mha", None)
     assert "--prefill-attention-backend flashinfer is replaced by trtllm_mha" in caplog.text

@@ -23,8 +23,7 @@ HERMES = (
 )
 TEXTS = {
     "hermes": HERMES,
-    "characters in parts": "Wetter: 東京 Köln 東京, São Paulo und Kraków 🌦 ☂ 🌧 – Übersicht für 東京 и Москва "
-    * 2,
+    "characters in parts": "Wetter: 東京 Köln 東京, São Paulo und Kraków 🌦 ☂ 🌧 – Übersicht für 東京 и Москва " * 2,
     "reasoning": "<think>\nThe user asks for the weather; I call no tool.\n</think>\n\nIt rains in 東京.\n\n\n",
 }
 
@@ -61,9 +60,7 @@ def written(piece: bytes) -> str:
 
 
 def decoder(**parameters: Any) -> Detokenizer:
-    manager = SimpleNamespace(
-        tokenizer=tokenizer(), server_args=SimpleNamespace(disable_tokenizer_batch_decode=False)
-    )
+    manager = SimpleNamespace(tokenizer=tokenizer(), server_args=SimpleNamespace(disable_tokenizer_batch_decode=False))
     return Detokenizer(manager, [], {"skip_special_tokens": False, "stream_interval": 1, **parameters})
 
 

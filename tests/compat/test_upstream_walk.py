@@ -64,17 +64,13 @@ def test_every_name_of_ours_is_found_and_takes_what_python_sees(known: Any) -> N
 
 
 @pytest.mark.newest
-def test_nothing_is_found_in_the_release_that_was_recorded(
-    upstream: ModuleType, tree: Any, known: Any
-) -> None:
+def test_nothing_is_found_in_the_release_that_was_recorded(upstream: ModuleType, tree: Any, known: Any) -> None:
     """If names of ours changed: `python scripts/upstream.py --record`."""
     assert upstream.recorded() == known
     assert upstream.compare(tree, known) == []
 
 
-def test_a_renamed_function_is_missing_and_one_elsewhere_is_named(
-    upstream: ModuleType, tree: Any, known: Any
-) -> None:
+def test_a_renamed_function_is_missing_and_one_elsewhere_is_named(upstream: ModuleType, tree: Any, known: Any) -> None:
     renamed = doctored(tree, ALLOCATION, "def release_kv_cache(", "def free_kv_cache(")
     assert upstream.compare(renamed, known) == [upstream.Finding("missing", RELEASE, "defined nowhere")]
     elsewhere = {**renamed.texts, "sglang.srt.mem_cache.elsewhere": tree.source(ALLOCATION)}

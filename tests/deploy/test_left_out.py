@@ -41,9 +41,7 @@ def test_lines_and_records_beyond_their_budget_are_named(tmp_path: Path) -> None
         (tmp_path / "whiflash_sglang" / name / "__init__.py").write_text(text)
     script = load_script("budgets")
     known = len(script.records())
-    budgets = (
-        '[lines]\n"whiflash_sglang/grown" = 1200\n"whiflash_sglang/small" = 1\ngone = 5\n[records]\nserver = '
-    )
+    budgets = '[lines]\n"whiflash_sglang/grown" = 1200\n"whiflash_sglang/small" = 1\ngone = 5\n[records]\nserver = '
     (tmp_path / "budgets.toml").write_text(f"{budgets}{known - 1}\n")
     assert [line.partition(". ")[0] for line in script.over(tmp_path)] == [
         "whiflash_sglang/grown: 1,300 lines, budget 1,200",

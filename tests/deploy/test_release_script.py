@@ -30,9 +30,7 @@ def copy(release: ModuleType, tmp_path: Path) -> Path:
 
 def test_a_new_version_is_written_everywhere(release: ModuleType, copy: Path) -> None:
     changes = (copy / "CHANGELOG.md").read_text("utf-8")
-    (copy / "CHANGELOG.md").write_text(
-        f"# Changelog\n\n## 0.1.0 (unreleased)\n\n{changes[changes.index('- ') :]}"
-    )
+    (copy / "CHANGELOG.md").write_text(f"# Changelog\n\n## 0.1.0 (unreleased)\n\n{changes[changes.index('- ') :]}")
     release.write("0.2.3", copy, day="2030-01-02")
     assert set(release.found(copy).values()) == {"0.2.3"}
     project = (copy / "pyproject.toml").read_text("utf-8")

@@ -61,9 +61,7 @@ def test_training_configurations_are_what_they_are_for(tmp_path: Path) -> None:
 
 
 def test_the_least_manifest_is_one() -> None:
-    (block,) = (
-        found for found in blocks(ROOT / "docs/how-to/serve-your-model.md") if found.language == "json"
-    )
+    (block,) = (found for found in blocks(ROOT / "docs/how-to/serve-your-model.md") if found.language == "json")
     assert Manifest.model_validate_json(block.body).name == "my-bundle"
 
 
@@ -83,8 +81,7 @@ def known() -> dict[str, set[str]]:
     """Flags of every command of ours by the words that call it, of SGLang's launchers, and make's targets."""
     reference = load_script("reference")
     found = {
-        words: {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
-        | {"--help"}
+        words: {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {"--help"}
         for words, command in reference.commands().items()
     }
     ours = {flag_of(field) for field in Flags.model_fields}
@@ -116,11 +113,7 @@ def wrong(words: list[str], known: dict[str, set[str]]) -> str | None:
         source = "".join(file.read_text("utf-8") for file in (script, session) if file.is_file())
         missing = [word for word in words[2:] if word.startswith("--") and word not in source]
         return f"{script.name} takes no {missing}" if missing else None
-    if words[0] not in ("whiflash", "make", "sglang") and words[:3] != [
-        "python",
-        "-m",
-        "sglang.launch_server",
-    ]:
+    if words[0] not in ("whiflash", "make", "sglang") and words[:3] != ["python", "-m", "sglang.launch_server"]:
         return None
     calls = [" ".join(words[:count]) for count in (3, 2) if " ".join(words[:count]) in known]
     if not calls:

@@ -29,9 +29,7 @@ def test_the_tables_are_those_of_the_code(reference: ModuleType) -> None:
     assert written == set(reference.TABLES), "every table has its page"
 
 
-def test_what_was_not_measured_on_a_card_is_said_not_to_have_been(
-    reference: ModuleType, tmp_path: Path
-) -> None:
+def test_what_was_not_measured_on_a_card_is_said_not_to_have_been(reference: ModuleType, tmp_path: Path) -> None:
     record = {
         "status": "failed",
         "machine": "A card, 580.1",
@@ -65,10 +63,7 @@ def test_a_field_without_a_meaning_is_an_error(reference: ModuleType) -> None:
 def test_every_route_and_state_is_on_the_page_of_routes() -> None:
     page = (ROOT / "docs" / "reference" / "server.md").read_text(encoding="utf-8")
     code = (ROOT / "whiflash_sglang" / "http" / "routes.py").read_text(encoding="utf-8")
-    read, steering = (
-        re.findall(r'app\.get\("/whiflash/(\w+)"\)', code),
-        re.findall(r'\("(\w+)", _\w+\)', code),
-    )
+    read, steering = (re.findall(r'app\.get\("/whiflash/(\w+)"\)', code), re.findall(r'\("(\w+)", _\w+\)', code))
     assert len(read) >= 2 <= len(steering)
     for method, names in (("GET", read), ("POST", steering)):
         for name in names:
@@ -106,9 +101,7 @@ def test_every_ratio_that_a_writer_gave_is_in_a_report(page: str, reference: Mod
     those without of the main run.
     """
     benchmark = ROOT / "results" / "benchmark"
-    reports = {
-        path.name: set(figures(json.loads(path.read_text("utf-8")))) for path in benchmark.glob("*.json")
-    }
+    reports = {path.name: set(figures(json.loads(path.read_text("utf-8")))) for path in benchmark.glob("*.json")}
     printed = reports["report.json"].union(f for found in reports.values() for f in found if "[" in f)
     text = reference.MARKED.sub("", (ROOT / page).read_text(encoding="utf-8").replace("1.00", ""))
     text = re.sub(r"```text\n.*?```", "", text, flags=re.DOTALL)  # printed by a command

@@ -44,9 +44,7 @@ def test_the_public_names_of_the_packages_are_on_their_pages(site: Path) -> None
     assert anchors >= set(whiflash_sdk.__all__)
 
 
-@pytest.mark.parametrize(
-    "page", [*pages(), ROOT / "SECURITY.md"], ids=lambda page: str(page.relative_to(ROOT))
-)
+@pytest.mark.parametrize("page", [*pages(), ROOT / "SECURITY.md"], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_in_the_repository_lead_to_what_is_there(page: Path) -> None:
     """Pages that the site leaves out, and headings of those that it makes text of, are checked nowhere else."""
     for link in MARKDOWN_LINK.findall(page.read_text(encoding="utf-8")):

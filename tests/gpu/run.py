@@ -114,9 +114,7 @@ def shaped(name: str, shows: str, *options: str) -> Part:
 def real(name: str, shows: str, *options: str) -> Part:
     """The user's pair as it is, or the embedded one widened to an 8B model's cost. A rehearsal widens a tiny one."""
     command = ("tests/gpu/real.py", "--device", "{device}", "--out", "{out}", *options)
-    rehearsal = (
-        ("--arms", "none,plain,auto,EAGLE3") if "own" in options else ()
-    )  # DSPARK's kernels need a card
+    rehearsal = ("--arms", "none,plain,auto,EAGLE3") if "own" in options else ()  # DSPARK's kernels need a card
     label = f"a trained pair at an 8B model's cost: {shows}"
     return Part(name, label, command, SERVER, rehearsal=rehearsal, serves=True)
 
@@ -187,9 +185,7 @@ PARTS: tuple[Part, ...] = (
         *("--arms", "none,plain", "--trace", "plain", "--requests", "8,32,1"),
     ),
     real("real", "`auto` and each drafter beside plain decoding, ours and SGLang's"),
-    real(
-        "real-agents", "tools and schemas enforced", "--agents", "--arms", "none,auto", "--requests", "8,32,1"
-    ),
+    real("real-agents", "tools and schemas enforced", "--agents", "--arms", "none,auto", "--requests", "8,32,1"),
     real(
         "real-sampled",
         "tools and schemas enforced, at temperature 0.6",
@@ -205,9 +201,7 @@ PARTS: tuple[Part, ...] = (
         "a verification by context",
         *("--arms", "diffusion", "--contexts", "2048,8192,131072", "--requests", "1"),
     ),
-    sanitizer(
-        "memcheck", "first", "sample_rows,accept_and_commit,fill_slots,draft_attention,verify_attention"
-    ),
+    sanitizer("memcheck", "first", "sample_rows,accept_and_commit,fill_slots,draft_attention,verify_attention"),
     serving("triton", rehearsed=True),
     bench(
         "first",
@@ -328,12 +322,7 @@ def run(part: Part, device: str, scratch: Path, seconds: float, pair: Sequence[s
     began = time.monotonic()
     with (scratch / f"{part.name}.log").open("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, *filled],
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
+            [sys.executable, *filled], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
         )
         try:
             ended = process.wait(seconds)
@@ -371,20 +360,11 @@ def page(records: Path) -> str:
             result = json.loads(record.read_text())
             checks = ((result.get("figures") or {}).get("checks") or {}).items()
             failed = [f"{name}: {check['why']}" for name, check in checks if check["status"] == "failed"]
-            last = (
-                "" if result["status"] == "passed" else (result.get("tail") or "").strip().rpartition("\n")[2]
-            )
+            last = "" if result["status"] == "passed" else (result.get("tail") or "").strip().rpartition("\n")[2]
             told = "; ".join([result.get("why") or "", *failed]).strip("; ") or last
             passed = ", ".join(name for name, check in checks if check["status"] == "passed")
-            shown = (
-                told.replace("|", "/").replace("\n", " ")[:300] or f"{part.shows}{passed and f' ({passed})'}"
-            )
-            facts = (
-                part.name,
-                result["status"],
-                result.get("seconds", ""),
-                result["machine"].partition(",")[0],
-            )
+            shown = told.replace("|", "/").replace("\n", " ")[:300] or f"{part.shows}{passed and f' ({passed})'}"
+            facts = (part.name, result["status"], result.get("seconds", ""), result["machine"].partition(",")[0])
             lines.append(f"| {' | '.join(map(str, facts))} | {shown} |")
     return "\n".join(lines) + "\n"
 
@@ -409,11 +389,7 @@ def keep(archive: Path, records: Path) -> int:
     records.mkdir(parents=True, exist_ok=True)
     for record in found:
         (records / f"{record['part']}.json").write_text(json.dumps(record, indent=1) + "\n")
-    kept = [
-        json.loads((records / f"{name}.json").read_text())
-        for name in names
-        if (records / f"{name}.json").exists()
-    ]
+    kept = [json.loads((records / f"{name}.json").read_text()) for name in names if (records / f"{name}.json").exists()]
     about = sorted({f"{r['machine']}; {r['code']}; {r['versions']}" for r in kept})
     (records / PAGE).write_text("\n\n".join(about) + f"\n\n{page(records)}")
     print((records / PAGE).read_text())
@@ -454,20 +430,14 @@ def run_kit(archive: Path, arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu", "phantom"), default="cuda")
-    parser.add_argument(
-        "--only", default="", help="names of parts, or what some begin with, with commas between them"
-    )
+    parser.add_argument("--only", default="", help="names of parts, or what some begin with, with commas between them")
     parser.add_argument("--jobs", type=int, default=1, help="parts that run side by side on one card")
     parser.add_argument("--kit", type=Path, help="the kit's archive: unpack it and run what is in it")
     parser.add_argument("--pack", type=Path, help="archive of the records, written at the end")
-    parser.add_argument(
-        "--keep", type=Path, help="an archive of records: keep a card's, write the page, run nothing"
-    )
+    parser.add_argument("--keep", type=Path, help="an archive of records: keep a card's, write the page, run nothing")
     parser.add_argument("--again", action="store_true", help="also what is done")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="limit of a part")
-    parser.add_argument(
-        "--within", type=int, help="seconds for all: the part that is under way then is ended"
-    )
+    parser.add_argument("--within", type=int, help="seconds for all: the part that is under way then is ended")
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--model-path", help="target of the serving parts: directory or hub id")
     parser.add_argument("--bundle", help="its drafters: directory or hub id")

@@ -83,9 +83,7 @@ def operators(device: str) -> Any:
     return tvm_ffi.load_module(str(SITE / SAMPLER))
 
 
-def by_flashinfer(
-    module: Any, logits: torch.Tensor, asked: tuple[float, int, float, float], seed: int
-) -> Any:
+def by_flashinfer(module: Any, logits: torch.Tensor, asked: tuple[float, int, float, float], seed: int) -> Any:
     """A token a row, [rows] int64, as SGLang's `Sampler` draws it with `sampling_backend` flashinfer."""
     temperature, top_k, top_p, min_p = asked
     rows, size = logits.shape
@@ -115,9 +113,7 @@ def by_us(logits: torch.Tensor, asked: tuple[float, int, float, float], begin: i
     return sample_rows(logits, indptr.int(), lengths, torch.ones(1, **ints), table)
 
 
-def compare(
-    module: Any, device: str, asked: tuple[float, int, float, float], figures: dict[str, Any]
-) -> None:
+def compare(module: Any, device: str, asked: tuple[float, int, float, float], figures: dict[str, Any]) -> None:
     """Raises AssertionError if the two samplers' counts are not of one distribution."""
     from scipy.stats import chi2_contingency
 

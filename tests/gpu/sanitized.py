@@ -71,9 +71,7 @@ def main() -> int:
         return Checks(out).leave_out("no compute-sanitizer is on the PATH")
     under = [str(sanitizer), "--tool", tool, "--error-exitcode", "1"] if device == "cuda" else []
     environment = os.environ | UNCACHED | ({} if device == "cuda" else {"TRITON_INTERPRET": "1"})
-    return subprocess.call(
-        [*under, sys.executable, __file__, "none", device, str(out), *chosen], env=environment
-    )
+    return subprocess.call([*under, sys.executable, __file__, "none", device, str(out), *chosen], env=environment)
 
 
 if __name__ == "__main__":

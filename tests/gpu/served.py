@@ -69,12 +69,7 @@ class Served:
 
 KEEPING: Mapping[str, Mapping[str, Any]] = {"GptOssForCausalLM": {"swa_full_tokens_ratio": 0.5}} | {
     architecture: {"mamba_radix_cache_strategy": "extra_buffer", "mamba_track_interval": 64}
-    for architecture in (
-        "Qwen3NextForCausalLM",
-        "Qwen3_5ForCausalLM",
-        "KimiLinearForCausalLM",
-        "NemotronHForCausalLM",
-    )
+    for architecture in ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "KimiLinearForCausalLM", "NemotronHForCausalLM")
 }
 """Families of which SGLang's tree keeps states at intervals, and one whose windowed layers have a pool of their own."""
 

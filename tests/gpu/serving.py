@@ -69,9 +69,7 @@ class Plain:
 class Case:
     """The pair, its prompts, and an engine on one backend. overlap: ours runs SGLang's overlap loop."""
 
-    def __init__(
-        self, served: Served, attention: str, device: str, scale: Scale, *, overlap: bool = False
-    ) -> None:
+    def __init__(self, served: Served, attention: str, device: str, scale: Scale, *, overlap: bool = False) -> None:
         self.served, self.attention, self.device, self.scale = served, attention, device, scale
         self.overlap = overlap
         self.prompts = drawn(scale) if served.model else tokenised(served.target, scale)
@@ -159,9 +157,7 @@ def greedy(case: Case, e: Any, figures: dict[str, Any]) -> list[list[int]]:
     figures["committed"] = snapshot["tokens"]
     e.check_leaks()
     if case.device == "cuda":
-        assert rounds.replayed == rounds.seen, (
-            f"{rounds.seen - rounds.replayed} rounds ran without their graph"
-        )
+        assert rounds.replayed == rounds.seen, f"{rounds.seen - rounds.replayed} rounds ran without their graph"
     return answers
 
 

@@ -85,9 +85,7 @@ def write_models(root: Path, shape: Shape, dtype: str) -> dict[str, Any]:
         target.mkdir()
         (target / "config.json").write_text(json.dumps(config))
         # A drafter of blocks borrows the target's head and reads nothing of its file; a chain brings its own.
-        dflash = tiny_models.tiny_dflash(
-            root / "dflash", target, block_size=shape.block, num_layers=shape.block_layers
-        )
+        dflash = tiny_models.tiny_dflash(root / "dflash", target, block_size=shape.block, num_layers=shape.block_layers)
         embedding = torch.zeros(shape.vocabulary, shape.hidden, dtype=kind)
         embedding[: shape.draft_vocabulary].normal_(std=shape.hidden**-0.5)
         save_file({"lm_head.weight": embedding}, target / "model.safetensors")
@@ -193,11 +191,7 @@ def started(made: dict[str, Any], arm: str, device: str, load: Load, attention: 
             options["speculative_num_draft_tokens"] = int(rows)
     elif arm != "none":
         router = "none" if arm == "plain" else arm
-        flags = {
-            "draft": made["dflash"],
-            "whiflash_eagle_draft": str(made["eagle3"]),
-            "whiflash_router": router,
-        }
+        flags = {"draft": made["dflash"], "whiflash_eagle_draft": str(made["eagle3"]), "whiflash_router": router}
         options["whiflash"] = flags | {"whiflash_lookup": "off", "whiflash_structure": "off"}
     with engine(made["model"], **options) as e:
         yield OverlapLoop(e.scheduler) if card else e
@@ -235,12 +229,8 @@ def looked_at(e: Any, load: Load, device: str, figures: dict[str, Any], keep: Pa
             torch.cuda.memory_allocated(),
             torch.cuda.mem_get_info()[0],
         )
-        assert used.most <= figures["promised_bytes"], (
-            "a round of the largest batch takes more than was kept for it"
-        )
-    known = (
-        ("transfers.py",) if device == "cuda" else ("transfers.py", "forward/target.py")
-    )  # rows, without graphs
+        assert used.most <= figures["promised_bytes"], "a round of the largest batch takes more than was kept for it"
+    known = ("transfers.py",) if device == "cuda" else ("transfers.py", "forward/target.py")  # rows, without graphs
     others = [site for site in waits.found if not any(part in site for part in known)]
     assert not others, f"rounds wait at {others}"
 
@@ -272,9 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu", "phantom"), default="cuda")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--arms", default="none,plain,auto,ar,diffusion", help=f"of {', '.join(ARMS)}")
-    parser.add_argument(
-        "--attention", default="triton", help="backend on a card; SGLang's own choice if empty"
-    )
+    parser.add_argument("--attention", default="triton", help="backend on a card; SGLang's own choice if empty")
     parser.add_argument("--trace", default="diffusion", help="arm of ours whose rounds are traced")
     parser.add_argument("--requests", help="at a time, such as 1,8,32")
     parser.add_argument("--contexts", help="tokens of a prompt, such as 2048,131072; 1 and 8 requests each")

@@ -65,10 +65,7 @@ COMMANDS = [line.strip() for line in PAGE.read_text().splitlines() if " --kit " 
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(
     ("command", "device"),
-    [
-        *((command, "cpu") for command in COMMANDS),
-        (COMMANDS[0].rpartition(" ")[0] + " overlap-triton", "phantom"),
-    ],
+    [*((command, "cpu") for command in COMMANDS), (COMMANDS[0].rpartition(" ")[0] + " overlap-triton", "phantom")],
 )
 def test_commands_of_the_page_run_with_the_machines_versions(
     python: Path, there: Path, command: str, device: str

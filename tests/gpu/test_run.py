@@ -83,8 +83,7 @@ def test_parts_name_files_that_exist_and_every_test_of_the_kernels() -> None:
     every = [path.relative_to(real.ROOT).as_posix() for path in real.ROOT.glob("kernels/tests/test_*.py")]
     assert sorted(tests) == sorted(every)
     places = [
-        names.index(name)
-        for name in ("fa3", "kernels-rounds", "overlap-triton", "serving-triton", "serving-fa4")
+        names.index(name) for name in ("fa3", "kernels-rounds", "overlap-triton", "serving-triton", "serving-fa4")
     ]
     assert places == sorted(places)
     assert places[:3] == [0, 1, 2]

@@ -129,11 +129,7 @@ class Waits:
                 yield
             # SGLang's copies of lengths and rows on the host are tensors of this device, too.
             for found in (seen.reads, seen.pageable):
-                ours = (
-                    site
-                    for site in found
-                    if site.startswith("whiflash") and not site.startswith(ROWS_ON_HOST)
-                )
+                ours = (site for site in found if site.startswith("whiflash") and not site.startswith(ROWS_ON_HOST))
                 self.found.update({site: found[site] for site in ours})
             return
         with warnings.catch_warnings(), Pageable() as pageable, warned(self._device):

@@ -53,10 +53,7 @@ class CapturedAttention(AttentionBackend):
         heads, group = layer.tp_q_head_num, layer.tp_q_head_num // layer.tp_k_head_num
         keys, values = (
             pool[self._slots].repeat_interleave(group, dim=2, output_size=heads)
-            for pool in (
-                self._pool.get_key_buffer(layer.layer_id),
-                self._pool.get_value_buffer(layer.layer_id),
-            )
+            for pool in (self._pool.get_key_buffer(layer.layer_id), self._pool.get_value_buffer(layer.layer_id))
         )
         query = q.view(-1, heads, layer.qk_head_dim)
         scores = torch.einsum("thd,tnhd->thn", query, keys) * layer.scaling

@@ -60,9 +60,7 @@ class TapeBackend(BaseCudaGraphBackend):
 
 
 @contextmanager
-def emulated_graphs(
-    engine: Engine, attention: Callable[[Any], Any] = CapturedAttention
-) -> Iterator[VerifyGraphs]:
+def emulated_graphs(engine: Engine, attention: Callable[[Any], Any] = CapturedAttention) -> Iterator[VerifyGraphs]:
     """Capture the engine's verifications and its drafters' passes, and let its rounds replay them.
 
     The graphs have `passes` too, which counts the replays of drafters' passes, and `committed`: of every replay of a
@@ -84,9 +82,7 @@ def emulated_graphs(
             (runner, "graph_shared_output", outputs),
         ):
             stack.enter_context(patch.object(owner, name, stand_in))
-        stack.enter_context(
-            patch.object(torch.cpu, "is_current_stream_capturing", lambda: False, create=True)
-        )
+        stack.enter_context(patch.object(torch.cpu, "is_current_stream_capturing", lambda: False, create=True))
         graphs = runner._decode_cuda_graph_runner_cls()(runner, attn_backend=attention(runner))
         stack.enter_context(patch.object(runner, "decode_cuda_graph_runner", graphs))
         graphs.committed = stack.enter_context(captured_ends(engine.worker.stages.ends))

@@ -65,9 +65,7 @@ class Tape(TorchDispatchMode):
         self._known: dict[int, torch.Tensor] = {}  # keeps them, so that no address is used twice
         self._temporaries: dict[int, torch.Tensor] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             raise NotCapturableError("a value of the device becomes Python's")
@@ -86,17 +84,13 @@ class Tape(TorchDispatchMode):
             for old, new in zip(outputs, tensors_of(func(*args, **kwargs)), strict=True):
                 if any(old is t for t in fresh):
                     if old.shape != new.shape:
-                        raise NotCapturableError(
-                            f"{func} gives {tuple(new.shape)} now, {tuple(old.shape)} then"
-                        )
+                        raise NotCapturableError(f"{func} gives {tuple(new.shape)} now, {tuple(old.shape)} then")
                     old.copy_(new)
 
         self._steps.append(again)
         return result
 
-    def call(
-        self, kernel: Callable[..., Any], *args: Any, reads: Sequence[torch.Tensor] = (), **kwargs: Any
-    ) -> Any:
+    def call(self, kernel: Callable[..., Any], *args: Any, reads: Sequence[torch.Tensor] = (), **kwargs: Any) -> Any:
         """Call `kernel` and note the call as one operator, whatever it does inside.
 
         reads: tensors of its arguments that are in records, which nobody looks into.
@@ -104,9 +98,7 @@ class Tape(TorchDispatchMode):
         self._note_inputs(tree_leaves((args, kwargs, list(reads))))
         with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
             result = kernel(*args, **kwargs)
-        fresh = [
-            t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and _memory(t) not in self._known
-        ]
+        fresh = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and _memory(t) not in self._known]
         for tensor in fresh:
             self._known[_memory(tensor)] = self._temporaries[_memory(tensor)] = tensor
 
@@ -159,9 +151,7 @@ def recording(launches: bool = False) -> Iterator[Tape]:
         stack.enter_context(tape)
         yield tape
     if reads.reads or reads.uploads or reads.of_kernels:
-        raise NotCapturableError(
-            f"reads {dict(reads.reads + reads.of_kernels)}, uploads {dict(reads.uploads)}"
-        )
+        raise NotCapturableError(f"reads {dict(reads.reads + reads.of_kernels)}, uploads {dict(reads.uploads)}")
 
 
 class TapeRecorder:
@@ -188,9 +178,7 @@ class TapeRecorder:
 def poison(tensor: torch.Tensor) -> None:
     """Fill a tensor's whole memory with what must not be read."""
     flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-    flat.fill_(
-        torch.nan if flat.is_floating_point() else True if flat.dtype == torch.bool else _large(flat.dtype)
-    )
+    flat.fill_(torch.nan if flat.is_floating_point() else True if flat.dtype == torch.bool else _large(flat.dtype))
 
 
 def _large(dtype: torch.dtype) -> int:

@@ -86,11 +86,7 @@ class Captured:
     """Both arms with captured passes, over one slot table."""
 
     def __init__(self, arms: Arms) -> None:
-        self.arms, self.table, self.recorder = (
-            arms,
-            requests(arms.by_name["ar"], [1]).slot_table,
-            TapeRecorder(),
-        )
+        self.arms, self.table, self.recorder = (arms, requests(arms.by_name["ar"], [1]).slot_table, TapeRecorder())
         self.capture()
 
     def capture(self, most: int = MOST) -> None:
@@ -210,12 +206,7 @@ def captured(arms: Arms, prepared: None) -> Iterator[Captured]:
         arm._captured = None
 
 
-@settings(
-    deadline=None,
-    max_examples=12,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(deadline=None, max_examples=12, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(groups, min_size=1, max_size=6))
 def test_any_groups_one_after_the_other(captured: Captured, played: Any) -> None:
     """Groups have any sizes, padded and not, and both arms take turns over the same inputs."""

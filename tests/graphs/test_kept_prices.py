@@ -73,9 +73,7 @@ def kept(root: Path) -> list[Path]:
     return sorted(root.joinpath("prices").iterdir())
 
 
-def test_the_second_start_measures_nothing(
-    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_second_start_measures_nothing(start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "whiflash_sglang")
     first = start.price()
     assert start.runs > 20
@@ -87,9 +85,7 @@ def test_the_second_start_measures_nothing(
     assert f"those of {file}, measured at {json.loads(file.read_text())['measured']}" in caplog.text
 
 
-def test_another_server_measures_its_own(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_server_measures_its_own(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another device, number of processes or requests, target, drafter, argument or kernel."""
     target, worker = start.worker.target, start.worker
     start.price()
@@ -99,9 +95,7 @@ def test_another_server_measures_its_own(
         lambda: setattr(start, "device", "NVIDIA L4"),
         lambda: monkeypatch.setattr(target.runner.model_config.hf_config, "intermediate_size", 1),
         lambda: monkeypatch.setattr(model, "config", "another"),
-        lambda: monkeypatch.setattr(
-            pricing, "get_context", lambda: SimpleNamespace(resolved_server_args_dict=dict)
-        ),
+        lambda: monkeypatch.setattr(pricing, "get_context", lambda: SimpleNamespace(resolved_server_args_dict=dict)),
         lambda: monkeypatch.setattr(pricing.supported, "installed", lambda: "0.5.22"),
         lambda: monkeypatch.setattr(pricing, "_kernels", lambda: "another"),
     ]

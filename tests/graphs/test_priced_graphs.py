@@ -20,11 +20,7 @@ from whiflash_sglang.engine.scheduler import pricing
 from whiflash_sglang.prices.tables import CostTables
 
 REQUESTS, WIDEST, CONTEXT = 3, 17, 256
-SMALL: dict[str, Any] = {
-    "max_running_requests": REQUESTS,
-    "context_length": CONTEXT,
-    "max_total_tokens": 1024,
-}
+SMALL: dict[str, Any] = {"max_running_requests": REQUESTS, "context_length": CONTEXT, "max_total_tokens": 1024}
 LONG = CONTEXT - WIDEST
 TILE = 8
 """Rows of a request in the smaller tile: two query heads share a KV head."""
@@ -121,27 +117,19 @@ def check(tables: CostTables) -> None:
     for context, found in ((LONG // pricing.SHORTER, plain.at_short), (LONG, plain.at_long)):
         chosen = [verify_seconds(n, context // n * n, n) - SPARED for n in range(1, REQUESTS + 1)]
         assert list(found.seconds) == pytest.approx(chosen)
-    assert tables.verify(2, 2, LONG) < tables.verify(2, 1, LONG), (
-        "one request's draft is no round without drafts"
-    )
+    assert tables.verify(2, 2, LONG) < tables.verify(2, 1, LONG), "one request's draft is no round without drafts"
     (wider,) = [tables.wider[TILE]]
     wide = [(rows, min(rows // (TILE + 1), REQUESTS)) for rows in buckets if rows > TILE]
     chosen = [verify_seconds(rows, LONG // count * count, count) for rows, count in wide]
     assert list(wider.at_long.seconds) == pytest.approx(chosen)
-    added = [
-        tables.verify(rows, count, wider.short) - verifications.at(rows, wider.short) for rows, count in wide
-    ]
-    assert added == pytest.approx(
-        [0.01 * wider.short * (rows <= TILE * REQUESTS) for rows, _ in wide], rel=0.02
-    )
+    added = [tables.verify(rows, count, wider.short) - verifications.at(rows, wider.short) for rows, count in wide]
+    assert added == pytest.approx([0.01 * wider.short * (rows <= TILE * REQUESTS) for rows, _ in wide], rel=0.02)
     groups, tokens = graded(REQUESTS), doubling(4, REQUESTS * WIDEST)
     for table, sizes, kind in ((tables.drafts, groups, "pass"), (tables.catch_up, tokens, "catch-up")):
         assert set(table) == {"ar", "diffusion"}
         for arm, found in table.items():
             assert list(found.sizes) == sizes
-            assert list(found.seconds) == pytest.approx(
-                [pass_seconds(f"the {kind} of {arm!r}", n) for n in sizes]
-            )
+            assert list(found.seconds) == pytest.approx([pass_seconds(f"the {kind} of {arm!r}", n) for n in sizes])
     assert {arm: list(shorter) for arm, shorter in tables.shorter.items()} == {"ar": [2, 3], "diffusion": []}
     for length, found in tables.shorter["ar"].items():
         assert list(found.sizes) == groups

@@ -119,9 +119,7 @@ def test_rounds_learn_of_a_replay_what_they_learn_of_an_eager_one(
         assert set(captured.committed) == {not behind}
         sizes = captured.capture_num_tokens
         plain = {key.size for key in captured.backend.tapes if key.attention_variant == PLAIN}
-        assert plain == {
-            rows for rows in sizes if rows <= started[0].worker.target.rows_for(REQUESTS, REQUESTS)
-        }
+        assert plain == {rows for rows in sizes if rows <= started[0].worker.target.rows_for(REQUESTS, REQUESTS)}
     assert sizes == graded(REQUESTS * WIDEST)
     assert len(set(captured.backend.replayed)) > 3
     for own, other in zip(replayed, eager, strict=True):
@@ -139,11 +137,7 @@ def test_a_batch_without_a_graph_is_verified_eagerly(
         target = started[0].worker.target
         assert (target.rows_for(7, 5), target.rows_for(7, 4)) == (None, 8)
         found = learned(started, [[]] * REQUESTS)
-        assert (
-            len(captured.backend.replayed)
-            == sum(len(each.accept_lens) < REQUESTS for each in found)
-            < len(found)
-        )
+        assert len(captured.backend.replayed) == sum(len(each.accept_lens) < REQUESTS for each in found) < len(found)
 
 
 def test_an_epilogue_that_reads_the_device_is_no_end_of_a_graph(
@@ -172,9 +166,7 @@ def test_what_is_reserved_for_graphs_is_what_they_keep(
         features = next(iter(outputs)).hidden_states
         row_bytes = features.shape[1] * features.itemsize
         kept = sum(output.hidden_states.untyped_storage().nbytes() for output in outputs)
-        logits = {
-            output.next_token_logits.untyped_storage()._cdata: output.next_token_logits for output in outputs
-        }
+        logits = {output.next_token_logits.untyped_storage()._cdata: output.next_token_logits for output in outputs}
         kept += sum(shared.untyped_storage().nbytes() for shared in logits.values())
         assert kept == bytes_for(REQUESTS, WIDEST, vocabulary=vocabulary, row_bytes=row_bytes)
 

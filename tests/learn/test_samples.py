@@ -110,9 +110,7 @@ def test_old_files_go(spool: Spool) -> None:
     assert kept(directory_of(spool)) == []
 
 
-def test_more_than_can_be_written_is_dropped_and_counted(
-    spool: Spool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_than_can_be_written_is_dropped_and_counted(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "WAITING", 10)
     spool.offer([1] * 5, [2] * 5)
     spool.offer([3], [4])
@@ -189,9 +187,7 @@ def test_forgetting_drops_what_nobody_can_read(spool: Spool, handle: int | None)
     assert [path.name for path in directory_of(spool).iterdir()] == [".lock"]
 
 
-def test_forgetting_goes_on_where_a_file_cannot_be_written_again(
-    spool: Spool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forgetting_goes_on_where_a_file_cannot_be_written_again(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         spool.offer([1], [1], {7})
         spool.offer([2], [2], {8})

@@ -50,9 +50,7 @@ def newest(text: Sequence[int], end: Sequence[int], itself: bool) -> list[tuple[
         ends = range(len(text) - 1 - itself, -1, -1)
         chain = [at for at in ends if (two(at) if width == 2 else text[at] & (size - 1)) == hashes[width]]
         same = [
-            at + 1
-            for at in chain[:STEPS]
-            if text[at] == last and (width == 1 or (at >= 1 and text[at - 1] == before))
+            at + 1 for at in chain[:STEPS] if text[at] == last and (width == 1 or (at >= 1 and text[at - 1] == before))
         ][:PLACES]
         if same:
             return [(matched(text, at, end) if width == 2 else 1, at) for at in same]

@@ -212,9 +212,7 @@ def test_a_copy_goes_on_where_it_was_though_newer_places_hide_it() -> None:
 def test_a_copy_behind_drafts_goes_on_where_it_was() -> None:
     copier = copying_a_run(rounds=3)
     copier.look(15, 0.0)
-    assert tokens_of(copier.look_beyond([7] * 15, 1.0, 3, 0.0)) == [3, 4, 5], (
-        "the newest places of the run end with it"
-    )
+    assert tokens_of(copier.look_beyond([7] * 15, 1.0, 3, 0.0)) == [3, 4, 5], "the newest places of the run end with it"
 
 
 def test_what_a_copy_was_taken_from_is_known() -> None:

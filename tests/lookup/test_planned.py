@@ -52,15 +52,11 @@ def test_what_the_device_copied_promises_and_teaches(plans: list[Round]) -> None
     after = copies.calibration([*batch.running.values()], FULL_LENGTH)
     changed = [place for place, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
     unanimous, tables = 4 * (len(BUCKETS) - 1) + Agreement.UNANIMOUS, (2, 2 + 4 * len(BUCKETS))
-    assert changed == [0, 1, *(table + unanimous for table in tables)], (
-        "the factors, and one cell of each table"
-    )
+    assert changed == [0, 1, *(table + unanimous for table in tables)], "the factors, and one cell of each table"
     assert all(after[place] > before[place] for place in changed)
 
 
-def test_where_the_whole_text_is_known_the_host_looks(
-    plans: list[Round], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_the_whole_text_is_known_the_host_looks(plans: list[Round], monkeypatch: pytest.MonkeyPatch) -> None:
     arm = planning_time.LookupArm
     monkeypatch.setattr(planning_time, "LookupArm", lambda settings, late: arm(settings, late=False))
     batch = Batch(1)

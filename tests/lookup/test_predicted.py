@@ -54,9 +54,7 @@ def cold(running: Engine) -> tuple[list[int], int]:
     return ask(running, custom_params={"whiflash": '{"lookup": "context"}'})
 
 
-def test_a_right_prediction_is_copied_from_its_beginning(
-    running: Engine, cold: tuple[list[int], int]
-) -> None:
+def test_a_right_prediction_is_copied_from_its_beginning(running: Engine, cold: tuple[list[int], int]) -> None:
     tokens, rounds = ask(running, cold[0])
     assert tokens == cold[0]
     # The first token comes from the prefill; a round has 16 copied tokens and one more, fewer while nothing is known.
@@ -73,9 +71,7 @@ def test_another_request_beside_is_drafted_for_as_alone(running: Engine, cold: t
     assert answer(running, ours)[1] < cold[1] / 3
 
 
-def test_a_prediction_is_known_to_no_later_request_of_its_tenant(
-    running: Engine, cold: tuple[list[int], int]
-) -> None:
+def test_a_prediction_is_known_to_no_later_request_of_its_tenant(running: Engine, cold: tuple[list[int], int]) -> None:
     ask(running, cold[0], prompt=[1, 2, 3], max_new_tokens=5, cache_salt="a")
     assert ask(running, cache_salt="a") == cold
 

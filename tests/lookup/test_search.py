@@ -61,11 +61,7 @@ def test_any_search(seed: int) -> None:
             fields[number * 7 + _AT] = source.at
         stops = some(random, ids, random.choice([0, 0, 2]))
         least, most = random.choice([1, 1, 2]), random.choice([1, 5, 24, 33, 100])
-        chances = (
-            random.choice([0.0, 0.1, 0.3, 0.6]),
-            random.choice([1.0, 0.5]),
-            random.choice([0, 0, 1, 7, 40]),
-        )
+        chances = (random.choice([0.0, 0.1, 0.3, 0.6]), random.choice([1.0, 0.5]), random.choice([0, 0, 1, 7, 40]))
         found = SEARCH.copy(fields, drafts, array("i", stops), least, most, chances)
         expected = searched.searched(known, drafts, stops, least, most, *chances)
         assert (found if found[0] else None) == expected
@@ -125,9 +121,7 @@ def test_any_answer_is_followed(seed: int) -> None:
         assert prediction.accepted == len(appeared)
 
 
-@pytest.mark.parametrize(
-    "text", [[7] * 8000, Random(0).choices(range(3), k=4000), [a << 20 for a in range(60)] * 60]
-)
+@pytest.mark.parametrize("text", [[7] * 8000, Random(0).choices(range(3), k=4000), [a << 20 for a in range(60)] * 60])
 def test_bytes_of_a_token_are_bounded(text: list[int]) -> None:
     slowly = Text(SEARCH)
     for token in text:

@@ -51,9 +51,7 @@ def test_the_shipped_table_rises_with_length_and_agreement() -> None:
     assert len(shipped.seed) == len(BUCKETS)
     alone = [row[Agreement.ALONE] for row in shipped.seed]
     assert alone == sorted(alone)
-    assert all(
-        row[Agreement.UNANIMOUS] > row[Agreement.ALONE] > row[Agreement.CONTESTED] for row in shipped.seed
-    )
+    assert all(row[Agreement.UNANIMOUS] > row[Agreement.ALONE] > row[Agreement.CONTESTED] for row in shipped.seed)
 
 
 def test_a_bundle_without_a_table_takes_the_embedded_one(tmp_path: Path) -> None:

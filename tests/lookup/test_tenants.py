@@ -57,9 +57,7 @@ script = st.lists(st.tuples(rounds, st.lists(rounds, max_size=4)), min_size=1, m
 
 @settings(deadline=None, max_examples=150)
 @given(script)
-def test_others_move_where_a_proposal_is_cut_and_nothing_else(
-    script: list[tuple[list[int], list[list[int]]]],
-) -> None:
+def test_others_move_where_a_proposal_is_cut_and_nothing_else(script: list[tuple[list[int], list[list[int]]]]) -> None:
     mine, between = zip(*script, strict=True)
     for alone, beside in zip(proposals(mine, [()] * len(mine)), proposals(mine, between), strict=True):
         shared = common_prefix(alone.tokens, beside.tokens)

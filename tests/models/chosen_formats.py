@@ -5,18 +5,7 @@ from typing import Any
 
 import torch
 from formulas import QK_EPS
-from published import (
-    HEAD_DIM,
-    HIDDEN,
-    MASK,
-    QWEN3,
-    TARGET_LAYERS,
-    VOCAB,
-    Shapes,
-    block_trunk,
-    convolutions,
-    draw,
-)
+from published import HEAD_DIM, HIDDEN, MASK, QWEN3, TARGET_LAYERS, VOCAB, Shapes, block_trunk, convolutions, draw
 from torch import Tensor
 
 LAYERS, BLOCK, STATE, RANK, TOP, WIDTH, TIME = 2, 8, 24, 12, 5, 48, 10
@@ -118,9 +107,7 @@ def flashmap_tensors() -> dict[str, Tensor]:
     shapes |= {"state_norm.weight": (HIDDEN,), "noise_norm.weight": (HIDDEN,)}
     for layer in (f"layers.{index}." for index in range(LAYERS)):
         linears |= {f"{layer}mlp.fc1": (3 * WIDTH, WIDTH), f"{layer}mlp.fc2": (WIDTH, 3 * WIDTH)}
-        linears |= {
-            f"{layer}{part}_adaln.linear": (3 * WIDTH, RANK) for part in ("self_attn", "cross_attn", "mlp")
-        }
+        linears |= {f"{layer}{part}_adaln.linear": (3 * WIDTH, RANK) for part in ("self_attn", "cross_attn", "mlp")}
         for part in ("self_attn", "cross_attn"):
             shapes |= {f"{layer}{part}.{name}_proj.weight": (WIDTH, WIDTH) for name in "qkvo"}
             shapes |= {f"{layer}{part}.{name}_norm.weight": (HEAD_DIM,) for name in "qk"}

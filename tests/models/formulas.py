@@ -18,9 +18,7 @@ def turn(x: Tensor, positions: Tensor) -> Tensor:
     """RoPE of [T, heads, D] as a complex rotation of (i, i + D/2)."""
     half = x.shape[-1] // 2
     angles = positions[:, None] * THETA ** (-torch.arange(half) / half)
-    turned = (
-        torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
-    )
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
     return torch.cat([turned.real, turned.imag], -1)
 
 
@@ -51,9 +49,7 @@ def layer_of(weights: Weights, index: int) -> dict[str, Tensor]:
     return {name.removeprefix(start): value for name, value in weights.items() if name.startswith(start)}
 
 
-def block(
-    weights: Weights, embedded: Tensor, features: Tensor, size: int, windows: list[int | None]
-) -> Tensor:
+def block(weights: Weights, embedded: Tensor, features: Tensor, size: int, windows: list[int | None]) -> Tensor:
     """DFlash's block (speculators, DeepSpec): states [W, H] of `embedded` behind the context's `features`.
 
     windows: per layer, None for a layer that sees everything; else what is before, the row itself counted.
@@ -94,9 +90,7 @@ def eagle_rows(
     return hidden
 
 
-def parallel(
-    weights: Weights, features: Tensor, tokens: list[int], steps: int, size: int, mask: int
-) -> Tensor:
+def parallel(weights: Weights, features: Tensor, tokens: list[int], steps: int, size: int, mask: int) -> Tensor:
     """P-EAGLE's drafts (vLLM's `parallel_drafting`): ids of the drafter's own head; `mask` is a token."""
     unknown = weights["mask_hidden"].view(1, -1).expand(steps - 1, -1)
     hidden = F.linear(torch.cat([features, unknown]), weights["fc.weight"])
@@ -143,9 +137,7 @@ def chain(
     return drafted
 
 
-def refined(
-    weights: Weights, states: Tensor, head: Tensor, ids: Tensor, bonus: int, passes: int, first: int
-) -> Tensor:
+def refined(weights: Weights, states: Tensor, head: Tensor, ids: Tensor, bonus: int, passes: int, first: int) -> Tensor:
     """xPress's logits [D, K] (speculators) for the rows from `first` on of a block's `states` [W, H].
 
     head: [K, H]. ids: [K] int64, of the target. bonus: stands for the token before it, too.

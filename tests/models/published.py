@@ -93,9 +93,7 @@ def draw(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
     return {name: one(name, shape) for name, shape in shapes.items()}
 
 
-def write(
-    path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, files: str = "one"
-) -> Path:
+def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, files: str = "one") -> Path:
     """A checkpoint directory. files: "one" or "sharded" `.safetensors`, or "bin" (what `torch.save` writes)."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(dict(config)))
@@ -105,10 +103,7 @@ def write(
         save_file(dict(tensors), path / "model.safetensors")
     else:
         names = sorted(tensors)
-        parts = {
-            "model-00001-of-00002.safetensors": names[::2],
-            "model-00002-of-00002.safetensors": names[1::2],
-        }
+        parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
         for file, members in parts.items():
             save_file({name: tensors[name] for name in members}, path / file)
         index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}

@@ -40,9 +40,7 @@ def load(path: Path, arm: str = arms.DIFFUSION) -> tuple[Draft, Any]:
     draft = read_draft(path, arm)
     check_fit(draft, TargetShape(HIDDEN, TARGET_LAYERS, VOCAB))
     embedding, head = target_tensors()
-    model = draft.load(
-        device=torch.device("cpu"), dtype=torch.float32, target_embedding=embedding, target_lm_head=head
-    )
+    model = draft.load(device=torch.device("cpu"), dtype=torch.float32, target_embedding=embedding, target_lm_head=head)
     return draft, model.requires_grad_(False)
 
 
@@ -54,9 +52,7 @@ def serve(path: Path) -> Served:
     captured = tuple(sorted({*layers, 0}))  # another drafter's layer lies between
     arm = DFlashArm(model, captured, layers, block_size_of(path, None), 256)
     arm.allocate(len(LENGTHS) * CONTEXT)
-    table = torch.randperm(len(LENGTHS) * CONTEXT, generator=torch.Generator().manual_seed(3)).view(
-        -1, CONTEXT
-    )
+    table = torch.randperm(len(LENGTHS) * CONTEXT, generator=torch.Generator().manual_seed(3)).view(-1, CONTEXT)
     table = table.to(torch.int32)
     features = [_features(row, length, captured) for row, length in enumerate(LENGTHS)]
     for row, length in enumerate(LENGTHS):

@@ -78,16 +78,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_dflash2_drafts_what_sglang_drafts(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dflash2_drafts_what_sglang_drafts(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.models import dflash
 
     monkeypatch.setattr(dflash, "_flashinfer_top_k", None)  # a kernel for CUDA; torch's instead
     said = OF_DFLASH2 | CASES[case]
-    path = write(
-        tmp_path / "draft", DFLASH2 | {"dflash_config": said}, dflash2_tensors(said["conv_kernel_size"])
-    )
+    path = write(tmp_path / "draft", DFLASH2 | {"dflash_config": said}, dflash2_tensors(said["conv_kernel_size"]))
     served, (embedding, head) = serve(path), target_tensors()
     top = min(said["selector_top_k"], VOCAB)
     with one_rank(), torch.no_grad():
@@ -192,16 +188,10 @@ def test_flashmap_follows_a_target_that_is_written(tmp_path: Path) -> None:
     ("config", "message"),
     [
         (DOMINO | {"dflash_config": OF_DOMINO | {"shift_label": None}}, "shift_label must be true or false"),
-        (
-            DOMINO | {"dflash_config": OF_DOMINO | {"pure_draft_prefix_len": 2}},
-            "pure_draft_prefix_len must be 1",
-        ),
+        (DOMINO | {"dflash_config": OF_DOMINO | {"pure_draft_prefix_len": 2}}, "pure_draft_prefix_len must be 1"),
         (DOMINO | {"dflash_config": 5}, "dflash_config must be an object, got 5"),
         (DOMINO | {"dflash_config": OF_DOMINO | {"gru_hidden_dim": 0}}, "gru_hidden_dim must be an integer"),
-        (
-            DFLASH2 | {"dflash_config": OF_DFLASH2 | {"selector_top_k": None}},
-            "selector_top_k must be an integer",
-        ),
+        (DFLASH2 | {"dflash_config": OF_DFLASH2 | {"selector_top_k": None}}, "selector_top_k must be an integer"),
         (DFLASH2 | {"dflash_config": OF_DFLASH2 | {"conv_group_size": 7}}, "divides hidden_size 64"),
         (DFLASH2 | {"dflash_config": OF_DFLASH2 | {"conv_group_size": 0}}, "go together"),
         (

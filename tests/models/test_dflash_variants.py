@@ -24,12 +24,7 @@ from upstream_drafts import UpstreamBlocks, blocks, load, one_rank
 from whiflash_sglang.formats.layers import rotary_width
 
 LAYERS, BLOCK = 3, 8
-NESTED = {
-    "block_size": BLOCK,
-    "mask_token_id": MASK,
-    "target_layer_ids": [1, 4, 8],
-    "num_target_layers": TARGET_LAYERS,
-}
+NESTED = {"block_size": BLOCK, "mask_token_id": MASK, "target_layer_ids": [1, 4, 8], "num_target_layers": TARGET_LAYERS}
 BASE = QWEN3 | {"architectures": ["DFlashDraftModel"], "num_hidden_layers": LAYERS}
 SWA = ["sliding_attention", "sliding_attention", "full_attention"]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
@@ -63,11 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rope_dim before the target's": {"dflash_config": NESTED}
     | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4, "rope_dim": 8, **OF_THE_TARGET}},
     "neighbours rotate": {"dflash_config": NESTED, "rope_is_neox_style": False},
-    "neighbours, half a head": {
-        "dflash_config": NESTED,
-        "is_neox_style": False,
-        "partial_rotary_factor": 0.5,
-    },
+    "neighbours, half a head": {"dflash_config": NESTED, "is_neox_style": False, "partial_rotary_factor": 0.5},
     "biases": {"dflash_config": NESTED, "attention_bias": True},
     "Gemma's norms": {"dflash_config": NESTED, "use_gemma_norm": True},
     "MiMo: scaled values": {"dflash_config": NESTED | {"attention_value_scale": 0.707}},
@@ -138,10 +129,9 @@ def test_weights_come_in_several_files_or_as_a_pickle_of_tensors(files: str, tmp
     "renamed",
     [
         lambda name: f"model.{name}",
-        lambda name: {
-            "fc.weight": "encoder.fc.weight",
-            "hidden_norm.weight": "encoder.output_norm_enc.weight",
-        }.get(name, name),
+        lambda name: {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}.get(
+            name, name
+        ),
     ],
     ids=["prefix", "vendor"],
 )

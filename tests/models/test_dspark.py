@@ -56,8 +56,7 @@ NESTED = ("mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type"
 NESTED += ("enable_confidence_head", "confidence_head_with_markov")
 SPECFORGE = {key: value for key, value in DEEPSPEC.items() if key not in NESTED} | {
     "architectures": ["DSparkDraftModel"],
-    "dflash_config": {key: DEEPSPEC[key] for key in NESTED}
-    | {"projector_type": "dspark", "attention_mode": "gqa"},
+    "dflash_config": {key: DEEPSPEC[key] for key in NESTED} | {"projector_type": "dspark", "attention_mode": "gqa"},
 }
 """SpecForge's configs/qwen3-8b-dspark.json: most of it in `dflash_config`."""
 
@@ -68,10 +67,7 @@ def tensors(
     """With the target's embedding and head, which DeepSpec's files repeat."""
     shapes: Shapes = block_trunk(LAYERS, 3)
     if rank:
-        shapes |= {
-            "markov_head.markov_w1.weight": (VOCAB, rank),
-            "markov_head.markov_w2.weight": (drafted, rank),
-        }
+        shapes |= {"markov_head.markov_w1.weight": (VOCAB, rank), "markov_head.markov_w2.weight": (drafted, rank)}
         shapes |= {f"markov_head.{name}": shape for name, shape in HEADS_OF[kind].items()}
     if confidence:
         shapes |= {"confidence_head.proj.weight": (1, HIDDEN + rank), "confidence_head.proj.bias": (1,)}
@@ -114,9 +110,7 @@ def test_dspark_drafts_what_sglang_drafts(case: str, tmp_path: Path, monkeypatch
     assert block_size_of(path, None) == DRAFTS + 1
     embedding, head = target_tensors()
     missing = {} if confidence else {"enable_confidence_head": False}
-    changed = {
-        key: settings[key] for key in ("markov_rank", "markov_head_type", "confidence_head_with_markov")
-    }
+    changed = {key: settings[key] for key in ("markov_rank", "markov_head_type", "confidence_head_with_markov")}
     with one_rank(), torch.no_grad():
         if not confidence:
             monkeypatch.setattr(dspark, "build_confidence_head", lambda config: None)
@@ -127,9 +121,7 @@ def test_dspark_drafts_what_sglang_drafts(case: str, tmp_path: Path, monkeypatch
             assert served.tokens[row].tolist() == drafted[0].tolist()
             if confidence:
                 sure, _ = model.compute_confidence(
-                    anchor_tokens=torch.tensor([BONUS[row]]),
-                    draft_tokens=drafted,
-                    confidence_features=drafting,
+                    anchor_tokens=torch.tensor([BONUS[row]]), draft_tokens=drafted, confidence_features=drafting
                 )
                 torch.testing.assert_close(served.confidences[row], sure[0], rtol=1e-4, atol=1e-5)
 
@@ -207,8 +199,7 @@ def test_a_dspark_speculator_drafts_by_its_formula(tmp_path: Path) -> None:
             features = torch.cat([state, w1[previous]])
             sure.append(
                 torch.sigmoid(
-                    weights["confidence_head.proj.weight"][0] @ features
-                    + weights["confidence_head.proj.bias"][0]
+                    weights["confidence_head.proj.weight"][0] @ features + weights["confidence_head.proj.bias"][0]
                 )
             )
             choice = int((weights["lm_head.weight"] @ state + w2 @ w1[previous]).argmax())
@@ -221,16 +212,10 @@ def test_a_dspark_speculator_drafts_by_its_formula(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            DEEPSPEC | {"markov_head_type": "deep"},
-            "markov_head_type 'deep' is not one of vanilla, gated, rnn",
-        ),
+        (DEEPSPEC | {"markov_head_type": "deep"}, "markov_head_type 'deep' is not one of vanilla, gated, rnn"),
         (DEEPSPEC | {"markov_rank": 0}, "confidence_head_with_markov needs markov_rank above 0"),
         (DEEPSPEC | {"quantization_config": {"quant_algo": "W4A16_NVFP4"}}, "quantization_config"),
-        (
-            SPECULATOR | {"sliding_window_non_causal": True, "transformer_layer_config": WINDOWED},
-            "look back only",
-        ),
+        (SPECULATOR | {"sliding_window_non_causal": True, "transformer_layer_config": WINDOWED}, "look back only"),
         (SPECULATOR | {"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids must be a list"),
     ],
 )

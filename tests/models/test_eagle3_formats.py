@@ -42,9 +42,7 @@ SPECULATOR = {
 }
 
 
-def tensors(
-    features: int, layer: str, *, head_norms: bool = False, **extra: tuple[int, ...]
-) -> dict[str, Tensor]:
+def tensors(features: int, layer: str, *, head_norms: bool = False, **extra: tuple[int, ...]) -> dict[str, Tensor]:
     """One EAGLE-3 layer named `layer`, and a head over `DRAFTED` ids; `extra` with dots as double underscores."""
     shapes: Shapes = {
         "fc.weight": (HIDDEN, features * HIDDEN),
@@ -80,9 +78,7 @@ SGLANG_CASES: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
     "fc_norm": (AUX | {"fc_norm": True}, tensors(3, "midlayer.", **THREE)),
     "aux norms of before": (
         AUX | {"use_aux_norm": True},
-        tensors(
-            3, "midlayer.", aux_norm_low__weight=NORM, aux_norm_mid__weight=NORM, aux_norm_high__weight=NORM
-        ),
+        tensors(3, "midlayer.", aux_norm_low__weight=NORM, aux_norm_mid__weight=NORM, aux_norm_high__weight=NORM),
     ),
     "norm_before_fc": (
         {"eagle_config": AUX["eagle_config"] | {"norm_before_fc": True}},
@@ -129,9 +125,7 @@ def upstream(path: Path, features: Tensor, tokens: list[int], monkeypatch: pytes
 
 
 @pytest.mark.parametrize("case", SGLANG_CASES)
-def test_sglangs_format_drafts_what_sglang_drafts(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sglangs_format_drafts_what_sglang_drafts(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, weights = SGLANG_CASES[case]
     path = write(tmp_path / "draft", SGLANG | changes, weights)
     for drafted, features, tokens in zip(*serve(path), strict=True):
@@ -141,9 +135,7 @@ def test_sglangs_format_drafts_what_sglang_drafts(
 def test_an_original_file_is_named_like_a_llama(tmp_path: Path) -> None:
     """yuhuili/EAGLE3-*: `pytorch_model.bin`, architectures LlamaForCausalLM, and a draft vocabulary."""
     weights = tensors(3, "midlayer.")
-    original = write(
-        tmp_path / "original", SGLANG | {"architectures": ["LlamaForCausalLM"]}, weights, files="bin"
-    )
+    original = write(tmp_path / "original", SGLANG | {"architectures": ["LlamaForCausalLM"]}, weights, files="bin")
     assert serve(original)[0] == serve(write(tmp_path / "edited", SGLANG, weights))[0]
     whole = {key: value for key, value in SGLANG.items() if key != "draft_vocab_size"}
     target = write(tmp_path / "target", whole | {"architectures": ["LlamaForCausalLM"]}, weights)
@@ -154,16 +146,8 @@ def test_an_original_file_is_named_like_a_llama(tmp_path: Path) -> None:
 SPECULATOR_CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, tuple[int, ...]]]] = {
     "llama": ({}, {}, {}),
     "norm before the residual": ({"norm_before_residual": True}, {"before_residual": True}, {}),
-    "gpt-oss: norm before fc": (
-        {"norm_before_fc": True},
-        {"before_fc": True},
-        {"input_norm__weight": FEATURES},
-    ),
-    "EAGLE 3.1": (
-        {"fc_norm": True, "norm_output": True},
-        {"each_before_fc": True, "feed_normed": True},
-        THREE,
-    ),
+    "gpt-oss: norm before fc": ({"norm_before_fc": True}, {"before_fc": True}, {"input_norm__weight": FEATURES}),
+    "EAGLE 3.1": ({"fc_norm": True, "norm_output": True}, {"each_before_fc": True, "feed_normed": True}, THREE),
     "trained embedding": ({"embed_requires_grad": True}, {}, {}),
     "qwen3": ({"transformer_layer_config": QWEN3 | {"num_hidden_layers": 1}}, {}, {}),
     "two layers": ({"transformer_layer_config": LLAMA | {"num_hidden_layers": 2}}, {}, upper(1)),

@@ -21,9 +21,7 @@ def container(path: Path, limit: str) -> Path:
 
 
 @pytest.mark.parametrize(("limit", "free"), [(600 * MIB, 200 * MIB), (300 * MIB, 0)])
-def test_a_container_with_a_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, free: int
-) -> None:
+def test_a_container_with_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, free: int) -> None:
     monkeypatch.setattr(packed, "_CONTAINER", container(tmp_path, f"{limit}\n"))
     assert packed.free_memory() == free
 
@@ -34,9 +32,7 @@ def test_no_limit_or_no_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert packed.free_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.1)
 
 
-def test_nothing_is_packed_beyond_the_containers_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_packed_beyond_the_containers_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(64, 64, dtype=torch.bfloat16)
     if not packable(weight):
         pytest.skip("oneDNN multiplies no bfloat16 on this processor")

@@ -41,9 +41,7 @@ def glm_tensors() -> Weights:
     prefix = f"model.layers.{GLM['num_hidden_layers']}."
     head = {f"{prefix}{name}.weight": torch.ones(HIDDEN) for name in ("enorm", "hnorm", "shared_head.norm")}
     head |= {f"{prefix}eh_proj.weight": torch.randn(HIDDEN, 2 * HIDDEN)}
-    layer = {
-        name: size for name, size in decoder_layer(prefix, head_norms=False).items() if ".mlp." not in name
-    }
+    layer = {name: size for name, size in decoder_layer(prefix, head_norms=False).items() if ".mlp." not in name}
     return head | draw(layer) | {f"{prefix}mlp.{name}": value for name, value in expert_tensors().items()}
 
 
@@ -52,10 +50,7 @@ FORMATS: dict[str, tuple[Mapping[str, Any], Callable[[], Weights]]] = {
     "DFlash": (PLAIN, lambda: draw(block_trunk(chosen_formats.LAYERS, 3))),
     "DSpark": (DEEPSPEC, dspark_tensors),
     "SpecForge DSpark": (SPECFORGE, dspark_tensors),
-    "speculators DFlash": (
-        chosen_formats.SPECULATOR,
-        lambda: chosen_formats.reduced(draw(block_trunk(2, 3))),
-    ),
+    "speculators DFlash": (chosen_formats.SPECULATOR, lambda: chosen_formats.reduced(draw(block_trunk(2, 3)))),
     "EAGLE-3": (SGLANG | AUX, lambda: chain_tensors(3, "midlayer.")),
     "EAGLE-3, yarn": (SGLANG | AUX | {"rope_scaling": YARN}, lambda: chain_tensors(3, "midlayer.")),
     "EAGLE-3, longrope": (SGLANG | AUX | {"rope_scaling": LONG}, lambda: chain_tensors(3, "midlayer.")),
@@ -93,9 +88,7 @@ def served(path: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor])
     try:
         draft = read_draft(path)
         check_fit(draft, TargetShape(HIDDEN, 12, VOCAB))
-        draft.load(
-            device=torch.device("cpu"), dtype=torch.float32, target_embedding=embedding, target_lm_head=head
-        )
+        draft.load(device=torch.device("cpu"), dtype=torch.float32, target_embedding=embedding, target_lm_head=head)
     except CheckpointError as error:
         sentence = str(error)
     assert not sentence or (str(path) in sentence and len(sentence) < 1000), sentence
@@ -153,22 +146,12 @@ def test_any_numbers_in_any_tensor(name: str, tmp_path: Path) -> None:
         if any(part in tensor for part in unread) or (tensor == "lm_head.weight" and len(weight) == VOCAB):
             continue
         if not weight.is_floating_point():
-            for wrong in (
-                weight + 10**6,
-                weight - VOCAB,
-                weight.float() * float("nan"),
-                weight[:3],
-                weight[None],
-            ):
+            for wrong in (weight + 10**6, weight - VOCAB, weight.float() * float("nan"), weight[:3], weight[None]):
                 assert not served(tmp_path / "draft", config, weights | {tensor: wrong.contiguous()}), tensor
             continue
         for wrong, scale in faults(weight):
             scales = {} if scale is None else {f"{tensor}_scale": scale}
-            assert not served(tmp_path / "draft", config, {**weights, tensor: wrong, **scales}), (
-                tensor,
-                wrong,
-                scale,
-            )
+            assert not served(tmp_path / "draft", config, {**weights, tensor: wrong, **scales}), (tensor, wrong, scale)
 
 
 def test_a_wide_norm_with_as_many_scales_takes_no_square(tmp_path: Path) -> None:

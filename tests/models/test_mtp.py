@@ -69,10 +69,7 @@ def mimo_tensors() -> dict[str, Tensor]:
     shapes: Shapes = {
         **decoder_layer(prefix, bias=True, head_norms=False),
         f"{prefix}input_proj.weight": (HIDDEN, 2 * HIDDEN),
-        **{
-            f"{prefix}{name}.weight": (HIDDEN,)
-            for name in ("token_layernorm", "hidden_layernorm", "final_layernorm")
-        },
+        **{f"{prefix}{name}.weight": (HIDDEN,) for name in ("token_layernorm", "hidden_layernorm", "final_layernorm")},
     }
     del shapes[f"{prefix}self_attn.o_proj.bias"]
     embedding, head = target_tensors()
@@ -89,9 +86,7 @@ def expert_tensors() -> dict[str, Tensor]:
 
 
 def test_a_head_in_several_files_is_the_one_in_one(tmp_path: Path) -> None:
-    one, several = (
-        write(tmp_path / files, MIMO, mimo_tensors(), files=files) for files in ("one", "sharded")
-    )
+    one, several = (write(tmp_path / files, MIMO, mimo_tensors(), files=files) for files in ("one", "sharded"))
     drafted, _, _ = serve(one)
     assert drafted == serve(several)[0]
     assert len({token for tokens in drafted for token in tokens}) > STEPS
@@ -111,9 +106,7 @@ def test_experts_are_those_of_hugging_faces_layer(rows: int, changes: dict[str, 
         layer.experts.gate_up_proj.copy_(ours.gate_up)
         layer.experts.down_proj.copy_(ours.down.transpose(1, 2))
         for part in ("gate", "up", "down"):
-            getattr(layer.shared_experts, f"{part}_proj").weight.copy_(
-                weights[f"shared_experts.{part}_proj.weight"]
-            )
+            getattr(layer.shared_experts, f"{part}_proj").weight.copy_(weights[f"shared_experts.{part}_proj.weight"])
         x = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(rows))
         torch.testing.assert_close(ours(x), layer(x[None])[0], rtol=1e-4, atol=1e-4)
 
@@ -142,22 +135,10 @@ def test_what_a_head_costs_is_said_from_its_configuration(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        (
-            MIMO,
-            {"num_nextn_predict_layers": 0},
-            "num_nextn_predict_layers is 0: this target has no next-token",
-        ),
-        (
-            GLM,
-            {"num_nextn_predict_layers": None},
-            "num_nextn_predict_layers is None: this target has no next",
-        ),
+        (MIMO, {"num_nextn_predict_layers": 0}, "num_nextn_predict_layers is 0: this target has no next-token"),
+        (GLM, {"num_nextn_predict_layers": None}, "num_nextn_predict_layers is None: this target has no next"),
         (GLM, {"num_nextn_predict_layers": 3}, "num_nextn_predict_layers is 3; only one next-token head"),
-        (
-            MIMO,
-            {"quantization_config": {"quant_method": "fp8"}},
-            "quantization_config: the next-token head of",
-        ),
+        (MIMO, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: the next-token head of"),
         (GLM, {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported, only sigmoid"),
         (GLM, {"moe_intermediate_size": None}, "moe_intermediate_size must be an integer"),
         (
@@ -168,11 +149,7 @@ def test_what_a_head_costs_is_said_from_its_configuration(tmp_path: Path) -> Non
     ],
 )
 def test_a_head_that_cannot_draft(
-    config: dict[str, Any],
-    changes: dict[str, Any],
-    message: str,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    config: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Named as drafter it is refused; where nobody named it, the log says why it is left."""
     path = tmp_path / "target"
@@ -197,8 +174,6 @@ def test_a_head_is_taken_from_where_its_tensors_are(tmp_path: Path, caplog: pyte
 
 def test_a_bundle_does_not_name_its_target_as_drafter(tmp_path: Path) -> None:
     path = write(tmp_path / "target", MIMO, {})
-    with pytest.raises(
-        ConfigError, match="is a target with a next-token head of its own, which drafts wherever"
-    ):
+    with pytest.raises(ConfigError, match="is a target with a next-token head of its own, which drafts wherever"):
         create(BundleParts(str(path), str(path), None), tmp_path / "bundle")
     assert read_draft(path).config.vocab_size == VOCAB

@@ -129,9 +129,7 @@ def test_config_that_does_not_fit(
         load(kind, path, target)
 
 
-def test_the_last_of_two_layers_is_ingested_behind_the_attention_of_the_first(
-    tmp_path: Path, target: Path
-) -> None:
+def test_the_last_of_two_layers_is_ingested_behind_the_attention_of_the_first(tmp_path: Path, target: Path) -> None:
     drafter = load(Eagle3Drafter, tiny_eagle3(tmp_path / "two", target, num_layers=2), target)
     torch.manual_seed(1)
     tokens, features = torch.randint(0, 300, (LENGTH,)), torch.randn(LENGTH, 3 * 64)
@@ -195,7 +193,5 @@ def test_a_checkpoint_in_fp8_is_multiplied_by_its_scales(target: Path, tmp_path:
         assert torch.equal(load(Eagle3Drafter, path, target).fc.weight, values.float() * scale)
     for wrong in (values, values.to(torch.int8)):
         save_file(tensors | {"fc.weight": wrong}, path / "model.safetensors")
-        with pytest.raises(
-            CheckpointError, match=f"fc.weight is {wrong.dtype}, .*; give 16 bits, or a float8"
-        ):
+        with pytest.raises(CheckpointError, match=f"fc.weight is {wrong.dtype}, .*; give 16 bits, or a float8"):
             load(Eagle3Drafter, path, target)

@@ -136,10 +136,7 @@ def test_a_block_drafter_reads_the_layers_that_it_names(name: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"dflash_config": {"selector_rank": 64, "mask_token_id": 1}},
-            "selector_rank 64 belongs to a drafter",
-        ),
+        ({"dflash_config": {"selector_rank": 64, "mask_token_id": 1}}, "selector_rank 64 belongs to a drafter"),
         (
             {"architectures": ["Qwen3ForCausalLM"], "dflash_config": {}},
             r"architectures \['Qwen3ForCausalLM'\] is no draft",

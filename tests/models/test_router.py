@@ -35,9 +35,7 @@ def test_a_saved_router_is_the_same(tmp_path: Path, heads: bool) -> None:
 
 def test_foreign_names_are_read_by_shape_and_need_a_sign(tmp_path: Path) -> None:
     first, second, bias = torch.randn(5, HIDDEN), torch.randn(1, 5), torch.randn(5)
-    save_file(
-        {"mlp.0.weight": first, "mlp.2.weight": second, "mlp.0.bias": bias}, tmp_path / "any.safetensors"
-    )
+    save_file({"mlp.0.weight": first, "mlp.2.weight": second, "mlp.0.bias": bias}, tmp_path / "any.safetensors")
     states = torch.randn(4, HIDDEN)
     expected = torch.nn.functional.gelu(states @ first.T + bias) @ second[0]
     torch.testing.assert_close(load(tmp_path, AR_MINUS_DIFFUSION)(states), expected)

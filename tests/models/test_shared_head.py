@@ -113,8 +113,7 @@ def test_candidates(seed: int, cuts: list[int], count: int) -> None:
 
     found = together(lambda gather: split(weight, cuts, gather), candidates)
     sums = together(
-        lambda gather: split(weight, cuts, gather),
-        lambda head: Choice(hidden, head.total(head.logits(hidden))),
+        lambda gather: split(weight, cuts, gather), lambda head: Choice(hidden, head.total(head.logits(hidden)))
     )
     for total in sums:
         torch.testing.assert_close(total.confidence, logits.logsumexp(-1))
@@ -125,9 +124,7 @@ def test_candidates(seed: int, cuts: list[int], count: int) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(
-    seed=st.integers(0, 10_000),
-    cut=st.integers(0, VOCABULARY),
-    ids=st.sets(st.integers(0, VOCABULARY - 1), min_size=1),
+    seed=st.integers(0, 10_000), cut=st.integers(0, VOCABULARY), ids=st.sets(st.integers(0, VOCABULARY - 1), min_size=1)
 )
 def test_a_part_of_the_vocabulary_beside_a_second_matrix(seed: int, cut: int, ids: set[int]) -> None:
     weight, hidden = matrices(seed, 2)

@@ -23,9 +23,7 @@ def one_rank(**spec: Any) -> Iterator[None]:
     """SGLang's process-wide context of a single rank. spec: what its speculative settings say."""
     from sglang.srt.runtime_context import get_parallel
 
-    ranks = {
-        f"{group}_{what}": value for group in ("tp", "attn_tp") for what, value in (("size", 1), ("rank", 0))
-    }
+    ranks = {f"{group}_{what}": value for group in ("tp", "attn_tp") for what, value in (("size", 1), ("rank", 0))}
     with get_parallel().override(**ranks, tp_group=None, attn_tp_group=None, pp_group=None, **spec):
         yield
 

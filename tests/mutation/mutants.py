@@ -20,10 +20,7 @@ STANDARD = (
     *("ReplaceAndWithOr", "ReplaceOrWithAnd", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue"),
     *("ReplaceBreakWithContinue", "ReplaceContinueWithBreak", "ZeroIterationForLoop"),
     *(f"ReplaceBinaryOperator_{pair}" for pair in ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul")),
-    *(
-        f"ReplaceBinaryOperator_{pair}"
-        for pair in ("FloorDiv_Mul", "Mod_FloorDiv", "BitOr_BitAnd", "BitAnd_BitOr")
-    ),
+    *(f"ReplaceBinaryOperator_{pair}" for pair in ("FloorDiv_Mul", "Mod_FloorDiv", "BitOr_BitAnd", "BitAnd_BitOr")),
     *(f"ReplaceComparisonOperator_{pair}" for pair in ("Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt", "Eq_NotEq")),
     *(f"ReplaceComparisonOperator_{pair}" for pair in ("NotEq_Eq", "Is_IsNot", "IsNot_Is")),
 )
@@ -44,9 +41,7 @@ class DeleteStatement(Operator):  # type: ignore[misc]
     def mutate(self, node: parso.tree.NodeOrLeaf, index: int) -> parso.tree.NodeOrLeaf:
         """`pass` in its place."""
         statement = node.children[0]
-        node.children[0] = parso.python.tree.Keyword(
-            "pass", statement.start_pos, statement.get_first_leaf().prefix
-        )
+        node.children[0] = parso.python.tree.Keyword("pass", statement.start_pos, statement.get_first_leaf().prefix)
         return node
 
     @classmethod
@@ -56,11 +51,7 @@ class DeleteStatement(Operator):  # type: ignore[misc]
 
 
 def _is_declaration(node: parso.tree.NodeOrLeaf) -> bool:
-    return (
-        node.type == "expr_stmt"
-        and node.children[1].type == "annassign"
-        and len(node.children[1].children) == 2
-    )
+    return node.type == "expr_stmt" and node.children[1].type == "annassign" and len(node.children[1].children) == 2
 
 
 def mutants(module: str, source: str) -> list[Mutant]:
@@ -68,9 +59,7 @@ def mutants(module: str, source: str) -> list[Mutant]:
     original, lines = _meaning(source), source.splitlines()
     found: list[Mutant] = []
     seen: dict[str, int] = {}
-    operators = [(name, get_operator(f"core/{name}")()) for name in STANDARD] + [
-        ("DeleteStatement", DeleteStatement())
-    ]
+    operators = [(name, get_operator(f"core/{name}")()) for name in STANDARD] + [("DeleteStatement", DeleteStatement())]
     for name, operator in operators:
         for occurrence, line in enumerate(_lines_of(operator, source)):
             mutated = mutate_code(source, operator, occurrence)
@@ -78,9 +67,7 @@ def mutants(module: str, source: str) -> list[Mutant]:
                 continue
             label = f"{name}: {lines[line - 1].strip()}"
             seen[label] = seen.get(label, 0) + 1
-            found.append(
-                Mutant(module, label if seen[label] == 1 else f"{label} [{seen[label]}]", line, mutated)
-            )
+            found.append(Mutant(module, label if seen[label] == 1 else f"{label} [{seen[label]}]", line, mutated))
     return sorted(found, key=lambda mutant: (mutant.line, mutant.name))
 
 

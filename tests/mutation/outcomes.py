@@ -29,9 +29,7 @@ class Result:
 
 def read(path: Path) -> list[Result]:
     """Results kept so far."""
-    return (
-        [Result(**json.loads(line)) for line in path.read_text().split("\n") if line] if path.exists() else []
-    )
+    return [Result(**json.loads(line)) for line in path.read_text().split("\n") if line] if path.exists() else []
 
 
 def reasons() -> dict[str, str]:

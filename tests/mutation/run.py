@@ -35,10 +35,7 @@ from outcomes import KILLED, SURVIVED, TIMEOUT, Result, read, report
 from planted import Mutant, planted
 
 HERE = Path(__file__).parent
-SOURCES = (
-    "whiflash_sglang",
-    *(f"{part}/whiflash_{part}" for part in ("cpu", "kernels", "lab", "sdk", "train")),
-)
+SOURCES = ("whiflash_sglang", *(f"{part}/whiflash_{part}" for part in ("cpu", "kernels", "lab", "sdk", "train")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,19 +119,10 @@ def run_target(root: Path, target: Target, options: argparse.Namespace) -> bool:
                 running.append((trial, (mutant, digest)))
                 continue
             result = Result(
-                mutant.module,
-                mutant.name,
-                mutant.line,
-                end.outcome,
-                round(end.seconds, 1),
-                digest,
-                mutant.part,
+                mutant.module, mutant.name, mutant.line, end.outcome, round(end.seconds, 1), digest, mutant.part
             )
             print(json.dumps(asdict(result)), file=out, flush=True)
-            print(
-                f"{end.outcome:9} {end.seconds:6.1f} s  {mutant.module}:{mutant.line}  {mutant.name}",
-                flush=True,
-            )
+            print(f"{end.outcome:9} {end.seconds:6.1f} s  {mutant.module}:{mutant.line}  {mutant.name}", flush=True)
     return True
 
 
@@ -266,9 +254,7 @@ def _digest(source: str) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=HERE.parent.parent, help="tree to plant faults into")
     parser.add_argument("--only", nargs="*", help="modules whose path contains one of these (globs)")
     parser.add_argument("--most", type=int, default=20, help="faults a module, drawn by its name")

@@ -25,9 +25,7 @@ def test_every_kernel_has_faults_that_are_programs(path: Path) -> None:
     for mutant in found:
         assert ast.dump(ast.parse(mutant.source)) != ast.dump(ast.parse(source)), mutant.name
     by_kernel = Counter(mutant.part for mutant in found)
-    kernels = [
-        n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and "_kernel" in n.name
-    ]
+    kernels = [n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and "_kernel" in n.name]
     assert all(by_kernel[kernel] >= FEWEST for kernel in kernels), by_kernel
 
 

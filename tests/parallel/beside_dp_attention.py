@@ -100,10 +100,7 @@ def play_arrived(
         return all(every)
 
     arguments = of_rank(rank, port, **{**decode.SERVER, "attn_dp_size": RANKS})
-    with (
-        engine(target, whiflash=whiflash, **arguments) as e,
-        patch.object(decode, "run", partial(run, ends=ended)),
-    ):
+    with engine(target, whiflash=whiflash, **arguments) as e, patch.object(decode, "run", partial(run, ends=ended)):
         outputs = decode.texts(e, decode.PROMPTS[: prompts[rank]])
         e.check_leaks()
         return outputs, sum(req.spec_num_correct_drafts for req in e.requests.values())

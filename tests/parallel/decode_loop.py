@@ -8,9 +8,7 @@ import torch
 from engine import Engine
 
 
-def run(
-    e: Engine, on_pass: Callable[[], object] = lambda: None, *, ends: Callable[[bool], bool] = bool
-) -> None:
+def run(e: Engine, on_pass: Callable[[], object] = lambda: None, *, ends: Callable[[bool], bool] = bool) -> None:
     """Until nothing is left here, and `ends` says that it may end."""
     scheduler, idle = e.scheduler, 0
     queue, arriving = scheduler.disagg_decode_prealloc_queue, scheduler.disagg_decode_transfer_queue

@@ -82,9 +82,7 @@ def play_shares(
     """`play_ours` of this rank's share. differs: what a rank does otherwise."""
     differs(rank)
     with patch.object(traffic, "_steps", together):
-        return play_ours(
-            checkpoints, router, shares[rank], known[rank], rank, port, **{**OPTIONS, **arguments}
-        )
+        return play_ours(checkpoints, router, shares[rank], known[rank], rank, port, **{**OPTIONS, **arguments})
 
 
 def play_replayed(
@@ -111,9 +109,7 @@ def play_overlapped(
 ) -> Overlapped:
     """`play_shares` in SGLang's overlap loop."""
     with patch.object(traffic, "_steps", together):
-        return play_overlapping(
-            checkpoints, "random", known[rank], alike, rank, port, shares[rank], **OPTIONS, **HEAD
-        )
+        return play_overlapping(checkpoints, "random", known[rank], alike, rank, port, shares[rank], **OPTIONS, **HEAD)
 
 
 def alike(rank: int) -> None:

@@ -110,9 +110,7 @@ def play_overlapping(
         differs(rank)
     with (
         patch.object(parallel, "broadcast_pyobj", between_hosts(parallel.broadcast_pyobj)),
-        patch.object(
-            torch.distributed, "all_gather_object", between_hosts(torch.distributed.all_gather_object)
-        ),
+        patch.object(torch.distributed, "all_gather_object", between_hosts(torch.distributed.all_gather_object)),
         patch.object(dp_attn, "exchange_sync_rows", between_hosts(dp_attn.exchange_sync_rows)),
         patch.object(Peers, "agree", between_hosts(Peers.agree)),
         patch.object(Target, "verify", publishing(Target.verify)),

@@ -68,12 +68,7 @@ class Checkpoints:
 
     def whiflash(self, router: str, **flags: Any) -> dict[str, Any]:
         """Arguments of `engine(whiflash=...)`."""
-        return {
-            "draft": self.dflash,
-            "whiflash_eagle_draft": str(self.eagle3),
-            "whiflash_router": router,
-            **flags,
-        }
+        return {"draft": self.dflash, "whiflash_eagle_draft": str(self.eagle3), "whiflash_router": router, **flags}
 
 
 @dataclass(frozen=True)
@@ -90,14 +85,7 @@ class Played:
 
 def of_rank(rank: int, port: int, **arguments: Any) -> dict[str, Any]:
     """Arguments of `engine`. The seed, which SGLang's launcher draws for all ranks, is fixed."""
-    return {
-        "tp_size": RANKS,
-        "rank": rank,
-        "port": port,
-        "random_seed": 7,
-        "max_running_requests": 6,
-        **arguments,
-    }
+    return {"tp_size": RANKS, "rank": rank, "port": port, "random_seed": 7, "max_running_requests": 6, **arguments}
 
 
 def play_plain(

@@ -71,9 +71,7 @@ def check(model: Any, plain: Sequence[Outputs], played: Sequence[Played]) -> Non
         ("random", {"retract": 2}),  # `HEAD` is in `test_all_ranks_replay_the_same_graph`
     ),
 )
-def test_text_is_plain_decodings(
-    moe: Made, plain: Sequence[Outputs], router: str, arguments: dict[str, Any]
-) -> None:
+def test_text_is_plain_decodings(moe: Made, plain: Sequence[Outputs], router: str, arguments: dict[str, Any]) -> None:
     """Greedy, penalised and under grammars, with log-probabilities, an abort and retractions."""
     model, checkpoints = moe
     work = partial(play_shares, checkpoints, router, asked(), plain, alike, **arguments)

@@ -319,10 +319,7 @@ def test_servers_that_do_not_fit(models: Models, prefills: dict[str, Prefill]) -
                 submit(e, prefills[prefill], rid, PROMPTS[0], {})
             run(e)
             for message in (e.requests[rid].finished_reason.message for rid in rids):
-                assert (
-                    "sends KV of the layout of plain SGLang, and this decode server reads whiflash-"
-                    in message
-                )
+                assert "sends KV of the layout of plain SGLang, and this decode server reads whiflash-" in message
                 assert "start both with WHIFLASH, the same drafters" in message
         assert texts(e, prefills["pair"], {"greedy": {}})
         e.check_leaks()
@@ -333,9 +330,7 @@ def test_servers_that_do_not_fit(models: Models, prefills: dict[str, Prefill]) -
 
 
 @pytest.mark.evidence
-def test_over_http(
-    host: ServerHost, models: Models, prefills: dict[str, Prefill], plain: dict[str, Any]
-) -> None:
+def test_over_http(host: ServerHost, models: Models, prefills: dict[str, Prefill], plain: dict[str, Any]) -> None:
     """Streams of the decode server add up to the text. It would see a process of the server that does not start."""
     given = arguments(models, "pair", "decode")
     given += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]

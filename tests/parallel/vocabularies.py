@@ -37,13 +37,7 @@ class SteppedMethod(QuantizeMethodBase):  # type: ignore[misc]
     """weight [V, H] int8, step [V, 1] float: a row is its weights times its step."""
 
     def create_weights(
-        self,
-        layer: Any,
-        inputs: int,
-        outputs: list[int],
-        *_: Any,
-        params_dtype: torch.dtype,
-        **attributes: Any,
+        self, layer: Any, inputs: int, outputs: list[int], *_: Any, params_dtype: torch.dtype, **attributes: Any
     ) -> None:
         weight = Parameter(torch.empty(sum(outputs), inputs, dtype=torch.int8), requires_grad=False)
         step = Parameter(torch.empty(sum(outputs), 1, dtype=params_dtype), requires_grad=False)
@@ -145,9 +139,7 @@ def states() -> Tensor:
 def find(checkpoints: Checkpoints, arrivals: list[Arrival], size: int, rank: int, port: int) -> Found:
     with (
         patch.dict(QUANTIZATION_METHODS, {"stepped": Stepped}),
-        engine(
-            checkpoints.target, whiflash=checkpoints.whiflash("random"), **of_rank(rank, port, tp_size=size)
-        ) as e,
+        engine(checkpoints.target, whiflash=checkpoints.whiflash("random"), **of_rank(rank, port, tp_size=size)) as e,
     ):
         models = {arm: e.worker.drafters[arm].model for arm in ("ar", "diffusion")}
         choices = {arm: model.head.choose(model.head.logits(states())) for arm, model in models.items()}

@@ -113,9 +113,7 @@ def _record_stream(world: Streams) -> Any:
 
     def record_stream(tensor: torch.Tensor, stream: Any) -> None:
         if not isinstance(tensor, Card):
-            raise NotImplementedError(
-                "Could not run 'aten::record_stream' with arguments from the 'CPU' backend."
-            )
+            raise NotImplementedError("Could not run 'aten::record_stream' with arguments from the 'CPU' backend.")
         world.cell(tensor.held).recorded |= {world.name_of(stream)}
 
     return record_stream
@@ -250,9 +248,7 @@ class _Calls(OfStreams, TorchFunctionMode):
 
 def _numbered(value: Any) -> Any:
     """The card by its number: torch would ask the driver which one is current."""
-    if (isinstance(value, str) and value == "cuda") or (
-        isinstance(value, torch.device) and value.type == "cuda"
-    ):
+    if (isinstance(value, str) and value == "cuda") or (isinstance(value, torch.device) and value.type == "cuda"):
         return DEVICE
     return value
 

@@ -130,10 +130,7 @@ def graphs(world: Streams) -> Iterator[None]:
     @contextmanager
     def capture(cuda_graph: Graph, pool: Any = None, stream: Any = None, **_: Any) -> Iterator[None]:
         torch.cuda.synchronize()
-        with (
-            torch.cuda.stream(stream or torch.cuda.current_stream()),
-            cuda_graph.captured(pool or cuda_graph),
-        ):
+        with torch.cuda.stream(stream or torch.cuda.current_stream()), cuda_graph.captured(pool or cuda_graph):
             yield
 
     with ExitStack() as stack:

@@ -125,18 +125,13 @@ def compiled_for(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) ->
             return f"({', '.join(kind(name, each) for each in value)})"
         if isinstance(value, torch.Tensor):
             return f"{value.dtype} {name in known or value.storage_offset() * value.itemsize % 16 == 0}"
-        if (
-            not isinstance(value, int)
-            or isinstance(value, bool)
-            or "constexpr" in str(parameters[name].annotation)
-        ):
+        if not isinstance(value, int) or isinstance(value, bool) or "constexpr" in str(parameters[name].annotation):
             return str(value)
         return "int" if name in known else "one" if value == 1 else f"int {value % 16 == 0}"
 
     given = dict(zip(parameters, args, strict=False)) | options
     return kernel.fn.__name__, ", ".join(
-        f"{name}={kind(name, value) if name in parameters else value}"
-        for name, value in sorted(given.items())
+        f"{name}={kind(name, value) if name in parameters else value}" for name, value in sorted(given.items())
     )
 
 

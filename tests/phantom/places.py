@@ -13,9 +13,7 @@ import whiflash_kernels
 
 import whiflash_sglang
 
-ROOTS = [
-    Path(package.__file__).parents[1] for package in (whiflash_sglang, whiflash_kernels) if package.__file__
-]
+ROOTS = [Path(package.__file__).parents[1] for package in (whiflash_sglang, whiflash_kernels) if package.__file__]
 LEFT_OUT = ("cpu", "reference")
 """Folders of what runs on a CPU."""
 
@@ -38,9 +36,7 @@ def places_for_cards() -> set[Place]:
 def _asks(node: ast.AST) -> bool:
     if isinstance(node, ast.Attribute):
         return node.attr == "is_cuda"
-    if not (
-        isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute) and node.left.attr == "type"
-    ):
+    if not (isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute) and node.left.attr == "type"):
         return False
     return any(isinstance(side, ast.Constant) and side.value == "cuda" for side in node.comparators)
 

@@ -31,10 +31,7 @@ def main() -> None:
         pair = tiny_eagle3(Path(name) / "eagle3", target), tiny_dflash(Path(name) / "dflash", target)
         for run in RUNS:
             ours = {"whiflash_eagle_draft": str(pair[0]), "draft": str(pair[1]), "whiflash_router": run}
-            ours |= {
-                "whiflash_lookup": "off",
-                "whiflash_structure": "off",
-            }  # the tiny target's texts are copies
+            ours |= {"whiflash_lookup": "off", "whiflash_structure": "off"}  # the tiny target's texts are copies
             counts = counted(world, target, {"whiflash": ours} if run != "SGLang" else {})
             found |= {f"{run}, {requests}": each for requests, each in counts.items()}
     print(f"| launches | {' | '.join(found)} |\n|---{'|---' * len(found)}|")
@@ -62,9 +59,7 @@ def counted(world: Any, target: Path, ours: dict[str, Any]) -> dict[int, Counter
         loop = OverlapLoop(started.scheduler)
         loop.submit("first", list(range(20)), max_new_tokens=8)
         loop.run()
-        return {
-            n: Counter(served.steady(loop, launches, routes=("none",) * n, graphs=True)) for n in REQUESTS
-        }
+        return {n: Counter(served.steady(loop, launches, routes=("none",) * n, graphs=True)) for n in REQUESTS}
 
 
 if __name__ == "__main__":

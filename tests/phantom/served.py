@@ -61,9 +61,7 @@ NOT_GREEDY: dict[str, dict[str, Any]] = {
 CONSTRAINED: dict[str, dict[str, Any]] = {
     "regex": {"regex": "(red|green)( blue)*"},
     "schema": {
-        "json_schema": json.dumps(
-            {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
-        )
+        "json_schema": json.dumps({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]})
     },
     "tool": {"structural_tag": json.dumps(TAG)},
 }
@@ -102,21 +100,13 @@ def with_adapters(adapters: Sequence[Path]) -> dict[str, Any]:
     """Arguments of an engine with these."""
     from sglang.srt.lora.lora_registry import LoRARef
 
-    refs = [
-        LoRARef(lora_id=path.name, lora_name=path.name, lora_path=str(path), pinned=False)
-        for path in adapters
-    ]
+    refs = [LoRARef(lora_id=path.name, lora_name=path.name, lora_path=str(path), pinned=False) for path in adapters]
     lora = {"enable_lora": True, "lora_paths": refs, "lora_backend": "triton", "max_lora_rank": 8}
     return {**lora, "max_loras_per_batch": 3, "max_running_requests": 4}
 
 
 def served(
-    world: Streams,
-    target: Path,
-    whiflash: dict[str, Any],
-    attention: str,
-    adapters: Sequence[Path],
-    whole: bool,
+    world: Streams, target: Path, whiflash: dict[str, Any], attention: str, adapters: Sequence[Path], whole: bool
 ) -> dict[str, Any]:
     """Requests of different lengths and times, some aborted, some retracted, under SGLang's overlap loop.
 
@@ -138,18 +128,14 @@ def served(
             for name, params in (NOT_GREEDY | RATED).items()
         ),
     ]
-    options = (
-        OPTIONS if whole else OPTIONS | {"max_running_requests": 3}
-    )  # most of a start is captures by size
+    options = OPTIONS if whole else OPTIONS | {"max_running_requests": 3}  # most of a start is captures by size
     if adapters:
         options, names = OPTIONS | with_adapters(adapters), cycle([*(path.name for path in adapters), None])
         arrivals = [replace(a, params={**a.params, "lora_id": next(names)}) for a in arrivals]
     with sglang_on_card(world) as launches, ExitStack() as running:
         wanted = places_for_cards() if whole else set()
         with reached(wanted) as places, patch.object(pricing, "measure", timed):
-            started = running.enter_context(
-                engine(target, whiflash=whiflash, attention_backend=attention, **options)
-            )
+            started = running.enter_context(engine(target, whiflash=whiflash, attention_backend=attention, **options))
         torch.cuda.synchronize()
         for seen in (*(getattr(world, name) for name in SEEN), launches.counts):
             seen.clear()
@@ -247,9 +233,7 @@ def under_grammars(world: Streams, loop: Any) -> dict[str, Any]:
         seen.clear()
     alone = {**CONSTRAINED["regex"], "max_new_tokens": 0}  # as SGLang warms up `n` answers
     with overlapping(loop) as asked:
-        texts = play(
-            loop, [*mixed(seed=33, count=2, tokens=8), *arrivals, Arrival("alone", 5, (97, 98), alone)]
-        )
+        texts = play(loop, [*mixed(seed=33, count=2, tokens=8), *arrivals, Arrival("alone", 5, (97, 98), alone)])
     return {
         "alone": loop.requests["alone"].finished_reason.to_json()["type"],
         "grammars": CONSTRAINED,

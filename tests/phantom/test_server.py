@@ -33,9 +33,7 @@ SEGMENTS = "sglang/srt/lora/backend/triton_backend.py"
 """SGLang copies segments of adapters from pageable memory twice a prefill."""
 RATED = "sglang/srt/layers/logprob_processor.py"
 """SGLang waits at two lines in a prefill whose request asks for log-probabilities; two requests of `served.py` do."""
-NOT_OURS = re.compile(
-    r"stream of the start may write again what .* uses: sglang/srt/mem_cache/allocator/token.py:\d+"
-)
+NOT_OURS = re.compile(r"stream of the start may write again what .* uses: sglang/srt/mem_cache/allocator/token.py:\d+")
 """Races of SGLang without WHIFLASH, too: nobody uses the stream of the start while serving."""
 
 
@@ -190,9 +188,7 @@ def test_a_grammar_takes_the_overlap_from_nobody(found: dict[str, Any]) -> None:
     assert constrained["overlapped"] > 0
     assert constrained["not overlapped"] == 0
     assert not [site for site in constrained["stalls"] if site.startswith("whiflash")]
-    assert constrained["alone"] == "length", (
-        "its token is a filler, which no grammar refuses before it has ended"
-    )
+    assert constrained["alone"] == "length", "its token is a filler, which no grammar refuses before it has ended"
 
 
 def test_places_that_ask_for_a_card_are_reached(found: dict[str, Any]) -> None:

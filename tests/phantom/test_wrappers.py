@@ -42,9 +42,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     found: Counter[str] = Counter()
 
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
-        host = [
-            t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and not isinstance(t, Card)
-        ]
+        host = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and not isinstance(t, Card)]
         assert not host, f"{self.fn.__name__} takes a tensor of the host"
         found[self.fn.__name__] += 1
 
@@ -55,9 +53,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         sys.modules.pop(name, None)
 
 
-def test_launching_waits_for_nothing(
-    world: Streams, launches: Counter[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_launching_waits_for_nothing(world: Streams, launches: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import cases
     from shapes import SHAPES
 
@@ -88,13 +84,9 @@ def launched_kernels() -> set[str]:
     from triton.runtime.jit import JITFunction
 
     modules = [
-        import_module(f"{triton_kernels.__name__}.{module.name}")
-        for module in iter_modules(triton_kernels.__path__)
+        import_module(f"{triton_kernels.__name__}.{module.name}") for module in iter_modules(triton_kernels.__path__)
     ]
     found = {
-        value.fn.__name__
-        for module in modules
-        for value in vars(module).values()
-        if isinstance(value, JITFunction)
+        value.fn.__name__ for module in modules for value in vars(module).values() if isinstance(value, JITFunction)
     }
     return {name for name in found if name.endswith("_kernel")}

@@ -95,9 +95,7 @@ def sglang_on_card(world: Streams) -> Iterator[Launches]:
             return (out, lse) if of_lse else out
 
         def planned(batch_size: int, *, cache_seqlens: Any, **_: Any) -> Any:
-            return launches.of(
-                "plan of fa3", lambda lengths: lengths.new_zeros(4 * batch_size + 1), cache_seqlens
-            )
+            return launches.of("plan of fa3", lambda lengths: lengths.new_zeros(4 * batch_size + 1), cache_seqlens)
 
         for owner, name, stand_in in (
             (flash_attn, "get_scheduler_metadata", planned),
@@ -144,10 +142,7 @@ def attend(
     Returns:
         Outputs as `q`, and [heads, rows] float32, the log of the sum of exponents.
     """
-    out, lse = (
-        torch.zeros(*q.shape[:2], v_cache.shape[-1], dtype=q.dtype),
-        torch.zeros(q.shape[1], q.shape[0]),
-    )
+    out, lse = (torch.zeros(*q.shape[:2], v_cache.shape[-1], dtype=q.dtype), torch.zeros(q.shape[1], q.shape[0]))
     keys, values = (cache.flatten(0, 1).float() for cache in (k_cache, v_cache))
     page, group, bounds = k_cache.shape[1], q.shape[1] // k_cache.shape[2], cu_seqlens_q.tolist()
     for i, length in enumerate(cache_seqlens.tolist()):

@@ -15,9 +15,7 @@ ARMS = ("ar", "diffusion", "lookup")
 class FixedCosts:
     """Draft seconds and widths per arm; a verification costs a fixed part and a part per row."""
 
-    draft_seconds: dict[str, float] = field(
-        default_factory=lambda: {"ar": 0.010, "diffusion": 0.006, "lookup": 0.0}
-    )
+    draft_seconds: dict[str, float] = field(default_factory=lambda: {"ar": 0.010, "diffusion": 0.006, "lookup": 0.0})
     widths: dict[str, int] = field(default_factory=lambda: {"ar": 6, "diffusion": 8, "lookup": 12, "none": 1})
     fixed: float = 0.020
     per_row: float = 0.0005
@@ -39,21 +37,13 @@ class FixedCosts:
 
 
 def test_without_costs_every_request_takes_its_best_arm() -> None:
-    scores = [
-        {"ar": 2.0, "diffusion": 3.0, "none": 1.0},
-        {"ar": 2.5, "diffusion": 1.0, "none": 1.0},
-        {"none": 1.0},
-    ]
+    scores = [{"ar": 2.0, "diffusion": 3.0, "none": 1.0}, {"ar": 2.5, "diffusion": 1.0, "none": 1.0}, {"none": 1.0}]
     assert assign(scores).routes == ["diffusion", "ar", "none"]
 
 
 def test_where_rows_are_scarce_the_urgent_get_them() -> None:
     scores, dear = [{"ar": 3.0, "none": 1.0}] * 2, FixedCosts(draft_seconds={"ar": 0.0}, per_row=0.004)
-    for priorities, routes in (
-        ((0, 0), ["ar", "ar"]),
-        ((7, -(2**63)), ["ar", "none"]),
-        ((0, 9), ["none", "ar"]),
-    ):
+    for priorities, routes in (((0, 0), ["ar", "ar"]), ((7, -(2**63)), ["ar", "none"]), ((0, 9), ["none", "ar"])):
         assert assign(scores, dear, weights=weights_of(priorities)).routes == routes
     assert len(set(weights_of(range(64)))) == 3, "each weight multiplies the choices that are rated"
     free = FixedCosts(draft_seconds={"ar": 0.0}, per_row=0.0)
@@ -75,9 +65,7 @@ def test_what_is_promised_without_a_pass_is_charged_for_its_rows() -> None:
 
 def test_margin_keeps_the_previous_routes() -> None:
     scores = [{"ar": 2.00, "diffusion": 1.80, "none": 1.0}]
-    costs = FixedCosts(
-        draft_seconds={"ar": 0.006, "diffusion": 0.006}, widths={"ar": 8, "diffusion": 8, "none": 1}
-    )
+    costs = FixedCosts(draft_seconds={"ar": 0.006, "diffusion": 0.006}, widths={"ar": 8, "diffusion": 8, "none": 1})
     assert assign(scores, costs).routes == ["ar"]
     assert assign(scores, costs, previous=["diffusion"], margin=0.2).routes == ["diffusion"]
     assert assign(scores, costs, previous=["diffusion"], margin=0.05).routes == ["ar"]

@@ -61,9 +61,7 @@ def test_a_pin_asks_for_its_arm_under_any_policy() -> None:
     ],
     ids=["priced", "off", "pinned-elsewhere", "drawn", "never-named", "plain"],
 )
-def test_whose_candidates_may_be_verified_beside_a_pass(
-    policy: Policy, hints: RequestHints, expected: bool
-) -> None:
+def test_whose_candidates_may_be_verified_beside_a_pass(policy: Policy, hints: RequestHints, expected: bool) -> None:
     """Every draft source where arms are joined; else it alone, where there is no pass."""
     controller = opened(policy, hints)
     controller.route([controller.states[ROW]], [{arms.AR: None, arms.DIFFUSION: None}])
@@ -132,13 +130,9 @@ def test_a_bias_is_no_token_that_a_round_promises(arm: str) -> None:
     other.foresee(asked)
     plain = AutoPolicy().score(other)
     with patch.object(routes, "assign", wraps=routes.assign) as priced:
-        assert controller.route([controller.states[ROW]], [asked]) == [
-            arms.AR if arm == arms.AR else arms.NONE
-        ]
+        assert controller.route([controller.states[ROW]], [asked]) == [arms.AR if arm == arms.AR else arms.NONE]
     expected = sources[arm].length if arm in sources else plain[arm]
-    assert priced.call_args.args[0] == [
-        {arms.AR if arm == arms.AR else arms.PROMISED: pytest.approx(expected)}
-    ]
+    assert priced.call_args.args[0] == [{arms.AR if arm == arms.AR else arms.PROMISED: pytest.approx(expected)}]
 
 
 def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> None:
@@ -162,16 +156,11 @@ def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> Non
     state.committed("ar", [1, 2])
     state.begin(lambda start: [0, 1, 2, 1][start:])
     assert state.tracker is not None
-    assert state.tracker.length == 2, (
-        "a round was learned first, so what it began behind has no place any more"
-    )
+    assert state.tracker.length == 2, "a round was learned first, so what it began behind has no place any more"
 
 
 def test_what_promises_less_than_plain_decoding_is_no_choice() -> None:
     scores, passes = {"ar": 2.0, "lookup": 0.9, "none": 1.0}, {"ar": 2.0, "none": 1.0}
     assert _of_passes(scores, {"lookup": Forecast(0.9, 3)}, priced=True) == (passes, "none")
     promised = {**passes, "promised": 1.5}
-    assert _of_passes({**scores, "lookup": 1.5}, {"lookup": Forecast(1.5, 3)}, priced=True) == (
-        promised,
-        "lookup",
-    )
+    assert _of_passes({**scores, "lookup": 1.5}, {"lookup": Forecast(1.5, 3)}, priced=True) == (promised, "lookup")

@@ -30,10 +30,7 @@ def test_estimates_move_from_the_prior_to_what_was_seen() -> None:
 
 def test_a_measured_acceptance_is_believed_for_longer_than_a_guess() -> None:
     """Two rounds of bad luck in a row leave a drafter its lead."""
-    estimator, recent = (
-        AcceptanceEstimator(measured={"ar": 4.0}),
-        {"ar": Mean(2.0, 2.0), "diffusion": Mean(2.0, 2.0)},
-    )
+    estimator, recent = (AcceptanceEstimator(measured={"ar": 4.0}), {"ar": Mean(2.0, 2.0), "diffusion": Mean(2.0, 2.0)})
     signals = Signals(allowed=BOTH, recent=recent)
     assert [estimator.usual(arm) for arm in ("ar", "diffusion")] == [4.0, 2.0]
     for arm in sorted(BOTH):
@@ -46,9 +43,7 @@ def test_a_measured_acceptance_is_believed_for_longer_than_a_guess() -> None:
 def test_predictions_are_brought_to_the_level_of_what_is_accepted() -> None:
     """Drafts are cut where rows are dear, so that full-length predictions are too high for every request."""
     estimator = AcceptanceEstimator()
-    cut, lower = (
-        Signals(allowed=BOTH, predicted={"ar": length, "diffusion": length}) for length in (4.0, 2.0)
-    )
+    cut, lower = (Signals(allowed=BOTH, predicted={"ar": length, "diffusion": length}) for length in (4.0, 2.0))
     assert estimator.expect("ar", cut) == 4.0
     for _ in range(200):
         estimator.observe("ar", cut, 2)

@@ -62,11 +62,7 @@ def test_one_request_does_not_shorten_anothers_draft() -> None:
 
 
 @settings(deadline=None, max_examples=200)
-@given(
-    st.lists(st.lists(st.floats(0, 1), min_size=8, max_size=8), min_size=1, max_size=5),
-    st.floats(0, 2),
-    st.data(),
-)
+@given(st.lists(st.lists(st.floats(0, 1), min_size=8, max_size=8), min_size=1, max_size=5), st.floats(0, 2), st.data())
 def test_counts_stay_within_the_limits(requests: list[list[float]], row: float, data: st.DataObject) -> None:
     limits = [data.draw(st.integers(1, 8)) for _ in requests]
     length = DraftLength()

@@ -67,9 +67,7 @@ class Server:
         self.costs.observe(RoundTime(verified, len(rows), 0, drafted, tokens=2 * len(rows), seconds=seconds))
         for row, arm in zip(rows, routes, strict=True):
             state = self.controller.states[row]
-            self.controller.committed(
-                state, state.decision, arm, [0] * self.text[row].get(arm, 1), WIDTHS[arm]
-            )
+            self.controller.committed(state, state.decision, arm, [0] * self.text[row].get(arm, 1), WIDTHS[arm])
         return dict(zip(rows, routes, strict=True))
 
     def rounds(self, rows: Sequence[int], count: int) -> list[dict[int, str]]:

@@ -70,9 +70,7 @@ ALIKE = World(*({"ar": 1.5, "diffusion": 1.6, "lookup": 1.6},) * 2)
 TOOL = Span(kind="tool_call", begin="<t>", end="</t>")
 
 
-def tokens_per_second(
-    world: World, hints: RequestHints, *, seed: int, requests: int = 20, warm: int = 0
-) -> float:
+def tokens_per_second(world: World, hints: RequestHints, *, seed: int, requests: int = 20, warm: int = 0) -> float:
     """Rate of `requests` answers with `hints`, after `warm` with none."""
     rng, machine = random.Random(seed), Machine()
     costs: Any = machine

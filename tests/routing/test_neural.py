@@ -68,9 +68,7 @@ def test_auto_believes_the_heads_and_recent_rounds_correct_them() -> None:
     recent = Mean()
     for _ in range(8):
         recent.add(1.0, 8.0)
-    lower = policy.score(Signals(allowed=BOTH, predicted=predicted, recent={"diffusion": recent}))[
-        "diffusion"
-    ]
+    lower = policy.score(Signals(allowed=BOTH, predicted=predicted, recent={"diffusion": recent}))["diffusion"]
     assert 2.0 < lower < 3.0
 
 
@@ -84,6 +82,4 @@ def test_a_round_is_judged_by_the_predictions_that_it_was_decided_on() -> None:
     state = controller.states[0]
     controller.committed(state, state.decision, "ar", [5, 6], 6)
     level = (1 + LEVEL_PRIOR) / (3 + LEVEL_PRIOR)
-    assert policy.estimator.expect("ar", Signals(allowed=BOTH, predicted={"ar": 5.0})) == pytest.approx(
-        1 + 4 * level
-    )
+    assert policy.estimator.expect("ar", Signals(allowed=BOTH, predicted={"ar": 5.0})) == pytest.approx(1 + 4 * level)

@@ -22,16 +22,12 @@ def best(scores: dict[str, float]) -> str:
 def test_entropy_threshold(entropy: float, arm: str) -> None:
     scores = EntropyPolicy(tau=1.0).score(Signals(allowed=BOTH, entropy=entropy))
     assert best(scores) == arm
-    assert sorted(scores.values())[-1] > sorted(scores.values())[-2], (
-        "no tie that the order of names would settle"
-    )
+    assert sorted(scores.values())[-1] > sorted(scores.values())[-2], "no tie that the order of names would settle"
 
 
 def test_entropy_keeps_an_arm_for_its_dwell() -> None:
     policy = EntropyPolicy(tau=1.0, min_dwell=2)
-    assert (
-        best(policy.score(Signals(allowed=BOTH, entropy=3.0, previous="diffusion", dwell=1))) == "diffusion"
-    )
+    assert best(policy.score(Signals(allowed=BOTH, entropy=3.0, previous="diffusion", dwell=1))) == "diffusion"
     assert best(policy.score(Signals(allowed=BOTH, entropy=3.0, previous="diffusion", dwell=2))) == "ar"
 
 

@@ -18,9 +18,7 @@ def in_use(arm: str, round_number: int) -> Signals:
     return Signals(allowed=BOTH, rounds=round_number, last={arm: round_number - 1} if round_number else {})
 
 
-def rounds_with_probes(
-    rounds: int, batch: int, accepted: int = 2, loss: float = inf
-) -> list[tuple[int, int]]:
+def rounds_with_probes(rounds: int, batch: int, accepted: int = 2, loss: float = inf) -> list[tuple[int, int]]:
     """Rounds in which DFlash was probed, and by how many requests; EAGLE-3 is used otherwise and is far better.
 
     accepted: DFlash's acceptance length. loss: share of its tokens that a probe costs.
@@ -47,9 +45,7 @@ def test_the_first_probe_comes_soon_and_the_next_ones_ever_later() -> None:
     assert max(gaps) == gaps[-1] == PROBE_ROUNDS + 1
 
 
-@pytest.mark.parametrize(
-    ("accepted", "rounds"), [(1, PROBE_ROUNDS / HOPELESS), (2, PROBE_ROUNDS), (5, PROBE_ROUNDS)]
-)
+@pytest.mark.parametrize(("accepted", "rounds"), [(1, PROBE_ROUNDS / HOPELESS), (2, PROBE_ROUNDS), (5, PROBE_ROUNDS)])
 def test_what_is_never_right_is_tried_most_seldom(accepted: int, rounds: float) -> None:
     probes = [number for number, _ in rounds_with_probes(8000, batch=1, accepted=accepted)]
     assert probes[-1] - probes[-2] == rounds + 1
@@ -102,15 +98,11 @@ def test_what_says_what_it_expects_is_never_tried() -> None:
         assert not policy.probe([signals], lambda _: 0)
         policy.observe("diffusion", signals, 9)
     assert policy.estimator.rounds("diffusion") == 0
-    later = [
-        policy.probe([signals, in_use("ar", 3000 + more)], lambda _: 0) for more in range(FIRST_PROBE + 1)
-    ]
+    later = [policy.probe([signals, in_use("ar", 3000 + more)], lambda _: 0) for more in range(FIRST_PROBE + 1)]
     assert later == [{}] * FIRST_PROBE + [{1: "diffusion"}]
 
 
-def share_of_probes(
-    adapters: int, *, known: int, batch: int = 8, answer: int = 150, rounds: int = 4000
-) -> float:
+def share_of_probes(adapters: int, *, known: int, batch: int = 8, answer: int = 150, rounds: int = 4000) -> float:
     """Share of `rounds` rounds in which EAGLE-3 is probed, whereas DFlash is used and far better.
 
     adapters: which the requests take in turn; 0: none. known: rounds of the target's before. answer: rounds of a

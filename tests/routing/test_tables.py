@@ -57,9 +57,7 @@ def test_a_price_is_the_graphs_that_holds_the_rows() -> None:
 def test_without_graphs_a_price_is_on_the_line_between_two_sizes() -> None:
     """The second row may cost more than all behind it; no size is rounded up, and no draft left out for that."""
     table = Sizes((1, 2, 8), (1.0, 1.6, 2.2), steps=False)
-    assert [table.at(n) for n in (0.5, 1, 1.5, 2, 5, 8, 16)] == pytest.approx(
-        [1.0, 1.0, 1.3, 1.6, 1.9, 2.2, 4.4]
-    )
+    assert [table.at(n) for n in (0.5, 1, 1.5, 2, 5, 8, 16)] == pytest.approx([1.0, 1.0, 1.3, 1.6, 1.9, 2.2, 4.4])
     assert table.slope(1) == pytest.approx(1.2 / 7)
     found = Costs(lambda arm: 8)
     found.tables = CostTables(Verifications(1, 2, table, table), {}, {})
@@ -129,9 +127,7 @@ def test_the_router_goes_by_the_tables(prices: dict[str, float], route: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("score", "wide", "length"),
-    [(3.0, 0.0, 3), (1.4, 0.0, 2), (3.0, 2.0, 2)],
-    ids=["pays", "brings little", "tile"],
+    ("score", "wide", "length"), [(3.0, 0.0, 3), (1.4, 0.0, 2), (3.0, 2.0, 2)], ids=["pays", "brings little", "tile"]
 )
 def test_a_pass_is_as_long_as_pays(score: float, wide: float, length: int) -> None:
     """Drafts beyond its end count by the chance that they would have been right; rows, by the tile that they take."""

@@ -36,9 +36,7 @@ def test_hints_are_added_to_what_is_said_already() -> None:
     assert add_hints(said, {"agent": "é" * (MAX_BYTES // 2)}) is None
 
 
-@pytest.mark.parametrize(
-    "params", [None, {}, {"whiflash": None}, {"other": 1}, {"whiflash": '{"agent": null}'}]
-)
+@pytest.mark.parametrize("params", [None, {}, {"whiflash": None}, {"other": 1}, {"whiflash": '{"agent": null}'}])
 def test_absent_hints_are_the_default(params: object) -> None:
     assert parse_hints(params) == RequestHints()
 
@@ -92,11 +90,7 @@ MALFORMED: list[tuple[object, str, str]] = [
     (span(bias={"ar": "1"}), ".whiflash.spans[0].bias.ar", "must be a number"),
     *((span(bias={"ar": it}), ".whiflash.spans[0].bias.ar", "between -16 and 16") for it in (17, -16.5)),
     (span(bias={"ar": True}), ".whiflash.spans[0].bias.ar", ""),
-    (
-        {"whiflash": '{"spans":[{"kind":"json","begin":"x","bias":{"ar":1e999}}]}'},
-        ".whiflash.spans[0].bias.ar",
-        "",
-    ),
+    ({"whiflash": '{"spans":[{"kind":"json","begin":"x","bias":{"ar":1e999}}]}'}, ".whiflash.spans[0].bias.ar", ""),
 ]
 """Parameters, the field that is refused, and the end of what is to change."""
 
@@ -175,9 +169,7 @@ NOISE = ["", "", "\x01", "\ud9ff", "NaN", "[" * 3000, '"', "{}," * 900, "1" * 44
 def payloads(draw: st.DrawFn) -> object:
     """Anything, hints that are right but for one field, and JSON with something in its middle."""
     wrong = draw(st.dictionaries(NAMES, VALUES, max_size=1))
-    spans = [{"kind": "code", "begin": "<a>", "bias": {"ar": 1}, **wrong}] * draw(
-        st.sampled_from((1, 2, 16, 17))
-    )
+    spans = [{"kind": "code", "begin": "<a>", "bias": {"ar": 1}, **wrong}] * draw(st.sampled_from((1, 2, 16, 17)))
     body = draw(st.just({"spans": spans, **wrong}) | VALUES)
     text, at = json.dumps(body, ensure_ascii=draw(st.booleans())), draw(st.integers(0, 200))
     others = {f"é{number}": "é" for number in range(draw(st.sampled_from((0, 1023, 2000))))}
@@ -227,8 +219,6 @@ def test_fuzzed_payloads_never_escape(cases: int, monkeypatch: pytest.MonkeyPatc
         (None, True, "none"),
     ],
 )
-def test_who_said_how_a_request_is_drafted(
-    payload: dict[str, object] | None, inferred: bool, source: str
-) -> None:
+def test_who_said_how_a_request_is_drafted(payload: dict[str, object] | None, inferred: bool, source: str) -> None:
     params = {} if payload is None else {"whiflash": json.dumps(payload)}
     assert validate_custom_params(params | ({"whiflash_inferred": True} if inferred else {})).source == source

@@ -35,9 +35,7 @@ def small_tokenizer(words: Any = None) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = words or pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    texts = [
-        json.dumps({name: value, name + "s": [value]}) for name in NAMES for value in ("Paris", 3, True, None)
-    ]
+    texts = [json.dumps({name: value, name + "s": [value]}) for name in NAMES for value in ("Paris", 3, True, None)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, special_tokens=["<|end|>"])
     backend.train_from_iterator(texts * 5, trainer)
@@ -47,14 +45,10 @@ def small_tokenizer(words: Any = None) -> PreTrainedTokenizerFast:
 class Grammars:
     """Matchers of one engine for JSON schemas, as SGLang compiles them."""
 
-    def __init__(
-        self, engine: str, tokenizer: PreTrainedTokenizerFast, guidance: llguidance.LLTokenizer
-    ) -> None:
+    def __init__(self, engine: str, tokenizer: PreTrainedTokenizerFast, guidance: llguidance.LLTokenizer) -> None:
         self.engine, self.size, self.end = engine, len(tokenizer), tokenizer.eos_token_id
         self._guidance = guidance
-        info = xgrammar.TokenizerInfo.from_huggingface(
-            tokenizer, vocab_size=self.size, stop_token_ids=[self.end]
-        )
+        info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=self.size, stop_token_ids=[self.end])
         self._compiler = xgrammar.GrammarCompiler(info)
 
     def raw(self, schema: dict[str, Any], *, blanks: bool) -> Any:
@@ -64,9 +58,7 @@ class Grammars:
             return xgrammar.GrammarMatcher(
                 self._compiler.compile_json_schema(text, any_whitespace=blanks), max_rollback_tokens=200
             )
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(
-            text, defaults={"whitespace_flexible": blanks}
-        )
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": blanks})
         return llguidance.LLMatcher(self._guidance, grammar)
 
     def matcher(self, raw: Any, vocabulary: Vocabulary) -> Matcher:

@@ -125,10 +125,7 @@ def test_what_drafts_are_taken_from_is_the_grammar_where_there_is_one(
     told, written = Told(grammars), [*PROMPT, *vocabulary.encode("<tool_call>")]
     alone = begun(arm, RequestHints(tools=tools.tools, spans=CALLS))
     arm.propose(alone, len(PROMPT), lambda start: written[: len(PROMPT) + 1][start:], FULL_LENGTH)
-    for request, text, source in (
-        (begun(arm, tools, told), list(PROMPT), "grammar"),
-        (alone, written, "tools"),
-    ):
+    for request, text, source in ((begun(arm, tools, told), list(PROMPT), "grammar"), (alone, written, "tools")):
         said = arm.propose(request, len(text) - 1, lambda start, text=text: text[start:], FULL_LENGTH)  # type: ignore[misc]
         assert said is not None
         assert said.parts == [(source, len(said.tokens))]
@@ -269,9 +266,7 @@ def test_a_look_forgets_what_it_refused_when_the_text_passed_it() -> None:
     assert passed.after([9, 5]) is None
 
 
-def test_the_newest_looks_are_kept(
-    arm: StructureArm, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_newest_looks_are_kept(arm: StructureArm, grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     request = begun(arm, grammar=Told(grammars))
     kept = request.kept[arm.arm]
     monkeypatch.setattr(arm, "_look", lambda _, ids, limit: _Look([*ids, 9], len(ids), (), None, True))

@@ -98,15 +98,9 @@ def follow(
         ('<tool_call>\n{"name": "sing"', ', "arguments": {}}\n</tool_call>'),
         ('<tool_call>\n{"name": "get_time", "arguments": {"zone": "UTC"', "}}\n</tool_call>"),
         ('<tool_call>{"name": "get_time", "arguments": {"zone": "UTC"', "}}</tool_call>"),
-        (
-            '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"',
-            ', "unit": "celsius"}}\n</tool_call>',
-        ),
+        ('<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"', ', "unit": "celsius"}}\n</tool_call>'),
         ('<tool_call>\n{"tool": "x"', ""),
-        (
-            '<tool_call>\n{"tool": "x"}\n</tool_call>\n<tool_call>\n{"name"',
-            ': "get_weather", "arguments": {"city": "',
-        ),
+        ('<tool_call>\n{"tool": "x"}\n</tool_call>\n<tool_call>\n{"name"', ': "get_weather", "arguments": {"city": "'),
         ('<tool_call>\n{"name": "sing", "arguments": {}}\n</tool_call>', ""),
         ('<tool_call>\n{"name": "get_time", "arguments": {"zone": "U', ""),
         ("<", f"tool_call>\n{BEGUN}"),
@@ -134,9 +128,7 @@ def test_what_the_tools_tell(vocabulary: Vocabulary, written: str, expected: str
         ("say <tool_call>x", "\n"),
     ],
 )
-def test_a_call_begins_as_the_newest_one_of_the_prompt_did(
-    vocabulary: Vocabulary, prompt: str, lead: str
-) -> None:
+def test_a_call_begins_as_the_newest_one_of_the_prompt_did(vocabulary: Vocabulary, prompt: str, lead: str) -> None:
     assert follow(vocabulary, "<tool_call>", prompt=prompt) == lead + BEGUN
     assert follow(vocabulary, "<tool_", prompt=prompt) == f"call>{lead}{BEGUN}"
 
@@ -151,9 +143,7 @@ def test_a_call_begins_as_the_newest_one_of_the_prompt_did(
         ('{"city"', ""),
     ],
 )
-def test_a_marker_that_is_the_call_s_own_beginning(
-    vocabulary: Vocabulary, written: str, expected: str
-) -> None:
+def test_a_marker_that_is_the_call_s_own_beginning(vocabulary: Vocabulary, written: str, expected: str) -> None:
     spans = [Span(kind=span.kind, begin=span.begin, end=span.end) for span in LLAMA3]
     tools = carried_tools(FUNCTIONS, "llama3") or ""
     tag = '<|python_tag|>{"name": "sing"}'
@@ -179,9 +169,7 @@ OPEN = f"<tool_call>\n{BEGUN}"
         ('<think>A</think>\n<tool_call>\n{"name": "sing", "arguments": {}}\n</tool_call>', ""),
     ],
 )
-def test_that_a_call_begins_is_guessed_where_one_may_begin(
-    vocabulary: Vocabulary, written: str, expected: str
-) -> None:
+def test_that_a_call_begins_is_guessed_where_one_may_begin(vocabulary: Vocabulary, written: str, expected: str) -> None:
     assert follow(vocabulary, written, spans=[*SPANS, THOUGHTS]) == expected
 
 
@@ -251,9 +239,7 @@ def test_a_clients_schema_does_not_decide_how_long_its_grammar_takes(parameters:
     essence = Essence()
     found = [essence.of(parameters) for _ in range(9)]
     assert sum(map(size, found)) <= 2 * MOST_NODES
-    assert not {"pattern", "minProperties", "allOf", "minItems"} & set(
-        re.findall(r'"(\w+)":', json.dumps(found))
-    )
+    assert not {"pattern", "minProperties", "allOf", "minItems"} & set(re.findall(r'"(\w+)":', json.dumps(found)))
     tools = json.dumps(["arguments", [["find", parameters], ["other", {}]]])
     assert compiled(tools) is not None
     calls = Calls(tools, SPANS)

@@ -70,12 +70,8 @@ def test_a_cut_text_is_found_by_its_tenant_only(vocabulary: Vocabulary) -> None:
 
 
 @settings(deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 400), st.integers(0, 400))), st.text(max_size=40)
-)
-def test_text_is_never_changed(
-    vocabulary: Vocabulary, learned: list[tuple[int, int, int]], text: str
-) -> None:
+@given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 400), st.integers(0, 400))), st.text(max_size=40))
+def test_text_is_never_changed(vocabulary: Vocabulary, learned: list[tuple[int, int, int]], text: str) -> None:
     cuts, tokens = Cuts(), vocabulary.encode(text)
     for one in learned:
         cuts.learn(*one)
@@ -107,8 +103,5 @@ def test_the_word_that_is_open_is_all_that_a_cut_depends_on(words: str | None) -
         if rest and (open_word := _open_word(vocabulary, tail)) != tail:
             pieces, shorter = [LikelyText(rest, Kind.USUAL)], shorter + 1
             expected = _reasons(vocabulary, tail, pieces, Cuts())
-            assert _reasons(vocabulary, open_word, pieces, Cuts()) == expected, (
-                text,
-                text_of(vocabulary, tail),
-            )
+            assert _reasons(vocabulary, open_word, pieces, Cuts()) == expected, (text, text_of(vocabulary, tail))
     assert shorter > 1000

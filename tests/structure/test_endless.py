@@ -14,12 +14,7 @@ from whiflash_sglang.structure.matchers import FORCED_TOKENS, XGrammarMatcher
 from whiflash_sglang.structure.schemas import MOST_PLAIN_CHARS, is_plain
 from whiflash_sglang.structure.sketch import sketch
 
-ITSELF = {
-    "type": "object",
-    "properties": {"a": {"$ref": "#"}},
-    "required": ["a"],
-    "additionalProperties": False,
-}
+ITSELF = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"], "additionalProperties": False}
 DOUBLED = "\n".join([f"r{i} ::= r{i + 1} r{i + 1}" for i in range(24)])
 
 ENDLESS = {

@@ -40,9 +40,7 @@ def guesses(schema: dict[str, Any], used: dict[str, int] | None = None) -> Guess
     return Guesses(words_of(json.dumps(schema)), used or {})
 
 
-def follow(
-    grammars: Grammars, vocabulary: Vocabulary, schema: dict[str, Any], written: str, **options: Any
-) -> str:
+def follow(grammars: Grammars, vocabulary: Vocabulary, schema: dict[str, Any], written: str, **options: Any) -> str:
     """Text that is guessed after `written`, if whitespace is free."""
     matcher = grammars.matcher(grammars.raw(schema, blanks=True), vocabulary)
     layout = Layout()
@@ -88,9 +86,7 @@ def test_of_several_words_the_one_that_was_used_most(grammars: Grammars, vocabul
 
 def test_nothing_is_guessed_inside_free_text(grammars: Grammars, vocabulary: Vocabulary) -> None:
     assert follow(grammars, vocabulary, TRIP, '{"city": "') == ""
-    assert follow(grammars, vocabulary, TRIP, '{"city": "unit') == "", (
-        "a word of the schema is no guess there"
-    )
+    assert follow(grammars, vocabulary, TRIP, '{"city": "unit') == "", "a word of the schema is no guess there"
 
 
 def test_work_is_bounded(grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,10 +177,7 @@ def test_only_what_parts_a_word_from_others_is_unsure() -> None:
         LikelyText("t", Kind.WORD),
         LikelyText('ime"', Kind.FORCED),
     ]
-    assert parted('get"', ['get_it"'], Kind.USED) == [
-        LikelyText("get", Kind.FORCED),
-        LikelyText('"', Kind.USED),
-    ]
+    assert parted('get"', ['get_it"'], Kind.USED) == [LikelyText("get", Kind.FORCED), LikelyText('"', Kind.USED)]
     assert parted('a"', [], Kind.WORD) == [LikelyText("a", Kind.WORD), LikelyText('"', Kind.FORCED)]
 
 

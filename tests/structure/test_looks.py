@@ -31,12 +31,7 @@ DOCUMENTS = {"grammar": f"[{CALL}, {CALL}, {CALL}]"} | {
 @pytest.mark.parametrize("texts", [2, TEXTS])
 @pytest.mark.parametrize("form", DOCUMENTS)
 def test_kept_answers_are_those_of_a_look_from_nothing(
-    form: str,
-    texts: int,
-    seeds: int,
-    grammars: Grammars,
-    vocabulary: Vocabulary,
-    monkeypatch: pytest.MonkeyPatch,
+    form: str, texts: int, seeds: int, grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("whiflash_sglang.structure.guesses.TEXTS", texts)
     monkeypatch.setattr("whiflash_sglang.structure.guesses.PLACES", 9 * texts)

@@ -32,10 +32,7 @@ FUNCTIONS: list[tuple[str | None, Any]] = [
     ("sing", {"type": "object", "properties": {}}),
 ]
 QWEN, GLM = (carried_tools(FUNCTIONS, parser) or "" for parser in ("qwen3_coder", "glm47"))
-MANY = (
-    carried_tools([(f"tool_{n}", {"properties": {"a": {}}}) for n in range(MOST_FUNCTIONS)], "qwen3_coder")
-    or ""
-)
+MANY = carried_tools([(f"tool_{n}", {"properties": {"a": {}}}) for n in range(MOST_FUNCTIONS)], "qwen3_coder") or ""
 
 CITY = "<tool_call>\n<function=get_weather>\n<parameter=city>\nRome"
 UNIT = f"{CITY}\n</parameter>\n<parameter=unit>\n"
@@ -124,17 +121,7 @@ def test_a_wrong_guess_lowers_its_own_kind() -> None:
     assert calls.pieces(1000, None, lambda kind: 1.0)[0].kind is Kind.ENDED
 
 
-MARKUP = (
-    "<function=",
-    "sing",
-    "get_weather",
-    ">",
-    "</function>",
-    "<parameter=",
-    "city",
-    "</parameter>",
-    CITY,
-)
+MARKUP = ("<function=", "sing", "get_weather", ">", "</function>", "<parameter=", "city", "</parameter>", CITY)
 IN_JSON = (
     *("{", '"name"', ': "sing"', ', "arguments": {}', "}", "</", " ", '<tool_call>\n{"name"'),
     '<tool_call>{"name": "sing", "arguments": {}}',

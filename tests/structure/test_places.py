@@ -29,10 +29,7 @@ def closed(**properties: Any) -> dict[str, Any]:
 
 
 TAGGED = {"anyOf": [record(kind={"const": "one"}, of=STRING), record(kind={"const": "two"}, of=NUMBER)]}
-TOOLS = [
-    ("look_up", record(unit={"enum": ["inch", "inches"]}, tags={"type": "array", "items": STRING})),
-    ("end", None),
-]
+TOOLS = [("look_up", record(unit={"enum": ["inch", "inches"]}, tags={"type": "array", "items": STRING})), ("end", None)]
 CARRIED = str(schema_of(carried_tools(TOOLS, "hermes") or ""))
 KEPT = [
     json.dumps({"type": "array", "items": TAGGED}),

@@ -112,11 +112,7 @@ WRITTEN: dict[str, Any] = {
     "alternatives": {
         "anyOf": [
             {"type": "object", "properties": {"city": {"const": "Paris"}}, "required": ["city"]},
-            {
-                "type": "object",
-                "properties": {"citys": {"enum": [1, 2.5, None, True]}},
-                "required": ["citys"],
-            },
+            {"type": "object", "properties": {"citys": {"enum": [1, 2.5, None, True]}}, "required": ["citys"]},
             {"type": "array", "prefixItems": [{"type": "null"}, {"type": "number"}], "items": False},
         ]
     },
@@ -125,11 +121,7 @@ WRITTEN: dict[str, Any] = {
         "properties": {name: {"type": kind} for name, kind in (("city", "string"), ("unit", "integer"))},
         "additionalProperties": False,
     },
-    "open": {
-        "type": "object",
-        "properties": {"city": {"type": "string"}},
-        "additionalProperties": {"type": "number"},
-    },
+    "open": {"type": "object", "properties": {"city": {"type": "string"}}, "additionalProperties": {"type": "number"}},
     "patterns": {
         "type": "object",
         "properties": {

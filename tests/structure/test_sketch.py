@@ -18,11 +18,7 @@ LIKELIHOOD = StructureChances().of
 
 
 def proposed(
-    matcher: Matcher,
-    vocabulary: Vocabulary,
-    tail: Sequence[int] = (),
-    limit: int = 64,
-    end: int | None = None,
+    matcher: Matcher, vocabulary: Vocabulary, tail: Sequence[int] = (), limit: int = 64, end: int | None = None
 ) -> list[Token]:
     ahead = Ahead(matcher, Layout())
     return sketch(ahead, vocabulary, tail, limit, end=end, likelihood=LIKELIHOOD, cuts=Cuts())[0]
@@ -70,9 +66,7 @@ def test_a_whole_skeleton_in_canonical_tokens(grammars: Grammars, vocabulary: Vo
     last = proposed(matcher, vocabulary, [*found, *vocabulary.encode("k")], end=grammars.end)
     assert text_of(vocabulary, ids(last[:-1])) == 'elvin"}'
     assert last[-1] == Token(grammars.end, Kind.END)
-    assert Kind.EDGE not in {token.kind for token in last}, (
-        "nothing can follow that a longer token would hold"
-    )
+    assert Kind.EDGE not in {token.kind for token in last}, "nothing can follow that a longer token would hold"
 
 
 def test_nothing_where_there_is_a_choice_or_the_end(grammars: Grammars, vocabulary: Vocabulary) -> None:

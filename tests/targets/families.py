@@ -12,16 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import (
-    FAVOURED_TOKENS,
-    HEAD_DIM,
-    HEADS,
-    HIDDEN,
-    INTERMEDIATE,
-    KV_HEADS,
-    MASK_TOKEN,
-    MAX_POSITIONS,
-)
+from tiny_models import FAVOURED_TOKENS, HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, MASK_TOKEN, MAX_POSITIONS
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 VOCAB, LAYERS = 320, 6
@@ -128,11 +119,7 @@ HF_BLOCKS = {"mamba": "linear_attention", "mlp": "mlp", "attention": "full_atten
 SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 INTERLEAVED = {"rope_parameters": {**SECTIONS["rope_parameters"], "mrope_interleaved": True}}
 PARTIAL = {
-    "rope_parameters": {
-        **INTERLEAVED["rope_parameters"],
-        "mrope_section": [1, 1, 0],
-        "partial_rotary_factor": 0.25,
-    }
+    "rope_parameters": {**INTERLEAVED["rope_parameters"], "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}
 }
 TOWER = {
     "depth": 1,
@@ -219,12 +206,7 @@ FAMILIES = {
         Family(
             "gpt_oss",
             "GptOssForCausalLM",
-            {
-                **windowed((1, 3, 5)),
-                "intermediate_size": 32,
-                "num_local_experts": 4,
-                "num_experts_per_tok": 2,
-            },
+            {**windowed((1, 3, 5)), "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
         ),
         Family("lfm2", "Lfm2ForCausalLM", {**CONVOLUTIONS, "block_auto_adjust_ff_dim": False}),
         Family("lfm2_moe", "Lfm2MoeForCausalLM", {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1}),
@@ -242,9 +224,7 @@ FAMILIES = {
             tower=SIGLIP,
         ),
         Family(
-            "qwen3_5_moe_text",
-            "Qwen3_5MoeForCausalLM",
-            {**EXPERTS, **DELTA, "shared_expert_intermediate_size": 32},
+            "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", {**EXPERTS, **DELTA, "shared_expert_intermediate_size": 32}
         ),
         Family(
             "qwen3_5_moe",
@@ -354,9 +334,7 @@ def tiny_family(directory: Path, family: Family) -> HuggingFace:
         torch.manual_seed(0)
         text = {**common, **family.changes}
         if family.tower is None:
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(family.kind, **text), dtype=torch.float32
-            )
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.kind, **text), dtype=torch.float32)
         else:
             whole = {"text_config": text, "vision_config": dict(family.tower)}
             tied = {"tie_word_embeddings": text["tie_word_embeddings"]}
@@ -377,9 +355,7 @@ def tiny_family(directory: Path, family: Family) -> HuggingFace:
     file = directory / "config.json"
     said = json.loads(file.read_text())
     inner = said if family.tower is None else said["text_config"]
-    inner.update(
-        {key: value for key, value in family.changes.items() if key not in inner} | dict(family.said)
-    )
+    inner.update({key: value for key, value in family.changes.items() if key not in inner} | dict(family.said))
     file.write_text(json.dumps(said))
     return HuggingFace(model)
 

@@ -126,9 +126,7 @@ class Served:
         found = play(self.engine, [replace(a, rid=f"{policy} {a.rid}") for a in asked])
         for a in asked:
             wanted, written = self.expected[a.rid], found[f"{policy} {a.rid}"]
-            first = next(
-                (i for i, both in enumerate(zip(wanted, written, strict=False)) if both[0] != both[1]), None
-            )
+            first = next((i for i, both in enumerate(zip(wanted, written, strict=False)) if both[0] != both[1]), None)
             assert len(written) == len(wanted), f"{policy} {a.rid}"
             if first is not None:
                 logits = self.seen.outputs(ASKED[a.rid][1], wanted[:first]).logits[0, -1]
@@ -168,9 +166,7 @@ def test_text_is_plain_decodings(
         s.engine.generate([words(9, 3), words(3, 30)], frequency_penalty=0.5, max_new_tokens=40)
         s.engine.check_leaks()
         quarantine = s.engine.worker.quarantine
-        assert not any((*quarantine.faults.values(), *quarantine.left_out.values())), (
-            "a placeholder was drafted"
-        )
+        assert not any((*quarantine.faults.values(), *quarantine.left_out.values())), "a placeholder was drafted"
     assert max(s.oracle.accepted) == s.oracle.max_drafts, "no full block was accepted"
     assert s.oracle.rejected > 0, "nothing was rejected"
 
@@ -215,12 +211,7 @@ def test_requests_that_are_retracted_go_on(made: Made, tmp_path: Path) -> None:
 @pytest.mark.evidence
 def test_a_sessions_turns_have_images(made: Made, tmp_path: Path) -> None:
     """In the first turn, in the second, and in neither of the last two."""
-    turns = [
-        [words(9, 6), Picture(5)],
-        [words(10, 4), Picture(6, 8, 8), words(11, 2)],
-        [words(12, 5)],
-        [words(13, 3)],
-    ]
+    turns = [[words(9, 6), Picture(5)], [words(10, 4), Picture(6, 8, 8), words(11, 2)], [words(12, 5)], [words(13, 3)]]
 
     def converse(e: Engine) -> list[list[int]]:
         e.open_session("talk", streaming=False)
@@ -244,9 +235,7 @@ def test_draft_kv_of_images_is_one_passs(made: Made, tmp_path: Path) -> None:
         e, ends, prefill = s.engine, set[int](), s.engine.worker.target.prefill
 
         def noting(batch: Any) -> Any:
-            ends.update(
-                prefix + count - 1 for prefix, count in zip(batch.prefix_lens, batch.extend_lens, strict=True)
-            )
+            ends.update(prefix + count - 1 for prefix, count in zip(batch.prefix_lens, batch.extend_lens, strict=True))
             return prefill(batch)
 
         e.worker.target.prefill = noting
@@ -261,10 +250,7 @@ def test_draft_kv_of_images_is_one_passs(made: Made, tmp_path: Path) -> None:
                 e.step()
             slots = e.worker.target.slot_table[req.kv.req_pool_idx, : len(prompt)].long()
             states = s.seen.outputs(parts, req.output_ids[:1], output_hidden_states=True).hidden_states
-            for arm, drafter in (
-                ("ar", e.worker.drafters["ar"]),
-                ("diffusion", e.worker.drafters["diffusion"]),
-            ):
+            for arm, drafter in (("ar", e.worker.drafters["ar"]), ("diffusion", e.worker.drafters["diffusion"])):
                 layers = [states[layer + 1][0, :-1] for layer in drafter.captured_layers]
                 fused = drafter.model.fuse(torch.cat(layers, -1))
                 places = torch.arange(len(prompt))
@@ -279,7 +265,5 @@ def test_draft_kv_of_images_is_one_passs(made: Made, tmp_path: Path) -> None:
                 for pool, wanted in ((drafter.kv.k, k), (drafter.kv.v, v)):
                     wanted = wanted if wanted.dim() == 4 else wanted[None]
                     found = pool[:, slots][:, right]
-                    torch.testing.assert_close(
-                        found, wanted[:, right], atol=1e-3, rtol=1e-3, msg=f"{arm} of {rid}"
-                    )
+                    torch.testing.assert_close(found, wanted[:, right], atol=1e-3, rtol=1e-3, msg=f"{arm} of {rid}")
             e.run()

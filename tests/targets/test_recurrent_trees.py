@@ -76,9 +76,7 @@ def conversations(e: Engine) -> tuple[list[list[Arrival]], dict[str, list[int]]]
     """First turns, some of which share a prefix or go on where another one's prompt ends; each later turn continues one
     before it, of a part of them its first tokens only."""
     first = mixed(seed=11, count=8, shared=40, stops=0.2, tokens=36)
-    longer = [
-        replace(a, rid=f"longer-{a.rid}", step=a.step + 9, prompt=(*a.prompt, 7, 7, 7)) for a in first[::3]
-    ]
+    longer = [replace(a, rid=f"longer-{a.rid}", step=a.step + 9, prompt=(*a.prompt, 7, 7, 7)) for a in first[::3]]
     turns, expected = [[*first, *longer]], {}
     for number in (2, 3):
         expected |= play(e, turns[-1])
@@ -207,8 +205,7 @@ def test_few_states_chunks_aborts_and_retractions(case: str, sessions: bool, tmp
             if sessions:
                 names = [LINE + a.rid.replace("turn2-", "").replace("turn3-", "") for a in leaving]
                 leaving = [
-                    replace(a, params={**a.params, "session_id": name})
-                    for a, name in zip(leaving, names, strict=True)
+                    replace(a, params={**a.params, "session_id": name}) for a, name in zip(leaving, names, strict=True)
                 ]
             turn(s, leaving)
             hits += sum(s.engine.requests[a.rid].cached_tokens for a in arrivals)
@@ -252,8 +249,6 @@ def prefilled(e: Engine, text: Sequence[int], rid: str) -> dict[str, torch.Tenso
         e.step()
     slots = e.scheduler.req_to_token_pool.req_to_token[e.requests[rid].kv.req_pool_idx, : len(text)].long()
     kvs = {arm: e.worker.drafters[arm].kv for arm in ("ar", "diffusion")}
-    found = {
-        f"{name} of {arm}": getattr(kv, name)[:, slots] for arm, kv in kvs.items() for name in ("k", "v")
-    }
+    found = {f"{name} of {arm}": getattr(kv, name)[:, slots] for arm, kv in kvs.items() for name in ("k", "v")}
     e.run()
     return found

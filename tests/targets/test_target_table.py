@@ -45,9 +45,7 @@ def test_what_is_served_with_images_is_tested_with_them() -> None:
 
 
 def test_what_is_said_to_be_shown_is_tested() -> None:
-    shown = {
-        name for family in TABLE.FAMILIES if family.shown == TABLE.Shown.CPU for name in family.architectures
-    }
+    shown = {name for family in TABLE.FAMILIES if family.shown == TABLE.Shown.CPU for name in family.architectures}
     assert shown == {*FAMILIES, "LlamaForCausalLM"}
 
 

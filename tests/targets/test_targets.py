@@ -155,9 +155,7 @@ def check_features(e: Engine, model: HuggingFace, tolerance: float) -> None:
     e.generate([prompt], max_new_tokens=1)
     del e.worker.target.prefill
     layers = sorted({layer for d in with_kv(e.worker.drafters).values() for layer in d.captured_layers})
-    torch.testing.assert_close(
-        torch.cat(seen), model.features(prompt, layers), atol=tolerance, rtol=tolerance
-    )
+    torch.testing.assert_close(torch.cat(seen), model.features(prompt, layers), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("loop", sampled(["chains", "overlap"], "overlap"))

@@ -45,10 +45,7 @@ class OfHuggingFace(ReferenceDrafters):
             "target_embedding": model.model.get_input_embeddings().weight.detach(),
             "target_lm_head": model.model.get_output_embeddings().weight.detach(),
         }
-        self._eagle3, self._dflash = (
-            Eagle3Drafter.load(eagle3, **options),
-            DFlashDrafter.load(dflash, **options),
-        )
+        self._eagle3, self._dflash = (Eagle3Drafter.load(eagle3, **options), DFlashDrafter.load(dflash, **options))
         layers = model.model.config.get_text_config().num_hidden_layers
         self._eagle3_layers = target_layers(read_draft(eagle3), layers)
         self._dflash_layers = target_layers(read_draft(dflash), layers)
@@ -151,12 +148,7 @@ def test_after_traffic(laguna: Models, case: str) -> None:
     arrivals = mixed(seed=7, count=16, shared=60, aborts=0.3, stops=0.2, tokens=60)
     expected = plain_texts(laguna.target, arrivals, max_running_requests=6)
     oracle = OracleArm(0.93, seed=1).knowing(arrivals, expected)
-    flags = {
-        "max_total_tokens": 1024,
-        "max_running_requests": 6,
-        "swa_full_tokens_ratio": 0.5,
-        **TRAFFIC[case],
-    }
+    flags = {"max_total_tokens": 1024, "max_running_requests": 6, "swa_full_tokens_ratio": 0.5, **TRAFFIC[case]}
     start: Callable[..., Any] = overlapped if case == "overlap" else engine
     comparison = Comparison(laguna.reference.target)
     with start(laguna.target, whiflash=laguna.whiflash("random"), arms=[oracle], **flags) as e:
@@ -236,9 +228,7 @@ def test_the_pools_leave_room_for_what_the_worker_allocates(laguna: Models) -> N
         def of_slot(*tensors: torch.Tensor) -> int:
             return sum(t[0].nbytes for t in tensors)
 
-        full, own = (
-            of_slot(*part.k_buffer, *part.v_buffer) for part in (pool.full_kv_pool, pool.swa_kv_pool)
-        )
+        full, own = (of_slot(*part.k_buffer, *part.v_buffer) for part in (pool.full_kv_pool, pool.swa_kv_pool))
         full += sum(of_slot(*kv.k.unbind(0), *kv.v.unbind(0)) for kv in drafts)
         assert len(drafts) == 2
         left = budget - e.worker.reservation.fixed

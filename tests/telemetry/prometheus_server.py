@@ -64,11 +64,7 @@ def prometheus(folder: Path, servers: Sequence[str], interval: str = "1s") -> It
         folder: for what it keeps.
     """
     settings = yaml.safe_load((RULES / "prometheus.yml").read_text("utf-8"))
-    settings["global"] |= {
-        "scrape_interval": interval,
-        "scrape_timeout": interval,
-        "evaluation_interval": interval,
-    }
+    settings["global"] |= {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval}
     settings["rule_files"] = [str(RULES / name) for name in settings["rule_files"]]
     settings["scrape_configs"][0]["static_configs"] = [{"targets": list(servers)}]
     (folder / "prometheus.yml").write_text(json.dumps(settings))

@@ -68,9 +68,7 @@ def test_every_series_of_ours_that_is_asked_for_exists() -> None:
 
 def test_grafanas_schema_has_every_field() -> None:
     """Grafana's own types of a dashboard (10.1) read it and lose nothing, as they would what they do not know."""
-    models = pytest.importorskip(
-        "grafana_foundation_sdk.models.dashboard", reason="pip install grafana-foundation-sdk"
-    )
+    models = pytest.importorskip("grafana_foundation_sdk.models.dashboard", reason="pip install grafana-foundation-sdk")
     from grafana_foundation_sdk.cog.encoder import JSONEncoder
     from grafana_foundation_sdk.cog.plugins import register_default_plugins
 

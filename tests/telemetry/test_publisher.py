@@ -44,12 +44,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Publisher, Sink, list[fl
 def test_counters_grow_by_differences_and_what_has_not_changed_is_not_written(made: Any) -> None:
     worker, published, sink, _ = made
     published.start(sink)
-    assert sink.take() == [
-        ("done_total", ("a",), 2),
-        ("level", (), 5.0),
-        ("seen", (), 0.5),
-        ("seen", (), 2.0),
-    ]
+    assert sink.take() == [("done_total", ("a",), 2), ("level", (), 5.0), ("seen", (), 0.5), ("seen", (), 2.0)]
     published.flush()
     assert sink.take() == []
     worker.done, worker.level = 7, 4.0

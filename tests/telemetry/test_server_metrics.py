@@ -51,10 +51,7 @@ def prompts() -> list[str]:
 
 def native(load: Load, i: int, text: str) -> None:
     """Every third orders something."""
-    hint = {
-        1: '{"off": true}',
-        2: '{"spans": [{"kind": "prose", "open": true, "prefer": "ar", "pin": true}]}',
-    }
+    hint = {1: '{"off": true}', 2: '{"spans": [{"kind": "prose", "open": true, "prefer": "ar", "pin": true}]}'}
     given = {"custom_params": {"whiflash": hint[i % 3]}} if i % 3 else {}
     load.answers.append(load.server.generate(text=text, sampling_params={"max_new_tokens": 40, **given}))
 
@@ -145,9 +142,7 @@ def test_figures_are_those_of_the_answers(load: Load) -> None:
     assert requests == 16
     assert load.grown("rounds_total") == load.grown("sglang:spec_verify_calls_total")
     assert load.grown("tokens_total") == load.grown("sglang:generation_tokens_total") - requests
-    assert load.grown("accepted_draft_tokens_total") == load.grown("tokens_total") - load.grown(
-        "rounds_total"
-    )
+    assert load.grown("accepted_draft_tokens_total") == load.grown("tokens_total") - load.grown("rounds_total")
     assert load.grown("rounds_total", arm="none") >= load.grown("routes_total", reason="off") > 0
     assert load.grown("joined_draft_tokens_total") > 0
     assert load.grown("request_acceptance_length_count", arm="none") >= 4
@@ -171,11 +166,7 @@ def test_the_state_says_the_same(load: Load) -> None:
 def queries() -> list[tuple[str, str]]:
     """Title and expression of every query of the dashboard, with what Grafana puts in for its variables."""
     dashboard = json.loads((ROOT / "deploy" / "grafana" / "whiflash.json").read_text("utf-8"))
-    return [
-        (panel["title"], target["expr"])
-        for panel in dashboard["panels"]
-        for target in panel.get("targets", ())
-    ]
+    return [(panel["title"], target["expr"]) for panel in dashboard["panels"] for target in panel.get("targets", ())]
 
 
 WITHOUT_LOADS = {"Acceptance length after a load"}
@@ -189,9 +180,7 @@ def alerts() -> set[str]:
 
 
 def asked(expression: str) -> str:
-    replaced = (
-        expression.replace("$__rate_interval", "5m").replace("$model", "tiny").replace("$instance", ".*")
-    )
+    replaced = expression.replace("$__rate_interval", "5m").replace("$model", "tiny").replace("$instance", ".*")
     assert "$" not in replaced
     return replaced
 
@@ -323,9 +312,7 @@ def test_sglangs_own_figures_are_of_what_was_proposed(server: Server, router: st
     assert found["spec_verify_ct"] == rounds
     assert found["spec_num_proposed_drafts"] == proposed
     assert (proposed == 0) == (router == "none")
-    assert (
-        sum(n * drafts for drafts, n in enumerate(found["spec_correct_drafts_histogram"])) == tokens - rounds
-    )
+    assert sum(n * drafts for drafts, n in enumerate(found["spec_correct_drafts_histogram"])) == tokens - rounds
     assert found["spec_num_correct_drafts"] == tokens - rounds
     assert found["spec_accept_rate"] == ((tokens - rounds) / proposed if proposed else 0)
     assert found["spec_cap_length"] == rows / rounds

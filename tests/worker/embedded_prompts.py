@@ -31,11 +31,7 @@ def prompts(target: Path, own_template: bool = False) -> tuple[Prompt, ...]:
     found = []
     for row in map(json.loads, PROMPTS.read_text(encoding="utf-8").strip().split("\n")):
         text = tokenizer.apply_chat_template(
-            row["messages"],
-            tools=row.get("tools"),
-            chat_template=template,
-            add_generation_prompt=True,
-            tokenize=False,
+            row["messages"], tools=row.get("tools"), chat_template=template, add_generation_prompt=True, tokenize=False
         )
         tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
         found.append(Prompt(f"{row['category']}-{row['id']}", row["category"], tokens, constraint(row)))

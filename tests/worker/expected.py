@@ -18,9 +18,7 @@ OTHER = -1
 Tokens = tuple[int, ...]
 
 
-def next_probabilities(
-    logits: torch.Tensor, generated: Sequence[int], params: Mapping[str, Any]
-) -> torch.Tensor:
+def next_probabilities(logits: torch.Tensor, generated: Sequence[int], params: Mapping[str, Any]) -> torch.Tensor:
     """[V] float64, the distribution of the token after `generated`. logits: [V], the target's raw ones."""
     x = logits.double().clone()
     counts = Counter(generated)

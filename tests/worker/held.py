@@ -7,9 +7,7 @@ from typing import Any
 import torch
 
 
-def held(
-    root: Any, owners: tuple[str, ...] = ("whiflash",), beside: object = None
-) -> Iterator[tuple[str, Any]]:
+def held(root: Any, owners: tuple[str, ...] = ("whiflash",), beside: object = None) -> Iterator[tuple[str, Any]]:
     """Each once, with a shortest path: through containers and objects of packages that begin as one of `owners`.
 
     beside: not looked at.

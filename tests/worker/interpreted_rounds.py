@@ -24,16 +24,7 @@ from reference import Comparison
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from tiny_models import tiny_dflash, tiny_eagle3
 from whiflash_kernels import MixedBlock
-from whiflash_kernels.triton_kernels import (
-    attention,
-    backlog,
-    block,
-    catch_up,
-    drafts,
-    passes,
-    routing,
-    verify,
-)
+from whiflash_kernels.triton_kernels import attention, backlog, block, catch_up, drafts, passes, routing, verify
 
 from whiflash_sglang.engine.forward.triton_backend import RaggedTritonBackend
 from whiflash_sglang.engine.scheduler import pricing
@@ -87,9 +78,7 @@ class Rounds(NamedTuple):
 def speculate(models: Models, **options: Any) -> Rounds:
     """All prompts at once, each with another arm in every round. Drafts have full lengths: none depends on a time."""
     verified: list[tuple[list[int], list[int]]] = []
-    with engine(
-        models.target, whiflash=models.whiflash("entropy", {"entropy": {"tau": 2.0}}), **options
-    ) as e:
+    with engine(models.target, whiflash=models.whiflash("entropy", {"entropy": {"tau": 2.0}}), **options) as e:
         turns, target, controller = count(), e.worker.target, e.worker.controller
         verify, plan = target.verify, controller.route
 
@@ -138,11 +127,7 @@ def on_torch_and_triton(
 
 @pytest.mark.parametrize("page_size", sampled([1, 16], 16))
 def test_rounds_on_triton_are_those_on_torch(
-    models: Models,
-    plain: list[list[int]],
-    launched: Counter[str],
-    monkeypatch: pytest.MonkeyPatch,
-    page_size: int,
+    models: Models, plain: list[list[int]], launched: Counter[str], monkeypatch: pytest.MonkeyPatch, page_size: int
 ) -> None:
     on_triton = on_torch_and_triton(models, launched, monkeypatch, page_size=page_size)
     comparison = Comparison(models.reference.target)

@@ -85,10 +85,7 @@ class OracleArm(TextDrafter):
             ahead += self._random.choices(self._alphabet, k=count - len(ahead))
             wrong = self._random.choices(self._alphabet, k=count)
             tokens[i, :count] = torch.tensor(
-                [
-                    a if self._random.random() < self._accuracy else w
-                    for a, w in zip(ahead, wrong, strict=True)
-                ]
+                [a if self._random.random() < self._accuracy else w for a, w in zip(ahead, wrong, strict=True)]
             )
         # Tokens beyond a request's count are padding and must not be read.
         alive = torch.tensor(self._accuracy).pow(torch.arange(1, max(counts) + 1)).expand(tokens.shape)

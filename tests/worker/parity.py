@@ -77,15 +77,11 @@ def compare(target: Path, arm: str, checkpoint: Path, **upstream: Any) -> None:
     """
     arguments = {**UPSTREAM[arm], **upstream}
     theirs = rounds_of(target, speculative_draft_model_path=str(checkpoint), **arguments)
-    ours = rounds_of(
-        target, whiflash={"draft": checkpoint, "whiflash_router": arm, "whiflash_eagle_steps": STEPS}
-    )
+    ours = rounds_of(target, whiflash={"draft": checkpoint, "whiflash_router": arm, "whiflash_eagle_steps": STEPS})
     print(f"{arm}: {ours.accepted} drafts accepted in {len(ours.lengths)} steps of 8 requests, both ways")
     assert ours.lengths == theirs.lengths
     assert min(ours.accepted, theirs.accepted) > 5
     for number, (own, other) in enumerate(zip(ours.verified, theirs.verified, strict=True)):
-        assert own == [rows[: len(cut)] for rows, cut in zip(other, own, strict=True)], (
-            f"verification {number}"
-        )
+        assert own == [rows[: len(cut)] for rows, cut in zip(other, own, strict=True)], f"verification {number}"
     proposed = sum(len(rows) for own in ours.verified for rows in own)
     assert proposed > 0.9 * sum(len(rows) for other in theirs.verified for rows in other), "ours are cut"

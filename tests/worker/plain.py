@@ -57,9 +57,7 @@ def plain_sets(
     target: Path, sets: Mapping[str, Sequence[Arrival]], *, start: Start = engine, **arguments: Any
 ) -> dict[str, Answers]:
     """The same of several sets of requests, all in one engine."""
-    keys = {
-        name: repr((target, start, sorted(arguments.items()), name, asked)) for name, asked in sets.items()
-    }
+    keys = {name: repr((target, start, sorted(arguments.items()), name, asked)) for name, asked in sets.items()}
     missing = [name for name, key in keys.items() if key not in _known]
     if missing:
         with adding_first(), start(target, **arguments) as e:
@@ -119,10 +117,7 @@ def adding_first() -> Iterator[None]:
 
 
 def compare(
-    target: ReferenceTarget,
-    arrivals: Sequence[Arrival],
-    expected: Mapping[str, list[int]],
-    texts: Mapping[str, Any],
+    target: ReferenceTarget, arrivals: Sequence[Arrival], expected: Mapping[str, list[int]], texts: Mapping[str, Any]
 ) -> Comparison:
     """An aborted request must have a prefix of the plain text, any other one all of it."""
     comparison = Comparison(target)
@@ -136,9 +131,7 @@ def compare(
     return comparison
 
 
-def check(
-    target: ReferenceTarget, arrivals: Sequence[Arrival], expected: Answers, answers: Answers
-) -> Comparison:
+def check(target: ReferenceTarget, arrivals: Sequence[Arrival], expected: Answers, answers: Answers) -> Comparison:
     """Texts, and of those that were not aborted also why they ended, log-probabilities and hidden states."""
     texts = {rid: answer.tokens for rid, answer in answers.items()}
     comparison = compare(target, arrivals, {rid: answer.tokens for rid, answer in expected.items()}, texts)

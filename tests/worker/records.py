@@ -42,9 +42,7 @@ def all_logprobs(e: Engine, rids: Iterable[str]) -> dict[str, Logprobs]:
 
 
 def _beside(ids: Any, values: Any) -> Beside:
-    return [
-        ([int(i) for i in a], [float(v) for v in b]) for a, b in zip(ids or [], values or [], strict=True)
-    ]
+    return [([int(i) for i in a], [float(v) for v in b]) for a, b in zip(ids or [], values or [], strict=True)]
 
 
 def assert_same_logprobs(found: Logprobs, expected: Logprobs, name: str) -> None:

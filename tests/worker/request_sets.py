@@ -38,9 +38,7 @@ KEYS: dict[str, dict[str, Any]] = {
 def schema(*names: str) -> str:
     """Schema of an object with these keys."""
     keys = {name: KEYS[name] for name in names}
-    return json.dumps(
-        {"type": "object", "properties": keys, "required": list(names), "additionalProperties": False}
-    )
+    return json.dumps({"type": "object", "properties": keys, "required": list(names), "additionalProperties": False})
 
 
 SHORT_SCHEMA, SCHEMA = schema("name", "kind", "count"), schema(*KEYS)
@@ -51,12 +49,7 @@ TAG = json.dumps(
         "format": {
             "type": "triggered_tags",
             "tags": [
-                {
-                    "type": "tag",
-                    "begin": f'<call>{{"name":"{name}", "arguments":',
-                    "content": _CALL,
-                    "end": "}</call>",
-                }
+                {"type": "tag", "begin": f'<call>{{"name":"{name}", "arguments":', "content": _CALL, "end": "}</call>"}
                 for name in ("look_up", "look_out")
             ],
             "triggers": ["<call>"],
@@ -74,12 +67,7 @@ CONSTRAINED: dict[str, dict[str, Any]] = {
     "schema": {"ignore_eos": False, "json_schema": SHORT_SCHEMA, "max_new_tokens": 90},
     "cut-short": {"json_schema": SHORT_SCHEMA, "max_new_tokens": 21},
     "regex": {"ignore_eos": False, "regex": "(red|green|blue)( (red|green|blue)){3}", "max_new_tokens": 60},
-    "penalised": {
-        "ignore_eos": False,
-        "json_schema": SHORT_SCHEMA,
-        "frequency_penalty": 0.4,
-        "max_new_tokens": 90,
-    },
+    "penalised": {"ignore_eos": False, "json_schema": SHORT_SCHEMA, "frequency_penalty": 0.4, "max_new_tokens": 90},
     "stop-string": {"stop": ["rs", "k", "m"], "max_new_tokens": 50},
     "free": {"max_new_tokens": 50},
 }
@@ -150,9 +138,7 @@ class TinyThinkingBudget(ThinkingBudgetLogitProcessor):
 class Counting(CustomLogitProcessor):
     """Keeps state between calls: it forbids a token at every third one."""
 
-    def __call__(
-        self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None
-    ) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> torch.Tensor:
         for row, params in enumerate(custom_param_list or []):
             params["calls"] = params.get("calls", 0) + 1
             if params["calls"] % 3 == 0:
@@ -163,9 +149,7 @@ class Counting(CustomLogitProcessor):
 class Own(CustomLogitProcessor):
     """A client's own, though it does what one of SGLang's does."""
 
-    def __call__(
-        self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None
-    ) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> torch.Tensor:
         return logits.index_fill(1, torch.tensor(FAVOURED_TOKENS[1::2]), -torch.inf)
 
 
@@ -246,9 +230,7 @@ def processed(chosen: Iterable[str] = PROCESSORS) -> list[Arrival]:
     asked = {name: PROCESSORS[name] for name in chosen}
     for i in range(2):
         for name, (processor, custom) in {**asked, "neighbour": (None, {})}.items():
-            extra = (
-                {"custom_logit_processor": processor.to_str(), "custom_params": custom} if processor else {}
-            )
+            extra = {"custom_logit_processor": processor.to_str(), "custom_params": custom} if processor else {}
             prompt = (*rng.choices(range(32, 127), k=rng.randint(6, 20)), THINK)
             params = {"max_new_tokens": 30, "return_logprob": True, **extra}
             arrivals.append(Arrival(f"{name}/{i}", rng.randint(0, 10), prompt, params))
@@ -352,12 +334,9 @@ def prioritised() -> list[Arrival]:
     """Low priorities first; while these run, high ones."""
     rng = random.Random(4)
     prompts = [tuple(rng.choices(range(256), k=rng.randint(5, 40))) for _ in range(6)]
-    low = [
-        Arrival(f"low-{i}", 0, p, {"max_new_tokens": 40, "priority": 0}) for i, p in enumerate(prompts[:3])
-    ]
+    low = [Arrival(f"low-{i}", 0, p, {"max_new_tokens": 40, "priority": 0}) for i, p in enumerate(prompts[:3])]
     high = [
-        Arrival(f"high-{i}", 4 + 3 * i, p, {"max_new_tokens": 12, "priority": 5})
-        for i, p in enumerate(prompts[3:])
+        Arrival(f"high-{i}", 4 + 3 * i, p, {"max_new_tokens": 12, "priority": 5}) for i, p in enumerate(prompts[3:])
     ]
     return [*low, *high]
 

@@ -60,10 +60,7 @@ def test_adapters_come_and_go(models: Models, adapters: dict[str, Adapter]) -> N
         e.run()
         wanted = {rid.removeprefix("plain-"): e.output(rid) for rid in e.requests}
     with engine(
-        models.target,
-        whiflash=models.whiflash("random"),
-        **serving(one, two, at_once=2),
-        max_running_requests=4,
+        models.target, whiflash=models.whiflash("random"), **serving(one, two, at_once=2), max_running_requests=4
     ) as e:
         memory, held = e.worker.model_runner.lora_manager.memory_pool, set[str | None]()
         load = LoadLoRAAdapterReqInput(lora_name="three", lora_path=str(three.path), lora_id=three.id)
@@ -163,9 +160,7 @@ def test_draft_kv_comes_back_from_the_host_by_adapter(
         e.check_leaks()
 
 
-def test_no_learner_keeps_text_of_an_adapter(
-    models: Models, adapters: dict[str, Adapter], tmp_path: Path
-) -> None:
+def test_no_learner_keeps_text_of_an_adapter(models: Models, adapters: dict[str, Adapter], tmp_path: Path) -> None:
     """SGLang appends an adapter's id to a request's key, which names a tenant all the same."""
     options = {"whiflash_learn": str(tmp_path)}
     one = adapters["one"]

@@ -28,9 +28,7 @@ def test_nothing_that_the_worker_keeps_is_on_a_graph(running: Engine) -> None:
     assert any(".model." in path and path.endswith("weight']") for path in found)
     assert any(tensor is running.worker.tokens.data for tensor in found.values())
     assert [p for p, t in found.items() if t.requires_grad or t.grad_fn is not None] == []
-    assert [p for p, t in found.items() if t.is_inference()] == [], (
-        "such a tensor could not be written at a start"
-    )
+    assert [p for p, t in found.items() if t.is_inference()] == [], "such a tensor could not be written at a start"
 
 
 def arms_of(running: Engine, rid: str) -> set[str | None]:
@@ -45,10 +43,7 @@ def test_a_pin_leaves_every_probe_to_its_neighbour(running: Engine, arm: str) ->
     before = {name: policy.estimator.rounds(name) for name in ("ar", "diffusion")}
     hint = {"spans": [{"kind": "json", "open": True, "prefer": arm, "pin": True}], "lookup": "off"}
     names = [f"{rid}-{arm}" for rid in ("pinned", "neighbour")]
-    params = [
-        {"custom_params": {"whiflash": json.dumps(hint)}},
-        {"custom_params": {"whiflash": '{"lookup":"off"}'}},
-    ]
+    params = [{"custom_params": {"whiflash": json.dumps(hint)}}, {"custom_params": {"whiflash": '{"lookup":"off"}'}}]
     running.submit(names[0], PROMPTS[0], max_new_tokens=200, **params[0])
     while len(running.requests[names[0]].output_ids) < 60:
         running.step()

@@ -45,19 +45,14 @@ class Free(OracleArm):
     ) -> Candidate | None:
         super().propose(request, length, history, worth, under_way)
         ahead = self._ahead[request.row][: self.max_drafts]
-        tokens = [
-            a if self._random.random() < self._accuracy else self._random.choice(self._alphabet)
-            for a in ahead
-        ]
+        tokens = [a if self._random.random() < self._accuracy else self._random.choice(self._alphabet) for a in ahead]
         chances = list(accumulate([0.8] * len(tokens), mul))
         if not tokens:
             return None
         return Candidate(tokens, chances, [Part(self.arm, len(tokens))], len(history(0)))
 
 
-def test_without_a_pass_the_likeliest_candidate_is_verified(
-    models: Models, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_pass_the_likeliest_candidate_is_verified(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two candidates are as often right. The round counts for the one that says so, whichever comes first."""
     arrivals = mixed(seed=2, count=8, shared=40, tokens=60)
     expected = plain_texts(models.target, arrivals)

@@ -94,9 +94,7 @@ def test_a_grammar_without_a_way_on_ends_its_own_request(models: Models, router:
     """Behind "a" nothing is allowed: what is committed there is refused, also by a later round of the same step."""
     arrivals = [
         Arrival("free", 0, tuple(range(40, 60)), {"max_new_tokens": 40}),
-        Arrival(
-            "stuck", 2, tuple(range(90, 110)), {"ebnf": 'root ::= "a" x\nx ::= x "b"', "max_new_tokens": 20}
-        ),
+        Arrival("stuck", 2, tuple(range(90, 110)), {"ebnf": 'root ::= "a" x\nx ::= x "b"', "max_new_tokens": 20}),
     ]
     expected = plain_texts(models.target, arrivals[:1], **OPTIONS)
     with engine(models.target, whiflash=models.whiflash(router), **OPTIONS) as e:

@@ -84,9 +84,7 @@ def plain(models: Models) -> dict[str, list[int]]:
         return texts(e)
 
 
-def test_a_decode_server_continues_what_another_server_read(
-    models: Models, plain: dict[str, list[int]]
-) -> None:
+def test_a_decode_server_continues_what_another_server_read(models: Models, plain: dict[str, list[int]]) -> None:
     """Without overlap, and after a retraction, it does in `tests/parallel/test_prefill_and_decode.py`."""
     with overlapped(models.target, whiflash={"whiflash_drafters": "none"}, **SERVER) as e:
         assert texts(e) == plain

@@ -68,17 +68,11 @@ def test_a_block_from_the_reduced_vocabulary(models: Models, tmp_path: Path) -> 
     models = replace(models, eagle3=small)
     texts, seen = [], []
     for vocabulary in ("full", "eagle3"):
-        with engine(
-            models.target, whiflash=models.whiflash("diffusion", {"dflash_vocabulary": vocabulary})
-        ) as e:
+        with engine(models.target, whiflash=models.whiflash("diffusion", {"dflash_vocabulary": vocabulary})) as e:
             seen = []
             spy(e, "diffusion", seen)
             texts.append(e.generate(PROMPTS, max_new_tokens=40))
-            allowed = set(
-                e.worker.drafters["ar"].model.target_ids(e.worker.tokens.data.new_tensor(range(6))).tolist()
-            )
-        drafted = {
-            int(t) for _, d in seen for row, n in zip(d.tokens, d.counts, strict=True) for t in row[:n]
-        }
+            allowed = set(e.worker.drafters["ar"].model.target_ids(e.worker.tokens.data.new_tensor(range(6))).tolist())
+        drafted = {int(t) for _, d in seen for row, n in zip(d.tokens, d.counts, strict=True) for t in row[:n]}
         assert (drafted <= allowed) == (vocabulary == "eagle3")
     assert texts[0] == texts[1]

@@ -40,9 +40,7 @@ def served(name: str, root: Path, length: int) -> Iterator[tuple[Engine, Echo]]:
         asked = list(zip(names, bodies, strict=False))
         for rid, body in asked:
             fields = {key: value for key, value in body.items() if key in REQUEST_FIELDS}
-            e.submit(
-                rid, body["input_ids"], **{"ignore_eos": False, **deepcopy(body["sampling_params"])}, **fields
-            )
+            e.submit(rid, body["input_ids"], **{"ignore_eos": False, **deepcopy(body["sampling_params"])}, **fields)
         e.run()
         answers = [answered(e, rid) for rid, _ in asked]
         if len(bodies) == 1:
@@ -59,9 +57,7 @@ def answered(e: Engine, rid: str) -> dict[str, Any]:
     tokens = req.output_ids_through_stop
     meta: dict[str, Any] = {"whiflash": build_trace(getattr(req, _RECORDING), "", len(tokens))}
     if req.return_logprob:
-        meta["output_top_logprobs"] = [
-            [(value,) for value in top] for top in req.logprob.output_top_logprobs_val
-        ]
+        meta["output_top_logprobs"] = [[(value,) for value in top] for top in req.logprob.output_top_logprobs_val]
     return {"output_ids": list(tokens), "meta_info": meta}
 
 
@@ -72,8 +68,7 @@ def sweep(e: Engine, asked: Echo, prompts: Iterator[tuple[str, Any]], count: int
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("name", "whole"),
-    [("dense", False), *(pytest.param(name, True, marks=pytest.mark.evidence) for name in TARGETS)],
+    ("name", "whole"), [("dense", False), *(pytest.param(name, True, marks=pytest.mark.evidence) for name in TARGETS)]
 )
 def test_identifiers_are_plain_decodings(
     name: str, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

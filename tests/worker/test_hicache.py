@@ -246,9 +246,7 @@ def test_storage_is_the_pair_s_own(models: Models, tmp_path: Path, monkeypatch: 
     with engine(models.target, whiflash=another_pair, **flags) as e:
         assert fetched(e, text, "other") == 0
     # The same pair after a restart: a page without the drafters' part ends what is loaded.
-    key = next(
-        each for each in sorted(pages.iterdir(), key=lambda f: f.stat().st_mtime) if "draft" in each.name
-    )
+    key = next(each for each in sorted(pages.iterdir(), key=lambda f: f.stat().st_mtime) if "draft" in each.name)
     with engine(models.target, whiflash=models.whiflash("random"), **flags) as e:
         assert fetched(e, text, "after") >= len(text) - 32
         assert not any(wrong_slots(e, models, text)[1].values())
@@ -268,9 +266,7 @@ def test_storage_is_the_pair_s_own(models: Models, tmp_path: Path, monkeypatch: 
 def test_drafters_that_one_host_pool_cannot_hold() -> None:
     pool = SimpleNamespace(size=16, page_size=1)
     kv, wide = (DraftKV(2, 17, 2, width, torch.float32, "cpu") for width in (16, 32))
-    with pytest.raises(
-        ConfigError, match=r"'ar' has 2 heads of 16, 'diffusion' has 2 heads of 32\); remove them"
-    ):
+    with pytest.raises(ConfigError, match=r"'ar' has 2 heads of 16, 'diffusion' has 2 heads of 32\); remove them"):
         DraftPool(pool, {"ar": kv, "diffusion": wide}, 4)
     with pytest.raises(ConfigError, match=r"target has 3 and the drafters have 4; remove them"):
         DraftPool(pool, {"ar": kv, "diffusion": kv}, 3)

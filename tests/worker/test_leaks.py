@@ -32,12 +32,7 @@ CALLS = {"spans": [{"kind": "tool_call", "begin": "<", "end": ">"}], "agent": "p
 SAID: list[dict[str, Any]] = [
     {},
     {"json_schema": json.dumps(SCHEMA), "ignore_eos": False},
-    {
-        "custom_params": {
-            "whiflash": json.dumps(CALLS),
-            TOOLS_KEY: carried_tools([("find", SCHEMA)], "hermes"),
-        }
-    },
+    {"custom_params": {"whiflash": json.dumps(CALLS), TOOLS_KEY: carried_tools([("find", SCHEMA)], "hermes")}},
     {"custom_params": {"whiflash": json.dumps({"spans": [{"kind": "json", "open": True}]})}},
     {"custom_params": {"whiflash_prediction": list(range(40))}},
 ]
@@ -72,11 +67,7 @@ def objects() -> Counter[str]:
     gc.collect()
     kinds = Counter(type(o) for o in gc.get_objects())
     return Counter(
-        {
-            f"{k.__module__}.{k.__qualname__}": n
-            for k, n in kinds.items()
-            if str(k.__module__).split(".")[0] in OWNERS
-        }
+        {f"{k.__module__}.{k.__qualname__}": n for k, n in kinds.items() if str(k.__module__).split(".")[0] in OWNERS}
     )
 
 

@@ -74,9 +74,7 @@ def test_the_pool_leaves_room_for_what_the_worker_allocates(models: Models, befo
         assert pool_tokens(e) == (BUDGET - fixed) // per_slot
 
 
-def test_a_pass_takes_no_more_for_its_logits_than_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pass_takes_no_more_for_its_logits_than_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In 16 bits, as on a GPU: there the largest pass is promised, if passes are captured. The kernel keeps nothing of
     a logit; its replacement needs memory for a few rows.
     """

@@ -17,8 +17,7 @@ from whiflash_sglang.formats.router import Router
 ROUTER = "neural"
 RNG = random.Random(5)
 ARRIVALS = [
-    Arrival(f"n{i}", 0, tuple(RNG.choices(range(256), k=RNG.randint(5, 40))), {"max_new_tokens": 60})
-    for i in range(4)
+    Arrival(f"n{i}", 0, tuple(RNG.choices(range(256), k=RNG.randint(5, 40))), {"max_new_tokens": 60}) for i in range(4)
 ]
 
 
@@ -43,10 +42,7 @@ def test_without_a_router_there_is_no_neural_policy(models: Models) -> None:
 def test_a_router_of_another_target_stops_the_start(models: Models, tmp_path: Path) -> None:
     Router(32, 8).save(tmp_path / "router.safetensors")
     flags = models.whiflash("auto", whiflash_neural_router_path=str(tmp_path / "router.safetensors"))
-    with (
-        pytest.raises(CheckpointError, match=r"two linear layers \[M, 64\]"),
-        engine(models.target, whiflash=flags),
-    ):
+    with pytest.raises(CheckpointError, match=r"two linear layers \[M, 64\]"), engine(models.target, whiflash=flags):
         pass
 
 

@@ -115,11 +115,7 @@ SETTINGS = {
     "fp8": Setting(plain={"kv_cache_dtype": "fp8_e4m3", "chunked_prefill_size": None}),
     "drafters in fp8": Setting({"speculative_draft_kv_cache_dtype": "fp8_e4m3"}),
     "priorities": Setting(
-        {
-            "max_running_requests": 2,
-            "enable_priority_scheduling": True,
-            "priority_scheduling_preemption_threshold": 1,
-        }
+        {"max_running_requests": 2, "enable_priority_scheduling": True, "priority_scheduling_preemption_threshold": 1}
     ),
     "everything at once": Setting(
         {
@@ -137,9 +133,7 @@ SETTINGS = {
     "two layers": Setting(CASES["pages"], layers=2),
     "two layers, full pool": Setting(CASES["full pool"], layers=2),
     "overlap": Setting({"max_running_requests": 4}, overlap=True),
-    "overlap, llguidance": Setting(
-        {"max_running_requests": 4}, plain={"grammar_backend": "llguidance"}, overlap=True
-    ),
+    "overlap, llguidance": Setting({"max_running_requests": 4}, plain={"grammar_backend": "llguidance"}, overlap=True),
     "overlap, lengths": Setting({"max_running_requests": 4}, overlap=True, host_lengths=True),
     "uno": Setting(uno=True),
     "uno, full pool": Setting(CASES["full pool"], uno=True),
@@ -216,10 +210,7 @@ ROWS = [
     row("batch", "random", "rated beside samples", "runs"),
     *(row("batch", router, "states", evidence=True) for router in ("ar", "none")),
     row("batch", "random", "states", *KNOWING),
-    *(
-        row("whole prompts", router, "processed", evidence=True)
-        for router in ("ar", "diffusion", "lookup", "none")
-    ),
+    *(row("whole prompts", router, "processed", evidence=True) for router in ("ar", "diffusion", "lookup", "none")),
     row("whole prompts", "auto", "processed", evidence=True),
     row("whole prompts", "random", "processed", "oracle"),
     row("whole prompts", "none", "unprocessed"),
@@ -305,9 +296,7 @@ def asked_of(row: Row, adapters: Adapters) -> list[Arrival]:
     """Requests of a row, which name adapters as SGLang does."""
     ids = {name: adapter.id for name, adapter in adapters.items()}
     return [
-        replace(a, params={**a.params, "lora_id": ids.get(a.params["lora_id"])})
-        if "lora_id" in a.params
-        else a
+        replace(a, params={**a.params, "lora_id": ids.get(a.params["lora_id"])}) if "lora_id" in a.params else a
         for a in SETS[row.requests]()
     ]
 
@@ -331,9 +320,7 @@ def surroundings(requests: str) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def expected(request: pytest.FixtureRequest, models: Models, adapters: Adapters) -> dict[str, Answers]:
     """Plain decoding's answers of all rows that are to run: an engine for each set of arguments that change texts."""
-    items = [
-        item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")
-    ]
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     run = [item.callspec.params["row"] for item in items if not list(item.iter_markers("skip"))]
     groups: dict[str, list[Row]] = {}
     for each in run:
@@ -447,9 +434,7 @@ def test_text_is_plain_decodings(
         played()
 
 
-def play_row(
-    serving: Serving, row: Row, expected: dict[str, Answers], monkeypatch: pytest.MonkeyPatch
-) -> Result:
+def play_row(serving: Serving, row: Row, expected: dict[str, Answers], monkeypatch: pytest.MonkeyPatch) -> Result:
     e, oracle, wanted = serving.engine, serving.oracle, expected[str(row)]
     arrivals = asked_of(row, serving.adapters)
     e.requests.clear()
@@ -477,9 +462,7 @@ def play_row(
     drawn_alike = row.setting == "seeded"  # elsewhere a sampled text is another one each time
     compared = [a for a in arrivals if drawn_alike or not a.params.get("temperature")]
     comparisons = [
-        check(
-            of.reference.target, [a for a in compared if a.params.get("lora_id") == adapter], wanted, answers
-        )
+        check(of.reference.target, [a for a in compared if a.params.get("lora_id") == adapter], wanted, answers)
         for adapter, of in models_of(serving).items()
     ]
     check_kept(serving, row)
@@ -518,9 +501,7 @@ def check_replayed(serving: Serving, before: tuple[int, int, int]) -> None:
     assert set(graphs.committed[before[2] :]) == {True}
     played = len(graphs.committed)
     e.requests.clear()
-    [sampled] = judge(
-        serving.models, sample(e, serving.oracle, {"top-k": PARAMETERS["top-k"]}, each=56, tokens=5)
-    )
+    [sampled] = judge(serving.models, sample(e, serving.oracle, {"top-k": PARAMETERS["top-k"]}, each=56, tokens=5))
     assert set(graphs.committed[played:]) == {True}
     assert sampled.test.p_value > 1e-4
     assert sampled.test.freedom >= 5
@@ -609,9 +590,7 @@ def check_learned(serving: Serving, arrivals: list[Arrival]) -> None:
             begin = start + 1 - prompt
             assert end <= begin <= end + req.retraction_count
             run = output[begin : begin + len(tokens)]
-            cut_later = (
-                a.params.keys() & {"stop", "stop_regex"} or len(a.params.get("stop_token_ids") or ()) > FEW
-            )
+            cut_later = a.params.keys() & {"stop", "stop_regex"} or len(a.params.get("stop_token_ids") or ()) > FEW
             assert tokens == run or (cut_later and tokens[: len(run)] == run)
             end = begin + len(run)
         assert end <= len(output) <= end + req.retraction_count or not learned[rid]

@@ -150,9 +150,7 @@ def test_prices_are_published_as_they_are_used(models: Models, monkeypatch: pyte
     with engine(models.target, whiflash=models.whiflash("random")) as e:
         found, _, _ = serve(e, monkeypatch)
         costs = e.worker.controller.costs
-        published = {
-            labels: value for (name, labels), value in found.values.items() if name == "cost_seconds"
-        }
+        published = {labels: value for (name, labels), value in found.values.items() if name == "cost_seconds"}
         for arm, drafter in e.worker.drafters.items():
             assert published["draft", arm] == costs.draft(arm, 1)
             assert (published["draft", arm] > 0) == isinstance(drafter, KVDrafter), (
@@ -169,9 +167,7 @@ def test_memory_is_what_was_allocated(models: Models, monkeypatch: pytest.Monkey
         found, _, _ = serve(e, monkeypatch)
         drafters = e.worker.drafters.values()
         kv = sum(d.kv.k.nbytes + d.kv.v.nbytes for d in drafters if isinstance(d, KVDrafter))
-        published = {
-            labels[0]: value for (name, labels), value in found.values.items() if name == "memory_bytes"
-        }
+        published = {labels[0]: value for (name, labels), value in found.values.items() if name == "memory_bytes"}
         assert published["draft_kv"] == kv > 0
         rings = e.worker.sync.rings.rings
         watermarks = e.worker.sync.watermarks.device.nbytes

@@ -106,11 +106,7 @@ def test_an_error_of_one_request_takes_the_arms_from_nobody(
 
             def spoiled(given: Any, *more: Any, original: Any, **named: Any) -> Any:
                 requests = [given] if isinstance(given, Request) else [e.states[row] for row in given.row_ids]
-                return (
-                    fails()
-                    if "poison" in [each.rid for each in requests]
-                    else original(given, *more, **named)
-                )
+                return fails() if "poison" in [each.rid for each in requests] else original(given, *more, **named)
 
             drafter = e.worker.drafters[arm]
             monkeypatch.setattr(drafter, method, partial(spoiled, original=getattr(drafter, method)))
@@ -119,9 +115,7 @@ def test_an_error_of_one_request_takes_the_arms_from_nobody(
             e.submit(name, prompt, max_new_tokens=TOKENS)
         e.run()
         assert list(map(e.output, names)) == plain
-        assert e.worker.quarantine.left_out == {
-            name: int(name in ("ar", "lookup")) for name in e.worker.drafters
-        }
+        assert e.worker.quarantine.left_out == {name: int(name in ("ar", "lookup")) for name in e.worker.drafters}
         assert not e.worker.quarantine.reasons
         lines = {r.args[0]: r for r in caplog.records if "is left out" in r.getMessage()}  # type: ignore[index]
         assert lines.keys() == {"ar", "lookup"}
@@ -270,10 +264,7 @@ def test_what_the_machine_raises_is_no_arms(error: Exception) -> None:
 
 def test_several_ranks_agree() -> None:
     """Another rank may have drafted, so to go on without would leave it waiting in a collective call."""
-    held, request = (
-        Quarantine(["ar", "lookup"], alone=False, from_text=["lookup"]),
-        Request("r", running=True),
-    )
+    held, request = (Quarantine(["ar", "lookup"], alone=False, from_text=["lookup"]), Request("r", running=True))
     with held.guard("lookup", request):
         fails()
     assert not held.serves("lookup", request), "only the first rank asks it, so none waits"

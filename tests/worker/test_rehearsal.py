@@ -126,9 +126,7 @@ def test_where_passes_are_captured_their_memory_is_reckoned_with(
 
 def test_who_turns_graphs_off_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     config = default_cuda_graph_config()
-    monkeypatch.setattr(
-        graphs, "get_exec", lambda: SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=config))
-    )
+    monkeypatch.setattr(graphs, "get_exec", lambda: SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=config)))
     ranks = SimpleNamespace(attn_tp_size=1)
     monkeypatch.setattr(graphs, "get_parallel", lambda: ranks)
     assert graphs.recorder(SimpleNamespace(device="cpu")) is None

@@ -87,9 +87,7 @@ def sources_of(running: Engine, name: str) -> dict[str, int]:
     trace = build_trace(recording, "random", len(running.output(name)))
     sources = trace["sources"]
     for count in ("proposed", "accepted"):
-        assert sum(one[count] for one in sources.values()) == sum(
-            one[count] for one in trace["arms"].values()
-        )
+        assert sum(one[count] for one in sources.values()) == sum(one[count] for one in trace["arms"].values())
     return {source: one["accepted"] for source, one in sources.items()}
 
 
@@ -191,9 +189,7 @@ def test_copies_are_verified_again_after_rounds_that_had_none(
     assert req.spec_num_correct_drafts > 0
 
 
-def test_rows_are_those_of_a_graph(
-    running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_those_of_a_graph(running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """However much is drafted, a verification has the rows that the host picked, of those that graphs have."""
     monkeypatch.setattr(running.worker.controller.costs, "packed", lambda requests, drafts: 2)
     rows, grid = [], (3, 5, 7, 9)

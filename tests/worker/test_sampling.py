@@ -94,11 +94,7 @@ def judge(models: Models, found: Mapping[str, Sequence[Sequence[int]]]) -> list[
 
 
 def sampling_engine(
-    models: Models,
-    router: str,
-    oracle: OracleArm | None = None,
-    keys: dict[str, Any] | None = None,
-    **arguments: Any,
+    models: Models, router: str, oracle: OracleArm | None = None, keys: dict[str, Any] | None = None, **arguments: Any
 ) -> Any:
     return engine(
         models.target,
@@ -188,10 +184,7 @@ def test_min_p_is_that_of_flashinfer(models: Models, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(sampler, name, operator, raising=False)
     asked = {"temperature": 0.4, "top_k": 3, "top_p": 0.75, "min_p": 0.01}
     oracle, each = OracleArm(0.9, seed=4), 400
-    with (
-        sampling_engine(models, "random", oracle) as e,
-        get_exec().kernel.override(sampling_backend="flashinfer"),
-    ):
+    with sampling_engine(models, "random", oracle) as e, get_exec().kernel.override(sampling_backend="flashinfer"):
         found = sample(e, oracle, {"cut": asked}, each=each, tokens=6)["cut"]
     chances = [
         goodness_of_fit(found, joint(models.reference.target, PROMPT, params, WINDOW, rare=5 / each)).p_value

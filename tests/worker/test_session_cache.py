@@ -19,11 +19,7 @@ CASES: dict[str, dict[str, Any]] = {
     "slots": {},
     "pages": {"page_size": 16, "max_total_tokens": 768},
     "chunks": {"chunked_prefill_size": 24},
-    "host": {
-        "enable_hierarchical_cache": True,
-        "hicache_ratio": 1.5,
-        "hicache_write_policy": "write_through",
-    },
+    "host": {"enable_hierarchical_cache": True, "hicache_ratio": 1.5, "hicache_write_policy": "write_through"},
 }
 RESERVED = 32
 """Slots that a running request reserves for two rounds; plain decoding reserves none, so its pool has fewer."""
@@ -62,9 +58,7 @@ def test_turns_find_what_plain_decoding_finds(models: Models, case: str) -> None
         assert_tree_is_true(e, models)
     assert {rid: said for rid, (_, said) in found.items()} == {rid: said for rid, (_, said) in plain.items()}
     pairs = 1 if case == "host" else 0  # keys of two tokens: the last slot of what was evicted is not shared
-    lost = {
-        rid: (found[rid][0], cached) for rid, (cached, _) in plain.items() if found[rid][0] < cached - pairs
-    }
+    lost = {rid: (found[rid][0], cached) for rid, (cached, _) in plain.items() if found[rid][0] < cached - pairs}
     assert not lost
     assert sum(cached for cached, _ in plain.values()) > len(plain) * 40
 

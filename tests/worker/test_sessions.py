@@ -141,9 +141,7 @@ def test_turns_under_every_policy(
     assert len(checked) == TURNS * sum(talk.streaming for talk in sessions())
 
 
-def test_turns_under_overlap(
-    models: Models, plain: Texts, oracle: OracleArm, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_turns_under_overlap(models: Models, plain: Texts, oracle: OracleArm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Costs, "worth", lambda _: FULL_LENGTH)
     talks = sessions()[: 2 * len(ENDS)]
     options = {"whiflash": models.whiflash("random"), "arms": [oracle], "host_lengths": False, **OPTIONS}
@@ -154,9 +152,7 @@ def test_turns_under_overlap(
     assert max(oracle.accepted) == oracle.max_drafts
 
 
-@pytest.mark.parametrize(
-    "case", [{"page_size": 16, "chunked_prefill_size": 16}, {"max_total_tokens": 480}], ids=str
-)
+@pytest.mark.parametrize("case", [{"page_size": 16, "chunked_prefill_size": 16}, {"max_total_tokens": 480}], ids=str)
 def test_turns_in_pages_chunks_and_a_full_pool(
     models: Models, plain: Texts, oracle: OracleArm, case: dict[str, int]
 ) -> None:

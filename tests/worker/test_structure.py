@@ -44,10 +44,7 @@ def test_tools_without_a_grammar(
     models: Models, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The target writes calls, and the arm is told of tools alone: what these tell is drafted, and nothing is lost."""
-    functions: list[tuple[str | None, object]] = [
-        ("look_up", json.loads(SCHEMA)),
-        ("look_out", json.loads(SCHEMA)),
-    ]
+    functions: list[tuple[str | None, object]] = [("look_up", json.loads(SCHEMA)), ("look_out", json.loads(SCHEMA))]
     spans = {"spans": [{"kind": "tool_call", "begin": "<call>", "end": "</call>"}]}
     carried = {"whiflash": json.dumps(spans), TOOLS_KEY: carried_tools(functions, "hermes")}
     arrivals = [replace(a, params={**a.params, "custom_params": carried}) for a in structured()]

@@ -63,13 +63,7 @@ def verified(drafters: Sequence[Any], first: Sequence[int], route: str) -> list[
 @pytest.mark.parametrize("order", [("structure", "lookup"), ("lookup", "structure")])
 def test_nothing_that_is_forbidden_is_verified(order: tuple[str, str]) -> None:
     """Copies may come last, and after anything."""
-    for known in (
-        {3: [4]},
-        {3: [4], 5: [FORBIDDEN, 7]},
-        {5: [FORBIDDEN]},
-        {2: [FORBIDDEN]},
-        {3: [FORBIDDEN, 4]},
-    ):
+    for known in ({3: [4]}, {3: [4], 5: [FORBIDDEN, 7]}, {5: [FORBIDDEN]}, {2: [FORBIDDEN]}, {3: [FORBIDDEN, 4]}):
         arms: dict[str, Any] = {"structure": Grammar(), "lookup": Copy(known)}
         found = verified([arms[name] for name in order], [1, 2], "ar")
         assert FORBIDDEN not in found, known

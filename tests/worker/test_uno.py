@@ -59,9 +59,7 @@ def adapted_behind(target: ReferenceTarget, adapter: Path, clean: int) -> Iterat
         hook.remove()
 
 
-def test_drafts_are_the_formulas(
-    models: Models, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drafts_are_the_formulas(models: Models, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of every pass, from texts of different lengths; the first draft is always right, and text is plain's."""
     path, target, passes = adapters["one"].path, models.reference.target, list[Pass]()
     logits_of = AdaptedTarget.logits
@@ -69,9 +67,7 @@ def test_drafts_are_the_formulas(
     def logits(self: AdaptedTarget, batch: DraftBatch, noise: torch.Tensor) -> torch.Tensor:
         found = logits_of(self, batch, noise)
         of_each = found.view(len(batch), -1, self.vocabulary).clone()
-        for row, n, ids, own in zip(
-            batch.rows.tolist(), batch.starts.tolist(), noise.tolist(), of_each, strict=True
-        ):
+        for row, n, ids, own in zip(batch.rows.tolist(), batch.starts.tolist(), noise.tolist(), of_each, strict=True):
             passes.append((e.worker.tokens.data[row, : n + 1].tolist(), ids, own))
         return found
 
@@ -109,9 +105,7 @@ def test_drafts_are_the_formulas(
     assert changed_rows > 10, "the adapter changes what the noise's rows say"
 
 
-def test_an_adapter_of_another_target_is_refused(
-    models: Models, adapters: dict[str, Adapter], tmp_path: Path
-) -> None:
+def test_an_adapter_of_another_target_is_refused(models: Models, adapters: dict[str, Adapter], tmp_path: Path) -> None:
     factors = load_file(adapters["one"].path / "adapter_model.safetensors")
     wider = {name: torch.cat([factor, factor], -1) for name, factor in factors.items()}
     save_file(wider, tmp_path / "adapter_model.safetensors")

@@ -24,10 +24,7 @@ from whiflash_train.cli.train import resolve_config
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, Path]:
     target = tiny_target(tmp_path / "target")
-    drafters = {
-        "eagle3": tiny_eagle3(tmp_path / "e3", target),
-        "dflash": tiny_dflash(tmp_path / "df", target),
-    }
+    drafters = {"eagle3": tiny_eagle3(tmp_path / "e3", target), "dflash": tiny_dflash(tmp_path / "df", target)}
     return {"target": target, **drafters}
 
 
@@ -41,9 +38,7 @@ def parts(models: dict[str, Path]) -> BundleParts:
     return BundleParts(*(str(models[name]) for name in ("target", "eagle3", "dflash")))
 
 
-def test_directories_become_a_bundle_that_is_served_from_itself(
-    models: dict[str, Path], tmp_path: Path
-) -> None:
+def test_directories_become_a_bundle_that_is_served_from_itself(models: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     said = [f"--{part}={models[part]}" for part in ("eagle3", "dflash")]
     done = whiflash("bundle", "create", f"--target={models['target']}", *said, f"--out={out}", "--json")
@@ -57,13 +52,8 @@ def test_directories_become_a_bundle_that_is_served_from_itself(
     checked = whiflash("check", "--model-path", str(models["target"]), "--draft", str(out))
     assert checked.returncode == 0, checked.stderr
     lines = checked.stdout.splitlines()
-    assert (
-        "EAGLE-3, the ar arm; reads the outputs of layers 0, 2, 4; 256 bytes of KV a token, 16.7%" in lines[0]
-    )
-    assert (
-        "DFlash, the diffusion arm; 7 drafts a block; reads the outputs of layers 1, 3, 4; 512 bytes"
-        in lines[1]
-    )
+    assert "EAGLE-3, the ar arm; reads the outputs of layers 0, 2, 4; 256 bytes of KV a token, 16.7%" in lines[0]
+    assert "DFlash, the diffusion arm; 7 drafts a block; reads the outputs of layers 1, 3, 4; 512 bytes" in lines[1]
     (out / "dflash" / "model.safetensors").write_bytes(b"other")
     spoilt = whiflash("check", "--draft", str(out))
     assert spoilt.returncode == 1
@@ -80,9 +70,7 @@ SPOILT: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_files_are_those_that_the_bundle_was_made_with(
-    models: dict[str, Path], tmp_path: Path, name: str
-) -> None:
+def test_files_are_those_that_the_bundle_was_made_with(models: dict[str, Path], tmp_path: Path, name: str) -> None:
     out = tmp_path / "bundle"
     create(parts(models), out)
     verify(resolve(Flags(), out).checksums)
@@ -211,9 +199,7 @@ def test_a_checkpoints_file_that_is_none_of_its_own_is_not_copied(
     assert not list(tmp_path.glob("*bundle*"))
 
 
-def test_a_hubs_snapshot_is_copied_with_the_modes_of_its_files(
-    models: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_hubs_snapshot_is_copied_with_the_modes_of_its_files(models: dict[str, Path], tmp_path: Path) -> None:
     """Its files are links into the `blobs` beside the snapshots."""
     snapshot = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
     (tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
@@ -269,10 +255,7 @@ def test_ids_stay_ids_at_the_commit_they_were_at(
     assert named == ("owner/target", "hub:owner/eagle3", "hub:owner/dflash")
     assert {part: source.revision for part, source in manifest.sources.items()} == commits
     asked.clear()
-    assert {path.name for path in resolve(Flags(), out).drafters.values()} == {
-        commits["eagle3"],
-        commits["dflash"],
-    }
+    assert {path.name for path in resolve(Flags(), out).drafters.values()} == {commits["eagle3"], commits["dflash"]}
     assert asked == [(f"owner/{part}", commits[part]) for part in ("eagle3", "dflash")]
     with pytest.raises(WhiflashError, match=r"^owner/none: not a directory here, and the hub gave nothing"):
         create(BundleParts("owner/target", pinned, "owner/none"), tmp_path / "second")

@@ -8,15 +8,10 @@ from whiflash_train.provenance import made_by
 def test_a_key_or_a_password_is_blank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")  # nor is git needed
     keys = ["--api-key", "K3Y one", "--api-key=K3Y", "--url", "http://K3Y:K3Y@host:30000"]
-    flags = [
-        "--server-args",
-        "--tp-size 2 --admin-api-key 'K3Y one' --api-key K3Y --ssl-keyfile-password=K3Y -x",
-    ]
+    flags = ["--server-args", "--tp-size 2 --admin-api-key 'K3Y one' --api-key K3Y --ssl-keyfile-password=K3Y -x"]
     monkeypatch.setattr("sys.argv", ["/bin/whiflash", "learn", "/var/lib/x", *keys, *flags])
     made = made_by(())
     said = ["--api-key", "***", "--api-key=***", "--url", "http://***@host:30000", "--server-args"]
     assert made["command"][:-1] == ["whiflash", "learn", "x", *said]
-    assert (
-        made["command"][-1] == "--tp-size 2 --admin-api-key *** --api-key *** --ssl-keyfile-password=*** -x"
-    )
+    assert made["command"][-1] == "--tp-size 2 --admin-api-key *** --api-key *** --ssl-keyfile-password=*** -x"
     assert made["revision"] == ""

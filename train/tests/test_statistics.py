@@ -19,16 +19,9 @@ def test_rate_takes_the_median_repetition_of_every_prompt() -> None:
     assert rate(tokens, seconds) == pytest.approx(40 / 5)
 
 
-@given(
-    factor=st.floats(0.2, 5),
-    prompts=st.integers(1, 12),
-    repetitions=st.integers(1, 5),
-    seed=st.integers(0, 99),
-)
+@given(factor=st.floats(0.2, 5), prompts=st.integers(1, 12), repetitions=st.integers(1, 5), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
-def test_drift_that_hits_both_arms_cancels_out(
-    factor: float, prompts: int, repetitions: int, seed: int
-) -> None:
+def test_drift_that_hits_both_arms_cancels_out(factor: float, prompts: int, repetitions: int, seed: int) -> None:
     """One arm is `factor` times as fast at every moment of a machine that gets faster and slower."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(2, 200, size=(prompts, 1)).repeat(repetitions, axis=1).astype(float)

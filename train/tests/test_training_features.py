@@ -142,9 +142,7 @@ class Taught(NamedTuple):
     @classmethod
     def by(cls, teacher: ServedTarget, prompts: list[PromptRow], keep_loops: bool) -> "Taught":
         skipped: list[str] = []
-        found = teacher.answers(
-            prompts, lambda row, why: skipped.append(f"{row.id}: {why}"), keep_loops=keep_loops
-        )
+        found = teacher.answers(prompts, lambda row, why: skipped.append(f"{row.id}: {why}"), keep_loops=keep_loops)
         return cls({answer.prompt.id: answer for answer in found}, skipped)
 
 
@@ -166,9 +164,7 @@ def test_answers_and_features_are_the_targets(tmp_path: Path) -> None:
         inside = InProcess(e, tmp_path / "states")
         data = Data(prompts=[], max_new_tokens=50, at_once=3)
         served = ServedTarget(inside, tokenizer, None, CAPTURE, target.hidden_size, torch.float32, data)
-        kept, cut = (
-            Taught.by(served, [*free, *constrained, broken, long], keep_loops) for keep_loops in (True, False)
-        )
+        kept, cut = (Taught.by(served, [*free, *constrained, broken, long], keep_loops) for keep_loops in (True, False))
         for key, states in served.states(enumerate(TEXTS)):
             torch.testing.assert_close(states, target.states(TEXTS[key], CAPTURE), rtol=1e-4, atol=1e-4)
         inside.recorder.tell(tmp_path / "origin", "tiny")

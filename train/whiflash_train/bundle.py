@@ -10,15 +10,7 @@ from typing import Any, NamedTuple
 from whiflash_sglang.checkpoints.bundle import Bundle, digests, write_bundle
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit
 from whiflash_sglang.checkpoints.hub import Found, look_up
-from whiflash_sglang.checkpoints.manifest import (
-    EMBEDDED_BUNDLE,
-    HUB,
-    MANIFEST,
-    NAMES,
-    PARTS,
-    check_arms,
-    load_manifest,
-)
+from whiflash_sglang.checkpoints.manifest import EMBEDDED_BUNDLE, HUB, MANIFEST, NAMES, PARTS, check_arms, load_manifest
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import copy_member

@@ -34,9 +34,7 @@ class VocabularyMatrices(NamedTuple):
     embedding_scale: float
 
     @classmethod
-    def read(
-        cls, directory: Path, name: str, *, device: torch.device, dtype: torch.dtype
-    ) -> "VocabularyMatrices":
+    def read(cls, directory: Path, name: str, *, device: torch.device, dtype: torch.dtype) -> "VocabularyMatrices":
         """Read the matrices that SGLang wrote for the target `name`, rows of all its processes joined, onto `device`.
 
         Raises:
@@ -91,13 +89,7 @@ class ServedOrigin:
 
     @classmethod
     def read(
-        cls,
-        target: Path,
-        name: str,
-        told: Path,
-        layers: Mapping[str, int],
-        final_norm: Tensor,
-        dtype: torch.dtype,
+        cls, target: Path, name: str, told: Path, layers: Mapping[str, int], final_norm: Tensor, dtype: torch.dtype
     ) -> "ServedOrigin":
         """Read a target's embedding and head, which SGLang wrote to `told`, and its sizes from its `config.json`.
 

@@ -32,10 +32,7 @@ def made_by(packages: Sequence[str]) -> dict[str, Any]:
     """Return command, revision, versions and hardware of this process, without local directories or secrets."""
     program, *arguments = without_secrets(sys.argv)
     return {
-        "command": [
-            Path(program).name,
-            *(Path(one).name if one.startswith("/") else one for one in arguments),
-        ],
+        "command": [Path(program).name, *(Path(one).name if one.startswith("/") else one for one in arguments)],
         **checkout(Path(__file__).parent),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},

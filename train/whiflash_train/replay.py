@@ -65,9 +65,7 @@ class PairParts(NamedTuple):
         drafts = [*map(read_draft, self.checkpoints.values())]
         for path, _, config in drafts:
             if getattr(config, "anchored", False) or getattr(config, "mask_token", None) is not None:
-                raise ConfigError(
-                    f"{path}: FlashMap and P-EAGLE cannot be replayed; ask a server that drafts with it"
-                )
+                raise ConfigError(f"{path}: FlashMap and P-EAGLE cannot be replayed; ask a server that drafts with it")
         return sorted({layer for draft in drafts for layer in draft.config.target_layer_ids})
 
 
@@ -200,10 +198,7 @@ class Rounds(NamedTuple):
     @property
     def chains(self) -> dict[str, list[Chain]]:
         """Arm → [P] chains, its drafts with their chances."""
-        return {
-            arm: list(map(Chain, tokens.tolist(), self.alive[arm].tolist()))
-            for arm, tokens in self.tokens.items()
-        }
+        return {arm: list(map(Chain, tokens.tolist(), self.alive[arm].tolist())) for arm, tokens in self.tokens.items()}
 
 
 class Replay(NamedTuple):
@@ -302,9 +297,7 @@ def replay_drafters(pair: Pair, sequence: Stored, capture: Sequence[int]) -> Rou
     return rounds
 
 
-def _unrolled(
-    drafter: Eagle3Drafter, batch: Batch, capture: Sequence[int], steps: int
-) -> tuple[Tensor, Choice]:
+def _unrolled(drafter: Eagle3Drafter, batch: Batch, capture: Sequence[int], steps: int) -> tuple[Tensor, Choice]:
     """Return whether each draft of the chains equals the text, [P, steps] bool, and the drafts."""
     layers = drafter.config.target_layer_ids
     if not layers:
@@ -326,9 +319,7 @@ def _unrolled(
     return torch.stack(right, 1), Choice(torch.stack(tokens, 1), torch.stack(sure, 1))
 
 
-def _blocks(
-    drafter: DFlashDrafter, head: DraftHead, batch: Batch, capture: Sequence[int]
-) -> tuple[Tensor, Choice]:
+def _blocks(drafter: DFlashDrafter, head: DraftHead, batch: Batch, capture: Sequence[int]) -> tuple[Tensor, Choice]:
     """Return whether each draft of the blocks equals the text, [P, drafts] bool, and the drafts."""
     blocks = choose_anchors(batch, per_token=1.0)
     columns = [list(capture).index(layer) for layer in drafter.config.target_layer_ids]

@@ -59,9 +59,7 @@ class TargetModel:
             path, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
         if lost := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):
-            raise ValueError(
-                f"the target in {path} lacks tensors, or they have other shapes: {', '.join(lost[:4])}"
-            )
+            raise ValueError(f"the target in {path} lacks tensors, or they have other shapes: {', '.join(lost[:4])}")
         self._model = model.to(device).eval()
         shape = model.config.get_text_config()
         self.hidden_size, self.num_layers = int(shape.hidden_size), int(shape.num_hidden_layers)
@@ -94,9 +92,7 @@ class TargetModel:
             for hook in hooks:
                 hook.remove()
         empty = final.new_empty(len(text), 0, self.hidden_size)
-        return TargetOutput(
-            torch.stack([kept[index] for index in capture], dim=1) if capture else empty, final
-        )
+        return TargetOutput(torch.stack([kept[index] for index in capture], dim=1) if capture else empty, final)
 
     def states(self, text: Sequence[int], capture: Sequence[int]) -> Tensor:
         """Return a text's states in the form of `FeatureStore`: [T, captured + 1, H], the final states last."""

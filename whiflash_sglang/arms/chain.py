@@ -30,9 +30,7 @@ class ChainModel(Protocol):
 
     def fuse(self, features: Tensor) -> Tensor: ...
 
-    def __call__(
-        self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend
-    ) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]: ...
 
     def choose(self, logits_hidden: Tensor) -> Choice: ...
 
@@ -109,12 +107,7 @@ class Eagle3Arm(ChainArm):
     model: Eagle3Drafter
 
     def __init__(
-        self,
-        model: Eagle3Drafter,
-        captured: tuple[int, ...],
-        layers: tuple[int, ...],
-        steps: int,
-        positions: int,
+        self, model: Eagle3Drafter, captured: tuple[int, ...], layers: tuple[int, ...], steps: int, positions: int
     ) -> None:
         heads, fc, depth = model.config.attention, model.fc, model.config.num_layers
         super().__init__(model, depth, heads, fc.weight, captured, layers, fc.in_features, steps)
@@ -179,12 +172,7 @@ class MTPArm(ChainArm):
     model: MTPDrafter
 
     def __init__(
-        self,
-        model: MTPDrafter,
-        captured: tuple[int, ...],
-        layers: tuple[int, ...],
-        steps: int,
-        positions: int,
+        self, model: MTPDrafter, captured: tuple[int, ...], layers: tuple[int, ...], steps: int, positions: int
     ) -> None:
         config, weight = model.config, model.projection.weight
         super().__init__(model, 1, config.attention, weight, captured, layers, config.hidden_size, steps)

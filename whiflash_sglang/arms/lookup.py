@@ -21,13 +21,7 @@ from whiflash_kernels.dispatch import backend_for
 
 from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.copying.calibration import (
-    BUCKETS,
-    EVEN_ODDS,
-    Agreement,
-    MatchCalibration,
-    RequestCalibration,
-)
+from whiflash_sglang.copying.calibration import BUCKETS, EVEN_ODDS, Agreement, MatchCalibration, RequestCalibration
 from whiflash_sglang.copying.copier import Copier, teach
 from whiflash_sglang.copying.groups import Groups, Member
 from whiflash_sglang.copying.texts import Prediction

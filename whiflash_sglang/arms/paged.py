@@ -109,9 +109,7 @@ class PagedArm(KVDrafter):
 
     def kv_bytes_per_token(self) -> int:
         """Return the bytes that its KV adds to one target slot."""
-        return DraftKV.bytes_per_token(
-            self._layers, self._shape.kv_heads, self._shape.head_dim, self.kv_dtype
-        )
+        return DraftKV.bytes_per_token(self._layers, self._shape.kv_heads, self._shape.head_dim, self.kv_dtype)
 
     def allocate(self, slots: int) -> None:
         """Allocate KV for `slots` target slots."""

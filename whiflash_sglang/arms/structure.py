@@ -247,9 +247,7 @@ class StructureArm(TextDrafter):
             kept.calls.follow(text)
         return True
 
-    def _looked(
-        self, kept: _Kept, drafts: Candidate, limit: int, worth: Worth
-    ) -> tuple[Sequence[Token], int]:
+    def _looked(self, kept: _Kept, drafts: Candidate, limit: int, worth: Worth) -> tuple[Sequence[Token], int]:
         """Return the tokens that follow `drafts` cut to what the grammar allows, and the number of drafts that it
         allows; together at most `limit`.
 

@@ -58,9 +58,7 @@ class Watermarks:
         rows: of the request table.
     """
 
-    def __init__(
-        self, arms: Iterable[str], capacity: int, rows: int, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, arms: Iterable[str], capacity: int, rows: int, device: torch.device | str = "cpu") -> None:
         self.arms = tuple(arms)
         self.capacity = capacity
         self.device = torch.zeros((len(self.arms), rows), dtype=torch.int64, device=device)
@@ -89,9 +87,7 @@ class Watermarks:
         """Return the rows of running requests."""
         return self._lower.keys()
 
-    def claim(
-        self, rows: torch.Tensor, lengths: torch.Tensor, due: torch.Tensor, into: Claims | None = None
-    ) -> Claims:
+    def claim(self, rows: torch.Tensor, lengths: torch.Tensor, due: torch.Tensor, into: Claims | None = None) -> Claims:
         """Move the watermarks of arms that catch up to n, and return from where to where every arm has to ingest.
 
         Args:
@@ -132,10 +128,7 @@ class Watermarks:
         parked through any flush. Rows of requests that have ended are passed over. All requests together have committed
         no more beyond what the host knows than the rows that are being verified, `verifying`.
         """
-        behind = [
-            high - self._lower[row][arm] if self.known(row) else 0
-            for row, high in zip(rows, most, strict=True)
-        ]
+        behind = [high - self._lower[row][arm] if self.known(row) else 0 for row, high in zip(rows, most, strict=True)]
         lagging = [index for index, tokens in enumerate(behind) if tokens > 0]
         full = {i for i in lagging if max(behind[i], 1) + widths[i] > self.capacity}
         members = [i for i in lagging if chosen[i] or i in full]
@@ -199,9 +192,7 @@ class FeatureRings:
         rows: request rows. capacity: tokens per request. width: columns of one captured row.
     """
 
-    def __init__(
-        self, rows: int, capacity: int, width: int, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
+    def __init__(self, rows: int, capacity: int, width: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.rings = BacklogRings.allocate(rows, capacity, width, dtype=dtype, device=device)
 
     @staticmethod

@@ -98,13 +98,7 @@ class DraftKV:
     """
 
     def __init__(
-        self,
-        layers: int,
-        slots: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, layers: int, slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         shape = (layers, slots, kv_heads, head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)

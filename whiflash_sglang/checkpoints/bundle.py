@@ -74,9 +74,7 @@ def verify(files: Mapping[str, str]) -> None:
     for name, digest in files.items():
         file = Path(name)
         if not file.is_file():
-            raise ConfigError(
-                f"{file} is missing, though its bundle's whiflash.json lists it: fetch the bundle again"
-            )
+            raise ConfigError(f"{file} is missing, though its bundle's whiflash.json lists it: fetch the bundle again")
         if sha256(file) != digest:
             raise ConfigError(
                 f"{file} is not the file that its bundle was made with (SHA-256 {digest}): damaged, or replaced; "

@@ -40,9 +40,7 @@ def check_arms(what: str, needed: Collection[str], there: Collection[str]) -> No
     missing = [NAMES[arm] for arm in needed if arm not in there]
     if missing:
         has = " and ".join(NAMES[arm] for arm in NAMES if arm in there) or "none"
-        raise ConfigError(
-            f"{what} needs {' and '.join(NAMES[arm] for arm in needed)}; the drafters here are: {has}"
-        )
+        raise ConfigError(f"{what} needs {' and '.join(NAMES[arm] for arm in needed)}; the drafters here are: {has}")
 
 
 def check_members(bundle: Path, named: Mapping[str, str]) -> None:
@@ -239,9 +237,7 @@ def load_manifest(bundle: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(
-            f"{path}: " + first_problem(error, Manifest, lambda name: f"key {name!r}")
-        ) from None
+        raise ConfigError(f"{path}: " + first_problem(error, Manifest, lambda name: f"key {name!r}")) from None
     if not (manifest.drafters or manifest.uno):
         raise ConfigError(f"{path} names no drafter: give key 'eagle3', 'dflash' or 'uno', or several")
     if manifest.router is not None:

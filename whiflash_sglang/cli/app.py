@@ -53,10 +53,7 @@ lab = typer.Typer(
     help="Commands that few need: simulations, judges of a bundle, parts of a training.", no_args_is_help=True
 )
 
-MODULES = (
-    *("serve", "demo", "bundle", "check", "running", "trace"),
-    *("advise", "bench", "learn", "train", "judge"),
-)
+MODULES = (*("serve", "demo", "bundle", "check", "running", "trace"), *("advise", "bench", "learn", "train", "judge"))
 """Modules of this package and entry points of others (`elsewhere.py`), in the order of the help."""
 
 for _name in MODULES:

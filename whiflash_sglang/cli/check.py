@@ -103,10 +103,7 @@ def check(
         ),
     ] = None,
     sweeps: Annotated[
-        int,
-        typer.Option(
-            "--sweeps", min=1, max=1000, help="Times 12 prompts of --echo; each compares 25,000 tokens."
-        ),
+        int, typer.Option("--sweeps", min=1, max=1000, help="Times 12 prompts of --echo; each compares 25,000 tokens.")
     ] = 1,
     as_json: JsonFlag = False,
     api_key: AdminKeyOption = None,
@@ -195,9 +192,7 @@ def _check_echo(url: str, sweeps: int, api_key: str | None, *, as_json: bool) ->
         for row in (rows[0], *(row.values() for row in rows)):
             say("".join(f"{cell!s:>10}" for cell in row))
         total = sum(row["tokens"] for row in rows)
-        say(
-            f"{len(result.wrong)} of {total:,} tokens are wrong ({dtype}): {'allowed' if right else 'TOO MANY'}"
-        )
+        say(f"{len(result.wrong)} of {total:,} tokens are wrong ({dtype}): {'allowed' if right else 'TOO MANY'}")
     if not right:
         raise typer.Exit(1)
 
@@ -239,9 +234,7 @@ def _lines(name: str, verdict: Any, *, full: bool) -> list[str]:
     lines += [f"  {sentence}" for sentence in verdict.obstacles.values()]
     if len(verdict.without_drafters) < len(verdict.obstacles):
         left = ", ".join(verdict.without_drafters)
-        lines.append(
-            f"  with --whiflash-drafters none: {f'still refused for {left}' if left else 'it starts'}"
-        )
+        lines.append(f"  with --whiflash-drafters none: {f'still refused for {left}' if left else 'it starts'}")
     if full:
         lines += [f"  {sentence}" for sentence in verdict.replaced]
         lines += [f"  not judged: {what}" for what in verdict.unread]

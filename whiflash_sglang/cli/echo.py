@@ -56,9 +56,7 @@ class Generated(Answer):
     meta_info: MetaInfo
 
 
-def over_http(
-    client: httpx.Client, url: str, bodies: Sequence[Body], *, tenant_header: bool = False
-) -> Sequence[Body]:
+def over_http(client: httpx.Client, url: str, bodies: Sequence[Body], *, tenant_header: bool = False) -> Sequence[Body]:
     """Send the bodies to `/generate` concurrently and return the server's answers. Raises ServerRefusedError.
 
     tenant_header: whether the server reads the key of its prefix cache from the gateway's header only.
@@ -168,9 +166,7 @@ class Echo:
         (answer,) = self.ask([job.body() | {"return_logprob": True, "top_logprobs_num": 2}])
         tops = answer["meta_info"].get("output_top_logprobs") or []
         if not 0 < len(answer["output_ids"]) <= len(tops):
-            raise ServerRefusedError(
-                "the server answered without tokens or their log-probabilities: see its log"
-            )
+            raise ServerRefusedError("the server answered without tokens or their log-probabilities: see its log")
         best = [[entry[0] for entry in top if entry[0] is not None] for top in tops]
         gaps = [two[0] - two[1] if len(two) > 1 else math.inf for two in best]
         return replace(job, tokens=answer["output_ids"], gaps=gaps)
@@ -215,11 +211,7 @@ def _key() -> str:
 def _rounds(trace: Body) -> Iterator[tuple[int, tuple[str, int]]]:
     """Yield each output token's place with the arm and width of the round that committed it."""
     for stretch in trace["stretches"]:
-        at, emitted, drafts = (
-            stretch["start"],
-            stretch.get("round_tokens") or (),
-            stretch.get("round_proposed") or (),
-        )
+        at, emitted, drafts = (stretch["start"], stretch.get("round_tokens") or (), stretch.get("round_proposed") or ())
         if len(emitted) != len(drafts) or sum(map(abs, emitted)) > LONGEST:
             raise ServerRefusedError("the server sent a trace that is no answer's: update it")
         for tokens, proposed in zip(emitted, drafts, strict=True):

@@ -60,9 +60,7 @@ def ask_every(urls: list[str] | None, act: Callable[[str], Any], as_json: bool) 
 def policy(
     router: Annotated[
         RouterName | None,
-        typer.Argument(
-            help="Policy from now on; none stops drafting. Without it, print the policy in force."
-        ),
+        typer.Argument(help="Policy from now on; none stops drafting. Without it, print the policy in force."),
     ] = None,
     url: UrlOption = None,
     as_json: JsonFlag = False,

@@ -75,10 +75,7 @@ class ServeCommand(TyperCommand):
         console = Console(highlight=False)
         console.print("Flags of WHIFLASH, beside those of `sglang serve`:\n", markup=False)
         ours = {f"{flag.name} {flag.takes}": flag.meaning for flag in flags()}
-        for title, told in (
-            ("", ours),
-            ("\nFlags of `sglang serve` that keep agents' prompts cached:\n", KEEPING),
-        ):
+        for title, told in (("", ours), ("\nFlags of `sglang serve` that keep agents' prompts cached:\n", KEEPING)):
             console.print(title, markup=False, end="\n" if title else "")
             for name, meaning in told.items():
                 console.print(f"  {name}", markup=False, style="bold", soft_wrap=True)
@@ -105,12 +102,7 @@ def serve(
     line.check()
     url = _url(line)
     # `sglang` is installed in the same environment as this command.
-    command = [
-        str(Path(sys.executable).with_name("sglang")),
-        "serve",
-        *LANGUAGE_MODEL,
-        *server_arguments(ctx.args),
-    ]
+    command = [str(Path(sys.executable).with_name("sglang")), "serve", *LANGUAGE_MODEL, *server_arguments(ctx.args)]
     environment = {name: os.environ.get(name, value) for name, value in server_environment(ctx.args).items()}
     if print_only:
         variables = [f"{name}={value}" for name, value in environment.items()]

@@ -135,6 +135,4 @@ def _check_port(host: str, port: Any) -> None:
         socket.create_server((host, int(port)), family=family).close()
     except OSError as error:
         why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error.strerror})"
-        raise ConfigError(
-            f"--port {port} of {host} {why}: give --port and --host that are free here"
-        ) from None
+        raise ConfigError(f"--port {port} of {host} {why}: give --port and --host that are free here") from None

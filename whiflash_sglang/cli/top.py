@@ -27,10 +27,7 @@ def screen(records: Sequence[Mapping[str, Any]]) -> RenderableType:
 def _server(record: Mapping[str, Any]) -> RenderableType:
     if "error" in record:
         return Panel(
-            Text(printable(record["error"])),
-            title=_plain(record["url"]),
-            border_style="red",
-            title_align="left",
+            Text(printable(record["error"])), title=_plain(record["url"]), border_style="red", title_align="left"
         )
     state, now, total = record["state"], record["now"] or {}, record["total"]
     title = f"[bold]{_plain(record['model'])}[/] {_plain(record['url'])}"
@@ -81,9 +78,7 @@ def _arms(state: Mapping[str, Any], now: Mapping[str, Any], total: Mapping[str, 
     return table
 
 
-def _facts(
-    state: Mapping[str, Any], now: Mapping[str, Any], total: Mapping[str, Any]
-) -> Iterator[tuple[str, str]]:
+def _facts(state: Mapping[str, Any], now: Mapping[str, Any], total: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if total.get("gain") is None and (price := state.get("plain_price")):
         yield "gain", unknown(price)
     if (switches := _both(now, total, "switches_per_second", "{:.1f}")) != "–":
@@ -197,9 +192,7 @@ class LiveView:
             # The seconds are those of rounds and not wall time: a server that waits for requests is not slow.
             total = figures(now.state, now.state.get("round_seconds", 0) / replicas_of(now.state))
             lately = since(self._before[place], now)
-            looked.append(
-                {"url": server.url, "model": server.model, "state": now.state, "now": lately, "total": total}
-            )
+            looked.append({"url": server.url, "model": server.model, "state": now.state, "now": lately, "total": total})
             self._before[place] = now
         return looked
 

@@ -55,9 +55,7 @@ def turns_of(path: Path) -> "list[Turn]":
         if unlisted > MOST_ROUNDS:
             raise ConfigError(f"{path}, response {number} has too many rounds to draw: remove it")
     if not turns:
-        raise ConfigError(
-            f'{path} holds no response with a routing trace; ask for one with the hint "trace": "full"'
-        )
+        raise ConfigError(f'{path} holds no response with a routing trace; ask for one with the hint "trace": "full"')
     return turns
 
 

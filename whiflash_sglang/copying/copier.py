@@ -93,9 +93,7 @@ class Copier:
             self._source, self._at = source, at
         return self._copy
 
-    def look_beyond(
-        self, drafts: Sequence[int], alive: float, limit: int, worth: float, paid: int = 0
-    ) -> Candidate:
+    def look_beyond(self, drafts: Sequence[int], alive: float, limit: int, worth: float, paid: int = 0) -> Candidate:
         """Return up to `limit` tokens to copy after `drafts`, which are accepted with a chance of `alive`.
 
         Every one is worth verifying or paid. Nothing is learned from them: `look` searches again after the commit.

@@ -74,9 +74,7 @@ class Source:
             beside those of others; None: unknown.
     """
 
-    def __init__(
-        self, name: str, text: Text, judge: MatchCalibration, habit: RequestCalibration | None = None
-    ) -> None:
+    def __init__(self, name: str, text: Text, judge: MatchCalibration, habit: RequestCalibration | None = None) -> None:
         self.name, self.text, self.judge, self.habit = name, text, judge, habit
         own = 0 if habit is None else habit.address
         self.fields = array("q", (text.fields.buffer_info()[0], *judge.addresses, own, 0, -1, 0))
@@ -94,11 +92,7 @@ class Prediction(Source):
     """
 
     def __init__(
-        self,
-        compiled: "CompiledCopies",
-        tokens: Sequence[int],
-        prompt: int = 0,
-        judge: MatchCalibration | None = None,
+        self, compiled: "CompiledCopies", tokens: Sequence[int], prompt: int = 0, judge: MatchCalibration | None = None
     ) -> None:
         super().__init__("prediction", Text(compiled, tokens), judge or MatchCalibration())
         self._compiled, self._prompt, self._answer = compiled, prompt, 0

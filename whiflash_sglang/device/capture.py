@@ -64,9 +64,7 @@ class CapturedPass(Generic[T]):
         self.name = name
         self.sizes = list(sizes)
         self._captured: dict[int, tuple[Callable[[], None], T]] = {}
-        for size in reversed(
-            self.sizes
-        ):  # the largest first: the others find room in the memory that it leaves
+        for size in reversed(self.sizes):  # the largest first: the others find room in the memory that it leaves
             try:
                 self._captured[size] = recorder.record(partial(body, size))
             except RuntimeError as error:

@@ -99,11 +99,7 @@ def clock_of(device: "torch.device") -> Clock:
 
 
 def measure(
-    body: Callable[[], object],
-    clock: Clock,
-    *,
-    repeats: int = REPEATS,
-    of: Callable[[Sequence[float]], float] = median,
+    body: Callable[[], object], clock: Clock, *, repeats: int = REPEATS, of: Callable[[Sequence[float]], float] = median
 ) -> float:
     """Time `body` in seconds: `of` (the median) over `repeats` runs after one that is not counted; waits for each."""
     body()

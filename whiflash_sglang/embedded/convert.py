@@ -92,8 +92,7 @@ def convert_gguf(gguf_path: Path, out: Path, on_progress: Callable[[int, int], N
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     _write_json(out / "config.json", config)
     _write_json(
-        out / "generation_config.json",
-        {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        out / "generation_config.json", {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     )
     write_tokenizer(fields, out)
 

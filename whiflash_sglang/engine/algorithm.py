@@ -49,11 +49,7 @@ class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
         return disaggregation.draft_input(batch, last_tokens_tensor, future_map)
 
     def create_future_map(
-        self,
-        device: Any,
-        req_to_token_pool: Any,
-        needs_cpu_seq_lens: bool = True,
-        needs_confidence_relay: bool = False,
+        self, device: Any, req_to_token_pool: Any, needs_cpu_seq_lens: bool = True, needs_confidence_relay: bool = False
     ) -> FutureMap:
         # Lengths go to the host only if the target's attention asks for them, since a plan needs only bounds.
         return FutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
@@ -85,9 +81,7 @@ def validate(server_args: Any) -> None:
 
 def _judge(server_args: Any) -> None:
     if not asks_for_ours(server_args):
-        raise ConfigError(
-            "WHIFLASH was chosen after the arguments were parsed; pass it to the launcher or to Engine"
-        )
+        raise ConfigError("WHIFLASH was chosen after the arguments were parsed; pass it to the launcher or to Engine")
     from whiflash_sglang.engine.launch.arguments import Launch
     from whiflash_sglang.engine.launch.refusals import UNCAPTURED, refusal_of
 
@@ -136,8 +130,6 @@ def patch_scheduler() -> None:
         subclass,
     )
 
-    patching.install(
-        disaggregation, hicache, lora, kv_budget, radix, releases, scores, stops, subclass, target
-    )
+    patching.install(disaggregation, hicache, lora, kv_budget, radix, releases, scores, stops, subclass, target)
     triton_backend.install()
     flash_backend.install()

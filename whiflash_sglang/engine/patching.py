@@ -181,10 +181,7 @@ def verify_names(*, heavy: bool = True) -> list[Finding]:
     names = dict(PRIVATE_NAMES)
     if heavy:
         names |= {patch.path: patch.params for patch in PATCHES.values()}
-    return [
-        _check_version(),
-        *(_check_name(*name) for name in names.items() if heavy or not name[0].startswith(HEAVY)),
-    ]
+    return [_check_version(), *(_check_name(*name) for name in names.items() if heavy or not name[0].startswith(HEAVY))]
 
 
 def check_registration() -> Finding:

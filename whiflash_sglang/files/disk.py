@@ -62,9 +62,7 @@ def read_yaml(path: Path) -> Any:
     try:
         documents = yaml_documents(read_text(path, MOST_SETTINGS))
     except ValueError as error:
-        raise (
-            error if isinstance(error, ConfigError) else ConfigError(f"{path} is not YAML: {error}")
-        ) from None
+        raise (error if isinstance(error, ConfigError) else ConfigError(f"{path} is not YAML: {error}")) from None
     if len(documents) > 1:
         raise ConfigError(f"{path} holds {len(documents)} documents: give one")
     return documents[0] if documents else None
@@ -83,9 +81,7 @@ def yaml_documents(text: str) -> list[Any]:
             own = 1 + len(node.value) if isinstance(node, yaml.ScalarNode) else 1
             self.size += getattr(node, "size", MOST_EXPANDED) if alias else own
             if self.size > MOST_EXPANDED:
-                raise ValueError(
-                    f"it holds itself, or comes to more than {MOST_EXPANDED} values and characters"
-                )
+                raise ValueError(f"it holds itself, or comes to more than {MOST_EXPANDED} values and characters")
             node.size = self.size - before
             return node
 
@@ -180,6 +176,4 @@ def _check_tensors(file: Path, source: BinaryIO) -> None:
         with safe_open(f"/proc/self/fd/{source.fileno()}", framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is no safetensors file, or is damaged: {error}; fetch it again"
-        ) from None
+        raise CheckpointError(f"{file} is no safetensors file, or is damaged: {error}; fetch it again") from None

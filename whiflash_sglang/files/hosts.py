@@ -144,9 +144,7 @@ def ask(
             f"{named} does not answer ({error}): check the URL, and whether the server has started"
         ) from None
     except (httpx.InvalidURL, ValueError):  # their text may hold a part of a password
-        raise ServerRefusedError(
-            f"{named} is no URL of a server: give one such as http://127.0.0.1:30000"
-        ) from None
+        raise ServerRefusedError(f"{named} is no URL of a server: give one such as http://127.0.0.1:30000") from None
     path = path.partition("?")[0]
     if status in (401, 403):
         raise ServerRefusedError(

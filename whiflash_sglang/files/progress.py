@@ -97,11 +97,7 @@ def _ended(task: Task) -> str:
 
 
 def _done(task: Task) -> str:
-    return (
-        task.description
-        if task.total is None
-        else f"{task.description}: {task.completed:g} of {task.total:g}"
-    )
+    return task.description if task.total is None else f"{task.description}: {task.completed:g} of {task.total:g}"
 
 
 def _clock(seconds: float | None) -> str:

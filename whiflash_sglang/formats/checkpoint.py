@@ -197,9 +197,7 @@ def _undamaged(file: Path) -> Iterator[None]:
             ".safetensors"
         ) from None
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
-        raise CheckpointError(
-            f"{file} is damaged or truncated: {_first_line(error)}; fetch it again"
-        ) from None
+        raise CheckpointError(f"{file} is damaged or truncated: {_first_line(error)}; fetch it again") from None
 
 
 def _read_file(file: Path, prefix: str) -> dict[str, Tensor]:
@@ -294,8 +292,7 @@ class WeightReader:
         found = self._floats(name)
         sizes = list(found.shape)
         if shape is not None and (
-            len(shape) != len(sizes)
-            or any(size not in (None, of) for size, of in zip(shape, sizes, strict=True))
+            len(shape) != len(sizes) or any(size not in (None, of) for size, of in zip(shape, sizes, strict=True))
         ):
             asked = ["any" if size is None else size for size in shape]
             raise self._wrong(f"{name} is {sizes}, config.json and the other tensors ask for {asked}")
@@ -317,9 +314,7 @@ class WeightReader:
             raise self._wrong(f"{name} is {kind}; give 16 bits, or a float8 matrix with its scales")
         factors = self._floats(f"{name}_scale").float().reshape(-1, 1)
         if not ((factors > 0) & factors.isfinite()).all():
-            raise self._wrong(
-                f"{name}_scale must hold finite numbers above 0, so the file is damaged: fetch it again"
-            )
+            raise self._wrong(f"{name}_scale must hold finite numbers above 0, so the file is damaged: fetch it again")
         return found.float() * factors
 
     def _check_finite(self, value: Tensor, name: str) -> None:
@@ -358,9 +353,7 @@ class WeightReader:
         layers: Any = drafter.layers
         for index, layer in enumerate(layers):
             first = index == 0 and "midlayer.hidden_norm.weight" in self
-            self.fill_layer(
-                dict(layer.named_parameters()), "midlayer." if first else f"layers.{index}.", parts
-            )
+            self.fill_layer(dict(layer.named_parameters()), "midlayer." if first else f"layers.{index}.", parts)
 
     def fill_layer(
         self, layer: Mapping[str, Tensor], prefix: str, names: Mapping[str, tuple[str, ...]] = IN_FILES
@@ -451,16 +444,11 @@ def drafter_weights(drafter: nn.Module, first: str = "layers.0.") -> dict[str, T
     return weights
 
 
-def write_checkpoint(
-    path: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype
-) -> None:
+def write_checkpoint(path: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Write `config.json` and `model.safetensors`, each complete or not at all; floats in `dtype`."""
     path.mkdir(parents=True, exist_ok=True)
     tensors = {
-        name: tensor.detach()
-        .to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
-        .contiguous()
-        .clone()
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous().clone()
         for name, tensor in weights.items()
     }
     with staged(path / "config.json") as text, staged(path / WEIGHTS) as file:  # moves the weights first

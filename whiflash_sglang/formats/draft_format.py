@@ -70,6 +70,4 @@ def pick(formats: Mapping[str, DraftFormat], config: Json, path: Path) -> DraftF
     where, _, kind = (key or "").partition("/")
     spelled = {"speculators": "speculators_model_type", "projector": "projector_type"}
     said = f"{spelled[where]} {kind!r}" if kind else f"architectures {config.get('architectures')}"
-    raise misfit(
-        path, f"{said} is no draft architecture that is known here (known: {', '.join(sorted(formats))})"
-    )
+    raise misfit(path, f"{said} is no draft architecture that is known here (known: {', '.join(sorted(formats))})")

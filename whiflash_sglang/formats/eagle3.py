@@ -129,9 +129,7 @@ def parse(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
         intermediate_size=integer(config, "intermediate_size", path),
         draft_vocab_size=None if draft_vocab is None else integer(config, "draft_vocab_size", path),
         num_layers=integer(config, "num_hidden_layers", path, maximum=MOST_LAYERS),
-        num_features=integer(
-            config, "num_aux_hidden_states", path, maximum=MOST_LAYERS, default=len(layers) or 3
-        ),
+        num_features=integer(config, "num_aux_hidden_states", path, maximum=MOST_LAYERS, default=len(layers) or 3),
         target_layer_ids=layers,
         fc_bias=bool(config.get("bias", False)),
         norm_before_fc=bool(eagle.get("norm_before_fc", config.get("norm_before_fc", False))),
@@ -210,16 +208,12 @@ class Eagle3Drafter(TargetsParts):
     d2t: Tensor | None
     mask_hidden: Tensor | None
 
-    def __init__(
-        self, config: Eagle3Config, target_embedding: Tensor, target_lm_head: Tensor | None = None
-    ) -> None:
+    def __init__(self, config: Eagle3Config, target_embedding: Tensor, target_lm_head: Tensor | None = None) -> None:
         """Make an untrained drafter. `target_lm_head` [V, H] is its head if `draft_vocab_size` is None."""
         borrows = config.draft_vocab_size is None
         super().__init__(target_embedding, target_lm_head if borrows else None)
         if borrows and target_lm_head is None:
-            raise CheckpointError(
-                "this EAGLE-3 drafter has no head of its own; the target's must be handed in"
-            )
+            raise CheckpointError("this EAGLE-3 drafter has no head of its own; the target's must be handed in")
         self.config = config
         eps = config.rms_norm_eps
         width = config.num_features * config.target_hidden_size
@@ -249,9 +243,7 @@ class Eagle3Drafter(TargetsParts):
             features = self.input_norm(features)
         if self.config.fc_norm:
             chunks = features.chunk(self.config.num_features, dim=-1)
-            features = torch.cat(
-                [norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1
-            )
+            features = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1)
         fused: Tensor = self.fc(features)
         return fused
 
@@ -273,9 +265,7 @@ class Eagle3Drafter(TargetsParts):
         keys_values: tuple[Tensor, Tensor] = last.attention.keys_values(entry, angles)
         return keys_values
 
-    def forward(
-        self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """Run one draft step: next-token ids [T] int64, fused features or fed-back states [T, H], positions [T].
 
         Returns the state [T, H] that the chain's next step feeds back, and the state [T, H] that the head reads.
@@ -330,9 +320,7 @@ class Eagle3Drafter(TargetsParts):
         reader = WeightReader.of(path, _names(config))
         vocab = shared.size if shared else len(target_embedding)
         if config.brings_embedding:
-            target_embedding = reader.tensor("embed_tokens.weight", (None, None)).to(
-                device=device, dtype=dtype
-            )
+            target_embedding = reader.tensor("embed_tokens.weight", (None, None)).to(device=device, dtype=dtype)
             vocab = len(target_embedding)
         check_target(path, "EAGLE-3", config, config.hidden_size, target_embedding, vocab)
         with reader.modules(dtype):
@@ -345,9 +333,7 @@ class Eagle3Drafter(TargetsParts):
         if config.mask_token is not None:
             drafter.mask_hidden, width = reader.tensor("mask_hidden").flatten(), drafter.fc.in_features
             if len(drafter.mask_hidden) != width:
-                raise CheckpointError(
-                    f"{path}: mask_hidden has {len(drafter.mask_hidden)} numbers, fc reads {width}"
-                )
+                raise CheckpointError(f"{path}: mask_hidden has {len(drafter.mask_hidden)} numbers, fc reads {width}")
         return drafter.to(device=device, dtype=dtype).eval()
 
     def save(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -102,11 +102,7 @@ class Rotary(nn.Module):
             known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
             raise CheckpointError(f"rope_type {kind!r} is unknown; transformers knows {known}")
         found = self._frequencies
-        if (
-            found.shape != (width // 2,)
-            or not ((found > 0) & found.isfinite()).all()
-            or not 0 < self.scale < 100
-        ):
+        if found.shape != (width // 2,) or not ((found > 0) & found.isfinite()).all() or not 0 < self.scale < 100:
             raise CheckpointError(
                 f"rope_type {kind!r} gives {list(found.shape)} frequencies {found.tolist()!s:.100}, "
                 f"scaled by {self.scale}; {width // 2} above 0 are needed (rope_theta, factors)"

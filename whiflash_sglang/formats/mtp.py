@@ -297,9 +297,7 @@ class MTPDrafter(TargetsParts):
         entry = self._entry(tokens, hidden, positions)
         return self.attention.keys_values(self.input_norm(entry), self.rotary.angles(positions))
 
-    def forward(
-        self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """Run one draft step, with the parameters of `Eagle3Drafter.forward`; states are the target's or fed back."""
         angles = self.rotary.angles(positions)
         residual = self._entry(tokens, hidden, positions)
@@ -316,9 +314,7 @@ class MTPDrafter(TargetsParts):
         embedded = self.embed(tokens).to(hidden.dtype)
         if self.config.blank_first:
             embedded = embedded.masked_fill((positions == 0)[:, None], 0)
-        entry: Tensor = self.projection(
-            torch.cat([self.embedding_norm(embedded), self.hidden_norm(hidden)], dim=-1)
-        )
+        entry: Tensor = self.projection(torch.cat([self.embedding_norm(embedded), self.hidden_norm(hidden)], dim=-1))
         return entry
 
     @classmethod
@@ -347,9 +343,7 @@ class MTPDrafter(TargetsParts):
 
     def _fill(self, reader: WeightReader) -> None:
         prefix, names = self.config.prefix, self.config.names
-        own = {
-            name: (getattr(names, name),) for name in ("embedding_norm", "hidden_norm", "projection", "norm")
-        }
+        own = {name: (getattr(names, name),) for name in ("embedding_norm", "hidden_norm", "projection", "norm")}
         experts = isinstance(self.mlp, Experts)
         plain = {name: p for name, p in self.named_parameters() if not (experts and name.startswith("mlp."))}
         reader.fill_layer(plain, prefix, {**IN_FILES, **own})

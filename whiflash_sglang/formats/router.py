@@ -77,13 +77,7 @@ class Router(nn.Module):
 
     @classmethod
     def load(
-        cls,
-        path: Path,
-        *,
-        hidden_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        delta_sign: str | None = None,
+        cls, path: Path, *, hidden_size: int, device: torch.device, dtype: torch.dtype, delta_sign: str | None = None
     ) -> "Router":
         """Read a router from a .safetensors file, or from a directory with one.
 
@@ -103,9 +97,7 @@ class Router(nn.Module):
 
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the router to one file, complete or not at all."""
-        tensors = {
-            name: value.detach().cpu().to(dtype).contiguous() for name, value in self.state_dict().items()
-        }
+        tensors = {name: value.detach().cpu().to(dtype).contiguous() for name, value in self.state_dict().items()}
         with staged(path) as file:
             save_file(tensors, file, metadata={"delta_sign": AR_MINUS_DIFFUSION})
             file.chmod(0o644)
@@ -117,9 +109,7 @@ def _read(path: Path) -> tuple[Path, dict[str, Tensor], str | None]:
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if len(files) != 1:
-            raise CheckpointError(
-                f"{path} has {len(files)} .safetensors files; a router directory needs exactly one"
-            )
+            raise CheckpointError(f"{path} has {len(files)} .safetensors files; a router directory needs exactly one")
         file = files[0]
     try:
         with safe_open(file, framework="pt") as handle:
@@ -144,8 +134,7 @@ def _sign(file: Path, named: str | None, setting: str | None) -> str:
         )
     if setting is not None and sign != setting:
         raise CheckpointError(
-            f"{file} names delta_sign {sign}, the settings name {setting}: remove "
-            "router.delta_sign from whiflash.json"
+            f"{file} names delta_sign {sign}, the settings name {setting}: remove router.delta_sign from whiflash.json"
         )
     return sign
 
@@ -162,9 +151,7 @@ def _fit(file: Path, tensors: dict[str, Tensor], hidden_size: int) -> dict[str, 
     fits = fits and seconds[0].shape[1] == len(firsts[0])
     if not fits or (heads is not None and heads.shape != (2, len(firsts[0]))):
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()) or "nothing"
-        raise CheckpointError(
-            f"{file} does not hold two linear layers [M, {hidden_size}] and [1, M]; found {shapes}"
-        )
+        raise CheckpointError(f"{file} does not hold two linear layers [M, {hidden_size}] and [1, M]; found {shapes}")
 
     def bias(size: int) -> Tensor:
         return next((vector for vector in vectors if len(vector) == size), torch.zeros(size))

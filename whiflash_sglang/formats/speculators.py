@@ -28,18 +28,14 @@ _WINDOW_KEYS = ("layer_types", "sliding_window", "use_sliding_window")
 Heads = Callable[[Path, Json], dict[str, Any]]
 
 
-def read_block(
-    path: Path, config: Json, kind: type[C], heads: Heads | None = None, from_anchor: bool = False
-) -> C:
+def read_block(path: Path, config: Json, kind: type[C], heads: Heads | None = None, from_anchor: bool = False) -> C:
     """Read a block drafter's configuration as a `kind`, with the fields that `heads` reads. from_anchor: the default.
 
     Raises:
         CheckpointError: naming the field that does not fit.
     """
     settings = _decoder(path, config) | {key: value for key, value in config.items() if value is not None}
-    if settings.get("sliding_window_non_causal") and "sliding_attention" in (
-        settings.get("layer_types") or ()
-    ):
+    if settings.get("sliding_window_non_causal") and "sliding_attention" in (settings.get("layer_types") or ()):
         raise misfit(path, "sliding_window_non_causal is not supported: windows look back only")
     fields = {
         "target_layer_ids": _outputs(path, settings, "aux_hidden_state_layer_ids"),
@@ -60,16 +56,13 @@ def read_eagle3(path: Path, config: Json) -> Eagle3Config:
     if not isinstance(before, bool):
         raise misfit(path, f"norm_before_residual must be true or false, got {before!r}")
     if "sliding_attention" in (layer.get("layer_types") or ()):
-        raise misfit(
-            path, "layer_types of an EAGLE-3 drafter must be full_attention; windows are not supported"
-        )
+        raise misfit(path, "layer_types of an EAGLE-3 drafter must be full_attention; windows are not supported")
     flags = {name: bool(config.get(name, False)) for name in ("norm_before_fc", "fc_norm", "norm_output")}
     parallel = config["speculators_model_type"] == "peagle"
     token = {"ptd_token_id": integer(config, "mask_token_id", path, minimum=0)} if parallel else {}
     read = eagle3.parse(
         path,
-        {**layer, **flags, "draft_vocab_size": _reduced(path, config, layer), "tie_word_embeddings": False}
-        | token,
+        {**layer, **flags, "draft_vocab_size": _reduced(path, config, layer), "tie_word_embeddings": False} | token,
     )
     return replace(
         read,
@@ -88,9 +81,7 @@ def _decoder(path: Path, config: Json) -> dict[str, Any]:
     said = config.get("transformer_layer_config")
     kind = said.get("model_type") if isinstance(said, dict) else None
     if not isinstance(said, dict) or kind not in ("qwen3", "llama"):
-        raise misfit(
-            path, f"transformer_layer_config must be a qwen3 or llama decoder, got model_type {kind!r}"
-        )
+        raise misfit(path, f"transformer_layer_config must be a qwen3 or llama decoder, got model_type {kind!r}")
     whole = AutoConfig.for_model(**said).to_dict()
     rope = whole.get("rope_parameters") or {}
     if "sliding_attention" in rope:  # one entry per kind of layer; the drafter uses this one
@@ -116,9 +107,7 @@ _format = partial(DraftFormat, published="RedHatAI", defined_by="speculators", u
 _block = partial(_format, arm=arms.DIFFUSION, layers_key="aux_hidden_state_layer_ids")
 _read = partial(partial, read_block)
 FORMATS = (
-    _block(
-        "speculators DFlash", keys=("speculators/dflash",), read=_read(kind=DFlashConfig), model=DFlashDrafter
-    ),
+    _block("speculators DFlash", keys=("speculators/dflash",), read=_read(kind=DFlashConfig), model=DFlashDrafter),
     _block(
         "speculators DSpark",
         keys=("speculators/dspark",),

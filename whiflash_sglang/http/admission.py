@@ -17,12 +17,7 @@ from typing import Any, Optional, get_type_hints
 import msgspec
 import torch
 from sglang.api.v1 import api_types
-from sglang.srt.managers.io_struct import (
-    EmbeddingReqInput,
-    GenerateReqInput,
-    SessionParams,
-    TokenizedGenerateReqInput,
-)
+from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput, SessionParams, TokenizedGenerateReqInput
 from sglang.srt.multimodal.mm_utils import has_valid_data
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.msgpack_utils import dec_hook, enc_hook, ext_hook
@@ -54,9 +49,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "session_params.": get_type_hints(SessionParams),
 }
 _READERS = {
-    prefix: {
-        n: msgspec.msgpack.Decoder(kind, dec_hook=dec_hook, ext_hook=ext_hook) for n, kind in kinds.items()
-    }
+    prefix: {n: msgspec.msgpack.Decoder(kind, dec_hook=dec_hook, ext_hook=ext_hook) for n, kind in kinds.items()}
     for prefix, kinds in _KINDS.items()
 }
 """Decoders of the fields by their types, with the hooks of the scheduler's own decoder."""
@@ -76,9 +69,7 @@ def _init_request(original: Any, self: Any, obj: Any, request: Any = None) -> An
         if self.enable_metrics and (wrong := sorted({*(obj.custom_labels or ())}.difference(allowed))):
             raise ValueError(f"custom_labels: {wrong[0]!r:.60} is no label of this server; leave it out")
         if self.server_args.disaggregation_mode != "null" and getattr(obj, "parallel_sample_num", 1) > 1:
-            raise ValueError(
-                "n: all samples would meet in one bootstrap_room; send a request for each of them"
-            )
+            raise ValueError("n: all samples would meet in one bootstrap_room; send a request for each of them")
     return original(self, obj, request)
 
 
@@ -103,9 +94,7 @@ def _validate_request(original: Any, self: Any, obj: Any, input_ids: Any) -> Non
 def check_given(obj: Any, *, native: bool) -> None:
     """Check a request before SGLang splits it by prompt; raises ValueError. native: the client set its fields."""
     if isinstance(obj, EmbeddingReqInput):
-        raise ValueError(
-            "this server only generates text; ask one with --is-embedding for embeddings and classes"
-        )
+        raise ValueError("this server only generates text; ask one with --is-embedding for embeddings and classes")
     for name in INTERNAL if native else ():
         if getattr(obj, name) != getattr(GenerateReqInput, name):
             raise ValueError(f"{name}: is filled in by the server only; leave it out")
@@ -127,9 +116,7 @@ def check_types(obj: GenerateReqInput) -> None:
     except IndexError:
         lists = {name: value for name, value in vars(obj).items() if isinstance(value, list)}
         short = ", ".join(name for name, value in lists.items() if len(value) < len(obj.rid))
-        raise ValueError(
-            f"{short}: has fewer entries than {len(obj.rid)} prompts; give one for each"
-        ) from None
+        raise ValueError(f"{short}: has fewer entries than {len(obj.rid)} prompts; give one for each") from None
     for prompt in prompts:
         _check_kinds("", {name: getattr(prompt, name) for name in _READERS[""]})
         _check_kinds("session_params.", prompt.session_params or {})
@@ -174,9 +161,7 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
         ValueError: a value would end the scheduler; the message names the field.
     """
     if obj.input_embeds is not None:
-        raise ValueError(
-            "input_embeds: WHIFLASH drafts from token ids; leave them out, or ask a server without it"
-        )
+        raise ValueError("input_embeds: WHIFLASH drafts from token ids; leave them out, or ask a server without it")
     session: Mapping[str, Any] = obj.session_params or {}
     # A request may continue its session without new text; SGLang ends the request if the session has no text either.
     if (input_ids is None or not len(input_ids)) and session.get("id") is None:
@@ -200,9 +185,7 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
     for token, value in (params.get("logit_bias") or {}).items():
         # A larger bias may overflow float32, which makes all probabilities NaN; minus infinity only bans a token.
         if value != -inf and not abs(value) <= MOST_BIAS:
-            raise ValueError(
-                f"logit_bias: is {value} for {token!r:.20}; give -{MOST_BIAS:g} to {MOST_BIAS:g}"
-            )
+            raise ValueError(f"logit_bias: is {value} for {token!r:.20}; give -{MOST_BIAS:g} to {MOST_BIAS:g}")
     if params.get("beam_width") not in (None, 1):
         raise ValueError(
             f"beam_width: is {params['beam_width']}; WHIFLASH drafts for one text a request; leave it out, or ask a "
@@ -253,9 +236,7 @@ def _check_ids(field: str, ids: Sequence[int] | None, vocabulary: int) -> None:
         raise ValueError(f"{field}: must be a list of token ids; {error}") from None
     for token in (min(ids), max(ids)):
         if not 0 <= token < vocabulary:
-            raise ValueError(
-                f"{field}: token {token} is not in the vocabulary, whose ids are 0 to {vocabulary - 1}"
-            )
+            raise ValueError(f"{field}: token {token} is not in the vocabulary, whose ids are 0 to {vocabulary - 1}")
 
 
 def _check_range(field: str, value: int | None, *, least: int | None = None, most: int | None = None) -> None:

@@ -80,9 +80,7 @@ def _name(lines: list[tuple[bytes, bytes]], header: str) -> str | None:
         try:
             name = value.decode()
         except UnicodeDecodeError:
-            raise HintError(
-                header, f"is {value!r:.60}, which is not UTF-8; encode the name as UTF-8"
-            ) from None
+            raise HintError(header, f"is {value!r:.60}, which is not UTF-8; encode the name as UTF-8") from None
         if not name:
             raise HintError(header, "is empty; give a name, or leave the header out")
         return name

@@ -46,13 +46,10 @@ def _add_flags(original: Any, parser: argparse.ArgumentParser) -> None:
     """Add our flags to SGLang's command lines."""
     original(parser)
     group = parser.add_argument_group(
-        "WhiFlash",
-        "with --speculative-algorithm WHIFLASH; --speculative-draft-model-path takes a bundle, or nothing",
+        "WhiFlash", "with --speculative-algorithm WHIFLASH; --speculative-draft-model-path takes a bundle, or nothing"
     )
     for flag in flags():
-        group.add_argument(
-            flag.name, dest=_dest(flag.field), default=None, metavar=flag.takes, help=flag.meaning
-        )
+        group.add_argument(flag.name, dest=_dest(flag.field), default=None, metavar=flag.takes, help=flag.meaning)
 
 
 @around(
@@ -158,9 +155,7 @@ def attach(server_args: Any, given: dict[str, Any]) -> bool:
     revision = server_args.speculative_draft_model_revision
     local = fetch(path, revision=revision) if path else hub.default_bundle_for(server_args.model_path)
     places = {field: getattr(flags, field) for field in ("eagle_draft", "uno", "neural_router_path")}
-    fetched = {
-        field: str(fetch(place)) for field, place in places.items() if place and not Path(place).is_file()
-    }
+    fetched = {field: str(fetch(place)) for field, place in places.items() if place and not Path(place).is_file()}
     flags = flags.model_copy(update=fetched)
     head = partial(target_mtp, server_args.model_path, server_args.revision, download_dir)
     settings = resolve(flags, local, download_dir, head)

@@ -25,12 +25,7 @@ from whiflash_sglang.engine.supported import has
 from whiflash_sglang.http.reader import Call, as_chat, of_choice, parameters_of
 
 _CONTEXT_TOKENS, _CONTEXT_CHARACTERS = 5, 32
-_COUNTS = (
-    "completion_tokens",
-    "reasoning_tokens",
-    "output_token_logprobs_length",
-    "output_token_sampling_mask_length",
-)
+_COUNTS = ("completion_tokens", "reasoning_tokens", "output_token_logprobs_length", "output_token_sampling_mask_length")
 """Numbers of `meta_info` that grow by at most one a token."""
 
 

@@ -94,9 +94,7 @@ class HintsMiddleware:
                 if path in (sessions.OPEN, sessions.CLOSE) and manager.server_args.enable_session_radix_cache:
                     trusted = settings_of(manager.server_args).trust_tenant_header
                     body, receive = await _parsed(receive)
-                    if not isinstance(
-                        body, dict
-                    ):  # SGLang's parser reads more than ours, such as UTF-16 and NaN
+                    if not isinstance(body, dict):  # SGLang's parser reads more than ours, such as UTF-16 and NaN
                         raise HintError("session_id", "is not in a JSON object in UTF-8; send one")
                     body = sessions.scoped_body(path, body, caller, trusted=trusted)
                     whole = {"type": "http.request", "body": orjson.dumps(body), "more_body": False}

@@ -137,9 +137,7 @@ async def read(form: Form, body: object, manager: Any) -> Call:
     if form == "messages" and wrong:
         raise HintError(wrong[0], "must be text")
     short = {name: value for name, value in body.items() if name not in _TEXTS}
-    if isinstance(
-        messages := body.get("messages"), list
-    ):  # the last may begin the answer, others may bring tools
+    if isinstance(messages := body.get("messages"), list):  # the last may begin the answer, others may bring tools
         tools = [one for one in messages[:-1] if isinstance(one, dict) and one.get("tools")]
         short["messages"] = [*tools, *messages[-1:]]
     return Call(form, short, fields, keys if form == "messages" else {})
@@ -172,9 +170,7 @@ async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Fields]:
         else:
             one = await fields_of(manager, entry.get("custom_params") if isinstance(entry, dict) else None)
         one = one.unlearned() if is_unlearned else one
-        fields.append(
-            one.grouped() if isinstance(entry, dict) and entry.get("n", 1) not in (1, None) else one
-        )
+        fields.append(one.grouped() if isinstance(entry, dict) and entry.get("n", 1) not in (1, None) else one)
     for name, value in keys.items():
         setattr(obj, name, value)
     if manager.server_args.enable_session_radix_cache:
@@ -285,9 +281,7 @@ def implied(manager: Any, request: Any, fields: Fields) -> dict[str, Any] | None
             response_format=getattr(request.response_format, "type", None),
             forced=choice == "required" or not isinstance(choice, (str, type(None))),
             # The answer of a chat that continues its last message begins with that message.
-            prefill="".join(
-                m.content for m in request.messages if (m.role, type(m.content)) == ("assistant", str)
-            ),
+            prefill="".join(m.content for m in request.messages if (m.role, type(m.content)) == ("assistant", str)),
         )
         added = {"spans": [span.model_dump(exclude_defaults=True) for span in spans]}
         if spans and (longer := add_hints(params, added)) is not None:

@@ -76,9 +76,7 @@ async def _generate_request(original: Any, self: Any, obj: Any, request: Any = N
     why="SGLang attaches any storage while it serves",
     until="SGLang judges what is attached as it does a launch",
 )
-async def _attach_storage(
-    original: Any, self: Any, hicache_storage_backend: str, *args: Any, **named: Any
-) -> Any:
+async def _attach_storage(original: Any, self: Any, hicache_storage_backend: str, *args: Any, **named: Any) -> Any:
     """Refuse to attach storage to a running server if a launch with it would be refused."""
     if asks_for_ours(self.server_args):
         draft_kv = bool(settings_of(self.server_args).drafters)

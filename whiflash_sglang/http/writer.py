@@ -96,9 +96,7 @@ def extended(call: Call, answer: dict[str, Any]) -> dict[str, Any]:
         return part if field is None else {**answer, field: part}
     answer = _with_figures(call, answer)
     if call.traces and "choices" in answer:
-        texts = {
-            c["index"]: (c["message"]["content"] if "message" in c else c["text"]) for c in answer["choices"]
-        }
+        texts = {c["index"]: (c["message"]["content"] if "message" in c else c["text"]) for c in answer["choices"]}
         answer = {**answer, EXTENSION: {**(answer.get(EXTENSION) or {}), META_KEY: _traces(call, texts)}}
     return answer
 

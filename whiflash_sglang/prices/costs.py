@@ -121,10 +121,7 @@ class Costs:
     def _expected(self, previous: RoundTime) -> float:
         """Return the uncorrected price of a round that has run."""
         verified = self.tables.verify(previous.rows, previous.requests, previous.context)
-        drafted = (
-            self._pass(arm, requests, previous.limits.get(arm, 0))
-            for arm, requests in previous.drafted.items()
-        )
+        drafted = (self._pass(arm, requests, previous.limits.get(arm, 0)) for arm, requests in previous.drafted.items())
         caught_up = (self.tables.catch(arm, tokens) for arm, tokens in previous.caught_up.items())
         return verified + sum(drafted) + sum(caught_up)
 

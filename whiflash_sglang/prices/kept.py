@@ -68,8 +68,6 @@ class KeptPrices:
             with staged(self.path) as file:
                 file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            logger.warning(
-                "WHIFLASH: the next start measures prices again: %s: %s", self.path, error.strerror
-            )
+            logger.warning("WHIFLASH: the next start measures prices again: %s: %s", self.path, error.strerror)
             return
         logger.info("WHIFLASH: prices were measured, and are kept in %s", self.path)

@@ -94,13 +94,7 @@ class Verifications:
 
     @classmethod
     def measured(
-        cls,
-        short: int,
-        long: int,
-        sizes: Collection[int],
-        price: Callable[[int, int], float],
-        *,
-        steps: bool = True,
+        cls, short: int, long: int, sizes: Collection[int], price: Callable[[int, int], float], *, steps: bool = True
     ) -> "Verifications":
         """Measure `price(rows, context)` for each of `sizes` at both contexts."""
         near = Sizes.measured(sizes, lambda rows: price(rows, short), steps=steps)

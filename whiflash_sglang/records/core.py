@@ -220,9 +220,7 @@ class DraftBatch:
         return len(self.rows)
 
     @classmethod
-    def of_padding(
-        cls, requests: int, tail: torch.Tensor, slot_table: torch.Tensor, bins: int = 0
-    ) -> "DraftBatch":
+    def of_padding(cls, requests: int, tail: torch.Tensor, slot_table: torch.Tensor, bins: int = 0) -> "DraftBatch":
         """Make a batch of padding requests in memory that no round overwrites: the inputs of captured passes.
 
         tail: [..., F], of which only width, dtype and device matter. bins: how many numbers a calibration has.
@@ -248,9 +246,7 @@ class DraftBatch:
         self, offset: int, width: int, fill: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return positions, KV slots and, with a `fill`, ids of rows n+offset … n+offset+width-1 of every request."""
-        return pass_rows(
-            self.slot_table, self.rows, self.starts, self.bonus, offset=offset, width=width, fill=fill
-        )
+        return pass_rows(self.slot_table, self.rows, self.starts, self.bonus, offset=offset, width=width, fill=fill)
 
 
 Values = Any

@@ -36,12 +36,7 @@ class DraftSync:
     """
 
     def __init__(
-        self,
-        drafters: Mapping[str, Drafter],
-        capacity: int,
-        width: int,
-        dtype: torch.dtype,
-        quarantine: Quarantine,
+        self, drafters: Mapping[str, Drafter], capacity: int, width: int, dtype: torch.dtype, quarantine: Quarantine
     ) -> None:
         self._drafters = with_kv(drafters)
         self._quarantine = quarantine
@@ -240,9 +235,7 @@ class DraftSync:
     def backlog(self) -> dict[str, int]:
         """Return by arm the most tokens of running requests that it has yet to ingest."""
         known = [(row, n) for row, n in self._routed.items() if self.watermarks.known(row)]
-        return {
-            arm: sum(max(n - self.watermarks.synced(row, arm), 0) for row, n in known) for arm in self.arms
-        }
+        return {arm: sum(max(n - self.watermarks.synced(row, arm), 0) for row, n in known) for arm in self.arms}
 
     def forget(self, row: int) -> None:
         """Drop the watermarks, and with them the parked features, of the request in `row`, which has left."""

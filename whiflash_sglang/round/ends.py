@@ -112,9 +112,7 @@ class GraphEnds:
 
     def rated(self, requests: RatesAsked) -> Rated:
         """Send the device the ids and counts that requests ask for, into second graphs' tensor if they fit."""
-        most, names = (
-            max(column) for column in zip(*((n, len(ids)) for n, ids in requests.values()), strict=True)
-        )
+        most, names = (max(column) for column in zip(*((n, len(ids)) for n, ids in requests.values()), strict=True))
         few = bool(self._seconds) and len(requests) <= FEW_RATED and max(most, names) <= FEW_BESIDE
         if few and requests == self._rated.requests:
             return self._rated
@@ -142,9 +140,7 @@ class GraphEnds:
         assert rows.graph is not None
         return _committed(rows, requests, self._graphs[rows.graph][1])
 
-    def in_second_graph(
-        self, rows: Verified, requests: int, kind: Kind, masks: torch.Tensor | None
-    ) -> Verified:
+    def in_second_graph(self, rows: Verified, requests: int, kind: Kind, masks: torch.Tensor | None) -> Verified:
         """Commit `rows` in a second graph of `kind`. masks: `Masks.packed`, if it masks."""
         assert rows.graph is not None
         _, size, plain = rows.graph
@@ -159,9 +155,7 @@ class GraphEnds:
 def _committed(rows: Verified, requests: int, outcome: Outcome) -> Verified:
     committed, signals = outcome
     committed = Committed(*(field[:requests] for field in committed))
-    return rows._replace(
-        committed=committed, signals={name: signal[:requests] for name, signal in signals.items()}
-    )
+    return rows._replace(committed=committed, signals={name: signal[:requests] for name, signal in signals.items()})
 
 
 def _masks_of(rows: int, vocabulary: int) -> tuple[int, int]:

@@ -4,14 +4,7 @@ These functions run at the end of a verification's graph or a second graph (`rou
 """
 
 import torch
-from whiflash_kernels import (
-    Committed,
-    SamplingTable,
-    accept_and_commit,
-    penalise_rows,
-    routing_stats,
-    sample_rows,
-)
+from whiflash_kernels import Committed, SamplingTable, accept_and_commit, penalise_rows, routing_stats, sample_rows
 
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.cache.penalties import PenaltyRows
@@ -33,12 +26,7 @@ class Epilogue:
     """
 
     def __init__(
-        self,
-        rings: FeatureRings,
-        text: torch.Tensor,
-        stops: StopTable,
-        sampling: SamplingTable,
-        penalties: PenaltyRows,
+        self, rings: FeatureRings, text: torch.Tensor, stops: StopTable, sampling: SamplingTable, penalties: PenaltyRows
     ) -> None:
         self._rings, self._text, self._stops = rings, text, stops.few
         self._sampling, self.penalties = sampling, penalties
@@ -65,9 +53,7 @@ class Epilogue:
             return rows.committed
         assert rows.predictions is not None
         packed, request = (rows.predictions, rows.input_ids, rows.indptr, rows.starts), rows.request_rows
-        return accept_and_commit(
-            *packed, stride=stride, request_slots=request, stops=self._stops, text=self._text
-        )
+        return accept_and_commit(*packed, stride=stride, request_slots=request, stops=self._stops, text=self._text)
 
     def park(self, rows: Verified, committed: Committed) -> None:
         """Park the features of the committed tokens in the rings, unless a graph has done so."""

@@ -57,9 +57,7 @@ class Learner:
         often = turn.plan.speculates or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
         return needs if often else needs - {"entropy"}
 
-    def learn(
-        self, turn: Round, results: Results, kept: Sequence[Sequence[int]] | None = None
-    ) -> list[list[int]]:
+    def learn(self, turn: Round, results: Results, kept: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
         """Learn from a round's results. Return the tokens that each request committed.
 
         Args:
@@ -125,9 +123,7 @@ class Learner:
         lengths = {arm: len(tokens)}
         if arm != route and results.drafted[i]:
             lengths[route] = agreed + 1  # at least the length that the route's own drafts would have had
-        evidence = self.controller.committed(
-            request, decision, arm, tokens, width, results.starts[i], lengths
-        )
+        evidence = self.controller.committed(request, decision, arm, tokens, width, results.starts[i], lengths)
         self.tally.committed(
             request.counts, arm, decision.reason, tokens=len(tokens), proposed=width - 1, first=first_drafts
         )

@@ -46,9 +46,7 @@ class Planner:
             for index, names in enumerate(turn.plan.asked):
                 self._proposed(turn, index, [arm for arm in names if arm not in self.sources.proposing])
         widths = [1 + most for most in turn.plan.limits.drafts]
-        members = {
-            arm: [i for i, route in enumerate(turn.plan.routes) if route == arm] for arm in self.drafters
-        }
+        members = {arm: [i for i, route in enumerate(turn.plan.routes) if route == arm] for arm in self.drafters}
         turn.members = {arm: indices for arm, indices in members.items() if indices}
         turn.due = self.sync.due(turn.row_ids, turn.least, turn.most, turn.plan.routes, widths)
         for request, width in zip(turn.requests, widths, strict=True):
@@ -93,9 +91,7 @@ class Planner:
         usable = {arm: each for arm, each in proposed.items() if request.may_verify(arm)}
         if request.may_join:
             room = self.sources.widest + sum(request.under_way)
-            usable = {
-                arm: self.sources.extended(turn, index, arm, each, room) for arm, each in usable.items()
-            }
+            usable = {arm: self.sources.extended(turn, index, arm, each, room) for arm, each in usable.items()}
         return {arm: each for arm, each in usable.items() if not self.sources.copies_itself(arm, each)}
 
     def _rows(self, plan: Plan, arm: str) -> int:
@@ -149,10 +145,7 @@ class Planner:
         if turn.budgets[index] <= 1 or not request.running:
             return []
         serving = self.quarantine.serving(self.drafters, request)
-        able, texts = (
-            self.sync.able(request.row, self.controller.named(request, serving)),
-            self.sources.of_text,
-        )
+        able, texts = (self.sync.able(request.row, self.controller.named(request, serving)), self.sources.of_text)
         return [arm for arm in able if arm not in texts or texts[arm].serves(request)]
 
     def _proposed(

@@ -155,9 +155,7 @@ class Quarantine:
             exc_info=error if self.left_out[arm] == 1 else None,
         )
         failed, tenant = self._failed[arm], request.tenant
-        if (
-            tenant is None or failed.count(tenant) < MOST_REQUESTS // 2
-        ):  # those without a key may be anybody's
+        if tenant is None or failed.count(tenant) < MOST_REQUESTS // 2:  # those without a key may be anybody's
             failed.append(tenant)
         if len(failed) == MOST_REQUESTS:
             self._quarantine(arm, f"{reason}, for {MOST_REQUESTS} requests in a row", error)

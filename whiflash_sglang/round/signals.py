@@ -55,9 +55,7 @@ class SignalReader:
         parts = torch.split(rows.rated.ids, max(RATED_ROWS // committed.tokens.shape[1], 1))
         return torch.cat([self._rates_of(part, rows.rated.likeliest, rows, committed) for part in parts])
 
-    def _rates_of(
-        self, asked: torch.Tensor, likeliest: int, rows: Verified, committed: Committed
-    ) -> torch.Tensor:
+    def _rates_of(self, asked: torch.Tensor, likeliest: int, rows: Verified, committed: Committed) -> torch.Tensor:
         """Return `_rates` of the requests in `asked` [A, 1 + I], computed as SGLang's speculative workers do."""
         request, tokens = asked[:, 0].clamp(max=len(committed.tokens) - 1), committed.tokens
         columns = torch.arange(tokens.shape[1], device=tokens.device)

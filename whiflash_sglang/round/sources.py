@@ -45,9 +45,7 @@ class DraftSources:
         forbidding = [(arm, drafter) for arm, drafter in proposing.items() if drafter.forbids]
         self._turns = [*proposing.items(), *proposing.items(), *forbidding]
 
-    def checked(
-        self, arm: str, request: Request, propose: Callable[[], Candidate | None]
-    ) -> Candidate | None:
+    def checked(self, arm: str, request: Request, propose: Callable[[], Candidate | None]) -> Candidate | None:
         """Return what `propose` of `arm` proposes, cut before its first invalid token or chance; None: nothing, or it
         raised. Faults go to the quarantine.
         """

@@ -85,11 +85,7 @@ def assign(
 
 
 def best_rate(
-    scores: Sequence[Scores],
-    costs: Costs,
-    promised: Sequence[Forecast],
-    accepted: Accepted,
-    weights: Sequence[float],
+    scores: Sequence[Scores], costs: Costs, promised: Sequence[Forecast], accepted: Accepted, weights: Sequence[float]
 ) -> float:
     """Return the expected tokens per second of the best routes, without a margin for the previous ones."""
     return _Batch(scores, costs, promised, accepted, weights).best()[1][0]
@@ -151,9 +147,7 @@ class _Batch:
         limits = [(longest, rows, 1.0)]
         if whole:
             lost = [(drafts, max(own - drafts, 0.0)) for drafts in shorter]
-            limits += [
-                (drafts, rows - fewer, self.accepted(arm, own - fewer) / whole) for drafts, fewer in lost
-            ]
+            limits += [(drafts, rows - fewer, self.accepted(arm, own - fewer) / whole) for drafts, fewer in lost]
         return limits
 
     def best(self) -> tuple[list[str], tuple[float, Mapping[str, int]]]:

@@ -139,9 +139,7 @@ def route(
     probes = policy.probe(teachers, loss)
     scores = bound(probes) if probes else scores
     chosen, lengths = (
-        assign(scores, costs, previous, MARGIN, promised, policy.accepted, weights)
-        if priced
-        else assign(scores)
+        assign(scores, costs, previous, MARGIN, promised, policy.accepted, weights) if priced else assign(scores)
     )
     if costs is not None:
         costs.limit(lengths)

@@ -132,14 +132,10 @@ class AcceptanceEstimator:
     acceptance length measured with the bundle.
     """
 
-    def __init__(
-        self, base: "AcceptanceEstimator | None" = None, measured: Mapping[str, float] | None = None
-    ) -> None:
+    def __init__(self, base: "AcceptanceEstimator | None" = None, measured: Mapping[str, float] | None = None) -> None:
         self._base, self._measured = base, measured or {}
         self._shown: defaultdict[str, _Shown] = defaultdict(_Shown)
-        self._shared: dict[tuple[AcceptanceEstimator, str, Place | None], float] = (
-            base._shared if base else {}
-        )
+        self._shared: dict[tuple[AcceptanceEstimator, str, Place | None], float] = base._shared if base else {}
         """Cached lengths by arm and place, and trusts (place None), until the next round; shared by all adapters."""
 
     def observe(self, arm: str, decision: Decision, length: float) -> None:

@@ -36,6 +36,4 @@ def note(request: Request, outputs: Sequence[float]) -> None:
     """
     delta, *accepted = outputs
     request.delta = delta
-    request.predicted = {
-        arm: 1.0 + max(drafts, 0.0) for arm, drafts in zip(arms.PAIR, accepted, strict=False)
-    }
+    request.predicted = {arm: 1.0 + max(drafts, 0.0) for arm, drafts in zip(arms.PAIR, accepted, strict=False)}

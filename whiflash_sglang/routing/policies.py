@@ -267,11 +267,7 @@ class AutoPolicy:
     joins_arms = True
 
     def __init__(
-        self,
-        *,
-        heads: bool = False,
-        passes: bool = True,
-        measured: Mapping[str, Sequence[float]] | None = None,
+        self, *, heads: bool = False, passes: bool = True, measured: Mapping[str, Sequence[float]] | None = None
     ) -> None:
         """measured: by arm, prior chances that its drafts are accepted, by place in the pass (`AcceptanceByPlace`)."""
         self.needs = frozenset({"delta"} if heads else {"entropy"} if passes else ())

@@ -56,9 +56,7 @@ from whiflash_sglang.structure.spending import Spending
 from whiflash_sglang.telemetry.samples import Spool
 
 
-def build_drafters(
-    settings: Settings, target: Target, spending: Spending, *, late: bool
-) -> dict[str, Drafter]:
+def build_drafters(settings: Settings, target: Target, spending: Spending, *, late: bool) -> dict[str, Drafter]:
     """Load the drafters' checkpoints, which were checked against the target when the arguments were read.
 
     late: as of `LookupArm`.
@@ -115,11 +113,7 @@ def build_drafters(
 
 
 def chain_arm(
-    model: Eagle3Drafter | MTPDrafter,
-    captured: tuple[int, ...],
-    layers: tuple[int, ...],
-    steps: int,
-    positions: int,
+    model: Eagle3Drafter | MTPDrafter, captured: tuple[int, ...], layers: tuple[int, ...], steps: int, positions: int
 ) -> ChainArm:
     """Make the arm `ar` of a loaded checkpoint, by its format; arguments as in `Eagle3Arm`."""
     if isinstance(model, MTPDrafter):
@@ -153,9 +147,7 @@ def spool_of(settings: Settings, model: str) -> Spool | None:
     return Spool(settings.samples, settings.target or model)
 
 
-def reserve(
-    drafters: Mapping[str, Drafter], sync: DraftSync, target: Target, requests: int
-) -> kv_budget.Reservation:
+def reserve(drafters: Mapping[str, Drafter], sync: DraftSync, target: Target, requests: int) -> kv_budget.Reservation:
     """Return the memory that a worker of `requests` requests will allocate, before SGLang sizes its pools."""
     widest, kv = widest_of(drafters) + 1, with_kv(drafters).values()
     parts = kv_budget.for_requests(target, requests, widest, GraphEnds.bytes_for(widest))
@@ -176,9 +168,7 @@ def reserve(
         # Passes are captured into the same memory, one at a time.
         parts["drafters"] += max((drafter.captured_bytes(requests) for drafter in kv), default=0)
     per_token = sum(drafter.kv_bytes_per_token() for drafter in kv)
-    return kv_budget.reserve(
-        parts, per_token=per_token, requests=requests, widest=widest, device=target.device
-    )
+    return kv_budget.reserve(parts, per_token=per_token, requests=requests, widest=widest, device=target.device)
 
 
 def build_controller(

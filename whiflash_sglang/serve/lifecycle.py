@@ -157,9 +157,7 @@ class Lifecycle:
     def check_integrity(self) -> None:
         """Log an error for each row that is still held. Called when no request runs."""
         for holder, rows in self.leaks().items():
-            logger.error(
-                "WHIFLASH: nothing runs, but %s are kept in rows %s; report the log so far.", holder, rows
-            )
+            logger.error("WHIFLASH: nothing runs, but %s are kept in rows %s; report the log so far.", holder, rows)
 
     def forget_all(self) -> None:
         """Drop the state of all requests, since every KV slot was freed."""

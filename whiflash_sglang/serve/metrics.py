@@ -209,9 +209,7 @@ SERIES = (
         lambda w: w.tally.reasons,
     ),
     _one(
-        "switches_total",
-        "rounds of requests drafted by another arm than the round before",
-        lambda w: w.clock.switches,
+        "switches_total", "rounds of requests drafted by another arm than the round before", lambda w: w.clock.switches
     ),
     _each(
         "requests_total{hints}",
@@ -275,11 +273,7 @@ SERIES = (
         "`dropped` (more than could be written) or `failed` (by the disk)",
         lambda w: {} if w.spool is None else w.spool.counts,
     ),
-    Series(
-        "learn_spool_bytes",
-        "bytes of samples on disk",
-        lambda w: [] if w.spool is None else [((), w.spool.size)],
-    ),
+    Series("learn_spool_bytes", "bytes of samples on disk", lambda w: [] if w.spool is None else [((), w.spool.size)]),
     _each(
         "policy{policy}",
         "1 for the policy in force, 0 for others",
@@ -347,9 +341,7 @@ class Publisher:
                     self._sink.write(series, labels, number)
                 elif (before := self._written.get((series.name, labels))) != number:
                     self._written[series.name, labels] = number
-                    self._sink.write(
-                        series, labels, number - (before or 0.0) if series.kind == "counter" else number
-                    )
+                    self._sink.write(series, labels, number - (before or 0.0) if series.kind == "counter" else number)
         self._due = self._now() + INTERVAL
 
 

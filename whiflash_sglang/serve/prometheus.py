@@ -31,17 +31,12 @@ class Prometheus:
         if series.kind == "gauge":
             options["multiprocess_mode"] = "mostrecent"
         return kind(
-            name=series.full_name,
-            documentation=series.meaning,
-            labelnames=[*self._labels, *series.labels],
-            **options,
+            name=series.full_name, documentation=series.meaning, labelnames=[*self._labels, *series.labels], **options
         )
 
     def write(self, series: Series, labels: Labels, number: float) -> None:
         child = self._children.get((series.name, labels))
         if child is None:
             own = dict(zip(series.labels, labels, strict=True))
-            child = self._children[series.name, labels] = self._metrics[series.name].labels(
-                **self._labels, **own
-            )
+            child = self._children[series.name, labels] = self._metrics[series.name].labels(**self._labels, **own)
         getattr(child, METHODS[series.kind])(number)

@@ -175,14 +175,10 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         for req, row in zip(batch.reqs, row_ids, strict=True):
             self.stages.lifecycle.begin(row, req, upload)
         read = result.logits_output.mm_input_embeds
-        prompt, lengths, last, following = prefill_rows(
-            batch, input_ids, features, result.next_token_ids, upload, read
-        )
+        prompt, lengths, last, following = prefill_rows(batch, input_ids, features, result.next_token_ids, upload, read)
         self.sync.prefill(prompt, row_ids, lengths, rows, last)
         self.tokens.put_block(rows, prompt.positions[last] + 1, following[:, None])
-        result.next_draft_input = DraftInput(
-            result.next_token_ids.to(torch.int64), batch.seq_lens.to(torch.int64)
-        )
+        result.next_draft_input = DraftInput(result.next_token_ids.to(torch.int64), batch.seq_lens.to(torch.int64))
         return result
 
     def adopt(self, batch: Any) -> None:

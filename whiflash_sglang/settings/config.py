@@ -42,10 +42,7 @@ Model = TypeVar("Model", bound=BaseModel)
 NO_UNO = "router 'uno' needs --whiflash-uno, or a bundle with the key 'uno'"
 NO_MANIFEST = Manifest(schema_version=1, name="", target="")
 """Settings of a launch without a bundle."""
-NO_PARTS = dict.fromkeys(("eagle3", "dflash", "uno", "router")) | {
-    "dflash_vocabulary": "full",
-    "quantization": {},
-}
+NO_PARTS = dict.fromkeys(("eagle3", "dflash", "uno", "router")) | {"dflash_vocabulary": "full", "quantization": {}}
 NO_ROUTER = "--whiflash-router neural needs --whiflash-neural-router-path or a bundle with a router"
 
 
@@ -174,9 +171,7 @@ def resolve(
         drafters[arms.AR] = own
     for arm, path in drafters.items():
         if not (path / "config.json").is_file():
-            raise ConfigError(
-                f"the {NAMES[arm]} checkpoint {path} has no config.json: give the directory of a drafter"
-            )
+            raise ConfigError(f"the {NAMES[arm]} checkpoint {path} has no config.json: give the directory of a drafter")
     uno = adapter_in(paths["uno"]) if "uno" in paths else None
     if "uno" in paths and uno is None:
         raise ConfigError(f"UNO's adapter {paths['uno']} has no {CONFIG}: give a LoRA in PEFT's layout")

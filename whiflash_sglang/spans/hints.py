@@ -95,9 +95,7 @@ def parse_hints(custom_params: object) -> RequestHints:
     hints = RequestHints()
     if payload is not None:
         if not isinstance(payload, str):
-            raise HintError(
-                _FIELD, "must be a string holding a JSON object (custom_params nests two levels only)"
-            )
+            raise HintError(_FIELD, "must be a string holding a JSON object (custom_params nests two levels only)")
         hints = _read(payload)
     implied = {"tools": tools if isinstance(tools, str) else "", "inferred": INFERRED_KEY in custom_params}
     return hints.model_copy(update=implied)

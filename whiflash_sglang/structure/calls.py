@@ -315,9 +315,7 @@ class Calls:
         self._note_blanks(text)
         text = self._waiting + text
         places = [(text.find(span.begin or ""), span) for span in self._spans]
-        at, span = min(
-            ((at, span) for at, span in places if at >= 0), default=(-1, None), key=lambda place: place[0]
-        )
+        at, span = min(((at, span) for at, span in places if at >= 0), default=(-1, None), key=lambda place: place[0])
         if span is None or span.begin is None:
             self._waiting = text[-self._longest :]
             return ""

@@ -191,9 +191,7 @@ Likelihood = Callable[[Kind], float]
 """Returns the chance that a token of a kind is right."""
 
 
-def gather(
-    step: Callable[[], Sequence[LikelyText] | None], limit: int, likelihood: Likelihood
-) -> list[LikelyText]:
+def gather(step: Callable[[], Sequence[LikelyText] | None], limit: int, likelihood: Likelihood) -> list[LikelyText]:
     """Call `step` until it returns None and collect its pieces, up to `limit` characters and `STEPS` pieces; text
     beyond the limit is cut off.
     """
@@ -260,9 +258,7 @@ class Ahead:
             fork._layout = self._own
         return fork
 
-    def accept(
-        self, tokens: Sequence[int], vocabulary: Vocabulary | None = None, *, at_once: bool = False
-    ) -> int:
+    def accept(self, tokens: Sequence[int], vocabulary: Vocabulary | None = None, *, at_once: bool = False) -> int:
         """Advance by tokens as far as they may follow. Returns how many.
 
         Args:

@@ -122,9 +122,7 @@ class MarkupCall:
             return self._rest_of_value()
         before = *self._state, self._pending, *self.seen.items()
         pieces: list[LikelyText] | None
-        pieces, after = kept(
-            self._known, before, lambda: (self._step_now(), (*self._state[1:], self._pending))
-        )
+        pieces, after = kept(self._known, before, lambda: (self._step_now(), (*self._state[1:], self._pending)))
         self._place, self._calls, self._tool, self._key, self._written, self._pending = after
         return pieces
 
@@ -227,9 +225,7 @@ class MarkupCall:
         fitting = [word for word in words if (word + closing).startswith(body)]
         if fitting:
             best = max(fitting, key=self._used)
-            rest, *others = (
-                (word + closing)[len(body) :] for word in sorted(fitting, key=lambda own: own != best)
-            )
+            rest, *others = ((word + closing)[len(body) :] for word in sorted(fitting, key=lambda own: own != best))
             pieces += _pieces(rest, others, Kind.WORD)
         elif body:
             begun = _begun(pending, closing) or _begun(pending, end)

@@ -134,9 +134,7 @@ def words_of_places(text: str) -> tuple[str, ...] | None:
     """
     whole = _read(text)
     roots = whole.get("anyOf", [whole]) if isinstance(whole, dict) else []
-    if not roots or any(
-        not isinstance(root, dict) or root.get("type") not in ("object", "array") for root in roots
-    ):
+    if not roots or any(not isinstance(root, dict) or root.get("type") not in ("object", "array") for root in roots):
         return None
     if len(roots) > 1 and any(root["type"] == "array" for root in roots):
         return None  # items of a whole text decide between alternatives, but are no part of its place

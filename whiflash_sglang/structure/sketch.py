@@ -76,9 +76,7 @@ def _expected(tokens: Sequence[Token], likelihood: Likelihood) -> float:
     return sum(accumulate((likelihood(token.kind) for token in tokens), operator.mul), 0.0)
 
 
-def _allowed(
-    ahead: Ahead, vocabulary: Vocabulary, tokens: Sequence[Token], limit: int, end: int | None
-) -> list[Token]:
+def _allowed(ahead: Ahead, vocabulary: Vocabulary, tokens: Sequence[Token], limit: int, end: int | None) -> list[Token]:
     """Return the first of `tokens` that may follow, and `end` after them if the text is complete then."""
     with ahead.matcher.trying():
         allowed = [*tokens[: ahead.accept([token.token for token in tokens], vocabulary, at_once=True)]]

@@ -42,9 +42,7 @@ _STRING = ' string="{string}"'
 _DSML = "｜DSML｜"
 _MINIMAX = "]<]minimax[>["
 
-_FUNCTION = Form(
-    "\n<function={name}>", "\n<parameter={key}>", "\n{value}\n</parameter>", "\n</function>", "\n"
-)
+_FUNCTION = Form("\n<function={name}>", "\n<parameter={key}>", "\n{value}\n</parameter>", "\n</function>", "\n")
 _GLM45 = Form("{name}", "\n<arg_key>{key}</arg_key>", "\n<arg_value>{value}</arg_value>", "", "\n")
 _GLM47 = Form("{name}", "<arg_key>{key}</arg_key>", "<arg_value>{value}</arg_value>", "")
 
@@ -89,10 +87,7 @@ PARSERS: Final[dict[str, Form]] = {
 """Forms of calls in markup, by `--tool-call-parser`. `whiflash_sdk.presets` has the markers of their spans."""
 
 
-ARGUMENTS: Final = {
-    **dict.fromkeys(("hermes", "qwen", "qwen25", "trinity"), "arguments"),
-    "llama3": "parameters",
-}
+ARGUMENTS: Final = {**dict.fromkeys(("hermes", "qwen", "qwen25", "trinity"), "arguments"), "llama3": "parameters"}
 """Parsers whose calls are one JSON object, and the name that its arguments have in it."""
 
 MOST_FUNCTIONS: Final = 128

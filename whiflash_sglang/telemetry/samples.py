@@ -123,9 +123,7 @@ def check_spool(directory: Path) -> None:
         with locked(directory):
             pass
     except OSError as error:
-        raise ConfigError(
-            f"--whiflash-learn: samples cannot be written to {directory}: {error.strerror}"
-        ) from None
+        raise ConfigError(f"--whiflash-learn: samples cannot be written to {directory}: {error.strerror}") from None
 
 
 def files_of(directory: Path) -> list[SampleFile]:

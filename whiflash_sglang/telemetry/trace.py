@@ -70,9 +70,7 @@ class Recording:
         """Note that a round begins; the first one starts the clock."""
         self.began = self.began or time.perf_counter()
 
-    def add(
-        self, length: int, arm: str, tokens: int, *, proposed: int, reason: str, span: str | None
-    ) -> None:
+    def add(self, length: int, arm: str, tokens: int, *, proposed: int, reason: str, span: str | None) -> None:
         """Add a round of `arm` that has ended. length: tokens committed before it, prompt included, without the bonus
         token."""
         self.ended = time.perf_counter()
@@ -162,9 +160,7 @@ def build_trace(recording: Recording, policy: str, completion_tokens: int) -> di
     return trace
 
 
-def span_attributes(
-    recording: Recording, policy: str, completion_tokens: int
-) -> dict[str, str | int | float]:
+def span_attributes(recording: Recording, policy: str, completion_tokens: int) -> dict[str, str | int | float]:
     """Return the trace's sums as flat attributes of an OpenTelemetry span, such as `whiflash.arm.ar.accepted`."""
     trace = build_trace(replace(recording, level="summary"), policy, completion_tokens)
     attributes: dict[str, Any] = {

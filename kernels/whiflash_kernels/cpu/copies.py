@@ -30,9 +30,7 @@ class CompiledCopies:
         self._copy.argtypes = [pointer, long] * 3 + [long] * 2 + [number] * 2 + [long] + [pointer] * 4
         self._copy.restype = long
         self._propose = library.whiflash_propose
-        self._propose.argtypes = (
-            [pointer, long] + [pointer] * 7 + [long] * 3 + [ctypes.c_float, long] + [pointer] * 6
-        )
+        self._propose.argtypes = [pointer, long] + [pointer] * 7 + [long] * 3 + [ctypes.c_float, long] + [pointer] * 6
         self._propose.restype = None
         self._place = array("q", [0, 0, 0])
         self._room(64)
@@ -82,14 +80,7 @@ class CompiledCopies:
         address, numbers = sources.buffer_info()
         ids = array("i", drafts)
         count = self._copy(
-            address,
-            numbers // 7,
-            *ids.buffer_info(),
-            *stops.buffer_info(),
-            least,
-            most,
-            *chances,
-            *self._results,
+            address, numbers // 7, *ids.buffer_info(), *stops.buffer_info(), least, most, *chances, *self._results
         )
         parts = self._tokens[:count].tolist(), self._alive[:count].tolist(), self._agreements[:count].tolist()
         length, source, number = self._place

@@ -15,9 +15,7 @@ from torch import Tensor
 from whiflash_kernels.cpu import compiler
 
 _SOURCE = Path(__file__).with_name("layers.cpp")
-_NORM, _ACTIVATION, _ROTATION, _KEEPING = map(
-    compiler.profiled, ("norm", "silu_and_mul", "rotation", "keys_values")
-)
+_NORM, _ACTIVATION, _ROTATION, _KEEPING = map(compiler.profiled, ("norm", "silu_and_mul", "rotation", "keys_values"))
 _KINDS = {torch.bfloat16: 0, torch.float32: 1}
 _IN_MEMORY = (Tensor, torch.nn.Parameter)
 """Tensor types whose data pointer can be read; other subclasses may have no memory of their own."""

@@ -25,10 +25,7 @@ class _Layout(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("table", "starts", "lengths", "rows")]
         + [(name, ctypes.c_int64) for name in ("table_row", "q_row", "k_slot", "k_head", "v_slot", "v_head")]
-        + [
-            (name, ctypes.c_int32)
-            for name in ("requests", "heads", "kv_heads", "size", "v_size", "causal", "window")
-        ]
+        + [(name, ctypes.c_int32) for name in ("requests", "heads", "kv_heads", "size", "v_size", "causal", "window")]
         + [("scale", ctypes.c_float)]
     )
 
@@ -58,9 +55,7 @@ class CompiledAttention:
         `slot_table` is read when layers run, so it must not change before they have.
         """
         check_lengths(slot_table, q_lens, kv_lens, causal)
-        rows = (
-            torch.arange(len(q_lens)) if request_rows is None else request_rows.to(torch.int64).contiguous()
-        )
+        rows = torch.arange(len(q_lens)) if request_rows is None else request_rows.to(torch.int64).contiguous()
         return CompiledPlan(
             self.library,
             slot_table.int().contiguous(),
@@ -114,9 +109,7 @@ class CompiledPlan:
     causal: bool
     window: int  # -1: none
 
-    def run(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, sinks: Tensor | None = None
-    ) -> Tensor:
+    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
         """Compute one layer's attention; arguments are those of `PagedAttentionPlan.run`, all bfloat16.
 
         q: [T, Hq, D], heads and dimensions contiguous, or it is copied. k_cache, v_cache: [S, Hkv, D or Dv], dimensions

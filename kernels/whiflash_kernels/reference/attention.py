@@ -47,10 +47,7 @@ def draft_attention(
     # The G query heads of a KV head become rows of one matrix, so K and V are never repeated.
     # `embedding` is the fastest row gather on a CPU.
     keys, values = (
-        embedding(table.reshape(-1), pool.flatten(1))
-        .to(q.dtype)
-        .view(requests, -1, *pool.shape[1:])
-        .transpose(1, 2)
+        embedding(table.reshape(-1), pool.flatten(1)).to(q.dtype).view(requests, -1, *pool.shape[1:]).transpose(1, 2)
         for pool in (k, v)
     )
     kv_heads = k.shape[1]

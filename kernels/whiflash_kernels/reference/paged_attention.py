@@ -63,9 +63,7 @@ class Request:
         for block in self.blocks:
             rows = block.row_end - block.row_start
             entries = slice(block.kv_start - self.kv_base, block.kv_end - self.kv_base)
-            by_head = (
-                q[block.row_start : block.row_end].reshape(rows, kv_heads, groups, dim).permute(1, 2, 0, 3)
-            )
+            by_head = q[block.row_start : block.row_end].reshape(rows, kv_heads, groups, dim).permute(1, 2, 0, 3)
             scaled = by_head.reshape(kv_heads, groups * rows, dim).float() * scale
             scores = torch.bmm(scaled, k[:, :, entries])
             if block.mask is not None:
@@ -153,9 +151,7 @@ class PagedAttentionPlan:
         return out
 
 
-def check_lengths(
-    slot_table: torch.Tensor, q_lens: Sequence[int], kv_lens: Sequence[int], causal: bool
-) -> None:
+def check_lengths(slot_table: torch.Tensor, q_lens: Sequence[int], kv_lens: Sequence[int], causal: bool) -> None:
     if len(q_lens) != len(kv_lens):
         raise ValueError(f"q_lens has {len(q_lens)} requests but kv_lens has {len(kv_lens)}")
     for i, (m, n) in enumerate(zip(q_lens, kv_lens, strict=True)):
@@ -187,9 +183,7 @@ def _planned(
     return Request(table_row[kv_base:kv_len].to(torch.int64), kv_base, tuple(blocks))
 
 
-def _additive_mask(
-    rows: int, entries: int, own: int, window: int | None, device: torch.device
-) -> torch.Tensor:
+def _additive_mask(rows: int, entries: int, own: int, window: int | None, device: torch.device) -> torch.Tensor:
     """Return a mask of 0 and -inf, [rows, entries] fp32: row i sees entries up to ``own + i``, with a window only those
     from ``own + i - window`` on.
     """

@@ -87,9 +87,7 @@ def _attend_kernel(
     packed = (request * WIDTH + row // GROUPS).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     inside = live[:, None] & (column < DIM)[None, :]
-    query = tl.load(
-        q + packed[:, None] * q_row + head[:, None] * q_head + column[None, :], mask=inside, other=0.0
-    )
+    query = tl.load(q + packed[:, None] * q_row + head[:, None] * q_head + column[None, :], mask=inside, other=0.0)
 
     lower = 0
     if WINDOWED:
@@ -107,9 +105,9 @@ def _attend_kernel(
         there = entry < stop
         slot = tl.load(slots + entry, mask=there, other=0).to(tl.int64)
         wanted = there[:, None] & (column < DIM)[None, :]
-        keys = tl.load(
-            k + slot[:, None] * k_slot + kv_head * k_head + column[None, :], mask=wanted, other=0.0
-        ).to(query.dtype)
+        keys = tl.load(k + slot[:, None] * k_slot + kv_head * k_head + column[None, :], mask=wanted, other=0.0).to(
+            query.dtype
+        )
         scores = product(query, tl.trans(keys), PRECISION, WIDEN) * (scale * LOG2E)
         seen = there[None, :] & live[:, None]
         if CAUSAL:
@@ -121,9 +119,9 @@ def _attend_kernel(
         weights = tl.exp2(scores - new_peak[:, None])
         fade = tl.exp2(peak - new_peak)
         total = total * fade + tl.sum(weights, axis=1)
-        values = tl.load(
-            v + slot[:, None] * v_slot + kv_head * v_head + column[None, :], mask=wanted, other=0.0
-        ).to(query.dtype)
+        values = tl.load(v + slot[:, None] * v_slot + kv_head * v_head + column[None, :], mask=wanted, other=0.0).to(
+            query.dtype
+        )
         added = product(weights.to(values.dtype), values, PRECISION, WIDEN)
         sums = sums * fade[:, None] + added
         peak = new_peak

@@ -89,9 +89,7 @@ def park(
     )
 
 
-@triton.jit(
-    do_not_specialize=["requests"], do_not_specialize_on_alignment=["request_slots", "begins", "ends"]
-)
+@triton.jit(do_not_specialize=["requests"], do_not_specialize_on_alignment=["request_slots", "begins", "ends"])
 def _unpark_kernel(
     ring,
     ring_tokens,
@@ -123,9 +121,7 @@ def _unpark_kernel(
     for first in range(0, requests, LANES):
         request = first + tl.arange(0, LANES)
         known = request < requests
-        lengths = tl.load(ends + request, mask=known, other=0) - tl.load(
-            begins + request, mask=known, other=0
-        )
+        lengths = tl.load(ends + request, mask=known, other=0) - tl.load(begins + request, mask=known, other=0)
         lengths = tl.maximum(lengths, 0).to(tl.int32)
         passed = known & (total + tl.cumsum(lengths, axis=0) <= row)
         owner += tl.sum(passed.to(tl.int32), axis=0)

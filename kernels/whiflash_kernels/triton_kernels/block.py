@@ -51,9 +51,7 @@ def _prepare_kernel(
     used = inside & (row < tl.sum(width, axis=0))
     offset = row - start
     bonus_token = tl.load(bonus + owner, mask=used, other=0)
-    draft_token = tl.load(
-        drafts + owner.to(tl.int64) * drafts_stride + offset - 1, mask=used & (offset > 0), other=0
-    )
+    draft_token = tl.load(drafts + owner.to(tl.int64) * drafts_stride + offset - 1, mask=used & (offset > 0), other=0)
     position = tl.load(seq_lens + owner, mask=used, other=0).to(tl.int64) + tl.where(used, offset, 0)
     slot = tl.load(request_slots + owner, mask=used, other=0).to(tl.int64)
     cache_slot = tl.load(req_to_token + slot * table_stride + position, mask=used, other=0).to(tl.int64)
@@ -141,9 +139,7 @@ def _slots_kernel(
     tl.store(slot_indptr + 1 + slot, tl.cumsum(width, axis=0), mask=inside)
     tl.store(slot_lens + slot, length, mask=inside)
     tl.store(slot_ends + slot, length + width, mask=inside)
-    tl.store(
-        slot_requests + slot, tl.load(request_slots + slot, mask=live, other=0).to(tl.int64), mask=inside
-    )
+    tl.store(slot_requests + slot, tl.load(request_slots + slot, mask=live, other=0).to(tl.int64), mask=inside)
 
 
 def fill_slots(

@@ -62,8 +62,7 @@ def _find_places_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["min_match", "alive_row"],
-    do_not_specialize_on_alignment=["factors", "chances", "alive"],
+    do_not_specialize=["min_match", "alive_row"], do_not_specialize_on_alignment=["factors", "chances", "alive"]
 )
 def _judge_places_kernel(
     tokens,
@@ -121,10 +120,7 @@ def _judge_places_kernel(
     here = place[:, None] - before[None, :]
     there = length - before
     known = (here >= 0) & (there >= 0)[None, :]
-    equal = (
-        tl.load(text + here, mask=known, other=-1)
-        == tl.load(text + there, mask=there >= 0, other=-2)[None, :]
-    )
+    equal = tl.load(text + here, mask=known, other=-1) == tl.load(text + there, mask=there >= 0, other=-2)[None, :]
     matched = tl.min(tl.where(known & equal, BACK, before[None, :] - 1), axis=1)
     matched = tl.where((place > 0) & (matched >= min_match), matched, 0)
 
@@ -183,9 +179,7 @@ def propose_copies(
     """Propose the tokens after an earlier match of each text's end; see `whiflash_kernels.copies.propose_copies`."""
     requests, device = request_slots.shape[0], tokens.device
     integers = [(requests, width), (requests,), (requests,), (requests, PLACES), (requests, PLACES)]
-    out, copied, matched, twos, ones = (
-        torch.empty(*size, dtype=torch.int64, device=device) for size in integers
-    )
+    out, copied, matched, twos, ones = (torch.empty(*size, dtype=torch.int64, device=device) for size in integers)
     out_alive = torch.empty(requests, width, dtype=torch.float32, device=device)
     agreements = torch.empty(requests, width, dtype=torch.int32, device=device)
     copies = Drafts(out, copied, out_alive, matched=matched, agreements=agreements)

@@ -50,9 +50,7 @@ def _cut_kernel(
     tl.store(alive + member * width + column, lives, mask=inside)
 
 
-def cut_drafts(
-    confidences: Tensor, calibration: Tensor, edges: Tensor, limits: Tensor
-) -> tuple[Tensor, Tensor]:
+def cut_drafts(confidences: Tensor, calibration: Tensor, edges: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     """Count each request's drafts that are worth their rows; see `whiflash_kernels.drafts.cut_drafts`."""
     members, width = confidences.shape
     counts = torch.empty(members, dtype=torch.int64, device=confidences.device)
@@ -423,9 +421,7 @@ def choose_drafts(
     if copies is not None:
         assert copies.alive is not None
         copied = copies.tokens, copies.alive, copies.counts
-    more_tokens, more_alive = (
-        (None, None) if appended is None else (_rows(appended.tokens), _rows(appended.alive))
-    )
+    more_tokens, more_alive = (None, None) if appended is None else (_rows(appended.tokens), _rows(appended.alive))
     _merge_drafts_kernel[(size,)](
         tokens,
         counts,

@@ -94,11 +94,7 @@ def draft_inputs(
     count, device = (request_slots if members is None else members).shape[0], request_slots.device
     inputs = into
     if inputs is None:
-        numbers = (
-            batch
-            if members is None
-            else [torch.empty(count, dtype=torch.int64, device=device) for _ in range(4)]
-        )
+        numbers = batch if members is None else [torch.empty(count, dtype=torch.int64, device=device) for _ in range(4)]
         tail = torch.empty(count, len(chunks) * chunk_width, dtype=rings.features.dtype, device=device)
         inputs = PassInputs._make([*numbers, tail, calibration])
     requests, stores = len(inputs.bonus), members is not None or into is not None
@@ -152,9 +148,9 @@ def _pass_rows_kernel(
     inside = column < width
     slot = tl.load(request_slots + request).to(tl.int64)
     position = tl.load(seq_lens + request).to(tl.int64) + offset + column
-    cache_slot = tl.load(
-        req_to_token + slot * table_stride + position, mask=inside & (position >= 0), other=0
-    ).to(tl.int64)
+    cache_slot = tl.load(req_to_token + slot * table_stride + position, mask=inside & (position >= 0), other=0).to(
+        tl.int64
+    )
     at = request.to(tl.int64) * width + column
     tl.store(positions + at, tl.maximum(position, 0), mask=inside)
     tl.store(cache_slots + at, cache_slot, mask=inside)

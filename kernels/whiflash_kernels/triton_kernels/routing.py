@@ -102,14 +102,10 @@ def _stats_kernel(
     # Whole tiles need no mask, and a mask that does not align with the loads would break them up.
     for start in range(begin, whole, LANES * WIDE):
         x = tl.load(base + start + offset).to(tl.float32)
-        peak, total, moment, group, group_start = _absorb(
-            x, start, lane, peak, total, moment, group, group_start, WIDE
-        )
+        peak, total, moment, group, group_start = _absorb(x, start, lane, peak, total, moment, group, group_start, WIDE)
     if whole < end:
         x = tl.load(base + whole + offset, mask=whole + offset < end, other=float("-inf")).to(tl.float32)
-        peak, total, moment, group, group_start = _absorb(
-            x, whole, lane, peak, total, moment, group, group_start, WIDE
-        )
+        peak, total, moment, group, group_start = _absorb(x, whole, lane, peak, total, moment, group, group_start, WIDE)
 
     first = tl.min(tl.where(group == peak[:, None], item[None, :], WIDE), axis=1)
     peak, total, moment, index = _merge(peak, total, moment, group_start + first)

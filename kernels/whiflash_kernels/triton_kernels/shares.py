@@ -135,9 +135,7 @@ def sums_for(requests: int, shares: int, rows: int, dim: int, device: torch.devi
     )
 
 
-def merge(
-    sums: Sums, out: Tensor, width: int, kv_heads: int, columns: int, qo_indptr: Tensor | None = None
-) -> None:
+def merge(sums: Sums, out: Tensor, width: int, kv_heads: int, columns: int, qo_indptr: Tensor | None = None) -> None:
     """Merge the sums of cut requests into their rows of ``out`` [rows, Hq, D]. width: rows of each request, or with
     ``qo_indptr`` the most."""
     heads, dim = out.shape[1:]

@@ -62,18 +62,12 @@ def _add_prefix(
         there = entry < stop
         slot = tl.load(slots + entry, mask=there, other=0).to(tl.int64)
         wanted = there[:, None] & wide[None, :]
-        keys = tl.load(k_pool + slot[:, None] * k_slot + column[None, :], mask=wanted, other=0.0).to(
-            query.dtype
-        )
-        values = tl.load(v_pool + slot[:, None] * v_slot + column[None, :], mask=wanted, other=0.0).to(
-            query.dtype
-        )
+        keys = tl.load(k_pool + slot[:, None] * k_slot + column[None, :], mask=wanted, other=0.0).to(query.dtype)
+        values = tl.load(v_pool + slot[:, None] * v_slot + column[None, :], mask=wanted, other=0.0).to(query.dtype)
         seen = there[None, :] & live[:, None]
         if WINDOWED:
             seen &= entry[None, :] >= prefix + turn[:, None] - window
-        peak, total, sums = _step(
-            query, keys, values, seen, peak, total, sums, factor, cap, CAPPED, PRECISION, WIDEN
-        )
+        peak, total, sums = _step(query, keys, values, seen, peak, total, sums, factor, cap, CAPPED, PRECISION, WIDEN)
     return peak, total, sums
 
 
@@ -93,9 +87,7 @@ def _add_rows(
         seen = live[:, None] & (entry[None, :] <= turn[:, None])
         if WINDOWED:
             seen &= entry[None, :] >= turn[:, None] - window
-        peak, total, sums = _step(
-            query, keys, values, seen, peak, total, sums, factor, cap, CAPPED, PRECISION, WIDEN
-        )
+        peak, total, sums = _step(query, keys, values, seen, peak, total, sums, factor, cap, CAPPED, PRECISION, WIDEN)
     return peak, total, sums
 
 
@@ -121,9 +113,7 @@ def _attend(
     column = tl.arange(0, COLUMNS)
     wide = column < DIM
     inside = live[:, None] & wide[None, :]
-    query = tl.load(
-        q + packed[:, None] * q_row + head[:, None] * q_head + column[None, :], mask=inside, other=0.0
-    )
+    query = tl.load(q + packed[:, None] * q_row + head[:, None] * q_head + column[None, :], mask=inside, other=0.0)
     peak = tl.full([ROWS], LEAST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -145,9 +135,7 @@ def _attend(
     # One tile of sums serves both stores, which are masked: two tiles, or a branch, would spill registers.
     sums = sums / tl.where(whole & (total > 0), total, 1.0)[:, None]
     result = packed * (KV_HEADS * GROUPS) + head
-    tl.store(
-        out + result[:, None] * DIM + column[None, :], sums.to(out.dtype.element_ty), mask=inside & whole
-    )
+    tl.store(out + result[:, None] * DIM + column[None, :], sums.to(out.dtype.element_ty), mask=inside & whole)
     kept = (kept.to(tl.int64) * KV_HEADS + kv_head) * (most * GROUPS) + row
     tl.store(partial + kept[:, None] * DIM + column[None, :], sums, mask=inside & ~whole)
     tl.store(peaks + kept * 2, peak, mask=live & ~whole)
@@ -305,11 +293,7 @@ def _planned(
     qo: Tensor, kv: Tensor, window: int | None, most: int, groups: int, kv_heads: int, rows: int, step: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plan how the steps of a batch are divided: return programs, spans and merges as `_plan_kernel` writes them."""
-    requests, shares, fewest = (
-        len(qo) - 1,
-        shares_for(kv_heads, qo.device),
-        triton.cdiv(FEWEST_KEYS, step) + 1,
-    )
+    requests, shares, fewest = (len(qo) - 1, shares_for(kv_heads, qo.device), triton.cdiv(FEWEST_KEYS, step) + 1)
     sizes = (shares, 4), (requests, 3), (1 + 3 * min(requests, shares - 1),)
     programs, spans, merges = (torch.empty(size, dtype=torch.int32, device=qo.device) for size in sizes)
     _plan_kernel[(shares,)](

@@ -50,9 +50,7 @@ def test_every_arm_gets_the_same_target_dtype_and_common_arguments() -> None:
     adaptive = " ".join(by_name["EAGLE3-adaptive"].arguments)
     assert "--speculative-algorithm EAGLE3 " in adaptive
     assert adaptive.endswith("--speculative-draft-model-path /models/b/eagle3 --speculative-adaptive")
-    assert {arm: by_name[arm].arguments[-1] for arm in VARIANTS} == {
-        arm: f"/scratch/{arm}" for arm in VARIANTS
-    }
+    assert {arm: by_name[arm].arguments[-1] for arm in VARIANTS} == {arm: f"/scratch/{arm}" for arm in VARIANTS}
 
 
 def test_routers_that_learn_nothing_share_a_server_and_auto_has_its_own() -> None:
@@ -62,9 +60,7 @@ def test_routers_that_learn_nothing_share_a_server_and_auto_has_its_own() -> Non
     assert len(set(servers.values())) == len(servers) - len(shared) + 1
 
 
-def test_a_checkout_with_an_environment_is_served_in_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_checkout_with_an_environment_is_served_in_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also where this checkout is on the path, or is where the command was given: each has a module of one name."""
     other, here = tmp_path / "other", tmp_path / "here"
     for checkout in (other, here):
@@ -82,9 +78,7 @@ def test_a_checkout_with_an_environment_is_served_in_it(
     monkeypatch.chdir(here)
     with pytest.raises(ConfigError, match=r"no .*here/\.venv/bin/python: name a checkout"):
         build_arms([f"auto@{here}"], SUBJECT)
-    with pytest.raises(
-        ConfigError, match=r"imports .*here/whiflash_sglang/.*, not .*: run `uv sync` in .*other"
-    ):
+    with pytest.raises(ConfigError, match=r"imports .*here/whiflash_sglang/.*, not .*: run `uv sync` in .*other"):
         build_arms(["auto@../other"], SUBJECT)
     python.write_text(script.format(other, sys.executable))
     _, auto, older = build_arms(["auto", "auto@../other"], SUBJECT)

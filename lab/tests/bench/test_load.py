@@ -48,9 +48,7 @@ def test_plain_decoding_makes_a_forward_a_token() -> None:
     assert (single.forwards, single.tpot) == (0, None)
 
 
-@pytest.mark.parametrize(
-    "lines", [[], [(0.1, data(choice("a")))], [(0.1, data({"error": {"message": "no"}}))]]
-)
+@pytest.mark.parametrize("lines", [[], [(0.1, data(choice("a")))], [(0.1, data({"error": {"message": "no"}}))]])
 def test_a_broken_stream_is_an_error(lines: list[tuple[float, str]]) -> None:
     with pytest.raises(RequestError, match="prompt p"):
         parse_stream("p", lines)

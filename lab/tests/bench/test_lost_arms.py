@@ -137,17 +137,12 @@ def test_a_server_that_does_not_start_again_loses_no_measurement(
         server["attention_backend"] = "torch_native"
     assert re.search(why, said.getvalue())
     assert re.search(f"\n- auto: .*no such drafter\n- The run {why}", render(report))
-    assert {arm: figures["overall"].answers for arm, figures in report.arms.items()} == {
-        "none": 2,
-        "EAGLE3": 2,
-    }
+    assert {arm: figures["overall"].answers for arm, figures in report.arms.items()} == {"none": 2, "EAGLE3": 2}
     with pytest.raises(WhiflashError, match=why):
         judge(report)
 
 
-def test_a_prompt_that_the_server_does_not_take_is_left_out(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_prompt_that_the_server_does_not_take_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def answering(client: Any, prompt: Prompt, max_tokens: int, fields: object = None) -> Reference:
         if prompt.id == "long":
             raise RefusedError("prompt long: longer than the context")

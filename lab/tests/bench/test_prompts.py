@@ -35,13 +35,7 @@ def test_the_shipped_sample() -> None:
 
 def test_spec_bench_and_speed_bench_rows(tmp_path: Path) -> None:
     spec = {"question_id": 81, "category": "writing", "turns": ["Write.", "Rewrite."], "reference": []}
-    speed = {
-        "question_id": "q-7",
-        "category": "coding",
-        "sub_category": "x",
-        "turns": ["Code."],
-        "multiturn": False,
-    }
+    speed = {"question_id": "q-7", "category": "coding", "sub_category": "x", "turns": ["Code."], "multiturn": False}
     first, second = load_prompts(write(tmp_path / "rows.jsonl", spec, speed))
     assert (first.id, first.category, first.follow_ups) == ("81", "writing", ("Rewrite.",))
     assert (second.id, second.messages) == ("q-7", ({"role": "user", "content": "Code."},))

@@ -45,11 +45,7 @@ def rows() -> list[dict[str, Any]]:
     found = []
     for i in range(3):
         asked, answer = {"role": "user", "content": f"Edit {i}."}, TEXTS[i].replace("brown", f"b{i}own")
-        said = [
-            asked,
-            {"role": "assistant", "content": f"Which one? {i}"},
-            {"role": "user", "content": "It."},
-        ]
+        said = [asked, {"role": "assistant", "content": f"Which one? {i}"}, {"role": "user", "content": "It."}]
         messages = [*said, {"role": "assistant", "content": answer}]
         prediction = {"type": "content", "content": TEXTS[i]}
         row = {"id": f"t{i}", "category": "edit", "task": "edits", "messages": messages}
@@ -90,9 +86,7 @@ def talks(recorded: list[Conversation], subject: Subject) -> list[Talk]:
     return talks_of(recorded, renderer_of(subject.target, subject.bundle), max_tokens=200, room=600)[0]
 
 
-def test_conversations_become_tasks(
-    talks: list[Talk], recorded: list[Conversation], subject: Subject
-) -> None:
+def test_conversations_become_tasks(talks: list[Talk], recorded: list[Conversation], subject: Subject) -> None:
     assert [(talk.id, len(talk.tasks)) for talk in talks] == [("t0", 2), ("t1", 2), ("t2", 2)]
     first, last = (task.turn for task in talks[0].tasks)
     assert [task.known for task in talks[0].tasks] == [0, len(first.prompt) + len(first.answer) - 1]
@@ -187,9 +181,7 @@ def fleet(host: ServerHost) -> Iterator[Fleet]:
 def test_a_recorded_run(talks: list[Talk], subject: Subject, fleet: Fleet, tmp_path: Path) -> None:
     """Plain decoding is stock SGLang, which a pool of half of what the agents need makes evict."""
     subject = with_pool(subject, talks, 3, 0.5)
-    arms = tuple(
-        recorded_arms(["lookup+prediction+group", "lookup+useless", "none+sessions"], subject, talks)
-    )
+    arms = tuple(recorded_arms(["lookup+prediction+group", "lookup+useless", "none+sessions"], subject, talks))
     loads = (Load(value=1), Load(value=2))
     plan = Plan(subject, arms, tuple(talks), loads, repetitions=1, recorded=("log",))
     report = Replayer(plan, fleet, Progress(console=Console(file=io.StringIO()))).run()
@@ -279,10 +271,7 @@ def test_a_tool_s_time_is_cut_and_goes_on_while_subagents_run(monkeypatch: pytes
 
 def test_options_of_other_runs_are_not_passed_over() -> None:
     for wrong, named in (
-        (
-            ["--recorded", "log.jsonl", "--prompts", "p.jsonl", "--per-category", "2"],
-            "--prompts, --per-category",
-        ),
+        (["--recorded", "log.jsonl", "--prompts", "p.jsonl", "--per-category", "2"], "--prompts, --per-category"),
         (["--recorded", "log.jsonl", "--concurrency", "2"], "--concurrency"),
         (["--agents", "2", "--kv-share", "0.5"], "--agents, --kv-share"),
     ):

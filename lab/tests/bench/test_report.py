@@ -133,12 +133,7 @@ def test_the_page_counts_mismatches_of_answers_that_end_in_a_loop_too() -> None:
 def test_ratios_to_plain_decoding_and_to_the_faster_static_drafter(report: BenchReport) -> None:
     auto = report.ratios["auto"]
     assert auto.none["overall"].ratio == pytest.approx(2.4)
-    assert auto.static_arm == {
-        "chat": "EAGLE3",
-        "tool_call": "DFLASH",
-        "overall": "DFLASH",
-        "loops": "EAGLE3",
-    }
+    assert auto.static_arm == {"chat": "EAGLE3", "tool_call": "DFLASH", "overall": "DFLASH", "loops": "EAGLE3"}
     assert auto.static["chat"].ratio == pytest.approx(24 / 15)
     assert report.ratios["EAGLE3"].static == {}
 
@@ -207,10 +202,7 @@ def test_the_page_names_arms_that_are_missing_and_each_server_s_environment(repo
 
 @pytest.mark.parametrize(
     ("compared", "said"),
-    [
-        ([], "not compared. Every greedy answer of every arm equals"),
-        (None, "Sampled answers were not compared.\n"),
-    ],
+    [([], "not compared. Every greedy answer of every arm equals"), (None, "Sampled answers were not compared.\n")],
 )
 def test_sampled_answers_are_called_so(compared: list[Difference] | None, said: str) -> None:
     told = PROVENANCE | {"compared": False, "sampling": [{"temperature": 0.6}]}
@@ -293,12 +285,7 @@ def test_differences_follow_the_tie_rule() -> None:
     cells += [cell("none", "far", (5, 8, 8), 0), cell("ar", "far", (5, 6, 8), 0)]
     found = differences(cells, references, lambda reference, position: 20.0, "bfloat16")
     owners = {(d.arm, d.prompt): d.of_plain for d in found if d.verdict == Verdict.DIFFERENT}
-    assert owners == {
-        ("none", "far"): False,
-        ("auto", "far"): True,
-        ("ar", "near"): False,
-        ("ar", "far"): False,
-    }
+    assert owners == {("none", "far"): False, ("auto", "far"): True, ("ar", "near"): False, ("ar", "far"): False}
 
 
 def test_a_narrow_terminal_shows_every_figure_whole(

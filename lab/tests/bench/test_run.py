@@ -96,9 +96,7 @@ def test_every_arm_answers_every_prompt(report: BenchReport, plan: Plan) -> None
     assert sum(report.categories.values()) == len(prompts()) + 1, "the second turn is a prompt of its own"
 
 
-def test_every_repetition_has_servers_of_its_own(
-    report: BenchReport, plan: Plan, started: list[Sequence[str]]
-) -> None:
+def test_every_repetition_has_servers_of_its_own(report: BenchReport, plan: Plan, started: list[Sequence[str]]) -> None:
     assert len(started) == plan.repetitions * len({arm.server for arm in plan.arms})
     assert "new servers for each" in render(report)
 

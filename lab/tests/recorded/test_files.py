@@ -30,11 +30,7 @@ TOOLS = [
         "type": "function",
         "function": {
             "name": "find",
-            "parameters": {
-                "type": "object",
-                "properties": {"user": {"type": "string"}},
-                "required": ["user"],
-            },
+            "parameters": {"type": "object", "properties": {"user": {"type": "string"}}, "required": ["user"]},
         },
     }
 ]
@@ -74,11 +70,7 @@ FORMATS: dict[str, Any] = {
         "history": [
             {**ASK, "agent": "main"},
             {**CALL, "agent": "main", "thought": "", "action": "find mia_li_3668"},
-            {
-                "role": "tool",
-                "content": [{"type": "text", "text": RESULT["content"]}],
-                "tool_call_ids": ["c1"],
-            },
+            {"role": "tool", "content": [{"type": "text", "text": RESULT["content"]}], "tool_call_ids": ["c1"]},
             {**ANSWER, "agent": "main", "thought": "", "action": ""},
         ],
         "info": {"exit_status": "submitted"},
@@ -243,11 +235,7 @@ BAD: list[tuple[str, Any, str]] = [
         r"prediction\.content: must be a string",
     ),
     ("a simulation", {"info": {}, "simulations": [7]}, r"simulations\[0\]: must be an object"),
-    (
-        "choices",
-        {"request": {"messages": []}, "response": {"choices": []}},
-        r"response\.choices\[0\]: must be",
-    ),
+    ("choices", {"request": {"messages": []}, "response": {"choices": []}}, r"response\.choices\[0\]: must be"),
     (
         "a message of a trajectory",
         {"history": [{"role": "user", "content": "a"}, {"role": "tool", "content": 7}]},
@@ -327,6 +315,4 @@ def test_damage_is_read_or_named(tmp_path_factory: pytest.TempPathFactory, data:
         assert recorded.answers
         for message in recorded.messages:
             assert isinstance(message["content"], str)
-            assert all(
-                isinstance(call["function"]["arguments"], str) for call in message.get("tool_calls", [])
-            )
+            assert all(isinstance(call["function"]["arguments"], str) for call in message.get("tool_calls", []))

@@ -138,9 +138,7 @@ def server_words(text: str) -> list[str]:
     except ValueError as error:
         raise UsageError(f"--server-args {text}: {error}") from None
     parted = (re.fullmatch("(--[^=]+)=([^-].*)", word, re.DOTALL) for word in words)
-    return [
-        part for word, both in zip(words, parted, strict=True) for part in (both.groups() if both else [word])
-    ]
+    return [part for word, both in zip(words, parted, strict=True) for part in (both.groups() if both else [word])]
 
 
 def dtype_of(extra: Sequence[str]) -> str:
@@ -214,9 +212,7 @@ def _arm(name: str, subject: Subject) -> Arm:
     if at:
         python = Path(checkout).expanduser().absolute() / ".venv" / "bin" / "python"
         if not python.is_file():
-            raise ConfigError(
-                f"--arms {name}: no {python}: name a checkout of this project with its environment"
-            )
+            raise ConfigError(f"--arms {name}: no {python}: name a checkout of this project with its environment")
         _check_sources(f"--arms {name}", python)
         arm, suffix = _arm(kind, subject), f"@{python.parents[2].name}"
         return replace(arm, name=kind + suffix, server=arm.server + suffix, python=python)
@@ -245,19 +241,12 @@ def _check_sources(option: str, python: Path) -> None:
     checkout = python.parents[2].resolve()
     command = [str(python), "-c", "import whiflash_sglang; print(whiflash_sglang.__file__)"]
     asked = subprocess.run(
-        command,
-        env={**os.environ, **ISOLATED},
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
+        command, env={**os.environ, **ISOLATED}, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )
     *_, found = ["", *asked.stdout.splitlines()]
     if asked.returncode or not Path(found).resolve().is_relative_to(checkout):
         what = f"imports {found}" if not asked.returncode else "does not import whiflash_sglang"
-        raise ConfigError(
-            f"{option}: {python} {what}, not this checkout's sources: run `uv sync` in {checkout}"
-        )
+        raise ConfigError(f"{option}: {python} {what}, not this checkout's sources: run `uv sync` in {checkout}")
 
 
 def _upstream(kind: str, width: str, subject: Subject) -> tuple[str, ...]:

@@ -55,11 +55,7 @@ def judge(report: BenchReport) -> None:
     unjudged = f" (no tie could be judged: {lost})" if lost else ""
     for arm in dict.fromkeys(d["arm"] for d in wrong):
         first, *others = (d for d in wrong if d["arm"] == arm)
-        gap = (
-            ""
-            if first["gap"] is None
-            else f", where plain decoding's two best logits are {first['gap']:.4g} apart"
-        )
+        gap = "" if first["gap"] is None else f", where plain decoding's two best logits are {first['gap']:.4g} apart"
         problems.append(
             f"{arm}: answers differ from plain decoding's{unjudged}, prompt {first['prompt']} under {first['load']} "
             f"from token {first['position']} on{gap}" + (f", and {len(others)} more" if others else "")

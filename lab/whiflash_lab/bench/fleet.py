@@ -119,9 +119,7 @@ class Fleet(Closing):
 
 
 @contextmanager
-def fleet_of(
-    bar: Progress, log_dir: Path | None, more: Mapping[str, str] = MappingProxyType({})
-) -> Iterator[Fleet]:
+def fleet_of(bar: Progress, log_dir: Path | None, more: Mapping[str, str] = MappingProxyType({})) -> Iterator[Fleet]:
     """Yield a fleet whose servers end with the block. On a CPU they are forked from one process that imported SGLang.
 
     Args:

@@ -147,10 +147,7 @@ def _by_category(load: LoadReport) -> str:
     rows = []
     for arm, ratios in load.ratios.items():
         groups = load.arms[arm]
-        pairs = [
-            (ratios.none[name], groups[name].acceptance_length) if name in ratios.none else None
-            for name in names
-        ]
+        pairs = [(ratios.none[name], groups[name].acceptance_length) if name in ratios.none else None for name in names]
         rows.append((arm, *(f"{_interval(pair[0])}; {pair[1]:.2f}" if pair else "" for pair in pairs)))
     title = "### Speed-up over plain decoding; acceptance length"
     return f"{title}\n\n{table(('arm', *names), rows)}" if rows else ""
@@ -205,13 +202,9 @@ def _differences(report: BenchReport) -> str:
     others = [d for d in report.differences if d["verdict"] != Verdict.TIE]
     own = [d for d in others if d.get("of_plain")]
     if own:
-        parts += [
-            f"Left out: {len(own)} that plain decoding at the same load has in the same place, in the JSON."
-        ]
+        parts += [f"Left out: {len(own)} that plain decoding at the same load has in the same place, in the JSON."]
     mismatches = [
-        (d["arm"], d["load"], d["prompt"], str(d["position"]), _number(d["gap"], 4))
-        for d in others
-        if d not in own
+        (d["arm"], d["load"], d["prompt"], str(d["position"]), _number(d["gap"], 4)) for d in others if d not in own
     ]
     if mismatches:
         parts += [table(("arm", "load", "mismatch", "first difference", "plain decoding's gap"), mismatches)]

@@ -159,9 +159,7 @@ FORCING = {True: ("--whiflash-force-recorded", "on"), False: ("--enable-custom-l
 """Whether a server runs WHIFLASH → flags with which it takes forced answers."""
 
 
-def read_talks(
-    paths: Iterable[Path], subject: Subject, max_tokens: int | None
-) -> tuple[list[Talk], dict[str, str]]:
+def read_talks(paths: Iterable[Path], subject: Subject, max_tokens: int | None) -> tuple[list[Talk], dict[str, str]]:
     """Read files and render their conversations (`talks_of`), with the room of a context and of the KV pool.
 
     Args:
@@ -251,12 +249,7 @@ class Player(Asker):
             "ignore_eos": True,
             "custom_params": custom,
         }
-        body = {
-            "input_ids": list(recorded.prompt),
-            "sampling_params": params,
-            "stream": True,
-            "session_id": session,
-        }
+        body = {"input_ids": list(recorded.prompt), "sampling_params": params, "stream": True, "session_id": session}
         if self.is_stock:
             body["custom_logit_processor"] = PROCESSOR
         arrived = await self.streamed(talk.id, "/generate", body)

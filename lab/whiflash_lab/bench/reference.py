@@ -30,9 +30,7 @@ class Comparison:
     top_two: TopTwo | None = None
 
 
-def compare(
-    plain: Sequence[int], other: Sequence[int], top_two_at: Callable[[int], TopTwo], dtype: str
-) -> Comparison:
+def compare(plain: Sequence[int], other: Sequence[int], top_two_at: Callable[[int], TopTwo], dtype: str) -> Comparison:
     """Compare output tokens with plain decoding's.
 
     Args:
@@ -174,9 +172,7 @@ class BestLogit:
                 self._known[key] = float(self._model.next_logits(text)[reference.tokens[position]])
             except Exception as error:  # no error may keep the measurements from becoming a report
                 self.lost = str(error) or type(error).__name__
-                logger.warning(
-                    "%s does not run here, so no difference counts as a tie: %s", self._target, error
-                )
+                logger.warning("%s does not run here, so no difference counts as a tie: %s", self._target, error)
         return self._known.get(key, 0.0)
 
     @cached_property

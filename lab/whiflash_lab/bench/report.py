@@ -202,9 +202,7 @@ def _jobs(cells: Sequence[Cell], plain: Sequence[Cell] | None, groups: Mapping[s
 
     def seconds(cells: Sequence[Cell]) -> Floats:
         """Return the seconds of each job, [jobs, repetitions]."""
-        return np.array(
-            [[a.seconds for cell in cells for a in cell.answers if a.prompt == name] for name in names]
-        )
+        return np.array([[a.seconds for cell in cells for a in cell.answers if a.prompt == name] for name in names])
 
     turns = [turn for cell in cells for answer in cell.answers for turn in answer.turns]
     mine, repetitions = seconds(cells), len({cell.repetition for cell in cells})
@@ -266,9 +264,7 @@ def _counters(cells: Sequence[Cell]) -> dict[str, float]:
     return dict(total)
 
 
-def _ratios(
-    arm: str, cells: Mapping[str, Sequence[Cell]], groups: Mapping[str, str], over: str | None
-) -> Ratios:
+def _ratios(arm: str, cells: Mapping[str, Sequence[Cell]], groups: Mapping[str, str], over: str | None) -> Ratios:
     ratios = Ratios(none={}, static={}, static_arm={})
     statics = [key for key in cells if "@" not in key and key.split(":")[0] in (*STATIC, *PINNED)]
     for name in names_of(cells[arm], groups):

@@ -55,11 +55,7 @@ def sweep(
 
 
 def in_turn(
-    arms: Sequence[str],
-    loads: Sequence[Load],
-    repetitions: int,
-    alone: Sequence[str],
-    together: Sequence[str],
+    arms: Sequence[str], loads: Sequence[Load], repetitions: int, alone: Sequence[str], together: Sequence[str]
 ) -> Iterator[Step]:
     """Yield all steps of one arm, then all of the next, so that one server runs at a time."""
     for arm in arms:
@@ -157,9 +153,7 @@ class Runner:
                 if done:
                     self._renew()
                 steps = list(sweep(self._available(), self._plan.loads, done, *self._prompt_ids()))
-                self._progress.update(
-                    task, total=self._plan.repetitions * len(steps), completed=done * len(steps)
-                )
+                self._progress.update(task, total=self._plan.repetitions * len(steps), completed=done * len(steps))
                 asyncio.run(self._measure(steps, task))
             except (WhiflashError, httpx.HTTPError, KeyboardInterrupt) as error:
                 if not done:
@@ -356,9 +350,7 @@ class Runner:
             "ended": self._ended,
             "recorded": list(plan.recorded),
             "longest_wait": plan.longest_wait,
-            "sampling": [
-                dict(one) for one in sorted({tuple(p.sampling.items()) for p in plan.prompts} - {()})
-            ],
+            "sampling": [dict(one) for one in sorted({tuple(p.sampling.items()) for p in plan.prompts} - {()})],
             "servers": self._servers,
         }
 

@@ -111,6 +111,5 @@ def build_subject(
         variants={arm: write_variant(arm, bundle, scratch / arm) for arm in changed},
         block_format=None if dflash is None else read_draft(dflash, DIFFUSION).format,
         # SGLang would read a P-EAGLE checkpoint as EAGLE-3 and draft nonsense.
-        chain_is_upstreams=not chain
-        or (chain.format.upstream == "EAGLE3" and chain.config.mask_token is None),
+        chain_is_upstreams=not chain or (chain.format.upstream == "EAGLE3" and chain.config.mask_token is None),
     )

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from whiflash_sglang.cli import DECIDE
-from whiflash_sglang.cli.options import (
-    MOST,
-    AdminKeyOption,
-    JsonFlag,
-    say,
-    say_prose,
-    show_table,
-    whole_numbers,
-)
+from whiflash_sglang.cli.options import MOST, AdminKeyOption, JsonFlag, say, say_prose, show_table, whole_numbers
 from whiflash_sglang.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,9 +28,7 @@ def advise(
     tools: Annotated[
         float,
         typer.Option(
-            min=0,
-            max=1,
-            help="Share of requests under a grammar: strict tools, tool_choice required, or a schema.",
+            min=0, max=1, help="Share of requests under a grammar: strict tools, tool_choice required, or a schema."
         ),
     ] = 0.0,
     prompt: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a prompt.")] = 512,
@@ -48,9 +38,7 @@ def advise(
     ] = "0",
     recipe: Annotated[
         Path | None,
-        typer.Option(
-            exists=True, dir_okay=False, help="Also judge these flags, as whiflash check does, for no row."
-        ),
+        typer.Option(exists=True, dir_okay=False, help="Also judge these flags, as whiflash check does, for no row."),
     ] = None,
     url: Annotated[
         str | None, typer.Option(help="Server that runs the target: its prices and acceptance are taken.")

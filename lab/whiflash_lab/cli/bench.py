@@ -6,15 +6,7 @@ from typing import Annotated
 import typer
 
 from whiflash_lab.bench import prompts as sources
-from whiflash_lab.bench.arms import (
-    DEFAULT,
-    KNOWN,
-    build_arms,
-    check_names,
-    dtype_of,
-    server_words,
-    those_with_drafters,
-)
+from whiflash_lab.bench.arms import DEFAULT, KNOWN, build_arms, check_names, dtype_of, server_words, those_with_drafters
 from whiflash_lab.cli.replay import replay
 from whiflash_lab.cli.simulate import simulate
 from whiflash_lab.cli.widen import widen
@@ -30,29 +22,19 @@ def bench(
     prompts: Annotated[
         str | None, typer.Option(help="Bodies of chat completions, as JSON lines or a JSON list.")
     ] = None,
-    recorded: Annotated[
-        list[Path] | None, typer.Option(help="Replay recorded agents instead of prompts.")
-    ] = None,
-    agents: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Recorded agents at a time. Default: 1.")
-    ] = None,
+    recorded: Annotated[list[Path] | None, typer.Option(help="Replay recorded agents instead of prompts.")] = None,
+    agents: Annotated[int | None, typer.Option(min=1, max=MOST, help="Recorded agents at a time. Default: 1.")] = None,
     longest_wait: Annotated[
         float | None, typer.Option(min=0, help="Most seconds of a recorded tool. Default: 30.")
     ] = None,
     kv_share: Annotated[
-        float | None,
-        typer.Option(min=0, help="KV pool over what the recorded agents' longest contexts need."),
+        float | None, typer.Option(min=0, help="KV pool over what the recorded agents' longest contexts need.")
     ] = None,
-    per_category: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Prompts of each category.")
-    ] = None,
+    per_category: Annotated[int | None, typer.Option(min=1, max=MOST, help="Prompts of each category.")] = None,
     max_tokens: Annotated[
-        int | None,
-        typer.Option(min=2, max=MOST, help="Longest answer, in tokens. Default: 160, or as recorded."),
+        int | None, typer.Option(min=2, max=MOST, help="Longest answer, in tokens. Default: 160, or as recorded.")
     ] = None,
-    concurrency: Annotated[
-        str | None, typer.Option(help="Requests in flight; comma-separated. Default: 1.")
-    ] = None,
+    concurrency: Annotated[str | None, typer.Option(help="Requests in flight; comma-separated. Default: 1.")] = None,
     repetitions: Annotated[int, typer.Option(min=1, max=1000, help="Repetitions of the full set.")] = 3,
     interleave: Annotated[bool, typer.Option(help="Run all servers at once and ask prompts in turn.")] = True,
     out: Annotated[
@@ -90,11 +72,7 @@ def bench(
     own = {"--agents": agents, "--longest-wait": longest_wait, "--kv-share": kv_share}
     if not recorded and (refused := [name for name, value in own.items() if value is not None]):
         raise UsageError(f"{', '.join(refused)}: for --recorded FILE only, which is missing")
-    chosen = (
-        []
-        if recorded
-        else sources.sample(sources.load_prompts(prompts or str(sources.shipped())), per_category)
-    )
+    chosen = [] if recorded else sources.sample(sources.load_prompts(prompts or str(sources.shipped())), per_category)
     extra = server_words(server_args)
     dtype_of(extra)
     from whiflash_sglang.checkpoints.hub import check_place

@@ -26,9 +26,7 @@ from whiflash_train.cli.train import readable_errors
 
 def evaluate_command(
     bundle: Annotated[Path, typer.Option(help="Bundle directory.")],
-    prompts: Annotated[
-        Path, typer.Option(help="JSONL of {id, category, messages, tools?, response_format?}.")
-    ],
+    prompts: Annotated[Path, typer.Option(help="JSONL of {id, category, messages, tools?, response_format?}.")],
     served: Annotated[str | None, typer.Option(help="Server of this bundle: compare acceptance.")] = None,
     arm: Annotated[Literal["ar", "diffusion"], typer.Option(help="Drafter compared under --served.")] = "ar",
     as_json: JsonFlag = False,

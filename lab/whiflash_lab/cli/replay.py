@@ -20,14 +20,11 @@ def replay(
         ),
     ] = None,
     parser: Annotated[
-        str | None,
-        typer.Option(help="Your server's --tool-call-parser. Without it no text of calls is forced."),
+        str | None, typer.Option(help="Your server's --tool-call-parser. Without it no text of calls is forced.")
     ] = None,
     answers: Annotated[
         Literal["off", "group", "tenant"],
-        typer.Option(
-            help="Copy from other answers of the same task, of all that have none, too, or of none."
-        ),
+        typer.Option(help="Copy from other answers of the same task, of all that have none, too, or of none."),
     ] = "group",
     drafts: Annotated[int, typer.Option(min=1, max=64, help="Most drafts of a round.")] = 16,
     as_json: JsonFlag = False,
@@ -76,9 +73,7 @@ def replay(
         for name, each in ((name, each.as_json()) for name, each in sums.items())
     ]
     header = ["", "answers", "tokens", "a round", *(f"+ {source}" for source in sources), "rows"]
-    show_table(
-        header, rows, f"Tokens a round, up to {drafts} drafts, one request after the other; of them by source"
-    )
+    show_table(header, rows, f"Tokens a round, up to {drafts} drafts, one request after the other; of them by source")
     if not walk.guesses:
         return
     typer.echo()

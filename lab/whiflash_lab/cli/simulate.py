@@ -16,14 +16,11 @@ def simulate(
     prompt: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a prompt.")] = 512,
     answer: Annotated[int, typer.Option(min=1, max=1 << 17, help="Tokens of an answer.")] = 512,
     tools: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Share of requests that write tool calls; adds the host's time."),
+        float, typer.Option(min=0, max=1, help="Share of requests that write tool calls; adds the host's time.")
     ] = 0.0,
     figures: Annotated[
         Path | None,
-        typer.Option(
-            exists=True, help="A record of tests/gpu/shaped.py: its H200 beside chains and stock plain."
-        ),
+        typer.Option(exists=True, help="A record of tests/gpu/shaped.py: its H200 beside chains and stock plain."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:

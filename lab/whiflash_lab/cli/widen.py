@@ -9,9 +9,7 @@ from whiflash_sglang.errors import UsageError
 
 
 def widen(
-    out: Annotated[
-        Path, typer.Option(help="New directory: the target in `target`, the drafters in `bundle`.")
-    ],
+    out: Annotated[Path, typer.Option(help="New directory: the target in `target`, the drafters in `bundle`.")],
     target: Annotated[
         Path | None, typer.Option(help="Llama target with few parameters. Default: the embedded one.")
     ] = None,

@@ -49,9 +49,7 @@ def read(path: Path) -> list[Recipe]:
     except ConfigError as error:
         raise error if isinstance(error, UsageError) else UsageError(f"--recipe {error}") from None
     except (RecursionError, ValueError) as error:  # nested deeply, or a number of thousands of digits
-        raise UsageError(
-            f"--recipe {path} cannot be read ({error}): flags are names and short values"
-        ) from None
+        raise UsageError(f"--recipe {path} cannot be read ({error}): flags are names and short values") from None
     if len(recipes) > MOST_RECIPES:
         raise UsageError(f"--recipe {path} has more than {MOST_RECIPES} launches: divide it")
     if not recipes or (path.suffix.lower() in readers and not all(recipe.flags for recipe in recipes)):
@@ -71,9 +69,7 @@ def _yaml(text: str, path: Path) -> Iterator[Recipe]:
         backend = _backend(_mapping(document, path))
         if backend is None:
             if document.keys() & {"services", "apiVersion"}:
-                raise UsageError(
-                    f"--recipe {path} is a compose or Kubernetes file: give its command as a shell line"
-                )
+                raise UsageError(f"--recipe {path} is a compose or Kubernetes file: give its command as a shell line")
             yield Recipe(str(path), _flags(document, path))
             continue
         for role, flags in backend[ROLES].items():
@@ -106,9 +102,7 @@ def _json(text: str, path: Path) -> Iterator[Recipe]:
 
 def _mapping(document: Any, path: Path) -> dict[Any, Any]:
     if not isinstance(document, dict):
-        raise UsageError(
-            f"--recipe {path}: flags and values expected, such as tp-size: 2, not {document!r:.60}"
-        )
+        raise UsageError(f"--recipe {path}: flags and values expected, such as tp-size: 2, not {document!r:.60}")
     return document
 
 

@@ -132,9 +132,7 @@ def _read(flags: Mapping[str, Flag]) -> _Read:
             if option in ours:
                 read.drafters &= parse_flags({ours[option]: value}).drafters != "none"
             elif action is None:
-                raise ConfigError(
-                    f"{option} is no flag of SGLang {installed()}; remove it, or give its new name"
-                )
+                raise ConfigError(f"{option} is no flag of SGLang {installed()}; remove it, or give its new name")
             elif value == "" and action.nargs != 0:
                 fields = parser.fields([option, _MORE_THAN_ONE]) if action.type in (int, float) else {}
                 read.fields |= fields
@@ -210,9 +208,7 @@ def _replace(fields: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def _launch(
-    fields: Mapping[str, Any], environment: Mapping[str, str], target: Path | None
-) -> tuple[Launch, list[str]]:
+def _launch(fields: Mapping[str, Any], environment: Mapping[str, str], target: Path | None) -> tuple[Launch, list[str]]:
     """Return the launch that a start would see (on a GPU if no device is named), a sentence on each replaced flag."""
     arguments = ServerArgs(**{"model_path": str(target), "device": "cuda", **fields})
     device = arguments.device.partition(":")[0]

@@ -87,9 +87,7 @@ _LONG: Final = 2000
 _QUOTED: Final = 60
 
 
-def html(
-    trace: Trace, text: str = "", *, title: str = "Who drafted this answer", model: str | None = None
-) -> str:
+def html(trace: Trace, text: str = "", *, title: str = "Who drafted this answer", model: str | None = None) -> str:
     """Render one response as a self-contained HTML page (see `conversation_html`)."""
     return conversation_html([Turn(title, text, trace, model)], title=title)
 
@@ -111,9 +109,7 @@ def report_html(report: Report) -> str:
 @cache
 def _template() -> Any:
     """Load the template; its macros are attributes of the result."""
-    page, style = (
-        files("whiflash_sdk.render").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css")
-    )
+    page, style = (files("whiflash_sdk.render").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css"))
     environment = Environment(autoescape=True, finalize=_shown)
     ours = (_before, _class_of, _quoted, _runs, _texts_of, columns_of, ticks, zooms)
     environment.globals.update({name: value for name, value in vars(aligned).items() if name[0] != "_"})

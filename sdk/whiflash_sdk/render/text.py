@@ -31,9 +31,7 @@ _LEVELS: Final = "▁▂▃▄▅▆▇█"
 SAVED: Final = "estimated time saved"
 
 
-def terminal(
-    trace: Trace, text: str = "", *, title: str = "Who drafted this answer", colour: bool = True
-) -> str:
+def terminal(trace: Trace, text: str = "", *, title: str = "Who drafted this answer", colour: bool = True) -> str:
     """Render one response as text; without `colour` each stretch is preceded by its drafter's name."""
     return conversation_terminal([Turn(title, text, trace)], colour=colour)
 
@@ -130,8 +128,7 @@ def _strip(trace: Trace, colour: bool) -> str:
     longest = max(1, *(tokens for tokens, _ in rounds)) if rounds else 1
     levels = len(_LEVELS) - 1
     return "".join(
-        _paint(_LEVELS[round(max(tokens, 0) / longest * levels)], _code(arm), colour)
-        for tokens, arm in rounds
+        _paint(_LEVELS[round(max(tokens, 0) / longest * levels)], _code(arm), colour) for tokens, arm in rounds
     )
 
 

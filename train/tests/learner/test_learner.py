@@ -72,9 +72,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     root: Path = tmp_path_factory.mktemp("pair")
     target = tiny_target(root / "target")
     create(
-        BundleParts(
-            str(target), str(tiny_eagle3(root / "eagle3", target)), str(tiny_dflash(root / "dflash", target))
-        ),
+        BundleParts(str(target), str(tiny_eagle3(root / "eagle3", target)), str(tiny_dflash(root / "dflash", target))),
         root / "bundle",
     )
     return root, root / "bundle"
@@ -135,9 +133,7 @@ def test_nothing_of_a_text_is_left_behind(passed: Passed) -> None:
 def test_the_next_pass_waits_for_requests_that_its_bundle_has_not_learned_from(
     passed: Passed, pair: Pair, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        ConfigError, match=f"{passed.learning.out} exists already; give --out a new directory"
-    ):
+    with pytest.raises(ConfigError, match=f"{passed.learning.out} exists already; give --out a new directory"):
         learn_once(passed.learning)
     learning = passed.learning._replace(bundle=passed.learning.out, out=tmp_path / "next")
     with pytest.raises(ConfigError, match="0 samples are newer than those that the bundle has learned from"):
@@ -244,13 +240,9 @@ def test_a_dspark_drafter_learns(pair: Pair, tmp_path: Path) -> None:
     assert found.drafters["dflash"].low > 1.2
 
 
-def test_a_drafter_that_no_configuration_trains_is_refused(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_drafter_that_no_configuration_trains_is_refused(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(once, "SECTIONS", {Eagle3Drafter: "eagle3"})
-    with pytest.raises(
-        ConfigError, match=r"dflash is a DFlashDrafter, and training continues only .* Eagle3D"
-    ):
+    with pytest.raises(ConfigError, match=r"dflash is a DFlashDrafter, and training continues only .* Eagle3D"):
         once.section_of("diffusion", pair[0] / "dflash")
 
 
@@ -324,9 +316,7 @@ def test_two_tenants_supply_a_half_and_one_supplies_all() -> None:
     assert learned == {1: 200, 9: 200}
     judges, learned = supplied(choose(of({9: 600}), -1.0, 10**5, 64))
     assert (judges, learned) == ({9: 64}, {9: 5360})
-    with pytest.raises(
-        ConfigError, match=r"2 of them can judge and \d+ teach if no tenant .* one of 2 parts"
-    ):
+    with pytest.raises(ConfigError, match=r"2 of them can judge and \d+ teach if no tenant .* one of 2 parts"):
         choose(of({1: 1, 9: 600}), -1.0, 10**5, 64)
 
 
@@ -341,10 +331,7 @@ def test_no_tenant_supplies_more_than_its_part(
     sent: list[tuple[int, int]], tokens: int, judged: int, since: int
 ) -> None:
     """The last text of a tenant is cut, and left out if it would be too short."""
-    texts = [
-        text(number)._replace(tenant=tenant, answer=(1,) * length)
-        for number, (tenant, length) in enumerate(sent)
-    ]
+    texts = [text(number)._replace(tenant=tenant, answer=(1,) * length) for number, (tenant, length) in enumerate(sent)]
     try:
         found = choose(texts, float(since), tokens, judged)
     except TooFewError:

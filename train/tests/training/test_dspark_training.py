@@ -137,9 +137,7 @@ def test_the_loss_is_its_formula(target: TargetModel, batch: Batch, changes: dic
     gradients = torch.autograd.grad(found, list(learned.values()))
     same = torch.autograd.grad(expected, list(learned.values()))
     for name, one, other in zip(learned, gradients, same, strict=True):
-        torch.testing.assert_close(
-            one, other, rtol=2e-3, atol=2e-5, msg=lambda said, name=name: f"{name}: {said}"
-        )
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-5, msg=lambda said, name=name: f"{name}: {said}")
 
 
 def test_a_drafts_label_and_predecessor_are_the_texts(target: TargetModel, batch: Batch) -> None:
@@ -235,9 +233,7 @@ def trained(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def test_a_trained_drafter_is_served_and_accepts_what_its_replay_says(trained: Trained, arm: str) -> None:
     """Greedy text is plain decoding's; every round accepts what the replay of the chain or the Markov head does."""
     checkpoint = (
-        trained.checkpoint
-        if arm == arms.DIFFUSION
-        else train_drafter("eagle3", trained.config, trained.target)
+        trained.checkpoint if arm == arms.DIFFUSION else train_drafter("eagle3", trained.config, trained.target)
     )
     prompts = [list(range(30 + 7 * i, 60 + 9 * i)) for i in range(4)]
     with engine(trained.target) as e:

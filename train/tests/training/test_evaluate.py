@@ -71,9 +71,7 @@ def test_a_perfect_router_recovers_the_whole_gain() -> None:
     share = result["overall"]["oracle_gain_share"]
     assert share["perfect"] == pytest.approx(1.0)
     assert share["fixed"] == pytest.approx(0.0)
-    nothing_to_gain = tabulate(
-        [answer([1] * 8, [0] * 8)], {"fixed": RouterWalk([dict.fromkeys(range(8), "ar")])}
-    )
+    nothing_to_gain = tabulate([answer([1] * 8, [0] * 8)], {"fixed": RouterWalk([dict.fromkeys(range(8), "ar")])})
     assert nothing_to_gain["overall"]["oracle_gain_share"] == {"fixed": None}
 
 

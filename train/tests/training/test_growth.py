@@ -54,9 +54,7 @@ def drafts(drafter: Eagle3Drafter, width: int) -> tuple[Tensor, Tensor]:
     after=st.sets(st.integers(0, 199), min_size=3, max_size=60),
     wider=st.integers(0, 70),
 )
-def test_it_drafts_what_it_drafted(
-    target: TargetModel, before: set[int], after: set[int], wider: int
-) -> None:
+def test_it_drafts_what_it_drafted(target: TargetModel, before: set[int], after: set[int], wider: int) -> None:
     old, new = torch.tensor(sorted(before)), torch.tensor(sorted(after))
     drafter = trained(target, old)
     size = drafter.config.intermediate_size + wider
@@ -128,6 +126,4 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     trained(target, torch.arange(40)).save(tmp_path / "start")
     with pytest.raises(ConfigError, match=message):
-        go_on_from(
-            tmp_path / "start", target, SETTINGS.model_copy(update=change), torch.ones(target.vocab_size)
-        )
+        go_on_from(tmp_path / "start", target, SETTINGS.model_copy(update=change), torch.ones(target.vocab_size))

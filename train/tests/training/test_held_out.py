@@ -60,9 +60,7 @@ def test_tools_and_schemas_are_documents() -> None:
         turns("Any object.", response_format=schema, source="a"),
         turns("One.", "Two.", tools=[tool("weather")], source="a"),
     ]
-    done = split(
-        train, [turns("Rain?", tools=[tool("weather")], source="b"), turns("Object.", response_format=schema)]
-    )
+    done = split(train, [turns("Rain?", tools=[tool("weather")], source="b"), turns("Object.", response_format=schema)])
     assert [row["id"] for row in done.kept] == ["Time?a", "Two.a"]
     assert done.dropped == Counter({("a", "tool"): 1, ("a", "schema"): 1})
 

@@ -33,9 +33,7 @@ from whiflash_train.config import TrainConfig, load_config
 from whiflash_train.drafters.batches import SequenceBatches, token_frequencies
 from whiflash_train.drafters.runner import train_drafter
 
-train_eagle3, train_dflash, train_dspark = (
-    partial(train_drafter, name) for name in ("eagle3", "dflash", "dspark")
-)
+train_eagle3, train_dflash, train_dspark = (partial(train_drafter, name) for name in ("eagle3", "dflash", "dspark"))
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
@@ -51,11 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("train")
     tiny_target(directory / "target")
     rows = [
-        {
-            "id": f"r{i}",
-            "category": ("chat", "code")[i % 2],
-            "messages": [{"role": "user", "content": f"say {i}"}],
-        }
+        {"id": f"r{i}", "category": ("chat", "code")[i % 2], "messages": [{"role": "user", "content": f"say {i}"}]}
         | ({"category": "tool_call", "tools": [TOOL]} if i % 8 == 0 else {})
         for i in range(24)
     ]
@@ -108,9 +102,7 @@ def test_data_goes_on_where_it_stopped(root: Path, config: TrainConfig, tmp_path
     assert len({row["id"] for row in index}) == 24
 
 
-@pytest.mark.parametrize(
-    "train", sampled([train_eagle3, train_dflash, train_dspark], train_eagle3, train_dspark)
-)
+@pytest.mark.parametrize("train", sampled([train_eagle3, train_dflash, train_dspark], train_eagle3, train_dspark))
 def test_a_killed_run_resumes_to_the_same_weights(
     train: object, root: Path, config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -359,9 +351,7 @@ def test_an_unfinished_checkpoint_is_passed_over(
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
-def test_a_full_disk_loses_no_answer(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_loses_no_answer(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = config.model_copy(update={"work": tmp_path})
     original, writes = store._append, [0]
 
@@ -387,9 +377,7 @@ def test_prompts_longer_than_the_context_say_so(root: Path, config: TrainConfig,
     row = {"id": "long", "messages": [{"role": "user", "content": "word " * 2000}]}
     (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
     data = settings(root)["data"] | {"prompts": [str(tmp_path / "long.jsonl")]}
-    (tmp_path / "long.yaml").write_text(
-        yaml.safe_dump(settings(root) | {"work": str(tmp_path / "work"), "data": data})
-    )
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(settings(root) | {"work": str(tmp_path / "work"), "data": data}))
     result = CliRunner().invoke(app, ["train", "--step", "data", "--config", str(tmp_path / "long.yaml")])
     assert result.exit_code == 1
     assert "and 24 tokens exceed the context" in result.output

@@ -63,9 +63,7 @@ def test_a_sequence_that_is_not_there_whole_is_dropped(tmp_path: Path, name: str
 
 def test_the_index_names_what_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, synced = opened(tmp_path), []
-    monkeypatch.setattr(
-        os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink().name)
-    )
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink().name))
     store.append(record("s", 5), list(range(5)), torch.zeros(4, 3, 4))
     assert synced == ["tokens.bin", "features.bin", "index.jsonl"]
 

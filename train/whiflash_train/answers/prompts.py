@@ -120,9 +120,7 @@ def check_ids(rows: Iterable[dict[str, Any]]) -> None:
         seen.add(row["id"])
 
 
-def balanced(
-    rows: Iterable[dict[str, Any]], weights: Mapping[str, float], seed: int
-) -> Iterator[dict[str, Any]]:
+def balanced(rows: Iterable[dict[str, Any]], weights: Mapping[str, float], seed: int) -> Iterator[dict[str, Any]]:
     """Yield the rows shuffled so that every prefix mixes the categories in proportion to `weights` (default 1)."""
     generator = random.Random(seed)
     queues: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -234,9 +232,7 @@ def split(train: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], u
     with_users = {_source(row) for row, about in zip(held_out, evaluated, strict=True) if _of(about, "user")}
     kept, dropped = [], Counter[tuple[str, str]]()
     for row, topics in zip(train, learned, strict=True):
-        shared = next(
-            (kind for kind in ("user", "conversation", "tool", "schema") if _of(topics & taken, kind)), None
-        )
+        shared = next((kind for kind in ("user", "conversation", "tool", "schema") if _of(topics & taken, kind)), None)
         if shared is None and _source(row) in with_users and not topics & named:
             shared = UNNAMED
         if shared is None:

@@ -54,11 +54,7 @@ class ServedTarget:
     settings: Data
 
     def answers(
-        self,
-        prompts: Iterable[PromptRow],
-        on_skip: Callable[[PromptRow, str], None],
-        *,
-        keep_loops: bool = False,
+        self, prompts: Iterable[PromptRow], on_skip: Callable[[PromptRow, str], None], *, keep_loops: bool = False
     ) -> Iterator[GeneratedAnswer]:
         """Yield answers as they finish. `on_skip` receives the prompts that SGLang refuses, such as too long ones.
 
@@ -130,9 +126,7 @@ def serve(
 
     shape = TargetShape.read(path / "config.json")
     if capture[-1] >= shape.num_layers - 1:
-        raise ConfigError(
-            f"capture {capture}: the layers that can be captured are 0 to {shape.num_layers - 2}"
-        )
+        raise ConfigError(f"capture {capture}: the layers that can be captured are 0 to {shape.num_layers - 2}")
     if hardware.device == "cpu" and torch.cuda.is_available():
         raise ConfigError(
             "hardware.device 'cpu': this machine has a GPU, and SGLang computes there; give 'cuda', or hide the GPU "

@@ -70,9 +70,7 @@ class FeatureStore:
         if not (path / META).exists():
             write_whole(path / META, json.dumps(shape))
         elif (stored := _shape(path)) != shape:
-            raise ValueError(
-                f"{path} holds features of {stored}, this run needs {shape}; use another directory"
-            )
+            raise ValueError(f"{path} holds features of {stored}, this run needs {shape}; use another directory")
         self._row_bytes = self.vectors * hidden * 2
         self.records = _read_index(path / "index.jsonl")
         named = len(self.records)
@@ -103,9 +101,7 @@ class FeatureStore:
         """
         record = record._replace(token_offset=self._token_end(), feature_offset=self._feature_end())
         if states.shape != (record.feature_length, self.vectors, self.hidden):
-            raise ValueError(
-                f"{record.id}: features {tuple(states.shape)} do not fit a length of {record.length}"
-            )
+            raise ValueError(f"{record.id}: features {tuple(states.shape)} do not fit a length of {record.length}")
         payload = states.to(torch.bfloat16).contiguous().cpu().view(torch.int16).numpy()
         _append(self.path / "tokens.bin", np.asarray(tokens, dtype=np.int32).tobytes())
         _append(self.path / "features.bin", payload.tobytes())

@@ -28,18 +28,14 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
     def create(
         target: Annotated[str, typer.Option("--target", help=f"Served model: {_ID}.")],
         out: Annotated[Path, typer.Option("--out", help="Directory to make; must not exist.")],
-        eagle3: Annotated[
-            str | None, typer.Option("--eagle3", help=f"Autoregressive drafter: {_ID}.")
-        ] = None,
+        eagle3: Annotated[str | None, typer.Option("--eagle3", help=f"Autoregressive drafter: {_ID}.")] = None,
         dflash: Annotated[str | None, typer.Option("--dflash", help=f"Block drafter: {_ID}.")] = None,
         router: Annotated[
             str | None, typer.Option("--router", help=f"Neural router: {_ID}, or a .safetensors file.")
         ] = None,
         router_sign: Annotated[
             Literal["ar-minus-diffusion", "diffusion-minus-ar"] | None,
-            typer.Option(
-                "--router-sign", help="Sign of the router's prediction, if its file does not name it."
-            ),
+            typer.Option("--router-sign", help="Sign of the router's prediction, if its file does not name it."),
         ] = None,
         name: Annotated[
             str | None, typer.Option("--name", help="Name of the bundle. Default: the directory's.")
@@ -109,9 +105,7 @@ def lookup_seed(
 
     exported = Exported(tokens)
     order = tracked(range(len(exported.ids)), "copying from answers")
-    answers = (
-        AnsweredPrompt(exported.tokens(i).tolist(), int(exported.columns["prompt_lengths"][i])) for i in order
-    )
+    answers = (AnsweredPrompt(exported.tokens(i).tolist(), int(exported.columns["prompt_lengths"][i])) for i in order)
     seed = measure_seed(answers, settings.max_width)
     if bundle is not None:
         from whiflash_train.bundle import update_manifest

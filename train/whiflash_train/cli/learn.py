@@ -23,9 +23,7 @@ def learn(
     bundle: Annotated[
         Path | None, typer.Option(help="Bundle that the server was started with. Default: the embedded one.")
     ] = None,
-    tokens: Annotated[
-        int, typer.Option(min=1, help="Most answer tokens of samples to learn from.")
-    ] = 100_000,
+    tokens: Annotated[int, typer.Option(min=1, help="Most answer tokens of samples to learn from.")] = 100_000,
     judged: Annotated[int, typer.Option(min=8, help="Most of the newest requests that judge.")] = 64,
     rate: Annotated[float, typer.Option(min=0, help="Learning rate at its peak.")] = 3e-4,
     replay: Annotated[
@@ -48,18 +46,14 @@ def learn(
     whiflash learn /var/lib/whiflash --config smollm2-135m-instruct --out monday
     """
     if not directory.is_dir():
-        raise ConfigError(
-            f"{directory}: no such directory; start a server with --whiflash-learn {directory} first"
-        )
+        raise ConfigError(f"{directory}: no such directory; start a server with --whiflash-learn {directory} first")
     if bundle is not None and not (bundle / MANIFEST).is_file():
         raise ConfigError(f"--bundle {bundle} holds no {MANIFEST}")
     with readable_errors():
         settings = resolve_config(config)
         from whiflash_train.learner.once import Learning, learn_once
 
-        learning = Learning(
-            directory, bundle or embedded_bundle(), out, settings, tokens, judged, rate, replay
-        )
+        learning = Learning(directory, bundle or embedded_bundle(), out, settings, tokens, judged, rate, replay)
         outcome = learn_once(learning).model_dump(mode="json")
     report(outcome if as_json else _lines(outcome), as_json)
 

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 ConfigOption = Annotated[
     Path,
-    typer.Option(
-        "--config", help="YAML or TOML file, or the name of a shipped one (smollm2-135m-instruct, tiny)."
-    ),
+    typer.Option("--config", help="YAML or TOML file, or the name of a shipped one (smollm2-135m-instruct, tiny)."),
 ]
 Step = Literal["data", "eagle3", "dflash", "dspark", "bundle"]
 
@@ -54,9 +52,7 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Bundle directory; an existing one keeps its router and thresholds.")
     ] = None,
-    step: Annotated[
-        Step | None, typer.Option(help="Take only this step. Default: all, in their order.")
-    ] = None,
+    step: Annotated[Step | None, typer.Option(help="Take only this step. Default: all, in their order.")] = None,
     start_from: Annotated[
         Path | None, typer.Option(help="With --step of a drafter: checkpoint to continue from.")
     ] = None,
@@ -146,8 +142,7 @@ def features(
     config: ConfigOption,
     tokens: Annotated[Path, typer.Argument(help="Token ids (.npz), as `whiflash lab export` writes them.")],
     only: Annotated[
-        Path | None,
-        typer.Option("--prompts", help="Take only the answers to these prompts (JSON lines), by id."),
+        Path | None, typer.Option("--prompts", help="Take only the answers to these prompts (JSON lines), by id.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -173,9 +168,7 @@ def features(
 
 
 def export(
-    config: ConfigOption,
-    out: Annotated[Path, typer.Argument(help="File to write (.npz).")],
-    as_json: JsonFlag = False,
+    config: ConfigOption, out: Annotated[Path, typer.Argument(help="File to write (.npz).")], as_json: JsonFlag = False
 ) -> None:
     """Write the token ids of all generated answers to one small file.
 

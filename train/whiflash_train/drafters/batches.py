@@ -57,15 +57,9 @@ class SequenceBatches(Dataset[dict[str, Tensor]]):
     many tokens in all, so that a long agent prompt does not dominate memory.
     """
 
-    def __init__(
-        self, stores: SequenceOf[FeatureStore], answer_tokens: int, min_answer: int, seed: int
-    ) -> None:
+    def __init__(self, stores: SequenceOf[FeatureStore], answer_tokens: int, min_answer: int, seed: int) -> None:
         """Batch the stored answers of at least `min_answer` tokens. Raises ValueError if there are none."""
-        entries = [
-            entry
-            for entry in unique_answers(stores)
-            if entry[1].length - entry[1].prompt_length >= min_answer
-        ]
+        entries = [entry for entry in unique_answers(stores) if entry[1].length - entry[1].prompt_length >= min_answer]
         if not entries:
             raise ValueError("no training data: run `whiflash train --step data` first")
         random.Random(seed).shuffle(entries)
@@ -147,9 +141,7 @@ class Labels(NamedTuple):
 
 
 @torch.no_grad()
-def make_labels(
-    final: Tensor, emitted: Tensor, head: Tensor, index_of: Tensor, bias: Tensor | None
-) -> Labels:
+def make_labels(final: Tensor, emitted: Tensor, head: Tensor, index_of: Tensor, bias: Tensor | None) -> Labels:
     """Make the labels of N positions.
 
     Args:

@@ -194,12 +194,7 @@ def choose_anchors(batch: Batch, per_token: float) -> Blocks:
 
 
 def _block_attention(
-    spans: Sequence[SequenceSpan],
-    blocks: Blocks,
-    width: int,
-    keys: Tensor,
-    values: Tensor,
-    seen: Sequence[LayerSpan],
+    spans: Sequence[SequenceSpan], blocks: Blocks, width: int, keys: Tensor, values: Tensor, seen: Sequence[LayerSpan]
 ) -> Attend:
     """Return the attention of blocks to the context entries before their anchor and to themselves.
 

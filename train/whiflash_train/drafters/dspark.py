@@ -100,9 +100,7 @@ def go_on_from(path: Path, target: Origin, settings: DSpark) -> DSparkDrafter:
             raise ConfigError(f"--start-from {path} has {has}, {key} asks for {configured}")
     trunk = draft.load(**for_training(target))
     if trunk.mask_embedding is not None:
-        raise ConfigError(
-            f"--start-from {path}: its trained mask embedding cannot be trained on, nor written"
-        )
+        raise ConfigError(f"--start-from {path}: its trained mask embedding cannot be trained on, nor written")
     from_anchor = settings.sample_from_anchor
     return with_heads(trunk, settings, config.from_anchor if from_anchor is None else from_anchor)
 

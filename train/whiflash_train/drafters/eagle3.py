@@ -82,12 +82,7 @@ class Eagle3Training(nn.Module):
 
 
 def unroll(
-    drafter: Eagle3Drafter,
-    batch: Batch,
-    plan: Chains,
-    columns: Sequence[int],
-    steps: int,
-    own_drafts: bool = False,
+    drafter: Eagle3Drafter, batch: Batch, plan: Chains, columns: Sequence[int], steps: int, own_drafts: bool = False
 ) -> Iterator[Tensor]:
     """Yield each step's draft logits [chains, draft vocabulary] of all chains of `plan`. A step reads the sequence's
     tokens, or with `own_drafts` the chain's own drafts, as in a server.
@@ -127,10 +122,7 @@ def plan_chains(batch: Batch) -> Chains:
 
 
 def _chain_attention(
-    spans: Sequence[SequenceSpan],
-    context: tuple[Tensor, Tensor],
-    chain: list[tuple[Tensor, Tensor]],
-    step: int,
+    spans: Sequence[SequenceSpan], context: tuple[Tensor, Tensor], chain: list[tuple[Tensor, Tensor]], step: int
 ) -> Attend:
     """Return the attention of step `step`, to the entries up to the root and to the chain's own entries."""
 

@@ -33,9 +33,7 @@ def origin_of(config: TrainConfig, path: Path, stores: Sequence[FeatureStore]) -
                 "leave draft_layers out"
             )
         return TargetModel(path, device=torch.device("cpu"), dtype=torch.float32)
-    return ServedOrigin.read(
-        path, config.target, config.work / "target", sizes, norm_weight(stores), torch.float32
-    )
+    return ServedOrigin.read(path, config.target, config.work / "target", sizes, norm_weight(stores), torch.float32)
 
 
 def norm_weight(stores: Sequence[FeatureStore]) -> Tensor:
@@ -130,9 +128,7 @@ def choose_draft_vocabulary(frequencies: Tensor, size: int) -> Tensor:
     return order.sort().values
 
 
-def enlarged(
-    drafter: Eagle3Drafter, target: Origin, draft_ids: Tensor, intermediate_size: int
-) -> Eagle3Drafter:
+def enlarged(drafter: Eagle3Drafter, target: Origin, draft_ids: Tensor, intermediate_size: int) -> Eagle3Drafter:
     """Return the drafter with the draft vocabulary `draft_ids` [K], ascending, and an MLP of `intermediate_size` units.
 
     Head rows of earlier draft tokens stay. A new token's row is the target's plus the mean change that training made to

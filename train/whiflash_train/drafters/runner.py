@@ -92,11 +92,7 @@ def _eagle3(
 
 
 def _block(
-    config: TrainConfig,
-    settings: DFlash | DSpark,
-    target: Origin,
-    stores: list[FeatureStore],
-    start: Path | None,
+    config: TrainConfig, settings: DFlash | DSpark, target: Origin, stores: list[FeatureStore], start: Path | None
 ) -> nn.Module:
     drafter: Any
     if start is None and isinstance(settings, DSpark):
@@ -140,17 +136,12 @@ def last_checkpoint(directory: Path) -> str | None:
     return None
 
 
-def _facts(
-    name: str, config: TrainConfig, stores: list[FeatureStore], start_from: Path | None
-) -> dict[str, Any]:
+def _facts(name: str, config: TrainConfig, stores: list[FeatureStore], start_from: Path | None) -> dict[str, Any]:
     """Return the facts that determine a run's weights: data, settings, start. Threads and directories are left out."""
     settings = config.model_dump(mode="json", include={"target", "capture", "seed", "draft_layers", name})
     return {
         "data": {store.path.name: data_digest(store) for store in stores},
-        "configuration": {
-            **settings,
-            "hardware": config.hardware.model_dump(mode="json", exclude={"threads"}),
-        },
+        "configuration": {**settings, "hardware": config.hardware.model_dump(mode="json", exclude={"threads"})},
         "--start-from": checkpoint_digest(start_from),
     }
 

@@ -76,12 +76,7 @@ class OfflineEngine:
                 f"{model} is a {architecture}, whose layers' outputs SGLang cannot capture: no drafter can be trained "
                 "for it"
             )
-        options = {
-            "model_path": str(model),
-            "disable_radix_cache": True,
-            "enable_multimodal": False,
-            **chosen,
-        }
+        options = {"model_path": str(model), "disable_radix_cache": True, "enable_multimodal": False, **chosen}
         if chosen.get("device") == "cuda":
             options["cuda_graph_backend_prefill"] = Backend.DISABLED
         ours = {*options, *_NOT_OURS}

@@ -31,9 +31,7 @@ _wanted: tuple[Sequence[int], str, Path, Path] | None = None
 """Layers, the target's name and two directories (`run`), for the scheduler that this process starts; None elsewhere."""
 
 
-def run(
-    layers: Sequence[int], name: str, origin: Path, states: Path, *arguments: Any, **options: Any
-) -> None:
+def run(layers: Sequence[int], name: str, origin: Path, states: Path, *arguments: Any, **options: Any) -> None:
     """Run SGLang's scheduler process with a `FeatureRecorder`. Further arguments are SGLang's own."""
     global _wanted
     _wanted = layers, name, origin, states
@@ -106,9 +104,7 @@ class FeatureRecorder:
             )
         place.mkdir(parents=True, exist_ok=True)
         # Every process has the whole of a matrix that is not split (Gemma 3's embedding): only rank 0 writes it.
-        again = {
-            name: parallel.tp_rank > 0 and len(x) == target.shape.vocab_size for name, x in matrices.items()
-        }
+        again = {name: parallel.tp_rank > 0 and len(x) == target.shape.vocab_size for name, x in matrices.items()}
         # Cloned, because safetensors refuses tensors that share storage, as a tied head and embedding do.
         plain = {name: (x[:0] if again[name] else x).detach().cpu().clone() for name, x in matrices.items()}
         with staged(vocabulary_file(place, parallel.tp_rank)) as file:

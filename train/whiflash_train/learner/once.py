@@ -164,8 +164,7 @@ def learn_once(learning: Learning) -> Outcome:
         _store(work / "data" / "shard0", target, config.capture, [*chosen.learned, *more])
         store = _store(work / "judges", target, config.capture, chosen.judged)
         trained = {
-            arm: train_drafter(sections[arm], config, path, checkpoint)
-            for arm, checkpoint in parts.checkpoints.items()
+            arm: train_drafter(sections[arm], config, path, checkpoint) for arm, checkpoint in parts.checkpoints.items()
         }
         check_same(parts.checkpoints, trained)
         pairs = [Pair.load(each, target) for each in (parts, parts._replace(checkpoints=trained))]
@@ -183,9 +182,7 @@ def learn_once(learning: Learning) -> Outcome:
         )
         if better:
             record = outcome.model_dump(mode="json", exclude={"bundle"}) | {"from": manifest.name}
-            with_drafters(
-                learning.bundle, better, learning.out, {LEARNED: record | environment(learning.bundle)}
-            )
+            with_drafters(learning.bundle, better, learning.out, {LEARNED: record | environment(learning.bundle)})
         return outcome
 
 

@@ -137,9 +137,7 @@ def _set_layers(model: Any, layers: list[int]) -> None:
             with suppress(AttributeError):
                 getattr(model, name)(layers)
                 return
-    raise CheckpointError(
-        f"{type(model).__name__} has no hidden-state capture in SGLang, so no drafter can read it"
-    )
+    raise CheckpointError(f"{type(model).__name__} has no hidden-state capture in SGLang, so no drafter can read it")
 
 
 class LoadedTarget:

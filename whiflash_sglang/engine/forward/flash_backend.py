@@ -46,9 +46,7 @@ def _planning(upstreams: Any) -> Any:
         def _bind_metadata_buffers(
             self, bs: int, num_tokens: int, encoder_lens: Any, forward_mode: Any, spec_info: Any, device: Any
         ) -> Any:
-            bound = super()._bind_metadata_buffers(
-                bs, num_tokens, encoder_lens, forward_mode, spec_info, device
-            )
+            bound = super()._bind_metadata_buffers(bs, num_tokens, encoder_lens, forward_mode, spec_info, device)
             layout = _layout(self, spec_info)
             if layout is not None:
                 bound[0].cu_seqlens_q, bound[0].max_seq_len_q = layout.qo_indptr_device, layout.max_q_len

@@ -265,9 +265,7 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
             rows, starts = self.buffers.req_pool_indices[:count], self.buffers.seq_lens[:count]
             slots = GraphSlots(widths, offsets, starts, ends, rows)
             # This call without a request compiles the kernel.
-            fill_slots(
-                widths[:0], starts[:0], rows[:0], slots, rows=num_tokens, empty=self.seq_len_fill_value
-            )
+            fill_slots(widths[:0], starts[:0], rows[:0], slots, rows=num_tokens, empty=self.seq_len_fill_value)
             tier = round_up_grid(num_tokens, self.capture_num_tokens)
             layouts[num_tokens] = GraphLayout(
                 *(widths, tier, offsets[:-1], offsets),

@@ -75,9 +75,7 @@ class Masks:
                     masked = spending.on(batch.reqs[i].rid, fill)
                 except ValueError as error:  # as SGLang ends a request whose grammar refuses a token
                     masked = 1
-                    batch.reqs[i].to_finish = FINISH_ABORT(
-                        f"Grammar failed: {error}", 500, "InternalServerError"
-                    )
+                    batch.reqs[i].to_finish = FINISH_ABORT(f"Grammar failed: {error}", 500, "InternalServerError")
                 place[first : first + width] = range(used, used + width)
                 if masked < width:
                     place[first + masked] = -1
@@ -99,9 +97,7 @@ class Masks:
         return rows._replace(masks=None)
 
 
-def fill_masks(
-    grammar: Any, drafts: Sequence[int], bits: torch.Tensor, vocabulary: int, spending: Spending
-) -> int:
+def fill_masks(grammar: Any, drafts: Sequence[int], bits: torch.Tensor, vocabulary: int, spending: Spending) -> int:
     """Write the masks of one request's rows, as far as they are needed, and set its grammar back.
 
     After a draft that the grammar forbids, and after its end, nothing is accepted, so no mask is needed there.
@@ -125,9 +121,7 @@ def fill_masks(
                     return row
                 try:
                     grammar.accept_token(token)
-                except (
-                    ValueError
-                ):  # A processor forces it: it ends the request if it is committed, not as a draft.
+                except ValueError:  # A processor forces it: it ends the request if it is committed, not as a draft.
                     return row
                 taken += 1
             if grammar.is_terminated():

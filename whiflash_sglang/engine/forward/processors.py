@@ -131,10 +131,7 @@ class _ThinkingBudget(ProcessorGrammar):
         super().__init__(processor, params, prompt, grammar, vocabulary)
         budget = params.get("thinking_budget") if isinstance(params, dict) else None
         self._budget = budget if isinstance(budget, int) and budget >= 0 else NEVER
-        self._marks, text = (
-            (processor.THINKING_START_TOKEN_ID, processor.THINKING_END_TOKEN_ID),
-            np.asarray(prompt),
-        )
+        self._marks, text = ((processor.THINKING_START_TOKEN_ID, processor.THINKING_END_TOKEN_ID), np.asarray(prompt))
         ends = np.flatnonzero(np.isin(text, self._marks))
         # The place at which open thinking began, -1 without: before the output, and after each of its tokens.
         self._began = [int(ends[-1]) if len(ends) and text[ends[-1]] == self._marks[0] else -1]
@@ -165,9 +162,7 @@ def processor_grammar(processor: str, params: object, prompt: Any, grammar: Any,
         kind = _DisallowedTokens
     elif call is DeepseekOCRNoRepeatNGramLogitProcessor.__call__:
         kind = ProcessorGrammar
-    elif call is ThinkingBudgetLogitProcessor.__call__ and all(
-        type(i) is int and 0 <= i < vocabulary for i in ids
-    ):
+    elif call is ThinkingBudgetLogitProcessor.__call__ and all(type(i) is int and 0 <= i < vocabulary for i in ids):
         kind = _ThinkingBudget
     return kind and kind(loaded, params, prompt, grammar, vocabulary)
 

@@ -56,12 +56,7 @@ def packed_convolution(
 
 
 def packed_verification(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    cache: Any,
-    slots: torch.Tensor,
-    rows: Rows,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cache: Any, slots: torch.Tensor, rows: Rows
 ) -> torch.Tensor:
     """Run :func:`packed_convolution` over drafts: states are only read, and those after the rows go to the windows.
 
@@ -105,11 +100,7 @@ Scan = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def mixer_forward(
-    scan: Scan,
-    mixer: Any,
-    hidden_states: torch.Tensor,
-    output: torch.Tensor | None,
-    mup_vector: torch.Tensor | None,
+    scan: Scan, mixer: Any, hidden_states: torch.Tensor, output: torch.Tensor | None, mup_vector: torch.Tensor | None
 ) -> torch.Tensor:
     """Compute the forward of a `MambaMixer2` whose states `scan` reads.
 

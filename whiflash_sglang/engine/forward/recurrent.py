@@ -135,9 +135,7 @@ def verify_packed(conv: Any, x: torch.Tensor, meta: Any, draft_token_num: int, a
         [T, D] in the dtype of `x`.
     """
     rows = Rows.of(meta.query_start_loc.long(), len(x))
-    return packed_verification(
-        x, conv.conv_weight, conv.conv_bias, meta.layer_cache, meta.cache_indices, rows
-    )
+    return packed_verification(x, conv.conv_weight, conv.conv_bias, meta.layer_cache, meta.cache_indices, rows)
 
 
 PADDED_ATTENTIONS = frozenset({"trtllm_mla"})

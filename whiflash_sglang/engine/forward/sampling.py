@@ -35,11 +35,7 @@ def is_seeded(batch: Any) -> bool:
 
 def checks_numbers() -> bool:
     """Whether SGLang's environment asks that NaN among logits be found or replaced (`check_numbers`)."""
-    asked = (
-        envs.SGLANG_SANITIZE_NAN_LOGITS,
-        envs.SGLANG_ENABLE_NAN_LOGITS_CHECK,
-        envs.SGLANG_ENABLE_ASYNC_ASSERT,
-    )
+    asked = (envs.SGLANG_SANITIZE_NAN_LOGITS, envs.SGLANG_ENABLE_NAN_LOGITS_CHECK, envs.SGLANG_ENABLE_ASYNC_ASSERT)
     return any(switch.get() for switch in asked)
 
 
@@ -71,9 +67,7 @@ def penalties_of(req: Any) -> Penalties | None:
 def is_penalised(req: Any) -> bool:
     """Whether a request's next token depends on how often it generated each token, or how many in all."""
     p = req.sampling_params
-    return bool(
-        p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0 or p.min_new_tokens > 0
-    )
+    return bool(p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0 or p.min_new_tokens > 0)
 
 
 def takes_single_tokens(req: Any) -> bool:
@@ -108,9 +102,7 @@ def process(info: SamplingBatchInfo, logits: torch.Tensor, block: MixedBlock) ->
         logits.index_copy_(0, rows, entry.processor(logits[rows], params).to(logits.dtype))
 
 
-def sample_as_sglang(
-    runner: Any, info: SamplingBatchInfo, logits: torch.Tensor, block: MixedBlock
-) -> torch.Tensor:
+def sample_as_sglang(runner: Any, info: SamplingBatchInfo, logits: torch.Tensor, block: MixedBlock) -> torch.Tensor:
     """Return the token that SGLang's sampler draws at each packed row of `logits` [T, V]: [T] int64.
 
     A few rows at a time, since it takes much memory for each logit.

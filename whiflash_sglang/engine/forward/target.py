@@ -253,9 +253,7 @@ def verify_input(
     why="SGLang lays positions out for one width",
     until="it asks the layout",
 )
-def _of_packed_rows(
-    original: Any, self: ForwardBatch, model_runner: Any, batch: Any, *args: Any, **named: Any
-) -> None:
+def _of_packed_rows(original: Any, self: ForwardBatch, model_runner: Any, batch: Any, *args: Any, **named: Any) -> None:
     """Compute M-RoPE positions of packed rows.
 
     Sets `mrope_positions` [3, T] int64 of T rows, packed by a layout of any widths and padded at the end.

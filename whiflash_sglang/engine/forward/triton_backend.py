@@ -75,9 +75,7 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
         self._make_room(max_bs)
         if self.use_sliding_window_kv_pool:
             # Slots that a row writes to in the windowed layers' pool.
-            self.cuda_graph_swa_out_cache_loc = torch.zeros(
-                max_num_tokens, dtype=torch.int64, device=self.device
-            )
+            self.cuda_graph_swa_out_cache_loc = torch.zeros(max_num_tokens, dtype=torch.int64, device=self.device)
 
     def _make_room(self, slots: int) -> None:
         """Allocate offsets, [requests + 1] each, for as many requests as the server takes, or for `slots` if those are
@@ -101,9 +99,7 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
             self.qo_indptr[: bs + 1].copy_(layout.padded_to_bucket(padded_bs=bs).qo_indptr_device)
         return written
 
-    def _build_cuda_graph_forward_metadata(
-        self, bs: int, forward_mode: Any, spec_info: Any, *rest: Any
-    ) -> Any:
+    def _build_cuda_graph_forward_metadata(self, bs: int, forward_mode: Any, spec_info: Any, *rest: Any) -> Any:
         metadata = super()._build_cuda_graph_forward_metadata(bs, forward_mode, spec_info, *rest)
         if forward_mode.is_target_verify() and spec_info.ragged_verify_layout is not None:
             metadata.max_extend_len = spec_info.ragged_verify_layout.max_q_len

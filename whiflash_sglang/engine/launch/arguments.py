@@ -77,9 +77,7 @@ def choose(server_args: Any) -> None:
         # Unless it is asked for, a target that takes images is served for text, as SGLang serves Gemma 3 by itself.
         server_args.enable_multimodal = False
     if server_args.enable_mixed_chunk:
-        logger.warning(
-            "--enable-mixed-chunk is switched off: WHIFLASH's step is a prefill or a round, never both"
-        )
+        logger.warning("--enable-mixed-chunk is switched off: WHIFLASH's step is a prefill or a round, never both")
         server_args.enable_mixed_chunk = False
     if torch.cuda.is_available() and not torch.version.hip and server_args.device in (None, "cuda"):
         for sentence in choose_for_cuda(server_args):

@@ -339,10 +339,7 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "windows": Refusal(
         lambda x: (
-            x.device == "cuda"
-            and x.model is not None
-            and has_windows(x.model)
-            and _foreign_attention(x, *ATTENTIONS)
+            x.device == "cuda" and x.model is not None and has_windows(x.model) and _foreign_attention(x, *ATTENTIONS)
         ),
         "the target has layers with a sliding window, whose rows {} is not known to mask one by one; "
         f"give --attention-backend {', '.join(ATTENTIONS[:-1])} or {ATTENTIONS[-1]}",
@@ -377,9 +374,7 @@ REFUSALS: dict[str, Refusal] = {
         "{} does not continue a prompt token by token; serve it without WHIFLASH",
     ),
     "one_file": Refusal(
-        lambda x: (
-            x.model is not None and x.model.quantization in ("gguf", "expert_pack") and x.model.quantization
-        ),
+        lambda x: x.model is not None and x.model.quantization in ("gguf", "expert_pack") and x.model.quantization,
         "the target is a {} file, which SGLang reads only on GPUs, untested with WHIFLASH; use a checkpoint in "
         "safetensors",
     ),
@@ -389,17 +384,12 @@ REFUSALS: dict[str, Refusal] = {
         "SGLang checks no keys with --tokenizer-worker-num above 1; remove it, or --api-key and --admin-api-key",
     ),
     "workers_warm_up": Refusal(
-        lambda x: (
-            _more_than_one("tokenizer_worker_num")(x) and x.tenant_header and not x.args.skip_server_warmup
-        ),
+        lambda x: _more_than_one("tokenizer_worker_num")(x) and x.tenant_header and not x.args.skip_server_warmup,
         "with --tokenizer-worker-num above 1 a warm-up may reach a worker that is up, which refuses it for "
         "--whiflash-trust-tenant-header on, since it names no tenant; give --skip-server-warmup",
     ),
     "workers_app": Refusal(
-        lambda x: (
-            _more_than_one("tokenizer_worker_num")(x)
-            and x.environment.get(APP_PATH, WORKER_APP) != WORKER_APP
-        ),
+        lambda x: _more_than_one("tokenizer_worker_num")(x) and x.environment.get(APP_PATH, WORKER_APP) != WORKER_APP,
         f"tokenizer workers need WHIFLASH's application for its routes, checks and traces; unset {APP_PATH}",
     ),
     "rust_server": Refusal(lambda x: x.is_set("SGLANG_RUST_SERVER"), _HTTP + "unset SGLANG_RUST_SERVER"),
@@ -414,9 +404,7 @@ REFUSALS: dict[str, Refusal] = {
     # caches and memory
     "hicache_storage_backend": Refusal(
         lambda x: (
-            x.draft_kv
-            and x.args.hicache_storage_backend not in (None, "file")
-            and x.args.hicache_storage_backend
+            x.draft_kv and x.args.hicache_storage_backend not in (None, "file") and x.args.hicache_storage_backend
         ),
         "--hicache-storage-backend {} is untested with draft KV; give file, or give --whiflash-drafters none",
     ),
@@ -426,9 +414,7 @@ REFUSALS: dict[str, Refusal] = {
         "turn; remove one of them",
     ),
     "hicache_host_memory_mode": Refusal(
-        lambda x: (
-            x.draft_kv and x.args.hicache_host_memory_mode != "cache" and x.args.hicache_host_memory_mode
-        ),
+        lambda x: x.draft_kv and x.args.hicache_host_memory_mode != "cache" and x.args.hicache_host_memory_mode,
         "--hicache-host-memory-mode {} is untested with draft KV; remove it, or give --whiflash-drafters none",
     ),
     **_removed(enable_lmcache="SGLang serves no speculative algorithm with it"),
@@ -452,8 +438,7 @@ REFUSALS: dict[str, Refusal] = {
         "--mamba-radix-cache-strategy extra_buffer_lazy plans slots for drafts of one length; use extra_buffer",
     ),
     "radix_cache_backend": Refusal(
-        lambda x: x.args.radix_cache_backend,
-        "WHIFLASH needs SGLang's own radix cache; remove --radix-cache-backend {}",
+        lambda x: x.args.radix_cache_backend, "WHIFLASH needs SGLang's own radix cache; remove --radix-cache-backend {}"
     ),
     "post_capture_sizing": Refusal(
         lambda x: x.is_set("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
@@ -478,9 +463,7 @@ REFUSALS: dict[str, Refusal] = {
         "--lora-backend triton alone; remove --enable-lora and --lora-paths",
     ),
     **_removed(enable_lora_overlap_loading="untested beside verifications"),
-    "uno": Refusal(
-        _untested_beside_uno, "UNO is untested with {}; give no adapter of UNO, or serve without that"
-    ),
+    "uno": Refusal(_untested_beside_uno, "UNO is untested with {}; give no adapter of UNO, or serve without that"),
     "disaggregation_release": Refusal(
         lambda x: x.args.disaggregation_mode != "null" and not has("0.5.23") and installed(),
         "SGLang {} does not register how a prefill server's KV is laid out; with --disaggregation-mode install 0.5.23",
@@ -498,15 +481,12 @@ REFUSALS: dict[str, Refusal] = {
     "enable_return_routed_experts": Refusal(
         _architecture(
             lambda x: (
-                x.args.enable_return_routed_experts
-                and not getattr(x.model.hf_text_config, "num_experts_per_tok", None)
+                x.args.enable_return_routed_experts and not getattr(x.model.hf_text_config, "num_experts_per_tok", None)
             )
         ),
         "{} has no experts to return; remove --enable-return-routed-experts",
     ),
-    **_removed(
-        enable_two_batch_overlap=_ONE_TOKEN, enable_single_batch_overlap=_ONE_TOKEN, enable_pdmux=_ONE_TOKEN
-    ),
+    **_removed(enable_two_batch_overlap=_ONE_TOKEN, enable_single_batch_overlap=_ONE_TOKEN, enable_pdmux=_ONE_TOKEN),
     "dllm_algorithm": Refusal(
         lambda x: bool(x.args.dllm_algorithm),
         _REMOVE.format("--dllm-algorithm (a diffusion target does not decode token by token)"),

@@ -65,9 +65,7 @@ class PreallocQueue(DecodePreallocQueue):  # type: ignore[misc]
         rooms = {w.req.bootstrap_room for w in (*self.queue, *self.transfer_queue.queue, *late)}
         again = is_retracted or is_rebootstrap or req.bootstrap_host == FAKE_BOOTSTRAP_HOST
         if not again and req.bootstrap_room in rooms:
-            req.set_finish_with_abort(
-                f"bootstrap_room: {req.bootstrap_room} is another request's; give a free one"
-            )
+            req.set_finish_with_abort(f"bootstrap_room: {req.bootstrap_room} is another request's; give a free one")
         super().add(req, is_retracted, is_rebootstrap)
 
     def _init_receiver(self, decode_req: Any, prefill_dp_rank: int) -> None:

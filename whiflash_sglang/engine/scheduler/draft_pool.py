@@ -34,9 +34,7 @@ class DraftPool(MHATokenToKVPool):  # type: ignore[misc]
     def __init__(self, target: Any, kvs: Mapping[str, DraftKV], layers: int) -> None:
         shapes = {arm: tuple(kv.k.shape[2:]) for arm, kv in kvs.items()}
         if len(set(shapes.values())) != 1:
-            told = ", ".join(
-                f"{arm!r} has {heads} heads of {width}" for arm, (heads, width) in shapes.items()
-            )
+            told = ", ".join(f"{arm!r} has {heads} heads of {width}" for arm, (heads, width) in shapes.items())
             raise ConfigError(
                 f"{COPYING} copy all drafters' KV as one pool, but it differs in shape ({told}); remove them, or one "
                 "of the drafters"
@@ -95,9 +93,7 @@ def layout_of(target: Any, drafters: Mapping[str, KVDrafter]) -> str | None:
         # Plain SGLang has two pools for a target with windows.
         return "whiflash-one-pool" if not two_pools and has_windows(target.runner.model_config) else None
     models = {arm: drafter.model for arm, drafter in drafters.items()}
-    narrow = sorted(
-        {str(drafter.kv_dtype) for drafter in drafters.values() if drafter.kv_dtype.itemsize == 1}
-    )
+    narrow = sorted({str(drafter.kv_dtype) for drafter in drafters.values() if drafter.kv_dtype.itemsize == 1})
     return "-".join(["whiflash", _digest(models), *narrow, *(["two-pools"] if two_pools else [])])
 
 

@@ -55,11 +55,7 @@ def draft_kv_dtype(target: Any) -> torch.dtype:
     by_default = target.runner.kv_cache_dtype if name in (None, "auto") else target.dtype
     dtype = NARROW.get(name, by_default if by_default in NARROW.values() else target.dtype)
     device = torch.device(target.device)
-    if (
-        dtype != NARROW["fp8_e4m3"]
-        or device.type != "cuda"
-        or torch.cuda.get_device_capability(device) >= (8, 9)
-    ):
+    if dtype != NARROW["fp8_e4m3"] or device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9):
         return dtype
     if name not in NARROW:
         return target.dtype

@@ -171,17 +171,12 @@ class Start:
             plain = Verifications.measured(short, long, alone, partial(verification, plain=True))
         groups, drafts, shorter = self._grid(self.requests), dict[str, Sizes](), dict[str, dict[int, Sizes]]()
         for arm, drafter in self.passing.items():
-            lengths = {
-                n: Sizes.measured(groups, partial(self._pass, drafter, n), steps=steps)
-                for n in drafter.lengths
-            }
+            lengths = {n: Sizes.measured(groups, partial(self._pass, drafter, n), steps=steps) for n in drafter.lengths}
             drafts[arm], shorter[arm] = lengths.pop(drafter.max_drafts), lengths
         # Otherwise the scheduler would wait for the last of these forwards in place of the first prefill.
         self.target.runner.shared_read_done_event = None
         tokens = self._tokens()
-        catch_up = {
-            arm: Sizes.measured(tokens, partial(self._catch_up, arm), steps=steps) for arm in self.sync.arms
-        }
+        catch_up = {arm: Sizes.measured(tokens, partial(self._catch_up, arm), steps=steps) for arm in self.sync.arms}
         return CostTables(verifications, drafts, catch_up, shorter, wider, plain)
 
     @property

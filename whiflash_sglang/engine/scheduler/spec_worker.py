@@ -75,9 +75,7 @@ def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int]) -
     )
 
 
-def _lengths(
-    batch: Any, row_ids: Sequence[int], under_way: Callable[[int], int]
-) -> tuple[list[int], list[int]]:
+def _lengths(batch: Any, row_ids: Sequence[int], under_way: Callable[[int], int]) -> tuple[list[int], list[int]]:
     """Return lower and upper bounds of each request's n; both exact if the attention backend needs host lengths."""
     if batch.seq_lens_cpu is not None:
         exact = batch.seq_lens_cpu.tolist()
@@ -115,9 +113,7 @@ def prefill_rows(
     lens, prefixes = list(batch.extend_lens), list(batch.prefix_lens)
     lengths = [prefix + length for prefix, length in zip(prefixes, lens, strict=True)]
     texts = [req.full_untruncated_fill_ids for req in batch.reqs]
-    following = [
-        readable(text[: n + 1], n)[0] if n < len(text) else -1 for text, n in zip(texts, lengths, strict=True)
-    ]
+    following = [readable(text[: n + 1], n)[0] if n < len(text) else -1 for text, n in zip(texts, lengths, strict=True)]
     places = np.concatenate([np.arange(n - length, n) for n, length in zip(lengths, lens, strict=True)])
     at = [upload.ints(values) for values in (np.cumsum(lens) - 1, following, places)]
     if any(media is not None for media in batch.multimodal_inputs or ()):

@@ -23,13 +23,7 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.checkpoint import WeightReader, check_target, drafter_weights, write_checkpoint
 from whiflash_sglang.formats.choice import Choice, DraftHead, SharedVocabulary, TargetsParts
 from whiflash_sglang.formats.config_json import read_config_of
-from whiflash_sglang.formats.dflash.dflash_config import (
-    ALIASES,
-    ARCHITECTURE,
-    BlockConvolution,
-    DFlashConfig,
-    parse,
-)
+from whiflash_sglang.formats.dflash.dflash_config import ALIASES, ARCHITECTURE, BlockConvolution, DFlashConfig, parse
 from whiflash_sglang.formats.draft_format import DraftFormat
 from whiflash_sglang.formats.layers import (
     Angles,

@@ -88,9 +88,7 @@ class DFlash2Drafter(DFlashDrafter):
         projected = self.candidate_selector.hidden_projection(rows)
         previous, tokens, sure = bonus, [], []
         for step in range(wanted):
-            scores = unary[:, step] + self.candidate_selector.scores(
-                previous, projected[:, step], ids[:, step]
-            )
+            scores = unary[:, step] + self.candidate_selector.scores(previous, projected[:, step], ids[:, step])
             best = choose(scores)
             previous = ids[:, step].gather(-1, best.token[:, None])[:, 0]
             tokens.append(previous)

@@ -8,15 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from whiflash_sglang.formats.checkpoint import (
-    MOST_LAYERS,
-    MOST_ROWS,
-    integer,
-    layer_ids,
-    number,
-    trunk,
-    trunk_json,
-)
+from whiflash_sglang.formats.checkpoint import MOST_LAYERS, MOST_ROWS, integer, layer_ids, number, trunk, trunk_json
 from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.draft_format import merged
 from whiflash_sglang.formats.layers import AttentionShape, Clamped
@@ -154,17 +146,13 @@ class DFlashConfig:
         """Whether a layer of the trunk, or its draft vocabulary, differs from the published DFlash model."""
         others = ("rms_norm_eps", "max_position_embeddings", "from_anchor")
         variants = (field for field in fields(DFlashConfig) if field.default is not MISSING)
-        return any(
-            getattr(self, field.name) != field.default for field in variants if field.name not in others
-        )
+        return any(getattr(self, field.name) != field.default for field in variants if field.name not in others)
 
 
 C = TypeVar("C", bound=DFlashConfig)
 
 
-def parse(
-    path: Path, config: Mapping[str, Any], kind: type[C], *, known: tuple[str, ...] = (), **decided: Any
-) -> C:
+def parse(path: Path, config: Mapping[str, Any], kind: type[C], *, known: tuple[str, ...] = (), **decided: Any) -> C:
     """Read a block drafter's configuration from a `config.json` in z-lab's layout; nested keys win.
 
     Args:
@@ -238,13 +226,9 @@ def _spans(path: Path, settings: Mapping[str, Any], layers: int) -> tuple[LayerS
         if kind == "full_attention":
             spans.append(LayerSpan(bool(causal)))
         elif kind != "sliding_attention":
-            raise misfit(
-                path, f"layer_types names {kind!r}; full_attention and sliding_attention are supported"
-            )
+            raise misfit(path, f"layer_types names {kind!r}; full_attention and sliding_attention are supported")
         elif causal is False:
-            raise misfit(
-                path, "is_causal false with sliding_attention is not supported: windows look back only"
-            )
+            raise misfit(path, "is_causal false with sliding_attention is not supported: windows look back only")
         else:
             spans.append(LayerSpan(True, integer(settings, "sliding_window", path) - 1))
     return tuple(spans) if set(spans) != {LayerSpan()} else ()
@@ -260,9 +244,7 @@ def _activation(path: Path, settings: Mapping[str, Any]) -> Clamped | None:
 
 
 def _convolution(path: Path, settings: Mapping[str, Any]) -> BlockConvolution | None:
-    taps, group = (
-        integer(settings, f"conv_{name}_size", path, minimum=0, default=0) for name in ("kernel", "group")
-    )
+    taps, group = (integer(settings, f"conv_{name}_size", path, minimum=0, default=0) for name in ("kernel", "group"))
     if not taps and not group:
         return None
     hidden = integer(settings, "hidden_size", path)

@@ -74,9 +74,7 @@ class DominoDrafter(DFlashDrafter):
         size, state = config.hidden_size, config.state_size
         self.prefix_gru = nn.GRUCell(size, state, bias=False)
         self.embed_proj = nn.Sequential(
-            Linear(size + state, config.rank, bias=False),
-            nn.SiLU(),
-            Linear(config.rank, config.vocab_size, bias=False),
+            Linear(size + state, config.rank, bias=False), nn.SiLU(), Linear(config.rank, config.vocab_size, bias=False)
         )
 
     @property

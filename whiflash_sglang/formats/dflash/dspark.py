@@ -71,9 +71,7 @@ def read_dspark(path: Path, config: Mapping[str, Any]) -> DSparkConfig:
     from_anchor = bool(settings.get("sample_from_anchor", True))
     drafts = integer(settings, "block_size", path, maximum=MOST_ROWS, default=DEFAULT_ROWS)
     heads = read_heads(path, settings)
-    return parse(
-        path, settings, DSparkConfig, from_anchor=from_anchor, block_size=drafts + (not from_anchor), **heads
-    )
+    return parse(path, settings, DSparkConfig, from_anchor=from_anchor, block_size=drafts + (not from_anchor), **heads)
 
 
 def read_heads(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,12 +85,7 @@ def read_heads(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     confidence = bool(settings.get("enable_confidence_head", True))
     if confidence and with_markov and not rank:
         raise misfit(path, "confidence_head_with_markov needs markov_rank above 0")
-    return {
-        "markov_rank": rank,
-        "markov_head": kind,
-        "confidence": confidence,
-        "confidence_with_markov": with_markov,
-    }
+    return {"markov_rank": rank, "markov_head": kind, "confidence": confidence, "confidence_with_markov": with_markov}
 
 
 class DSparkDrafter(DFlashDrafter):
@@ -134,9 +127,7 @@ class DSparkDrafter(DFlashDrafter):
         """Choose drafts token by token, each corrected by the token before it; see `DFlashDrafter.propose`."""
         rows = self.draft_rows(states, wanted)
         plain = not self.config.markov_rank
-        token, sure = (
-            super().propose(states, bonus, wanted, head) if plain else self._corrected(rows, bonus, head)
-        )
+        token, sure = super().propose(states, bonus, wanted, head) if plain else self._corrected(rows, bonus, head)
         if self.config.confidence:
             before = torch.cat([bonus[:, None], token[:, :-1]], 1)
             sure = torch.sigmoid(self.confidence_logits(rows, before))

@@ -41,9 +41,7 @@ def __getattr__(name: str) -> Any:
 
 
 @triton.jit
-def _norm(
-    x, residual, weight, out, stride, size, eps, add: tl.constexpr, unit: tl.constexpr, wide: tl.constexpr
-):
+def _norm(x, residual, weight, out, stride, size, eps, add: tl.constexpr, unit: tl.constexpr, wide: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, wide)
     mask = at < size
@@ -57,12 +55,7 @@ def _norm(
 
 
 def _normed(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    out: torch.Tensor,
-    eps: float,
-    unit: int = 0,
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, out: torch.Tensor, eps: float, unit: int = 0
 ) -> torch.Tensor:
     rows, size = x.view(-1, x.shape[-1]) if x.is_contiguous() else x, x.shape[-1]
     if rows.ndim != 2:
@@ -82,16 +75,12 @@ def gemma_rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> t
     return _normed(x, None, weight, torch.empty(x.shape, dtype=x.dtype, device=x.device), eps, unit=1)
 
 
-def fused_add_rmsnorm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
-) -> None:
+def fused_add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> None:
     """The sum goes to `residual`, its norm to `x`."""
     _normed(x, residual, weight, x, eps)
 
 
-def gemma_fused_add_rmsnorm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
-) -> None:
+def gemma_fused_add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> None:
     _normed(x, residual, weight, x, eps, unit=1)
 
 
@@ -130,13 +119,7 @@ def _rotated(at, q, k, table, q_row, k_row, q_head, k_head, half, queries: tl.co
 
 
 def rotate(
-    positions: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    *,
-    is_neox: bool,
-    **_: Any,
+    positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos_sin_cache: torch.Tensor, *, is_neox: bool, **_: Any
 ) -> None:
     """In place, q and k [T, heads, size]; pairs are (i, i + half)."""
     assert is_neox, "no stand-in for interleaved pairs"
@@ -164,12 +147,7 @@ def _kept(k, v, k_pool, v_pool, slots, k_row, v_row, size, wide: tl.constexpr):
 
 
 def store(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    slots: torch.Tensor,
-    **_: Any,
+    k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor, **_: Any
 ) -> None:
     """Rows of equal width to their slots, k and v [T, size]."""
     if len(slots):
