@@ -156,7 +156,9 @@ Outcomes = dict[tuple[str, ...], subprocess.CompletedProcess[str]]
 def all_in_one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any, Outcomes]:
     """Helps, flags, what was imported, and outcomes, of one process: others below show what one of its own does."""
     here = tmp_path_factory.mktemp("here")
-    (here / "serve.sh").touch()
+    for name in ("serve.sh", "log.jsonl"):
+        (here / name).touch()
+    (here / "MODEL").mkdir()
     others = list(dict.fromkeys(line for line, *_ in WRONG if line not in LIGHT))
     done = subprocess.run(
         [sys.executable, "-c", ALL_IN_ONE],
