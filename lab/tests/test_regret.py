@@ -54,7 +54,7 @@ def regret(number: int, rounds: int = 40_000) -> tuple[str, float, float, float]
     return world, 1 - rate / runs[best].rate, runs["auto"].probes, rate / stock
 
 
-@pytest.mark.parametrize("number", [9, 10, 13, 18, 31, 32, 57])
+@pytest.mark.parametrize("number", [9, 10, 18, 31, 32, 34, 57])
 def test_auto_is_hardly_behind_the_best_fixed_arm(number: int) -> None:
     world, lost, probes, _ = regret(number, rounds=8000)
     assert lost < MOST, world

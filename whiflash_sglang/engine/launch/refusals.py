@@ -444,11 +444,11 @@ REFUSALS: dict[str, Refusal] = {
         lambda x: x.is_set("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
         "the drafters' KV needs the size of the target's KV at the start; unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
     ),
-    "simulated_acceptance": Refusal(
+    "simulated_acceptance": Refusal(  # SGLang simulates lengths above 0 only
         lambda x: (
-            (length := x.environment.get("SGLANG_SIMULATE_ACC_LEN", "")).strip("0.")
-            and length[0] != "-"  # SGLang's own value for none
-            and length
+            None
+            if (length := x.environment.get("SGLANG_SIMULATE_ACC_LEN", "")).strip("0.")[:1] in ("", "-")
+            else length
         ),
         "SGLANG_SIMULATE_ACC_LEN={} pins the acceptance of SGLang's own algorithms only; unset it",
     ),
