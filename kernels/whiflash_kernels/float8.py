@@ -25,7 +25,7 @@ def _sglang() -> Any:
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in `dtype`. In 8 bits it is clamped, as in Triton: some versions of torch make NaN of larger numbers."""
+    """Return x rounded to `dtype`, clamped for 8 bits as in Triton: some versions of torch make larger numbers NaN."""
     if dtype.itemsize == 1:
         x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
     return x.to(dtype)

@@ -238,7 +238,7 @@ def _cautions(target: PublishedTarget, question: Question, rows: Sequence[Estima
 
 
 def _without_host(row: Estimate) -> str:
-    """Return a sentence on the rate if evicted contexts are prefilled again; empty if nothing is evicted."""
+    """Return a sentence on tokens a second if evicted contexts are prefilled again; empty if nothing is evicted."""
     if not row.returning:
         return ""
     again = row.returning[-1].rates

@@ -68,7 +68,7 @@ class Conversation:
 def conversation(
     where: str, name: str, category: str, messages: Sequence[object], tools: object = None
 ) -> Conversation:
-    """Check and normalise the messages that a reader found. where: file and place in it, for errors.
+    """Return a conversation of these OpenAI messages, checked and normalised. where: file and place in it, for errors.
 
     Raises:
         ConfigError: a message or a tool is not of OpenAI's form, holds what is not text, or all of it is too much.
@@ -204,7 +204,7 @@ class RecordedTurn:
 
     @property
     def context(self) -> int:
-        """Tokens of the prompt and the answer."""
+        """Number of tokens of the prompt and the answer together."""
         return len(self.prompt) + len(self.answer) + self.free
 
 

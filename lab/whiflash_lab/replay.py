@@ -42,7 +42,9 @@ BINS = (0.01, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)
 
 @dataclass(slots=True)
 class Sums:
-    """Counts of answers. tokens: without those of prefills. rows: verified ones. accepted: drafts by source."""
+    """Totals over answers with simulated rounds. tokens: without those of prefills. rows: verified ones. accepted:
+    drafts by source.
+    """
 
     answers: int = 0
     tokens: int = 0
@@ -107,8 +109,9 @@ class Walk:
         prediction: Sequence[int] | None = None,
         task: str = "",
     ) -> Sums:
-        """Walk one answer, round by round. tools: those offered. prediction: tokens that its caller expected. task:
-        whose other answers it may copy from.
+        """Simulate the rounds of one recorded answer without a model, and return their counts.
+
+        tools: those offered. prediction: tokens that its caller expected. task: whose other answers it may copy from.
         """
         self._requests += 1
         text, begin = [*turn.prompt, *turn.answer], len(turn.prompt)
@@ -157,7 +160,7 @@ class Walk:
         return sums
 
     def _drafted(self, request: Request, history: History) -> Candidate:
-        """Return what the arm proposes that expects most, as the others extend it."""
+        """Return the draft of the arm that expects most accepted tokens, as extended by the other arms."""
         offers = [
             (arm, arm.propose(request, 0, history, WORTH) or NOTHING) for arm in self._arms if arm.serves(request)
         ]
@@ -197,7 +200,7 @@ class Walk:
 
 
 def replayed(walk: Walk, recorded: Iterable[Conversation], renderer: Renderer) -> dict[str, Sums]:
-    """Walk all answers of these conversations. Return the counts by category, and of `all`."""
+    """Simulate the rounds of all recorded answers without a model. Return the counts by category, and of `all`."""
     by_category, total = dict[str, Sums](), Sums()
     for conversation in recorded:
         turns = list(renderer.turns(conversation))
@@ -212,8 +215,10 @@ def replayed(walk: Walk, recorded: Iterable[Conversation], renderer: Renderer) -
 
 
 def curve(guesses: Sequence[Guess]) -> list[dict[str, float]]:
-    """Return a row for each interval of chances: its least chance, rounds inside calls, their mean chance, the share of
-    guesses that were right, and the median of tokens left. The first row has the rounds without a whole guess.
+    """Return how often guesses of a tool call's rest were right, in a row for each interval of their estimated chance.
+
+    A row has the least chance, the rounds inside calls, their mean chance, the share of right guesses, and the median
+    of tokens left. The first row has the rounds without a whole guess.
     """
     rows = []
     for least, below in zip((0.0, *BINS), (*BINS, 2.0), strict=True):
@@ -232,8 +237,8 @@ def curve(guesses: Sequence[Guess]) -> list[dict[str, float]]:
 
 
 def known_ahead(guesses: Sequence[Guess], calls: int, least: float) -> dict[str, float]:
-    """Return, for the first guess of each call with a chance of at least `least`: the share of calls that have one, how
-    many of these are right, and the median of tokens left.
+    """Return how early tool calls are guessed to their end, from each call's first guess with a chance of at least
+    `least`: the share of calls that have one, the share of these that are right, and the median of tokens left.
     """
     first: dict[int, Guess] = {}
     for guess in guesses:

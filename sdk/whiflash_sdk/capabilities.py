@@ -311,7 +311,10 @@ def _server(asker: Asker) -> tuple[str, AskedServer]:
 
 
 def close_session(asker: Asker, body: Mapping[str, str]) -> Flow[None]:
-    """Close a session on the asker's server; takes at most two seconds a phase. Raises: the client's errors."""
+    """Close a session on its server; connecting, writing and reading take at most two seconds each.
+
+    Raises: the client's errors.
+    """
     with untraced():
         yield from asker.ask(_addresses(asker, "/close_session")[0], _limits(asker, None), body)
 

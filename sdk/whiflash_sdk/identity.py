@@ -94,8 +94,8 @@ class OfClient:
 
 
 class OfRequest:
-    """Asker for one HTTP request, whose body it does not keep, and the HTTP client that will send it; has the members
-    of `OfClient`."""
+    """Sends the SDK's own questions to the server of one HTTP request, with that request's client and headers. Does not
+    keep its body. Has the members of `OfClient`."""
 
     def __init__(self, http: Any, request: Any, base: str) -> None:
         self._http, self._request, self.base = http, type(request), base

@@ -89,7 +89,7 @@ class Session:
 
 @dataclass(frozen=True)
 class _Place:
-    """A server on which a session is open, for one salt."""
+    """A session that is open on one server, under one `cache_salt`."""
 
     asker: Asker
     session: str
@@ -122,7 +122,9 @@ class _Place:
 
 
 async def _finish(place: _Place) -> None:
-    """Close a session in a task. A loop that ends cancels its tasks once, then waits for them."""
+    """Close a session on its server, again if this task is cancelled. A loop that ends cancels its tasks once, then
+    waits for them.
+    """
     try:
         await run_async(place.closing())
     except asyncio.CancelledError:

@@ -95,7 +95,7 @@ def _above(inner: Any, name: str, settings: ClientSettings) -> Any:
 
 @functools.cache
 def _transports(library: Any) -> tuple[type, type]:
-    """Return the sync and the async transport class of an HTTP library, which run the same flow."""
+    """Return the sync and the async transport class of an HTTP library; both send requests through `_exchange`."""
 
     class Shared:
         owner: Any

@@ -45,7 +45,7 @@ class Brought(NamedTuple):
 
 
 def brought(state: Mapping[str, Any]) -> Brought:
-    """Compute a server's gain from its state, since its start.
+    """Compute the gain over plain decoding since a server's start, from its state.
 
     Raises:
         ConfigError: the server has timed no round, or is of another release.

@@ -107,7 +107,7 @@ class RequestCalibration:
 
     @property
     def address(self) -> int:
-        """Return the address of these two numbers, for compiled code."""
+        """Return the address of the counts of copies begun right and of those expected to be, for compiled code."""
         return self._begun.buffer_info()[0]
 
     def observe(self, chance: float, right: bool) -> None:

@@ -42,7 +42,7 @@ Key = tuple[Tenant | None, str]
 
 
 class Group:
-    """The answers of one group. judge: chances of copies from groups, shared by all."""
+    """Answers of requests that copy from each other. judge: chances of copies from groups, shared by all groups."""
 
     def __init__(self, compiled: "CompiledCopies", judge: MatchCalibration) -> None:
         self._compiled, self._judge, self._habit = compiled, judge, RequestCalibration()
@@ -70,7 +70,7 @@ class Group:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of its texts."""
+        """Return the bytes of the group's texts."""
         return sum(source.text.nbytes for source in (self.ended, *self.live.values()))
 
 
@@ -110,7 +110,7 @@ class Member:
 
 
 class Groups:
-    """All groups of a server, by use. seed: initial chances of copies from them."""
+    """All groups of a server, the one joined longest ago first. seed: initial chances of copies from groups."""
 
     def __init__(self, compiled: "CompiledCopies", seed: Seed) -> None:
         self._compiled, self._seed, self._judge = compiled, seed, MatchCalibration(seed)
@@ -118,7 +118,7 @@ class Groups:
         self._tokens = 0
 
     def join(self, tenant: Tenant | None, name: str, rid: str, prompt: int) -> Member:
-        """Return a request that begins as a member of the group of this name. prompt: tokens of its prompt."""
+        """Add a new request to the group of this name, and return its membership. prompt: tokens of its prompt."""
         key = tenant, name
         if key not in self._groups:
             self._groups[key] = Group(self._compiled, self._judge)
@@ -129,7 +129,7 @@ class Groups:
         return Member(group, key, rid, prompt)
 
     def keep(self, member: Member, answer: Sequence[int]) -> None:
-        """Take the whole answer of a member that ended."""
+        """Add the whole answer of a member that ended to its group's texts."""
         group = member.group
         if self._groups.get(member.key) is group:
             self._tokens -= len(group.ended.text)
@@ -138,7 +138,7 @@ class Groups:
             self._evict()
 
     def _evict(self) -> None:
-        """Drop the groups that were joined longest ago, down to the bounds."""
+        """Drop the groups that were joined longest ago, until at most `GROUPS` groups and `MOST` tokens are left."""
         while len(self._groups) > GROUPS or self._tokens > MOST:
             self._drop(next(iter(self._groups)))
 
@@ -149,14 +149,14 @@ class Groups:
         group.clear()
 
     def leave(self, member: Member) -> None:
-        """End a request's part in its group, and a group of siblings with its last one."""
+        """Remove a request's running answer from its group; drop a group of `n` answers with the last of them."""
         group, key = member.group, member.key
         group.live.pop(member.rid, None)
         if key[1].startswith(SIBLINGS) and not group.live and self._groups.get(key) is group:
             self._drop(key)
 
     def forget(self) -> None:
-        """Drop all groups with their texts, and what copies from them have taught."""
+        """Drop all groups with their texts, and reset the learned chances of copies from groups."""
         self._judge = MatchCalibration(self._seed)
         for key in list(self._groups):
             self._drop(key)

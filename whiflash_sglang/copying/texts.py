@@ -41,7 +41,7 @@ class Text:
         self.extend(tokens)
 
     def _allocate(self, size: int) -> None:
-        """Allocate chains for `size` tokens, without links."""
+        """Allocate empty hash chains for the places of `size` tokens."""
         # By place, the one before with the same hash of its last token, or its last two; by hash, the newest places.
         self._chains = [array("i", [-1]) * size for _ in range(4)]
         self.fields[1:5] = array("q", (each.buffer_info()[0] for each in self._chains))
@@ -108,7 +108,7 @@ class Prediction(Source):
 
     @property
     def accepted(self) -> int:
-        """Return the number of its tokens that the answer had where they were expected, each counted once."""
+        """Return the number of predicted tokens that the answer had where they were expected, each counted once."""
         return self._followed[7]
 
     @property
@@ -122,7 +122,7 @@ class Prediction(Source):
         return 2 * (self.accepted + BEGINNING) >= self._answer
 
     def follow(self, tokens: Sequence[int]) -> None:
-        """Advance by tokens of the text, with bounded work for each."""
+        """Compare the prediction with the text's next tokens, with bounded work for each."""
         answer = tokens[self._prompt :]
         self._prompt = max(self._prompt - len(tokens), 0)
         self._answer += len(answer)

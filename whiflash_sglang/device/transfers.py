@@ -146,7 +146,7 @@ class Download(Generic[RecordT]):
         return (self.packed if self._copy is None else self._copy)[place].view(dtype).view(shape)
 
     def read(self) -> RecordT:
-        """Return the record as nested lists. If the copy was not begun, this waits for the device."""
+        """Return the transferred record, tensors as nested lists. Waits for the device if the copy was not begun."""
         flat = (self.packed if self._copy is None else self._copy).numpy(force=True)
         return self.at._make(
             None if at is None else flat[at[0]].view(_NUMPY[at[1]]).reshape(at[2]).tolist() for at in self.at

@@ -91,7 +91,7 @@ class Eagle3Config:
         return self.target_layer_ids or (1, last // 2 - 1, last - 4)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the `config.json` for SGLang. Raises ValueError for variants that SGLang cannot load."""
+        """Return the drafter's `config.json` for SGLang. Raises ValueError for variants that SGLang cannot load."""
         if self.norm_before_residual or self.head_norms or self.attention_bias or self.own_embedding:
             raise ValueError("only what SGLang loads is written")
         layers = list(self.target_layer_ids)

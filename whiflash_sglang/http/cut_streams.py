@@ -108,7 +108,7 @@ class Detokenizer(DetokenizerManager):
         )
 
     def take(self, token: int) -> tuple[int, str] | None:
-        """Add the next token; return the number of tokens and the text of the output that ends with it, or None."""
+        """Add the next token. Return the number and text of all unsent tokens if SGLang sends them now, else None."""
         self._unsent.append(token)
         return self.flush() if self._seen.sends(token, len(self._unsent)) else None
 

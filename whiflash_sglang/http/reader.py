@@ -67,8 +67,8 @@ class Fields:
         return replace(self, params=params)
 
     def grouped(self) -> "Fields":
-        """Return these fields with a task of their own, unless they name one: several answers to one prompt may copy
-        from each other.
+        """Return the request's fields with a new task name, unless they name a task, so that the `n` answers to its
+        prompt may copy from each other.
         """
         named = self.hints.task is None and add_hints(self.params, {"task": f"{SIBLINGS}{uuid4().hex}"})
         return replace(self, params=named) if named else self

@@ -1,5 +1,5 @@
-"""Add traces and counts of predicted tokens to the outputs of requests, in the process that serves HTTP or holds an
-`Engine`.
+"""Add routing traces, and counts of right and wrong predicted tokens, to the outputs of requests, in the process that
+serves HTTP or holds an `Engine`.
 
 A scheduler sends the recording of a request with its last output. A trace is made of it when SGLang makes that output's
 `meta_info`. The places of its stretches in the text are added when the output passes on its way to a route

@@ -221,7 +221,7 @@ class Costs:
         return Worth(self._rate * self._busy.value * self._row(self._verified)) if self._rate else FULL_LENGTH
 
     def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
-        """Return prices in seconds by (kind of work, arm), the arm "" if it has none."""
+        """Return prices in seconds by (kind of work, arm); the arm is "" for work that no drafter does."""
         prices = {
             ("verify", ""): self.correction.factor * self.tables.verify(1, 1, self._context),
             ("verify_row", ""): self._row(1),
@@ -247,8 +247,8 @@ class Costs:
         return self.tables.draft(arm, requests, drafts or self._limits.get(arm, 0))
 
     def _filled(self, requests: int, rows: float, most: float = math.inf) -> tuple[int, float]:
-        """Return the rows of the graph that is used in place of `rows`, and its uncorrected seconds: plus the assumed
-        loss of drafts that are left out, less the assumed worth of drafts that fill it. most: rows that can be filled.
+        """Return the size of the cheapest verification graph for `rows` rows, and its uncorrected seconds: plus the
+        loss assumed for drafts left out, less the worth assumed for drafts that fill it. most: rows that can be filled.
 
         If `rows` exceed a graph's size by a few, the smaller graph is used if that costs less than the larger graph.
         The drafts left out are the least likely: each counts as `LEFT_OUT` prices of a row, or as the geometric mean of

@@ -233,7 +233,7 @@ class DraftSync:
             self._ingest(arm, claims, tokens)
 
     def backlog(self) -> dict[str, int]:
-        """Return by arm the most tokens of running requests that it has yet to ingest."""
+        """Return, by drafter, how many tokens of running requests it has yet to write to its KV, at most."""
         known = [(row, n) for row, n in self._routed.items() if self.watermarks.known(row)]
         return {arm: sum(max(n - self.watermarks.synced(row, arm), 0) for row, n in known) for arm in self.arms}
 

@@ -31,7 +31,7 @@ class Forcing:
         self._vocabulary = vocabulary
 
     def begin(self, upload: Upload, row: int, req: Any) -> None:
-        """Prepare for a request that begins, or begins again, in `row`. `upload`: carries its answer to the device."""
+        """Write a request's recorded answer into its row as it begins or resumes. upload: carries it to the device."""
         tokens, prompt = self._tokens(req), len(req.origin_input_ids)
         self._table[row] = FREE
         room = self._table.shape[1] - prompt

@@ -102,8 +102,8 @@ def weights_of(priorities: Sequence[int]) -> list[float]:
 
 
 class _Batch:
-    """Groups requests of one weight that rank their arms alike, which take the same arm of any set, and rates choices
-    by price.
+    """Groups a batch's requests by weight and by their ranking of the arms, and rates choices of arms by price. From
+    any set of arms, all requests of a group take the same one.
 
     A request without scores decodes plainly and counts as no tokens.
     """

@@ -122,7 +122,7 @@ class Layout:
         self._tail = whole[-max(map(len, self.frames.begins + self.frames.ends)) :]
 
     def blank_before(self, character: str) -> tuple[str, bool]:
-        """Return the blanks that are still to be written before `character`, and whether this text has such a place."""
+        """Return the blanks still expected before JSON's `character`, and whether earlier text shows that spacing."""
         place, depth = _place(self.last, character), self.depth - (character in "]}")
         usual, unit = self.seen.get(place), self.unit
         if usual is None and "\n" in self.seen.get("{", "") and (self.last == "," or place == CLOSING):

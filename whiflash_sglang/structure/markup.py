@@ -108,7 +108,7 @@ class MarkupCall:
         return self._pending
 
     def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[LikelyText]:
-        """Return its probable continuation, at most `limit` characters."""
+        """Return the probable continuation of the tool calls' text, at most `limit` characters."""
         return gather(self.copy()._step, limit, likelihood)
 
     def _step(self) -> list[LikelyText] | None:
@@ -215,7 +215,7 @@ class MarkupCall:
         return True
 
     def _rest_of_value(self) -> list[LikelyText] | None:
-        """Return the rest of a listed value, or of another value's end if that has begun; None if neither is known."""
+        """Return the rest of an argument that its schema lists, or of its end marker if that has begun, else None."""
         pending, end = self._pending, self._around[1]
         closing = self._usual("behind")[0] + end
         body, pieces = pending.lstrip(BLANKS), []

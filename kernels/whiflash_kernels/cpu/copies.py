@@ -1,4 +1,4 @@
-"""The searches for copies on a CPU, compiled at their first use; `copies.cpp` says what they compute."""
+"""Search texts for drafts to copy, on a CPU, in `copies.cpp`: it is compiled at its first use."""
 
 import ctypes
 from array import array
@@ -51,7 +51,7 @@ class CompiledCopies:
         self._link(text.buffer_info()[0], start)
 
     def follow(self, followed: "array[int]", tokens: Sequence[int]) -> None:
-        """Advance a prediction by tokens of the answer.
+        """Compare a predicted output with the answer's next tokens, and find the place where the answer goes on.
 
         Args:
             followed: its `Followed`, as eight numbers of 64 bits.
@@ -68,8 +68,8 @@ class CompiledCopies:
         most: int,
         chances: tuple[float, float, int],
     ) -> tuple[list[int], list[float], list[int], int, int, int]:
-        """Return a copy's tokens, chances and agreements, its match's length and place, and the number of its source.
-        Without tokens no place matches.
+        """Return the best copy: its tokens, for each the chance of acceptance and the agreement of the matching places,
+        the length and place of its match, and the number of its source. Without tokens no place matches.
 
         Args:
             sources: `Source`s, as seven numbers of 64 bits each. stops: int32. chances: the least that is worth a

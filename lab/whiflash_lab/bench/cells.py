@@ -64,7 +64,7 @@ class Answer(BaseModel, frozen=True, extra="forbid"):
 
 
 class Cell(BaseModel, frozen=True, extra="forbid"):
-    """Answers of one arm under one load in one repetition, asked without a pause.
+    """Answers of one uninterrupted benchmark run: one arm under one load, one repetition.
 
     seconds: from the first request to the last answer. counters: increase of the server's counters meanwhile, those
     of WHIFLASH's round clock and of SGLang's evictions.

@@ -11,7 +11,7 @@ ANSWER = "recorded_answer"
 
 
 class Forced:
-    """Makes the recorded token the most likely one. SGLang calls it with each step's logits."""
+    """Logit processor that makes the recorded answer's next token the most likely one. SGLang calls it at each step."""
 
     def __call__(self, logits: torch.Tensor, custom_params: Sequence[Mapping[str, Any]]) -> torch.Tensor:
         """Return the changed logits, [requests, vocabulary]. A request beyond its answer, or in the midst of a chunked

@@ -92,7 +92,7 @@ def _overview(load: LoadReport, over: str | None) -> str:
 
 
 def _jobs(load: LoadReport, servers: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a table of recorded agents' jobs, a row per arm."""
+    """Return a table of the times, cached tokens and evictions of recorded agents' jobs, a row per arm."""
     header = ["arm", "seconds a job p50/p95", f"faster than {NONE}", "first token ms p50/p95", "cached"]
     header += ["computed again", "evicted", "retracted", "KV pool"]
     rows = []

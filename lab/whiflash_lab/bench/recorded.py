@@ -196,8 +196,8 @@ def with_pool(subject: Subject, talks: Sequence[Talk], agents: int, share: float
 
 @dataclass(frozen=True, slots=True)
 class Player(Asker):
-    """A client of one server that plays jobs. is_stock: whether the server runs without WHIFLASH. means: of the arm.
-    longest_wait: seconds of a tool at most."""
+    """Replays recorded agents' conversations on one server. is_stock: whether it runs without WHIFLASH. means: of the
+    arm. longest_wait: seconds of a tool at most."""
 
     is_stock: bool = False
     means: tuple[str, ...] = ()
@@ -233,7 +233,7 @@ class Player(Asker):
         )
 
     async def _answer(self, talk: Talk, task: Task, session: str | None) -> tuple[Turn, list[int], int]:
-        """Ask for one answer. Return its turn, its tokens, and the target forwards after its prefill."""
+        """Request a recorded turn's answer. Return its turn, its tokens, and the target forwards after its prefill."""
         recorded = task.turn
         custom: dict[str, Any] = {}
         if recorded.answer:

@@ -256,7 +256,7 @@ def _figures(
 
 
 def _counters(cells: Sequence[Cell]) -> dict[str, float]:
-    """Return the sums of the servers' counters over `cells`."""
+    """Return each server counter's sum over `cells`, which are runs of the benchmark."""
     total: dict[str, float] = defaultdict(float)
     for cell in cells:
         for key, value in (cell.counters or {}).items():

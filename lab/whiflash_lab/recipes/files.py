@@ -1,4 +1,4 @@
-"""Reads the flags of launches from shell scripts, YAML or JSON lines. Imports no SGLang."""
+"""Reads the flags of SGLang servers from launch scripts of a shell, YAML or JSON lines. Imports no SGLang."""
 
 import json
 import re
@@ -124,7 +124,9 @@ def _text(value: Any) -> str | list[str]:
 
 
 def _shell(text: str, path: Path) -> Iterator[Recipe]:
-    """Read each launch of a shell script; a text without one is flags only. Arrays get all words that they may hold."""
+    """Yield the flags of each server that a shell script launches; a text without a launch is flags only. Arrays get
+    all words that they may hold.
+    """
     text = re.sub(r"^[ \t]*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
     text = COMPUTED.sub("$computed", text)
     arrays: dict[str, str] = {}

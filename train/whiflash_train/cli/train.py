@@ -88,7 +88,7 @@ def train(
 
 
 def _take(step: str, settings: "TrainConfig", out: Path | None, start_from: Path | None) -> dict[str, Any]:
-    """Run one step of `train`, with its options. Returns the facts to report."""
+    """Run one step of `whiflash train`: make data, train a drafter, or assemble the bundle. Returns facts to report."""
     if step == "bundle" and out is not None:
         from whiflash_train.bundle import assemble
 

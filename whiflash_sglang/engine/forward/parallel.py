@@ -133,7 +133,10 @@ class RequestReceiver(SchedulerRequestReceiver):  # type: ignore[misc]
     __slots__ = ()
 
     def _broadcast_reqs_across_ranks(self, *args: Any, **named: Any) -> Any:
-        """Broadcast requests. Raises DivergedError if this rank receives a message of a round in place of requests."""
+        """Broadcast new requests from the first rank to the others, as SGLang does.
+
+        Raises DivergedError if this rank receives a message of a round in place of requests.
+        """
         received = super()._broadcast_reqs_across_ranks(*args, **named)
         if any(isinstance(item, Message) for item in received or ()):
             raise DivergedError(

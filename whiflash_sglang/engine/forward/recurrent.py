@@ -143,7 +143,7 @@ PADDED_ATTENTIONS = frozenset({"trtllm_mla"})
 
 
 def rows_counted(runner: Any, widest: int) -> int:
-    """Return the rows that the attention of `runner` is to count for each request, if none has more than `widest`.
+    """Return the query rows per request to declare to attention: the server's widest block if required, else `widest`.
 
     TRT-LLM's MLA ends the keys of every request as many positions after its context as the server's widest block has,
     and its kernel takes queries for the last of them: laid out to any other width, they would be taken for later ones.

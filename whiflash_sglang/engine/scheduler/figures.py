@@ -29,8 +29,8 @@ class MetricsReporter(SchedulerMetricsReporter):  # type: ignore[misc]
     spec_num_correct_drafts: Any
 
     def report_decode_stats(self, *args: Any, **named: Any) -> None:
-        """Report the rate of proposed drafts. Upstream divides accepted drafts by forwards times the widest block in
-        the middle of its report, so the dividend is scaled during the call to make the quotient that rate.
+        """Report accepted over proposed drafts as SGLang's accept rate. Upstream divides accepted drafts by forwards
+        times the widest block in the middle of its report, so the dividend is scaled during the call.
         """
         accepted, forwards = self.spec_num_correct_drafts, self.spec_num_forward_ct
         rate = accept_rate(accepted, self.spec_num_cap_tokens - forwards)

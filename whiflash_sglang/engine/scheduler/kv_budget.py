@@ -190,7 +190,9 @@ def _holding_verified_rows(original: Any, self: Any, *args: Any, max_batch_size:
     until="SGLang makes rows as long as it reserves",
 )
 def _holding_the_reserve(original: Any) -> int:
-    """Make rows of the request table long enough for reserved slots. Returns their columns beyond the context."""
+    """Make the request table's rows long enough for the KV slots that a decode step reserves. Returns the columns
+    beyond the context.
+    """
     reserve = get_alloc_reserve_per_decode() if serves_ours() else 0
     return max(int(original()), reserve)
 

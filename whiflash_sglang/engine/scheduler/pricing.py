@@ -111,7 +111,10 @@ def price(costs: Costs, start: "Start", ranks: Ranks) -> None:
 
 
 class Start:
-    """Times the work of a server before its first request. requests: the most of a batch."""
+    """Times verifications, drafter passes and KV catch-ups before a server's first request, for its prices.
+
+    requests: the most of a batch.
+    """
 
     def __init__(
         self, target: Target, drafters: Mapping[str, Drafter], sync: CatchUps, clock: Clock, requests: int

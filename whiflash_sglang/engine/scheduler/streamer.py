@@ -1,5 +1,5 @@
-"""Read what SGLang's own requests say of themselves; keep recordings of traced ones on them, and send each with its
-request's last output. `http/traces.py` makes traces of them.
+"""Read priorities and cached tokens from SGLang's requests; keep a traced request's recording on it, and send it with
+the request's last output. `http/traces.py` makes traces of the recordings.
 
 A recording is an attribute of its request, so it ends with the request, however that ends. Outputs of requests that
 asked for no trace are the ones that SGLang sends without us.

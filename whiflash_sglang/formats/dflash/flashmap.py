@@ -223,7 +223,7 @@ class FlashMapDrafter(DFlashDrafter):
 
     @torch.no_grad()
     def _fold(self) -> DraftHead:
-        """Compute `head` from the target's head."""
+        """Return the map's output layer and the target's head as one matrix with a bias."""
         head = super(DFlashDrafter, self).head
         if self.own_ids is not None:
             head = head.within(self.own_ids)
