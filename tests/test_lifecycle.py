@@ -24,7 +24,8 @@ def request(custom_params: Any) -> Any:
 def test_malformed_hints_are_dropped_and_told(caplog: pytest.LogCaptureFixture) -> None:
     assert lifecycle._hints_of(request({"whiflash": '{"off": true}'})) == RequestHints(off=True)
     assert not caplog.records
-    assert lifecycle._hints_of(request({"whiflash": '{"off": 1}'})) == RequestHints()
+    assert lifecycle._hints_of(request({"whiflash": '{"off": 1}'})) == lifecycle.MALFORMED
+    assert lifecycle.MALFORMED.lookup == "context", "nothing is kept of what may have said so"
     [record] = caplog.records
     assert record.name == "whiflash_sglang.serve.lifecycle"
     assert "r7" in record.getMessage()
@@ -35,6 +36,7 @@ class Req:
     """A request as SGLang has it."""
 
     session = lora_id = extra_key = cache_salt = multimodal_inputs = None
+    finished_reason = SimpleNamespace(to_json=lambda: {"type": "stop"})
     sampling_params = SimpleNamespace(custom_params=None, max_new_tokens=9)
 
     def __init__(self, rid: str) -> None:
@@ -77,7 +79,7 @@ class History:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(lifecycle, "sampling", Mock())
-        for name, found in {"recording_of": None, "cached_of": {}, "grammar_of": None}.items():
+        for name, found in {"recording_of": None, "cached_of": {}, "grammar_of": None, "urgency": 0}.items():
             monkeypatch.setattr(lifecycle, name, Mock(return_value=found))
         self.arm, self.sync, self.waiting, self.rows = Noting(), Mock(), list[Req](), dict[int, Req]()
         self.tally = Mock(requests=Counter())

@@ -191,7 +191,7 @@ def test_copies_are_verified_again_after_rounds_that_had_none(
 
 def test_rows_are_those_of_a_graph(running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """However much is drafted, a verification has the rows that the host picked, of those that graphs have."""
-    monkeypatch.setattr(running.worker.controller.costs, "packed", lambda requests, drafts: 2)
+    monkeypatch.setattr(running.worker.controller.costs, "packed", lambda requests, drafts, drawn: 2)
     rows, grid = [], (3, 5, 7, 9)
     stages = running.worker.stages
     stage = replace(stages.drafting, rows_for=lambda rows, _: next(n for n in grid if n >= rows))
