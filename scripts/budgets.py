@@ -32,7 +32,7 @@ RECORD_BASES = {"NamedTuple", "TypedDict", "BaseModel"}
 
 
 def over(root: Path = ROOT) -> Iterator[str]:
-    """A message for each folder that has more lines than its budget, for each package without one, and for records."""
+    """Yield a message for each folder with more lines than its budget, each package without one, and other bounds."""
     budgets = tomllib.loads((root / "budgets.toml").read_text("utf-8"))
     yield from _lines(root, budgets["lines"])
     yield from _totals(root, budgets.get("total", {}))
@@ -60,7 +60,7 @@ def _git(root: Path, *words: str) -> str:
 
 
 def _totals(root: Path, budgets: dict[str, int]) -> Iterator[str]:
-    """A message for each total of tracked Python that is beyond its bound."""
+    """Yield a message for each total of tracked Python lines, product or tests, that is above its bound."""
     lines = Counter[str]()
     for path in map(Path, filter(None, _git(root, "ls-files", "-z", "*.py").split("\0"))):
         if (root / path).is_file() and path.parts[0] not in BESIDE:
@@ -72,7 +72,7 @@ def _totals(root: Path, budgets: dict[str, int]) -> Iterator[str]:
 
 
 def _raised(root: Path) -> Iterator[str]:
-    """A message for each commit since the first with totals that raises bounds and does not say what it removes."""
+    """Yield a message for each commit, since totals exist, that raises bounds by more lines than it removes."""
 
     def bounds(revision: str) -> dict[str, int]:
         found = tomllib.loads(_git(root, "show", f"{revision}:budgets.toml"))
@@ -90,7 +90,7 @@ def _raised(root: Path) -> Iterator[str]:
 
 
 def records() -> list[str]:
-    """Dataclasses, named tuples and models of all modules that `STARTS` reach by imports, also those in functions."""
+    """Return the dataclasses, named tuples and models of all modules that `STARTS` import, however indirectly."""
     graph = grimp.build_graph(*PACKAGES, exclude_type_checking_imports=True, cache_dir=None)
     found = []
     for module in sorted(set(STARTS).union(*map(graph.find_upstream_modules, STARTS))):

@@ -11,7 +11,7 @@ import griffe
 
 
 class DocstringFields(griffe.Extension):
-    """Lists what a docstring says of the names that its own signature or class has."""
+    """Formats a docstring's text on the parameters of its function, or the fields of its class, as a list."""
 
     def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
         self._rewrite(cls, set(cls.members))
@@ -28,7 +28,7 @@ class DocstringFields(griffe.Extension):
 
 
 def escaped(text: str) -> str:
-    """`text` with products outside code kept from becoming emphasis.
+    """Return `text` with asterisks between factors escaped outside code, which Markdown would read as emphasis.
 
     >>> print(escaped("[L*2*D, H], `a*b*c`"))
     [L\\*2\\*D, H], `a*b*c`
@@ -39,7 +39,7 @@ def escaped(text: str) -> str:
 
 
 def listed(text: str, names: set[str]) -> str:
-    """`text` with every paragraph that begins with one of `names` and a colon as a list.
+    """Return `text` with each paragraph that begins with one of `names` and a colon as a Markdown list.
 
     >>> print(listed("What it is.\\n\\na: the first. b, c: the rest\\n    of them.", {"a", "b", "c"}))
     What it is.

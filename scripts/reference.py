@@ -85,13 +85,13 @@ STATE = {
 
 
 def table(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
-    """A Markdown table; cells may hold bars."""
+    """Return a Markdown table; bars in cells are escaped."""
     lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def listed(rows: Iterable[tuple[str, str]]) -> str:
-    """A Markdown list of names and their meanings: on a phone it wraps where a table would scroll."""
+    """Return a Markdown list of names and their meanings: on a phone it wraps, where a table would scroll."""
     return "\n".join(f"- {names}: {meaning}" for names, meaning in rows)
 
 
@@ -100,7 +100,7 @@ def flags_list() -> str:
 
 
 def fields(model: type[BaseModel], beyond: type[BaseModel] = BaseModel) -> str:
-    """Fields with type, default and the meaning that the model's docstring gives, without those of `beyond`.
+    """Return a list of a model's fields without those of `beyond`: type, default and meaning in its docstring.
 
     Raises:
         KeyError: the docstring does not say what a field means.
@@ -118,13 +118,13 @@ def fields(model: type[BaseModel], beyond: type[BaseModel] = BaseModel) -> str:
 
 
 def _of_text(takes: str) -> str:
-    """Type and default in brackets; a field without brackets is text."""
+    """Return a field's type and default in brackets; empty for a text without a default."""
     shown = {"text": "", "text, required": "required"}.get(takes, takes)
     return f" ({shown})" if shown else ""
 
 
 def meanings(model: type[BaseModel]) -> Mapping[str, str]:
-    """Meanings of a model's fields, from `name: meaning.` or `name, other: meaning.` in its docstring."""
+    """Return each field's meaning in a model's docstring, by `name: meaning.` or `name, other: meaning.` there."""
     names = "|".join(model.model_fields)
     said = {}
     for one in reversed(model.__mro__[: model.__mro__.index(BaseModel)]):
@@ -138,7 +138,7 @@ def meanings(model: type[BaseModel]) -> Mapping[str, str]:
 
 
 def training_keys() -> str:
-    """Every key of a training configuration, a list for each section."""
+    """Return a list of keys for each section of a training configuration."""
     from whiflash_train import config
 
     none = BaseModel
@@ -156,7 +156,7 @@ def training_keys() -> str:
 
 
 def formats_table() -> str:
-    """Draft formats, each with what `config.json` says where a checkpoint is of it."""
+    """Return a table of draft formats, each with the entries of `config.json` by which it is recognised."""
     from whiflash_sglang.formats.table import FORMATS
 
     rows = (
@@ -167,7 +167,7 @@ def formats_table() -> str:
 
 
 def targets_table() -> str:
-    """Families of targets, each with what shows that it is served."""
+    """Return a table of families of targets, each with its status: tested, untested or refused."""
     rows = (
         (", ".join(f"`{name}`" for name in one.architectures), one.kind, "; ".join(filter(None, (one.shown, one.note))))
         for one in sorted(FAMILIES, key=lambda one: [*Shown].index(one.shown))
@@ -176,7 +176,7 @@ def targets_table() -> str:
 
 
 def state_list() -> str:
-    """Contents of a worker's snapshot. Raises KeyError for a figure of the clock without a meaning here."""
+    """Return a list of the keys of `GET /whiflash/state`. Raises KeyError for a key without a meaning in `STATE`."""
     known = (
         *("policy", "arms", "requests", "quarantined", "left_out", "faulty_drafts"),
         *RoundClock().snapshot(),
@@ -191,7 +191,7 @@ def state_list() -> str:
 
 
 def metrics_list() -> str:
-    """Every series of ours in `/metrics`."""
+    """Return a list of the series that we add to `/metrics`."""
     return listed(
         (f"`{one.full_name}` ({', '.join((one.kind, *(f'`{label}`' for label in one.labels)))})", one.meaning)
         for one in SERIES
@@ -203,7 +203,7 @@ MANY = 11  # options of a command that its help lists better than a page
 
 
 def cli_reference() -> str:
-    """Options that several commands share, then every command: its help, and its arguments and options."""
+    """Return the options that several commands share, then each command's help, arguments and options."""
     daily = {name: command for name, command in commands().items() if not name.startswith(LAB)}
     known = {name: [_option(option) for option in _shown(command)] for name, command in daily.items()}
     counted = Counter(row for rows in known.values() for row in rows)
@@ -223,7 +223,7 @@ def _shown(command: Any) -> list[Any]:
 
 
 def commands() -> Mapping[str, Any]:
-    """Every command by the words that call it, in the order of the help."""
+    """Return each command by the words that call it, in the order of the help."""
     found = {}
 
     def walk(words: str, command: Any) -> None:
@@ -293,7 +293,7 @@ def _type_word(annotation: Any) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """A field's type in words of JSON."""
+    """Return a field's type in JSON's words."""
     origin, inside = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in inside)
@@ -314,7 +314,7 @@ def _type(annotation: Any) -> str:
 
 
 def _default(info: Any) -> str:
-    """The end of a type's cell: whether a value is needed, else the default if there is one worth showing."""
+    """Return the text after a field's type: that a value is required, or a default worth showing; else empty."""
     if info.is_required():
         return ", required"
     value = info.default if info.default is not PydanticUndefined else info.default_factory()
@@ -326,7 +326,7 @@ def _default(info: Any) -> str:
 
 
 def gpu_list(records: Path = ROOT / "results" / "gpu") -> str:
-    """The parts of `make gpu`, each with its record's result if it has one."""
+    """Return a list of the parts of `make gpu`, each with the result of its last run if it has run."""
     parts = runpy.run_path(str(ROOT / "tests" / "gpu" / "run.py"))["PARTS"]
     results = {part.name: _measured(records / f"{part.name}.json") for part in parts}
     ran = f"{len([one for one in results.values() if one])} of {len(parts)} parts have run on a card."
@@ -334,14 +334,14 @@ def gpu_list(records: Path = ROOT / "results" / "gpu") -> str:
 
 
 def patches_list() -> str:
-    """List of SGLang's names that are replaced."""
+    """Return a list of SGLang's names that are replaced."""
     rows = [f"- {one.sentence}" for one in replaced()]
     counts = f"{len(rows)} names are replaced, {len(PRIVATE_NAMES)} members and signatures more are used."
     return "\n".join([counts, "", *rows])
 
 
 def _measured(record: Path) -> str:
-    """Return how a part ended, on what, with each of its checks. Empty if it has not run."""
+    """Return the result of a part of `make gpu`, its machine and each of its checks; empty if it has not run."""
     if not record.exists():
         return ""
     found = json.loads(record.read_text("utf-8"))
@@ -381,7 +381,7 @@ def _ratio(found: Mapping[str, float]) -> str:
 
 
 def _by_load(report: Any, arm: str, over: str) -> dict[int, str]:
-    """Load → ratio of all prompts but loops."""
+    """Return load → text with the rate of `arm` over that of `over`, for all prompts but loops."""
     ratios = {int(at["load"]["value"]): at["ratios"].get(arm, {}).get(over, {}) for at in report["loads"]}
     return {load: _ratio(of["overall"]) for load, of in ratios.items() if "overall" in of}
 
@@ -391,7 +391,7 @@ ARMS = {"EAGLE3": "EAGLE3", "diffusion": "DSPARK", "auto": "WHIFLASH"}
 
 
 def speed_table() -> str:
-    """Tokens a second over plain decoding, by prompts, load and arm."""
+    """Return a table of each arm's rate over that of plain decoding, by prompts and load."""
     rows, conditions, shipped = [], [], environment(embedded_bundle())["bundle_sha256"]
     for name, asked in HOME.items():
         report = _kept(name)
@@ -409,7 +409,7 @@ def speed_table() -> str:
 
 
 def figures_table() -> str:
-    """Every report of speed: its prompts, its ratios by load, and its minutes."""
+    """Return a table with a row for each report of speed: prompts, ratios by load, minutes."""
     asked = {name: (f"ours, {how}", "auto") for name, how in HOME.items()}
     asked |= {name: (called, "auto") for name, called in AWAY.items()} | SPECIAL
     rows = []
@@ -430,7 +430,7 @@ def figures_table() -> str:
 
 
 def categories_table() -> str:
-    """`auto` at one request: by category of the main run, and on prompts of others."""
+    """Return a table of `auto` at one request, by category of the main report, and on prompts of others."""
     main = _kept("report")
     both = main["ratios"]["auto"]["none"].keys() & main["ratios"]["auto"]["static"].keys()
     names = sorted(main["categories"].keys() & both - {"loops"})  # which flatter every drafter
@@ -444,7 +444,7 @@ def categories_table() -> str:
 
 
 def card_table() -> str:
-    """Tokens a second of random models in an 8B shape, by requests at a time."""
+    """Return a table of tokens per second of random models in an 8B shape, by number of concurrent requests."""
     record = read_json_file(ROOT / "results" / "gpu" / "shaped.json")
     checks, rates = record["figures"]["checks"], "tokens_per_s_at_{}_of_1024"
     loads = [load for load in map(str, range(1, 100)) if rates.format(load) in checks["none"]]
@@ -454,7 +454,7 @@ def card_table() -> str:
 
 
 def published_table() -> str:
-    """Targets by size, and drafters that others published for them."""
+    """Return a table of targets with their sizes and the drafters that others published for them."""
     rows = (
         (
             f"`{one.name}`",
@@ -498,12 +498,12 @@ TABLES: Mapping[str, Callable[[], str]] = {
 
 
 def written(page: str) -> str:
-    """`page` with every marked table rewritten. Raises KeyError for a mark that names no table."""
+    """Return `page` with each marked table rewritten. Raises KeyError for a mark that names no table."""
     return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", page)
 
 
 def pages() -> Iterator[Path]:
-    """Pages with marks."""
+    """Yield the pages that have marks of tables."""
     yield from (
         path
         for path in (ROOT / "README.md", ROOT / "results" / "README.md", *sorted(DOCS.rglob("*.md")))

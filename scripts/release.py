@@ -32,7 +32,7 @@ LINK = re.compile(r"(\]\(|(?:src|srcset)=\")(?![\w.+-]+:|#)([^)\"#\s]+)")  # rel
 
 
 def found(root: Path = ROOT) -> dict[str, str]:
-    """The version that each file says. Raises ValueError where it says none, or several."""
+    """Return the version in each file of `PLACES`. Raises ValueError for a file with none or several."""
     said = {}
     for name, pattern in PLACES.items():
         places = list(re.finditer(pattern, (root / name).read_text("utf-8")))
@@ -43,10 +43,10 @@ def found(root: Path = ROOT) -> dict[str, str]:
 
 
 def write(version: str, root: Path = ROOT, day: str | None = None) -> None:
-    """Put `version` everywhere.
+    """Write `version` into all files of `PLACES`, the changelog and the bounds on our own packages.
 
     Raises:
-        ValueError: it is none (MAJOR.MINOR.PATCH), not above what there is, or a place is not as expected.
+        ValueError: it is not MAJOR.MINOR.PATCH, is below the present one, or a file has not the expected text.
     """
     if not re.fullmatch(VERSION, version):
         raise ValueError(f"{version} is no version of the form MAJOR.MINOR.PATCH")
@@ -75,7 +75,7 @@ def write(version: str, root: Path = ROOT, day: str | None = None) -> None:
 
 
 def place(address: str, root: Path = ROOT) -> None:
-    """Give each package the repository's address, and its README links to the version's tag there."""
+    """Write the repository's address into each package, and turn relative links of READMEs into links to the tag."""
     at = f"blob/v{found(root)[PACKAGES[0]]}"
     for folder in ((root / name).parents[1] for name in PACKAGES):
 

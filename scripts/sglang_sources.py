@@ -16,7 +16,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Tree:
-    """The sources of a release by module, out of a wheel or a directory that holds `sglang/`."""
+    """The sources of a release of SGLang by module, read from a wheel or from a directory that contains `sglang/`."""
 
     def __init__(self, place: Path) -> None:
         self._wheel = zipfile.ZipFile(place) if place.is_file() else None
@@ -34,7 +34,7 @@ class Tree:
         yield from self._paths
 
     def source(self, module: str) -> str | None:
-        """The text of a module; None where there is none."""
+        """Return the source of a module; None if there is no such module."""
         path = self._paths.get(module)
         if path is None:
             return None
@@ -52,25 +52,25 @@ def module_of(path: str) -> str:
 
 
 class Found(NamedTuple):
-    """Target of a name. node: its definition; None if the source does not say what it is."""
+    """The definition that a name leads to. module: in which it is. node: None if the source does not show it."""
 
     module: str
     node: ast.AST | None
 
 
 class Walker:
-    """Looks names up in a tree as Python would."""
+    """Looks names up in a `Tree`, through imports and base classes, as Python would."""
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
 
     def body(self, module: str) -> list[ast.stmt] | None:
-        """The statements of a module; None where there is none."""
+        """Return the statements of a module; None if there is no such module."""
         source = self.tree.source(module)
         return None if source is None else parsed(source)
 
     def find(self, path: str) -> Found | None:
-        """Target of `module:attribute.path`; None if it is missing."""
+        """Return the definition of `module:attribute.path`; None if it is missing."""
         module, _, attributes = path.partition(":")
         first, *rest = attributes.split(".")
         found = self._global(module, first)
@@ -81,7 +81,7 @@ class Walker:
         return found
 
     def _global(self, module: str, name: str, depth: int = 0) -> Found | None:
-        """A name of a module, through what it imports."""
+        """Return the definition of a module's name, through imports; None if it is missing."""
         body = self.body(module)
         if body is None or depth > 8:
             return None
@@ -108,7 +108,7 @@ class Walker:
         return self._global(source, name, depth + 1)
 
     def _member(self, module: str, owner: ast.ClassDef, name: str, depth: int = 0) -> Found | None:
-        """A member of a class or of its bases; an attribute that a method sets is one whose source says no more."""
+        """Return a member of a class or its bases, without a node if only a method sets it; None if missing."""
         for node in flat(owner.body):
             if defines(node, name):
                 return Found(module, node)
@@ -127,7 +127,7 @@ class Walker:
                 yield found
 
     def parameters(self, found: Found) -> list[str] | None:
-        """Parameters of a function, or of a class's instances; None if the source does not say."""
+        """Return the parameters of a function or of a class's initialiser; None if the source does not show them."""
         if isinstance(found.node, Function):
             arguments = found.node.args
             plain = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
@@ -147,7 +147,7 @@ class Walker:
         yield from annotated(owner)
 
     def describe(self, path: str) -> dict[str, Any] | None:
-        """Record of a name; None if it is missing."""
+        """Return a name's kind, parameters and digest, as `upstream.json` has them; None if it is missing."""
         found = self.find(path)
         if found is None:
             return None
@@ -166,7 +166,7 @@ class Walker:
         return told
 
     def text(self, found: Found) -> str:
-        """A function's lines without comments, docstring and empty lines."""
+        """Return a function's lines without comments, docstring and empty lines."""
         node = found.node
         assert isinstance(node, Function)
         lines = (self.tree.source(found.module) or "").split("\n")
@@ -183,7 +183,7 @@ class Walker:
         return textwrap.dedent("\n".join(kept))
 
     def flags(self) -> list[str]:
-        """The arguments of a server, by their fields."""
+        """Return the names of a server's arguments, sorted."""
         names: set[str] = set()
         for module in self.tree.modules():
             if module.startswith(f"{FLAGS}."):
@@ -193,7 +193,7 @@ class Walker:
         return sorted(names)
 
     def others(self, path: str) -> list[str]:
-        """Modules that define the last part of a name that is not where it was."""
+        """Return the modules that define a function or class with the last name in `path`: it may have moved."""
         name = re.split(r"[:.]", path)[-1]
         pattern = re.compile(rf"^\s*(?:async def|def|class) {re.escape(name)}\b", re.MULTILINE)
         return [module for module in self.tree.modules() if pattern.search(self.tree.source(module) or "")]
@@ -205,7 +205,7 @@ def parsed(source: str) -> list[ast.stmt]:
 
 
 def flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a body, those under `if`, `try` and `with` among them."""
+    """Yield the statements of a body, and those under its `if`, `try` and `with` statements."""
     for node in body:
         yield node
         for inner in ("body", "orelse", "finalbody"):

@@ -31,7 +31,7 @@ TEXT = re.compile(r"(?<!!)\[([^\[\]]*)\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add files from outside `docs/`."""
+    """Add files from outside `docs/` to the site."""
     for pattern in ELSEWHERE:
         for path in sorted(ROOT.glob(pattern)):
             if path.is_file():
@@ -44,7 +44,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Point links at the site's own places."""
+    """Rewrite a page's links to the paths that files have on the site."""
     if page.file.src_uri.startswith("results/"):
         page.meta["search"] = {"exclude": True}  # notes and reports would bury the pages for readers
     markdown = TEXT.sub(
@@ -55,7 +55,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def only_in_repository(target: str, page: str, files: Files) -> bool:
-    """Whether `target` is a file of the repository that the site leaves out: its link becomes text."""
+    """Whether `target` is a file of the repository that the site does not have, so that its link becomes plain text."""
     if "://" in target or target.startswith(("mailto:", "/")):
         return False
     file = posixpath.normpath(posixpath.join(posixpath.dirname(repository_path(page)), target))
@@ -64,9 +64,9 @@ def only_in_repository(target: str, page: str, files: Files) -> bool:
 
 
 def site_link(target: str, page: str, files: Files) -> str:
-    """`target`, as written in the file of `page` (its path on the site), as it must be written on the site.
+    """Return the link `target`, relative to a page's file in the repository, as a link of that page on the site.
 
-    A target that is no file of the site stays as it is: mkdocs says so.
+    page: its path on the site. A target that is no file of the site stays, and mkdocs warns.
     """
     if "://" in target or target.startswith(("mailto:", "/")):
         return target
@@ -78,5 +78,5 @@ def site_link(target: str, page: str, files: Files) -> str:
 
 
 def repository_path(uri: str) -> str:
-    """Path in the repository of the file with this path on the site."""
+    """Return the path in the repository of the file that has this path on the site."""
     return f"{DOCS}{uri}" if (ROOT / DOCS / uri).exists() else uri

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 
 class Shown(StrEnum):
-    """Status of a family."""
+    """Status of a family of targets, as its row shows it."""
 
     CPU = "tested"
     UNTRIED = "untested"
@@ -19,7 +19,7 @@ class Shown(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TargetFamily:
-    """architectures: as `config.json` names them. kind: what sets its layers apart. note: what else is to be said."""
+    """A family of targets. architectures: as in `config.json`. kind: of its layers. note: a remark for its row."""
 
     architectures: tuple[str, ...]
     kind: str

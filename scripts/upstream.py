@@ -28,7 +28,7 @@ RECORD = Path(__file__).with_suffix(".json")
 
 
 def our_names() -> list[str]:
-    """Every name of SGLang's that we import, call or replace. Imports torch, and SGLang where it is installed."""
+    """Return the names of SGLang's that we import, call or replace. Imports torch, and SGLang if it is installed."""
     from whiflash_cpu import seam_tables as seams
     from whiflash_sglang.engine import patches
     from whiflash_sglang.engine.names import PRIVATE_NAMES
@@ -41,7 +41,7 @@ def our_names() -> list[str]:
 
 
 class Release(NamedTuple):
-    """version: a release's. names: what each of ours is in it (`Walker.describe`). flags: its server's arguments."""
+    """A release of SGLang. names: each of our names as `Walker.describe` shows it there. flags: server arguments."""
 
     version: str
     names: Mapping[str, Mapping[str, Any] | None]
@@ -58,14 +58,14 @@ def recorded() -> Release:
 
 
 def record() -> str:
-    """The text of `upstream.json` for the installed release, a line for each name."""
+    """Return the text of `upstream.json` for the installed release, one line per name."""
     version, names, flags = read(Tree(installed()), our_names())
     lines = ",\n".join(f"  {json.dumps(path)}: {json.dumps(said)}" for path, said in names.items())
     return f'{{"version": "{version}", "flags": {json.dumps(flags)}, "names": {{\n{lines}\n}}}}\n'
 
 
 class Finding(NamedTuple):
-    """kind: `missing`, `parameters`, `changed`, `unclear` or `flags`."""
+    """A difference. kind: `missing`, `parameters`, `changed`, `unclear` or `flags`."""
 
     kind: str
     name: str
@@ -73,7 +73,7 @@ class Finding(NamedTuple):
 
 
 def compare(tree: Tree, known: Release) -> list[Finding]:
-    """Differences of `tree` from a release."""
+    """Return the differences of `tree` from the release `known`."""
     walker = Walker(tree)
     findings = [
         finding
@@ -106,12 +106,12 @@ def _judge(walker: Walker, path: str, before: Mapping[str, Any]) -> Iterator[Fin
 
 
 def differing(before: list[str], now: list[str]) -> tuple[list[str], list[str]]:
-    """Names that were added, and those that are gone."""
+    """Return the names that were added, and those that are gone."""
     return [one for one in now if one not in before], [one for one in before if one not in now]
 
 
 def difference(path: str, old: Tree, new: Tree) -> str:
-    """Return how a function was changed."""
+    """Return the unified diff of a function between two trees."""
     texts = []
     for tree in (old, new):
         walker = Walker(tree)
@@ -121,7 +121,7 @@ def difference(path: str, old: Tree, new: Tree) -> str:
 
 
 def installed() -> Path:
-    """Directory of the installed SGLang, found without an import."""
+    """Return the directory that contains the installed `sglang`, without importing it."""
     found = importlib.util.find_spec("sglang")
     if found is None or found.submodule_search_locations is None:
         raise ValueError("no SGLang is installed")
@@ -130,7 +130,7 @@ def installed() -> Path:
 
 @contextmanager
 def sources(said: str) -> Iterator[Path]:
-    """A wheel or directory as it is; a version is fetched for the block."""
+    """Yield the path of a wheel or directory; a version is fetched into a directory that is removed afterwards."""
     if Path(said).exists():
         yield Path(said)
         return
@@ -142,7 +142,7 @@ def sources(said: str) -> Iterator[Path]:
 
 
 def imported(place: Path) -> list[str]:
-    """Findings of the server's own check of names and seams on these sources, with all else as installed."""
+    """Return the findings of our own checks of names and seams on these sources, with all else as installed."""
     code = (
         "import json; from whiflash_sglang.engine import patches, patching\n"
         "from whiflash_cpu.seams import verify_seams\n"
@@ -170,7 +170,7 @@ SUITES = {
 
 
 def tested(place: Path, suite: str) -> bool:
-    """Whether a suite passes with these sources before the installed ones, as if they were supported."""
+    """Whether a suite of tests passes with these sources in place of the installed SGLang, as if supported."""
     environment = {**os.environ, "PYTHONPATH": str(place), "WHIFLASH_CANARY": "1"}
     command = [sys.executable, "-m", "pytest", "-q", *SUITES[suite]]
     return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode == 0

@@ -71,7 +71,7 @@ ARGUMENTS = (
 
 
 class Renewed(ExitStack):
-    """A server with these arguments, and another one in its place if a request has ended it."""
+    """A server with these arguments; if a request has ended it, a new one is started in its place."""
 
     def __init__(self, arguments: list[str], host: ServerHost) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Renewed(ExitStack):
 
     @property
     def server(self) -> Server:
-        """One that lives."""
+        """The running server, started now if there is none."""
         if self._server is None or not self.lives:
             self.close()
             self._server = self.enter_context(self._new())
@@ -93,7 +93,7 @@ class Renewed(ExitStack):
 
 
 def models(root: Path) -> tuple[str, list[str]]:
-    """A tiny target, and the arguments of a WHIFLASH server that drafts for it, written to `root`."""
+    """Write a tiny target and drafters to `root`; return its path and the arguments of a WHIFLASH server for it."""
     from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
     target = tiny_target(root / "target", peaked=True)
@@ -107,7 +107,7 @@ def names_in(kit: str) -> list[str]:
 
 
 def test_of(kit: str, name: str, renewed: Renewed, model: str) -> unittest.TestCase:
-    """A test as SGLang's fixtures run it, but for starting a server."""
+    """Return a test as SGLang's fixtures make it, for a server that runs already."""
     from openai import OpenAI
 
     server = renewed.server
@@ -133,7 +133,7 @@ def _class_of(kit: str, fields: dict[str, Any]) -> type[unittest.TestCase]:
 
 
 class Outcome(unittest.TestResult):
-    """Outcome of a test: passed, skipped, or the last line of its complaint."""
+    """Outcome of a test: passed, skipped with the reason, or failed with the error's message."""
 
     became = "passed"
 
@@ -159,9 +159,9 @@ def name_of(test: unittest.TestCase) -> str:
 
 
 def outcome_of(test: unittest.TestCase, seconds: float) -> str | None:
-    """Outcome of a test, in a process of its own. None: it was killed at its limit; stderr shows where it was.
+    """Run a test in a process of its own and return its outcome; None: it was killed at its limit, with a traceback.
 
-    seconds: limit on a quiet machine.
+    seconds: limit on a machine without other load.
     """
     ours, theirs = FORK.Pipe(duplex=False)
     child = FORK.Process(target=_play, args=(test, theirs), daemon=True)
@@ -198,10 +198,10 @@ def run(
     save: Callable[[], None],
     seconds: float = SECONDS,
 ) -> None:
-    """Add what became of each test to `found`, but for those that it has already.
+    """Run the tests that `found` lacks, and add their outcomes by name.
 
     Args:
-        start: a server with more flags. save: called after each test.
+        start: starts a server with further flags. save: called after each test.
     """
     for flags, group in groupby(kits, lambda kit: KITS[kit]):
         tests = [(kit, name) for kit in group for name in names_in(kit)]
@@ -222,7 +222,7 @@ def run(
 
 
 def table(plain: dict[str, str], ours: dict[str, str]) -> str:
-    """A row for every test that does not pass on both sides. A complaint that both share is shown once."""
+    """Return a table of the tests that fail or are skipped on either side. An equal outcome is shown once."""
     found = {name: (outcome, ours.get(name, "missing")) for name, outcome in plain.items()}
     lines = ["| test | plain decoding | WHIFLASH |", "| --- | --- | --- |"]
     for name, (without, drafting) in found.items():
@@ -240,7 +240,7 @@ def _short(outcome: str) -> str:
 
 
 def page(sums: str, rows: str) -> str:
-    """Markdown of what became of the tests, with command, revision and machine."""
+    """Return the page in Markdown: sums, rows of tests, and the command, revision and machine."""
     made = provenance.made_by(())
     revision = made["revision"][:12] + (" with changes" if made["uncommitted_changes"] else "")
     command, cpu = shlex.join(made["command"]), made["hardware"]["cpu"]

@@ -43,14 +43,14 @@ FILE = re.compile(r"`(([a-z]\w*)/[\w/]+\.py)`")
 
 
 def pages() -> list[Path]:
-    """Pages that are written for users and developers."""
+    """Return the paths of the Markdown pages for users and developers."""
     packages = (*CODE_FOLDERS, "tests", "training_data")
     described = [page for folder in packages for page in sorted((ROOT / folder).rglob("README.md"))]
     return [*sorted(ROOT.glob("*.md")), *described, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def found(text: str) -> list[tuple[int, str]]:
-    """Line numbers, from 1 on, and what is wrong there."""
+    """Return line numbers of a page, from 1 on, and the fault of each: a banned word, an opening or a long sentence."""
     prose = CODE.sub(lambda match: re.sub(r"[^\n]", "x", match[0]), text)
     wrong = []
     for number, line in enumerate(prose.splitlines(), 1):
@@ -61,7 +61,7 @@ def found(text: str) -> list[tuple[int, str]]:
 
 
 def too_long(text: str) -> Iterator[tuple[int, int]]:
-    """Lines, from 1 on, at which sentences end that are too long, and their words."""
+    """Yield the line, from 1 on, at which each sentence ends that is too long, and its number of words."""
     # Code in a sentence is a word of it; a block of lines is none, however many it has.
     prose = CODE.sub(lambda match: "\n" * match[0].count("\n") or "x", text)
     prose = LINK.sub("]", prose)
@@ -73,19 +73,19 @@ def too_long(text: str) -> Iterator[tuple[int, int]]:
 
 
 def modules() -> list[Path]:
-    """Python files of packages, scripts, examples and tests, without this one, which lists the words."""
+    """Return the Python files of packages, scripts, examples and tests without this one, which lists the words."""
     files = (path for folder in (*CODE_FOLDERS, "tests") for path in sorted((ROOT / folder).rglob("*.py")))
     return [path for path in files if path != Path(__file__).resolve()]
 
 
 def comments(text: str) -> list[tuple[int, str]]:
-    """Line numbers, from 1 on, and comments."""
+    """Return line numbers, from 1 on, with the comments there."""
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
 
 
 def found_in_code(text: str) -> list[tuple[int, str]]:
-    """Line numbers, from 1 on, of banned words in comments and in strings of several words.
+    """Return line numbers, from 1 on, with the banned words there, in comments and in strings of several words.
 
     A word before a colon is the name of an argument. Lines that end with `# words: data` are skipped.
     """
@@ -110,7 +110,7 @@ def found_in_code(text: str) -> list[tuple[int, str]]:
 
 
 def openings(text: str) -> Iterator[tuple[int, str]]:
-    """Lines, from 1 on, of comments and docstrings, those of attributes too, in which a sentence opens wrongly."""
+    """Yield the lines, from 1 on, of comments and docstrings in which a sentence opens with a word of `OPENING`."""
     docstrings = [
         (node.lineno, paragraph)
         for node in ast.walk(ast.parse(text))
@@ -123,7 +123,7 @@ def openings(text: str) -> Iterator[tuple[int, str]]:
 
 
 def first_words(text: str) -> Iterator[tuple[int, str]]:
-    """Yield lines, from 1 on, of functions and classes whose docstring begins with neither a verb nor a thing."""
+    """Yield lines, from 1 on, of functions and classes whose docstring begins with a word of `FIRST`."""
     for node in ast.walk(ast.parse(text)):
         named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
         if named and (match := FIRST.match(ast.get_docstring(node) or "")):
@@ -132,7 +132,7 @@ def first_words(text: str) -> Iterator[tuple[int, str]]:
 
 @cache
 def defined() -> dict[str, set[str]]:
-    """Names that each module of the packages defines and each package holds, by its last name."""
+    """Return by the last name of each module or package the names that it defines."""
     names = defaultdict[str, set[str]](set)
     for file in (file for folder in CODE_FOLDERS[:6] for file in (ROOT / folder).rglob("*.py")):
         *_, outer, own = (file.parent if file.stem == "__init__" else file.with_suffix("")).parts
@@ -146,7 +146,7 @@ def defined() -> dict[str, set[str]]:
 
 
 def stale(text: str) -> Iterator[tuple[int, str]]:
-    """Lines, from 1 on, that name a module, a class or constant of one, or a file that is not there."""
+    """Yield lines, from 1 on, that name a missing module, a missing class or constant of one, or a missing file."""
     known = defined()
     for number, line in enumerate(text.splitlines(), 1):
         for match in NAME.finditer(line):

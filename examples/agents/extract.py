@@ -17,7 +17,7 @@ CHARACTERS = 600
 
 
 class Card(BaseModel):
-    """Facts to find in a document."""
+    """Facts that the model extracts from a document."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -27,7 +27,7 @@ class Card(BaseModel):
 
 
 def documents(folder: Path) -> Iterator[Path]:
-    """Licences and descriptions of installed packages, in name order."""
+    """Yield the licences and descriptions of installed packages in `folder`, in name order."""
     for pattern in ("openai-*", "pydantic-*", "httpx-*", "anyio-*"):
         for info in sorted(folder.glob(f"{pattern}.dist-info")):
             yield from sorted(info.glob("METADATA"))

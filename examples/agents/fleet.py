@@ -18,7 +18,7 @@ JOBS = [
 
 
 async def work(client: AsyncOpenAI, session: Session, number: int, tool: str, task: str) -> None:
-    """One agent: a forced tool call, then a streamed answer."""
+    """Run one agent: a forced tool call, then a streamed answer."""
     messages: list[Any] = [{"role": "user", "content": task}]
     asked: dict[str, Any] = {"model": session.model, "temperature": 0, "max_tokens": 48, "tools": [SCHEMAS[tool]]}
     with collect() as collected:

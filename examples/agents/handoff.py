@@ -23,14 +23,14 @@ TASK = "What do all orders add up to?"
 
 
 class AnswerAfterTool(AgentHooks[Any]):
-    """Once the tool has answered, tools are forbidden: a small model would go on calling them."""
+    """Hooks that forbid tools once one has answered: a small model would go on calling them."""
 
     async def on_tool_end(self, context: Any, agent: Agent[Any], tool: Any, result: str) -> None:
         agent.model_settings = ModelSettings(temperature=0, max_tokens=64, tool_choice="none")
 
 
 def build(model: OpenAIChatCompletionsModel) -> Agent[Any]:
-    """Reception, whose only tool is the hand-off, and accounting behind it."""
+    """Return the agent reception, whose only tool hands over to accounting."""
     accounting = Agent[Any](
         name="Accounting",
         instructions="You answer questions about the shop's figures with the database.",

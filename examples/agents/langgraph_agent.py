@@ -14,7 +14,7 @@ TASK = "How many customers does the shop have? Ask the database."
 
 
 def build(model: ChatOpenAI):
-    """call → tools → answer."""
+    """Build the graph of three nodes: call → tools → answer."""
     tools = [tool(query_shop)]
     calling = model.bind_tools(tools, tool_choice="required", strict=True)
     answering = model.bind_tools(tools, tool_choice="none")

@@ -25,12 +25,12 @@ class Answer(BaseModel):
 
 
 async def first_step(context: RunContext[Any], tools: list[ToolDefinition]) -> list[ToolDefinition]:
-    """Tools to call: all at first, none once one has answered."""
+    """Return the tools that the model may call: all at first, none once one has answered."""
     return [replace(tool, strict=True) for tool in tools] if context.run_step == 1 else []
 
 
 async def later_steps(context: RunContext[Any], tools: list[ToolDefinition]) -> list[ToolDefinition]:
-    """The answer may be given once a tool has been asked."""
+    """Return the tool for the final answer once another tool has answered; before that none."""
     return [replace(tool, strict=True) for tool in tools] if context.run_step > 1 else []
 
 

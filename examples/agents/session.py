@@ -13,7 +13,7 @@ from whiflash_sdk.render import Turn, conversation_html, conversation_terminal
 
 @dataclass
 class Session:
-    """One run of one example."""
+    """One run of an example: its server, its model and its recorded turns."""
 
     base_url: str
     model: str
@@ -35,11 +35,11 @@ class Session:
         return cls(given.base_url, model, given.trace)
 
     def client(self) -> OpenAI:
-        """The wrapped client."""
+        """Return an OpenAI client of the server, wrapped for full traces."""
         return wrap(OpenAI(base_url=self.base_url, api_key="unused", timeout=300), trace="full")
 
     def async_client(self) -> AsyncOpenAI:
-        """The wrapped asynchronous client."""
+        """Return an asynchronous OpenAI client of the server, wrapped for full traces."""
         return wrap(AsyncOpenAI(base_url=self.base_url, api_key="unused", timeout=300), trace="full")
 
     def record(self, title: str, traces: Sequence[Trace | None], text: str = "") -> None:
@@ -50,7 +50,7 @@ class Session:
             self.turns.append(Turn(named, text, trace))
 
     def report(self) -> None:
-        """Print who drafted what, and write the page that was asked for."""
+        """Print which drafter wrote what, and write the page of `--trace`."""
         if not self.turns:
             print("\nThe server sent no routing traces.")
             return

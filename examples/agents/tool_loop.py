@@ -18,7 +18,7 @@ TASKS = {
 
 
 def solve(client: OpenAI, session: Session, task: str, tool: str) -> str:
-    """One task: a forced call of one tool, its result, then the answer."""
+    """Solve one task: a forced call of `tool`, its result, then the answer, which is returned."""
     messages: list[Any] = [{"role": "system", "content": "You answer with the help of tools."}]
     messages.append({"role": "user", "content": task})
     asked: dict[str, Any] = {"model": session.model, "temperature": 0, "max_tokens": 48, "tools": [SCHEMAS[tool]]}

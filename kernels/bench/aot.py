@@ -74,7 +74,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel, as one launch of an op would have it, for one architecture."""
+    """One kernel with one launch's arguments, compiled for one architecture: its resources."""
 
     kernel: str
     case: str
@@ -104,7 +104,7 @@ class HostlessDriver:
 
 @contextmanager
 def instead_of_launching(capability: int, act: Callable[..., None]) -> Iterator[None]:
-    """Inside, Triton serves tensors of every device, for ``capability``, and a launch calls ``act`` in its place.
+    """Make Triton take tensors of any device as if on a GPU of ``capability``, and call ``act`` in place of a launch.
 
     act: takes the kernel, its grid and the arguments of the launch.
     """
@@ -139,7 +139,7 @@ CASES = (
 
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every case by its name; what the bench does not measure comes last."""
+    """Yield each case's name and call; those that the bench does not measure come last."""
     for shape, sizes, families in CASES:
         bench = Bench(shape, torch.device("meta"), 256, sizes)
         for case in (case for family in families for case in family(bench)):
@@ -176,7 +176,7 @@ def verify(shape: tuple[int, int, int], pool_dtype: torch.dtype, **how: Any) -> 
 
 
 def kernel_names() -> set[str]:
-    """Every kernel that the package defines, by Triton's decorator and the naming rule ``*_kernel``."""
+    """Return the names of the package's kernels, found by Triton's decorator and the naming rule ``*_kernel``."""
     modules = [
         importlib.import_module(f"{triton_kernels.__name__}.{info.name}")
         for info in pkgutil.iter_modules(triton_kernels.__path__)
@@ -287,7 +287,7 @@ def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
 
 
 def compilations(batches: int, most_requests: int = 256, widest: int = 16) -> dict[str, int]:
-    """Count kernels, by name, that Triton would compile for random batches after `warm_up`, which counts none."""
+    """Return how many variants of each kernel Triton would compile for random batches, beyond those of `warm_up`."""
     rng = random.Random(0)
     served = Served(
         TEXT,
@@ -307,7 +307,7 @@ def compilations(batches: int, most_requests: int = 256, widest: int = 16) -> di
     keys: set[Any] = set()
 
     def bind(kernel: JITFunction[Any], _: Any, *args: Any, **options: Any) -> None:
-        """Add what Triton would compile the kernel for."""
+        """Note the variant of the kernel that Triton would compile for these arguments."""
         binder = kernel.device_caches[90][4]
         _, specialization, chosen = binder(*args, debug=False, instrumentation_mode="", **options)
         keys.add((kernel.fn.__name__, *map(str, specialization), str(chosen)))
@@ -324,7 +324,7 @@ def compilations(batches: int, most_requests: int = 256, widest: int = 16) -> di
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Resources that ``cuobjdump -res-usage`` reports of the one function in ``cubin``."""
+    """Return the resources that ``cuobjdump -res-usage`` reports of the one function in ``cubin``."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -366,7 +366,7 @@ def compile_everything() -> list[Compiled]:
 
 
 def markdown(report: list[Compiled], origin: dict[str, str]) -> str:
-    """One row for each kernel and case, registers and shared memory by architecture."""
+    """Return a table with a row for each kernel and case: registers and shared memory by architecture."""
     targets = [f"sm_{capability}" for capability in CAPABILITIES]
     lines = [
         "# Kernels compiled ahead of time",
@@ -390,7 +390,7 @@ def markdown(report: list[Compiled], origin: dict[str, str]) -> str:
 
 
 def most_stack() -> int:
-    """Bytes of the stack that a kernel may take: Triton 3.6 spills up to two 64-bit words in two kernels, 3.8 none."""
+    """Return a kernel's allowed bytes of stack: Triton 3.6 spills up to two 64-bit words in two kernels, 3.8 none."""
     return 16 if triton.__version__.startswith("3.6.") else 0
 
 

@@ -41,7 +41,7 @@ class BenchRow:
 
 
 def variants(case: Case, device: torch.device, compiled: bool) -> Iterator[tuple[str, Call]]:
-    """The implementations of a case, by name."""
+    """Yield the implementations of a case, by name."""
     if device.type == "cuda":
         yield "triton", case.call
     yield "torch", case.call
@@ -66,7 +66,7 @@ def measure(
 
 
 def all_cases(bench: Bench, only: Sequence[str] = ()) -> Iterator[Case]:
-    """Every op, or `only` some; on a GPU also at sizes that fill the chip."""
+    """Yield cases of every op, or of those in `only`; on a GPU also at sizes that fill the chip."""
     on_gpu = bench.device.type == "cuda"
     fill = {routing_cases: 1024, backlog_cases: bench.slots - 1} if on_gpu else {}
     for family in (*KERNELS, catch_up_cases, layer_cases):

@@ -65,18 +65,18 @@ class Case:
 
 @dataclass(frozen=True)
 class CaseSizes:
-    """Requests of a batch, parked rows and ingested rows that are measured, and positions of a request."""
+    """Sizes to measure: requests of a batch, parked rows, ingested rows; and the positions of a request."""
 
     batches: tuple[int, ...] = (1, 8, 32)
     backlogs: tuple[int, ...] = (1, 16, 64)
     rows: tuple[int, ...] = (1, 16, 64, 512)
     context: int = 2048
     long: tuple[int, ...] = ()
-    """Positions of the requests whose verification is measured beside."""
+    """Further context lengths at which verifications are measured."""
 
 
 class Bench:
-    """Random tensors of one model on one device; on `meta` tensors without numbers."""
+    """Random tensors of one model on one device; on the device `meta` they have no numbers."""
 
     def __init__(
         self, shape: ModelShape, device: torch.device, largest_batch: int, sizes: CaseSizes = CaseSizes()
@@ -144,7 +144,7 @@ def routing_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
 
 
 def sampling_cases(bench: Bench) -> Iterator[Case]:
-    """A row of each request, at temperature 0.6 and top-p 0.95, and its penalties."""
+    """Yield cases that sample and penalise a row of each request, at temperature 0.6 and top-p 0.95."""
     parameters = torch.tensor([0.6, 1 << 30, 0.95, 0.0], device=bench.device).repeat(bench.slots, 1)
     table = SamplingTable(parameters, bench.below(1 << 30, bench.slots))
     own = torch.arange(bench.slots, device=bench.device)[:, None]
@@ -167,7 +167,7 @@ def sampling_cases(bench: Bench) -> Iterator[Case]:
 
 
 def backlog_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
-    """park: a verification's 16 rows for each request; unpark: the DFlash drafter's columns."""
+    """Yield cases that park a verification's 16 rows of each request, and unpark the DFlash drafter's columns."""
     s = bench.shape
     width = s.captured * s.hidden
     largest = [] if fill is None else [(fill, CAPACITY)]
@@ -221,7 +221,7 @@ def catch_up_cases(bench: Bench) -> Iterator[Case]:
 
 
 def upstream_dflash(bench: Bench, arguments: tuple) -> dict[str, Call]:
-    """SGLang's own materialisation of the same K and V, if SGLang and a GPU are available."""
+    """Return SGLang's own materialisation of the same K and V; empty without SGLang or a GPU."""
     if bench.device.type != "cuda":
         return {}
     try:
@@ -256,7 +256,7 @@ def block_cases(bench: Bench) -> Iterator[Case]:
 
 
 def attention_cases(bench: Bench) -> Iterator[Case]:
-    """A chain step and a block over the whole context."""
+    """Yield cases of draft attention over the whole context: a chain's step and a block."""
     s, context = bench.shape, bench.sizes.context
     for batch in bench.sizes.batches:
         for width in (1, s.block):
@@ -284,7 +284,7 @@ MOST_TOKENS = 1 << 20
 
 
 def verify_cases(bench: Bench) -> Iterator[Case]:
-    """Rows of several widths behind prefixes of any lengths, then as many of each behind equally long ones."""
+    """Yield cases of verification: requests of 1, 8 and 17 rows after random contexts, then of equal sizes."""
     for context in (bench.sizes.context, *bench.sizes.long):
         for batch in (n for n in bench.sizes.batches if n * context <= MOST_TOKENS or not bench.sizes.long):
             ragged = [(1, 8, WIDEST)[i % 3] for i in range(batch)]
@@ -329,7 +329,7 @@ def upstream_verification(bench: Bench, arguments: tuple, most: int) -> dict[str
 
 
 def contiguous_attention(bench: Bench, q: torch.Tensor, batch: int, width: int) -> Call:
-    """torch's fused attention where nothing is paged and all contexts are equally long: what it does at best."""
+    """Return torch's fused attention over contiguous K and V of equal length, as the best that it can do."""
     s = bench.shape
     by_head = q.view(batch, width, s.heads, s.dim).transpose(1, 2)
     keys, values = (bench.random(batch, s.kv_heads, bench.sizes.context, s.dim) for _ in range(2))
@@ -351,7 +351,7 @@ def router_cases(bench: Bench) -> Iterator[Case]:
 
 
 def pass_cases(bench: Bench) -> Iterator[Case]:
-    """Reads of a round before its drafts: backlogs of two drafters, a chain's inputs, a block's rows."""
+    """Yield cases that gather a pass's inputs: backlogs of two drafters, a chain's inputs, a block's rows."""
     s = bench.shape
     width = len(s.eagle3_chunks) * s.hidden * bench.rings.features.element_size()
     for batch in bench.sizes.batches:
@@ -370,7 +370,7 @@ def pass_cases(bench: Bench) -> Iterator[Case]:
 
 
 def draft_cases(bench: Bench) -> Iterator[Case]:
-    """Yield cases of counting, packing and choosing drafts, of a chain for half a batch and a block for the rest."""
+    """Yield cases that count, pack and choose drafts: chains for half of the batch, blocks for the other half."""
     s = bench.shape
     edges = torch.linspace(0.1, 0.97, BINS - 1, device=bench.device)
     calibration = torch.linspace(0.05, 0.99, BINS + 2, device=bench.device).index_fill_(
@@ -420,7 +420,7 @@ def draft_cases(bench: Bench) -> Iterator[Case]:
 
 
 def copy_cases(bench: Bench) -> Iterator[Case]:
-    """Texts that hold nothing to copy: each is walked to its beginning."""
+    """Yield cases that search texts without anything to copy, each of which is read to its beginning."""
     context = bench.sizes.context
     texts = torch.arange(bench.slots * context, device=bench.device).view(bench.slots, context)
     boundaries = torch.tensor([1, 2, 3, 4, 6, 9, 14, 22], dtype=torch.int32, device=bench.device)

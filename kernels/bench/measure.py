@@ -31,7 +31,7 @@ class Ceilings:
     """One call that moves one element: no op is faster."""
 
     def floor_us(self, moved_bytes: int, flops: int) -> float:
-        """The time below which no implementation can go: bytes, arithmetic or one launch."""
+        """Return the microseconds that any implementation needs: to move the bytes, to compute, or for one launch."""
         moving, computing = moved_bytes / self.copy_bytes_per_second, flops / self.matmul_flops_per_second
         return max(1e6 * moving, 1e6 * computing, self.launch_us)
 
@@ -39,8 +39,8 @@ class Ceilings:
 def time_call(call: Call, device: torch.device, budget_ms: int = 200) -> Timing:
     """Time ``call``: with device events and a cold cache on a GPU, in processor time of one thread on a CPU.
 
-    Processor time leaves out what other processes of a shared machine take; of one thread, undisturbed, it is
-    the time that passes.
+    Processor time leaves out other processes of a shared machine. For one thread that nothing interrupts, it equals
+    wall-clock time.
     """
     if device.type == "cuda":
         # do_bench empties the L2 cache before every run; that also hides the host's launch time.

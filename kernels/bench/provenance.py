@@ -12,7 +12,7 @@ import triton
 
 
 def provenance() -> dict[str, str]:
-    """Facts to store beside every result."""
+    """Return the facts that are stored with every result."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -37,7 +37,7 @@ def provenance() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's model name."""
+    """Return the processor's model name."""
     information = Path("/proc/cpuinfo")
     names = [line for line in information.read_text().splitlines() if line.startswith("model name")]
     return names[0].split(":", 1)[1].strip() if names else platform.machine()

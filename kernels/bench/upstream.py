@@ -11,7 +11,7 @@ from shapes import ModelShape
 
 
 def materialise(shape: ModelShape, arguments: tuple) -> Call:
-    """fc, hidden norm, the helper's product and kernel, and one pool write for each layer."""
+    """Return a call of SGLang's materialisation: fc, hidden norm, the helper's kernel, a pool write for each layer."""
     features, positions, slots, weights, rope, pools = arguments
     kv_size = shape.kv_heads * shape.dim
     rotary = SimpleNamespace(rotary_dim=shape.dim, is_neox_style=True, cos_sin_cache=rope)

@@ -104,15 +104,15 @@ def unpark(
         begins: [B] int64 or int32, the chosen drafter's watermark.
         ends: [B] int64 or int32; ``ends - begins`` is at most the rings' capacity; at or below 0 is empty.
         req_to_token: [slots, context] int32 (or int64), last dimension contiguous.
-        rows: of the output, at least the sum of the lengths; what it has more is padding.
-        chunks: which column groups of the features to take, in this order: a drafter's layers among the
-            captured union. None takes all columns.
+        rows: of the output, at least the sum of the lengths; further rows are padding.
+        chunks: which column groups of the features to take, in this order: a drafter's layers among the captured union.
+            None takes all columns.
         chunk_width: columns of one group; needed with ``chunks``.
 
     Returns:
         Packed by request, in the order of their positions: features [N, columns], and next tokens, positions, KV slots
         and the request of each row, an index of the batch, [N] int64. Padding rows: features, next tokens, positions 0;
-        slots, which catch-up skips, and requests -1.
+        slots (which catch-up skips) and requests -1.
 
     Raises:
         ValueError: a chunk is outside the features, or (torch) the backlogs exceed ``rows``; on a GPU what
@@ -166,8 +166,8 @@ def claim_backlogs(
     """Return the tokens that each drafter must ingest now, and advance its watermarks past them.
 
     With w = watermarks[a, request_slots[b]]: begins[a, b] = w, and ends[a, b] = max(w, seq_lens[b]) if due[a, b] is not
-    0, else w, so that there is nothing between. watermarks[a, request_slots[b]] = ends[a, b]. With ``into`` that is
-    where they go, B of its S requests; each further one has request slot 0, and begins and ends at 0.
+    0, else w, so that there is nothing between. watermarks[a, request_slots[b]] = ends[a, b]. With ``into`` the result
+    is written to the first B of its S requests; each further one has request slot 0, begin 0 and end 0.
 
     Args:
         watermarks: [A, slots] int64, contiguous, up to where each drafter's KV is valid; written in place.

@@ -88,7 +88,7 @@ def fill_slots(
     rows, ``empty`` tokens and request slot 0. Nothing else reads ``slots`` while it is written.
 
     Args:
-        widths, seq_lens, request_slots: [B] int64 or int32, as of `prepare_mixed_block`; sum(widths) is at most
+        widths, seq_lens, request_slots: [B] int64 or int32, as in `prepare_mixed_block`; sum(widths) is at most
             ``rows``.
         slots: of S slots, written in place.
         rows: of the graph; where S = B all are the requests' own.
@@ -138,14 +138,13 @@ def accept_and_commit(
 ) -> Committed:
     """Accept each request's longest prefix of correct drafts, up to a stop token, and write its tokens to the text.
 
-    With s = qo_indptr[b] and w = min(qo_indptr[b + 1] - s, stride): accepted = the number of leading
-    i < w - 1 with predictions[s + i] == input_ids[s + i + 1]; accept_lens = accepted + 1 (0 when w = 0);
-    tokens[b, :accept_lens] = predictions[s : s + accept_lens], whose last is the new bonus token.
-    accept_lens ends behind the first i with predictions[s + i] in stops[request_slots[b]].
-    text[request_slots[b], seq_lens[b] + 1 + i] = tokens[b, i] for i < stride: tokens past the committed ones are
-    overwritten by later rounds.
-    Lossless for deterministic drafts: greedy predictions give greedy decoding's tokens, predictions sampled
-    under each request's own parameters give exactly the target's distribution.
+    With s = qo_indptr[b] and w = min(qo_indptr[b + 1] - s, stride): accepted = the number of leading i < w - 1 with
+    predictions[s + i] == input_ids[s + i + 1]; accept_lens = accepted + 1 (0 when w = 0); tokens[b, :accept_lens] =
+    predictions[s : s + accept_lens], whose last is the new bonus token. accept_lens ends after the first i with
+    predictions[s + i] in stops[request_slots[b]]. text[request_slots[b], seq_lens[b] + 1 + i] = tokens[b, i] for i <
+    stride: tokens past the committed ones are overwritten by later rounds. Lossless for deterministic drafts: greedy
+    predictions give greedy decoding's tokens, predictions sampled under each request's own parameters give exactly the
+    target's distribution.
 
     Args:
         predictions: [T] int64, the target's token at each row (argmax or sampled).
@@ -155,7 +154,7 @@ def accept_and_commit(
         stride: columns of ``tokens``; a request commits at most this many, so give the widest width.
         request_slots: [B] int64 or int32, pairwise different.
         stops: [slots, S] int64, contiguous: tokens that end each request, -1 where it has fewer.
-        text: [slots, context] int64, last dimension contiguous, with ``stride`` columns behind the longest length;
+        text: [slots, context] int64, last dimension contiguous, with ``stride`` columns beyond the longest length;
             written in place.
 
     Returns:

@@ -38,25 +38,25 @@ def propose_copies(
     """Propose for every request the tokens that followed an earlier occurrence of its text's last tokens.
 
     Request b's text is t = tokens[request_slots[b], :L], L = seq_lens[b] + 1: the bonus token is known. With
-    ``behind`` = (counts, alive) what is proposed goes behind counts[b] drafts, which the caller has written behind the
-    text: L = seq_lens[b] + 1 + counts[b]. A place s, 0 < s < L, matches by m(s), the largest m <= 32 with
-    t[s - 1 - i] = t[L - 1 - i] for all i < m. Compared are the newest 8 places with m >= 2, or where there are none
-    those with m = 1, and where the last copy would go on, L - back[request_slots[b]]; those with m < ``min_match`` are
-    left out. The longest match is copied from, the newest of equals, the last copy's before all of its length. After
-    the text's end a copy goes on with what it copied. It ends before a token below zero. Without ``behind``
-    back[request_slots[b]] becomes L - s where a place s was copied from.
+    ``behind`` = (counts, alive) the proposal follows counts[b] drafts, which the caller has written after the text:
+    L = seq_lens[b] + 1 + counts[b]. A place s, 0 < s < L, matches by m(s), the largest m <= 32 with
+    t[s - 1 - i] = t[L - 1 - i] for all i < m. The candidates are the newest 8 places with m >= 2 (without any, with m =
+    1), and the place where the last copy would go on, L - back[request_slots[b]]. Those with m < ``min_match`` are left
+    out. The longest match is copied; of equal ones the last copy's place, then the newest. After the text's end a copy
+    goes on with what it copied. It ends before a token below zero. Without ``behind`` back[request_slots[b]] becomes L
+    - s where a place s was copied from.
 
-    Token d's chance is chances[b, k, a]: k the last bucket with boundaries[k] <= m + d, a how the places that agreed
-    so far judge it: 0 there is one, 1 all say the same, 2 they differ and the longest match of those that say it is
-    longer than of those that do not, 3 it is not. The first is multiplied by factors[b]; none is above 0.995. With
-    c(d) the product of the chances up to d, times that of the last draft with ``behind``, tokens are proposed as long
-    as c(d) >= ``worth``, the first in any case without ``behind``; limits[b] at most, with ``behind`` the drafts among
-    them, and none where there is no draft.
+    Token d's chance is chances[b, k, a]: k is the last bucket with boundaries[k] <= m + d. a compares the places that
+    agreed on all tokens before: 0 if there is one place, 1 if all have this token, 2 if they differ and every longest
+    match has it, 3 otherwise. The first is multiplied by factors[b]; none is above 0.995. With c(d) the product of the
+    chances up to d, times that of the last draft with ``behind``, tokens are proposed as long as c(d) >= ``worth``, the
+    first in any case without ``behind``; at most limits[b] of them. With ``behind`` that includes the drafts, and a
+    request without drafts gets no proposal.
 
     Args:
         tokens: [slots, context] int64, last dimension contiguous.
         request_slots: [B] int64 or int32, pairwise different. seq_lens: [B] int64 or int32.
-        back: [slots] int64, contiguous: from how far back each request copied last, 0 where it has not; written in
+        back: [slots] int64, contiguous: how far back each request copied last, 0 before its first copy; written in
             place without ``behind``.
         limits: [B] int64 or int32.
         factors: [B] float32, how much better or worse than others this request's copies begin.

@@ -74,15 +74,15 @@ def lay_drafts(
     changed, or whose chance or confidence is NaN (W where there is none), counts[b] = min(max(counts[m], 0), f), and
     faults[b] = 1 where that is another number than the drafter's own.
 
-    With ``text`` text[request_slots[b], seq_lens[b] + 1 + i] =
-    tokens[b, i] for the requests of some part and i < width: what goes on behind a draft can be looked up there.
+    With ``text`` text[request_slots[b], seq_lens[b] + 1 + i] = tokens[b, i] for the requests of some part and i <
+    width: continuations of the drafts can be looked up there.
 
     Args:
         parts: of each drafter its members [M] int64, indices of the batch, and its drafts for them; no index twice.
         request_slots: [B] int64 or int32. seq_lens: [B] int64 or int32.
         width: columns of ``tokens`` and ``alive``, W. confidences: columns of ``confidences``.
         vocabulary: ids that the target has.
-        text: [slots, context] int64, last dimension contiguous, with ``width`` columns behind the longest length;
+        text: [slots, context] int64, last dimension contiguous, with ``width`` columns beyond the longest length;
             written in place.
 
     Returns:
@@ -153,30 +153,30 @@ def choose_drafts(
     stops: Tensor | None = None,
     drawn: Tensor | None = None,
 ) -> Chosen:
-    """Choose the drafts that are verified: appended ones, replacements, and as many as there are rows for.
+    """Choose the drafts that are verified: a pass's with appended ones, the host's or copies, as far as rows suffice.
 
     Every candidate ends with its first token of ``stops``[request_slots[b]], since nothing after it can be accepted.
-    Behind request b's counts[b] drafts come its appended.counts[b]. These are candidate 0. The host's k-th counts as
-    far as the text agrees: with a = seq_lens[b] + 1 - at[b, k], the tokens that were committed since it was made,
-    tokens[b, k, :a] must be text[request_slots[b], at[b, k] : seq_lens[b] + 1]. Then its tokens from a on are drafts,
-    ``limits[b]`` at most, each with the chance alive[b, k, i] / alive[b, k, a - 1], as long as that is at least
-    ``least``. The copies are the last candidate. They do not count if the host's first one pays its rows: it is the
-    copying arm's, which chose among more places. The candidate with the largest sum of (chance - ``worth``) is
-    verified, the first of equals, candidate 0 if no other's sum is larger. Last, with ``most_drafts``, requests
-    compete. So many drafts with the largest ``alive`` of the batch are kept. Equals go to the earlier place in a
-    request, then to the earlier request. A draft is never likelier than those before it, so each request keeps its
-    first ones. With ``drawn``, drafts beyond counts[b] compete, too, up to drawn[b]: they are not worth a row, but a
-    graph has rows to spare. They do so if candidate 0 is verified, has no fault and no appended drafts.
+    Request b's counts[b] drafts and its appended.counts[b] after them are candidate 0. The host's k-th counts as far as
+    the text agrees: with a = seq_lens[b] + 1 - at[b, k], the tokens that were committed since it was made, tokens[b, k,
+    :a] must be text[request_slots[b], at[b, k] : seq_lens[b] + 1]. Then its tokens from a on are drafts, ``limits[b]``
+    at most, each with the chance alive[b, k, i] / alive[b, k, a - 1], as long as that is at least ``least``. The copies
+    are the last candidate. They do not count if the host's first one pays its rows: it is the copying arm's, which
+    chose among more places. The candidate with the largest sum of (chance - ``worth``) is verified, the first of
+    equals, candidate 0 if no other's sum is larger. Last, with ``most_drafts``, requests compete. So many drafts with
+    the largest ``alive`` of the batch are kept. Equals go to the earlier place in a request, then to the earlier
+    request. A draft is never likelier than those before it, so each request keeps its first ones. With ``drawn``,
+    drafts beyond counts[b] compete, too, up to drawn[b]: they are not worth a row, but a graph has rows to spare. They
+    do so if candidate 0 is verified, has no fault and no appended drafts.
 
     Args:
         drafts: `lay_drafts`'.
         request_slots: [B] int64 or int32, pairwise different. seq_lens: [B] int64 or int32.
-        text: [slots, context] int64, last dimension contiguous, with W columns behind the longest length, the token at
-            every position up to seq_lens[b]; written in place: text[request_slots[b], seq_lens[b] + 1 + i] =
-            tokens[b, i] for all i < W.
+        text: [slots, context] int64, last dimension contiguous, with W columns beyond the longest length, the token at
+            every position up to seq_lens[b]; written in place: text[request_slots[b], seq_lens[b] + 1 + i] = tokens[b,
+            i] for all i < W.
         appended: tokens [B, E], counts [B], alive [B, E] or None (0 then). They fit in.
-        from_host: K candidates a request of a host that may know the text late: tokens and alive [B, K, L], counts
-            [B, K], contiguous. at: [B, K] int64, contiguous, the position of each one's first token; limits: [B] int64;
+        from_host: K candidates a request of a host that may know the text late: tokens and alive [B, K, L], counts [B,
+            K], contiguous. at: [B, K] int64, contiguous, the position of each one's first token; limits: [B] int64;
             both needed with it.
         copies: tokens [B, L], counts [B] of at most W, alive [B, L], all contiguous.
         worth: what a row must bring. least: chance below which no token of the host's is verified.

@@ -38,7 +38,7 @@ def multiplies(x: Tensor) -> bool:
 
 
 def quantise_rows(x: Tensor, into: Float8 | None = None) -> Float8:
-    """Quantise rows of x [N, K], contiguous, over max(|row|) / 448 to float8 (arXiv 2209.05433), written to `into`."""
+    """Quantise each row of x [N, K], contiguous, to float8 by its scale max(|row|) / 448 (arXiv 2209.05433)."""
     if into is None:
         into = Float8(torch.empty_like(x, dtype=FLOAT8), x.new_empty(len(x), dtype=torch.float32))
     if multiplies(x):

@@ -184,7 +184,7 @@ def rotate_in_place(q: Tensor, k: Tensor, table: Tensor, rows: Tensor | None) ->
         table: [N, R] float32, contiguous. rows: [T] int64; None, on a CPU: 0 … T-1.
 
     Raises:
-        ValueError: where `rotates_fused` says no; a caller that may go on with torch asks before.
+        ValueError: if `rotates_fused` is False, which a caller with a fallback checks before.
 
     Grid: FlashInfer's, one launch, or a CPU's compiled rotation. Numerics: float32 inside.
     Fallback: the caller's; torch rotates out of place.
@@ -202,9 +202,9 @@ def write_rows(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tens
     """Write K and V to their slots: k_pool[slots] = k, v_pool[slots] = v.
 
     Args:
-        k, v: [T, Hkv, D] each, or as many numbers a row, in the dtype of their pool. k_pool, v_pool: [S, Hkv, D],
-            contiguous.
-        slots: [T] int64, pairwise different but for one that nobody reads.
+        k, v: [T, Hkv, D] each, or with equally many numbers per row, in the dtype of their pool. k_pool, v_pool: [S,
+            Hkv, D], contiguous.
+        slots: [T] int64, pairwise different, except for a slot that is never read.
 
     Numerics: copies. Fallback: a CPU's compiled copy, else torch.
     """

@@ -44,10 +44,10 @@ def draft_inputs(
 ) -> PassInputs:
     """Gather from a batch the requests that one drafter drafts for, each with the feature that a chain starts from.
 
-    For member m, b = members[m] and s = request_slots[b]: the four numbers of request b, and
-    tail[m] = rings.features[s, (seq_lens[b] - 1) % capacity], of which only the columns of ``chunks``. With ``into``
-    that is where they go, M of its S requests (S at least 1), and ``calibration``. Each further one has request slot 0,
-    ``padding`` tokens, bonus token and limit 0, and the tail that it had.
+    Member m gets the slot s, length, bonus token and limit of request b = members[m], and tail[m] = rings.features[s,
+    (seq_lens[b] - 1) % capacity], of which only the columns of ``chunks``. With ``into`` they are written to the first
+    M of its S requests (S at least 1), with ``calibration``. Each further one has request slot 0, ``padding`` tokens,
+    bonus token and limit 0, and keeps its tail.
 
     Args:
         rings: read only.
@@ -117,13 +117,13 @@ def pass_rows(
 
     Row i of request g is at p = seq_lens[g] + offset + i; its KV goes to req_to_token[request_slots[g], p]. A padding
     request of a captured pass has p < 0: its row is at 0, and its KV goes to slot 0. Ids are bonus[g] for i = 0 and
-    ``fill`` behind it.
+    ``fill`` after it.
 
     Args:
         req_to_token: [slots, context] int32 (or int64), last dimension contiguous.
         request_slots, bonus: [G] int64 or int32. seq_lens: [G] int64.
         offset: of the first row. width: rows of every request.
-        fill: id behind the bonus token, a block's mask token; None: no ids, as a chain has them step by step.
+        fill: id after the bonus token, a block's mask token; None: no ids, as a chain has them step by step.
 
     Returns:
         positions, KV slots and ids, [G, W] int64 each; no ids without ``fill``.

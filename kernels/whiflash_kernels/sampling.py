@@ -50,29 +50,27 @@ def sample_rows(
     with fewer than top_k likelier ones. So equally likely tokens are kept or left out together.
 
     Args:
-        logits: [T, V] bf16, fp16 or fp32, last dimension contiguous; read only. A row with NaN or +inf
-            may give any token.
+        logits: [T, V] bf16, fp16 or fp32, last dimension contiguous; read only. A row with NaN or +inf may give any
+            token.
         qo_indptr: [B + 1] int32 (or int64).
         seq_lens: [B] int64 or int32.
-        request_slots: [B] int64 or int32; 0 is nobody's.
+        request_slots: [B] int64 or int32; 0: no request.
         table: by request slot.
         masks: [M, >= V / 32] int32, of which bit v % 32 of word v // 32 allows token v, and [T] int64, which of them
             each row has.
 
     Returns:
-        [T] int64; 0 for a row of nobody, or whose logits are all -inf.
+        [T] int64; 0 for a row of no request, or whose logits are all -inf.
 
     Raises:
         ValueError: ``logits`` is not two-dimensional, is not contiguous along the vocabulary, or V is 0; a mask is too
             short.
 
     Grid: (T, splits), each program reads one slice of a row once; then (T), which merges the slices and, if tokens may
-    be left out, reads the row again until the best token so far is a kept one: what is no likelier than one left
-    out is left out, too. With min_p < 0, top_k and top_p it first bisects for the mass of what top_k keeps. Rows of
-    nobody are not read. Graph-capturable.
-    Numerics: float32; noise of 31 bits, dense near 0.
-    Fallback: torch (a sort of the likeliest columns).
-    Compared: SGLang samples in some 10 launches, sorts whole rows or draws with a state of the host
+    be left out, reads the row again until the best token so far is a kept one: what is no likelier than one left out is
+    left out, too. With min_p < 0, top_k and top_p it first bisects for the mass of what top_k keeps. Rows of no request
+    are not read. Graph-capturable. Numerics: float32; noise of 31 bits, dense near 0. Fallback: torch (a sort of the
+    likeliest columns). Compared: SGLang samples in some 10 launches, sorts whole rows or draws with a state of the host
     (FlashInfer's ``top_k_top_p_sampling_from_probs``, whose rejections the second launch resembles), and reads padding.
     Source: Gumbel-max; rejection of pivots, FlashInfer; hash ``lowbias32`` of "hash-prospector"; SplitMix64.
     """
@@ -203,16 +201,16 @@ def penalise_rows(
 ) -> None:
     """Apply penalties and biases to the logits of packed rows in place, as plain decoding would at each position.
 
-    Upstream's workers hold penalties for a whole block or drop them. With rows, requests, slots and positions as of
+    Upstream's workers keep penalties constant over a block, or drop them. With rows, requests, slots, positions as in
     `sample_rows`, (place, early, answer, enough) = table.places[s] and c(v) the number of v among text[s, answer :
-    seq_lens[b] + 1] and input_ids[qo_indptr[b] + 1 : t + 1]: where place >= 0, x = logits[t, v] becomes
-    x - frequency c(v) - presence [c(v) > 0]. Then, where c(v) > 0, it is multiplied by repetition if it is below 0,
-    else divided. Last bias[place, v] is added, or bias[early, v] while p + 1 < enough.
+    seq_lens[b] + 1] and input_ids[qo_indptr[b] + 1 : t + 1]: where place >= 0, x = logits[t, v] becomes x - frequency
+    c(v) - presence [c(v) > 0]. Then, where c(v) > 0, it is multiplied by repetition if it is below 0, else divided.
+    Last bias[place, v] is added, or bias[early, v] while p + 1 < enough.
 
     Args:
         logits: [T, V] bf16, fp16 or fp32, last dimension contiguous.
         input_ids: [T] int64, contiguous; below 0 it is not counted.
-        qo_indptr, seq_lens, request_slots: as of `sample_rows`.
+        qo_indptr, seq_lens, request_slots: as in `sample_rows`.
         text: [slots, context] int64, last dimension contiguous.
         table: ``counts`` is written, in the places of these requests.
 

@@ -62,7 +62,7 @@ class Drafts(NamedTuple):
     tokens: Tensor
     """[M, W] int64, for the positions after each text; undefined past ``counts``."""
     counts: Tensor
-    """[M] int64 drafts of each request; 0 if nobody drafted for it."""
+    """[M] int64 drafts of each request; 0 if no drafter drafted for it."""
     alive: Tensor | None = None
     """[M, W] float32: the chance that a token and all before it are accepted; None where the drafter cannot say."""
     confidences: Tensor | None = None
@@ -211,7 +211,7 @@ class GraphSlots(NamedTuple):
 
 
 class PassInputs(NamedTuple):
-    """The requests that a pass drafts for, S of them."""
+    """The inputs of a draft pass for S requests."""
 
     request_slots: Tensor
     """[S] int64."""
@@ -254,8 +254,8 @@ class PenaltyTable(NamedTuple):
     factors: Tensor
     """[slots, 3] float32, contiguous: frequency, presence and repetition penalty."""
     places: Tensor
-    """[slots, 4] int64, contiguous: rows of ``bias``, and of ``bias`` while it must not end; position of its first
-    generated token, and from which on it may end. The first is below 0 for a request without penalties."""
+    """[slots, 4] int64, contiguous: a request's row of ``bias``, its row while it must not end, the position of its
+    first generated token, and the position from which on it may end. The first is below 0 without penalties."""
     bias: Tensor
     """[places, V] float32, contiguous."""
     counts: Tensor

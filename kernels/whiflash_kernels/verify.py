@@ -85,10 +85,10 @@ def verify_attention(
         q: [T, Hq, D] float. k, v: [T, Hkv, D], q's dtype: of the rows themselves.
         out: [T, Hq, D], written in place; padding rows are not written.
         k_pool, v_pool: [S, Hkv, D], q's dtype or 8-bit floats, which ``k_scale`` and ``v_scale`` multiply.
-        qo_indptr, kv_indptr: [B + 1] int64 or int32, ascending. A request without rows is padding. Places of kv_indptr
-            behind are not read.
-        kv_indices: [N] int64 or int32 slots of the prefixes. With a window each request's last ones do, at least
-            ``window`` of them.
+        qo_indptr, kv_indptr: [B + 1] int64 or int32, ascending. A request without rows is padding. Further entries of
+            kv_indptr are not read.
+        kv_indices: [N] int64 or int32 slots of the prefixes. With a window each request's last ones suffice, at least
+            ``window``.
         most: rows of a request at most; further ones are left out. It sizes the launches, so a captured one keeps it.
         window: keys before its own that a row sees; None: all. cap: 0 for none.
         sinks: [Hq] float.
@@ -96,8 +96,8 @@ def verify_attention(
 
     The last dimension of every tensor is contiguous.
 
-    Triton: (tiles of rows * Hkv) x shares programs, which run at once and read as many keys each, whichever requests
-    they are of. The query heads of a KV head and the rows of a request are rows of one tile, so its keys are read once.
+    Triton: (tiles of rows * Hkv) x shares programs, which run at once and read equally many keys each, of whichever
+    requests. The query heads of a KV head and the rows of a request are rows of one tile, so its keys are read once.
     One launch a forward plans that, a second one a layer merges the requests that are cut. Scores, weights and sums are
     float32, the products' operands have q's dtype; the order of summation depends on the lengths of the whole batch.
     torch (CPU, ``WHIFLASH_KERNELS=torch``): one request after the other, which reads lengths.

@@ -77,8 +77,8 @@ class Question(NamedTuple):
 
 
 class Returning(NamedTuple):
-    """Estimated rates if every answer begins with an agent's return. pays: what for, unless all agents' KV fits.
-    seconds: of a server beside `OURS`. rates: as in `Estimate`.
+    """Estimated rates if an agent returns before every answer. pays: the entry of `PAYS`, by which its KV comes back.
+    seconds: time that this takes a server with `OURS`. rates: as in `Estimate`.
     """
 
     pays: str
@@ -87,9 +87,9 @@ class Returning(NamedTuple):
 
 
 class Server(NamedTuple):
-    """One of `replicas` equal servers. prices: requests at once → prices. fitting: layers of drafters → requests that
-    have room beside them. returns: layers of drafters → seconds of a returning agent, for each of `PAYS`. eager:
-    seconds that each layer of our drafters takes longer than SGLang's.
+    """One of `replicas` equal servers. prices: requests at once → prices. fitting: layers of drafters → number of
+    requests whose KV fits. returns: layers of drafters → seconds to bring a returning agent's KV back, for each of
+    `PAYS`. eager: seconds that each layer of our drafters takes longer outside a graph.
     """
 
     prices: Callable[[int], Card]
@@ -100,10 +100,10 @@ class Server(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Estimated rates of one load. rates: tokens per second by SGLang's algorithm, `PLAIN` without one. load: its
-    description. spread: the flag by which several cards share it. low, high: `OURS` over plain decoding on the worst
-    and the best text. ahead: `OURS` over `stock` on these. returning: the rates for each of `PAYS`, empty if all fit.
-    """
+    """Estimated rates of one load. rates: way to serve → tokens per second; a way is an algorithm of SGLang, `PLAIN` or
+    `OURS`. spread: flag with which one server uses several cards. low, high: `OURS` over plain decoding, on the worst
+    and the best text. ahead: `OURS` over `stock`, lowest and highest. returning: one for each of `PAYS`; empty if all
+    KV fits."""
 
     load: str
     spread: str
@@ -116,17 +116,17 @@ class Estimate(NamedTuple):
 
     @property
     def gain(self) -> str:
-        """Text with the rate of `OURS` over plain decoding."""
+        """Rate of `OURS` over that of plain decoding, as text with its range over texts."""
         return f"{self.rates[OURS] / self.rates[PLAIN]:.2f}{_by_set(self.low, self.high)}"
 
     @property
     def stock(self) -> str:
-        """The fastest way without this package."""
+        """Name of the fastest way to serve without this package."""
         return max((way for way in self.rates if way != OURS), key=self.rates.__getitem__)
 
     @property
     def choice(self) -> str:
-        """The fastest way, or a simpler one that is nearly as fast."""
+        """Name of the fastest way to serve, or of a simpler one that is less than 3 % slower."""
         chosen = PLAIN
         for other in (self.stock, OURS):
             if self.rates[other] >= WORTH_IT * self.rates[chosen]:
@@ -154,7 +154,7 @@ def _by_set(low: float, high: float) -> str:
 @dataclass
 class Advice:
     """An answer of `advise`. assumed: the assumptions, in a line. published: figures that others measured. copies:
-    gains of copies, which the rows lack. obstacles: facts that stop a launch or make an estimate pointless.
+    gains of copied drafts, which `rows` leave out. obstacles: facts that stop a launch or make an estimate pointless.
     """
 
     assumed: str
@@ -179,8 +179,8 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
     """Answer a question. state: state of a server that runs the target, whose prices and acceptance are used then.
 
     Raises:
-        ConfigError: no such card, nothing is known of the target, or the server has drafted too little; a context
-            beside `state`.
+        ConfigError: no such card, nothing is known of the target, the server has drafted too little, or the question
+            has a context beside `state`.
     """
     target = known(question.target)
     if state is not None:
@@ -238,7 +238,7 @@ def _cautions(target: PublishedTarget, question: Question, rows: Sequence[Estima
 
 
 def _without_host(row: Estimate) -> str:
-    """Return a sentence on tokens a second if evicted contexts are prefilled again; empty if nothing is evicted."""
+    """Return a sentence with the rate if evicted contexts are prefilled again, not copied; empty if all KV fits."""
     if not row.returning:
         return ""
     again = row.returning[-1].rates
@@ -275,8 +275,8 @@ def _assumed(target: PublishedTarget, question: Question, prices: str, source: s
 
 
 def _off(target: PublishedTarget) -> list[float]:
-    """Return the relative errors of estimated ratios over plain decoding, of all targets if this one has no published
-    ratios."""
+    """Return the relative errors of our estimates of published speed-ups over plain decoding: this target's, or all
+    targets' if it has none."""
 
     def of(one: PublishedTarget) -> list[float]:
         tried = [ratio for ratio in one.ratios if ratio.using and ratio.using[1] != arms.NONE]
@@ -314,7 +314,7 @@ def _obstacles(shape: Shape, question: Question, replicas: int) -> Iterator[str]
 
 
 def _fitting(shape: Shape, question: Question, cards: int, layers: int = BLOCK_LAYERS + 1) -> int:
-    """Return how many requests' KV fits beside drafters of so many layers, which every card holds whole."""
+    """Return the number of requests whose KV fits beside drafters of `layers` layers, whole copies on each card."""
     always, experts = _split(shape)
     drafters = layers * cards / shape.layers
     room = USABLE * _gpu(question.gpu).memory * cards - experts - always * (1 + DRAFTER * drafters)
@@ -323,12 +323,12 @@ def _fitting(shape: Shape, question: Question, cards: int, layers: int = BLOCK_L
 
 
 def _slot(shape: Shape, cards: int, layers: int = BLOCK_LAYERS + 1) -> float:
-    """Return the bytes of a token's KV on all cards beside drafters of so many layers."""
+    """Return the bytes of a token's KV on all cards together, with that of drafters of `layers` layers."""
     return shape.kv * (1 + layers * cards / shape.layers)
 
 
 def _returns(shape: Shape, question: Question, cards: int, layers: int = BLOCK_LAYERS + 1) -> list[float]:
-    """Return the seconds that a returning agent takes of a server, for each of `PAYS`; nothing runs beside them."""
+    """Return the seconds that a server needs to bring back one returning agent's KV, for each of `PAYS`."""
     gpu, tokens = _gpu(question.gpu), question.context
     copied = tokens * _slot(shape, cards, layers) / (gpu.host * cards)
     operations = 2 * shape.active + 2 * shape.layers * shape.width * tokens  # half of the context is seen in the mean
@@ -350,7 +350,7 @@ def _split(shape: Shape) -> tuple[float, float]:
 
 
 def _card(shape: Shape, gpu: Gpu, cards: int, context: int = 0, requests: int = 1) -> Card:
-    """Return the prices of a target on so many cards. context: cached tokens per request, which drafters read, too."""
+    """Return the prices of a target on `cards` cards. context: cached tokens per request, which drafters read, too."""
     always, experts = _split(shape)
     layer = (EXPERTS_LAYER if shape.experts else LAYER) + (REDUCE if cards > 1 else 0.0)
     token = shape.kv / (gpu.bandwidth * cards)
@@ -431,7 +431,7 @@ def _fastest(target: PublishedTarget, gpu: Gpu, pair: PublishedPair, question: Q
 
 
 def _row(server: Server, pair: PublishedPair, question: Question, requests: int, block: str) -> Estimate:
-    """Estimate the rates of every way to serve a load."""
+    """Estimate the tokens per second of each way to serve a load. block: SGLang's algorithm for block drafters."""
     tools = max(question.tools, 1e-9)  # above 0, so that the host's time counts
     layers = {"EAGLE3": 1, block: BLOCK_LAYERS, OURS: BLOCK_LAYERS + 1}
     each = -(-requests // server.replicas)
@@ -480,7 +480,7 @@ def _row(server: Server, pair: PublishedPair, question: Question, requests: int,
 
 
 def _settings(target: PublishedTarget, question: Question, row: Estimate, by_arm: Mapping[str, Any]) -> Iterator[str]:
-    """Yield commands and advice. row: estimate of the last load. by_arm: the state of a server with the target."""
+    """Yield commands that serve and measure the choice, with advice. row: the last load's. by_arm: a server's state."""
     if FULL.keys() & by_arm.keys():
         yield "The server has drafters. `whiflash policy none --url URL` stops them while it serves, `auto` goes on."
         return

@@ -26,7 +26,7 @@ class Card:
     """Prices of a GPU in seconds. fixed: a forward of any size. row: one more row. token: one more token of context.
 
     chain: an EAGLE-3 step. block: a DFlash block, with the round's own work. experts: reading all experts. share: part
-    of the experts that one row uses, drawn by chance for each row. deep: one more row, per token of all contexts.
+    of the experts that one row uses, drawn by chance for each row. deep: one more row, for each token of all contexts.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Card:
         return self.verify(tokens, 0)
 
     def forward(self, tables: CostTables, rows: int, widths: Sequence[int], contexts: Sequence[int]) -> float:
-        """Return the seconds of a verification in a graph of so many rows. widths: rows of each request."""
+        """Return the seconds of a verification in a graph of `rows` rows. widths: rows of each request."""
         return tables.verifications.at(rows, sum(contexts))
 
     def drafting(self, tables: CostTables, arm: str, requests: int, drafts: int, caught_up: int) -> float:
-        """Return the seconds of an arm's pass for so many requests, after a catch-up of so many tokens."""
+        """Return the seconds of an arm's pass for `requests` requests, after a catch-up of `caught_up` tokens."""
         return tables.draft(arm, requests, drafts)
 
     def tables(self, rows: int, context: int, chain: int = DRAFTS[arms.AR]) -> CostTables:
@@ -77,7 +77,7 @@ class FittedCard:
     Args:
         recorded: prices of the start of that record. own_plain: whether rounds without drafts read the cache by the
             verification's kernel, as a server of 586c31c3 does, or by stock decoding's. issued: seconds in which the
-            host issues a lone verification, if prices hold them.
+            host issues a verification, which `tables` adds to prices; 0: it does not.
     """
 
     recorded: CostTables
@@ -106,7 +106,7 @@ class FittedCard:
         return 0.0
 
     def _read(self, widths: Sequence[int], contexts: Sequence[float]) -> float:
-        """Return the seconds to read contexts, by stock decoding (width 0) or in the tile that so many rows take."""
+        """Return the seconds to read all contexts, in the attention tile of each width; 0: by stock decoding."""
         each = (_TOKENS[bisect_left(_WIDTHS, width)] for width in widths)
         return self.LAYERS * 1e-9 * float(sum(map(mul, each, contexts)))
 
@@ -130,7 +130,7 @@ class FittedCard:
         return max(seconds, 0.2e-3) + self.recorded.catch(arm, min(caught_up, 768)) + self.DRAFTED
 
     def tables(self, rows: int, context: int, chain: int = 0) -> CostTables:
-        """Return the price tables that a start would measure, for as many requests as can have a full block's rows."""
+        """Return the price tables that a start would measure, with as many requests as full blocks fit `rows`."""
         most = rows // (KNOWN + 1)
         sizes = [n for n in (*self.recorded.verifications.at_short.sizes, 896, 1024, 1088) if n <= grid(rows)[-1]]
 

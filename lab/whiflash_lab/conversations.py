@@ -71,7 +71,7 @@ def conversation(
     """Return a conversation of these OpenAI messages, checked and normalised. where: file and place in it, for errors.
 
     Raises:
-        ConfigError: a message or a tool is not of OpenAI's form, holds what is not text, or all of it is too much.
+        ConfigError: a message or a tool is not of OpenAI's form, holds something else than text, or is too large.
     """
     if len(messages) > MAX_MESSAGES:
         raise ConfigError(f"{where}: {len(messages)} messages; at most {MAX_MESSAGES} are read")

@@ -316,8 +316,8 @@ def drafter_cause(
 ) -> Cause | None:
     """Find why the server's rounds accept other drafts than the bundle's replay; None: they accept the same.
 
-    answers, served: [rounds] number of the answer, accepted drafts. replay: returns accepted drafts under a fault,
-    (0, 0) for none.
+    answers, served: [rounds] number of the answer, accepted drafts. replay: returns the drafts that a faulty drafter
+    gets accepted, by the layers and the tokens by which its features are shifted. faults: shifts to try.
     """
 
     def moved(above: int, late: int) -> list[float]:

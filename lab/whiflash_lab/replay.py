@@ -173,7 +173,7 @@ class Walk:
         return best
 
     def _guess(self, request: Request, drafts: Candidate, written: Sequence[int], rest: Sequence[int]) -> None:
-        """Guess the rest of the open call, which the recorded `rest` begins with."""
+        """Store a guess at the rest of the open call, compared with the recorded tokens `rest`."""
         assert request.span is not None
         if not request.span.end:
             return

@@ -43,7 +43,7 @@ class ServerHostError(WhiflashError):
 
 
 class ServerHost(Closing):
-    """A process that has imported SGLang and forks servers, where none runs on an accelerator (`serves_here`).
+    """A process that has imported SGLang and forks servers on a CPU (`serves_here`).
 
     Leaving it, or the end of its owner, ends every server. Threads may fork at the same time.
 
@@ -162,7 +162,7 @@ def listens(pid: int, port: int) -> bool:
 
 
 def runs(pid: int) -> bool:
-    """Whether the process exists and has not ended; one that nobody has waited for yet has ended."""
+    """Whether the process exists and has not ended; a zombie counts as ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     return False

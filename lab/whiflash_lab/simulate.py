@@ -104,9 +104,9 @@ class SimulatedLoad(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Request:
-    """A simulated request. right: arm → number of right drafts from each position on, for `STRUCTURE` of known ones.
-    chances: arm → chance that a draft is right, by position. at: the next position. behind: tokens that each arm must
-    catch up with.
+    """A simulated request. right: arm → number of right drafts in a row from each position; `STRUCTURE`: of drafts that
+    the host knows to be right. chances: arm → chance that a draft is right, by position. at: the next position. behind:
+    tokens that each arm must catch up with.
     """
 
     row: int
@@ -124,12 +124,12 @@ class Request:
         return Forecast(1.0 + drafts, 1 + drafts)
 
     def alive(self, arm: str, worth: float, most: int) -> list[float]:
-        """Return the chances that drafts of `arm` are accepted: the first, and all that are `worth` their rows."""
+        """Return the chances that successive drafts of `arm` are accepted: the first, and those of at least `worth`."""
         alive = accumulate([self.chances[arm][self.at]] * most, mul) if most else ()
         return [each for place, each in enumerate(alive) if each >= worth or not place]
 
     def accepted(self, arm: str, drafts: int) -> int:
-        """Return the tokens that a round with so many drafts of an arm commits."""
+        """Return the number of tokens that a round with `drafts` drafts of `arm` commits."""
         right = self.right[arm][self.at] if drafts else 0
         return min(right, drafts, len(self.right[arms.STRUCTURE]) - self.at - 1) + 1
 
@@ -171,7 +171,7 @@ class Simulation:
         host: Host = FREE,
         measured: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        """host: the host's seconds; `FREE`: those that the load implies. measured: prior chances for `AutoPolicy`."""
+        """host: its seconds per round; `FREE`: the load decides. measured: prior chances for `AutoPolicy`."""
         self.card, self.load, self.method = card, load, method
         self.seed, self.pair, self.host = seed, pair, host
         largest = load.requests * (max(*pair.drafts.values(), KNOWN) + 1)
@@ -191,8 +191,8 @@ class Simulation:
         """Tokens and seconds of each round."""
 
     def run(self, rounds: int = 1 << 62) -> Result:
-        """Run until no new request follows an ended one, or for so many rounds. The first requests begin mid-answer, so
-        that the load is steady."""
+        """Run until no new request follows an ended one, or for `rounds` rounds. The first requests begin mid-answer,
+        so that the load is steady."""
         waiting = self.load.total or max(4 * self.load.requests, 100)
         while (waiting or not self.free) and len(self.trace) < rounds:
             begun = min(waiting, len(self.free))
@@ -289,8 +289,8 @@ class Simulation:
         self.result.rounds += 1
 
     def _waits(self, running: Sequence[Request], draft: float, verify: float) -> float:
-        """Return the seconds that the card waits for the host, which works beside it; under grammars it starts at the
-        drafts."""
+        """Return the seconds of a round in which the card waits for the host. The host works during the verification,
+        and during the draft pass unless a request has a grammar."""
         agents = sum(request.agent for request in running)
         usual = HOST_OF_GRAMMARS if agents else HOST if self.load.tools else FREE
         host = usual if self.host is FREE else self.host
@@ -299,7 +299,7 @@ class Simulation:
         return max(seconds + planning - verify - (0.0 if agents else draft), 0.0)
 
     def _routed(self, running: Sequence[Request]) -> list[tuple[str, str, int]]:
-        """Route by `auto`: return each request's pass, the arm of its verified drafts, and their number."""
+        """Route by `auto`: return each request's draft pass, the arm whose drafts are verified, and their number."""
         states = [self.controller.states[request.row] for request in running]
         forecasts = [
             dict.fromkeys(self.pair.drafts) | ({arms.STRUCTURE: request.known} if request.known.rows > 1 else {})
@@ -330,7 +330,7 @@ class Simulation:
 
 
 def _runs(right: NDArray[np.bool_]) -> list[int]:
-    """Return the length of the run of true values from each position on."""
+    """Return for each position the number of true values in a row from there on."""
     places = np.arange(len(right))
     wrong = np.where(right, len(right), places)
     runs: list[int] = (np.minimum.accumulate(wrong[::-1])[::-1] - places).tolist()

@@ -86,7 +86,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Widening:
-    """The construction for one small checkpoint. noise: generator on the device of the checkpoint's tensors."""
+    """Widens one small checkpoint's tensors to `shape`. noise: generator on the device of these tensors."""
 
     shape: Shape
     model: Model
@@ -127,7 +127,7 @@ class Widening:
         return torch.cat([weight] * self.shape.copies)
 
     def reads(self, weight: Tensor) -> Tensor:
-        """Return a weight's columns for the wide stream. It may read several streams side by side."""
+        """Widen a weight that reads one or more streams side by side: after each one's columns, noise that cancels."""
         parts: list[Tensor] = []
         pairs, odd = divmod(self.shape.copies - 1, 2)
         for part in weight.chunk(weight.shape[1] // self.hidden, dim=1):
@@ -139,10 +139,10 @@ class Widening:
         return torch.cat(parts, 1)
 
     def idle(self, count: int, size: int, inputs: Sequence[Tensor], output: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Draw `count` heads of `size` rows, or neurons of one, that add nothing: equal in pairs.
+        """Draw weights of `count` heads of `size` rows, or of neurons (size 1), in pairs whose outputs cancel.
 
-        Returns: their rows of each of `inputs`, and their columns of `output`, which are opposite in pairs. The last
-        of an odd count has zeros there.
+        Returns: further rows for each of `inputs`, equal in a pair, and further columns for `output`, opposite in a
+        pair. The last of an odd count has zeros in `output`.
         """
         pairs, odd = divmod(count, 2)
         rows = []
@@ -153,7 +153,7 @@ class Widening:
         return rows, torch.cat([columns, -columns, output.new_zeros(len(output), odd * size)], 1)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, kept: int) -> list[Tensor]:
-        """Return the four projections with more heads, before they read or write the wide stream.
+        """Return the projections q, k, v and o with more heads; `layer` then widens them to the stream.
 
         kept: KV heads that stay, with their query heads: all of the small model's, or none.
         """
@@ -173,7 +173,7 @@ class Widening:
         return [torch.cat(queries), k, v, torch.cat(outputs, 1)]
 
     def layer(self, prefix: str, *, empty: bool = False) -> Weights:
-        """Return a widened layer, its names without the prefix. empty: of heads and neurons that add nothing."""
+        """Return a widened layer's tensors, named without `prefix`. empty: all its heads and neurons add nothing."""
         small = self.model.within(prefix)
         kept = 0 if empty else self.model.config["num_key_value_heads"]
         q, k, v, o = (small.pop(name) for name in ATTENTION)
@@ -191,7 +191,7 @@ class Widening:
         return norms | dict(zip((*ATTENTION, *MLP), wide, strict=True))
 
     def ends(self) -> Weights:
-        """Return all tensors outside layers: embedding, head, norms, and what drafters have beside them."""
+        """Return all tensors outside layers: embedding, head, norms, a drafter's input projection."""
         layers = tuple(self.model.layers)
         found = {name: t for name, t in self.model.tensors.items() if not name.startswith(layers)}
         if "model.embed_tokens.weight" in found:
@@ -209,7 +209,7 @@ class Widening:
         return found
 
     def layers(self, count: int) -> Iterator[Weights]:
-        """Yield the wide layers by their names; those after the small model's last one are empty."""
+        """Yield the wide layers by their names; those after the small model's last one add nothing."""
         prefixes = self.model.layers
         for prefix in prefixes:
             yield {prefix + name: tensor for name, tensor in self.layer(prefix).items()}
@@ -219,7 +219,7 @@ class Widening:
             yield {prefix + name: tensor for name, tensor in self.layer(last, empty=True).items()}
 
     def write(self, out: Path, layers: int, **changes: Any) -> None:
-        """Write the checkpoint to a new directory, a file a layer. changes: of its configuration."""
+        """Write the checkpoint to a new directory, one file per layer. changes: fields of `config.json`."""
         out.mkdir(parents=True)
         index = dict[str, str]()
         for number, weights in enumerate(chain([self.ends()], self.layers(layers))):

@@ -118,7 +118,7 @@ class AskedServer:
         return self.found is not None and not self.needs_list(model)
 
     def needs_list(self, model: str | None) -> bool:
-        """Whether only the list of models shows if a request for this one is for the server that answered.
+        """Whether `/v1/models` must be read to know if requests for `model` reach the server that answered.
 
         SGLang answers to any name. A gateway with several models sends other names to other servers, which may refuse
         fields that they do not know, and need not read what an agent says about its work.
@@ -210,7 +210,7 @@ class AskedServer:
 
 
 def _wait(failures: int) -> float:
-    """Return the seconds to wait before asking again, after so many earlier failures."""
+    """Return the seconds to wait before asking again. failures: number of failures in a row before this one."""
     return float(min(FIRST_RETRY_SECONDS * 2 ** min(failures, 16), LONGEST_RETRY_SECONDS))
 
 

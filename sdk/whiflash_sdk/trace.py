@@ -117,7 +117,7 @@ def sum_known(values: Iterable[float | None]) -> float | None:
 
 
 class SourceTotals(BaseModel):
-    """Drafts that were taken from one source, whoever drafted beside it.
+    """Drafts that were taken from one source, in rounds of any drafter.
 
     proposed: draft tokens. accepted: accepted draft tokens.
     saved: estimate of the seconds saved: their rounds' share by accepted drafts.
@@ -276,7 +276,7 @@ def sent_traces(body: Any) -> list[Any]:
 
 
 def with_text(raw: Any, texts: Mapping[int | None, str]) -> Any:
-    """Add the text of its offsets to a full trace: the server leaves the text out if the response has it."""
+    """Add to a full trace the text in which its offsets count: the server leaves it out if the response has it."""
     if not isinstance(raw, dict) or raw.get("text") is not None or not _has_offsets(raw.get("stretches")):
         return raw
     text = texts.get(raw.get("choice", 0), texts.get(None))

@@ -49,8 +49,8 @@ class FeatureSlice:
 class Watermarks:
     """Lengths up to which each drafter's KV is valid, per request row.
 
-    `device` [arms, request rows] int64 is what holds: it moves with lengths that the device alone may know. The host
-    keeps lower bounds, which are exact as long as it knows every n, so that no ring overflows.
+    `device` [arms, request rows] int64 has the true values: it moves with lengths that only the device may know. The
+    host keeps lower bounds, which are exact as long as it knows every n, so that no ring overflows.
 
     Args:
         arms: names of the drafters that have KV.
@@ -120,13 +120,13 @@ class Watermarks:
         verifying: int | None = None,
     ) -> tuple[list[int], int]:
         """Choose the requests that `arm` has to catch up before this round. Returns their indices, and the most tokens
-        that they ingest together: exactly those if n is known. From now on it counts as done.
+        that they ingest together: exactly those if n is known. The host's watermarks advance here.
 
         Requests that chose the arm catch up to n. Another request catches up only if its ring could overflow after this
         round's verification commits up to `width` more tokens: its features are ingested, never dropped. If a pass runs
         for such requests only, those with half a ring join it, which spares them a pass of their own. Feature n-1 stays
-        parked through any flush. Rows of requests that have ended are passed over. All requests together have committed
-        no more beyond what the host knows than the rows that are being verified, `verifying`.
+        parked through any flush. Requests that have ended are skipped. verifying: rows that earlier rounds still
+        verify, which bounds the tokens that requests have committed without the host's knowledge.
         """
         behind = [high - self._lower[row][arm] if self.known(row) else 0 for row, high in zip(rows, most, strict=True)]
         lagging = [index for index, tokens in enumerate(behind) if tokens > 0]
@@ -181,7 +181,7 @@ class FeatureRows:
 
 
 def columns_of(columns: FeatureSlice | None) -> tuple[tuple[int, ...] | None, int]:
-    """Return a drafter's chunks of a captured row and their width, as kernels take them; (None, 0): the whole row."""
+    """Return the column groups that a drafter reads of a captured row, and their width; (None, 0): the whole row."""
     return (None, 0) if columns is None else (columns.chunks, columns.hidden)
 
 

@@ -31,8 +31,8 @@ class Penalties(NamedTuple):
 class PenaltyRows:
     """The `Penalties` of each row's request.
 
-    few: `PenaltyTable` of all rows with the first `places` places, always at the same address. data: with all places
-    that were needed; the same tensors until there are more than `places`.
+    few: `PenaltyTable` of all rows with room for `places` biases, always at the same address. data: the same, with room
+    for as many biases as were needed; it is `few` until these are more than `places`.
     """
 
     def __init__(self, rows: int, vocabulary: int, places: int, device: torch.device | str) -> None:
@@ -82,7 +82,7 @@ class PenaltyRows:
         return any(self._taken.get(row) for row in rows)
 
     def exceed_few(self, rows: Iterable[int]) -> bool:
-        """Whether a request in one of `rows` has a place that `few` has not; before the table grows none has."""
+        """Whether a request in one of `rows` has a bias in a place that `few` does not have."""
         few, grown = len(self.few.bias), self.data is not self.few
         return grown and any(place >= few for row in rows for place in self._taken.get(row, ()))
 

@@ -143,7 +143,7 @@ class Structure(Strict):
 
 
 class Acceptance(Strict):
-    """Acceptance of a drafter as it was measured: tokens of a round, bonus token included, that drafts so many.
+    """Measured acceptance of a drafter. length: tokens per round, bonus token included. drafts: of each round.
 
     prompts: on which it was measured.
     """

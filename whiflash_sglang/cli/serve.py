@@ -39,7 +39,7 @@ def server_arguments(arguments: list[str]) -> list[str]:
 
 
 def server_environment(arguments: list[str]) -> dict[str, str]:
-    """Environment variables to set unless the user has: the embedded target needs a grammar for valid arguments."""
+    """Return variables to set unless the user has: the embedded target needs a grammar for valid tool arguments."""
     return STRICT_TOOLS if ServeLine.read(arguments).is_embedded else {}
 
 

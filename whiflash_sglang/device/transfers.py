@@ -89,7 +89,7 @@ def sent(values: Ints, device: torch.device) -> torch.Tensor:
 
 
 def masks_of_places(rows: int, words: int) -> int:
-    """Number of masks, of `words` int32 each, whose space holds `mask_places` for so many rows."""
+    """Return the number of masks of `words` int32 each that take as much memory as `mask_places` of `rows` rows."""
     return -(-2 * rows // words)
 
 

@@ -44,9 +44,9 @@ PLAIN = Forecast(1.0, 1)
 class Candidate(NamedTuple):
     """Tokens that may follow a request's text. alive: for each token, the chance that it and all before it are
     accepted; never increasing. parts: sources of the tokens. at: position of the first token, if the text was known up
-    to it. matched, agreements: for a copy only, how many tokens before it match, and how the places judge each of its
-    tokens. under_way: rows that earlier rounds are expected to verify: only the tokens after those must be worth a row.
-    """
+    to it. matched, agreements: for a copy only, how many tokens before it match, and by token how far the matching
+    places agree on it. under_way: rows that earlier rounds are expected to verify: only the tokens after those must be
+    worth a row."""
 
     tokens: Sequence[int] = ()
     alive: Sequence[float] = ()
@@ -77,8 +77,8 @@ class Candidate(NamedTuple):
         return Candidate(tokens, alive, parts, self.at, under_way=self.under_way)
 
     def least_chance(self, price: float, passed: int) -> float:
-        """Return the value of `alive` below which a token's row costs more than it brings. price: of a row, in tokens,
-        paid once the first `passed` tokens are committed."""
+        """Return the value of `alive` below which a token's row costs more than it brings. price: tokens that a row
+        must bring if the first `passed` tokens are committed."""
         return price * self.alive[passed - 1] if 0 < passed <= len(self.alive) else price
 
     def valid(self, vocabulary: int) -> "Candidate":

@@ -11,7 +11,7 @@ from whiflash_sglang.engine.supported import has
 
 
 def _read(table: str) -> Mapping[str, tuple[str, ...]]:
-    """Return parameters by name, without the names and whole modules that the installed release does not have.
+    """Parse `names.txt` into name → parameters, without names and modules that the installed release does not have.
 
     A name whose parameters need more than one line has several lines. A comment gives the release that brought a name.
     A name that only an older release has cannot change any more, so the table leaves it out.

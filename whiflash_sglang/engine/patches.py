@@ -66,8 +66,8 @@ def _trees() -> Iterator[tuple[str, ast.Module]]:
 
 
 def missing() -> list[Finding]:
-    """Import all modules of our rooms that patch SGLang, and those that other distributions name (`BESIDE`), so
-    that the table has all their patches. Returns a finding for each module that cannot be imported."""
+    """Import all our modules that patch SGLang (`ROOMS`), and those that other distributions name (`BESIDE`), so that
+    the table has all their patches. Returns a finding for each module that cannot be imported."""
     found = []
     ours = [module.name for room in ROOMS for module in walk_packages([str(room)], f"{PACKAGE}.{room.name}.")]
     for name in (*ours, *(one.value for one in entry_points(group=BESIDE))):

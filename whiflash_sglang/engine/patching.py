@@ -132,7 +132,7 @@ def install(*modules: ModuleType) -> None:
 
 def replace(path: str, made: Callable[[Any], Any], *, everywhere: bool = False) -> None:
     """Replace the value of a name by `made(value)`, once in a process. The value is None if the name does not exist.
-    Arguments: as of `Patch`."""
+    Arguments: as in `Patch`."""
     if path in _replaced:
         return
     owner, attribute = owner_of(path)

@@ -29,8 +29,8 @@ CHILD_ENVIRONMENT = {
 
 
 def serves_here() -> bool:
-    """Whether SGLang itself has nothing to run on here: no accelerator that torch knows, and no CPU engine of SGLang
-    (``SGLANG_USE_CPU_ENGINE=1``). ``SGLANG_PLATFORM`` overrides the engine.
+    """Whether our CPU platform serves here: torch knows no accelerator, and SGLang's own CPU engine is not chosen by
+    ``SGLANG_USE_CPU_ENGINE=1``, or ``SGLANG_PLATFORM`` names ours all the same.
     """
     import torch
 

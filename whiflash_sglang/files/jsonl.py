@@ -84,7 +84,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_output(file: Path, text: str) -> None:
-    """Write to a path that a user gave: a file, or a link's target, atomically; a device or pipe directly. OSError."""
+    """Write to a path that a user gave: a file, or a link's target, atomically; a pipe directly. Raises OSError."""
     if file.exists() and not file.is_file():
         file.write_text(text, encoding="utf-8")
     else:

@@ -59,7 +59,7 @@ def _add_flags(original: Any, parser: argparse.ArgumentParser) -> None:
     until="SGLang asks an algorithm for its flags",
 )
 def _read_flags(original: Any, cls: Any, args: argparse.Namespace) -> Any:
-    """Read our flags if the launch asks for WHIFLASH."""
+    """Read our flags if `--speculative-algorithm` is WHIFLASH."""
     server_args = original(cls, args)
     try:
         if attach(server_args, {field: getattr(args, _dest(field), None) for field in Flags.model_fields}):

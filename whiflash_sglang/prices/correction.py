@@ -19,7 +19,7 @@ MEMORY = 200.0
 
 
 def median(values: Sequence[float]) -> float:
-    """Return the median, the lower one of two: too slow is the more likely error. values: at least one."""
+    """Return the median, of two the lower one, since outliers are mostly too slow. values: at least one."""
     return sorted(values)[(len(values) - 1) // 2]
 
 

@@ -140,7 +140,7 @@ class Costs:
         return max(work, self._host) if self._overlaps else work + self._gap
 
     def plain(self, requests: int) -> float | None:
-        """Return the seconds of a round of so many requests without drafts, or None while that would be a guess.
+        """Return the seconds of a round of `requests` requests without drafts; None until enough rounds were timed.
 
         Every gain that is shown or counted is relative to this price.
         """
@@ -148,7 +148,7 @@ class Costs:
         return self.lasts(self.verify(requests, requests)) if known else None
 
     def plain_price(self) -> dict[str, int]:
-        """Return how far the price of plain decoding is known, for people: `rounds` of `needed` ones."""
+        """Return the `rounds` seen, of those `needed` before the price of plain decoding is known; for display."""
         return {"rounds": min(self._rounds, PLAIN_ROUNDS), "needed": PLAIN_ROUNDS}
 
     def set_contexts(self, contexts: Sequence[int]) -> None:
@@ -204,12 +204,12 @@ class Costs:
         return self.correction.factor * (self._pass(arm, requests, drafts) + catch_up)
 
     def verify(self, rows: float, requests: int) -> float:
-        """Return the seconds of one target forward over `rows` packed rows, with the loss of drafts left out."""
+        """Return the seconds of a target forward over `rows` packed rows, plus the loss assumed for drafts left out."""
         return self.correction.factor * self._filled(requests, rows)[1]
 
     def packed(self, requests: int, drafts: int, drawn: float = math.inf) -> int:
-        """Return the drafts that a round of so many requests verifies. drafts: those that are worth a row. drawn: those
-        that passes make at most.
+        """Return the number of drafts that a round of `requests` requests verifies. drafts: number that is worth its
+        rows. drawn: largest number that passes make.
         """
         return self._filled(requests, requests + drafts, requests + drawn)[0] - requests if drafts else 0
 
@@ -243,17 +243,17 @@ class Costs:
         return prices
 
     def _pass(self, arm: str, requests: int, drafts: int = 0) -> float:
-        """Return the uncorrected seconds of a pass, by default of the present limit."""
+        """Return the uncorrected seconds of a pass of `drafts` drafts; 0: of the present limit."""
         return self.tables.draft(arm, requests, drafts or self._limits.get(arm, 0))
 
     def _filled(self, requests: int, rows: float, most: float = math.inf) -> tuple[int, float]:
-        """Return the size of the cheapest verification graph for `rows` rows, and its uncorrected seconds: plus the
-        loss assumed for drafts left out, less the worth assumed for drafts that fill it. most: rows that can be filled.
+        """Return the rows of the cheapest verification graph for `rows` rows, and its uncorrected seconds plus the loss
+        assumed for drafts left out, less the worth of drafts that fill it. most: rows that can be filled.
 
         If `rows` exceed a graph's size by a few, the smaller graph is used if that costs less than the larger graph.
         The drafts left out are the least likely: each counts as `LEFT_OUT` prices of a row, or as the geometric mean of
         that price and what a draft usually brings if that is more, since rows may be nearly free. A larger graph is
-        used if its further rows cost less than the drafts that were not worth a row bring there, each `FILLED` prices.
+        used if its further rows cost less than the drafts that fill them bring, each `FILLED` prices of a row.
         """
         verify, sizes = self.tables.verify, self.tables.verifications.at_short.sizes
         place, best = bisect_left(sizes, rows), (math.ceil(rows), verify(rows, requests, self._context))

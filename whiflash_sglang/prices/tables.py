@@ -137,7 +137,7 @@ class CostTables:
         return self.verifications.at_short.steps
 
     def verify(self, rows: float, requests: int, context: float) -> float:
-        """Return the seconds of a verification of so many rows, for requests with `context` tokens in all."""
+        """Return the seconds of a verification of `rows` rows, for requests with `context` tokens in all."""
         if self.plain is not None and rows <= requests:
             return self.plain.at(rows, context)
         return self._by_width(rows, requests, lambda prices: prices.at(rows, context))
@@ -161,5 +161,5 @@ class CostTables:
         return self.shorter.get(arm, {}).get(length, self.drafts[arm]).at(requests)
 
     def catch(self, arm: str, tokens: float) -> float:
-        """Return the seconds in which `arm` ingests so many tokens; 0 for an arm without KV."""
+        """Return the seconds in which `arm` ingests `tokens` tokens; 0 for an arm without KV."""
         return self.catch_up[arm].at(tokens) if tokens and arm in self.catch_up else 0.0

@@ -295,7 +295,7 @@ the likeliest tokens at each position, and ids of further tokens.
 
 
 class Rated(NamedTuple):
-    """The requests of a round whose log-probabilities are wanted, and the same on the device.
+    """The requests of a round that asked for log-probabilities, with the ids that they name on the device.
 
     ids: [A, 1 + I] int64, each request's index and ids, padded with 0. likeliest: at least the largest number of
     likeliest tokens. captured: whether a second graph rates them.
@@ -317,7 +317,7 @@ class Verified(NamedTuple):
     token at every row; None before sampling, and if the forward's graph has already `committed`. Then `committed` and
     `signals` (`SignalReader.read`) are valid until the graph's next replay. forward: SGLang's own result, from which
     the scheduler's is made. graph: the captured graph that was replayed, by runner, rows and whether each request has
-    one row; None if the forward was eager. rated: None if nobody asks for log-probabilities. masks: as in
+    one row; None if the forward was eager. rated: None if no request asks for log-probabilities. masks: as in
     `sample_rows`; None if the rows have none, or their logits are masked already.
     """
 

@@ -15,7 +15,7 @@ class Decision:
     """The routing decision for one round of a request, kept while later rounds change the request's `Signals`.
 
     It was made from entropy, span, expected, predicted, tried, recent and adapter, as in `Signals`; tried and recent
-    are not copied, so they go on changing.
+    are not copied, so they change later.
 
     reason: why it was routed as it was (`apply_hints`). only: the one draft source whose candidates may be verified, or
         `none`; None: all. promised: whether a round without a pass is expected to verify a candidate. keeps: the choice
@@ -39,9 +39,9 @@ class Decision:
     def free(self) -> bool:
         """Whether the request's caller left this round to the policy: nothing is off, pinned or biased.
 
-        Only such a round may be a probe, and only such a round is evidence for other requests: what its caller ordered
-        was drafted where no policy would have, and as often as its caller likes. A preference is no order: it counts
-        for one round.
+        Only such a round may be a probe, and only such a round is evidence for other requests: a caller may order
+        drafts where no policy would make them, and as often as it likes. A preference is no order: it counts for one
+        round.
         """
         return self.reason not in ("pin", "off") and not (self.span and any(self.span.bias.values()))
 

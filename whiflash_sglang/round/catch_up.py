@@ -62,12 +62,12 @@ class DraftSync:
         """By request row, the most tokens that the round before the newest one committed."""
 
     def bytes_for(self, rows: int) -> int:
-        """Return the bytes that `allocate` takes for so many request rows."""
+        """Return the bytes that `allocate` takes for `rows` request rows."""
         rings = FeatureRings.bytes_for(rows, self._capacity, self._width, self._dtype)
         return rings + rows * len(self.arms) * torch.int64.itemsize
 
     def captured_bytes(self, requests: int) -> int:
-        """Return the bytes of the inputs that captured catch-ups and draft passes of so many requests read."""
+        """Return the bytes of the inputs that captured catch-ups and draft passes of `requests` requests read."""
         tails = sum(drafter.tail_width for drafter in self._drafters.values())
         # Four numbers for a draft pass, the request row for a catch-up, and each arm's begin and end there.
         numbers = 5 + 2 * len(self.arms)
@@ -251,7 +251,7 @@ class DraftSync:
         return {*self.watermarks.rows, *self._tailless, *self._routed, *self._last, *left}
 
     def capture(self, recorder: Recorder, requests: int, rows: int) -> None:
-        """Capture each arm's catch-up for up to so many requests with up to `rows` rows in all.
+        """Capture each arm's catch-up for up to `requests` requests with up to `rows` rows in all.
 
         Raises ConfigError if they cannot be captured.
         """
@@ -279,7 +279,7 @@ class DraftSync:
         return partial(self._issue, arm, claims, tokens)
 
     def _place(self, requests: int) -> Claims | None:
-        """Return the claims that captured catch-ups read, or None if nothing is captured for so many requests."""
+        """Return the tensors that captured catch-ups read; None if `requests` requests are more than captured ones."""
         return self._claims if self._claims and requests <= len(self._claims.request_slots) else None
 
     def _ingest(self, arm: str, claims: Claims, most: int) -> None:

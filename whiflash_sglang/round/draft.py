@@ -38,7 +38,7 @@ class DraftStage:
     rows_for: Callable[[int, int], int | None]
 
     def capture(self, recorder: Recorder | None, requests: int) -> None:
-        """Capture the passes of all arms for batches of up to so many requests; without a recorder they run eagerly.
+        """Capture the passes of all arms for batches of up to `requests` requests; without a recorder they run eagerly.
 
         The kernels between the passes are compiled in both cases.
 
@@ -136,8 +136,8 @@ class DraftStage:
     def _room(self, plan: Plan, size: int) -> tuple[int, bool]:
         """Return the most drafts that a round of `size` requests verifies, and whether a graph verifies them.
 
-        With a graph these are as many as fill the one that holds the usual number. Otherwise they are all, since the
-        host then counts the rows.
+        With a graph these are as many as fill the graph that `Plan.usual_drafts` needs. Otherwise they are all drafts
+        that the limits allow, since the host then counts the rows.
         """
         most = min(sum(plan.limits.drafts), MOST_DRAFTS)
         usual = min(plan.usual_drafts, most)
@@ -148,7 +148,7 @@ class DraftStage:
         return rows - size if usual else 0, True
 
     def _copies(self, turn: Round, drafts: Drafts | None = None) -> Drafts | None:
-        """Return the device's copies of what follows every request's text, or its `drafts`; None if no arm copies."""
+        """Return the drafts that the device copies after each request's text or `drafts`; None if no arm copies."""
         for arm, drafter in self.sources.on_device.items():
             if arm in turn.calibration and arm not in self.quarantine:  # the plan's, on which all ranks agree
                 with self.quarantine.guard(arm):
@@ -184,7 +184,7 @@ class DraftStage:
         )
 
     def _whole_batch(self, turn: Round, arm: str, behind: bool) -> DraftBatch:
-        """Return the inputs of an arm that copies for all requests. behind: it copies after their drafts."""
+        """Return the inputs of an arm that copies for all requests. behind: whether it copies after drafts."""
         limits = turn.limits
         return DraftBatch(
             turn.rows,

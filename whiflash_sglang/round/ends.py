@@ -33,11 +33,11 @@ Kind = tuple[bool, bool, bool]
 
 
 class GraphEnds:
-    """Captures ends of the target's graphs and second graphs, and replays these.
+    """Captures how the target's graphs commit their rows, and the second graphs; replays the latter.
 
     Args:
         widest: most rows of a request. needs: returns the signals that the policy reads now; a graph computes those
-            that were read when it was captured, and further ones are computed behind it.
+            that were read when it was captured; others are computed after it.
     """
 
     def __init__(
@@ -52,20 +52,20 @@ class GraphEnds:
 
     @staticmethod
     def bytes_for(widest: int) -> int:
-        """Return the bytes of results per request of a graph and its second ones; it has no more requests than rows."""
+        """Return the bytes that a graph and its second graphs keep for a request's results, or at most for a row."""
         committed = (widest + 3) * torch.int64.itemsize + torch.int32.itemsize
         return 6 * (committed + (1 + 3) * torch.float32.itemsize)  # an entropy and a router's three outputs
 
     @staticmethod
     def second_bytes(rows: int, widest: int, vocabulary: int) -> int:
-        """Return the bytes that second graphs of up to so many rows need: masks of all rows, and what rates FEW_RATED
-        requests of up to `widest` rows each.
+        """Return the bytes that second graphs of up to `rows` rows need: masks of all rows, and log-probabilities of
+        FEW_RATED requests with up to `widest` rows each.
         """
         masks, words = _masks_of(rows, vocabulary)
         return masks * words * torch.int32.itemsize + FEW_RATED * widest * vocabulary * RATED_BYTES
 
     def capture(self, graph: Graph, of_graph: Callable[[], Verified]) -> None:
-        """Capture a graph's sampling, acceptance and parking with it. Its padding requests have request row 0."""
+        """Capture sampling, acceptance and parking at the end of a graph. Its padding requests have request row 0."""
         self._seconds.clear()  # they were captured for other graphs
         rows = of_graph()
         rows = rows._replace(request_rows=rows.request_rows * self._commits)
@@ -111,7 +111,7 @@ class GraphEnds:
         return committed, self._signals.read(rows, committed, needs)
 
     def rated(self, requests: RatesAsked) -> Rated:
-        """Send the device the ids and counts that requests ask for, into second graphs' tensor if they fit."""
+        """Upload the token ids and counts of requests for log-probabilities, for second graphs if they fit there."""
         most, names = (max(column) for column in zip(*((n, len(ids)) for n, ids in requests.values()), strict=True))
         few = bool(self._seconds) and len(requests) <= FEW_RATED and max(most, names) <= FEW_BESIDE
         if few and requests == self._rated.requests:
@@ -126,7 +126,7 @@ class GraphEnds:
         return self._rated
 
     def let_commit(self, may: bool) -> None:
-        """Set on the device whether the verification's graph that is replayed next commits."""
+        """Write to the device whether the next replay of a verification graph also commits its rows."""
         if may != self._committing and self._graphs:
             self._commits.fill_(may)
             self._committing = may
@@ -159,6 +159,6 @@ def _committed(rows: Verified, requests: int, outcome: Outcome) -> Verified:
 
 
 def _masks_of(rows: int, vocabulary: int) -> tuple[int, int]:
-    """Return the shape of the masks of `rows` rows with their places, as `Masks.packed` has it at most."""
+    """Return the largest shape of `Masks.packed` for `rows` rows: masks, their places included, and words of a mask."""
     words = -(-vocabulary // 32)
     return masks_of_places(rows, words) + 1 + rows, words

@@ -47,7 +47,7 @@ class Epilogue:
         """Accept drafts and write the committed tokens to the text, unless a graph has done so.
 
         Args:
-            stride: most rows of a request, the columns of `Committed.tokens`. A graph's result has its own number.
+            stride: most rows of a request, the columns of `Committed.tokens`; a graph keeps its own.
         """
         if rows.committed is not None:
             return rows.committed

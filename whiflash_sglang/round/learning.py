@@ -171,7 +171,7 @@ class Learner:
 
 
 def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float, float] | None:
-    """Return the seconds of a round with these routes that verifies `rows` rows, and the seconds of a round of as many
+    """Return the seconds of a round with these routes that verifies `rows` rows, and those of a round of the same
     requests without drafts; None while the latter price is unknown.
     """
     if (plain := costs.plain(len(routes))) is None:

@@ -13,7 +13,7 @@ RATED_ROWS, RATED_BYTES = 128, 10
 
 
 class SignalReader:
-    """Computes what the host learns of a round beside its tokens, in a verification's graph or behind it.
+    """Computes the signals and log-probabilities of a round for the host, in a verification's graph or after it.
 
     Args:
         router: the bundle's router, None if no policy may need one. sampling: `SamplingRows.data`. scales: whether
@@ -26,8 +26,8 @@ class SignalReader:
     def read(self, rows: Verified, committed: Committed, needs: Collection[str]) -> dict[str, torch.Tensor]:
         """Return the signals that a policy `needs`, at the last committed row of each request, and log-probabilities.
 
-        `entropy` [B] of the target's distribution; `outputs` [B, K] of the router. `rates` as of `_rates`, if requests
-        asked. Those that a graph has computed are taken from `rows.signals`.
+        `entropy` [B] of the target's distribution; `outputs` [B, K] of the router. `rates` as in `_rates`, if requests
+        asked. Signals that a graph has computed are taken from `rows.signals`.
         """
         readers = {"entropy": self._entropy, "outputs": self._outputs, "rates": self._rates}
         wanted = "entropy" in needs, "delta" in needs, rows.rated is not None

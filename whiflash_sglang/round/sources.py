@@ -19,14 +19,14 @@ class DraftSources:
     """Asks a worker's text drafters for candidates, and has them extend the drafts of others.
 
     Args:
-        vocabulary: number of ids that the target has. spending: the seconds that requests spend on grammars, charged
-            when a drafter that forbids drafts proposes.
+        vocabulary: number of ids that the target has. spending: counts the seconds that requests spend on grammars,
+            those in which a drafter that `forbids` proposes.
 
     Attributes:
         of_text: all text drafters, by arm. on_device: those for which the device drafts too. proposing: those that
-            draft by `propose`, `on_device` first, as `choose_drafts` expects. proposers: arm by `Chosen.source`, except
-            0; the last, at -1, is the device's. widest: most drafts of a round. width: most tokens of a candidate: two
-            rounds of drafts, since the host may know texts a round late.
+            draft by `propose`, `on_device` first, as `choose_drafts` expects. proposers: arm by `Chosen.source`, from 1
+            on; -1 is the arm for which the device copies. widest: most drafts of a round. width: most tokens of a
+            candidate: two rounds of drafts, since the host may know texts a round late.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class DraftSources:
         return arm in self.on_device and all(part.source == CONTEXT for part in candidate.parts)
 
     def extended(self, turn: Round, index: int, first: str, drafts: Candidate, room: int) -> Candidate:
-        """Return a request's candidate as other text drafters extend it, such as a copy that continues forced text. A
-        drafter may cut drafts that it forbids. It ends with the first token that ends the request.
+        """Return a request's candidate extended by other text drafters, such as forced text by a copy. A drafter may
+        also cut drafts that it forbids. The result ends with the first token that ends the request.
 
         An arm is not asked to extend its own tokens, nor asked again about drafts that have not changed since.
 

@@ -95,14 +95,14 @@ class Controller:
         return free
 
     def _unlimited(self, arm: str, length: int, limit: int) -> float:
-        """Return the tokens that a round would be expected to commit with a pass of full length: if all drafts of a
-        limited pass were accepted, the mean of further accepted drafts is added.
+        """Estimate the tokens that a round would have committed with a pass of full length: if all drafts of a limited
+        pass were accepted, the mean of further accepted drafts is added.
         """
         most = self.costs.lengths(arm)[-1]
         return length + (self.policy.accepted(arm, most, limit) if 0 < length - 1 == limit < most else 0.0)
 
     def wanted(self, request: Request, decision: Decision, priced_as: str, drafts: int) -> None:
-        """Learn a round's number of drafts before any were left out. A filled limited pass counts as a full one."""
+        """Learn how many drafts a round had before some were left out. A full limited pass counts as unlimited."""
         most = self.costs.lengths(priced_as)[-1]
         drafts = most if 0 < drafts == decision.limit < most else drafts
         self.costs.wanted(priced_as, drafts, request.wanted[priced_as])
@@ -172,7 +172,7 @@ def _of_passes(scores: Scores, expected: Mapping[str, Forecast], *, priced: bool
 
 
 def _usable(policy: Policy, decision: Decision, chosen: str, source: str) -> str | None:
-    """Return `Decision.only` of the round. source: the best source without a pass (`_of_passes`), or `none`."""
+    """Return the one source whose candidates may be verified, `none`, or None for all. source: see `_of_passes`."""
     if policy.joins_arms and decision.reason != "pin":
         # The device knows newer text than the host, so it weighs candidates again if rows have a price.
         weighed = policy.prices_batches and decision.free
@@ -192,8 +192,8 @@ def _ordered(
 ) -> Scores:
     """Choose the arm of a request whose caller set a bias, and return it with its score without the bias.
 
-    The bias decides within the request only. If it counted in the batch, sixteen tokens a round that nobody gets would
-    make other requests' drafts look expensive.
+    The bias decides within the request only. If it counted in the batch, up to sixteen tokens that are never emitted
+    would make other requests' drafts look expensive.
     """
     ((arm,), _) = assign([scores], costs, [kept], MARGIN, [promised], accepted)
     drafting, span = source if arm == arms.PROMISED else arm, decision.span

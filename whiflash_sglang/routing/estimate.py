@@ -113,8 +113,8 @@ class _Shown:
     """Means over the rounds of one arm.
 
     lengths, by_place: acceptance lengths, in all contexts and by context. accepted, predicted: accepted drafts, and
-    drafts that the router predicted. agreed, squares: regression of how far a round was off the shared estimate on how
-    far the request's own rounds would move that estimate: means of the product, and of the latter squared.
+    drafts that the router predicted. agreed, squares: means of x · y and of x², for a regression; x is how far the
+    request's own rounds would move the shared estimate, y how far the round was off it.
     """
 
     lengths: Mean = field(default_factory=Mean)
@@ -208,7 +208,7 @@ class AcceptanceEstimator:
         return believed
 
     def _level(self, arm: str) -> float:
-        """Return accepted over predicted drafts: a router predicts full passes, of text like that of its training."""
+        """Return accepted over predicted drafts, which scales predictions: the router saw full passes on other text."""
         shown = self._shown[arm]
         prior = LEVEL_PRIOR * (self._base._level(arm) if self._base else 1.0)
         return min((shown.accepted.total + prior) / (shown.predicted.total + LEVEL_PRIOR), LEVEL_LIMIT)

@@ -46,14 +46,14 @@ class Probes:
     """Chooses requests that try an unused arm for one round, since its acceptance or price may have changed.
 
     A probe routes these requests to the arm for one round, as a pin would; the other requests of the batch are priced
-    as usual. In the next round the margin against switching favours no arm of theirs.
+    as usual. In the next round these requests switch without the margin.
 
     Between two probes of an arm at least `_patience` rounds of the batch pass, for the adapter that has seen the arm
     least: a probe costs the batch a pass, whichever adapter learns from it. It is made by requests that
 
     - are free: a caller's pin, bias or `off` leaves nothing to try, and its rounds are no evidence for others
       (`Decision.free`);
-    - may draft with the arm, and were not routed to it for as many rounds of their own.
+    - may draft with the arm, and were not routed to it for `_patience` rounds of their own.
 
     Half of them probe together, `MOST_TOGETHER` at most: first those of adapters that have seen the arm least, then
     those that have gone without it longest. A draft pass takes hardly longer for several requests, and one round says

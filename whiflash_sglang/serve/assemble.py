@@ -59,7 +59,7 @@ from whiflash_sglang.telemetry.samples import Spool
 def build_drafters(settings: Settings, target: Target, spending: Spending, *, late: bool) -> dict[str, Drafter]:
     """Load the drafters' checkpoints, which were checked against the target when the arguments were read.
 
-    late: as of `LookupArm`.
+    late: as in `LookupArm`.
 
     The order of arms matters: tokens that a grammar forces come before copies, since they are surer. Without a
     tokenizer there are no grammars, and text is copied unchanged.
@@ -218,7 +218,7 @@ class Parts(Observed, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """The stages of a worker's rounds, and the lifecycle of its requests. forcing: as of `build_forcing`."""
+    """The stages of a worker's rounds, and the lifecycle of its requests. forcing: as in `build_forcing`."""
 
     forcing: Forcing | None
     lifecycle: Lifecycle

@@ -66,7 +66,7 @@ class Lifecycle:
         it is no sample, since a turn did not consent or text was forgotten since its first turn arrived."""
 
     def arrived(self, req: Any) -> None:
-        """Note the consent of a request that arrives: its text may be forgotten while it waits to begin."""
+        """Note whether a request may be learned from. Its tenant may have it forgotten while it waits to begin."""
         if self._spool is not None:
             whole = req.session or req
             known, handles = self._handles.get(whole, ()), _handles_of(req)
@@ -118,8 +118,8 @@ class Lifecycle:
             self._forcing.begin(upload, row, req)
 
     def forget_text(self, handle: int | None) -> None:
-        """Drop samples of the tenant with this handle, or of all (None), and what drafters learned or cached of
-        anybody's text. Requests that have begun leave no sample.
+        """Drop samples of the tenant with this handle, or of all (None), and all that drafters learned or cached of
+        text. Requests that have begun leave no sample.
         """
         for whole in list(self._handles):
             self._handles[whole] = None

@@ -47,7 +47,7 @@ class VerifyStage:
     """Runs the target over a round's drafts and samples its own token at every row.
 
     Args:
-        ends: commit rows in graphs where they may. forcing: replaces sampled tokens; None where no text is forced.
+        ends: commits rows in graphs. forcing: replaces sampled tokens; None where no text is forced.
         spending: time spent on grammars.
     """
 
@@ -102,7 +102,7 @@ class VerifyStage:
         return plan._replace(place=Place.SECOND_GRAPH if any(plan.kind) else Place.GRAPH)
 
     def _behind_graph(self, batch: Any, rows: Verified, block: MixedBlock, plan: CommitPlan) -> Verified:
-        """Sample rows eagerly: the stages commit and park do the rest."""
+        """Sample rows eagerly after the graph; the stages commit and park then run eagerly too."""
         info = batch.sampling_info
         if self._checks:
             sampling.check_numbers(rows.logits)

@@ -101,7 +101,7 @@ class Settings(Strict):
 
     drafters: arm → directory of its checkpoint, of `arms.PAIR` and in its order. uno: directory of the adapter that the
     target drafts under. checksums: SHA-256 by file, as the bundle lists them. target: the model that the bundle names,
-    empty without one. quantised: arms in fp8. measured: arm → chances by place that its drafts are right, from the
+    empty without one. quantised: arms in fp8. measured: arm → chance by place in a pass that a draft is right, from the
     bundle.
     """
 

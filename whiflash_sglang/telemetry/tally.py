@@ -118,7 +118,7 @@ class Tally:
         }
 
     def ended(self, request: dict[str, ArmCounts], cached: Mapping[str, int] | None = None) -> None:
-        """Count a request that ended or was retracted. request: its counts. cached: its prompt's, if it ended."""
+        """Count a request that ended or was retracted. request: its counts. cached: tokens by place, if it ended."""
         for place, tokens in (cached or {}).items():
             self.cached[place] += tokens
         loaded = cached and ("host" in cached or "storage" in cached)

@@ -71,8 +71,8 @@ def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDL
     """Load the library of one C++ source, and compile it into `directory` unless it is there already.
 
     The library's name depends on source, compiler, compiler version, flags and processor, so machines may share the
-    directory. The library is written beside and renamed, so processes may start together. It ends with a digest of
-    itself, so a library that a failing machine left is compiled again. Compiling takes some seconds.
+    directory. The library is written under another name and renamed, so processes may start together. It ends with a
+    digest of itself, so a library that a failing machine left is compiled again. Compiling takes some seconds.
 
     A library is code, so nobody else may be able to put one there: see `_own_directory`.
 

@@ -18,7 +18,7 @@ _SOURCE = Path(__file__).with_name("copies.cpp")
 
 
 class CompiledCopies:
-    """Calls the compiled search. A process has one for each directory (`compiled_copies`). One thread may `copy`."""
+    """Calls the compiled search. A process has one for each directory (`compiled_copies`). `copy` is for one thread."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         types: tuple[Any, ...] = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -43,7 +43,7 @@ class CompiledCopies:
         self._results = [each.buffer_info()[0] for each in results]
 
     def link(self, text: "array[int]", start: int) -> None:
-        """Enter tokens from `start` on into a text's chains and tables.
+        """Add a text's tokens from `start` on to its hash chains and tables, by which it is searched.
 
         Args:
             text: its `Text`, as seven numbers of 64 bits.
@@ -72,8 +72,8 @@ class CompiledCopies:
         the length and place of its match, and the number of its source. Without tokens no place matches.
 
         Args:
-            sources: `Source`s, as seven numbers of 64 bits each. stops: int32. chances: the least that is worth a
-                token, and that of all before the copy; tokens that are paid. The rest as of `whiflash_copy`.
+            sources: `Source`s, as seven numbers of 64 bits each. stops: int32. chances: the least that is worth a row,
+                that of all drafts before, and how many tokens are copied at any chance. The rest: see `whiflash_copy`.
         """
         if most > self._most:
             self._room(most)

@@ -78,11 +78,11 @@ class CompiledLayers:
     def rotate(self, q: Tensor, k: Tensor, table: Tensor, rows: Tensor | None) -> None:
         """Turn pairs (i, i + R / 2) of heads in place: q and k [T, heads, D], by rows [T] int64 of `table` [N, R].
 
-        table: of any dtype that :func:`fits` takes, contiguous. rows: None where T is N and row t of the
-        table is that of row t. Dimensions from R on stay.
+        table: of any dtype that :func:`fits` takes, contiguous. rows: None if T is N and row t uses the table's row t.
+        Dimensions from R on stay.
 
         Raises:
-            ValueError: also for a row that the table has not.
+            ValueError: also for a row number outside the table.
         """
         count, _, size = q.shape
         width = table.shape[1]

@@ -21,7 +21,7 @@ _SURE = tl.constexpr(SURE)
 
 @triton.jit
 def _newest(matches, place, found, out, MOST: tl.constexpr):
-    """Append the places that match, newest first, while there is room. Return the count with those that had no room."""
+    """Append the places that match, newest first, while there is room. Return the number of all matches so far."""
     order = found + tl.cumsum(matches.to(tl.int32), 0) - 1
     tl.store(out + order, place.to(tl.int64), mask=matches & (order < MOST))
     return found + tl.sum(matches.to(tl.int32), 0)

@@ -216,7 +216,7 @@ def _rows(values: Tensor | None) -> Tensor | None:
 
 @triton.jit
 def _until(token, column, count, stop):
-    """Cut `count` behind the first token that is among `stop`."""
+    """Cut `count` after the first token that is among `stop`."""
     ends = tl.sum((token[:, None] == stop[None, :]).to(tl.int32), axis=1) > 0
     return tl.minimum(count, tl.min(tl.where(ends, column + 1, 2147483647), axis=0).to(tl.int64))
 

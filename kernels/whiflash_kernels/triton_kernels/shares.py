@@ -121,7 +121,7 @@ class Sums(NamedTuple):
 
 
 def places(requests: int, shares: int) -> int:
-    """Return the most shares that leave sums: at most ``shares - 1`` requests are cut, into so many extra shares."""
+    """Return the most shares with sums: at most ``shares - 1`` requests are cut, into as many further shares."""
     return min(2 * (shares - 1), requests + shares - 1)
 
 

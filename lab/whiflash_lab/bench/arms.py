@@ -114,9 +114,9 @@ class Subject:
 class Arm:
     """One column of the comparison.
 
-    server: key of the server that answers; router: to be set there, if any. request: fields of every request.
-    means: of `MEANS`, in a recorded run.
-    python: the interpreter of another checkout's environment, which serves the arm; None: this one.
+    server: key of the server that answers; router: to be set there, if any. request: fields of every request. means:
+    the suffixes of its name, keys of `MEANS`; only in a recorded run. python: the interpreter of another checkout's
+    environment, which serves the arm; None: this one.
     """
 
     name: str
@@ -142,7 +142,7 @@ def server_words(text: str) -> list[str]:
 
 
 def dtype_of(extra: Sequence[str]) -> str:
-    """Return the dtype that server arguments name, else bfloat16. Raises UsageError if ties have no rule in it."""
+    """Return the dtype in server arguments, else bfloat16. Raises UsageError if answers cannot be compared in it."""
     dtype = ["bfloat16", *(value for flag, value in pairwise(extra) if flag == "--dtype")][-1]
     if dtype not in ("bfloat16", "float32"):
         raise UsageError(f"--server-args --dtype {dtype}: answers are compared in bfloat16 or float32")
@@ -179,7 +179,7 @@ def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
     checkout in that directory, served in its own `.venv`. Plain decoding is always among them.
 
     Raises:
-        ConfigError: a name is unknown or given twice, needs a drafter that the bundle has not, or names a directory
+        ConfigError: a name is unknown or given twice, needs a drafter that the bundle lacks, or names a directory
             without an environment that serves this directory's sources.
     """
     chosen = list(names) if NONE in names else [NONE, *names]
@@ -200,7 +200,7 @@ def block_arm(block_format: DraftFormat | None, on_cpu: bool) -> str:
 
 
 def those_with_drafters(names: Sequence[str], subject: Subject) -> list[str]:
-    """Return the arms of `names` whose drafters the bundle has; WHIFLASH's pinned arm replaces what SGLang lacks."""
+    """Return the arms of `names` whose drafters the bundle has; one that SGLang lacks becomes WHIFLASH's pinned arm."""
     there = [name for name in names if set(_needed(name)) <= set(subject.drafters)]
     own = dict.fromkeys(("DFLASH", "DSPARK"), block_arm(subject.block_format, subject.on_cpu))
     own |= {} if subject.chain_is_upstreams else dict.fromkeys(("EAGLE3", ADAPTIVE), "ar")

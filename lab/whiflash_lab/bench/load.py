@@ -28,7 +28,7 @@ class RefusedError(RequestError):
 
 
 def chat_body(prompt: Prompt, max_tokens: int, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the body of a chat completion request with output ids, greedy unless the prompt says otherwise."""
+    """Return the body of a chat completion request that asks for token ids, greedy unless the prompt is sampled."""
     body = {"model": MODEL, "temperature": 0, "seed": prompt.seed, "max_tokens": max_tokens}
     return {**body, "return_output_ids_in_sglext": True, **prompt.request(), **fields}
 

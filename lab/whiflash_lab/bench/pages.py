@@ -124,7 +124,7 @@ def _turns(load: LoadReport) -> str:
 
 
 def _turn(name: object, arm: str, turns: Sequence[Turn]) -> tuple[str, ...]:
-    """Return a row for several turns: sums, and the mean time to the first token."""
+    """Return a table's row for several turns: sums of their tokens, mean time to the first token, and rates."""
     prompt, cached, tokens, ttft, seconds, _ = (
         sum(getattr(turn, field) for turn in turns) for field in Turn.model_fields
     )
@@ -134,7 +134,7 @@ def _turn(name: object, arm: str, turns: Sequence[Turn]) -> tuple[str, ...]:
 
 
 def _mismatches(groups: Mapping[str, Figures]) -> str:
-    """Return the number of mismatches of all answers, with looping ones; empty if no answer was compared."""
+    """Return how many answers, looping ones included, differ from plain decoding's, as text; empty if not compared."""
     counted = [groups[name].mismatches for name in (OVERALL, LOOPS) if name in groups]
     return "" if None in counted else str(sum(filter(None, counted)))
 

@@ -127,7 +127,7 @@ class BenchReport(BaseModel, frozen=True, extra="forbid"):
     """Report that `--json` prints and `--out` writes.
 
     unavailable: arms that did not start, and why. differences: every mismatch and tie. over: an arm that all others are
-    compared with besides; None: there is none.
+    compared with too, or None.
     """
 
     schema_version: Literal[1] = 1

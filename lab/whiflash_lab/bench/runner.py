@@ -162,8 +162,8 @@ class Runner:
                 break
 
     def _end(self, whole: int, reason: str, unavailable: dict[str, str]) -> None:
-        """Keep the `whole` repetitions. unavailable: the arms lost before the one that ended the run, in which an
-        interrupted start loses all."""
+        """End the run with `reason`, keeping the first `whole` repetitions. unavailable: arms that were lost before the
+        repetition that failed."""
         self.unavailable = unavailable
         self.cells = [cell for cell in self.cells if cell.repetition < whole]
         self._ended = f"ended after {whole} of {self._plan.repetitions} repetitions: {reason}"

@@ -78,7 +78,7 @@ def _yaml(text: str, path: Path) -> Iterator[Recipe]:
 
 
 def _backend(document: Any) -> dict[str, Any] | None:
-    """Return the first mapping in `document` that has roles. Overrides, which come after it, are not read."""
+    """Return the first mapping in `document` with flags by role (key `ROLES`), or None. Overrides are not read."""
     if not isinstance(document, dict):
         return None
     if isinstance(document.get(ROLES), dict):

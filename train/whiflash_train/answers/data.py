@@ -105,7 +105,7 @@ def generate_data(config: TrainConfig) -> DataSummary:
 
 
 def _facts(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that determine the answers, except for rounding."""
+    """Return the settings on which the answers depend; those that change only rounding are left out."""
     template = config.chat_template
     engine = {"data.engine": config.data.engine} if config.data.engine else {}
     return {

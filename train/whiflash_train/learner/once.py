@@ -104,7 +104,7 @@ class Learning(NamedTuple):
 
     directory: the server's `--whiflash-learn`. bundle: the one in use. out: directory of the new bundle. config: the
     drafters' training configuration. tokens: most answer tokens to learn from. judged: most requests that judge. rate:
-    peak learning rate. replay: exported answers of the original training, of which as many tokens are added, or None.
+    peak learning rate. replay: exported answers of the original training, of which as many tokens are added; or None.
     """
 
     directory: Path

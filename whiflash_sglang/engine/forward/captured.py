@@ -36,13 +36,13 @@ _DSPARK_ALONE = ("KimiLinearForCausalLM",)
 
 
 def may_capture(architecture: str) -> bool:
-    """Whether an architecture's class has such a method, its own or an inherited one. A class from outside SGLang is
-    known only once its model is loaded, so it counts as having one."""
+    """Whether an architecture's class has a method that sets layers to capture, its own or inherited. A class from
+    outside SGLang is known only once its model is loaded, so it counts as having one."""
     return _has_setter(architecture) is not False
 
 
 def _has_setter(name: str) -> bool | None:
-    """Whether a class has such a method; None if it is not among SGLang's models."""
+    """Whether a class has a method of `SETTERS`, its own or inherited; None if it is not among SGLang's models."""
     if name not in _classes():
         return None
     bases, body = _classes()[name]
@@ -174,7 +174,7 @@ class LoadedTarget:
 
     @cached_property
     def lm_head(self) -> torch.Tensor:
-        """Return the [V, H] output projection, split as `embedding`; whole if ranks with own requests share it."""
+        """Return the [V, H] output projection, split like `embedding`; whole if ranks with DP attention share it."""
         head = output_head(self._text)
         if is_shared_with_peers(head):
             return whole_head(head, self.shape.vocab_size)

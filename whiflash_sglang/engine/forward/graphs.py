@@ -121,7 +121,7 @@ def most_rows(requests: int, widest: int) -> int:
 
 
 def spare_slots(requests: int, widest: int) -> int:
-    """Return the slots beyond the requests' that can hold the unused rows of a graph for any batch, `widest` rows each.
+    """Return how many slots without a request a graph needs for its unused rows, of at most `widest` rows each.
 
     The host packs for more drafts than there may be, so a batch may use only one row a request.
     """
@@ -129,13 +129,13 @@ def spare_slots(requests: int, widest: int) -> int:
 
 
 def plain_rows(buckets: Sequence[int], requests: int, slots: int) -> list[int]:
-    """Return the sizes of graphs for batches of up to `requests` requests of one row each, if a graph has `slots`."""
+    """Return the graph sizes for up to `requests` requests of one row each. slots: requests that a graph can hold."""
     most = min(round_up_grid(requests, buckets), slots)
     return [rows for rows in buckets if rows <= most]
 
 
 def bytes_for(requests: int, widest: int, *, vocabulary: int, row_bytes: int) -> int:
-    """Return the bytes that graphs of up to `requests` requests keep for good, beside memory that their replays share.
+    """Return the bytes that graphs of up to `requests` requests keep permanently, apart from memory that replays share.
 
     Args:
         vocabulary: all graphs write their logits to the same 32-bit buffer. row_bytes: those of the features and hidden
@@ -147,7 +147,7 @@ def bytes_for(requests: int, widest: int, *, vocabulary: int, row_bytes: int) ->
 
 
 class GraphLayout(RaggedVerifyLayout, frozen=True):  # type: ignore[call-arg, misc]
-    """The layout of a graph's requests and its slots beside them, in the tensors that the graph reads.
+    """The layout of a graph's slots, those without a request included, in the tensors that the graph reads.
 
     `max_q_len`: most rows of a slot, with which attention is captured.
     """

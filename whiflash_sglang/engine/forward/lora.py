@@ -34,7 +34,7 @@ def require_plain_layers(manager: Any) -> None:
     until="it asks the layout",
 )
 def _by_layout(original: Any, self: Any, forward_batch: Any) -> None:
-    """Make the rows that a verification has of each request the segments of adapters."""
+    """Give each request's rows of a verification to its adapter, as one segment."""
     layout = getattr(forward_batch.spec_info, "ragged_verify_layout", None)
     requests = forward_batch.batch_size
     if layout is None:

@@ -19,8 +19,8 @@ from whiflash_sglang.formats.choice import Projection, Shard, SharedVocabulary
 def ranks_of_model() -> Ranks:
     """Return the processes that serve the same requests: a replica's, or with DP attention those that attend together.
 
-    They exchange messages over the group and in the form of the scheduler's requests, so a process that is at another
-    place than the first one notices it instead of waiting.
+    They exchange messages over the group and in the form of the scheduler's requests, so a process whose work differs
+    from the first one's notices it instead of waiting.
     """
     group = get_parallel().attn_tp_group
     if group.world_size == 1:
@@ -34,7 +34,7 @@ def ranks_of_model() -> Ranks:
 
 
 def sends_tokens(grammars: bool) -> bool:
-    """Whether ranks take the first rank's tokens, as with SGLang's sampler: else another draw would end the server."""
+    """Whether ranks take the first rank's tokens, as SGLang's sampler lets them: other draws would end the server."""
     return get_parallel().attn_tp_group.world_size > 1 and (grammars or SYNC_TOKEN_IDS_ACROSS_TP)
 
 
@@ -72,7 +72,7 @@ def is_shared_with_peers(head: Any) -> bool:
 
 
 def whole_head(head: Any, size: int) -> torch.Tensor:
-    """Return the whole head [V, H] that peers share. They draft at other times, so a drafter needs all of it.
+    """Return the whole head [V, H] that peers share. They draft at different times, so each needs all of it.
 
     All ranks must call it together. Raises CheckpointError if the head is quantised.
     """
@@ -86,7 +86,7 @@ def whole_head(head: Any, size: int) -> torch.Tensor:
 
 
 def is_quantised(module: Any) -> bool:
-    """Whether an embedding or a head is read by its quantisation's method, as SGLang decides it for heads.
+    """Whether an embedding or a head is quantised, by SGLang's own rule for heads.
 
     An embedding that is torch's own (Gemma 3's) has no such method.
     """

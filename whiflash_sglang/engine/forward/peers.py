@@ -23,7 +23,7 @@ class PackedBatch(ForwardBatch):  # type: ignore[misc]
     forward_mode: ForwardMode
 
     def prepare_mlp_sync_batch(self, model_runner: Any) -> None:
-        """Prepare the rows as of an extend batch: upstream would count a verification's requests by one width."""
+        """Prepare the rows like an extend batch's: upstream would count a verification's requests by one width."""
         mode = self.forward_mode
         self.forward_mode = ForwardMode.EXTEND
         super().prepare_mlp_sync_batch(model_runner)
@@ -35,8 +35,8 @@ class Peers:
 
     Attributes:
         size: ranks with requests of their own; 1 without DP attention, where nothing is exchanged. rows: of each rank
-            in the next forward. replays: whether all replay a graph of as many rows. written: requests that wrote the
-            target's weights here. on_written: called in all ranks at once when all have had such a request.
+            in the next forward. replays: whether all replay graphs of equally many rows. written: requests that wrote
+            the target's weights here. on_written: called in all ranks at once when all have had such a request.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Peers:
         self.on_written: Callable[[], object] = int
 
     def agree(self, rows: int, graph: int | None) -> int:
-        """Return the rows that this rank is to pack `rows` rows into. All ranks must call it at once.
+        """Return the number of rows, padding included, to pack `rows` rows into. All ranks must call it at once.
 
         Args:
             graph: rows of the graph that holds them; None: they run eagerly here, and so everywhere.

@@ -125,7 +125,7 @@ class _DisallowedTokens(ProcessorGrammar):
 
 
 class _ThinkingBudget(ProcessorGrammar):
-    """The grammar of SGLang's thinking budget: after as many tokens it forces a newline, then the end of thinking."""
+    """The grammar of SGLang's thinking budget: after `thinking_budget` tokens it forces a newline and the end."""
 
     def __init__(self, processor: Any, params: Any, prompt: Any, grammar: Any, vocabulary: int) -> None:
         super().__init__(processor, params, prompt, grammar, vocabulary)

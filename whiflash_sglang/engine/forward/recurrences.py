@@ -61,7 +61,7 @@ def packed_verification(
     """Run :func:`packed_convolution` over drafts: states are only read, and those after the rows go to the windows.
 
     Nothing is read on the host. States after padding rows, or after those of a request without a slot (0 or less, as a
-    graph's padding has), go to the last request of the windows, which is nobody's.
+    graph's padding has), go to the last place of the windows, which no request has.
 
     Args:
         x: [T, D]. weight: [D, K]. bias: [D] or None. slots: [B] int.

@@ -70,8 +70,8 @@ def install(model_config: Any, device: torch.device) -> None:
 
 
 def commit(attention: Any, model: Any, batch: Any, starts: torch.Tensor, accept_lens: torch.Tensor) -> None:
-    """Make the state after each request's last accepted row its state, if the target has any, and copy the one that
-    the tree is to have. Called after a verification.
+    """Commit the recurrent state after each request's last accepted row, if the target has such states, and copy those
+    that the radix tree stores. Called after a verification.
 
     Args:
         attention: SGLang's attention backend, as it verified. batch: SGLang's, whose verification this was.
@@ -89,7 +89,7 @@ def commit(attention: Any, model: Any, batch: Any, starts: torch.Tensor, accept_
 
 
 def tracks_every(batch: Any) -> int | None:
-    """Return the number of tokens at whose multiples the tree is to have states of a verified `batch`, or None."""
+    """Return the interval in tokens at which the radix tree stores states of a `batch`; None if it stores none."""
     if batch.mamba_track_indices is None:
         return None
     return int(mamba_track_grid(batch.tree_cache.page_size))
@@ -123,12 +123,12 @@ def _packed(original: Any) -> Any:
 
 
 def verify_packed(conv: Any, x: torch.Tensor, meta: Any, draft_token_num: int, arch: str) -> torch.Tensor:
-    """Run a short convolution over the packed rows of B requests, each of which goes on from its state.
+    """Run a short convolution over the packed rows of B requests, each of which continues from its own state.
 
     Args:
         conv: the layer: `conv_weight` [D, K], `conv_bias` [D] or None. x: [T, D], its inputs.
         meta: SGLang's record: `query_start_loc` [B + 1] int, where requests' rows begin; `cache_indices` [B] int and
-            `layer_cache`, as of `packed_verification`.
+            `layer_cache`, as in `packed_verification`.
         draft_token_num, arch: SGLang's; unused.
 
     Returns:
@@ -145,10 +145,9 @@ PADDED_ATTENTIONS = frozenset({"trtllm_mla"})
 def rows_counted(runner: Any, widest: int) -> int:
     """Return the query rows per request to declare to attention: the server's widest block if required, else `widest`.
 
-    TRT-LLM's MLA ends the keys of every request as many positions after its context as the server's widest block has,
-    and its kernel takes queries for the last of them: laid out to any other width, they would be taken for later ones.
-    If layers keep a state, SGLang gives no slot of a graph more rows than are counted, nor a slot that holds a graph's
-    unused rows.
+    TRT-LLM's MLA ends each request's keys one widest block (the server's) after its context, and takes its query rows
+    for the last positions of that block. With fewer rows each would get a later position than its own. If layers keep a
+    state, SGLang gives no slot of a graph more rows than are counted, nor a slot that holds a graph's unused rows.
     """
     names = {runner.prefill_attention_backend_str, runner.decode_attention_backend_str}
     if names & PADDED_ATTENTIONS or has_state(runner.model_config):

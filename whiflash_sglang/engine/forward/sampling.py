@@ -171,7 +171,7 @@ def stop_ids(req: Any) -> tuple[int, ...]:
 
 
 def ending_ids(req: Any) -> tuple[int, ...]:
-    """Return the vocabulary's tokens that end this request: none with ignore_eos, unless it has a grammar."""
+    """Return the vocabulary's tokens that end this request: empty with ignore_eos, unless it has a grammar."""
     if req.sampling_params.ignore_eos and own_grammar(req) is None:
         return ()
     return tuple(i for i in stop_ids(req) if 0 <= i < req.vocab_size)

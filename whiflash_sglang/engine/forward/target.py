@@ -109,8 +109,9 @@ class Target(LoadedTarget):
     def agreed_rows(self, rows: int, requests: int, widths: torch.Tensor | None = None) -> int:
         """Return `rows_for` of the next verification. With DP attention all ranks agree on it and must call it at once.
 
-        widths: [B] int32 of the requests, if `rows` is a bound. Attention writes no row beyond them. A graph has spare
-        slots for such rows; without a graph the host reads the sum, unless other ranks take part: theirs might differ.
+        widths: [B] int32 of the requests, if `rows` only bounds their sum. Attention writes no rows beyond the sum; a
+        graph has spare slots for them. Without a graph the host reads the sum, unless other ranks take part, whose sums
+        may differ.
         """
         graph = self._graph_for(rows, requests)
         if graph is None and widths is not None and get_parallel().tp_size == 1:
@@ -140,7 +141,7 @@ class Target(LoadedTarget):
         return rows_counted(self.runner, 0)
 
     def forward(self, batch: Any, block: MixedBlock, widths: torch.Tensor, stride: int) -> Any:
-        """Return SGLang's result of a verification's forward. Arguments as of `verify`; batch may be `batch_of`'s."""
+        """Return SGLang's result of a verification's forward. Arguments as in `verify`; batch may be `batch_of`'s."""
         batch.out_cache_loc = block.cache_slots
         batch.input_ids, batch.forward_mode = block.input_ids, ForwardMode.TARGET_VERIFY
         batch.extend_input_logprob_token_ids = None  # left by a prefill: SGLang would send it again
@@ -195,7 +196,7 @@ class Target(LoadedTarget):
         """Run one forward over the packed rows of all requests, each of which costs only the rows that it has.
 
         `block` has `agreed_rows` of its rows; those beyond the widths' sum go through the forward with the others.
-        widths, stride: as of `verify_input`.
+        widths, stride: as in `verify_input`.
         """
         result = self.forward(batch, block, widths, stride)
         output, runner = result.logits_output, self.runner.decode_cuda_graph_runner
@@ -205,7 +206,7 @@ class Target(LoadedTarget):
         return Verified(output.next_token_logits, *states, *packed, forward=result, graph=replayed)
 
     def commit(self, batch: Any, starts: torch.Tensor, accept_lens: torch.Tensor) -> None:
-        """Let the target's state beside KV, after `verify`, go on after each request's last accepted row.
+        """Commit the target's recurrent states, if any, after each request's last row that `verify`'s result accepts.
 
         starts: [B] int, n per request. accept_lens: [B] int, rows that were accepted of each, the first included.
         """

@@ -115,7 +115,7 @@ def verify(
     plans: dict[Any, Any] | None = None,
     **_: Any,
 ) -> bool:
-    """Attend in one layer of a verification. SGLang calls this as `verify_splitkv_fwd`. Shapes and `plans`: as of
+    """Attend in one layer of a verification. SGLang calls this as `verify_splitkv_fwd`. Shapes and `plans`: as in
     `verify_attention`.
 
     Args:
@@ -154,7 +154,7 @@ def verify(
 
 
 def kept_bytes(runner: Any, slots: int, widest: int) -> int:
-    """Return the bytes of sums between the launches of a layer's verification of `slots` requests; 0 if not Triton."""
+    """Return the bytes of partial sums that a layer's verification of `slots` requests keeps; 0 if not Triton."""
     config, parallel = runner.model_config, get_parallel()
     if "triton" not in attention_backends_of(get_exec().kernel) or config.attention_arch == AttentionArch.MLA:
         return 0

@@ -44,7 +44,7 @@ _IN_LAYERS = {
 
 @dataclass(frozen=True, slots=True)
 class FlashMapConfig(DFlashConfig):
-    """FlashMap's settings. layer_norm_eps: of modulated norms. time_scale: factor of times before their sines."""
+    """FlashMap's settings. layer_norm_eps: of modulated norms. time_scale: factor of times in their sines' angles."""
 
     target_hidden_size: int = 0
     layer_norm_eps: float = 1e-6
@@ -208,7 +208,7 @@ class FlashMapDrafter(DFlashDrafter):
 
     @torch.no_grad()
     def _begin(self) -> Tensor:
-        """Compute `starts` from the target's embedding."""
+        """Return `starts`, the first hidden states of blocks, from the target's embeddings mixed by seeded noise."""
         rows, vocab = DRAWS * self.config.block_size, self.config.vocab_size
         weight, generator = self.x_embed.weight, torch.Generator().manual_seed(0)
         mean = weight.new_zeros(1, self.config.target_hidden_size, dtype=torch.float32)
