@@ -430,7 +430,7 @@ def figures_table() -> str:
 
 
 def categories_table() -> str:
-    """Return a table of `auto` at one request, by category of the main report, and on prompts of others."""
+    """Return a table of the gains of `auto` at one request, by category of the main report and for other reports."""
     main = _kept("report")
     both = main["ratios"]["auto"]["none"].keys() & main["ratios"]["auto"]["static"].keys()
     names = sorted(main["categories"].keys() & both - {"loops"})  # which flatter every drafter

@@ -132,7 +132,7 @@ def first_words(text: str) -> Iterator[tuple[int, str]]:
 
 @cache
 def defined() -> dict[str, set[str]]:
-    """Return by the last name of each module or package the names that it defines."""
+    """Return last part of a module's or package's name → names that it defines."""
     names = defaultdict[str, set[str]](set)
     for file in (file for folder in CODE_FOLDERS[:6] for file in (ROOT / folder).rglob("*.py")):
         *_, outer, own = (file.parent if file.stem == "__init__" else file.with_suffix("")).parts

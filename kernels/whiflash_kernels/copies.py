@@ -40,11 +40,11 @@ def propose_copies(
     Request b's text is t = tokens[request_slots[b], :L], L = seq_lens[b] + 1: the bonus token is known. With
     ``behind`` = (counts, alive) the proposal follows counts[b] drafts, which the caller has written after the text:
     L = seq_lens[b] + 1 + counts[b]. A place s, 0 < s < L, matches by m(s), the largest m <= 32 with
-    t[s - 1 - i] = t[L - 1 - i] for all i < m. The candidates are the newest 8 places with m >= 2 (without any, with m =
-    1), and the place where the last copy would go on, L - back[request_slots[b]]. Those with m < ``min_match`` are left
-    out. The longest match is copied; of equal ones the last copy's place, then the newest. After the text's end a copy
-    goes on with what it copied. It ends before a token below zero. Without ``behind`` back[request_slots[b]] becomes L
-    - s where a place s was copied from.
+    t[s - 1 - i] = t[L - 1 - i] for all i < m. The candidates are the newest 8 places with m >= 2 (without any, with
+    m = 1), and the place where the last copy would go on, L - back[request_slots[b]]. Those with m < ``min_match`` are
+    left out. The longest match is copied; of equal ones the last copy's place, then the newest. After the text's end a
+    copy goes on with what it copied. It ends before a token below zero. Without ``behind`` back[request_slots[b]]
+    becomes L - s where a place s was copied from.
 
     Token d's chance is chances[b, k, a]: k is the last bucket with boundaries[k] <= m + d. a compares the places that
     agreed on all tokens before: 0 if there is one place, 1 if all have this token, 2 if they differ and every longest

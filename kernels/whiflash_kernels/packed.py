@@ -157,9 +157,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Numerics of a copy in blocks: oneDNN's sums in float32, rounded once; bit by bit those of
     `torch.nn.functional.linear`, which rounds once more before it adds a bias to rows of more than two dimensions that
-    are not contiguous. In float8: `whiflash_kernels.float8.product`. Fallback: that function, for other dtypes than
-    bfloat16, a bias that is not N contiguous numbers (kernels would read beyond it), where gradients are wanted, and
-    for a weight without a copy where no kernel is set.
+    are not contiguous. In float8: `whiflash_kernels.float8.product`.
+    Fallback: that of torch, for other dtypes than bfloat16, a bias that is not N contiguous numbers (kernels would
+    read beyond it), where gradients are wanted, and for a weight without a copy where no kernel is set.
 
     Args:
         x: [..., K]. weight: [N, K]. bias: [N].

@@ -22,7 +22,7 @@ def onednn_has_bfloat16() -> bool:
 
 
 def instructions() -> str:
-    """Return a string that differs between processors with different instructions, which may share a directory."""
+    """Return a string that names this processor's instruction set, so that processors may share a directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -69,8 +69,10 @@ def sample_rows(
     Grid: (T, splits), each program reads one slice of a row once; then (T), which merges the slices and, if tokens may
     be left out, reads the row again until the best token so far is a kept one: what is no likelier than one left out is
     left out, too. With min_p < 0, top_k and top_p it first bisects for the mass of what top_k keeps. Rows of no request
-    are not read. Graph-capturable. Numerics: float32; noise of 31 bits, dense near 0. Fallback: torch (a sort of the
-    likeliest columns). Compared: SGLang samples in some 10 launches, sorts whole rows or draws with a state of the host
+    are not read. Graph-capturable.
+    Numerics: float32; noise of 31 bits, dense near 0.
+    Fallback: torch (a sort of the likeliest columns).
+    Compared: SGLang samples in some 10 launches, sorts whole rows or draws with a state of the host
     (FlashInfer's ``top_k_top_p_sampling_from_probs``, whose rejections the second launch resembles), and reads padding.
     Source: Gumbel-max; rejection of pivots, FlashInfer; hash ``lowbias32`` of "hash-prospector"; SplitMix64.
     """
@@ -203,9 +205,9 @@ def penalise_rows(
 
     Upstream's workers keep penalties constant over a block, or drop them. With rows, requests, slots, positions as in
     `sample_rows`, (place, early, answer, enough) = table.places[s] and c(v) the number of v among text[s, answer :
-    seq_lens[b] + 1] and input_ids[qo_indptr[b] + 1 : t + 1]: where place >= 0, x = logits[t, v] becomes x - frequency
-    c(v) - presence [c(v) > 0]. Then, where c(v) > 0, it is multiplied by repetition if it is below 0, else divided.
-    Last bias[place, v] is added, or bias[early, v] while p + 1 < enough.
+    seq_lens[b] + 1] and input_ids[qo_indptr[b] + 1 : t + 1]: where place >= 0, x = logits[t, v] becomes
+    x - frequency c(v) - presence [c(v) > 0]. Then, where c(v) > 0, it is multiplied by repetition if it is below 0,
+    else divided. Last bias[place, v] is added, or bias[early, v] while p + 1 < enough.
 
     Args:
         logits: [T, V] bf16, fp16 or fp32, last dimension contiguous.

@@ -77,7 +77,7 @@ class Question(NamedTuple):
 
 
 class Returning(NamedTuple):
-    """Estimated rates if an agent returns before every answer. pays: the entry of `PAYS`, by which its KV comes back.
+    """Estimated rates if an agent returns before every answer. pays: how its KV comes back, an entry of `PAYS`.
     seconds: time that this takes a server with `OURS`. rates: as in `Estimate`.
     """
 
@@ -134,7 +134,7 @@ class Estimate(NamedTuple):
         return chosen
 
     def verdict(self, error: float) -> str:
-        """Return a sentence on the choice and its gains over the others. error: relative error of such a ratio."""
+        """Return a sentence on the choice and its gains over the others. error: relative error of an estimated gain."""
         rate = self.rates[self.choice]
         ways = [way for way in dict.fromkeys((OURS, self.stock, PLAIN)) if way != self.choice]
         low, high = self.ahead if self.choice == OURS else (1 / self.ahead[1], 1 / self.ahead[0])

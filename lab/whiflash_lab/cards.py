@@ -106,7 +106,7 @@ class FittedCard:
         return 0.0
 
     def _read(self, widths: Sequence[int], contexts: Sequence[float]) -> float:
-        """Return the seconds to read all contexts, in the attention tile of each width; 0: by stock decoding."""
+        """Return the seconds to read all contexts by the kernel for each width in rows; 0: stock decoding's."""
         each = (_TOKENS[bisect_left(_WIDTHS, width)] for width in widths)
         return self.LAYERS * 1e-9 * float(sum(map(mul, each, contexts)))
 
@@ -159,7 +159,7 @@ class FittedCard:
 
 
 def recorded(figures: Path) -> CostTables:
-    """Read the prices that the start of `auto` measured in a record of `tests/gpu/shaped.py`."""
+    """Return the price tables that a server of `auto` measured at its start, from a record of `tests/gpu/shaped.py`."""
     prices = read_json_file(figures)["figures"]["checks"]["auto"]["prices"]
     return TypeAdapter(CostTables).validate_python(prices, strict=False)
 

@@ -44,10 +44,10 @@ Message = dict[str, Any]
 class Conversation:
     """A recorded conversation. messages: `role`, `content` (text), for assistants also `tool_calls` and
     `reasoning_content`, for tools `tool_call_id`; an answer that was not recorded has its number of `tokens` instead.
-    tools: the tools offered, if recorded. category: groups figures. prediction: the caller's prediction of the last
-    answer (predicted outputs), if recorded. parent: for a subagent, the id of the conversation that it serves, and
-    after how many answers of it the subagent begins. task: what several conversations may try, if recorded. waits:
-    seconds before each answer's request in which tools ran or a user thought; 0 if not recorded.
+    tools: the tools offered, if recorded. category: by which figures are grouped. prediction: the caller's prediction
+    of the last answer (predicted outputs), if recorded. parent: for a subagent, the id of the conversation that it
+    serves, and after how many answers of it the subagent begins. task: what several conversations may try, if recorded.
+    waits: seconds before each answer's request in which tools ran or a user thought; 0 if not recorded.
     """
 
     id: str
@@ -322,7 +322,7 @@ def read_recorded(path: Path) -> list[Conversation]:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    """Yield each record of a file with its place and a name."""
+    """Yield a file's records, each after its place in the file, as text for errors, and a name."""
     text = read_text(path, MAX_BYTES)
     lines = list(lines_of(text))
     if path.suffix == ".jsonl" or (len(lines) > 1 and _stands_alone(lines[0][1])):

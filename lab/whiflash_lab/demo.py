@@ -173,7 +173,7 @@ def judge(answers: list[DemoAnswer]) -> None:
 
 
 def show(answers: Sequence[DemoAnswer], console: Console) -> None:
-    """Answers and tables; if `console` has no colours, drafters' names precede their text."""
+    """Print answers and tables; if `console` has no colours, each drafter's name precedes its text."""
     console.print(f"Target: {TARGET}")
     _show_answers(answers, console)
     _show_figures(answers, console)

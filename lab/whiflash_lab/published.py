@@ -56,8 +56,8 @@ class Ratio(NamedTuple):
 class Shape(NamedTuple):
     """Sizes of a model. parameters, active: with all experts, and with those that a token uses. kv: bytes per token of
     context. positions: tokens of the longest text. experts, used: experts of a layer, and those that a token uses, 0 in
-    a dense model. expert_bytes: bytes of an expert's parameter. width: numbers of a token's query in a layer, in the
-    mean of layers, those with a window as 0.
+    a dense model. expert_bytes: bytes of an expert's parameter. width: elements of a token's query per layer, as a mean
+    in which layers with a window count as 0.
     """
 
     parameters: float

@@ -89,10 +89,10 @@ BEHIND = 64
 
 
 class SimulatedLoad(NamedTuple):
-    """A closed load. requests: at once; the next one follows when one ends. total: number of requests, 0: four for each
-    place, at least 100. prompt, answer: tokens of each. tools: share of requests that write prose and calls in turn,
-    under a grammar; above 0 the host's time counts. cached: cached tokens before each prompt, which are not prefilled.
-    """
+    """A closed load. requests: at once; the next one follows when one ends. total: number of requests; 0: four times
+    `requests`, at least 100. prompt, answer: tokens of each. tools: share of requests that write prose and calls in
+    turn, under a grammar; above 0 the host's time counts. cached: cached tokens before each prompt, which are not
+    prefilled."""
 
     requests: int
     total: int = 0
@@ -171,7 +171,7 @@ class Simulation:
         host: Host = FREE,
         measured: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        """host: its seconds per round; `FREE`: the load decides. measured: prior chances for `AutoPolicy`."""
+        """host: its seconds per round; `FREE`: chosen by the load. measured: prior chances for `AutoPolicy`."""
         self.card, self.load, self.method = card, load, method
         self.seed, self.pair, self.host = seed, pair, host
         largest = load.requests * (max(*pair.drafts.values(), KNOWN) + 1)

@@ -10,9 +10,9 @@ from whiflash_sdk.presets import REASONING_PARSERS, TOOL_CALL_PARSERS, likely_sp
 
 
 def derive_spans(body: Mapping[str, Any], tool_parser: str | None, reasoning_parser: str | None) -> tuple[Span, ...]:
-    """Derive the spans that are sent together with a block's open span; none if a parser is unknown here.
+    """Derive the spans to send with the open span of a `session.span` block; none if a parser is unknown here.
 
-    Without a block the server infers the spans, and it knows the markers of its own parsers.
+    Outside such a block the server infers the spans, and it knows the markers of its own parsers.
 
     body: the request as sent, without `extra_body`.
     tool_parser, reasoning_parser: names of the server's parsers, from its capabilities.

@@ -65,8 +65,8 @@ class OfClient:
         self.timeout = client.timeout
 
     def ask(self, url: str, limits: Mapping[str, float], body: object = None) -> Flow[Any]:
-        """Return the body of a 200, from JSON, to a GET, or to a POST of `body`. It follows no redirect, which would
-        receive the keys.
+        """GET `url`, or POST `body` to it, and return the parsed JSON of the answer. Redirects are not followed, since
+        their targets would receive the keys.
 
         limits: seconds by phase. Raises: the client's errors.
         """

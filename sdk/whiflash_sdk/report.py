@@ -45,7 +45,7 @@ class Share(BaseModel):
 
     @property
     def by_drafter(self) -> str:
-        """Return each drafter's acceptance length as text, by falling tokens; empty in a drafter's own row."""
+        """Return each drafter's acceptance length as text, most tokens first; empty in a drafter's own row."""
         arms = sorted(self.arms.items(), key=lambda item: -item[1].tokens)
         return " · ".join(f"{arm} {totals.acceptance_length:.2f}" for arm, totals in arms)
 

@@ -276,7 +276,7 @@ def sent_traces(body: Any) -> list[Any]:
 
 
 def with_text(raw: Any, texts: Mapping[int | None, str]) -> Any:
-    """Add to a full trace the text in which its offsets count: the server leaves it out if the response has it."""
+    """Add to a full trace the text that its offsets index; the server leaves it out if the response contains it."""
     if not isinstance(raw, dict) or raw.get("text") is not None or not _has_offsets(raw.get("stretches")):
         return raw
     text = texts.get(raw.get("choice", 0), texts.get(None))

@@ -117,7 +117,7 @@ class TextDrafter(Drafter):
     Between these its state is in `Request.kept`, by its name.
 
     proposes: whether it drafts by `propose`, before the round is planned and without a pass; else by `draft`. forbids:
-    whether it removes tokens that may not follow from other arms' drafts. on_device: whether the device also drafts for
+    whether it cuts other arms' drafts before a token that may not follow. on_device: whether the device also drafts for
     it, for all requests, by `copy`, since the host knows texts a round late.
     """
 

@@ -41,8 +41,8 @@ class _Kept:
     """The arm's state of a request.
 
     prediction: the answer that its caller expects. member: the request in its group; None: it has none. alone: whether
-    its own text is all that may be copied, unless its group has other answers: no tools, prediction or grammar. copier:
-    made at the first look. copies: how well it copies. promised: forecast of the device's newest known copy.
+    it has no tools, prediction or grammar, so that only its own text and its group's answers are copied. copier: made
+    at the first look. copies: how well it copies. promised: forecast of the device's newest known copy.
     """
 
     prediction: Prediction | None = None
@@ -132,7 +132,7 @@ class LookupArm(TextDrafter):
         return kept is not None and kept.copier is not None
 
     def extend_drafts(self, request: Request, drafts: Candidate, room: int, worth: Worth) -> Candidate:
-        """Append to `drafts` the copy that they lead into."""
+        """Append to `drafts` a copy of what followed such tokens earlier."""
         copier, room = request.kept[self.arm].copier, min(room - len(drafts.tokens), self.max_drafts)
         if not drafts.tokens or room <= 0:
             return drafts
@@ -142,7 +142,7 @@ class LookupArm(TextDrafter):
         return drafts.followed_by(copy.tokens, copy.alive, copy.parts[0].source) if copy.tokens else drafts
 
     def calibration(self, requests: Sequence[Request], worth: Worth) -> Floats:
-        """Return the requests' starting factors, then a table of chances for each."""
+        """Return one array: a factor for each request's copies, then a table of chances for each request."""
         own: list[_Kept | None] = [request.kept.get(self.arm) for request in requests]
         factors = [1.0 if kept is None else kept.copies.factor for kept in own]
         chances = np.tile(np.array(self._calibration.chances, dtype=np.float32), len(own))

@@ -43,7 +43,7 @@ class UnoArm(TextDrafter):
         return int(requests * self.max_drafts * self.model.vocabulary * LOGIT_BYTES)
 
     def bytes_for(self, rows: int) -> int:
-        """Return the bytes of the noise and of a pass, which is not captured."""
+        """Return the bytes of the noise and, since passes are not captured, of a pass for `rows` requests."""
         return self._noise.nbytes + self.captured_bytes(rows)
 
     def draft(self, batch: DraftBatch) -> Drafts:

@@ -119,8 +119,8 @@ class Watermarks:
         widths: Sequence[int],
         verifying: int | None = None,
     ) -> tuple[list[int], int]:
-        """Choose the requests that `arm` has to catch up before this round. Returns their indices, and the most tokens
-        that they ingest together: exactly those if n is known. The host's watermarks advance here.
+        """Choose the requests that `arm` has to catch up before this round. Returns their indices, and how many tokens
+        they ingest together: at most, or exactly if n is known. The host's watermarks advance here.
 
         Requests that chose the arm catch up to n. Another request catches up only if its ring could overflow after this
         round's verification commits up to `width` more tokens: its features are ingested, never dropped. If a pass runs

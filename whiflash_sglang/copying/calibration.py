@@ -17,7 +17,7 @@ BUCKETS = (1, 2, 3, 4, 6, 9, 14, 22)
 
 
 class Agreement(IntEnum):
-    """The votes of the matching places on the next token."""
+    """Degrees to which the matching places agree on the next token."""
 
     ALONE = 0
     """Only one place matches."""
@@ -91,7 +91,7 @@ class MatchCalibration:
 
 
 class RequestCalibration:
-    """A request's copying beside that of others: copies begun right over those expected to be.
+    """Compares a request's copying with that of all requests: copies whose first token was right, over those expected.
 
     It moves a whole copy, not each of its tokens: a factor on every one of them would be raised to the copy's length.
     """
@@ -102,12 +102,12 @@ class RequestCalibration:
 
     @property
     def factor(self) -> float:
-        """Return the number of copies begun right over that of those expected to be."""
+        """Return the ratio of copies whose first token was right to those expected."""
         return self._begun[0] / self._begun[1]
 
     @property
     def address(self) -> int:
-        """Return the address of the counts of copies begun right and of those expected to be, for compiled code."""
+        """Return the address of two counts for compiled code: copies whose first token was right, those expected."""
         return self._begun.buffer_info()[0]
 
     def observe(self, chance: float, right: bool) -> None:

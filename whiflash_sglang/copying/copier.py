@@ -27,8 +27,8 @@ _AT = 5
 def teach(
     copy: Candidate, committed: Sequence[int], judge: MatchCalibration, request: RequestCalibration | None
 ) -> int:
-    """Update the table `judge`, and the `request`'s own factor, by how right a `copy` was: `committed` followed. Return
-    the number of its tokens that were right.
+    """Teach `judge`, and the `request`'s own factor, which tokens of a `copy` were right: `committed` are those of the
+    text. Return the number of right ones.
     """
     compared = zip(copy.tokens, copy.agreements, committed, strict=False)
     length = copy.matched
@@ -71,7 +71,7 @@ class Copier:
         self._copy, self._source, self._at = NOTHING, self._own, -1
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Append the tokens committed since, and learn from them: the prompt first, then round by round."""
+        """Append the newly committed tokens, and learn from them: the prompt first, then round by round."""
         right = teach(self._copy, tokens, self._source.judge, self._source.habit)
         if self._member is not None:
             if any(source.name == GROUP for source in self._sources):
@@ -96,7 +96,7 @@ class Copier:
     def look_beyond(self, drafts: Sequence[int], alive: float, limit: int, worth: float, paid: int = 0) -> Candidate:
         """Return up to `limit` tokens to copy after `drafts`, which are accepted with a chance of `alive`.
 
-        Every one is worth verifying or paid. Nothing is learned from them: `look` searches again after the commit.
+        Each is worth its row or among the first `paid`. It learns nothing: `look` searches again after the commit.
         """
         if paid <= 0 and alive < worth:
             return NOTHING
@@ -106,7 +106,7 @@ class Copier:
     def _searched(
         self, drafts: Sequence[int], limit: int, chances: tuple[float, float, int]
     ) -> tuple[Candidate, Source, int]:
-        """Return the copy after `drafts`, its source, and its place there. chances: as of `CompiledCopies.copy`."""
+        """Return the copy after `drafts`, its source, and its place there. chances: as in `CompiledCopies.copy`."""
         if limit <= 0 or not len(self.text):
             return NOTHING, self._own, -1
         self._list_sources()

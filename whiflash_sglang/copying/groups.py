@@ -54,7 +54,7 @@ class Group:
         return Source(GROUP, Text(self._compiled, tokens), self._judge, self._habit)
 
     def join(self, rid: str) -> None:
-        """Begin the answer of a request."""
+        """Add a request whose answer begins."""
         self.live[rid] = self._source()
 
     def keep(self, answer: Sequence[int]) -> None:
@@ -104,7 +104,7 @@ class Member:
             own.text.extend(tokens[max(self._prompt + len(own.text) - start, 0) :])
 
     def looked(self, right: int) -> None:
-        """Note the number of right tokens that a look found in the group."""
+        """Note how many tokens of the newest copy from the group were right; 0 if the copy had another source."""
         self._looks += 1
         self.group.taken.add(right, _MEMORY)
 

@@ -70,8 +70,8 @@ class Source:
     """A text to copy from.
 
     Args:
-        name: of its copies' parts. judge: chances of copies from it. habit: how well such copies have begun so far,
-            beside those of others; None: unknown.
+        name: of its copies' parts. judge: chances of copies from it. habit: how often the first token of the request's
+            copies was right; None: unknown.
     """
 
     def __init__(self, name: str, text: Text, judge: MatchCalibration, habit: RequestCalibration | None = None) -> None:

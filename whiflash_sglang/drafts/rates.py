@@ -70,7 +70,7 @@ class Rates:
 
 
 def continuing(mean: float, most: int) -> float:
-    """Return the chance r that a draft is followed by another right one, from a mean of up to `most` tokens a round.
+    """Return the chance r that one more draft is right, if rounds of at most `most` tokens commit `mean` on average.
 
     It solves 1 + r + … + r^(most-1) = `mean`.
     """

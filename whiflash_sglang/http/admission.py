@@ -92,7 +92,7 @@ def _validate_request(original: Any, self: Any, obj: Any, input_ids: Any) -> Non
 
 
 def check_given(obj: Any, *, native: bool) -> None:
-    """Check a request before SGLang splits it by prompt; raises ValueError. native: the client set its fields."""
+    """Check a request before SGLang splits it by prompt; raises ValueError. native: its fields are the client's own."""
     if isinstance(obj, EmbeddingReqInput):
         raise ValueError("this server only generates text; ask one with --is-embedding for embeddings and classes")
     for name in INTERNAL if native else ():

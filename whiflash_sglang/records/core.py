@@ -75,8 +75,8 @@ class Plan:
 
 @dataclass(eq=False, repr=False)  # a repr would read what no stage has filled, and wait for the device
 class Round:
-    """One round of a decode batch of B requests. Each stage fills its own fields. A field that is not filled yet cannot
-    be read, but for those of draft with a default, which most rounds leave unset.
+    """One round of a decode batch of B requests. Each stage fills its own fields. Reading a field that is not filled
+    yet raises an error, unless it has a default, as some fields of the draft stage have.
     """
 
     # Filled by `round_batch` (engine/scheduler/spec_worker.py) from SGLang's batch.

@@ -52,7 +52,7 @@ class GraphEnds:
 
     @staticmethod
     def bytes_for(widest: int) -> int:
-        """Return the bytes that a graph and its second graphs keep for a request's results, or at most for a row."""
+        """Return the bytes that a graph and its second graphs keep per request, or at most per row, for results."""
         committed = (widest + 3) * torch.int64.itemsize + torch.int32.itemsize
         return 6 * (committed + (1 + 3) * torch.float32.itemsize)  # an entropy and a router's three outputs
 
@@ -141,7 +141,7 @@ class GraphEnds:
         return _committed(rows, requests, self._graphs[rows.graph][1])
 
     def in_second_graph(self, rows: Verified, requests: int, kind: Kind, masks: torch.Tensor | None) -> Verified:
-        """Commit `rows` in a second graph of `kind`. masks: `Masks.packed`, if it masks."""
+        """Commit `rows` in a second graph of `kind`. masks: `Masks.packed`; None: that kind does not mask."""
         assert rows.graph is not None
         _, size, plain = rows.graph
         if masks is not None:

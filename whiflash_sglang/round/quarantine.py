@@ -69,7 +69,7 @@ class Quarantine:
         return arm not in self.reasons and arm not in request.left_out
 
     def end(self, request: Request) -> None:
-        """End a request. An arm whose last draft for it was valid has its failed requests counted from 0 again."""
+        """End a request. If an arm's last draft for it was valid, the arm's count of failed requests is set to 0."""
         for arm, faults in request.faults.items():
             if not faults and self.serves(arm, request):
                 self._failed[arm].clear()

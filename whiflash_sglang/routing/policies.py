@@ -167,7 +167,7 @@ class Policy(Protocol):
         ...
 
     def observe(self, arm: str, decision: Decision, length: float) -> None:
-        """Learn that a round of `arm`, decided by `decision`, committed `length` tokens; its caller ordered nothing."""
+        """Learn that a round of `arm`, by a `decision` that is `free`, committed `length` tokens."""
         ...
 
     def judge(self, arm: str, drafts: int, right: int) -> None:

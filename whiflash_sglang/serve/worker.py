@@ -258,8 +258,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.publisher.flush()
 
     def target_written(self) -> None:
-        """Refresh copies of the target's weights after these were written; with DP attention, when every rank's were:
-        ranks may hear of it in different passes, and one may have failed.
+        """Refresh copies of the target's weights after these were written. With DP attention that waits until every
+        rank's were written: ranks hear of it in different passes, and a rank's write may fail.
         """
         self.target.peers.written += 1
         if self.target.peers.size == 1:

@@ -44,7 +44,7 @@ class Essence:
         self._nodes, self._chars, self._named = MOST_NODES, MOST_LISTED_CHARS, MOST_NAMED_CHARS
 
     def knows(self, name: str) -> bool:
-        """Whether a name is within the bound on names, towards which it counts."""
+        """Count the characters of a name; return whether all names together are within their bound."""
         self._named -= len(name)
         return self._named >= 0
 

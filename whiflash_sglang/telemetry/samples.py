@@ -77,7 +77,7 @@ Handle = Annotated[int, Field(ge=0, lt=HANDLES)]
 
 
 class _Named(BaseModel):
-    """Field that ends every line of a file, header and samples."""
+    """Base of the lines of a file, header and samples: `handles` is the last field of each."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -97,7 +97,7 @@ class Tally:
         self.timed_seconds += seconds
 
     def priced(self, tokens: int, seconds: float, *, plain_seconds: float) -> None:
-        """Count a timed round for whose tokens plain decoding is known to take `plain_seconds`."""
+        """Count a timed round. plain_seconds: what plain decoding would take for its tokens."""
         self.priced_tokens += tokens
         self.priced_seconds += seconds
         self.plain_seconds += plain_seconds

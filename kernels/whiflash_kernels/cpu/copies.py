@@ -51,7 +51,7 @@ class CompiledCopies:
         self._link(text.buffer_info()[0], start)
 
     def follow(self, followed: "array[int]", tokens: Sequence[int]) -> None:
-        """Compare a predicted output with the answer's next tokens, and find the place where the answer goes on.
+        """Compare a predicted output with the answer's next tokens, and find the answer's present place in it.
 
         Args:
             followed: its `Followed`, as eight numbers of 64 bits.

@@ -113,7 +113,7 @@ class CompiledLayers:
             raise ValueError(f"positions reach beyond the table's {len(table)} rows")
 
     def keep(self, k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor) -> None:
-        """Write rows k, v [T, ...] to `slots` [T] int64 of pools [S, ...], contiguous, whose slots are as large.
+        """Write rows k, v [T, ...] to `slots` [T] int64 of pools [S, ...], contiguous, with slots of a row's size.
 
         Raises:
             ValueError: also for a slot that the pools have not.

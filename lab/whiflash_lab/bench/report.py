@@ -57,7 +57,7 @@ def paired(cells: Sequence[Cell], others: Sequence[Cell], groups: Mapping[str, s
 
 
 class Figures(BaseModel, frozen=True, extra="forbid"):
-    """One arm in one category.
+    """Measured figures of one arm on one category of prompts.
 
     answers: timed ones, over all repetitions. output_tokens_per_s: of the whole exchange, prefill included; None
     where requests of several categories ran at the same time. acceptance_length: tokens per target forward.

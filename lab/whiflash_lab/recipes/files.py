@@ -28,8 +28,8 @@ ROLES = "sglang_config"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One launch. flags: name → value as text or a list of words; empty for a switch and for a variable's value.
-    environment: SGLang's variables that the launch sets."""
+    """One launch. flags: name → value as text or a list of words; empty for a switch, and if a shell variable has the
+    value. environment: SGLang's variables that the launch sets."""
 
     name: str
     flags: Mapping[str, str | Sequence[str]]

@@ -41,7 +41,7 @@ class Turn(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of the text. stretch: that wrote it; None for text of no round, such as the prefill's token.
+    """A part of the text. stretch: the one that wrote it; None for text of no round, such as the prefill's token.
 
     number: of the stretch, from 1.
     """

@@ -55,7 +55,7 @@ def columns_of(stretches: Sequence[Stretch]) -> list[Column]:
 
 
 def zooms(tokens: int) -> list[int]:
-    """Return the zooms of a timeline of so many tokens: its possible widths as multiples of the page's."""
+    """Return the possible widths of a timeline of `tokens` tokens, as multiples of the page's width."""
     levels = [1]
     while levels[-1] < DEEPEST_ZOOM and tokens > FITTING * levels[-1]:
         levels.append(levels[-1] * 2)

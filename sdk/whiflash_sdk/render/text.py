@@ -119,7 +119,7 @@ def _paint(text: str, code: str, colour: bool) -> str:
 
 
 def _strip(trace: Trace, colour: bool) -> str:
-    """Draw a bar for each round, by the tokens that it committed; their mean if the trace has no counts by round."""
+    """Draw a bar for each round, as high as the tokens that it committed; as their mean if the trace has no counts."""
     rounds = [
         (tokens, stretch.arm)
         for stretch in trace.stretches

@@ -198,7 +198,7 @@ Topic = tuple[str, str]
 
 @dataclass(frozen=True)
 class Split:
-    """Result of `split`. kept: remaining training rows. dropped: number of dropped rows, by source and shared kind."""
+    """Result of `split`. kept: remaining training rows. dropped: dropped rows, by source and kind of shared topic."""
 
     kept: list[dict[str, Any]]
     dropped: Counter[tuple[str, str]]

@@ -47,7 +47,7 @@ class Text(NamedTuple):
 
 
 class ChosenTexts(NamedTuple):
-    """Result of `choose`. learned, judged: no prompt is in both. until: when the newest sample was written, seconds."""
+    """Texts to learn from and to judge by; they share no prompt. until: when the newest was written, Unix seconds."""
 
     learned: list[Text]
     judged: list[Text]
@@ -134,7 +134,7 @@ def _within(texts: Sequence[Text], shares: int, tokens: int) -> list[Text]:
 
 
 def _room(able: Collection[int], shares: int, limit: int) -> int:
-    """Return the largest amount that one tenant may supply.
+    """Return the largest amount (of samples or tokens) that one tenant may supply.
 
     With it, no tenant supplies more than 1/`shares` of what all supply together, and all supply at most `limit`. A
     fixed share of the limit would not suffice: a tenant that sends much would dominate if the others send little.

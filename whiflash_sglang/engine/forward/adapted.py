@@ -24,7 +24,7 @@ NAME = "whiflash_uno"  # nobody can ask for it: SGLang's registry has adapters o
 
 
 class AdaptedTarget:
-    """The target under an adapter. config: the adapter's. vocabulary: number of the target's tokens.
+    """The target, with an adapter for rows of noise. config: the adapter's. vocabulary: number of the target's tokens.
 
     Raises:
         CheckpointError: the adapter's tensors do not fit the target. ConfigError: it changes experts.
@@ -52,7 +52,7 @@ class AdaptedTarget:
         require_plain_layers(self._manager)
 
     def logits(self, batch: DraftBatch, noise: torch.Tensor) -> torch.Tensor:
-        """Return logits [B * (1 + D), V] of the bonus token and of `noise` [B, D] int64, which is under the adapter.
+        """Return logits [B * (1 + D), V] of the bonus token and, with the adapter, of `noise` [B, D] int64.
 
         Positions are clamped to the context, where a target's table of rotations may end.
         """
@@ -74,7 +74,7 @@ class AdaptedTarget:
         return logits
 
     def _lay_out(self, requests: int, noise: int) -> None:
-        """Put `noise` rows after the first row of each request under the adapter."""
+        """Have SGLang apply the adapter to the `noise` rows after each request's first row."""
         ids, lengths = ([None, self._id] * requests, [1, noise] * requests) if noise else ([None], [requests])
         if isinstance(self._manager.lora_backend, TritonLoRABackend):
             self._manager.prepare_lora_token_segments(lora_ids=ids, segment_lens=lengths)

@@ -47,7 +47,7 @@ class Masks:
         self._copied.record()
 
     def build(self, batch: Any, spending: Spending) -> None:
-        """Make the masks, timed by request.
+        """Make the masks; the time is charged to each request.
 
         A first row gets its mask however long that takes. Drafts that there is no time for are rejected. A request
         whose grammar allows no token is aborted.

@@ -150,7 +150,7 @@ class RaggedMamba2(_Ragged):
         mup_vector: torch.Tensor | None = None,
         **named: Any,
     ) -> torch.Tensor:
-        """Run a layer, in a verification by `mixer_forward`. Arguments and result: as there."""
+        """Run a layer; verifications run by `mixer_forward`, whose arguments and result these are."""
         if not forward_batch.forward_mode.is_target_verify():
             found: torch.Tensor = super().forward(
                 mixer, hidden_states, output, layer_id, forward_batch, mup_vector=mup_vector, **named

@@ -49,7 +49,7 @@ def draft_input(batch: Any, bonus: Any, future_map: FutureMap) -> DraftInput:
     until="a worker may name what its KV depends on",
 )
 def _with_layout(original: Any, self: Any, url: str, payload: Any) -> None:
-    """Register what a prefill server's draft KV was made with, in SGLang's field for layouts of KV."""
+    """Register the name of a prefill server's draft KV layout (`layout_of`) in SGLang's field for KV layouts."""
     worker = our_worker()
     if worker is not None and worker.draft_layout is not None:
         payload = {**payload, "kv_layout": worker.draft_layout}

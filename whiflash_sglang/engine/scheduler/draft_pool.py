@@ -73,7 +73,7 @@ def copies_kv() -> bool:
 
 
 def pool_of(target: Any, drafters: Mapping[str, KVDrafter]) -> DraftPool | None:
-    """Return the pool to copy beside the target's; None if no KV is copied or no drafter has KV. target: wrapped."""
+    """Return the pool to copy beside the target's; None if no KV is copied or no drafter has KV."""
     if not drafters or not copies_kv():
         return None
     kvs = {arm: drafter.kv for arm, drafter in drafters.items()}

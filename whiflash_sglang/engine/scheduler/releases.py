@@ -40,7 +40,7 @@ def our_worker() -> Any:
     everywhere=True,
 )
 def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
-    """Report every end of a request's KV to the worker."""
+    """Report each request whose KV is released to the worker, before SGLang frees the slots."""
     worker = our_worker()
     if worker is not None:
         saved = req.kv.retraction_backup is not None  # a decode server retracts it
@@ -75,9 +75,9 @@ def flush(worker: Any) -> None:
     until="a session keeps what was computed",
 )
 def _keeping_what_was_computed(original: Any, self: StreamingSession, req: Any) -> bool:
-    """Let a session keep a turn's slots up to its last token, which no forward has seen.
+    """Let a session keep a turn's KV slots up to its last token, which has no KV yet.
 
-    Upstream takes allocated slots for computed ones, as they are in plain decoding, which allocates each when needed.
+    Upstream keeps every slot that is allocated. A round allocates more slots than it fills, plain decoding does not.
     """
     session = req.session
     known = len(req.origin_input_ids) + len(req.output_ids_through_stop)
@@ -89,7 +89,7 @@ def _keeping_what_was_computed(original: Any, self: StreamingSession, req: Any) 
 
 
 def clear_turns(turns: dict[str, Any], rid: str | None) -> None:
-    """End a session's turns after that of `rid`, or all, and remove them from `turns`.
+    """End a session's turns after that of `rid`, all if that is None, and remove them from `turns`.
 
     SGLang deletes from the dictionary that it iterates over, and twice if two turns have one id: its scheduler ends.
     """

@@ -28,10 +28,10 @@ class SessionTree(UnifiedRadixCache):  # type: ignore[misc]
 
 
 class SessionTracker(UnifiedSessionRefTracker):  # type: ignore[misc]
-    """A tracker by which a session that is one conversation holds only what its newest turn continues."""
+    """A tracker that keeps, for a session that is one conversation, only the KV that its newest turn continues."""
 
     def register_session_ref(self, req: Any, leaf: Any) -> None:
-        """Give up what only older turns have, and make it the first to be evicted."""
+        """Release the KV that only a session's older turns use, and make it the first to be evicted."""
         super().register_session_ref(req, leaf)
         session, given_up = req.session_id or "", dict[int, Any]()
         if LINE not in session:
