@@ -94,7 +94,8 @@ class Engine:
                 },
             )
         )
-        for req in (*self.scheduler.waiting_queue, *self.scheduler.grammar_manager.grammar_queue):
+        ahead = getattr(self.scheduler, "previews", {}).values()
+        for req in (*self.scheduler.waiting_queue, *self.scheduler.grammar_manager.grammar_queue, *ahead):
             self.requests.setdefault(req.rid, req)
 
     def step(self) -> bool:

@@ -62,6 +62,7 @@ class Capabilities(BaseModel):
     tool_call_parser, reasoning_parser: SGLang's parser in force, if any.
     tenant_header: whether a gateway's header `X-WhiFlash-Tenant` names the tenant, whatever requests say.
     sessions: whether it keeps the prompts of open sessions longest (`--enable-session-radix-cache`).
+    previews: whether it prefills a session's next prompt ahead (`preview` of hints).
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
@@ -77,11 +78,12 @@ class Capabilities(BaseModel):
     reasoning_parser: str | None = None
     tenant_header: bool = False
     sessions: bool = False
+    previews: bool = False
 
     def assumed(self) -> Capabilities:
         """Complete capabilities that a caller wrote: fields that are not set get the values of a server of this
         release."""
-        latest = {"routes": ROUTES, "prediction_tokens": PREDICTION_TOKENS, "sessions": True}
+        latest = {"routes": ROUTES, "prediction_tokens": PREDICTION_TOKENS, "sessions": True, "previews": True}
         return self.model_copy(update={k: v for k, v in latest.items() if k not in self.model_fields_set})
 
 

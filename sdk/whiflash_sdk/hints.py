@@ -102,6 +102,8 @@ class Hints(_Hint):
     agent: name of the agent, 1 to 64 characters, by which reports count.
     task: name of the task, 1 to 64 characters: requests of a tenant with one name copy from each other's answers.
     learn: false keeps the request from a server that trains its drafters on what it serves.
+    preview: text of 1 to 64 characters in the prompt, where text follows that is not known yet. The prompt before it is
+        prefilled for the session's next request, at the lowest priority, and nothing is answered.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -115,6 +117,7 @@ class Hints(_Hint):
     agent: Name | None = None
     task: Name | None = None
     learn: bool = True
+    preview: Marker | None = None
 
     def encode(self) -> str:
         """Return the JSON string for `custom_params`. Raises: HintError if it is longer than 8 KiB.

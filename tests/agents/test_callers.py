@@ -116,6 +116,26 @@ def test_a_session_is_its_tenants(server: Server, path: str, header: str) -> Non
         assert [closed(server, name, tenant) for tenant in (b"other", b"victim")] == [0, 1]
 
 
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_preview_is_cached_for_its_tenant(server: Server, path: str) -> None:
+    """On every route. Its answer is empty, and a batch, no session and no marker are refused."""
+    text, tenant = prompt(f"preview {path}"), TENANT + b"previewer"
+
+    def preview(prompt: Any, **more: Any) -> tuple[int, bytes]:
+        asked = body_of(path, prompt, **more)
+        holder = asked["sampling_params"] if path == "/generate" else asked
+        holder["custom_params"] = {"whiflash": '{"preview": "MARK"}'}
+        return ask(server, path, asked, tenant)
+
+    status, answer = preview(f"{text} MARK", session_id="s")
+    assert status == 200, answer
+    following = body_of(path, f"{text} and more")
+    assert cached(ask(server, path, following, TENANT + b"other")) < 20
+    assert cached(ask(server, path, following, tenant)) >= len(text) - 1
+    for wrong, why in ((preview(f"{text} MARK"), b"session"), (preview(text, session_id="s"), b"'MARK'")):
+        assert (wrong[0], why in wrong[1]) == (400, True), wrong
+
+
 def test_no_id_looks_like_another_tenants(server: Server) -> None:
     forged = {"session_id": "victim\x1fone", "capacity_of_str_len": 9}
     generated = body_of("/v1/completions", "one two", **forged)

@@ -35,6 +35,9 @@ class Manager:
             model_path="tiny",
             tokenizer_worker_num=1,
             enable_session_radix_cache=True,
+            dp_size=1,
+            pp_size=1,
+            disaggregation_mode="null",
         )
         self.sent: list[Any] = []
         self.taken = True

@@ -23,6 +23,7 @@ from whiflash_sdk.presets import likely_spans
 from whiflash_sglang.copying.groups import SIBLINGS
 from whiflash_sglang.engine.carried import settings_of
 from whiflash_sglang.http.callers import CALLER
+from whiflash_sglang.http.previews import prepare
 from whiflash_sglang.http.sessions import scope
 from whiflash_sglang.spans.carrier import add_hints, validate_custom_params
 from whiflash_sglang.spans.forced import check_forced
@@ -178,6 +179,8 @@ async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Fields]:
     if any(one.params is not None for one in fields):
         filled = [_filled(entry, one.params) for entry, one in zip(entries, fields, strict=True)]
         obj.sampling_params = filled if isinstance(obj.sampling_params, list) else filled[0]
+    if markers := [one.hints.preview for one in fields if one.hints.preview is not None]:
+        await prepare(manager, obj, markers[0])
     return fields
 
 

@@ -26,6 +26,7 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.hosts import SilentReplicaError, together
 from whiflash_sglang.files.jsonl import read_json
 from whiflash_sglang.http import admission, callers, cut_streams, middleware, reader, traces, writer
+from whiflash_sglang.http.previews import serves_previews
 from whiflash_sglang.settings.config import PolicyChange, changed
 from whiflash_sglang.telemetry.samples import forget_samples
 
@@ -109,6 +110,7 @@ async def _capabilities() -> dict[str, object]:
         "reasoning_parser": manager.config_value("reasoning_parser"),
         "tenant_header": settings.trust_tenant_header,
         "sessions": bool(server_args.enable_session_radix_cache),
+        "previews": serves_previews(server_args),
         "limits": {
             "spans": MAX_SPANS,
             "marker_chars": MAX_MARKER_CHARS,

@@ -23,6 +23,7 @@ from whiflash_sglang.engine.scheduler import releases
 from whiflash_sglang.engine.scheduler.control import InternalState
 from whiflash_sglang.engine.scheduler.disaggregation import PreallocQueue
 from whiflash_sglang.engine.scheduler.figures import MetricsReporter
+from whiflash_sglang.engine.scheduler.previews import PreviewQueue
 from whiflash_sglang.engine.scheduler.radix import BigramTree
 from whiflash_sglang.engine.scheduler.session_tree import MARK, SessionTracker, SessionTree
 from whiflash_sglang.engine.scheduler.stops import BatchResultProcessor
@@ -53,7 +54,7 @@ def _becoming(original: Any, self: Any) -> None:
         self.draft_worker.publish_to(self.metrics_collector)
 
 
-class WhiflashScheduler:
+class WhiflashScheduler(PreviewQueue):
     """Our additions to SGLang's scheduler, whose class follows this one among the bases."""
 
     metrics_reporter: Any
@@ -114,6 +115,7 @@ class WhiflashScheduler:
         tenant, _, session = recv_req.session_id.rpartition(MARK)
         if self.enable_session_radix_cache:
             self.tree_cache.release_radix_session(f"{tenant}{MARK}{session}")
+            self.drop_preview(f"{tenant}{MARK}{session}")
         super().close_session(msgspec.structs.replace(recv_req, session_id=session))  # type: ignore[misc]
 
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
@@ -125,7 +127,12 @@ class WhiflashScheduler:
         """Abort only the request with this id. SGLang aborts all with this prefix, so others are renamed meanwhile."""
         decoding = self.disagg_decode_prealloc_queue
         queues = (self.disagg_prefill_bootstrap_queue, decoding, self.disagg_decode_transfer_queue)
-        held = [self.waiting_queue, self.grammar_manager.grammar_queue, self.collect_inflight_reqs()]
+        held = [
+            self.waiting_queue,
+            self.previews.values(),
+            self.grammar_manager.grammar_queue,
+            self.collect_inflight_reqs(),
+        ]
         held += [queue.queue for queue in queues if queue is not None]
         held += [self.disagg_prefill_inflight_queue or (), getattr(decoding, "retracted_queue", None) or ()]
         known = {getattr(one, "req", one) for reqs in held for one in reqs} | ({self.chunked_req} - {None})

@@ -1,0 +1,126 @@
+"""Previews of a session's next prompt: what they leave cached, and that no other request waits for one."""
+
+import random
+from typing import Any
+
+import pytest
+from engine import Engine, engine
+from model_set import Models
+from trees import assert_tree_is_true
+
+from whiflash_sglang.engine.scheduler import previews
+from whiflash_sglang.engine.scheduler.session_tree import LINE
+
+FLAGS: dict[str, Any] = {"enable_session_radix_cache": True}
+PREVIEW: dict[str, Any] = {"max_new_tokens": 0, "custom_params": {"whiflash": '{"preview": "X"}'}}
+
+
+def words(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(32, 127), k=length)
+
+
+def preview(e: Engine, rid: str, tokens: list[int], session: str = f"{LINE}a") -> Any:
+    e.submit(rid, tokens, session_id=session, **PREVIEW)
+    return e.scheduler.previews.get(session)
+
+
+def prefilled(e: Engine) -> list[tuple[list[str], int, int]]:
+    """Fills with each prefill: its requests, and how many others run and wait."""
+    seen, run = [], e.scheduler.run_batch
+
+    def spy(batch: Any, *args: Any) -> Any:
+        if batch.forward_mode.is_extend():
+            seen.append(
+                ([r.rid for r in batch.reqs], len(e.scheduler.running_batch.reqs), len(e.scheduler.waiting_queue))
+            )
+        return run(batch, *args)
+
+    e.scheduler.run_batch = spy
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [({}, [47, 96]), ({"page_size": 16}, [32, 96]), ({"chunked_prefill_size": 32}, [47, 78])],  # keys of two tokens
+    ids=str,
+)
+def test_the_next_turn_finds_its_preview_cached(models: Models, flags: dict[str, Any], found: list[int]) -> None:
+    """With its drafters' KV. The first turn's answer stands shorter in the history, as without its thinking."""
+    first, more = words(1, 48), words(2, 48)
+    history, result = [*first, *more], words(3, 20)
+    with engine(models.target, **FLAGS, **flags) as e:
+        plain = e.ask("turn", [*history, *result], session_id=f"{LINE}a")
+    rounds = []
+    for ahead in (False, True):
+        with engine(models.target, whiflash=models.whiflash("ar"), **FLAGS, **flags) as e:
+            e.ask("first", first, max_new_tokens=16, session_id=f"{LINE}a")
+            if ahead:
+                preview(e, "ahead", [*history, *result[:1]])
+                e.run()
+            assert e.ask("turn", [*history, *result], session_id=f"{LINE}a") == plain
+            rounds.append(e.rounds("turn"))
+            assert e.requests["turn"].cached_tokens == found[ahead]
+            assert_tree_is_true(e, models)
+            e.check_leaks()
+    assert rounds[0] == rounds[1], "the first rounds draft as without a preview"
+
+
+def test_no_other_request_waits_for_a_preview(models: Models) -> None:
+    flags: dict[str, Any] = {"max_running_requests": 5, "max_total_tokens": 1400, **FLAGS}
+    with engine(models.target, whiflash=models.whiflash("ar"), **flags) as e:
+        seen = prefilled(e)
+        for number in range(10):
+            e.submit(f"other/{number}.", words(number, 24), max_new_tokens=8 + number)
+        preview(e, "ahead", words(20, 300))
+        e.run()
+        ((_, running, waiting),) = [one for one in seen if "ahead" in one[0]]
+        assert (running < 4, waiting, seen[-1][0]) == (True, 0, ["ahead"])
+        # Beside running requests the next one rests for rounds of which it would take 1 %.
+        for number in range(2):
+            e.submit(f"more/{number}.", words(30 + number, 24), max_new_tokens=200)
+            e.step()
+        e.scheduler.rest, held = 3, preview(e, "second", words(21, 900))
+        for _ in range(3):
+            assert e.step()
+            assert e.scheduler.previews
+        assert e.step()
+        assert (seen[-1][0], len(held.origin_input_ids)) == (["second"], previews.BESIDE)
+        assert e.scheduler.rest >= 1 / previews.SHARE
+        # The running requests may need the KV that is left.
+        e.submit("long", words(40, 24), max_new_tokens=500)
+        e.step()
+        e.scheduler.rest, large = 0, preview(e, "large", words(22, 500))
+        assert e.step()
+        assert large in e.scheduler.previews.values()
+        assert not e.scheduler.running_batch.batch_is_full
+        assert e.scheduler.rest > 1
+        e.run()
+        assert not any(req.retraction_count for req in e.requests.values())
+        e.check_leaks()
+
+
+def test_a_preview_ends_with_its_use(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its session's next request, a newer preview, its client, its session, or its tenant's others."""
+    with engine(models.target, whiflash=models.whiflash("ar"), **FLAGS) as e:
+        ended: list[str] = []
+        monkeypatch.setattr(e.scheduler, "send_abort_output", lambda abort, _: ended.append(abort.rid))
+        e.submit("busy", words(0, 24), max_new_tokens=200)
+        e.step()
+        e.scheduler.rest = 1e9
+        for rid in ("old", "new"):
+            preview(e, rid, words(1, 40))
+        e.submit("turn", words(1, 60), max_new_tokens=4, session_id=f"{LINE}a")
+        preview(e, "left", words(1, 80))
+        e.abort("left")
+        preview(e, "closed", words(1, 80))
+        e.close_session(f"{LINE}a")
+        assert ended == ["old", "new", "left", "closed"]
+        monkeypatch.setattr(previews, "MOST", 3)
+        for number, tenant in enumerate("abbb"):
+            preview(e, f"of {tenant}{number}", words(number, 40), f"{tenant}{LINE}{number}")
+        assert ended[4:] == ["of b1"]
+        assert [one.rid for one in e.scheduler.previews.values()] == ["of a0", "of b2", "of b3"]
+        e.run()
+        assert not e.scheduler.previews
+        assert e.output("busy")
+        e.check_leaks()

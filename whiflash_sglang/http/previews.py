@@ -1,0 +1,75 @@
+"""Make a preview of a request with the hint `preview`: the part of its prompt before a marker is prefilled, and nothing
+is answered. `engine/scheduler/previews.py` says when.
+
+Text that nobody knows yet follows at the marker, and a tokenizer may join it with the text before. So the last word
+before the marker is left out, and what is left counts as far as every continuation tried leaves its tokens as they are.
+Another continuation may still change them. Then the next request does not find these tokens cached; no text changes.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from whiflash_sglang.engine.scheduler.session_tree import MARK
+from whiflash_sglang.spans.hints import HintError
+
+CONTINUATIONS = ("a", " a", "0", ".", '"', "\n", "\n\n", "é")
+"""Texts that may follow the marker's place."""
+FIELD = "custom_params.whiflash.preview"
+
+
+def serves_previews(server_args: Any) -> bool:
+    """Whether a server takes previews: it needs sessions, and one scheduler that prefills and decodes."""
+    one = server_args.dp_size == server_args.pp_size == 1 and server_args.disaggregation_mode == "null"
+    return bool(one and server_args.enable_session_radix_cache)
+
+
+async def prepare(manager: Any, obj: Any, marker: str) -> None:
+    """Make SGLang's internal request a preview. A thread tokenises, so that the event loop goes on.
+
+    Raises:
+        HintError: the server takes no previews, or this request cannot be one.
+    """
+    if not serves_previews(manager.server_args) or manager.tokenizer is None:
+        why = "needs --enable-session-radix-cache, a tokenizer, and a server without replicas, stages or disaggregation"
+        raise HintError(FIELD, f"{why}; leave it out")
+    several = isinstance(obj.sampling_params, list) or isinstance(obj.text, list)
+    if several or (obj.input_ids and isinstance(obj.input_ids[0], list)) or obj.contains_mm_input():
+        raise HintError(FIELD, "is for one prompt of text; send a request for each, and leave images out")
+    if MARK not in (obj.session_id or ""):
+        raise HintError(FIELD, "needs the session whose next prompt this is; name it by session_id or a header")
+    ids = await asyncio.get_running_loop().run_in_executor(None, _known, manager.tokenizer, obj, marker)
+    obj.text, obj.input_ids, obj.priority, obj.return_logprob = None, ids, None, False
+    params = (obj.sampling_params or {}).get("custom_params")
+    obj.sampling_params = {"max_new_tokens": 0, "custom_params": params}
+
+
+def _known(tokenizer: Any, obj: Any, marker: str) -> list[int]:
+    return known_tokens(tokenizer, tokenizer.encode(obj.text) if obj.input_ids is None else obj.input_ids, marker)
+
+
+def known_tokens(tokenizer: Any, ids: Sequence[int], marker: str) -> list[int]:
+    """Return the first tokens of a prompt, those that do not depend on the text at the marker's last place.
+
+    Raises:
+        HintError: the prompt has no marker, or no token before it.
+    """
+    # The tokenizer splits text at special tokens first, so the text behind one has tokens of its own.
+    special = tokenizer.added_tokens_decoder
+    for begin in (*(i + 1 for i in reversed(range(len(ids))) if ids[i] in special), 0):
+        text = tokenizer.decode(ids[begin:], clean_up_tokenization_spaces=False)
+        before, found, _ = text.rpartition(marker)
+        if not found:
+            continue
+        words = before.rstrip()
+        if words == before:  # the last word may go on
+            words = "".join(before.rsplit(None, 1)[:-1])
+        tokens = list(ids[begin:])
+        for other in (words, *(before + more for more in CONTINUATIONS)):
+            pairs = zip(tokens, tokenizer.encode(other, add_special_tokens=False), strict=False)
+            tokens = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        if begin or tokens:
+            return [*ids[:begin], *tokens]
+        break
+    raise HintError(FIELD, f"{marker!r} does not follow other text in the prompt; put it where later text begins")
