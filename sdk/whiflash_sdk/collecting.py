@@ -17,6 +17,7 @@ from typing import Any, Final
 from whiflash_sdk.blocks import BlockValue
 from whiflash_sdk.errors import TraceError
 from whiflash_sdk.otel import add_to, current_span
+from whiflash_sdk.previews import Turn
 from whiflash_sdk.reading import text_or_none
 from whiflash_sdk.report import Report, Share
 from whiflash_sdk.trace import (
@@ -35,7 +36,7 @@ from whiflash_sdk.trace import (
 class CollectedCall:
     """One call of a wrapped client.
 
-    began: in monotonic seconds. span: OpenTelemetry's, if one records.
+    began: in monotonic seconds. span: OpenTelemetry's, if one records. turn: that the answer ends, if it has previews.
     """
 
     agent: str | None
@@ -46,6 +47,7 @@ class CollectedCall:
     model: str | None = None
     tools: dict[int, tuple[str, ...]] = field(default_factory=dict)
     span: Any = field(default_factory=current_span)
+    turn: Turn | None = None
     _sent: dict[int, Any] = field(default_factory=dict)
     _texts: dict[int | None, list[str]] = field(default_factory=dict)
 
@@ -61,6 +63,8 @@ class CollectedCall:
         traces = sent_traces(body)
         for raw in traces:
             self._sent[raw.get("choice", 0) if isinstance(raw, dict) else 0] = raw
+        if self.turn is not None:
+            self.turn.take(body)
         return bool(traces)
 
     def end(self) -> None:

@@ -17,7 +17,7 @@ from whiflash_sdk.flow import Flow, ResultT
 from whiflash_sdk.hints import WIRE_KEY, Hints, Span, TraceLevel, decode
 from whiflash_sdk.identity import Asker
 from whiflash_sdk.reading import json_or_none, text_or_none
-from whiflash_sdk.session import Session, conversation, session
+from whiflash_sdk.session import Session, conversation, session, turn_of
 from whiflash_sdk.spans import block_hints, opened_span
 
 _DERIVED: Final = ("chat/completions", "completions")
@@ -105,6 +105,9 @@ class Outgoing:
         self.agent: str | None = text_or_none(said.get("agent"))
         """The agent's name in the hints that are sent."""
         self.traced = bool(said.get("trace"))
+        takes = capabilities.previews if isinstance(capabilities, Capabilities) else bool(capabilities)
+        self.previews = takes and route == _DERIVED[0]
+        """Whether the server may prefill the prompt that follows this request."""
         self.whole_text = said.get("trace") == "full"
         """Whether the trace may count in the answer's text."""
 
@@ -164,6 +167,8 @@ def exchange(
     take: reads the answer's traces.
     work: the step that calls a function whose time grows with the body.
     """
+    if _said(body).get("preview"):
+        return (yield from send(body))
     model, server = text_or_none(body.get("model")), None
     if told.capabilities is None:
         server = yield (async_ask if is_async else ask)(asker, timeout, model)
@@ -172,6 +177,7 @@ def exchange(
     if talk is not None and isinstance(sent, str) and sent.startswith(talk.id):
         talk.sent_to(asker, sent, going.body.get("cache_salt"), is_async=is_async)
     call = start(owner, going.agent)
+    call.turn = turn_of(asker, going.body, is_async=is_async) if going.previews else None
     try:
         answer = yield from send(going.body)
     except fails as error:
@@ -182,8 +188,9 @@ def exchange(
             raise
         answer = yield from send(going.plain)
         going.served_without(refused)
-    if going.traced:
-        take(answer, call, whole_text=going.whole_text)
+        call.turn = None
+    if going.traced or call.turn is not None:
+        take(answer, call, whole_text=going.whole_text or call.turn is not None)
     return answer
 
 

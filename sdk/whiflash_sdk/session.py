@@ -20,6 +20,7 @@ from whiflash_sdk.edits import file_to_edit
 from whiflash_sdk.flow import Flow, run, run_async
 from whiflash_sdk.hints import Hints, name_sent
 from whiflash_sdk.identity import Asker
+from whiflash_sdk.previews import StreamedResult, Turn
 
 _LOG: Final = logging.getLogger("whiflash_sdk")
 
@@ -37,7 +38,8 @@ class Session:
     `Session` with an agent of its own. `async with` waits until an asynchronous client has closed it.
 
     tenant: owner of the answers' text, as in `wrap(tenant=)`. agent: name of the agent. predicts: whether files are
-    predicted; the default is yes. task: name of the task, whose calls copy from each other's answers.
+    predicted; the default is yes. task: name of the task, whose calls copy from each other's answers. preview: whether
+    the server prefills the next prompt while a tool runs; the default is no, and it needs `agent`.
 
     Raises: ValueError for an empty tenant.
     """
@@ -46,6 +48,7 @@ class Session:
     agent: str | None = None
     predicts: bool | None = None
     task: str | None = None
+    preview: bool | None = None
     id: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -59,6 +62,7 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         _SESSION.leave(self)
+        _ended(self.id)
         for place in _taken(self.id):
             place.close()
 
@@ -67,9 +71,16 @@ class Session:
 
     async def __aexit__(self, *_: object) -> None:
         _SESSION.leave(self)
+        _ended(self.id)
         with anyio.CancelScope(shield=True):  # a cancelled block closes, too; `close_session` bounds the seconds
             for place in _taken(self.id):
                 await run_async(place.closing())
+
+    def stream_result(self, call: str | None = None) -> StreamedResult:
+        """Return a writer for a tool's result, which is previewed as it comes. call: id of the tool call; None is the
+        first one of the last answer without a result. Without `preview`, or on another server, it only keeps the text.
+        """
+        return StreamedResult(_turns.get(self.id), call)
 
     def sent_to(self, asker: Asker, sent: str, salt: str | None, *, is_async: bool) -> None:
         """Note that a request with this id goes to the asker's server, where it is to be closed."""
@@ -133,9 +144,16 @@ async def _finish(place: _Place) -> None:
 
 _open: dict[tuple[int, str], dict[object, _Place]] = {}
 """Servers with open sessions, by process and session: a fork does not close those of its parent."""
+_turns: dict[str, Turn] = {}
+"""The newest turn of each open session that has previews."""
 _tasks: set[asyncio.Task[None]] = set()
 _unclosed: set[str] = set()
 """Servers that did not close a session, each of which is logged once."""
+
+
+def _ended(session: str) -> None:
+    if (turn := _turns.pop(session, None)) is not None:
+        turn.end()
 
 
 def _taken(session: str) -> Iterator[_Place]:
@@ -171,7 +189,8 @@ def session() -> Session | None:
     def field(name: str) -> Any:
         return next((value for one in held if (value := getattr(one, name)) is not None), None)
 
-    return Session(field("tenant"), field("agent"), field("predicts"), field("task")) if held else None
+    names = ("tenant", "agent", "predicts", "task", "preview")
+    return Session(*map(field, names)) if held else None
 
 
 def conversation() -> Session | None:
@@ -184,3 +203,19 @@ def conversation() -> Session | None:
 def naming_sessions() -> list[Session]:
     """Return the enclosing sessions that name an agent or a task, the innermost first."""
     return [one for one in _SESSION.held() if one and (one.agent or one.task)]
+
+
+def turn_of(asker: Asker, body: Mapping[str, Any], *, is_async: bool) -> Turn | None:
+    """Begin the turn of a chat completion in its session; None if that has no previews. body: as it is sent."""
+    talk, inside = conversation(), session()
+    if talk is None or inside is None or not (inside.preview and talk.agent) or body.get("session_id") != talk.id:
+        return None
+    _ended(talk.id)
+    if (
+        body.get("n") not in (None, 1)
+        or body.get("continue_final_message")
+        or not isinstance(body.get("messages"), list)
+    ):
+        return None
+    turn = _turns[talk.id] = Turn(asker, body, is_async=is_async)
+    return turn

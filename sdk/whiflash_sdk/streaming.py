@@ -88,7 +88,7 @@ def _take(call: CollectedCall, body: Any) -> bool:
     """Store the traces by `call.take`; False if the answer has unexpected types, so that no stream breaks."""
     try:
         return call.take(body)
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, LookupError, TypeError, ValueError):
         return False
 
 
