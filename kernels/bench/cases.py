@@ -205,7 +205,6 @@ def catch_up_cases(bench: Bench) -> Iterator[Case]:
             partial(dflash_catch_up, *arguments),
             features.nbytes + dflash.fc.nbytes + dflash.kv.nbytes + written,
             2 * rows * (dflash.fc.numel() + dflash.kv.numel()),
-            others=upstream_dflash(bench, arguments),
         )
         features = bench.random(rows, eagle3.fc.shape[1])
         chain = (features, tokens, positions, slots, eagle3, bench.rope, eagle3_pools)
@@ -218,17 +217,6 @@ def catch_up_cases(bench: Bench) -> Iterator[Case]:
             features.nbytes + eagle3.fc.nbytes + eagle3.kv.nbytes + gathered + written,
             2 * rows * (eagle3.fc.numel() + eagle3.kv.numel()),
         )
-
-
-def upstream_dflash(bench: Bench, arguments: tuple) -> dict[str, Call]:
-    """Return SGLang's own materialisation of the same K and V; empty without SGLang or a GPU."""
-    if bench.device.type != "cuda":
-        return {}
-    try:
-        from upstream import materialise
-    except ImportError:
-        return {}
-    return {"sglang": materialise(bench.shape, arguments)}
 
 
 def block_cases(bench: Bench) -> Iterator[Case]:

@@ -60,8 +60,6 @@ def test_launching_waits_for_nothing(world: Streams, launches: Counter[str], mon
     few = cases.CaseSizes(batches=(2, 4), context=256)
     sizes = {"hidden": 256, "heads": 16, "kv_heads": 2, "dim": 128, "vocab": 32768, "router_units": 32}
     monkeypatch.setattr(cases, "torch", HostsNumbers())
-    # It imports SGLang, which would take this for a card.
-    monkeypatch.setattr(cases, "upstream_dflash", lambda *_: {})
     bench = cases.Bench(replace(SHAPES["smollm2-135m"], **sizes), torch.device("cuda", 0), 4, few)
     multiprocessors.cache_clear()
     with reached(places_for_cards()) as places:
