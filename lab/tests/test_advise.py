@@ -254,15 +254,15 @@ def test_the_command_shows_and_prints_json() -> None:
 
 
 def test_a_report_compares_with_the_servers_prices() -> None:
-    whole = brought(STATE).as_json()
+    whole = brought(STATE)
     assert (whole["gain"], whole["tokens_per_second"]) == (1.5, 100.0)
-    prefills = brought({**STATE, "tokens": 3000}).as_json()
+    prefills = brought({**STATE, "tokens": 3000})
     assert (prefills["tokens_per_second"], prefills["seconds"]) == (100.0, 30.0), "two of three were not timed"
-    half = brought({**STATE, "timed_seconds": 20.0, "timed_tokens": 2000, "tokens": 2000}).as_json()
+    half = brought({**STATE, "timed_seconds": 20.0, "timed_tokens": 2000, "tokens": 2000})
     assert (half["gain"], half["seconds"]) == (1.5, 20.0), "of the rounds whose plain price was known"
-    guessed = brought({**STATE, "priced_seconds": 0, "priced_tokens": 0, "plain_seconds": 0}).as_json()
+    guessed = brought({**STATE, "priced_seconds": 0, "priced_tokens": 0, "plain_seconds": 0})
     assert [guessed[name] for name in ("gain", "plain_tokens_per_second")] == [None] * 2
     assert guessed["tokens_per_second"] == 100.0
-    assert brought({**STATE, "replicas": [{}, {}]}).as_json()["tokens_per_second"] == 200.0
+    assert brought({**STATE, "replicas": [{}, {}]})["tokens_per_second"] == 200.0
     with pytest.raises(ConfigError, match="no round yet"):
         brought({**STATE, "tokens": 0})

@@ -191,10 +191,10 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
         target = target or PublishedTarget(question.target, _QWEN, (), ())
         loads = question.requests if pair.drafts else ()
         sums = brought(state)  # the gain includes copies and forced text
-        if sums.gain is None:
-            raise ConfigError(f"what the server brings over plain decoding is {unknown(sums.price)}")
-        rates = {PLAIN: sums.tokens / sums.seconds / sums.gain, OURS: sums.tokens / sums.seconds}
-        rows = [Estimate(OWN, "", rates, sums.gain, sums.gain)]
+        if (gain := sums["gain"]) is None:
+            raise ConfigError(f"what the server brings over plain decoding is {unknown(sums['plain_price'])}")
+        rates = {PLAIN: sums["plain_tokens_per_second"], OURS: sums["tokens_per_second"]}
+        rows = [Estimate(OWN, "", rates, gain, gain)]
         own = Server(lambda _: card)
         rows += [_row(own, pair, question, n, _block(target)) for n in tracked(loads, TASK)]
         verdict, prices = rows[0].verdict(0.0), "the running server, host's time included; drafters alone"

@@ -143,7 +143,7 @@ def summary(url: UrlOption = None, as_json: JsonFlag = False, api_key: AdminKeyO
     def ask(server: str) -> dict[str, Any] | str:
         state = steer(server, "/whiflash/state", None, api_key)
         try:
-            figures = brought(state).as_json()
+            figures = brought(state)
         except ConfigError as error:
             raise ServerRefusedError(f"{without_password(server)}: {error}") from None
         return figures if as_json else _sentences(figures)
