@@ -1,4 +1,4 @@
-"""Pack sequences into batches of about equal work, in an order fixed by the seed, and make the drafters' labels.
+"""Pack sequences into batches of about equal work, in an order fixed by the seed; attend to them; make labels.
 
 A label is the target's distribution if the emitted token is its first choice, else the emitted token alone. Under a
 grammar (or with sampling) the emitted token can differ from the first choice. Drafts are accepted by the emitted token,
@@ -48,6 +48,54 @@ def unpack(tokens: Tensor, features: Tensor, final: Tensor, lengths: Tensor, pro
         token += length
         feature += length - 1
     return Batch(tokens, features, final, spans)
+
+
+def attend_before(
+    anchors: Tensor,
+    spans: SequenceOf[SequenceSpan],
+    counts: SequenceOf[int],
+    q: Tensor,
+    own: tuple[Tensor, Tensor],
+    context: tuple[Tensor, Tensor],
+    *,
+    hidden: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Compute the attention of drafts to their sequence's entries before an anchor, and to o entries of their own.
+
+    Args:
+        anchors: [A] position in the sequence, where w rows of a draft begin. counts: anchors by sequence of `spans`.
+        q: [A, w, Hq, D]. own: keys and values [A, o, Hkv, D]. context: keys and values [features, Hkv, D].
+        hidden: [w, o] bool, own entries that a row does not see; None: it sees all.
+        window: entries before its own that a row sees; None: all.
+
+    Returns:
+        [A · w, Hq, D].
+    """
+    (keys, values), (own_keys, own_values), device = context, own, q.device
+    offsets = torch.arange(q.shape[1], device=device)[:, None]
+    grouped = q.unflatten(2, (keys.shape[1], -1)) * q.shape[-1] ** -0.5
+    beside = torch.einsum("abhgd,achd->habgc", grouped, own_keys).float()
+    if hidden is not None:
+        beside = beside.masked_fill(hidden[:, None], float("-inf"))
+    mixed = []
+    start = 0
+    for span, count in zip(spans, counts, strict=True):
+        rows, known = slice(start, start + count), span.length - 1
+        start += count
+        if not count:
+            continue
+        entries, anchor = slice(span.feature, span.feature + known), anchors[rows, None, None]
+        places = torch.arange(known, device=device)
+        unseen = places >= anchor
+        if window is not None:
+            unseen = unseen | (places < anchor + offsets - window)
+        scores = torch.einsum("abhgd,chd->habgc", grouped[rows], keys[entries]).float()
+        scores = scores.masked_fill(unseen[:, :, None], float("-inf"))
+        weights = torch.cat([scores, beside[:, rows]], dim=-1).softmax(-1).to(values.dtype)
+        out = torch.einsum("habgc,chd->abhgd", weights[..., :known], values[entries])
+        mixed.append(out + torch.einsum("habgc,achd->abhgd", weights[..., known:], own_values[rows]))
+    return torch.cat(mixed).flatten(2, 3).flatten(0, 1)
 
 
 class SequenceBatches(Dataset[dict[str, Tensor]]):

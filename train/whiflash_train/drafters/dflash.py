@@ -20,7 +20,7 @@ from whiflash_train.config import DFlash, DSpark
 from whiflash_train.drafters.batches import (
     Batch,
     Labels,
-    SequenceSpan,
+    attend_before,
     cross_entropy,
     first_choice,
     index_map,
@@ -173,7 +173,7 @@ def run_blocks(drafter: DFlashDrafter, batch: Batch, blocks: Blocks, columns: Se
     inputs = torch.full((len(blocks.anchor), width), drafter.config.mask_token_id, device=device)
     inputs[:, 0] = batch.tokens[blocks.token + blocks.anchor]
     positions = blocks.anchor[:, None] + torch.arange(width, device=device)
-    attend = _block_attention(batch.spans, blocks, width, keys, values, drafter.config.spans)
+    attend = _block_attention(batch, blocks, width, keys, values, drafter.config.spans)
     states: Tensor = drafter(inputs, positions, attend)
     return states
 
@@ -194,44 +194,22 @@ def choose_anchors(batch: Batch, per_token: float) -> Blocks:
 
 
 def _block_attention(
-    spans: Sequence[SequenceSpan], blocks: Blocks, width: int, keys: Tensor, values: Tensor, seen: Sequence[LayerSpan]
+    batch: Batch, blocks: Blocks, width: int, keys: Tensor, values: Tensor, seen: Sequence[LayerSpan]
 ) -> Attend:
     """Return the attention of blocks to the context entries before their anchor and to themselves.
 
     keys, values: [layers, features, Hkv, D] of the context. seen: the span of each layer; empty: all.
     """
-    rows_of = torch.arange(width, device=keys.device)
-    behind = rows_of[None] - rows_of[:, None]  # [row, other row]: the other row's position minus the row's
+    rows = torch.arange(width, device=keys.device)
+    behind = rows[None] - rows[:, None]  # [row, other row]: the other row's position minus the row's
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        span_of = seen[layer] if seen else LayerSpan()
-        kv_heads, size = k.shape[1:]
-        grouped = q.view(-1, width, kv_heads, q.shape[1] // kv_heads, size) * size**-0.5
-        own_keys, own_values = k.view(-1, width, kv_heads, size), v.view(-1, width, kv_heads, size)
-        own = torch.einsum("abhgd,achd->habgc", grouped, own_keys).float()
-        if span_of != LayerSpan():
-            own = own.masked_fill(_hidden(behind, span_of)[None, None, :, None], float("-inf"))
-        mixed = []
-        start = 0
-        for span, count in zip(spans, blocks.counts, strict=True):
-            rows = slice(start, start + count)
-            start += count
-            if not count:
-                continue
-            anchors = blocks.anchor[rows]
-            last = int(anchors.max())
-            entries = slice(span.feature, span.feature + last)
-            scores = torch.einsum("abhgd,chd->habgc", grouped[rows], keys[layer, entries]).float()
-            places = torch.arange(last, device=q.device)
-            unseen = (places >= anchors[:, None])[:, None].expand(-1, width, -1)
-            if span_of.window is not None:
-                unseen = unseen | (places < (anchors[:, None] + rows_of)[..., None] - span_of.window)
-            scores = scores.masked_fill(unseen[None, :, :, None], float("-inf"))
-            weights = torch.cat([scores, own[:, rows]], dim=-1).softmax(-1).to(v.dtype)
-            out = torch.einsum("habgc,chd->abhgd", weights[..., :last], values[layer, entries])
-            out = out + torch.einsum("habgc,achd->abhgd", weights[..., last:], own_values[rows])
-            mixed.append(out)
-        return torch.cat(mixed).reshape(q.shape)
+        span = seen[layer] if seen else LayerSpan()
+        q, k, v = (x.unflatten(0, (-1, width)) for x in (q, k, v))
+        context, hidden = (keys[layer], values[layer]), _hidden(behind, span)
+        return attend_before(
+            blocks.anchor, batch.spans, blocks.counts, q, (k, v), context, hidden=hidden, window=span.window
+        )
 
     return attend
 

@@ -15,7 +15,7 @@ from whiflash_sglang.formats.layers import Attend
 from whiflash_train.config import Eagle3
 from whiflash_train.drafters.batches import (
     Batch,
-    SequenceSpan,
+    attend_before,
     cross_entropy,
     first_choice,
     index_map,
@@ -92,14 +92,12 @@ def unroll(
     fused = drafter.fuse(batch.features[:, columns].flatten(1).to(drafter.fc.weight.dtype))
     following = torch.cat([batch.tokens[span.token + 1 : span.token + span.length] for span in batch.spans])
     positions = torch.cat([torch.arange(span.length - 1, device=fused.device) for span in batch.spans])
-    context = drafter.keys_values(following, fused, positions)
-    chain: list[tuple[Tensor, Tensor]] = []
+    attend = _chain_attention(batch, plan, drafter.keys_values(following, fused, positions))
     hidden = fused[plan.feature]
     tokens = batch.tokens[plan.token]
     for step in range(steps):
         if step and not own_drafts:
             tokens = batch.tokens[torch.where(plan.steps_left > step, plan.token + step, 0)]
-        attend = _chain_attention(batch.spans, context, chain, step)
         hidden, logits_hidden = drafter(tokens, hidden, plan.position + step, attend)
         logits = drafter.logits(logits_hidden)
         if own_drafts:
@@ -121,39 +119,15 @@ def plan_chains(batch: Batch) -> Chains:
     return Chains(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _chain_attention(
-    spans: Sequence[SequenceSpan], context: tuple[Tensor, Tensor], chain: list[tuple[Tensor, Tensor]], step: int
-) -> Attend:
-    """Return the attention of step `step`, to the entries up to the root and to the chain's own entries."""
+def _chain_attention(batch: Batch, plan: Chains, context: tuple[Tensor, Tensor]) -> Attend:
+    """Return the attention of the chains' steps, in order: to the entries before the root and to those of the chain."""
+    counts = [max(span.length - 1 - span.prompt, 0) for span in batch.spans]
+    chain: list[tuple[Tensor, Tensor]] = []
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if step > 0:
-            chain.append((k, v))
-        keys, values = context
-        kv_heads, size = k.shape[1:]
-        grouped = q.view(len(q), kv_heads, -1, size) * size**-0.5
-        own = [torch.einsum("rhgd,rhd->hrg", grouped, key) for key, _ in chain]
-        mixed = []
-        start = 0
-        for span in spans:
-            count = span.length - 1 - span.prompt
-            if count <= 0:
-                continue
-            rows = slice(start, start + count)
-            entries = slice(span.feature, span.feature + span.length - 1)
-            scores = torch.einsum("rhgd,chd->hrgc", grouped[rows], keys[entries]).float()
-            roots = torch.arange(span.prompt - 1, span.length - 2, device=q.device)
-            unseen = torch.arange(span.length - 1, device=q.device)[None] > roots[:, None]
-            scores = scores.masked_fill(unseen[None, :, None], float("-inf"))
-            tails = [scores_of_step[:, rows, :, None].float() for scores_of_step in own]
-            weights = torch.cat([scores, *tails], dim=-1).softmax(-1).to(v.dtype)
-            out = torch.einsum("hrgc,chd->rhgd", weights[..., : span.length - 1], values[entries])
-            for index, (_, value) in enumerate(chain):
-                weight = weights[..., span.length - 1 + index].permute(1, 0, 2)
-                out = out + weight[..., None] * value[rows][:, :, None]
-            mixed.append(out)
-            start += count
-        return torch.cat(mixed).reshape(q.shape)
+        chain.append((k, v))
+        keys, values = (torch.stack(steps, 1) for steps in zip(*chain, strict=True))
+        return attend_before(plan.position, batch.spans, counts, q[:, None], (keys, values), context)
 
     return attend
 
