@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from sites import in_reference, site
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = frozenset(
     {
@@ -87,33 +86,6 @@ class HostReads(TorchFunctionMode):
         if name in READS or depends_on_values(name, args):
             return None if _says_host() else self.reads
         return self.pageable if name in UPLOADS or assigns_number(name, args) else None
-
-
-class Launches(TorchDispatchMode):
-    """Counts operators that would each be a launch; views, allocations and conversions of nothing are none."""
-
-    FREE = ("view", "reshape", "expand", "permute", "transpose", "slice", "select", "unsqueeze", "squeeze")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        result = func(*args, **(kwargs or {}))
-        may_be_none = func.is_view or name.startswith(("empty", "new_empty", "detach", *self.FREE))
-        if not may_be_none or _copied(result, args):
-            self.count += 1
-        return result
-
-
-def _copied(result: Any, args: Sequence[Any]) -> bool:
-    """Whether a conversion (`to`, `reshape`) could not give its argument's own memory."""
-    if not (args and isinstance(args[0], torch.Tensor) and isinstance(result, torch.Tensor)):
-        return False
-    return result.numel() > 0 and result.untyped_storage().data_ptr() != args[0].untyped_storage().data_ptr()
 
 
 def depends_on_values(name: str, args: Sequence[Any]) -> bool:
