@@ -130,7 +130,7 @@ def test_a_block_drafter_reads_the_layers_that_it_names(name: str, tmp_path: Pat
     draft = read_draft(write(tmp_path, TINY[name], {}))
     assert draft.format.name == NAMES.get(name, name)
     assert target_layers(draft, TARGET_LAYERS) == (1, 4, 8)
-    assert getattr(draft.config, "max_drafts", None) == 8 if name == "FlashMap" else 7
+    assert draft.config.max_drafts == (8 if name == "FlashMap" else 7)
 
 
 @pytest.mark.parametrize(
