@@ -16,6 +16,7 @@ from whiflash_sglang.checkpoints.fit import target_layers
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_sglang.formats.table import read_draft
+from whiflash_train.origin import for_training
 from whiflash_train.target import TargetModel, TargetOutput
 
 TIE = 1e-4
@@ -67,13 +68,7 @@ class ReferenceDrafters:
 
     def __init__(self, target: Path, eagle3: Path, dflash: Path) -> None:
         self.target = ReferenceTarget(target)
-        model = self.target.model
-        options = {
-            "device": CPU,
-            "dtype": torch.float32,
-            "target_embedding": model.embedding,
-            "target_lm_head": model.head,
-        }
+        options = for_training(self.target.model)
         self._eagle3 = Eagle3Drafter.load(eagle3, **options)
         self._dflash = DFlashDrafter.load(dflash, **options)
         layers = json.loads((target / "config.json").read_text())["num_hidden_layers"]

@@ -23,6 +23,7 @@ from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.core import DraftBatch
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_train.origin import for_training
 from whiflash_train.target import TargetModel
 
 torch.set_num_threads(1)
@@ -61,12 +62,7 @@ def load_arms(root: Path, eagle3_layers: int = 1) -> Arms:
     eagle3 = tiny_eagle3(root / "eagle3", target, num_layers=eagle3_layers)
     dflash = tiny_dflash(root / "dflash", target)
     model = TargetModel(target, device=torch.device("cpu"), dtype=torch.float32)
-    options = {
-        "device": torch.device("cpu"),
-        "dtype": torch.float32,
-        "target_embedding": model.embedding,
-        "target_lm_head": model.head,
-    }
+    options = for_training(model)
     for_eagle, for_dflash = (target_layers(read_draft(path), model.num_layers) for path in (eagle3, dflash))
     captured = tuple(sorted({*for_eagle, *for_dflash}))
     by_name: dict[str, PagedArm] = {

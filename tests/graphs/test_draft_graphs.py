@@ -29,6 +29,7 @@ from whiflash_sglang.formats.mtp import MTPConfig, MTPDrafter, parse_glm
 from whiflash_sglang.formats.table import read_draft
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.core import DraftBatch
+from whiflash_train.origin import for_training
 from whiflash_train.target import TargetModel
 
 ARMS = ["ar", "diffusion"]
@@ -174,11 +175,9 @@ def own_head(root: Path) -> Arms:
     block = read_draft(tiny_dflash(root / "dflash", root / "target"))
     own, layers = config.layers_of(target.num_layers), target_layers(block, target.num_layers)
     union = (*sorted(layers), *own)
-    options: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
-    options |= {"target_embedding": target.embedding, "target_lm_head": target.head}
     by_name: dict[str, PagedArm] = {
         "ar": MTPArm(head.requires_grad_(False), union, own, 5, 1024),
-        "diffusion": DFlashArm(block.load(**options).requires_grad_(False), union, layers, 8, 1024),
+        "diffusion": DFlashArm(block.load(**for_training(target)).requires_grad_(False), union, layers, 8, 1024),
     }
     for arm in by_name.values():
         arm.allocate(SLOTS)

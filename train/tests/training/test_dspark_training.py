@@ -30,6 +30,7 @@ from whiflash_train.config import DSpark, TrainConfig, load_config
 from whiflash_train.drafters.batches import Batch, unpack
 from whiflash_train.drafters.dspark import DSparkTraining, go_on_from, initialise
 from whiflash_train.drafters.runner import train_drafter
+from whiflash_train.origin import for_training
 from whiflash_train.replay import Pair, PairParts, replay_drafters
 from whiflash_train.target import TargetModel
 
@@ -162,14 +163,13 @@ def test_it_goes_on_from_a_dflash_checkpoint_proposing_the_same(
     path: Path, target: TargetModel, tmp_path: Path
 ) -> None:
     start = tiny_dflash(tmp_path / "dflash", path)
-    heads = {"target_embedding": target.embedding, "target_lm_head": target.head}
-    trunk = DFlashDrafter.load(start, **CPU, **heads)
+    trunk = DFlashDrafter.load(start, **for_training(target))
     layers = list(trunk.config.target_layer_ids)
     settings = SETTINGS.model_copy(update={"target_layers": layers, "block_size": 8})
     drafter = go_on_from(start, target, settings)
     assert (drafter.config.from_anchor, drafter.config.max_drafts) == (False, 7)
     drafter.save(tmp_path / "saved", torch.float32)
-    again = read_draft(tmp_path / "saved").load(**CPU, **heads)
+    again = read_draft(tmp_path / "saved").load(**for_training(target))
     assert isinstance(again, DSparkDrafter)
     assert again.config == replace(drafter.config)
     states, bonus = torch.randn(5, 8, 64, generator=torch.Generator().manual_seed(4)), torch.arange(5)

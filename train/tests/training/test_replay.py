@@ -18,6 +18,7 @@ from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_train.drafters.batches import Batch, unpack
 from whiflash_train.drafters.dflash import choose_anchors, run_blocks
 from whiflash_train.drafters.eagle3 import plan_chains, unroll
+from whiflash_train.origin import for_training
 from whiflash_train.replay import Chain, Rounds, replay_lookup
 from whiflash_train.target import TargetModel
 
@@ -30,11 +31,10 @@ class Pair:
 
     def __init__(self, root: Path) -> None:
         path = tiny_target(root / "target")
-        options = {"device": torch.device("cpu"), "dtype": torch.float32}
-        self.target = TargetModel(path, **options)
-        heads = {"target_embedding": self.target.embedding, "target_lm_head": self.target.head}
-        self.eagle3 = Eagle3Drafter.load(tiny_eagle3(root / "eagle3", path), **options, **heads)
-        self.dflash = DFlashDrafter.load(tiny_dflash(root / "dflash", path), **options, **heads)
+        self.target = TargetModel(path, device=torch.device("cpu"), dtype=torch.float32)
+        options = for_training(self.target)
+        self.eagle3 = Eagle3Drafter.load(tiny_eagle3(root / "eagle3", path), **options)
+        self.dflash = DFlashDrafter.load(tiny_dflash(root / "dflash", path), **options)
         torch.manual_seed(0)
         rows = sum(LENGTHS) - len(LENGTHS)
         self.batch: Batch = unpack(
