@@ -71,8 +71,8 @@ class Card:
 class FittedCard:
     """Prices of Qwen3-8B's shape on an H200, fitted to recorded rounds, which a start's tables only approximate.
 
-    Fitted to `diffusion` at four loads and to stock plain decoding at three, within 2 % each. Estimated: the tile of a
-    request's rows, the round's own work. A rate is of decoding only.
+    Fitted to `diffusion` at four loads and to stock plain decoding at three, within 2 % each. Estimated, not fitted:
+    attention's tile for a request's rows, the round's own work. Rates leave prefills out.
 
     Args:
         recorded: prices of the start of that record. own_plain: whether rounds without drafts read the cache by the

@@ -243,7 +243,7 @@ class Widening:
 def widen_pair(target: Path, bundle: Path, out: Path, shape: Shape) -> None:
     """Write the wide pair to `out/target` and `out/bundle`, computed on a GPU if there is one.
 
-    The manifest goes without the digests of the small files and without a neural router, which reads a small stream.
+    The manifest has no digests of the small files, and no neural router, which would read a small stream.
 
     Raises:
         UsageError: the shape cannot hold a small model, or a layer has biases.

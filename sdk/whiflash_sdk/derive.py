@@ -10,7 +10,7 @@ from whiflash_sdk.presets import REASONING_PARSERS, TOOL_CALL_PARSERS, likely_sp
 
 
 def derive_spans(body: Mapping[str, Any], tool_parser: str | None, reasoning_parser: str | None) -> tuple[Span, ...]:
-    """Derive the spans to send with the open span of a `session.span` block; none if a parser is unknown here.
+    """Derive the spans to send with that of a block such as `spans.code()`; none if a parser is unknown here.
 
     Outside such a block the server infers the spans, and it knows the markers of its own parsers.
 

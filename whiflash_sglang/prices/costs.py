@@ -75,7 +75,7 @@ class Costs:
     A round pads its verification to the drafts that it has room for, so that number of rows is looked up.
 
     Args:
-        width: arm → most rows that a request routed to it verifies, of its own drafts; used until a mean is measured.
+        width: arm → most rows of its own that a request routed to it verifies; used until a mean is measured.
         overlaps: whether the host works while the device does; otherwise its seconds are added.
     """
 

@@ -153,8 +153,8 @@ def route(
 
 
 def _of_passes(scores: Scores, expected: Mapping[str, Forecast], *, priced: bool) -> tuple[Scores, str]:
-    """Return the score of each drafter pass, the best score without a pass (under `PROMISED`), and the source that has
-    it, or `none`.
+    """Return the scores of drafter passes, with the best score that needs no pass as `PROMISED`, and the source of that
+    score, or `none`.
 
     priced: whether plain decoding keeps a score of its own, because the rows of a candidate may not pay.
     """

@@ -51,7 +51,7 @@ class OutputStreamer(SchedulerOutputStreamer):  # type: ignore[misc]
     has_additional_customized_info = True
 
     def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
-        """Return a list of at most one recording for each of `reqs`; empty if no request that ends has one."""
+        """Return `META_KEY` → a list for each of `reqs`, with its recording if it ends now; empty if none has one."""
         recordings = [getattr(req, _RECORDING, None) if req.finished() else None for req in reqs]
         if not any(recordings):
             return {}
