@@ -42,7 +42,7 @@ _UNSENT: Final = [
 
 
 class Turn:
-    """A chat completion with its answer, whose conversation goes on. body: as it was sent, with hints.
+    """A chat completion and its answer, after which the conversation continues. body: as it was sent, with hints.
 
     is_async: whether the asker's answers are awaited, in the event loop that runs now.
     """
@@ -90,7 +90,7 @@ class Turn:
         self._is_over = True
 
     def send(self, content: str, call: str | None) -> None:
-        """Preview the next prompt with a result as far as it is known. A preview that is under way ends first.
+        """Preview the next prompt, which ends with `content`, the known part of a result; a running preview ends first.
 
         call: the result's tool call, if it is the next one; None for a user's message after an answer without calls.
         """
@@ -121,7 +121,7 @@ class Turn:
         self._is_sending = False
 
     def _preview(self, content: str) -> dict[str, Any]:
-        """Return the body of a preview. Its answer has the fields that earlier answers of the conversation have."""
+        """Return the body of a preview, whose last answer has only fields that earlier answers have."""
         before, calls, call = self._body["messages"], self._calls(), self.call()
         kept = {"role", "content", "tool_calls"}.union(*(one for one in before if one["role"] == "assistant"))
         ended = calls[: calls.index(call)] if call else []

@@ -206,7 +206,7 @@ def naming_sessions() -> list[Session]:
 
 
 def turn_of(asker: Asker, body: Mapping[str, Any], *, is_async: bool) -> Turn | None:
-    """Begin the turn of a chat completion in its session; None if that has no previews. body: as it is sent."""
+    """Begin the `Turn` of a chat completion; None unless its session sends previews. body: as it is sent."""
     talk, inside = conversation(), session()
     if talk is None or inside is None or not (inside.preview and talk.agent) or body.get("session_id") != talk.id:
         return None

@@ -50,7 +50,7 @@ def _known(tokenizer: Any, obj: Any, marker: str) -> list[int]:
 
 
 def known_tokens(tokenizer: Any, ids: Sequence[int], marker: str) -> list[int]:
-    """Return the first tokens of a prompt, those that do not depend on the text at the marker's last place.
+    """Return the first tokens of a prompt, those that stay the same whatever text replaces its last marker.
 
     Raises:
         HintError: the prompt has no marker, or no token before it.

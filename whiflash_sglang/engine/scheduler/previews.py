@@ -51,7 +51,7 @@ class PreviewQueue:
         self.previews, self.rest = {}, 0.0
 
     def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> None:
-        """Hold a preview; for another request drop its session's preview, which comes too late now."""
+        """Hold a preview; queue another request, and drop its session's preview, which would come too late."""
         session, held = req.session_id, is_preview(req)
         self.drop_preview(session)
         if not held:
@@ -69,7 +69,7 @@ class PreviewQueue:
             self.abort_request(AbortReq(rid=self.previews[session].rid))
 
     def abort_request(self: Any, recv_req: AbortReq) -> None:
-        """Abort waiting previews, too, where SGLang aborts requests that wait."""
+        """Abort requests as SGLang does, waiting previews included."""
         held, queue = self.previews, self.waiting_queue
         queue += held.values()
         super().abort_request(recv_req)  # type: ignore[misc]
@@ -82,7 +82,7 @@ class PreviewQueue:
         return super().update_running_batch(batch)  # type: ignore[misc]
 
     def get_new_batch_prefill(self: Any, running_batch: Any) -> Any:
-        """Return SGLang's plan of a prefill; one for the oldest preview if there is none and a preview has room."""
+        """Return SGLang's plan of a prefill; if it plans none, one for the oldest preview, if that has room."""
         plan = super().get_new_batch_prefill(running_batch)  # type: ignore[misc]
         batch, beside = plan.running_batch, len(plan.running_batch.reqs)
         if plan.batch_to_run is not None or not self.previews or self.waiting_queue or self.chunked_req is not None:
