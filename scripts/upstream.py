@@ -106,7 +106,7 @@ def _judge(walker: Walker, path: str, before: Mapping[str, Any]) -> Iterator[Fin
 
 
 def differing(before: list[str], now: list[str]) -> tuple[list[str], list[str]]:
-    """Return the names that were added, and those that are gone."""
+    """Return the added names and the removed ones."""
     return [one for one in now if one not in before], [one for one in before if one not in now]
 
 

@@ -179,7 +179,7 @@ def choose_drafts(
             K], contiguous. at: [B, K] int64, contiguous, the position of each one's first token; limits: [B] int64;
             both needed with it.
         copies: tokens [B, L], counts [B] of at most W, alive [B, L], all contiguous.
-        worth: what a row must bring. least: chance below which no token of the host's is verified.
+        worth: accepted tokens that a row must bring. least: chance below which no token of the host's is verified.
         most_drafts: of the batch; None: all. drawn: [B] int64 or int32, the tokens that request b's pass drafted.
         stops: [slots, S] int64, contiguous, the tokens that end each request, -1 in further columns; None: none does.
 

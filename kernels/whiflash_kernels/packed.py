@@ -113,7 +113,7 @@ def unpack(weights: Iterable[Tensor]) -> None:
 def quantise(weights: Iterable[object]) -> None:
     """Keep a copy in float8 beside each weight [N, K], for :func:`linear`: on a CPU its numbers in a wider type.
 
-    Objects that are no tensors are skipped, and sizes that are no multiple of 16, which the kernels do not take.
+    Skipped are objects that are no tensors, and sizes that are no multiple of 16: kernels do not take them.
     """
     with torch.inference_mode(False), torch.no_grad():
         for weight in weights:

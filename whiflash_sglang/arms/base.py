@@ -55,7 +55,7 @@ class Drafter:
     def calibration(self, requests: Sequence[Request], worth: Worth) -> Floats:
         """Return the numbers by which drafts for these requests are judged; the round's plan uploads them.
 
-        worth: what a further draft must bring.
+        worth: accepted tokens that a further draft must bring.
         """
         return ()
 
@@ -146,9 +146,9 @@ class TextDrafter(Drafter):
         whether its proposal would have been right.
 
         Args:
-            length: largest value that n may have. history: the request's committed tokens. worth: what a further
-                draft must bring. under_way: rows that earlier rounds are expected to verify before its candidate, and
-                so the most tokens that they commit.
+            length: largest value that n may have. history: the request's committed tokens. worth: accepted tokens that
+                a further draft must bring. under_way: rows that earlier rounds are expected to verify before its
+                candidate, and so the most tokens that they commit.
         """
         return None
 
@@ -161,7 +161,7 @@ class TextDrafter(Drafter):
         `extends`.
 
         Args:
-            room: largest number of tokens, `drafts` included. worth: what each added token must bring.
+            room: largest number of tokens, `drafts` included. worth: accepted tokens that each added draft must bring.
         """
         return drafts
 

@@ -88,7 +88,7 @@ class Watermarks:
         return self._lower.keys()
 
     def claim(self, rows: torch.Tensor, lengths: torch.Tensor, due: torch.Tensor, into: Claims | None = None) -> Claims:
-        """Move the watermarks of arms that catch up to n, and return from where to where every arm has to ingest.
+        """Move the watermarks of arms that catch up to n, and return the positions that every arm has to ingest.
 
         Args:
             rows: [B] int64 request rows. lengths: [B] int64, n. due: [arms, B] int64, 1 where an arm catches up.

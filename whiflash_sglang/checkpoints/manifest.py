@@ -91,7 +91,7 @@ class Strict(BaseModel):
 
 
 class EntropyRouter(Strict):
-    """tau: leave the diffusion drafter above this entropy, in nats. min_dwell: least rounds with an arm."""
+    """tau: entropy in nats above which EAGLE-3 drafts, else DFlash. min_dwell: least rounds with an arm."""
 
     tau: Nats = 1.0
     min_dwell: Rounds = 2

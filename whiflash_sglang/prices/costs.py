@@ -214,7 +214,7 @@ class Costs:
         return self._filled(requests, requests + drafts, requests + drawn)[0] - requests if drafts else 0
 
     def worth(self) -> Worth:
-        """Return the tokens that a further draft must bring; `FULL_LENGTH` until a rate was measured.
+        """Return the accepted tokens that a further draft must bring; `FULL_LENGTH` until a rate was measured.
 
         A pass drafts the length that was chosen with its route, so only the row has a price.
         """

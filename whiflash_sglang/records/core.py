@@ -53,8 +53,8 @@ class Plan:
     may be verified without a pass, by arm. priced_as: the key under which the round's drafts are learned, its route or
     `promised`.
 
-    worth: what a further draft must bring. usual_drafts: drafts that the round has rows for. calibration: by arm,
-    `Drafter.calibration` of every arm that drafts.
+    worth: accepted tokens that a further draft must bring. usual_drafts: drafts that the round has rows for.
+    calibration: by arm, `Drafter.calibration` of every arm that drafts.
     """
 
     undrafted: list[int]

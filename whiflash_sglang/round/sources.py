@@ -19,8 +19,8 @@ class DraftSources:
     """Asks a worker's text drafters for candidates, and has them extend the drafts of others.
 
     Args:
-        vocabulary: number of ids that the target has. spending: counts the seconds that requests spend on grammars,
-            those in which a drafter that `forbids` proposes.
+        vocabulary: number of ids that the target has. spending: counts the seconds that requests spend on grammars, in
+            proposals of drafters that `forbids`.
 
     Attributes:
         of_text: all text drafters, by arm. on_device: those for which the device drafts too. proposing: those that

@@ -62,7 +62,7 @@ class Controller:
         return [arm for arm in names if arm in candidates or arm == pinned]
 
     def worth(self) -> Worth:
-        """Return the tokens that a further draft must bring; `FULL_LENGTH` if the policy prices nothing."""
+        """Return the accepted tokens that a further draft must bring; `FULL_LENGTH` if the policy prices nothing."""
         return self.costs.worth() if self.policy.prices_batches else FULL_LENGTH
 
     def committed(

@@ -246,7 +246,7 @@ def _part_of(checkpoint: Path, beside: Collection[str]) -> str:
 class PolicyChange(Strict):
     """The settings that may change while serving; None leaves a value as it is.
 
-    router: policy from now on. entropy_threshold: nats above which `entropy` leaves DFlash. min_dwell: least rounds
+    router: policy from now on. entropy_threshold: nats above which `entropy` chooses EAGLE-3. min_dwell: least rounds
     with an arm under `entropy` and `neural`. neural_router_threshold: predicted gain in tokens above which `neural`
     takes EAGLE-3.
     """

@@ -307,7 +307,7 @@ def prune(directory: Path, settings: Spooling, now: float) -> int:
 def forget_samples(directory: Path, handle: int | None) -> None:
     """Drop every sample on disk with `handle`, and files that cannot be read or rewritten; None: drop all.
 
-    It parses handles only and no tokens, so it holds up other threads little. Raises OSError if a file stays.
+    It parses handles only and no tokens, so it blocks other threads only briefly. Raises OSError if a file stays.
     """
     with locked(directory):
         drop_staged(directory)

@@ -124,7 +124,8 @@ def differences(
     """Compare the measured answers to greedy prompts with their references. Equal answers of an arm under a load count
     once.
 
-    References were asked one by one. If plain decoding at a load leaves its reference, every arm may at that position.
+    References were asked one by one. At a position at which plain decoding under a load differs from its reference,
+    every arm may.
 
     Args:
         references: by prompt. best_logit: returns the logit of a reference's own token at a position. dtype: decides

@@ -80,7 +80,7 @@ def texts_of(directory: Path, target: str, vocabulary: int, longest: int = LONGE
 
 
 def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> ChosenTexts:
-    """Split samples, given oldest first, into those that judge and those that are learned from.
+    """Split samples, given oldest first, into texts to learn from and texts to judge by.
 
     Only the newest answer to a prompt is used. No tenant supplies more than its part, however many requests it sent
     (`_room`).

@@ -28,7 +28,7 @@ class SessionTree(UnifiedRadixCache):  # type: ignore[misc]
 
 
 class SessionTracker(UnifiedSessionRefTracker):  # type: ignore[misc]
-    """A tracker that keeps, for a session that is one conversation, only the KV that its newest turn continues."""
+    """A tracker that keeps only the KV that the newest turn continues, if a session is one conversation."""
 
     def register_session_ref(self, req: Any, leaf: Any) -> None:
         """Release the KV that only a session's older turns use, and make it the first to be evicted."""
