@@ -317,7 +317,7 @@ def upstream_verification(bench: Bench, arguments: tuple, most: int) -> dict[str
 
 
 def contiguous_attention(bench: Bench, q: torch.Tensor, batch: int, width: int) -> Call:
-    """Return torch's fused attention over contiguous K and V of equal length, as the best that it can do."""
+    """Return torch's fused attention over contiguous K and V of equal length, its best case."""
     s = bench.shape
     by_head = q.view(batch, width, s.heads, s.dim).transpose(1, 2)
     keys, values = (bench.random(batch, s.kv_heads, bench.sizes.context, s.dim) for _ in range(2))

@@ -106,7 +106,7 @@ class FittedCard:
         return 0.0
 
     def _read(self, widths: Sequence[int], contexts: Sequence[float]) -> float:
-        """Return the seconds to read all contexts by the kernel for each width in rows; 0: stock decoding's."""
+        """Return the seconds to read all contexts, each by the kernel for its rows in `widths`; 0: stock decoding's."""
         each = (_TOKENS[bisect_left(_WIDTHS, width)] for width in widths)
         return self.LAYERS * 1e-9 * float(sum(map(mul, each, contexts)))
 

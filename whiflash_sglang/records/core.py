@@ -297,8 +297,8 @@ the likeliest tokens at each position, and ids of further tokens.
 class Rated(NamedTuple):
     """The requests of a round that asked for log-probabilities, with the ids that they name on the device.
 
-    ids: [A, 1 + I] int64, each request's index and ids, padded with 0. likeliest: at least the largest number of
-    likeliest tokens. captured: whether a second graph rates them.
+    ids: [A, 1 + I] int64, each request's index and ids, padded with 0. likeliest: upper bound of the likeliest tokens
+    that one asked for. captured: whether a second graph rates them.
     """
 
     requests: RatesAsked

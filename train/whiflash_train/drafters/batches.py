@@ -31,7 +31,7 @@ class SequenceSpan(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B packed sequences: `tokens` [N], `features` [N - B, captured, H], `final` [N - B, H], `spans` their places."""
+    """B packed sequences, in `spans`: `tokens` [N], `features` [N - B, captured, H], `final` [N - B, H]."""
 
     tokens: Tensor
     features: Tensor

@@ -215,7 +215,7 @@ def _block_attention(
 
 
 def _hidden(behind: Tensor, seen: LayerSpan) -> Tensor:
-    """Return a mask of the rows of its block that a row does not see. behind: see `_block_attention`."""
+    """Return [row, other row]: whether a row does not see the other. behind: the other's position minus its own."""
     hidden = behind > 0 if seen.causal else torch.zeros_like(behind, dtype=torch.bool)
     return hidden if seen.window is None else hidden | (behind < -seen.window)
 

@@ -268,7 +268,7 @@ def newest_learned(bundle: Path) -> float:
 
 
 def _chosen(learning: Learning, served: str) -> ChosenTexts:
-    """Choose among the samples of the target `served`, which the configuration's target reads."""
+    """Choose samples (`choose`) of the served target `served`, not longer than the configuration's target reads."""
     target = target_path(learning.config.target)
     shape = read_json_config(target)
     longest = min(LONGEST, integer(shape, "max_position_embeddings", target, default=LONGEST))
