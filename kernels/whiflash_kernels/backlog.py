@@ -177,7 +177,7 @@ def claim_backlogs(
         into: contiguous, written in place: what captured catch-ups read.
 
     Returns:
-        `Claims` of B requests: the first of ``into``, or new, but for the slots, which may be the argument itself.
+        `Claims` of B requests: the first of ``into``, or new; then its slots may be the argument itself.
 
     Raises:
         ValueError: ``due`` is not [A, B], ``watermarks`` is not contiguous, or there are more requests than ``into``

@@ -91,7 +91,7 @@ def fill_slots(
         widths, seq_lens, request_slots: [B] int64 or int32, as in `prepare_mixed_block`; sum(widths) is at most
             ``rows``.
         slots: of S slots, written in place.
-        rows: of the graph; where S = B all are the requests' own.
+        rows: of the graph; if S = B, the sum of ``widths``.
         empty: length that attention reads for a slot without a request.
 
     Raises:

@@ -59,7 +59,7 @@ def propose_copies(
         back: [slots] int64, contiguous: how far back each request copied last, 0 before its first copy; written in
             place without ``behind``.
         limits: [B] int64 or int32.
-        factors: [B] float32, how much better or worse than others this request's copies begin.
+        factors: [B] float32, multiply the chance of a copy's first token: how right this request's copies were.
         chances: [B, K, 4] float32, contiguous. boundaries: [K] int32, increasing, boundaries[0] <= 1.
         width: columns of the result, at least 1.
         behind: counts [B] int64 and alive [B, D] float32, last dimension contiguous, the chance of every draft and all

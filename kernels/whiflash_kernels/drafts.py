@@ -72,7 +72,7 @@ def lay_drafts(
 
     A drafter is not trusted: ids are clamped to 0 <= id < ``vocabulary``. With f = the first column whose id that
     changed, or whose chance or confidence is NaN (W where there is none), counts[b] = min(max(counts[m], 0), f), and
-    faults[b] = 1 where that is another number than the drafter's own.
+    faults[b] = 1 if that differs from counts[m].
 
     With ``text`` text[request_slots[b], seq_lens[b] + 1 + i] = tokens[b, i] for the requests of some part and i <
     width: continuations of the drafts can be looked up there.
@@ -162,11 +162,11 @@ def choose_drafts(
     at most, each with the chance alive[b, k, i] / alive[b, k, a - 1], as long as that is at least ``least``. The copies
     are the last candidate. They do not count if the host's first one pays its rows: it is the copying arm's, which
     chose among more places. The candidate with the largest sum of (chance - ``worth``) is verified, the first of
-    equals, candidate 0 if no other's sum is larger. Last, with ``most_drafts``, requests compete. So many drafts with
-    the largest ``alive`` of the batch are kept. Equals go to the earlier place in a request, then to the earlier
-    request. A draft is never likelier than those before it, so each request keeps its first ones. With ``drawn``,
-    drafts beyond counts[b] compete, too, up to drawn[b]: they are not worth a row, but a graph has rows to spare. They
-    do so if candidate 0 is verified, has no fault and no appended drafts.
+    equals, candidate 0 if no other's sum is larger. Last, with ``most_drafts``, requests compete: only that many drafts
+    of the batch are kept, those with the largest ``alive``. Equals go to the earlier place in a request, then to the
+    earlier request. A draft is never likelier than those before it, so each request keeps its first ones. With
+    ``drawn``, drafts beyond counts[b] compete, too, up to drawn[b]: they are not worth a row, but a graph has rows to
+    spare. They do so if candidate 0 is verified, has no fault and no appended drafts.
 
     Args:
         drafts: `lay_drafts`'.

@@ -61,8 +61,8 @@ def draft_inputs(
         padding: length of a padding request.
 
     Returns:
-        `PassInputs` of M requests: the first of ``into``, or new and contiguous, but for the calibration, which is the
-        argument itself then, as the four numbers may be where ``members`` is None.
+        `PassInputs` of M requests: the first of ``into``, or new and contiguous. Without ``into`` the calibration is
+        the argument itself, and so may the numbers per request be if ``members`` is None.
 
     Raises:
         ValueError: a chunk is outside the features, or there are more members than ``into`` holds.

@@ -92,7 +92,7 @@ def verify_attention(
         most: rows of a request at most; further ones are left out. It sizes the launches, so a captured one keeps it.
         window: keys before its own that a row sees; None: all. cap: 0 for none.
         sinks: [Hq] float.
-        plans: layers of one forward share it, empty before the first: how keys are dealt is the same in all of a kind.
+        plans: layers of one forward share it, empty before the first: layers of a kind divide keys in the same way.
 
     The last dimension of every tensor is contiguous.
 
@@ -105,8 +105,8 @@ def verify_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit each other, or ``most`` below 1.
 
-    Source: equal shares of all work as Stream-K (Osama et al., 2023); merging as Flash-Decoding (Dao et al., 2023);
-    what is handed in as SGLang's `extend_attention_fwd` takes it.
+    Source: equal shares of all work as Stream-K (Osama et al., 2023); merging as Flash-Decoding (Dao et al., 2023); the
+    inputs are those of SGLang's `extend_attention_fwd`.
     """
     bounds, begins, kv_heads = qo_indptr.tolist(), kv_indptr.tolist(), k.shape[1]
     for request in range(len(bounds) - 1):
