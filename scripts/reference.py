@@ -386,26 +386,25 @@ def _by_load(report: Any, arm: str, over: str) -> dict[int, str]:
     return {load: _ratio(of["overall"]) for load, of in ratios.items() if "overall" in of}
 
 
-ARMS = {"EAGLE3": "EAGLE3", "diffusion": "DSPARK", "auto": "WHIFLASH"}
-"""Arms of a report, by SGLang's names of their algorithms."""
+ARMS = ("auto", "EAGLE3", "diffusion")
+"""Arms of a report that the table of speed compares: ours, and the drafters alone, SGLang's EAGLE3 and our DSpark."""
 
 
 def speed_table() -> str:
-    """Return a table of each arm's rate over that of plain decoding, by prompts and load."""
+    """Return a table of `auto` over plain decoding by prompts and load, the better single drafter in parentheses."""
     rows, conditions, shipped = [], [], environment(embedded_bundle())["bundle_sha256"]
     for name, asked in HOME.items():
         report = _kept(name)
-        by_arm = [_by_load(report, arm, "none") for arm in ARMS]
-        rows += [(asked, str(load), *(own.get(load, "") for own in by_arm)) for load in LOADS]
+        auto, *singles = ({load: shown[:4] for load, shown in _by_load(report, arm, "none").items()} for arm in ARMS)
+        rows.append((asked, *(f"**{auto[load]}** ({max(one[load] for one in singles)})" for load in LOADS)))
         pair = "" if report["provenance"]["bundle_sha256"] == shipped else ", an earlier pair"
-        conditions.append(f"{asked}: {report['arms']['none']['overall']['answers']} prompts{pair}")
+        conditions.append(f"{report['arms']['none']['overall']['answers']} {asked}{pair}")
     hardware = report["provenance"]["hardware"]
     caption = (
-        f"SmolLM2-135M-Instruct in {report['provenance']['dtype']} with its own drafters (EAGLE3: SGLang's own. "
-        f"DSPARK: WHIFLASH pinned to it, as SGLang's needs a GPU), {hardware['cores']} cores of {hardware['cpu']}; "
-        f"{'; '.join(conditions)}. One repetition. Brackets: 95 % intervals."
+        f"SmolLM2-135M-Instruct in {report['provenance']['dtype']} on {hardware['cores']} cores of {hardware['cpu']}, one "
+        f"repetition, revision {report['provenance']['revision'][:8]}. Prompts: {', '.join(conditions)}."
     )
-    return f"{table(('prompts', 'requests', *ARMS.values()), iter(rows))}\n\n{caption}"
+    return f"{table(('prompts', '1 request', *(f'{load} requests' for load in LOADS[1:])), iter(rows))}\n\n{caption}"
 
 
 def figures_table() -> str:
