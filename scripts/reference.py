@@ -401,8 +401,8 @@ def speed_table() -> str:
         conditions.append(f"{report['arms']['none']['overall']['answers']} {asked}{pair}")
     hardware = report["provenance"]["hardware"]
     caption = (
-        f"SmolLM2-135M-Instruct in {report['provenance']['dtype']} on {hardware['cores']} cores of {hardware['cpu']}, one "
-        f"repetition, revision {report['provenance']['revision'][:8]}. Prompts: {', '.join(conditions)}."
+        f"SmolLM2-135M-Instruct in {report['provenance']['dtype']} on {hardware['cores']} cores of {hardware['cpu']}, "
+        f"one repetition, revision {report['provenance']['revision'][:8]}. Prompts: {', '.join(conditions)}."
     )
     return f"{table(('prompts', '1 request', *(f'{load} requests' for load in LOADS[1:])), iter(rows))}\n\n{caption}"
 
