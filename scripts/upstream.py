@@ -25,6 +25,7 @@ from sglang_sources import Function, Tree, Walker
 
 ROOT = Path(__file__).parents[1]
 RECORD = Path(__file__).with_suffix(".json")
+FLAGS = ROOT / "lab" / "whiflash_lab" / "recipes" / "flags.json"
 
 
 def our_names() -> list[str]:
@@ -62,6 +63,32 @@ def record() -> str:
     version, names, flags = read(Tree(installed()), our_names())
     lines = ",\n".join(f"  {json.dumps(path)}: {json.dumps(said)}" for path, said in names.items())
     return f'{{"version": "{version}", "flags": {json.dumps(flags)}, "names": {{\n{lines}\n}}}}\n'
+
+
+def server_flags() -> str:
+    """The text of the table of flags for `whiflash check --recipe`, a line for each. Imports SGLang."""
+    from sglang.srt.server_args import ServerArgs
+
+    def plain(value: object) -> object:
+        return value if isinstance(value, str | int | float | list | dict) else None
+
+    parser = argparse.ArgumentParser(add_help=False)
+    ServerArgs.add_cli_args(parser)
+    arguments, lines = ServerArgs(model_path=""), []
+    for action in parser._actions:
+        flag: dict[str, Any] = {"names": action.option_strings, "dest": action.dest}
+        if isinstance(action, argparse.BooleanOptionalAction):
+            flag = {**flag, "names": action.option_strings[:1], "negated": True}
+        elif action.nargs == 0:
+            flag["const"] = getattr(action, "const_value", action.const)
+        else:
+            flag["type"] = getattr(action.type, "__name__", "str")
+            flag |= {} if action.nargs is None else {"nargs": action.nargs}
+            flag |= {} if action.choices is None else {"choices": sorted(action.choices, key=str)}
+        lines.append(json.dumps(flag))
+    defaults = json.dumps({name: plain(getattr(arguments, name)) for name in arguments.__struct_fields__})
+    joined = ",\n  ".join(lines)
+    return f'{{"version": "{metadata.version("sglang")}", "defaults": {defaults}, "flags": [\n  {joined}\n]}}\n'
 
 
 class Finding(NamedTuple):
@@ -179,7 +206,9 @@ def tested(place: Path, suite: str) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("release", nargs="?", help="a wheel, a directory that holds sglang/, or a version")
-    parser.add_argument("--record", action="store_true", help="write upstream.json for the installed release")
+    parser.add_argument(
+        "--record", action="store_true", help="write upstream.json and flags.json for the installed one"
+    )
     parser.add_argument("--diff", action="store_true", help="show how functions differ")
     parser.add_argument("--import", action="store_true", dest="imported", help="import and check the sources")
     parser.add_argument("--test", choices=SUITES, help="run a suite with the new sources, which decides")
@@ -188,6 +217,7 @@ def main() -> int:
         parser.error("give a release, or --record")
     if said.record:
         RECORD.write_text(record(), encoding="utf-8")
+        FLAGS.write_text(server_flags(), encoding="utf-8")
         return 0
     known = recorded()
     with sources(said.release) as now:

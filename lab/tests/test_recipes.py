@@ -1,16 +1,21 @@
 """`whiflash check --recipe`: launches that other people published, judged by their flags."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loaded_scripts import load_script
 from typer.testing import CliRunner
 
+from whiflash_lab.recipes import judge as judge_module
 from whiflash_lab.recipes.files import Recipe, read
 from whiflash_lab.recipes.judge import judge
+from whiflash_lab.recipes.rewrite import judged
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError, UsageError
 
@@ -168,6 +173,9 @@ def test_the_target_counts_if_it_is_there(
 SCRIPT = """#!/usr/bin/env bash
 # sglang serve earlier/model (see the handbook)
 export SGLANG_ENABLE_SPEC_V2=1
+TP=2
+SIZE=10
+[ "$BIG" = yes ] && SIZE=20
 CACHE=()
 if [ "$OFFLOAD" = yes ]; then
     CACHE=(--page-size 64 --enable-hierarchical-cache)
@@ -185,13 +193,13 @@ COMMAND=(
 "${COMMAND[@]}" > log 2>&1 &
 """
 IN_THE_SCRIPT = {
-    "model-path": "",
-    "tp": "",
+    "model-path": "$MODEL",
+    "tp": "2",
     "trust-remote-code": "",
-    "dist-init-addr": "",
+    "dist-init-addr": "127.0.0.1:$((PORT + 1))",
     "page-size": "64",
     "enable-hierarchical-cache": "",
-    "hicache-size": "",
+    "hicache-size": "$SIZE",
     "stream-interval": "50",
 }
 
@@ -213,7 +221,8 @@ def test_a_target_that_sglang_cannot_read_is_named(write: Write, text: str) -> N
 
 def test_reading_shell(write: Write) -> None:
     script = write("serve.sh", SCRIPT)
-    assert read(script) == [Recipe(str(script), IN_THE_SCRIPT, {"SGLANG_ENABLE_SPEC_V2": "1"})]
+    start = "python3 -m sglang.launch_server"
+    assert read(script) == [Recipe(str(script), IN_THE_SCRIPT, {"SGLANG_ENABLE_SPEC_V2": "1"}, start)]
     line = "A=b SGLANG_RUST_SERVER=1 sglang serve owner/name \\\n --tp 2 --lora-paths 'a=b' c=d | tee log\necho done"
     found = read(write("line", line))[0]
     assert found.flags == {"model-path": "owner/name", "tp": "2", "lora-paths": ["a=b", "c=d"]}
@@ -224,8 +233,32 @@ def test_reading_shell(write: Write) -> None:
     begun = 'echo "it\'s up"; sglang serve a/b --tp 2'
     for line in ("sglang serve a/b --tp 2 2>&1 | tee log", 'bash -c "sglang serve a/b --tp 2"', begun):
         assert read(write("line", line))[0].flags == {"model-path": "a/b", "tp": "2"}
-    with pytest.raises(UsageError, match="is a compose or Kubernetes file"):
+    (filled,) = read(
+        write("line", "export M='a b'; N=$M\nQ=x/$R\nuv run sglang serve \"$M\" '$M' --tp ${TP:-4} --host $Q")
+    )
+    assert filled.flags == {"model-path": ["a b", "$M"], "tp": "4", "host": "x/$R"}
+    assert filled.start == "uv run sglang serve"
+
+
+def test_reading_containers(write: Write) -> None:
+    with pytest.raises(UsageError, match="has no flags"):
         read(write("compose.yaml", "services: {a: {image: b}}"))
+    words = (
+        "{name: s, command: [python3, -m, sglang.launch_server], args: [--model-path, a/b, --tp=2, --api-key, $(K)]}"
+    )
+    pod = write("pod.yaml", f"apiVersion: v1\nspec: {{containers: [{words}, {{name: other, command: [ls]}}]}}")
+    start, keys = "python3 -m sglang.launch_server", ("command", "args")
+    flags = {"model-path": "a/b", "tp": "2", "api-key": "$(K)"}
+    assert read(pod) == [Recipe(f"{pod}: s", flags, {}, start, keys)]
+    whole = "services:\n  s:\n    environment: [SGLANG_RUST_SERVER=1, A=b]\n    command: sglang serve a/b --tp 2"
+    compose = write("compose.yaml", whole)
+    words_of = {"model-path": "a/b", "tp": "2"}
+    keys = ("command", "command")
+    assert read(compose) == [Recipe(f"{compose}: s", words_of, {"SGLANG_RUST_SERVER": "1"}, "sglang serve", keys)]
+    shell = write(
+        "shell.yaml", "apiVersion: v1\nspec: {command: [bash, -c], args: ['cd x; sglang serve a/b --tp 2 | tee log']}"
+    )
+    assert [recipe.flags for recipe in read(shell)] == [words_of]
 
 
 def test_reading_yaml_and_json(write: Write) -> None:
@@ -292,6 +325,122 @@ def test_files_that_are_no_recipes_end_soon(write: Write, name: str, text: str, 
     assert "\n" not in str(error.value)
 
 
+def command(write: Write, text: str, name: str = "serve.sh") -> tuple[str, list[str]]:
+    """The new command of a file's only launch, and the comments behind it."""
+    (recipe,) = read(write(name, text))
+    verdict = judged(recipe)
+    lines = verdict.command.splitlines()
+    new = "\n".join(line for line in lines if not line.startswith("#"))
+    if recipe.keys is None and new:
+        assert judge(read(write("new.sh", new))[0].flags).starts, "it is a launch that starts"
+    return new, [line for line in lines if line.startswith("#")]
+
+
+def test_the_new_command_is_whole(write: Write) -> None:
+    """Launches as people publish them."""
+    new, said = command(
+        write,
+        "SGLANG_RUST_SERVER=1 docker run -p 1:1 image python3 -m sglang.launch_server --model a/b "
+        "--speculative-algo EAGLE3 "
+        "--speculative-draft-model-path c/d --speculative-num-steps 3 --mem-fraction 0.7 --api-key $KEY "
+        "--mamba-scheduler-strategy extra_buffer --enable-ep-moe --pp-size 2 > log",
+    )
+    assert new.split(" \\\n    ") == [
+        "docker run -p 1:1 image python3 -m sglang.launch_server",
+        "--model a/b",
+        "--speculative-draft-model-path c/d",
+        "--mem-fraction 0.7",
+        '--api-key "$KEY"',
+        "--mamba-radix-cache-strategy extra_buffer",
+        "--speculative-algorithm WHIFLASH",
+    ]
+    for part in (
+        "# --speculative-algorithm EAGLE3 is replaced by WHIFLASH",
+        "# --speculative-num-steps is replaced by --whiflash-eagle-steps",
+        "# --mamba-scheduler-strategy is --mamba-radix-cache-strategy now",
+        "--enable-ep-moe is no flag of SGLang 0.5.23; ",
+        "unset SGLANG_RUST_SERVER",
+        "--pp-size must be 1",
+    ):
+        assert any(part in line for line in said), part
+    plain, said = command(write, "sglang serve Qwen/Qwen3-8B --dp-size 2")
+    parts = ["sglang serve", "--model-path Qwen/Qwen3-8B", "--dp-size 2", "--speculative-algorithm WHIFLASH"]
+    assert plain.split(" \\\n    ") == parts
+    assert "whiflash bundle create --target Qwen/Qwen3-8B --eagle3 deepseek-ai/" in said[0]
+    assert "at most 48 requests" in said[1]
+    pod = "apiVersion: v1\nspec: {command: [sglang, serve], args: [--model-path, a/b, --host, '0.0.0.0']}"
+    listed, _ = command(write, pod, "pod.yaml")
+    first, further = listed.splitlines()
+    assert first == 'command: ["sglang", "serve"]'
+    assert json.loads(further.removeprefix("args: "))[-2:] == ["--speculative-algorithm", "WHIFLASH"]
+    assert command(write, "sglang serve a/b --device xpu")[0] == "", "there is none"
+    without, _ = command(write, "sglang serve a/b --enable-torch-compile --attention-backend flashinfer")
+    assert "torch-compile" not in without
+    assert "flashinfer" not in without
+
+
+def test_what_sglang_refuses_is_its_refusal(write: Write) -> None:
+    for flags, said in (
+        ("--cuda-graph-max-bs 8", "it is --cuda-graph-max-bs-decode now"),
+        ("--tool-call-parsr x", "did you mean --tool-call-parser"),
+        ("--never-heard 1", "--never-heard is no flag of SGLang 0.5.23; remove it"),
+    ):
+        (recipe,) = read(write("serve.sh", f"sglang serve a/b {flags}"))
+        verdict = judged(recipe)
+        assert verdict.foreign == verdict.obstacles.keys()
+        assert said in str(verdict.obstacles)
+    shown = CliRunner().invoke(app, ["check", "--recipe", str(write("serve.sh", "sglang serve a/b --never-heard 1"))])
+    assert "refused by SGLang itself as it is; starts as below" in shown.output.splitlines()[0]
+
+
+@pytest.mark.newest
+def test_the_table_of_flags_is_sglangs() -> None:
+    """And what a start makes of flags that stand for others is what SGLang makes of them."""
+    from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.arg_groups.parallel_hook import handle_deprecated_dp_attention
+    from sglang.srt.server_args import ServerArgs
+
+    upstream = load_script("upstream")
+    assert upstream.FLAGS.read_text("utf-8") == upstream.server_flags(), "python scripts/upstream.py --record writes it"
+    for fields in (
+        {},
+        {"disable_cuda_graph": True},
+        {"disable_prefill_cuda_graph": True, "dp_size": 2, "enable_dp_attention": True},
+        {"cuda_graph_config": {"decode": {"backend": "disabled"}}, "cuda_graph_backend_decode": "full"},
+    ):
+        ours = judge_module._launch(fields, {}, None)[0].args
+        theirs = ServerArgs(model_path="none", **fields)
+        handle_deprecated_dp_attention(theirs)
+        parse_cuda_graph_config(theirs)
+        view = resolving_view(theirs)
+        assert ours.attn_dp_size == view.attn_dp_size
+        assert ours.cuda_graph_config.decode.backend == view.cuda_graph_config.decode.backend, fields
+
+
+LIGHT = """
+import sys
+for name in ("torch", "sglang", "triton", "transformers", "whiflash_kernels", "whiflash_train", "datasets"):
+    sys.modules[name] = None
+from whiflash_sglang.cli.app import main
+main()
+"""
+
+
+def test_who_decides_needs_neither_torch_nor_sglang(write: Write) -> None:
+    script = write("serve.sh", "sglang serve Qwen/Qwen3-8B --tp 2")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", LIGHT, *arguments], capture_output=True, text=True)
+
+    answered = run("advise", "Qwen3-8B", "--requests", "1", "--answer", "16")
+    assert answered.stdout.startswith("Estimate for 1 request: "), answered.stderr
+    judged = run("check", "--recipe", str(script))
+    assert "--speculative-algorithm WHIFLASH" in judged.stdout, judged.stderr
+    missing = run("bench")
+    assert (missing.returncode, "pip install dist/*.whl" in missing.stderr) == (2, True)
+
+
 @pytest.mark.newest
 def test_the_command(write: Write) -> None:
     run = CliRunner().invoke
@@ -300,7 +449,7 @@ def test_the_command(write: Write) -> None:
         write("bad.yaml", "pp-size: 2\nspeculative-algorithm: EAGLE\nspeculative-num-draft-tokens: 4"),
     )
     started = run(app, ["check", "--recipe", str(good)])
-    assert (started.exit_code, started.output.splitlines()[0]) == (0, f"starts  {good}")
+    assert (started.exit_code, started.output.splitlines()[0]) == (0, f"# {good}: starts")
     refused = run(app, ["check", "--recipe", str(bad), "--json"])
     assert refused.exit_code == 1
     (verdict,) = json.loads(refused.output)

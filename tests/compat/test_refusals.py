@@ -17,7 +17,7 @@ from sglang.srt.server_args import ServerArgs
 from whiflash_sglang.engine import patching
 from whiflash_sglang.engine.launch import arguments as launches
 from whiflash_sglang.engine.launch import refusals
-from whiflash_sglang.engine.launch.arguments import Launch, choose_for_cuda
+from whiflash_sglang.engine.launch.facts import Launch, fill_in_for_cuda
 from whiflash_sglang.engine.launch.refusals import REFUSALS, refusal_of, refusals_of
 
 LLAMA: dict[str, Any] = {
@@ -369,7 +369,10 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
         },
         "unset SGLANG_ENABLE_METADATA_GLUE_GRAPH",
     ),
-    "workers_keys": ({"tokenizer_worker_num": 2, "admin_api_key": "key"}, "remove it, or --api-key"),
+    "workers_keys": (
+        {"tokenizer_worker_num": 2, "admin_api_key": "key"},
+        "remove --tokenizer-worker-num, or both keys",
+    ),
     "workers_warm_up": ({"tokenizer_worker_num": 2, "tenant_header": True}, "give --skip-server-warmup"),
     "workers_app": (
         {"tokenizer_worker_num": 2, "environment": {"SGLANG_HTTP_SERVER_APP_PATH": "mine:app"}},
@@ -448,17 +451,16 @@ def test_sglang_takes_adapters_beside_our_algorithm() -> None:
 def test_on_cuda_what_was_left_open_is_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches.torch.cuda, "is_available", lambda: True)
     for hopper, attention in ((True, "fa3"), (False, "triton")):
-        monkeypatch.setattr(launches, "get_platform", lambda h=hopper: SimpleNamespace(is_sm90=h))
         args = ServerArgs(model_path="unused")
-        choose_for_cuda(args)
+        fill_in_for_cuda(args, hopper=hopper)
         assert (args.attention_backend, args.disable_overlap_schedule) == (attention, False)
         assert args.lora_backend == "triton"
         assert (args.cuda_graph_backend_decode, args.cuda_graph_backend_prefill) == (None, "disabled")
     chosen = ServerArgs(model_path="unused", attention_backend="trtllm_mha", cuda_graph_backend_decode="disabled")
-    assert not choose_for_cuda(chosen)
+    assert not fill_in_for_cuda(chosen, hopper=False)
     assert (chosen.attention_backend, chosen.cuda_graph_backend_decode) == ("trtllm_mha", "disabled")
     several = ServerArgs(model_path="unused", tp_size=2)
-    choose_for_cuda(several)
+    fill_in_for_cuda(several, hopper=False)
     assert not several.disable_overlap_schedule
     elsewhere = ServerArgs(model_path="unused", device="cpu")
     launches.choose(elsewhere)

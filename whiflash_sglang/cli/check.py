@@ -89,8 +89,9 @@ def check(
             "--recipe",
             exists=True,
             dir_okay=False,
-            help="Judge these flags: would WHIFLASH start, and which flag is in the way? A shell line or script, YAML, "
-            "or JSON lines. Needs no GPU and no weights; with --model-path the target's layers count, too.",
+            help="Judge a launch and print it with WHIFLASH, ready to paste: a shell line or script, a Kubernetes or "
+            "compose file, YAML or JSON lines. Needs neither SGLang nor a GPU; with --model-path the target's layers "
+            "count, and SGLang reads them.",
         ),
     ] = None,
     echo: Annotated[
@@ -226,10 +227,16 @@ def _as_json(name: str, verdict: Any) -> dict[str, Any]:
         "replaced": verdict.replaced,
         "unread": verdict.unread,
         "notes": verdict.notes,
+        "command": verdict.command,
     }
 
 
 def _lines(name: str, verdict: Any, *, full: bool) -> list[str]:
+    """Return a verdict's lines; if `full` with the new command, beside which all are comments of a shell."""
+    if full and verdict.command:
+        by = " by SGLang itself" if verdict.foreign and verdict.foreign == verdict.obstacles.keys() else ""
+        first = "starts" if verdict.starts else f"refused{by} as it is; starts as below"
+        return [f"# {name}: {first}", verdict.command]
     lines = [f"{'starts ' if verdict.starts else 'refused'} {name}"]
     lines += [f"  {sentence}" for sentence in verdict.obstacles.values()]
     if len(verdict.without_drafters) < len(verdict.obstacles):

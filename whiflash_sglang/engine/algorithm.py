@@ -82,7 +82,7 @@ def validate(server_args: Any) -> None:
 def _judge(server_args: Any) -> None:
     if not asks_for_ours(server_args):
         raise ConfigError("WHIFLASH was chosen after the arguments were parsed; pass it to the launcher or to Engine")
-    from whiflash_sglang.engine.launch.arguments import Launch
+    from whiflash_sglang.engine.launch.facts import Launch
     from whiflash_sglang.engine.launch.refusals import UNCAPTURED, refusal_of
 
     launch = Launch.of(server_args)

@@ -3,9 +3,9 @@
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,36 @@ LAUNCH = re.compile(r"(?:sglang\.launch_server|(?:sglang|whiflash)\s+serve)(?=\s
 VLLM = re.compile(r"\bvllm(?: serve|\.entrypoints)\b")
 QUOTED = re.compile(r"\"(?:\\.|[^\"\\])*(?:(\")|\\?$)|'[^']*(?:(')|$)")
 COMPUTED = re.compile(r"\$\(\(.{0,200}?\)\)|\$\([^()]*\)")
+KEPT = re.compile(r"\$computed(\d+)_")
 ARRAY = re.compile(r"^[ \t]*(\w+)\+?=\(([^()]*)\)", re.MULTILINE)
 OPEN_ARRAY = re.compile(r"=\([^()]*$")
 REFERENCE = re.compile(r"\"?\$\{(\w+)\[[@*]\]\}\"?")
+ASSIGNED = re.compile(
+    r"(?:^|[;&|]|\bthen\b|\bdo\b)[ \t]*(?:export[ \t]+|readonly[ \t]+)?(\w+)="
+    r"(\"[^\"\n]*\"|'[^'\n]*'|[^\s;&|()\"']*)(?=[ \t]*(?:$|[;&|#]))",
+    re.MULTILINE,
+)
+USED = re.compile(r"'[^']*'|\$(?:(\w+)|\{(\w+)(?::-([^{}$]*))?\})")
 VARIABLE = re.compile(r"\b(SGLANG_\w+)=(\S+)")
 MOST_RECIPES, MOST_LINE, DEEPEST_ARRAY = 1000, 1 << 16, 16
 """Most launches of a file; most characters of one after its arrays are filled in; deepest nesting of arrays."""
 ROLES = "sglang_config"
 """Key of srt-slurm's recipes: a mapping of flags for each role, `prefill`, `decode` or `aggregated`."""
+KEYS = (("command", "args"), ("entrypoint", "command"))
+"""Keys of a container's first and further words, in Kubernetes and in compose files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One launch. flags: name → value as text or a list of words; empty for a switch, and if a shell variable has the
-    value. environment: SGLang's variables that the launch sets."""
+    """One launch. flags: name → value as text or a list of words, which may hold variables; empty for a switch.
+    environment: SGLang's variables that the launch sets. start: the words before its flags. keys: those of a
+    container's mapping for `start` and for the flags, if it is one."""
 
     name: str
     flags: Mapping[str, str | Sequence[str]]
     environment: Mapping[str, str] = field(default_factory=dict)
+    start: str = "sglang serve"
+    keys: tuple[str, str] | None = None
 
 
 def read(path: Path) -> list[Recipe]:
@@ -69,12 +81,53 @@ def _yaml(text: str, path: Path) -> Iterator[Recipe]:
         backend = _backend(_mapping(document, path))
         if backend is None:
             if document.keys() & {"services", "apiVersion"}:
-                raise UsageError(f"--recipe {path} is a compose or Kubernetes file: give its command as a shell line")
-            yield Recipe(str(path), _flags(document, path))
+                yield from _containers(document, path)
+            else:
+                yield Recipe(str(path), _flags(document, path))
             continue
         for role, flags in backend[ROLES].items():
             variables = backend.get(f"{role}_environment")
             yield Recipe(f"{path}: {role}", _flags(flags, path), _environment(variables, path))
+
+
+def _containers(document: Any, path: Path, name: str = "") -> Iterator[Recipe]:
+    """Yield the launches of a compose or Kubernetes file: those of each mapping with words to run in a container."""
+    if isinstance(document, list):
+        for each in document:
+            yield from _containers(each, path, name)
+    if not isinstance(document, dict):
+        return
+    for first, further in KEYS:
+        words = [_words_of(document.get(key)) for key in (first, further)]
+        every = [word for key in words for word in key]
+        if script := next((word for word in every if LAUNCH.search(word) and " " in word), None):
+            yield from _shell(script, path)
+            return
+        at = next((at for at, word in enumerate(every) if LAUNCH.search(" ".join(every[: at + 1]))), None)
+        if at is not None:
+            flags = _flags_in(every[at + 1 :])
+            keys = (first, further) if words[1] else (first, first) if words[0] else (further, further)
+            who = f"{path}: {document.get('name', document.get('container_name', name))}".rstrip(": ")
+            yield Recipe(who, flags, _of_container(document), shlex.join(every[: at + 1]), keys)
+            return
+    for key, value in document.items():
+        yield from _containers(value, path, str(key))
+
+
+def _words_of(value: Any) -> list[str]:
+    return shlex.split(value) if isinstance(value, str) else [str(word) for word in value or ()]
+
+
+def _of_container(document: Mapping[str, Any]) -> dict[str, str]:
+    """Return SGLang's variables of a container: a mapping, a list of names and values, or one of NAME=VALUE."""
+    listed = document.get("env", document.get("environment")) or {}
+    if isinstance(listed, list):
+        named = [
+            one if isinstance(one, dict) else dict(zip(("name", "value"), str(one).split("=", 1), strict=False))
+            for one in listed
+        ]
+        listed = {one.get("name"): one.get("value", "$") for one in named}
+    return {str(name): str(value) for name, value in listed.items() if str(name).startswith("SGLANG_")}
 
 
 def _backend(document: Any) -> dict[str, Any] | None:
@@ -125,55 +178,83 @@ def _text(value: Any) -> str | list[str]:
 
 def _shell(text: str, path: Path) -> Iterator[Recipe]:
     """Yield the flags of each server that a shell script launches; a text without a launch is flags only. Arrays get
-    all words that they may hold.
+    all words that they may hold, and variables the only value that is assigned to them before.
     """
     text = re.sub(r"^[ \t]*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
-    text = COMPUTED.sub("$computed", text)
+    computed: list[str] = []
+    text = COMPUTED.sub(lambda found: f"$computed{computed.append(found[0]) or len(computed) - 1}_", text)
     arrays: dict[str, str] = {}
     for name, words in ARRAY.findall(text):
         arrays[name] = f"{arrays.get(name, '')} {words}"
     launches = list(islice(LAUNCH.finditer(text), MOST_RECIPES + 1))
     if not launches and text.lstrip().startswith("-"):
-        yield Recipe(str(path), _of_words(text.replace("\n", " "), arrays, path))
+        yield Recipe(str(path), _of_words(text.replace("\n", " "), arrays, {}, computed, path))
     for number, launch in enumerate(launches, 1):
         before, rest = text[: launch.start()], text[launch.end() :]
-        line = rest.split("\n)" if OPEN_ARRAY.search(before) else "\n", 1)[0]
-        quotes = QUOTED.finditer(before.rpartition("\n")[2])
+        in_array = OPEN_ARRAY.search(before)
+        line = rest.split("\n)" if in_array else "\n", 1)[0]
+        start = before.rpartition("\n")[2]
+        quotes = QUOTED.finditer(start)
         if opened := next((q for q in quotes if not (q[1] or q[2])), None):
             line = line.partition(opened[0][0])[0]  # the launch is quoted, as in `bash -c "…"`
+            start = opened[0][1:]
         name = str(path) if len(launches) == 1 else f"{path}: {number}"
         environment = {key: value.strip("\"'") for key, value in VARIABLE.findall(before)}
-        yield Recipe(name, _of_words(line, arrays, path), environment)
+        variables = _assigned(before)
+        start = re.split(r"[;&|(]\s*", _filled(start, variables))[-1].strip()
+        start = " ".join(filter(None, (start, " ".join(launch[0].split()))))
+        flags = _of_words(line, arrays, variables, computed, path)
+        yield Recipe(name, flags, environment, _restored(start, computed))
 
 
-def _of_words(line: str, arrays: Mapping[str, str], path: Path) -> dict[str, str | list[str]]:
+def _assigned(text: str) -> dict[str, str]:
+    """Return the value of each variable that a script's text gives one value only."""
+    values: dict[str, set[str]] = {}
+    for name, value in ASSIGNED.findall(text):
+        value = value[1:-1] if value[:1] in ("'", '"') else value
+        own = USED.fullmatch(value)  # such as PORT=${PORT:-30000}
+        values.setdefault(name, set()).add(own[3] or value if own and own[2] == name else value)
+    return {name: found.pop() for name, found in values.items() if len(found) == 1}
+
+
+def _filled(line: str, variables: Mapping[str, str]) -> str:
+    """Return a line with the variables' values in their places; others stay, or take their default."""
+    for _ in range(DEEPEST_ARRAY):
+        if len(line) > MOST_LINE or not USED.search(line):
+            return line
+        line = USED.sub(lambda found: variables.get(found[1] or found[2], found[3] or found[0]), line)
+    return line
+
+
+def _restored(text: str, computed: Sequence[str]) -> str:
+    return KEPT.sub(lambda found: computed[int(found[1])], text)
+
+
+def _of_words(
+    line: str, arrays: Mapping[str, str], variables: Mapping[str, str], computed: Sequence[str], path: Path
+) -> dict[str, str | list[str]]:
     for _ in range(DEEPEST_ARRAY):
         filled = len(line) + sum(len(arrays.get(name, " ")) for name in REFERENCE.findall(line))
         if filled > MOST_LINE:
             raise UsageError(f"--recipe {path}: a launch of more than {MOST_LINE} characters is not read")
         line = REFERENCE.sub(lambda reference: arrays.get(reference[1], " "), line)
-    line = re.sub(r"(?<=\s)\d+(?=[<>])", "", line)  # the 2 of 2>&1
+    line = re.sub(r"(?<=\s)\d+(?=[<>])", "", _filled(line, variables))  # the 2 of 2>&1
     lexer = shlex.shlex(line, posix=True, punctuation_chars="();<>|&")
     lexer.whitespace_split, lexer.commenters = True, "#"
-    flags: dict[str, list[str]] = {}
-    name = "model-path"
+    words = takewhile(lambda word: not set(word) <= set("();<>|&"), lexer)
     try:
-        for word in lexer:
-            if set(word) <= set("();<>|&"):
-                break
-            if word.startswith("--") and len(word) > 2:
-                name, joined, value = word[2:].partition("=")
-                flags[name] = [value] if joined else []
-            elif name not in flags:  # the model, named first
-                flags[name] = [word]
-            else:
-                flags[name].append(word)
+        return _flags_in([_restored(word, computed) for word in words])
     except ValueError as error:
         raise UsageError(f"--recipe {path} is not a shell line: {error}") from None
-    return {name: _value(words) for name, words in flags.items()}
 
 
-def _value(words: list[str]) -> str | list[str]:
-    if not words or any("$" in word or "`" in word for word in words):
-        return ""
-    return words[0] if len(words) == 1 else words
+def _flags_in(words: Iterable[str]) -> dict[str, str | list[str]]:
+    flags: dict[str, list[str]] = {}
+    name = "model-path"
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, joined, value = word[2:].partition("=")
+            flags[name] = [value] if joined else []
+        else:  # the model is named first
+            flags.setdefault(name, []).append(word)
+    return {name: values[0] if len(values) == 1 else values or "" for name, values in flags.items()}

@@ -1,34 +1,33 @@
-"""Judges a launch by its flags, without weights or a GPU, and if need be without the target's configuration.
+"""Judges a launch by its flags, without SGLang, weights or a GPU, and if need be without the target's configuration.
 
-The rules are those of a start (:mod:`whiflash_sglang.engine.launch.refusals`), and SGLang's own parser reads the
-flags. Flags of SGLang's other algorithms count as replaced by WHIFLASH.
+The rules are those of a start (:mod:`whiflash_sglang.engine.launch.refusals`). Flags are read by `flags.json`, which
+`scripts/upstream.py --record` writes of SGLang's own parser. Flags of SGLang's other algorithms count as replaced by
+WHIFLASH. Only a target's `config.json` is read by SGLang, which is imported for it.
 """
 
 import argparse
-import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
-from sglang.srt.arg_groups.overrides import resolving_view
-from sglang.srt.arg_groups.parallel_hook import handle_deprecated_dp_attention
-from sglang.srt.server_args import ServerArgs
-
 from whiflash_sglang.engine.carried import ALGORITHM
-from whiflash_sglang.engine.launch.arguments import Launch, choose, choose_for_cuda
+from whiflash_sglang.engine.launch.facts import DISABLED, Launch, fill_in, fill_in_for_cuda
 from whiflash_sglang.engine.launch.refusals import FOREIGN, UNCAPTURED, refusals_of
-from whiflash_sglang.engine.supported import installed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import read_text
+from whiflash_sglang.files.jsonl import read_json, read_json_file
+from whiflash_sglang.files.progress import tracked
 from whiflash_sglang.settings.config import Flags, flag_of, parse_flags
 
 Flag = str | Sequence[str]
-"""A flag's value: `true` or `false` for a switch, words for a list. Empty: a switch that is on, or a variable's value,
-which may be several words."""
+"""A flag's value: `true` or `false` for a switch, words for a list. Empty: a switch that is on, or a value that is not
+known, as is one that holds a variable, which may be several words."""
 _MORE_THAN_ONE = "2"
 _EAGLE = "arm `ar`, with an EAGLE-3 checkpoint or the target's own next-token head"
 ALGORITHMS = {
@@ -42,6 +41,14 @@ SETTINGS = {
     "speculative_num_draft_tokens": "--whiflash-block-size, the longest block",
 }
 """Flags of SGLang's algorithms → the flag of WHIFLASH that bounds the same length; rounds choose lengths below it."""
+RENAMED = {
+    "--mamba-scheduler-strategy": "--mamba-radix-cache-strategy",
+    "--cuda-graph-max-bs": "--cuda-graph-max-bs-decode",
+    "--cuda-graph-bs": "--cuda-graph-bs-decode",
+    "--speculative-dflash-draft-window-size": "--speculative-draft-window-size",
+}
+"""Flags of earlier releases of SGLang → their names today."""
+CHOICES = re.compile(r"invalid choice: '(.*?)' \((choose from .*)\)$", re.DOTALL)
 UNKEPT = (
     "session ids have no effect: agents' prompts are evicted as anybody's; add --enable-session-radix-cache, and leave "
     "--disable-radix-cache out"
@@ -53,9 +60,10 @@ UNKEPT = (
 class LaunchVerdict:
     """Whether WHIFLASH would start with a launch, and why not.
 
-    obstacles: by name of a rule or flag, a sentence that says what to do, the start's own first. without_drafters:
-    obstacles if no drafter keeps KV. replaced: a sentence on each flag that WHIFLASH replaces. unread: facts that no
-    rule could read, because the recipe does not hold them. notes: what is without effect.
+    obstacles: by name of a rule or flag, a sentence that says what to do, the start's own first. foreign: names of
+    those that are SGLang's own. without_drafters: obstacles if no drafter keeps KV. replaced: a sentence on each flag
+    that WHIFLASH replaces. unread: facts that no rule could read, because the recipe does not hold them. notes: what is
+    without effect. command: the launch with WHIFLASH, if there is one.
     """
 
     obstacles: Mapping[str, str]
@@ -63,6 +71,8 @@ class LaunchVerdict:
     replaced: Sequence[str] = ()
     unread: Sequence[str] = ()
     notes: Sequence[str] = ()
+    foreign: frozenset[str] = frozenset()
+    command: str = ""
 
     @property
     def starts(self) -> bool:
@@ -103,6 +113,9 @@ def judge(
     own_code = read.fields.pop("trust_remote_code", False)
     try:
         launch, chosen = _launch(read.fields, environment or {}, target)
+    except ImportError:
+        read.unread.append("the target's layers, which SGLang reads: it is not installed here")
+        launch, chosen = _launch(read.fields, environment or {}, None)
     except ConfigError:
         if target is None or not own_code or '"auto_map"' not in read_text(target / "config.json"):
             raise
@@ -112,7 +125,8 @@ def judge(
     obstacles = read.wrong | _obstacles(launch)
     without = read.wrong | _obstacles(replace(launch, draft_kv=False))
     keeps = launch.args.enable_session_radix_cache and not launch.args.disable_radix_cache
-    return LaunchVerdict(obstacles, without, [*replaced, *chosen], read.unread, () if keeps else (UNKEPT,))
+    notes, foreign = () if keeps else (UNKEPT,), frozenset(read.wrong) - {flag_of(name) for name in Flags.model_fields}
+    return LaunchVerdict(obstacles, without, [*replaced, *chosen], read.unread, notes, foreign)
 
 
 def _obstacles(launch: Launch) -> dict[str, str]:
@@ -123,17 +137,17 @@ def _obstacles(launch: Launch) -> dict[str, str]:
 
 
 def _read(flags: Mapping[str, Flag]) -> _Read:
-    read, parser = _Read(), _parser()
+    read, parser = _Read(), parser_of_sglang()
     ours = {flag_of(name): name for name in Flags.model_fields}
     for name, value in flags.items():
-        option = "--" + name.lstrip("-").replace("_", "-")
+        option = option_of(name)
         action = parser.meant(option)
         try:
             if option in ours:
                 read.drafters &= parse_flags({ours[option]: value}).drafters != "none"
             elif action is None:
-                raise ConfigError(f"{option} is no flag of SGLang {installed()}; remove it, or give its new name")
-            elif value == "" and action.nargs != 0:
+                raise ConfigError(f"{option} is no flag of SGLang {_table()['version']}; {parser.guess(option)}")
+            elif is_unknown(value) and action.nargs != 0:
                 fields = parser.fields([option, _MORE_THAN_ONE]) if action.type in (int, float) else {}
                 read.fields |= fields
                 read.unread += [] if fields else [f"{option}, whose value is a variable"]
@@ -157,11 +171,23 @@ def _words(option: str, value: Flag, *, is_switch: bool) -> list[str]:
     return [] if value.lower() == "false" else [option]
 
 
-class _Parser(argparse.ArgumentParser):
+def option_of(name: str) -> str:
+    return "--" + name.lstrip("-").replace("_", "-")
+
+
+def is_unknown(value: Flag) -> bool:
+    """Whether a value is not known, because it is empty or holds a variable."""
+    return not value or any("$" in word or "`" in word for word in ([value] if isinstance(value, str) else value))
+
+
+class Parser(argparse.ArgumentParser):
     """SGLang's argument parser, used to read one flag at a time and return the fields that it sets."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"SGLang {installed()} does not take it: {message}; give another value")
+        if wrong := CHOICES.search(message):
+            near = get_close_matches(wrong[1], re.findall(r"[\w.-]+", wrong[2]), 3)
+            message = message[: wrong.start(2)].rstrip(" (") + (f"; did you mean {' or '.join(near)}?" if near else "")
+        raise ConfigError(f"SGLang {_table()['version']} does not take it: {message}; give another value")
 
     def meant(self, option: str) -> argparse.Action | None:
         """Return the flag of this name, or the only flag that begins with it, or None."""
@@ -171,22 +197,55 @@ class _Parser(argparse.ArgumentParser):
         fitting = [action for name, action in named.items() if name.startswith(option)]
         return fitting[0] if len({id(action) for action in fitting}) == 1 else None
 
+    def guess(self, option: str) -> str:
+        """Return advice on a flag that SGLang does not have."""
+        if new := RENAMED.get(option):
+            return f"it is {new} now"
+        named = self._option_string_actions
+        near = [name for name in named if name.startswith(option)] or get_close_matches(option, named, 1, 0.85)
+        return f"did you mean {' or '.join(near)}? Else remove it" if near else "remove it"
+
     def fields(self, words: list[str]) -> dict[str, Any]:
-        try:
-            return vars(self.parse_args(words, argparse.Namespace()))
-        except AssertionError as error:  # some of SGLang's flags check values by assert
-            self.error(str(error))
+        return vars(self.parse_args(words, argparse.Namespace()))
 
 
 @cache
-def _parser() -> _Parser:
-    # Old names still count as flags, so SGLang's warnings about their removal are hidden.
-    logging.getLogger("sglang.srt.arg_groups.argparse_actions").setLevel(logging.ERROR)
-    parser = _Parser(add_help=False)
-    ServerArgs.add_cli_args(parser)
-    for action in parser._actions:
-        action.default, action.required = argparse.SUPPRESS, False
+def _table() -> Mapping[str, Any]:
+    table: Mapping[str, Any] = read_json_file(Path(__file__).with_name("flags.json"))
+    return table
+
+
+@cache
+def parser_of_sglang() -> Parser:
+    parser = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    for flag in _table()["flags"]:
+        kwargs = {key: flag[key] for key in ("dest", "nargs", "choices") if key in flag}
+        if "const" in flag:
+            kwargs |= {"action": "store_const", "const": flag["const"]}
+        elif flag.get("negated"):
+            kwargs["action"] = argparse.BooleanOptionalAction
+        else:
+            kwargs["type"] = TYPES.get(flag.get("type", ""), str)
+        parser.add_argument(*flag["names"], **kwargs)
     return parser
+
+
+def _size(text: str) -> int:
+    """Parse a whole number that may end in a unit, such as 2k or 2Ki."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([kMGT])(i?))?", text.strip())
+    if found is None or ("." in found[1] and found[2] is None):
+        raise ValueError(text)
+    power = "kMGT".index(found[2]) + 1 if found[2] else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+TYPES: Mapping[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "human_readable_int": _size,
+    **dict.fromkeys(("loads", "json_list_type", "parse_cuda_graph_config_arg"), read_json),
+}
+"""Names of SGLang's functions that read values → ours; any other is read as text."""
 
 
 def _replace(fields: dict[str, Any]) -> list[str]:
@@ -210,23 +269,36 @@ def _replace(fields: dict[str, Any]) -> list[str]:
 
 def _launch(fields: Mapping[str, Any], environment: Mapping[str, str], target: Path | None) -> tuple[Launch, list[str]]:
     """Return the launch that a start would see (on a GPU if no device is named), a sentence on each replaced flag."""
-    arguments = ServerArgs(**{"model_path": str(target), "device": "cuda", **fields})
+    arguments = SimpleNamespace(**{**_table()["defaults"], "model_path": str(target), "device": "cuda", **fields})
     device = arguments.device.partition(":")[0]
-    replaced = choose_for_cuda(arguments) if device == "cuda" else []
-    choose(arguments)
-    handle_deprecated_dp_attention(arguments)
-    parse_cuda_graph_config(arguments)
+    replaced = fill_in_for_cuda(arguments, hopper=False) if device == "cuda" else []
+    replaced += fill_in(arguments)
     model = None if target is None else _model(arguments, target)
-    view = resolving_view(arguments)
-    return Launch(view, fields, model, device, own_platform=True, environment=environment), replaced
+    if arguments.enable_dp_attention and arguments.attn_dp_size == 1:
+        arguments.attn_dp_size = arguments.dp_size
+    phases = {phase: SimpleNamespace(backend=_graphs(arguments, phase)) for phase in ("decode", "prefill")}
+    arguments.cuda_graph_config = SimpleNamespace(**phases)
+    return Launch(arguments, fields, model, device, own_platform=True, environment=environment), replaced
+
+
+def _graphs(arguments: Any, phase: str) -> str:
+    """Return the backend of a phase's CUDA graphs: the JSON's, the phase's own flag's, or `disabled` if one says so."""
+    explicit = arguments.cuda_graph_config if isinstance(arguments.cuda_graph_config, dict) else {}
+    of_phase = explicit.get(phase) if isinstance(explicit.get(phase), dict) else {}
+    off = arguments.disable_cuda_graph or getattr(arguments, f"disable_{phase}_cuda_graph")
+    named = of_phase.get("backend") or getattr(arguments, f"cuda_graph_backend_{phase}")
+    return str(named or (DISABLED if off else "full"))
 
 
 def _model(arguments: Any, target: Path) -> Any:
-    # Imported here because it brings transformers and all of SGLang's models, for recipes with a local target only.
-    from sglang.srt.configs.model_config import ModelConfig
+    for _ in tracked((target,), "importing SGLang, which reads the target's configuration"):
+        from sglang.srt.configs.model_config import ModelConfig
+        from sglang.srt.server_args import ServerArgs
 
+    defaults = _table()["defaults"]
+    given = {name: value for name, value in vars(arguments).items() if value != defaults.get(name, value)}
     try:
-        return ModelConfig.from_server_args(arguments, model_path=str(target))
+        return ModelConfig.from_server_args(ServerArgs(**given), model_path=str(target))
     except Exception as error:  # the file may hold anything, and SGLang checks little of it
         raise ConfigError(
             f"SGLang cannot read {target / 'config.json'}: {type(error).__name__}: {' '.join(str(error).split())}; "

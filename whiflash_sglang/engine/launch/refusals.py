@@ -14,11 +14,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from whiflash_sglang.engine.carried import APP_PATH, WORKER_APP
+from whiflash_sglang.engine.launch.facts import DISABLED
 from whiflash_sglang.engine.supported import has, installed
 from whiflash_sglang.files.cpu import ATTENTION_BACKEND
 
 if TYPE_CHECKING:
-    from whiflash_sglang.engine.launch.arguments import Launch
+    from whiflash_sglang.engine.launch.facts import Launch
 
 CUDA_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla")
 """Attention backends that plan a verification of several widths correctly, eagerly and for a captured graph (shown on
@@ -164,11 +165,7 @@ def _untested_beside_uno(launch: "Launch") -> str | None:
 
 
 def _captures(launch: "Launch", phase: str) -> bool:
-    if launch.device != "cuda":
-        return False
-    from sglang.srt.model_executor.cuda_graph_config import Backend
-
-    return bool(getattr(launch.args.cuda_graph_config, phase).backend != Backend.DISABLED)
+    return launch.device == "cuda" and getattr(launch.args.cuda_graph_config, phase).backend != DISABLED
 
 
 def _is_compressed(launch: "Launch") -> bool:
@@ -381,7 +378,7 @@ REFUSALS: dict[str, Refusal] = {
     # files of targets, HTTP and processes
     "workers_keys": Refusal(
         lambda x: _more_than_one("tokenizer_worker_num")(x) and bool(x.args.api_key or x.args.admin_api_key),
-        "SGLang checks no keys with --tokenizer-worker-num above 1; remove it, or --api-key and --admin-api-key",
+        "SGLang checks no keys with --tokenizer-worker-num above 1; remove --tokenizer-worker-num, or both keys",
     ),
     "workers_warm_up": Refusal(
         lambda x: _more_than_one("tokenizer_worker_num")(x) and x.tenant_header and not x.args.skip_server_warmup,

@@ -1,0 +1,117 @@
+"""Writes a launch anew with WHIFLASH: what the new command leaves out of the old one follows it as comments."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from whiflash_lab.published import known
+from whiflash_lab.recipes.files import Recipe
+from whiflash_lab.recipes.judge import RENAMED, Flag, LaunchVerdict, is_unknown, judge, option_of, parser_of_sglang
+from whiflash_sglang.engine.carried import ALGORITHM
+
+ALGORITHM_FLAG, DRAFT = "--speculative-algorithm", "--speculative-draft-model-path"
+NO_DRAFTERS, FLAG = "--whiflash-drafters", re.compile(r"--[a-z0-9-]+")
+
+
+def judged(recipe: Recipe, target: Path | None = None) -> LaunchVerdict:
+    """Judge a launch, and write the command with which it starts under WHIFLASH, if removing flags leads to one.
+
+    Raises:
+        ConfigError: SGLang cannot read the target's configuration.
+    """
+    verdict = judge(recipe.flags, recipe.environment, target)
+    flags: dict[str, Flag] = {option_of(name): value for name, value in recipe.flags.items()}
+    environment, comments = dict(recipe.environment), list(verdict.replaced)
+    for sentence in verdict.replaced:
+        if not sentence.startswith(f"{DRAFT} stays"):
+            flags = _without(flags, sentence.split()[0])
+    for old in flags.keys() & RENAMED.keys():
+        comments.append(f"{old} is {RENAMED[old]} now")
+        flags = {RENAMED.get(name, name) if name == old else name: value for name, value in flags.items()}
+    flags[ALGORITHM_FLAG] = ALGORITHM
+    now = judge(flags, environment, target)
+    while not now.starts:
+        name, sentence = next(iter(now.obstacles.items()))
+        fewer = _remedied(flags, name, sentence)
+        left = {key: value for key, value in environment.items() if key not in sentence}
+        if (fewer, left) == (flags, environment):
+            return verdict
+        comments.append(f"changed: {sentence}")
+        flags, environment = fewer, left
+        now = judge(flags, environment, target)
+    comments += [*_advice(recipe, flags), *(f"not judged: {what}" for what in now.unread), *now.notes]
+    lines = [*_command(recipe, flags, environment), *(f"# {' '.join(comment.split())}" for comment in comments)]
+    return replace(verdict, command="\n".join(lines))
+
+
+def _remedied(flags: Mapping[str, Flag], name: str, sentence: str) -> Mapping[str, Flag]:
+    """Return the flags without the one that an obstacle is named after, else without the one that it says to remove,
+    else as it says otherwise; the same flags if nothing of this helps."""
+    remedy = sentence.rpartition(";")[2]
+    if "without" in remedy:  # "serve it without WHIFLASH"
+        return flags
+    for option in (option_of(name), *FLAG.findall(remedy), *FLAG.findall(sentence)[:1]):
+        if len(fewer := _without(flags, option)) < len(flags):
+            return fewer
+    return {**flags, NO_DRAFTERS: "none"} if f"{NO_DRAFTERS} none" in sentence else flags
+
+
+def _without(flags: Mapping[str, Flag], option: str) -> dict[str, Flag]:
+    """Return the flags without this one, under whatever name."""
+
+    def field(name: str) -> str:
+        action = parser_of_sglang().meant(name)
+        return name if action is None else action.dest
+
+    return {name: value for name, value in flags.items() if field(name) != field(option)}
+
+
+def _advice(recipe: Recipe, flags: Mapping[str, Flag]) -> Iterator[str]:
+    """Yield what changes with WHIFLASH, and published drafters if the launch names none."""
+    named = flags.get("--model-path", flags.get("--model", ""))
+    if DRAFT not in flags and NO_DRAFTERS not in flags:
+        target = known(named) if isinstance(named, str) else None
+        pair = [] if target is None else [("--eagle3", target.eagle3), ("--dflash", target.block)]
+        parts = " ".join(f"{flag} {names[0]}" for flag, names in pair if names)
+        yield "without a drafter it copies and drafts forced text" + (
+            f"; published: whiflash bundle create --target {named} {parts} --out pair; then add {DRAFT} pair"
+            if parts
+            else f"; add {DRAFT} with a drafter made for exactly this model"
+        )
+    drafted = any(_without({name: ""}, ALGORITHM_FLAG) == {} for name in map(option_of, recipe.flags))
+    if not drafted and not any(_without({name: ""}, "--max-running-requests") == {} for name in flags):
+        yield "at most 48 requests at a time on each replica now; --max-running-requests sets another bound"
+    if isinstance(draft := flags.get(DRAFT), str) and named:
+        yield f"drafters take memory: whiflash check --model-path {named} --draft {draft} says how much"
+    if recipe.keys or "docker" in recipe.start:
+        yield "the image must hold WhiFlash: deploy/container/sglang.Containerfile adds it to SGLang's"
+
+
+def _command(recipe: Recipe, flags: Mapping[str, Flag], environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield the lines of the command, as the recipe has it: a shell's, or two keys of a container."""
+    words = [[name, *([value] if isinstance(value, str) else value)] for name, value in flags.items()]
+    words = [[word for word in line if word] for line in words]
+    gone = recipe.environment.keys() - environment.keys()
+    if recipe.keys:
+        first, further = recipe.keys
+        start, rest = shlex.split(recipe.start), [word for line in words for word in line]
+        if first == further:
+            start, rest = [*start, *rest], []
+        yield f"{first}: {json.dumps(start)}"
+        if rest:
+            yield f"{further}: {json.dumps(rest)}"
+        return
+    start = re.sub("|".join([r"(?!)", *(rf"\b{name}=\S*\s*" for name in gone)]), "", recipe.start)
+    set_before = [f"{name}={shlex.quote(value)}" for name, value in environment.items() if f"{name}=" not in start]
+    yield " ".join([*set_before, start]) + " \\"
+    lines = [" ".join(_quoted(word) for word in line) for line in words]
+    yield from (f"    {line} \\" for line in lines[:-1])
+    yield f"    {lines[-1]}"
+
+
+def _quoted(word: str) -> str:
+    """Return a word for a shell, which still fills in the variables that it holds."""
+    return '"' + re.sub(r'(["\\])', r"\\\1", word) + '"' if is_unknown(word) else shlex.quote(word)
