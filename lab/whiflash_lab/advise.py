@@ -5,17 +5,21 @@ Only a running server's figures are measured. `published.yaml` has the estimate'
 of other cards, of several cards and of experts follow from a card's bandwidth. Imports no torch.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import partial
+from itertools import permutations
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from whiflash_sdk.render.aligned import count
 
 from whiflash_lab.cards import H100, PARAMETERS, Card
-from whiflash_lab.published import FACTS, KNOWN, Gpu, PublishedTarget, Shape, known
+from whiflash_lab.published import FACTS, KNOWN, Acceptance, Gpu, PublishedTarget, Shape, known, of_directory
 from whiflash_lab.simulate import FIXED, METHODS, PublishedPair, SimulatedLoad, Simulation
 from whiflash_sglang.cli.report import brought
 from whiflash_sglang.cli.top import unknown
@@ -28,7 +32,7 @@ FULL = {arms.AR: 5, arms.DIFFUSION: 7}
 USABLE = 0.88
 """Share of a card's memory that SGLang takes for weights and KV."""
 WORTH_IT = 1.03
-"""Smallest speed-up over the next simpler way for which a way is worth its memory."""
+"""Smallest speed-up that a running server measures for which drafting is worth its memory."""
 PLAIN, OURS, OWN = "plain", "WHIFLASH", "its own traffic"
 TASK = "simulating loads"
 
@@ -62,7 +66,8 @@ NGRAM = PublishedPair({"ours": {arms.DIFFUSION: 1.2}}, {arms.DIFFUSION: 11}, {ar
 
 class Question(NamedTuple):
     """A question to `advise`. requests: numbers of requests at once. tools: share of requests under a grammar. prompt,
-    answer: tokens. context: cached tokens before each prompt.
+    answer: tokens. context: cached tokens before each prompt. acceptance: tokens a round of each drafter, None for
+    published ones.
     """
 
     target: str
@@ -74,6 +79,7 @@ class Question(NamedTuple):
     prompt: int = 512
     answer: int = 256
     context: int = 0
+    acceptance: float | None = None
 
 
 class Returning(NamedTuple):
@@ -100,24 +106,18 @@ class Server(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Estimated rates of one load. rates: way to serve → tokens per second; a way is an algorithm of SGLang, `PLAIN` or
-    `OURS`. spread: flag with which one server uses several cards. low, high: `OURS` over plain decoding, on the worst
-    and the best text. ahead: `OURS` over `stock`, lowest and highest. returning: one for each of `PAYS`; empty if all
-    KV fits."""
+    """Estimated rates of one load. rates: tokens per second by SGLang's algorithm, `PLAIN` without one. load: its
+    description. spread: the flag by which several cards share it. low, high: `OURS` over plain decoding on the worst
+    and the best text. returning: the rates for each of `PAYS`, empty if all fit.
+    """
 
     load: str
     spread: str
     rates: Mapping[str, float]
     low: float
     high: float
-    ahead: tuple[float, float] = (1.0, 1.0)
     replicas: int = 1
     returning: Sequence[Returning] = ()
-
-    @property
-    def gain(self) -> str:
-        """Rate of `OURS` over that of plain decoding, as text with its range over texts."""
-        return f"{self.rates[OURS] / self.rates[PLAIN]:.2f}{_by_set(self.low, self.high)}"
 
     @property
     def stock(self) -> str:
@@ -125,51 +125,58 @@ class Estimate(NamedTuple):
         return max((way for way in self.rates if way != OURS), key=self.rates.__getitem__)
 
     @property
-    def choice(self) -> str:
-        """Name of the fastest way to serve, or of a simpler one that is less than 3 % slower."""
-        chosen = PLAIN
-        for other in (self.stock, OURS):
-            if self.rates[other] >= WORTH_IT * self.rates[chosen]:
-                chosen = other
-        return chosen
+    def over_plain(self) -> str:
+        """Text with the rate of `OURS` over plain decoding, and its range over texts."""
+        by_text = f" ({self.low:.2f} to {self.high:.2f})" if self.low < self.high else ""
+        return f"{self.rates[OURS] / self.rates[PLAIN]:.2f}{by_text}"
+
+    def level(self, error: float) -> list[str]:
+        """Return the ways that may be the fastest, fastest first. error: relative error of a ratio over plain decoding;
+        that of a ratio between drafters is `BETWEEN`."""
+        ways = sorted(self.rates, key=self.rates.__getitem__, reverse=True)
+        best = self.rates[ways[0]]
+        return [way for way in ways if best <= self.rates[way] * (1 + (error if PLAIN in (way, ways[0]) else BETWEEN))]
+
+    def choice(self, error: float) -> str:
+        """Return the simplest of the ways that may be the fastest."""
+        level = self.level(error)
+        return next((way for way in (PLAIN, self.stock) if way in level), level[0])
 
     def verdict(self, error: float) -> str:
-        """Return a sentence on the choice and its gains over the others. error: relative error of an estimated gain."""
-        rate = self.rates[self.choice]
-        ways = [way for way in dict.fromkeys((OURS, self.stock, PLAIN)) if way != self.choice]
-        low, high = self.ahead if self.choice == OURS else (1 / self.ahead[1], 1 / self.ahead[0])
-        brackets = {way: _by_set(low, high) for way in ways if {self.choice, way} == {OURS, self.stock}}
-        over = [
-            f"{rate / self.rates[way]:.2f}{brackets.get(way, '')} of {way}'s {self.rates[way]:,.0f}" for way in ways
-        ]
-        unsure = self.choice != PLAIN and rate < (1 + error) * self.rates[PLAIN]
-        parts = f"{self.choice} for {self.load}: {rate:,.0f} tokens a second, {' and '.join(over)}"
-        return parts + (", which is within the error" if unsure else "")
-
-
-def _by_set(low: float, high: float) -> str:
-    return f" [{low:.2f}, {high:.2f}]" if low < high else ""
+        """Return a sentence on the way to take, or on those that only a measurement can tell apart."""
+        level, choice = self.level(error), self.choice(error)
+        shown = [f"{way} {self.rates[way]:,.0f}" for way in level]
+        if len(level) > 1:
+            simple = "no drafter" if choice == PLAIN else "no plugin"
+            until = f". Until then take {choice}, which needs {simple}" if choice != OURS else ""
+            shown += [] if PLAIN in level else [f"plain only {self.rates[PLAIN]:,.0f}"]
+            return f"level, so measure: {', '.join(shown)} tokens a second{until}."
+        others = [way for way in dict.fromkeys((OURS, self.stock, PLAIN)) if way != choice]
+        over = [f"{self.rates[choice] / self.rates[way]:.2f} times {way}'s {self.rates[way]:,.0f}" for way in others]
+        return f"take {choice}: {self.rates[choice]:,.0f} tokens a second, {' and '.join(over)}."
 
 
 @dataclass
 class Advice:
-    """An answer of `advise`. assumed: the assumptions, in a line. published: figures that others measured. copies:
-    gains of copied drafts, which `rows` leave out. obstacles: facts that stop a launch or make an estimate pointless.
+    """An answer of `advise`. verdict: a line for each load. choices: the simplest way of each row that may be the
+    fastest. assumed: the assumptions, in a line. published: figures that others measured. copies: gains of copies,
+    which the rows lack. lost: costs of WHIFLASH. obstacles: facts that stop a launch or make an estimate pointless.
     """
 
-    assumed: str
     verdict: str
+    assumed: str
+    choices: list[str]
     rows: list[Estimate]
     published: list[str]
     eagle3: Sequence[str]
     block: Sequence[str]
     settings: list[str]
+    lost: Sequence[str]
     copies: Sequence[str] = FACTS.copies
-    lost: Sequence[str] = FACTS.lost
     obstacles: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        rows = [{**row._asdict(), "choice": row.choice} for row in self.rows]
+        rows = [{**row._asdict(), "choice": choice} for row, choice in zip(self.rows, self.choices, strict=True)]
         for row in rows:
             row["returning"] = [each._asdict() for each in row["returning"]]
         return {**vars(self), "rows": rows}
@@ -182,7 +189,7 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
         ConfigError: no such card, nothing is known of the target, the server has drafted too little, or the question
             has a context beside `state`.
     """
-    target = known(question.target)
+    target = known(question.target) or of_directory(Path(question.target))
     if state is not None:
         beside = {"--context": question.context, "--count": question.cards > 1}
         if refused := [option for option, given in beside.items() if given]:
@@ -191,60 +198,109 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
         target = target or PublishedTarget(question.target, _QWEN, (), ())
         loads = question.requests if pair.drafts else ()
         sums = brought(state)  # the gain includes copies and forced text
-        if (gain := sums["gain"]) is None:
-            raise ConfigError(f"what the server brings over plain decoding is {unknown(sums['plain_price'])}")
-        rates = {PLAIN: sums["plain_tokens_per_second"], OURS: sums["tokens_per_second"]}
-        rows = [Estimate(OWN, "", rates, gain, gain)]
+        if sums.gain is None:
+            raise ConfigError(f"what the server brings over plain decoding is {unknown(sums.price)}")
+        rates = {PLAIN: sums.tokens / sums.seconds / sums.gain, OURS: sums.tokens / sums.seconds}
+        rows, error = [Estimate(OWN, "", rates, sums.gain, sums.gain)], 0.0
         own = Server(lambda _: card)
         rows += [_row(own, pair, question, n, _block(target)) for n in tracked(loads, TASK)]
-        verdict, prices = rows[0].verdict(0.0), "the running server, host's time included; drafters alone"
+        advice = "keep WHIFLASH" if sums.gain >= WORTH_IT else "stop drafting (`whiflash policy none`)"
+        verdict = (
+            f"For its own traffic {advice}: {rates[OURS]:,.0f} tokens a second, {sums.gain:.2f} times the "
+            f"{rates[PLAIN]:,.0f} of plain decoding by its own prices."
+        )
+        prices = "the running server, host's time included; drafters alone"
     else:
-        if target is None:
-            raise UsageError(
-                f"{question.target}: nothing is known of it; name one of {', '.join(entry.name for entry in KNOWN)}, "
-                "or give --url of a server that runs it"
-            )
+        target = _answerable(target, question)
         gpu, (lengths, published, source) = _gpu(question.gpu), target.acceptance
         pair = PublishedPair(lengths, published, {arm: min(FULL[arm], n) for arm, n in published.items()})
-        rows = [_fastest(target, gpu, pair, question, n) for n in tracked(question.requests, TASK)]
-        verdict = "; ".join(row.verdict(max(_off(target))) for row in rows)
-        verdict += _cautions(target, question, rows, pair) + _without_host(rows[-1])
+        rows, error = (
+            [_fastest(target, gpu, pair, question, n) for n in tracked(question.requests, TASK)],
+            max(_off(target)),
+        )
+        verdict = "\n".join(f"Estimate for {row.load}: {row.verdict(error)}" for row in rows)
+        verdict += _cautions(target, question, rows, pair) + _without_host(rows[-1], error)
         prices = _prices(target, gpu, question)
+    choices = [row.choice(error) for row in rows]
     return Advice(
+        verdict=verdict,
         assumed=_assumed(target, question, prices, source, pair),
-        verdict=f"Take {verdict}.",
+        choices=choices,
         rows=rows,
         published=[entry.shown for entry in target.ratios],
         eagle3=target.eagle3,
         block=target.block,
-        settings=list(_settings(target, question, rows[-1], (state or {}).get("by_arm", {}))),
+        settings=list(_settings(target, question, rows[-1], choices[-1], (state or {}).get("by_arm", {}))),
+        lost=[*([] if state else [_memory(target, question, rows[-1].replicas)]), *FACTS.lost],
         obstacles=[] if state else list(_obstacles(target.shape, question, rows[-1].replicas)),
     )
 
 
+def _answerable(target: PublishedTarget | None, question: Question) -> PublishedTarget:
+    """Return the target with an acceptance: the one in the question, its own, or Qwen3-8B's. UsageError if unknown."""
+    if target is None:
+        names = {entry.name.lower().rpartition("/")[2]: entry.name for entry in KNOWN}
+        last = question.target.lower().rstrip("/").rpartition("/")[2]
+        near = [name for name in names if last in name] or get_close_matches(last, names, 2)
+        meant = f"did you mean {' or '.join(names[name] for name in near)}?"
+        guess = f"; {meant if near else 'known are ' + ', '.join(names.values()) + '.'}"
+        raise UsageError(
+            f"{question.target}: nothing is known of it{guess} Or name a directory that holds its config.json, or give "
+            "--url of a server that runs it"
+        )
+    has = {arms.AR: target.eagle3, arms.DIFFUSION: target.block}
+    drafting = [arm for arm in FULL if has[arm] or not any(has.values())]
+    if question.acceptance is not None:
+        lengths: Mapping[str, Mapping[str, float]] = {"all": dict.fromkeys(FULL, question.acceptance)}
+        drafts, source = FULL, "ASSUMED, as --acceptance says"
+    elif target.acceptance.lengths:
+        return target
+    else:
+        lengths, drafts, _ = next(entry.acceptance for entry in KNOWN if entry.name == "Qwen/Qwen3-8B")
+        source = "ASSUMED, none of its drafters' is known, so Qwen3-8B's (--acceptance sets another)"
+    kept = {text: {arm: one[arm] for arm in drafting} for text, one in lengths.items()}
+    return target._replace(acceptance=Acceptance(kept, {arm: drafts[arm] for arm in drafting}, source))
+
+
 def _cautions(target: PublishedTarget, question: Question, rows: Sequence[Estimate], pair: PublishedPair) -> str:
-    """Return reasons against `OURS` if it is the fastest, else an empty text."""
-    ours = {n: row for n, row in zip(question.requests, rows, strict=True) if row.choice == OURS}
+    """Return what speaks against the answer: drafters without a row, and against `OURS`, what it has not shown."""
+    error = max(_off(target))
+    unknown_ways = [way for way in _ways(target) if way not in rows[-1].rates]
+    caution = "".join(f"\n{way} has no row, since no acceptance is published: measure it, too." for way in unknown_ways)
+    ours = {n: row for n, row in zip(question.requests, rows, strict=True) if OURS in row.level(error)}
     if not ours:
-        return ""
+        return caution
+    caution += f"\nNo GPU has served trained weights with {OURS} yet."
     most, row = ours.popitem()
-    close = row.rates[OURS] < (1 + max(_off(target))) * row.rates[row.stock]
-    lead = ", and its lead is within the estimates' error" if close else ""
-    caution = f". No card has served trained weights with {OURS}{lead}: measure it beside {row.stock} first"
-    if question.tools:
+    if question.tools and row.choice(error) == OURS:
         free = _fastest(target, _gpu(question.gpu), pair, question._replace(tools=0.0), most)
-        caution = f"; without grammars {free.choice} for {free.load}{caution}"
+        caution = f"\nWithout grammars, for {free.load}: {free.verdict(error)}{caution}"
     return caution
 
 
-def _without_host(row: Estimate) -> str:
-    """Return a sentence with the rate if evicted contexts are prefilled again, not copied; empty if all KV fits."""
+def _without_host(row: Estimate, error: float) -> str:
+    """Return a sentence on tokens a second if evicted contexts are prefilled again; empty if nothing is evicted."""
     if not row.returning:
         return ""
-    again = row.returning[-1].rates
+    again, choice = row.returning[-1].rates, row.choice(error)
     return (
-        f". KV does not fit {row.load}: without the host memory below, agents prefill again, and {row.choice} has "
-        f"{again[row.choice]:,.0f} tokens a second, {again[row.choice] / again[PLAIN]:.2f} of plain's"
+        f"\nKV does not fit {row.load}: without the host memory below, agents prefill again, and {choice} has "
+        f"{again[choice]:,.0f} tokens a second, {again[choice] / again[PLAIN]:.2f} times plain's."
+    )
+
+
+def _memory(target: PublishedTarget, question: Question, replicas: int) -> str:
+    """Return a sentence on the tokens that fit on a server beside two drafters, and on their prefill."""
+    shape, gpu, cards = target.shape, _gpu(question.gpu), question.cards // replicas
+    layers, one, prefix = BLOCK_LAYERS + 1, question._replace(context=0, prompt=1, answer=0), 32768
+    plain, ours = (_fitting(shape, one, cards, each) for each in (0, layers))
+    fewer = f"hold {100 * (1 - ours / plain):.0f} % fewer tokens" if plain else "hold no token"
+    weights = DRAFTER * layers / shape.layers * _split(shape)[0] / 1e9
+    seconds = _returns(shape, question._replace(context=prefix), cards)[-1]
+    return (
+        f"Memory: with two drafters {cards} × {gpu.name} {fewer} of {target.name} (their KV, and {weights:.1f} GB a "
+        f"card), and a prefix of {prefix:,} that falls out takes {seconds:.1f} seconds to prefill (computed at the "
+        "card's peak); `whiflash check --draft` names a drafter's."
     )
 
 
@@ -266,11 +322,11 @@ def _assumed(target: PublishedTarget, question: Question, prices: str, source: s
     if question.context + question.prompt + question.answer > target.shape.positions:
         load += f"; beyond {target.shape.positions:,} positions SGLang needs YaRN, and drafters accept less"
     return (
-        f"ESTIMATE, nothing measured here. {target.name}, prices of {prices}. Acceptance: {source}, "
+        f"Nothing was measured here. {target.name}, prices of {prices}. Acceptance: {source}, "
         f"{rounds or 'no'} tokens a round in the mean; yours may differ, and a temperature of "
         f"{question.temperature:g} changes no row. Prompts of {question.prompt}, answers of {question.answer} "
-        f"{load}. {chains}NGRAM has 1.20 tokens a round, as once measured here. "
-        "A way is taken if it is 3 % faster than a simpler one."
+        f"{load}. {chains}NGRAM has 1.20 tokens a round, as once measured here. Ways are called level if an error as "
+        f"large as those of earlier estimates could turn their order: {100 * BETWEEN:.0f} % between two drafters."
     )
 
 
@@ -283,6 +339,21 @@ def _off(target: PublishedTarget) -> list[float]:
         return [found / float(ratio.by_requests[n]) - 1 for ratio in tried for n, found in ratio.estimated.items()]
 
     return of(target) or [off for one in KNOWN for off in of(one)]
+
+
+def _between() -> Iterator[float]:
+    """Yield the relative errors of estimated ratios between two drafters that others measured on the same card."""
+    for one in KNOWN:
+        tried = [ratio for ratio in one.ratios if ratio.using and ratio.using[1] != arms.NONE]
+        for a, b in permutations(tried, 2):
+            if a.using and b.using and a.using[0] == b.using[0]:
+                for n in a.estimated.keys() & b.estimated.keys():
+                    published = float(a.by_requests[n]) / float(b.by_requests[n])
+                    yield a.estimated[n] / b.estimated[n] / published - 1
+
+
+BETWEEN = max(map(abs, _between()))
+"""Largest relative error of an estimated ratio between two drafters."""
 
 
 def _prices(target: PublishedTarget, gpu: Gpu, question: Question) -> str:
@@ -336,9 +407,12 @@ def _returns(shape: Shape, question: Question, cards: int, layers: int = BLOCK_L
 
 
 def _gpu(name: str) -> Gpu:
-    if name.lower() not in GPUS:
-        raise UsageError(f"--gpu {name} is not one of {', '.join(GPUS)}")
-    return GPUS[name.lower()]
+    """Return the card of this name, which may be as `nvidia-smi` prints it. Raises UsageError."""
+    words = set(re.split("[^a-z0-9]+", name.lower()))
+    fitting = [key for key in GPUS if words.issuperset(key.split("-"))]
+    if not fitting:
+        raise UsageError(f"--gpu: '{name}' is not one of {', '.join(GPUS)}")
+    return GPUS[max(fitting, key=len)]
 
 
 def _split(shape: Shape) -> tuple[float, float]:
@@ -409,6 +483,11 @@ def _block(target: PublishedTarget) -> str:
     return "DSPARK" if "dspark" in "".join(target.block[:1]).lower() else "DFLASH"
 
 
+def _ways(target: PublishedTarget) -> dict[str, Sequence[str]]:
+    """Return the target's published drafters by SGLang's algorithm."""
+    return {way: names for way, names in (("EAGLE3", target.eagle3), (_block(target), target.block)) if names}
+
+
 def _fastest(target: PublishedTarget, gpu: Gpu, pair: PublishedPair, question: Question, requests: int) -> Estimate:
     """Estimate one server per card if the target fits on one, or one server on all cards if that is surely faster."""
     whole = question.cards
@@ -461,26 +540,21 @@ def _row(server: Server, pair: PublishedPair, question: Question, requests: int,
     free = {way: rate(way, pair) for way in methods}
     free |= {"NGRAM": rate("NGRAM", NGRAM), OURS: free.pop(OURS)}
     rates = {way: paying(way, rate) for way, rate in free.items()}
-    every = Estimate(count(requests, "request"), "", rates, 1.0, 1.0)
     single = [pair._replace(lengths={name: lengths}) for name, lengths in pair.lengths.items()]
-    plain, best = rates[PLAIN], rates[every.stock]
-    # The mean over texts is included, so that it is within its bracket.
-    ours = [rates[OURS], *(paying(OURS, rate(OURS, one)) for one in single)]
-    stock = every.stock
-    theirs = [best, *(paying(stock, rate(stock, one)) if stock in methods else best for one in single)]
-    ahead = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    # The mean over texts is included, so that it is within its range.
+    over = [one / rates[PLAIN] for one in (rates[OURS], *(paying(OURS, rate(OURS, text)) for text in single))]
     returning = [
         Returning(pays, seconds, {way: paying(way, rate, at) for way, rate in free.items()})
         for at, (pays, seconds) in enumerate(zip(PAYS, server.returns(layers[OURS]), strict=True))
         if question.context and server.fitting(layers[OURS]) < each
     ]
-    return every._replace(
-        low=min(ours) / plain, high=max(ours) / plain, ahead=(min(ahead), max(ahead)), returning=returning
-    )
+    return Estimate(count(requests, "request"), "", rates, min(over), max(over), returning=returning)
 
 
-def _settings(target: PublishedTarget, question: Question, row: Estimate, by_arm: Mapping[str, Any]) -> Iterator[str]:
-    """Yield commands that serve and measure the choice, with advice. row: the last load's. by_arm: a server's state."""
+def _settings(
+    target: PublishedTarget, question: Question, row: Estimate, choice: str, by_arm: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield commands and advice. row, choice: of the last load. by_arm: the state of a server with the target."""
     if FULL.keys() & by_arm.keys():
         yield "The server has drafters. `whiflash policy none --url URL` stops them while it serves, `auto` goes on."
         return
@@ -505,9 +579,10 @@ def _settings(target: PublishedTarget, question: Question, row: Estimate, by_arm
             f"--kv-cache-dtype fp8_e4m3: {plain} agents fit, {ours} beside two drafters. Its text differs from that of "
             "16-bit KV."
         )
-    if not by_arm and row.choice != OURS:
-        drafter = {"EAGLE3": target.eagle3, _block(target): target.block}.get(row.choice, ())[:1]
-        flags = "" if row.choice == PLAIN else f" --speculative-algorithm {row.choice}"
+    ways = _ways(target)
+    if not by_arm and choice != OURS:
+        drafter = ways.get(choice, ())[:1]
+        flags = "" if choice == PLAIN else f" --speculative-algorithm {choice}"
         flags += "".join(f" --speculative-draft-model-path {name}" for name in drafter)
         yield f"sglang serve {target.name}{flags}{spread}{parsers}"
     drafters = (("--eagle3", target.eagle3), ("--dflash", target.block))
@@ -518,7 +593,7 @@ def _settings(target: PublishedTarget, question: Question, row: Estimate, by_arm
     yield f"whiflash bundle create --target {target.name} {' '.join(parts)} --out my-bundle"
     bound = f" --max-running-requests {max(question.requests)}" if max(question.requests) > 48 else ""
     yield f"whiflash serve {target.name} --speculative-draft-model-path my-bundle{spread}{parsers}{bound}"
-    stock = ",".join(way for way in row.rates if way not in (PLAIN, OURS))
+    stock = ",".join((*ways, "NGRAM"))  # every drafter of the bundle, also one without published acceptance
     most = max(_fitting(target.shape, question, question.cards // row.replicas), 1)
     loads = ",".join(dict.fromkeys(str(min(-(-load // row.replicas), most)) for load in question.requests))
     arguments = f"--no-interleave --arms none,{stock},auto --concurrency {loads}"

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import TypeAdapter
+from pydantic import AliasChoices, BaseModel, Field, TypeAdapter, ValidationError
 
+from whiflash_sglang.errors import UsageError
 from whiflash_sglang.files.disk import read_yaml
+from whiflash_sglang.files.jsonl import read_json_file
 
 
 class Gpu(NamedTuple):
@@ -100,3 +102,56 @@ def known(target: str) -> PublishedTarget | None:
     """Return the target with this last part of its hub id or directory, ignoring case, or None."""
     name = target.lower().rstrip("/").split("/")[-1]
     return next((entry for entry in KNOWN if entry.name.lower().split("/")[1] == name), None)
+
+
+class _Config(BaseModel):
+    """The sizes in a target's `config.json`."""
+
+    num_hidden_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    intermediate_size: int = 0
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    layer_types: list[str] | None = None
+    max_position_embeddings: int = 1 << 30
+    tie_word_embeddings: bool = False
+    kv_lora_rank: int | None = None
+    qk_rope_head_dim: int = 0
+    experts: int = Field(0, validation_alias=AliasChoices("num_experts", "num_local_experts", "n_routed_experts"))
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int | None = None
+
+    def shape(self) -> Shape:
+        """Return the sizes of a model of 16-bit weights. Layers that do not see the whole context keep no KV."""
+        layers, hidden, heads = self.num_hidden_layers, self.hidden_size, self.num_attention_heads
+        head, grouped = self.head_dim or hidden // heads, self.num_key_value_heads or heads
+        full = (self.layer_types or []).count("full_attention") or layers
+        slot = self.kv_lora_rank + self.qk_rope_head_dim if self.kv_lora_rank else 2 * grouped * head
+        expert = 3 * hidden * (self.moe_intermediate_size or self.intermediate_size)
+        dense = 0 if self.experts else 3 * hidden * self.intermediate_size
+        always = layers * (2 * hidden * head * (heads + grouped) + dense)
+        always += self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
+        of_experts = layers * expert * self.experts
+        active = always + layers * expert * self.num_experts_per_tok * bool(self.experts)
+        used = self.num_experts_per_tok if self.experts else 0
+        sizes = full * slot * 2, self.max_position_embeddings, self.experts, used
+        return Shape(always + of_experts, active, layers, *sizes, width=heads * head * full // layers)
+
+
+def of_directory(directory: Path) -> PublishedTarget | None:
+    """Return a target without drafters by its directory's `config.json`; None without that file. Raises UsageError."""
+    file = directory.expanduser() / "config.json"
+    if not file.is_file():
+        return None
+    config = read_json_file(file)
+    try:
+        return PublishedTarget(
+            str(directory), _Config.model_validate(config.get("text_config", config)).shape(), (), ()
+        )
+    except (AttributeError, ValidationError) as error:
+        said = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("object",), "msg": "is none"}
+        raise UsageError(
+            f"{file}: {'.'.join(map(str, said['loc']))}: {said['msg']}: is it a language model's?"
+        ) from None

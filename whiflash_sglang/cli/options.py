@@ -73,11 +73,12 @@ def authorization(api_key: str | None) -> dict[str, str]:
 
 
 def for_tables() -> "Console":
-    """Return a console on stdout. For a file or pipe, which have no width, 200 columns: 80 would cut figures off."""
+    """Return a console on stdout. A file or pipe has the columns that COLUMNS says, else 200: 80 would cut figures."""
     from rich.console import Console
 
     terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=200)
+    has_width = terminal.is_terminal or os.environ.get("COLUMNS", "").isdecimal()
+    return terminal if has_width else Console(width=200)
 
 
 def show_table(

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,7 +20,7 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
 
 def advise(
     target: Annotated[str, typer.Argument(help="Served model: hub id or directory, or the end of it.")],
-    gpu: Annotated[str, typer.Option(help="Card: h100, h200, h20, a100 or b200.")] = "h100",
+    gpu: Annotated[str, typer.Option(help="Card, such as h100, l40s or the name that nvidia-smi prints.")] = "h100",
     count: Annotated[int, typer.Option(min=1, max=4096, help="Cards.")] = 1,
     requests: Annotated[str, typer.Option(help="Requests at once, with commas between them.")] = "1,8,32",
     temperature: Annotated[float, typer.Option(min=0, max=2, help="Of your requests.")] = 0.0,
@@ -33,13 +32,12 @@ def advise(
     ] = 0.0,
     prompt: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a prompt.")] = 512,
     answer: Annotated[int, typer.Option(min=1, max=1 << 17, help="Tokens of an answer.")] = 256,
+    acceptance: Annotated[
+        float | None, typer.Option(min=1, max=6, help="Tokens a round of your drafters. Default: published ones.")
+    ] = None,
     context: Annotated[
         str, typer.Option(help="Tokens of a request that are cached before its prompt, such as 128k.")
     ] = "0",
-    recipe: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Also judge these flags, as whiflash check does, for no row."),
-    ] = None,
     url: Annotated[
         str | None, typer.Option(help="Server that runs the target: its prices and acceptance are taken.")
     ] = None,
@@ -48,8 +46,8 @@ def advise(
 ) -> None:
     """Estimate what serves a target best on your cards: plain decoding, EAGLE3, a block drafter, NGRAM or WHIFLASH.
 
-    From published prices and acceptance: the first line says what is assumed. It names drafters, settings and what
-    WHIFLASH costs. Several cards serve replicas if that is faster.
+    From published prices and acceptance. The answer comes first, then what it assumes, drafters, settings and what
+    WHIFLASH costs. Several cards serve replicas if that is faster. Any directory with a config.json is a target.
 
     \b
     Examples:
@@ -58,9 +56,7 @@ def advise(
     """
     from whiflash_lab.advise import Question
     from whiflash_lab.advise import advise as answered
-    from whiflash_lab.recipes.files import read
 
-    recipes = [] if recipe is None else read(recipe)  # before minutes of simulation
     sizes = whole_numbers("--requests", requests)
     digits = context.lower().removesuffix("k")
     cached = int(digits) * (1 if digits == context else 1024) if re.fullmatch("[0-9]{1,9}", digits) else -1
@@ -71,14 +67,9 @@ def advise(
         from whiflash_sglang.cli.running import steer
 
         state = steer(url, "/whiflash/state", None, api_key)
-    advice = answered(Question(target, gpu, count, sizes, temperature, tools, prompt, answer, cached), state)
-    if recipes:
-        from whiflash_lab.recipes.judge import judge
-
-        for launch in recipes:
-            refused = judge(launch.flags, launch.environment).obstacles.values()
-            advice.obstacles += [f"{launch.name}: {sentence}" for sentence in refused]
-            advice.assumed += "" if refused else f" {launch.name} starts with WHIFLASH."
+    advice = answered(
+        Question(target, gpu, count, sizes, temperature, tools, prompt, answer, cached, acceptance), state
+    )
     if as_json:
         typer.echo(json.dumps(advice.as_json()))
         return
@@ -88,18 +79,18 @@ def advise(
 def _show(advice: "Advice") -> None:
     from whiflash_lab.advise import OURS, PLAIN
 
-    say_prose(advice.assumed)
-    for line in (*advice.obstacles, advice.verdict):
-        typer.echo()
+    for line in (*advice.verdict.split("\n"), *advice.obstacles):
         say_prose(line)
     if advice.rows:
         ways = list(advice.rows[-1].rates)
         lines = [
-            [row.load, *(f"{row.rates[way]:,.0f}" if way in row.rates else "" for way in ways), row.gain]
+            [row.load, *(f"{row.rates[way]:,.0f}" if way in row.rates else "" for way in ways), row.over_plain]
             for row in advice.rows
         ]
         typer.echo()
-        show_table(["", *ways, "over plain"], lines, "Tokens a second, estimated; in brackets by data set")
+        show_table(["", *ways, "over plain"], lines, f"Tokens a second, estimated; {OURS} over plain, and by text")
+    typer.echo()
+    say_prose(advice.assumed)
     for row in advice.rows[-1:]:
         lines = [
             [
