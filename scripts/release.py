@@ -61,7 +61,7 @@ def write(version: str, root: Path = ROOT, day: str | None = None) -> None:
     bounds = 0
     for name in ASKING:
         asked = (root / name).read_text("utf-8")
-        texts[name], count = re.subn(rf'("whiflash-[a-z]+~=){VERSION}"', rf'\g<1>{series}.0"', asked)
+        texts[name], count = re.subn(rf'("whiflash-[a-z]+(?:\[[a-z]+\])?~=){VERSION}"', rf'\g<1>{series}.0"', asked)
         bounds += count
     if bounds != BOUNDS:
         raise ValueError(f"{bounds} bounds of our own packages where {BOUNDS} are expected")

@@ -60,12 +60,12 @@ def test_all_carry_one_version_and_ask_for_each_other(wheels: Mapping[str, Path]
     assert len(set(versions.values())) == 1, versions
     (series,) = {version.rsplit(".", 1)[0] for version in versions.values()}
     wanted = metadata(wheels["whiflash_sglang"])[0].get_all("Requires-Dist")  # type: ignore[attr-defined]
-    assert f"whiflash-kernels~={series}.0" in wanted
+    assert f"whiflash-kernels~={series}.0; extra == 'server'" in wanted
     assert f"whiflash-sdk~={series}.0" in wanted
-    for part in ("cpu", "lab", "train"):
-        assert f"whiflash-{part}~={series}.0; extra == '{part}'" in wanted
+    for part, needs, brings in (("cpu", "[server]", ""), ("lab", "", "[bench]"), ("train", "[server]", "")):
+        assert f"whiflash-{part}{brings}~={series}.0; extra == '{part}'" in wanted
         asked = metadata(wheels[f"whiflash_{part}"])[0].get_all("Requires-Dist")  # type: ignore[attr-defined]
-        assert f"whiflash-sglang~={series}.0" in asked
+        assert f"whiflash-sglang{needs}~={series}.0" in asked
     assert {str(Requirement(one).specifier) for one in wanted if one.startswith("sglang")} == {
         f"<={SUPPORTED[-1]},>={SUPPORTED[0]}"
     }

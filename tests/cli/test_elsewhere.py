@@ -53,7 +53,7 @@ def test_a_command_that_is_not_installed_names_its_package() -> None:
             for rest in ([], ["--help"], ["word", "--quick", "-x"]):
                 done = CliRunner().invoke(app, [*command.split(), *rest])
                 assert done.exit_code == 2, command
-                named = f"{command}: whiflash-{part} is not installed: pip install dist/whiflash_{part}-*.whl"
+                named = f"{command}: whiflash-{part} is not installed: pip install dist/*.whl"
                 assert done.stderr.startswith(f"whiflash: error: {named}")
 
 
@@ -70,9 +70,9 @@ def test_commands_of_others_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("nothing_else")
 def test_checks_that_are_not_installed_name_their_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "serve.sh").write_text("sglang serve OWNER/MODEL")
-    with pytest.raises(check.UsageError, match=r"--recipe: whiflash-lab .*whiflash_lab-"):
+    with pytest.raises(check.UsageError, match=r"--recipe: whiflash-lab .*pip install dist/"):
         check.check(recipe=tmp_path / "serve.sh")
     monkeypatch.setattr(cpu, "serves_here", lambda: True)
     (found,) = check._platform()
     assert not found.ok
-    assert "whiflash_cpu-" in found.detail
+    assert "whiflash-cpu is not installed" in found.detail

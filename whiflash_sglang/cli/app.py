@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from whiflash_sglang.cli import MORE, elsewhere
+from whiflash_sglang.engine.supported import installed
 from whiflash_sglang.errors import UsageError, WhiflashError
 
 DEBUG = "WHIFLASH_DEBUG"
@@ -28,7 +29,6 @@ app = typer.Typer(
     "tracebacks, NO_COLOR=1 leaves colours out.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -36,7 +36,7 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"whiflash {version('whiflash-sglang')} (sglang {version('sglang')})")
+        typer.echo(f"whiflash {version('whiflash-sglang')} (sglang {installed() or 'not installed'})")
         raise typer.Exit
 
 
@@ -91,9 +91,12 @@ def main() -> None:
     except WhiflashError as error:
         code = _complain(str(error), 1)
     except ImportError as error:
-        if "socks" not in str(error):
+        if "socks" in str(error):
+            code = _complain(f"the environment names a SOCKS proxy: {error}", 1)
+        elif installed() is None:
+            code = _complain(f"SGLang is not installed here, and this command needs it ({error}): {elsewhere.WHOLE}", 1)
+        else:
             raise
-        code = _complain(f"the environment names a SOCKS proxy: {error}", 1)
     except OSError as error:
         code = _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     sys.exit(code)

@@ -11,6 +11,8 @@ COMMANDS = "whiflash.commands"
 """Group of entry points: functions that register commands, given the application and its group `lab`."""
 CHECKS = "whiflash.checks"
 """Group of entry points: functions that `whiflash check` calls for a part of its work."""
+WHOLE = "pip install dist/*.whl (`make wheels`)"
+"""Command that installs all packages with SGLang."""
 BROUGHT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "demo": ("lab", ("demo",)),
     "bundle": ("train", ("bundle", "lab lookup-seed")),
@@ -37,18 +39,22 @@ def check_of(name: str) -> Callable[..., Any] | None:
 
 def missing(package: str) -> str:
     """Return the message that the distribution `whiflash-{package}` is not installed, and how to install it."""
-    return f"whiflash-{package} is not installed: pip install dist/whiflash_{package}-*.whl (`make wheels`)"
+    return f"whiflash-{package} is not installed: {WHOLE}"
 
 
 def register(name: str, app: typer.Typer, lab: typer.Typer) -> None:
     """Register an entry point's commands. If it is not installed, its commands say which distribution has them."""
-    if point := installed(COMMANDS).get(name):
-        point.load()(app, lab)
-        return
     package, commands = BROUGHT[name]
+    reason = missing(package)
+    if point := installed(COMMANDS).get(name):
+        try:
+            point.load()(app, lab)
+            return
+        except ModuleNotFoundError as error:  # installed without what these commands import
+            reason = f"{error.name} is not installed: {WHOLE}"
     for command in commands:
         group, _, last = command.rpartition(" ")
-        _stand_in(lab if group else app, last, f"{command}: {missing(package)}")
+        _stand_in(lab if group else app, last, f"{command}: {reason}")
 
 
 def register_others(app: typer.Typer, lab: typer.Typer) -> None:

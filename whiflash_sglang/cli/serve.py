@@ -10,9 +10,11 @@ import typer
 from typer.core import TyperCommand
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.cli import SERVE
+from whiflash_sglang.cli import SERVE, elsewhere
 from whiflash_sglang.cli.serve_line import ALGORITHM, DRAFT, HOST, MODEL, PORT, ServeLine
-from whiflash_sglang.embedded import STRICT_TOOLS, embedded_arguments
+from whiflash_sglang.embedded import STRICT_TOOLS, embedded_arguments, ensure_target, target_path
+from whiflash_sglang.engine.supported import installed
+from whiflash_sglang.errors import ConfigError
 
 LANGUAGE_MODEL = ("--model-type", "llm")
 """Argument that keeps `sglang serve` from asking the hub whether the model is a diffusion model."""
@@ -100,6 +102,8 @@ def serve(
     """
     line = ServeLine.read(ctx.args)
     line.check()
+    if installed() is None:
+        raise ConfigError(f"SGLang is not installed here: {elsewhere.WHOLE}")
     url = _url(line)
     # `sglang` is installed in the same environment as this command.
     command = [str(Path(sys.executable).with_name("sglang")), "serve", *LANGUAGE_MODEL, *server_arguments(ctx.args)]
@@ -107,7 +111,11 @@ def serve(
     if print_only:
         variables = [f"{name}={value}" for name, value in environment.items()]
         typer.echo(shlex.join([*(["env", *variables] if variables else []), *command]))
+        if line.is_embedded and not target_path().exists():
+            typer.echo("whiflash: the model is not there yet: `whiflash serve` downloads and converts it", err=True)
         return
+    if line.is_embedded:
+        ensure_target()
     typer.echo(
         f"whiflash: will serve at {url}, after about a minute and any download. Then, in another shell: "
         f"`whiflash top --url {url}` watches it, `whiflash policy none --url {url}` stops drafting",

@@ -128,6 +128,11 @@ def cache_root() -> Path:
     return Path(os.path.expanduser(override)) if override else Path(platformdirs.user_cache_path("whiflash"))
 
 
+def target_path() -> Path:
+    """Return the embedded target's directory, which may not be there yet."""
+    return cache_root() / "targets" / f"{TARGET_NAME}-{GGUF_SHA256[:8]}-v{_LAYOUT_VERSION}"
+
+
 def ensure_target() -> Path:
     """Return the embedded target's Hugging Face directory. The first use makes it; progress goes to standard error.
 
@@ -135,8 +140,7 @@ def ensure_target() -> Path:
         EmbeddedTargetError: the cache cannot be written, the disk is full, the download fails or is damaged;
             the message says what to do.
     """
-    root = cache_root()
-    target = root / "targets" / f"{TARGET_NAME}-{GGUF_SHA256[:8]}-v{_LAYOUT_VERSION}"
+    root, target = cache_root(), target_path()
     if _is_complete(target):
         return target
     try:
@@ -225,7 +229,7 @@ STRICT_TOOLS = {"SGLANG_TOOL_STRICT_LEVEL": "2"}
 
 def embedded_arguments(options: set[str]) -> list[str]:
     """Return the SGLang arguments that serve the embedded target, except those whose names are in `options`."""
-    added = ["--model-path", str(ensure_target())]
+    added = ["--model-path", str(target_path())]
     if "--served-model-name" not in options:
         added += ["--served-model-name", TARGET_NAME]
     if not any(name.startswith("--constrained-json") for name in options):
