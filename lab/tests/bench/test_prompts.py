@@ -59,6 +59,30 @@ def test_three_turns_are_counted() -> None:
     assert odd.id == "c#-x#2"
 
 
+def test_logs_of_pairs_and_of_responses_are_read(tmp_path: Path) -> None:
+    chat = {"request": {"messages": MESSAGES, "temperature": 0.6}, "response": {"choices": []}, "id": "a"}
+    tool = {"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": True}
+    called = [
+        {"role": "user", "content": [{"type": "input_text", "text": "Hello"}]},
+        {"type": "reasoning", "summary": []},
+        *({"type": "function_call", "call_id": n, "name": "look", "arguments": "{}"} for n in "xy"),
+        {"type": "function_call_output", "call_id": "x", "output": "seen"},
+    ]
+    form = {"format": {"type": "json_schema", "name": "f", "schema": {}}}
+    body = {"input": called, "instructions": "Be brief.", "tools": [tool, {"type": "web_search"}], "text": form}
+    named = {**body, "tool_choice": {"type": "function", "name": "look"}}
+    pair, text, whole = load_prompts(
+        write(tmp_path / "log.jsonl", chat, {"input": "Hello"}, {"body": json.dumps(named), "response": {}})
+    )
+    assert (pair.id, pair.messages, pair.fields) == ("a", tuple(MESSAGES), {"temperature": 0.6})
+    assert text.messages == tuple(MESSAGES)
+    assert [message["role"] for message in whole.messages] == ["system", "user", "assistant", "tool"]
+    assert [call["id"] for call in whole.messages[2]["tool_calls"]] == ["x", "y"]
+    assert [each["function"]["name"] for each in whole.fields["tools"]] == ["look"]
+    assert whole.fields["tool_choice"]["function"] == {"name": "look"}
+    assert whole.fields["response_format"]["json_schema"] == {"name": "f", "schema": {}}
+
+
 def test_a_json_list_reads_as_json_lines_do(tmp_path: Path) -> None:
     row = {"id": "a", "category": "chat", "messages": MESSAGES}
     (tmp_path / "list.json").write_text(json.dumps([row]))
@@ -69,7 +93,9 @@ def test_a_json_list_reads_as_json_lines_do(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ([], "a row is a JSON object"),
-        ({"id": 1}, "neither 'messages' nor 'turns'"),
+        ({"id": 1}, "neither 'messages' nor 'input' nor 'turns'"),
+        ({"input": [{"type": "computer_call"}]}, "an item of type 'computer_call'"),
+        ({"input": [{"role": "user"}]}, "not as /v1/responses takes it: KeyError\\('content'\\)"),
         ({"turns": "Hello"}, "list of strings"),
         ({"messages": ["Hello"]}, "an object with a 'role'"),
         ({"messages": MESSAGES, "temperature": "0.6"}, "'temperature' is '0.6': give a number"),

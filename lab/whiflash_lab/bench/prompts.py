@@ -5,6 +5,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,9 @@ def shipped() -> Path:
 def load_prompts(source: str) -> list[Prompt]:
     """Read a JSONL or JSON file.
 
-    Rows are bodies of chat completions (`messages`, and `SENT`) that may have an `id` and a `category`, or
-    SPEED-Bench's and Spec-Bench's (`question_id`, `category`, `turns`).
+    Rows are bodies of chat completions (`messages`, and `SENT`) or of responses (`input`), also in a log's pairs of
+    `request` and `response`; each may have an `id` and a `category`. SPEED-Bench's and Spec-Bench's rows are read, too
+    (`question_id`, `category`, `turns`).
 
     Raises:
         ConfigError: naming the file and the row that is wrong.
@@ -86,9 +88,17 @@ def prompt_of(row: Any, where: str) -> Prompt:
     """Convert a row of a supported format to a prompt. Raises ConfigError naming `where` and the wrong field."""
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: a row is a JSON object, not {type(row).__name__}")
+    for name in ("request", "body"):
+        if isinstance(body := row.get(name), str):
+            with suppress(ValueError):
+                body = read_json(body)
+        if isinstance(body, dict):
+            row = {key: row[key] for key in ("id", "category") if key in row} | body
+    if "input" in row:
+        row = _of_responses(row, where)
     turns, messages = row.get("turns"), row.get("messages")
     if not messages and not turns:
-        raise ConfigError(f"{where}: neither 'messages' nor 'turns'")
+        raise ConfigError(f"{where}: neither 'messages' nor 'input' nor 'turns'")
     if not messages:
         if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
             raise ConfigError(f"{where}: 'turns' must be a list of strings")
@@ -107,6 +117,46 @@ def prompt_of(row: Any, where: str) -> Prompt:
         follow_ups=tuple(turns or ()),
         fields={key: row[key] for key in SENT if row.get(key)},
     )
+
+
+def _of_responses(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the body of a chat completion that asks what this body of `/v1/responses` asks. Hosted tools and
+    reasoning of earlier answers are left out."""
+    given = row["input"]
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    messages = [{"role": "system", "content": text}] if (text := row.get("instructions")) else []
+    try:
+        for item in items:
+            kind = item.get("type", "message")
+            if kind == "message":
+                content = item["content"]
+                parts = content if isinstance(content, str) else "".join(part["text"] for part in content)
+                messages.append({"role": item["role"], "content": parts})
+            elif kind == "function_call":
+                call = {"id": item["call_id"], "type": "function", "function": _only(item, "name", "arguments")}
+                if not messages or "tool_calls" not in messages[-1]:
+                    messages.append({"role": "assistant", "content": "", "tool_calls": []})
+                messages[-1]["tool_calls"].append(call)
+            elif kind == "function_call_output":
+                messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]})
+            elif kind != "reasoning":
+                raise ConfigError(f"{where}: 'input' has an item of type {kind!r:.40}, which no chat completion has")
+        tools = [
+            {"type": "function", "function": _only(tool, "name", "description", "parameters", "strict")}
+            for tool in row.get("tools") or ()
+            if tool["type"] == "function"
+        ]
+        choice, form = row.get("tool_choice"), (row.get("text") or {}).get("format") or {}
+        named = {"type": "function", "function": {"name": choice["name"]}} if isinstance(choice, dict) else choice
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{where}: 'input', 'tools' or 'text' is not as /v1/responses takes it: {error!r}") from None
+    schema = {"type": "json_schema", "json_schema": _only(form, "name", "schema", "strict")}
+    changed = {"messages": messages, "tools": tools, "tool_choice": named if tools else None}
+    return {**row, **changed, "response_format": schema if form.get("type") == "json_schema" else None}
+
+
+def _only(item: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: item[name] for name in names if item.get(name) is not None}
 
 
 def sample(prompts: Iterable[Prompt], per_category: int | None) -> list[Prompt]:
