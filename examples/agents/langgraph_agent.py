@@ -30,7 +30,11 @@ def build(model: ChatOpenAI):
 def main() -> None:
     session = Session.from_command_line(__doc__)
     model = ChatOpenAI(
-        model=session.model, base_url=session.base_url, api_key="unused", temperature=0, max_completion_tokens=128
+        model=session.model,
+        base_url=session.base_url,
+        api_key=session.api_key,
+        temperature=0,
+        max_completion_tokens=128,
     )
     agent = build(wrap_model(model, trace="full"))
     start = [SystemMessage("You answer with the help of tools."), HumanMessage(TASK)]

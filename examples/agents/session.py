@@ -18,6 +18,7 @@ class Session:
     base_url: str
     model: str
     page: Path | None
+    api_key: str
     turns: list[Turn] = field(default_factory=list)
 
     @classmethod
@@ -26,21 +27,22 @@ class Session:
         parser = argparse.ArgumentParser(description=description)
         parser.add_argument("--base-url", default="http://127.0.0.1:30000/v1", help="of the server's OpenAI routes")
         parser.add_argument("--model", help="default: the server's first")
+        parser.add_argument("--api-key", default="unused", help="if the server was given one")
         parser.add_argument("--trace", type=Path, metavar="FILE.html", help="write the routing as a page")
         given = parser.parse_args(arguments)
         try:
-            model = given.model or OpenAI(base_url=given.base_url, api_key="unused").models.list().data[0].id
+            model = given.model or OpenAI(base_url=given.base_url, api_key=given.api_key).models.list().data[0].id
         except APIConnectionError:
             parser.exit(1, f"{given.base_url} does not answer: start a server with `whiflash serve`\n")
-        return cls(given.base_url, model, given.trace)
+        return cls(given.base_url, model, given.trace, given.api_key)
 
     def client(self) -> OpenAI:
-        """Return an OpenAI client of the server, wrapped for full traces."""
-        return wrap(OpenAI(base_url=self.base_url, api_key="unused", timeout=300), trace="full")
+        """The wrapped client."""
+        return wrap(OpenAI(base_url=self.base_url, api_key=self.api_key, timeout=300), trace="full")
 
     def async_client(self) -> AsyncOpenAI:
-        """Return an asynchronous OpenAI client of the server, wrapped for full traces."""
-        return wrap(AsyncOpenAI(base_url=self.base_url, api_key="unused", timeout=300), trace="full")
+        """The wrapped asynchronous client."""
+        return wrap(AsyncOpenAI(base_url=self.base_url, api_key=self.api_key, timeout=300), trace="full")
 
     def record(self, title: str, traces: Sequence[Trace | None], text: str = "") -> None:
         """Keep the traces of one step for the report; a server that does not route has none."""

@@ -15,7 +15,7 @@ def main() -> None:
         OpenAIModel(
             session.model,
             api_base=session.base_url,
-            api_key="unused",
+            api_key=session.api_key,
             flatten_messages_as_text=True,
             temperature=0,
             max_tokens=64,

@@ -6,10 +6,10 @@ Its own OpenAI provider shares one `http_client` between a sync and an async cli
 import litellm
 import whiflash_sdk
 from crewai import LLM, Agent, Crew, Task
-from recipe import MODEL, QUESTION, URL, report
+from recipe import KEY, MODEL, QUESTION, URL, report
 
 litellm.client_session = http = whiflash_sdk.http_client()
-model = LLM(f"openai/{MODEL}", is_litellm=True, base_url=URL, api_key="none", max_tokens=32)
+model = LLM(f"openai/{MODEL}", is_litellm=True, base_url=URL, api_key=KEY, max_tokens=32)
 planner = Agent(role="planner", goal="Answer.", backstory="You answer.", llm=model, max_iter=1)
 task = Task(description=QUESTION, expected_output="Three words.", agent=planner)
 with whiflash_sdk.collect(http) as collected, whiflash_sdk.agent("planner"):

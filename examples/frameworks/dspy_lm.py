@@ -3,10 +3,10 @@
 import dspy
 import litellm
 import whiflash_sdk
-from recipe import MODEL, QUESTION, URL, report
+from recipe import KEY, MODEL, QUESTION, URL, report
 
 litellm.client_session = http = whiflash_sdk.http_client()
-asked = {"api_base": URL, "api_key": "none", "max_tokens": 32, "cache": False}
+asked = {"api_base": URL, "api_key": KEY, "max_tokens": 32, "cache": False}
 lm = dspy.LM(f"openai/{MODEL}", engine="litellm", **asked)
 with whiflash_sdk.collect(http) as collected, whiflash_sdk.agent("planner"):
     lm(QUESTION)  # dspy.Predict asks through it too; the embedded model cannot answer in its format

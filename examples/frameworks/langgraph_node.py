@@ -2,11 +2,11 @@
 
 from langchain_openai import ChatOpenAI
 from langgraph.graph import END, START, MessagesState, StateGraph
-from recipe import MODEL, QUESTION, URL, report
+from recipe import KEY, MODEL, QUESTION, URL, report
 from whiflash_sdk import collect
 from whiflash_sdk.adapters.langchain import wrap_model
 
-model = wrap_model(ChatOpenAI(model=MODEL, base_url=URL, api_key="none", max_tokens=32))
+model = wrap_model(ChatOpenAI(model=MODEL, base_url=URL, api_key=KEY, max_tokens=32))
 
 
 def plan(state: MessagesState) -> MessagesState:

@@ -10,7 +10,8 @@ from whiflash_sdk import CollectedTrace
 given = argparse.ArgumentParser()
 given.add_argument("--base-url", default="http://127.0.0.1:30000/v1", help="of the server's OpenAI routes")
 given.add_argument("--model", default="smollm2-135m-instruct")
-URL, MODEL = vars(given.parse_args()).values()
+given.add_argument("--api-key", default="none", help="if the server was given one")
+URL, MODEL, KEY = vars(given.parse_args()).values()
 QUESTION = "Name three colours."
 MESSAGES = [{"role": "user", "content": QUESTION}]
 

@@ -4,3 +4,21 @@ Everything else works as on the plain client: `whiflash_sdk.spans` blocks around
 `whiflash_sdk.collect()` for traces that a framework does not return. Each module needs the extra of
 its name; this package imports none of them.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from whiflash_sdk import __version__
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Say for the imports in this block which extra of whiflash-sdk brings a package that is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        wheel = f"pip install 'dist/whiflash_sdk-{__version__}-py3-none-any.whl[{name}]'"
+        said = (
+            f"{error.name} is not installed, which this adapter needs: install whiflash-sdk[{name}], from files {wheel}"
+        )
+        raise ModuleNotFoundError(said, name=error.name) from None

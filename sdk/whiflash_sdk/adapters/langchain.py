@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Final, TypeVar
 
-from langchain_core.runnables.config import var_child_runnable_config
-from langchain_openai.chat_models.base import BaseChatOpenAI
 from typing_extensions import Unpack
 
+from whiflash_sdk.adapters import extra
 from whiflash_sdk.client import apart, wrap
 from whiflash_sdk.outgoing import ClientSettings
+
+with extra("langchain"):
+    from langchain_core.runnables.config import var_child_runnable_config
+    from langchain_openai.chat_models.base import BaseChatOpenAI
 
 ModelT = TypeVar("ModelT", bound=BaseChatOpenAI)
 

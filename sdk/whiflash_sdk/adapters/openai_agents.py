@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from agents import OpenAIChatCompletionsModel, OpenAIResponsesModel, get_current_span
-from agents.tracing import AgentSpanData
 from typing_extensions import Unpack
 
+from whiflash_sdk.adapters import extra
 from whiflash_sdk.client import apart, wrap
 from whiflash_sdk.outgoing import ClientSettings
+
+with extra("openai-agents"):
+    from agents import OpenAIChatCompletionsModel, OpenAIResponsesModel, get_current_span
+    from agents.tracing import AgentSpanData
 
 ModelT = TypeVar("ModelT", OpenAIChatCompletionsModel, OpenAIResponsesModel)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
-from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel  # type: ignore[import-not-found]
 from typing_extensions import Unpack
 
+from whiflash_sdk.adapters import extra
 from whiflash_sdk.client import apart, wrap
 from whiflash_sdk.outgoing import ClientSettings
+
+with extra("pydantic-ai"):
+    from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel  # type: ignore[import-not-found]
 
 try:
     from pydantic_ai._run_context import get_current_run_context  # type: ignore[import-not-found]

@@ -6,11 +6,14 @@ import sys
 from types import FrameType
 from typing import TypeVar
 
-from smolagents import MultiStepAgent, OpenAIModel  # type: ignore[import-untyped]
 from typing_extensions import Unpack
 
+from whiflash_sdk.adapters import extra
 from whiflash_sdk.client import apart, wrap
 from whiflash_sdk.outgoing import ClientSettings
+
+with extra("smolagents"):
+    from smolagents import MultiStepAgent, OpenAIModel  # type: ignore[import-untyped]
 
 ModelT = TypeVar("ModelT", bound=OpenAIModel)
 

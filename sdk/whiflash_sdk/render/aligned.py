@@ -59,7 +59,7 @@ SOURCES: Final = {
     "grammar": "what a grammar forces or suggests",
     "tools": "what calls of the request's tools look like",
     "ar": "EAGLE-3",
-    "diffusion": "DFlash",
+    "diffusion": "a block drafter (DFlash, DSpark)",
 }
 """Descriptions of the sources of drafts, by name."""
 
