@@ -452,18 +452,19 @@ def card_table() -> str:
     return table((f"tokens a second, {record['machine'].partition(',')[0]}", *loads), rows)
 
 
-def published_table() -> str:
-    """Return a table of targets with their sizes and the drafters that others published for them."""
-    rows = (
-        (
-            f"`{one.name}`",
-            f"{one.shape.parameters / 1e9:.0f} B",
-            ", ".join(f"`{drafter}`" for drafter in one.eagle3),
-            ", ".join(f"`{drafter}`" for drafter in one.block) or "none known",
-        )
-        for one in KNOWN
-    )
-    return table(("target", "size", "EAGLE-3", "block drafter"), rows)
+def published_blocks() -> str:
+    """A block of commands for each target for which others published drafters, by size."""
+    parts = []
+    for one in sorted(KNOWN, key=lambda one: one.shape.parameters):
+        drafters = (("--eagle3", one.eagle3), ("--dflash", one.block))
+        pair = " ".join(f"{flag} {names[0]}" for flag, names in drafters if names)
+        more = [name for _, names in drafters for name in names[1:]]
+        bundle = one.name.rpartition("/")[2].lower()
+        served = " ".join(filter(None, (f"--speculative-draft-model-path {bundle}", one.parsers)))
+        lines = f"whiflash bundle create --target {one.name} {pair} --out {bundle}\nwhiflash serve {one.name} {served}"
+        block = f"### {bundle}\n\n{one.shape.parameters / 1e9:.0f} B parameters.\n\n```console\n{lines}\n```"
+        parts.append(block + (f"\n\nOther drafters: {', '.join(f'`{name}`' for name in more)}." if more else ""))
+    return "\n\n".join(parts)
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
@@ -488,7 +489,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "training": training_keys,
     "gpu": gpu_list,
     "patches": patches_list,
-    "published": published_table,
+    "published": published_blocks,
     "speed": speed_table,
     "figures": figures_table,
     "categories": categories_table,

@@ -390,8 +390,9 @@ def keep(archive: Path, records: Path) -> int:
     for record in found:
         (records / f"{record['part']}.json").write_text(json.dumps(record, indent=1) + "\n")
     kept = [json.loads((records / f"{name}.json").read_text()) for name in names if (records / f"{name}.json").exists()]
-    about = sorted({f"{r['machine']}; {r['code']}; {r['versions']}" for r in kept})
-    (records / PAGE).write_text("\n\n".join(about) + f"\n\n{page(records)}")
+    listed = [(r, ", ".join(f"{name} {number}" for name, number in r["versions"].items())) for r in kept]
+    about = "\n".join(sorted({f"- {r['machine']}; revision {r['code']}; {versions}" for r, versions in listed}))
+    (records / PAGE).write_text(f"# Parts that a GPU has run\n\n{about}\n\n{page(records)}")
     print((records / PAGE).read_text())
     return 0
 
