@@ -37,11 +37,11 @@ class Session:
         return cls(given.base_url, model, given.trace, given.api_key)
 
     def client(self) -> OpenAI:
-        """The wrapped client."""
+        """Return an OpenAI client of the server, wrapped for full traces."""
         return wrap(OpenAI(base_url=self.base_url, api_key=self.api_key, timeout=300), trace="full")
 
     def async_client(self) -> AsyncOpenAI:
-        """The wrapped asynchronous client."""
+        """Return an asynchronous OpenAI client of the server, wrapped for full traces."""
         return wrap(AsyncOpenAI(base_url=self.base_url, api_key=self.api_key, timeout=300), trace="full")
 
     def record(self, title: str, traces: Sequence[Trace | None], text: str = "") -> None:

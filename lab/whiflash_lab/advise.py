@@ -106,10 +106,9 @@ class Server(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Estimated rates of one load. rates: tokens per second by SGLang's algorithm, `PLAIN` without one. load: its
-    description. spread: the flag by which several cards share it. low, high: `OURS` over plain decoding on the worst
-    and the best text. returning: the rates for each of `PAYS`, empty if all fit.
-    """
+    """Estimated rates of one load. rates: way to serve → tokens per second; a way is an algorithm of SGLang, `PLAIN` or
+    `OURS`. spread: flag with which one server uses several cards. low, high: `OURS` over plain decoding, on the worst
+    and the best text. returning: one for each of `PAYS`; empty if all KV fits."""
 
     load: str
     spread: str
@@ -198,15 +197,15 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
         target = target or PublishedTarget(question.target, _QWEN, (), ())
         loads = question.requests if pair.drafts else ()
         sums = brought(state)  # the gain includes copies and forced text
-        if sums.gain is None:
-            raise ConfigError(f"what the server brings over plain decoding is {unknown(sums.price)}")
-        rates = {PLAIN: sums.tokens / sums.seconds / sums.gain, OURS: sums.tokens / sums.seconds}
-        rows, error = [Estimate(OWN, "", rates, sums.gain, sums.gain)], 0.0
+        if (gain := sums["gain"]) is None:
+            raise ConfigError(f"what the server brings over plain decoding is {unknown(sums['plain_price'])}")
+        rates = {PLAIN: sums["plain_tokens_per_second"], OURS: sums["tokens_per_second"]}
+        rows, error = [Estimate(OWN, "", rates, gain, gain)], 0.0
         own = Server(lambda _: card)
         rows += [_row(own, pair, question, n, _block(target)) for n in tracked(loads, TASK)]
-        advice = "keep WHIFLASH" if sums.gain >= WORTH_IT else "stop drafting (`whiflash policy none`)"
+        advice = "keep WHIFLASH" if gain >= WORTH_IT else "stop drafting (`whiflash policy none`)"
         verdict = (
-            f"For its own traffic {advice}: {rates[OURS]:,.0f} tokens a second, {sums.gain:.2f} times the "
+            f"For its own traffic {advice}: {rates[OURS]:,.0f} tokens a second, {gain:.2f} times the "
             f"{rates[PLAIN]:,.0f} of plain decoding by its own prices."
         )
         prices = "the running server, host's time included; drafters alone"
