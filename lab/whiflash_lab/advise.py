@@ -142,7 +142,7 @@ class Estimate(NamedTuple):
         return next((way for way in (PLAIN, self.stock) if way in level), level[0])
 
     def verdict(self, error: float) -> str:
-        """Return a sentence on the way to take, or on those that only a measurement can tell apart."""
+        """Return a sentence on the way to take, or on those whose order only a measurement shows."""
         level, choice = self.level(error), self.choice(error)
         shown = [f"{way} {self.rates[way]:,.0f}" for way in level]
         if len(level) > 1:

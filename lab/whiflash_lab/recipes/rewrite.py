@@ -1,4 +1,4 @@
-"""Writes a launch anew with WHIFLASH: what the new command leaves out of the old one follows it as comments."""
+"""Rewrites a launch for WHIFLASH: the new command, and as comments what it leaves out of the old one."""
 
 import json
 import re
