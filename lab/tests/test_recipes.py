@@ -374,6 +374,8 @@ def test_the_new_command_is_whole(write: Write) -> None:
     assert first == 'command: ["sglang", "serve"]'
     assert json.loads(further.removeprefix("args: "))[-2:] == ["--speculative-algorithm", "WHIFLASH"]
     assert command(write, "sglang serve a/b --device xpu")[0] == "", "there is none"
+    switches, _ = command(write, "model-path: a/b\nenable-metrics: true\nenable-lora: false\ntp-size: 2", "flags.yaml")
+    assert switches.splitlines()[2:4] == ["    --enable-metrics \\", "    --tp-size 2 \\"]
     without, _ = command(write, "sglang serve a/b --enable-torch-compile --attention-backend flashinfer")
     assert "torch-compile" not in without
     assert "flashinfer" not in without

@@ -250,8 +250,8 @@ def _answerable(target: PublishedTarget | None, question: Question) -> Published
     has = {arms.AR: target.eagle3, arms.DIFFUSION: target.block}
     drafting = [arm for arm in FULL if has[arm] or not any(has.values())]
     if question.acceptance is not None:
-        lengths: Mapping[str, Mapping[str, float]] = {"all": dict.fromkeys(FULL, question.acceptance)}
-        drafts, source = FULL, "ASSUMED, as --acceptance says"
+        given = {"all": dict.fromkeys(FULL, question.acceptance)}
+        lengths, drafts, source = Acceptance(given, FULL, "ASSUMED, as --acceptance says")
     elif target.acceptance.lengths:
         return target
     else:

@@ -5,7 +5,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
+from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +181,9 @@ def _shell(text: str, path: Path) -> Iterator[Recipe]:
     all words that they may hold, and variables the only value that is assigned to them before.
     """
     text = re.sub(r"^[ \t]*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
-    computed: list[str] = []
-    text = COMPUTED.sub(lambda found: f"$computed{computed.append(found[0]) or len(computed) - 1}_", text)
+    computed = [found[0] for found in COMPUTED.finditer(text)]
+    numbers = count()
+    text = COMPUTED.sub(lambda _: f"$computed{next(numbers)}_", text)
     arrays: dict[str, str] = {}
     for name, words in ARRAY.findall(text):
         arrays[name] = f"{arrays.get(name, '')} {words}"

@@ -283,11 +283,11 @@ def _launch(fields: Mapping[str, Any], environment: Mapping[str, str], target: P
 
 def _graphs(arguments: Any, phase: str) -> str:
     """Return the backend of a phase's CUDA graphs: the JSON's, the phase's own flag's, or `disabled` if one says so."""
-    explicit = arguments.cuda_graph_config if isinstance(arguments.cuda_graph_config, dict) else {}
-    of_phase = explicit.get(phase) if isinstance(explicit.get(phase), dict) else {}
     off = arguments.disable_cuda_graph or getattr(arguments, f"disable_{phase}_cuda_graph")
-    named = of_phase.get("backend") or getattr(arguments, f"cuda_graph_backend_{phase}")
-    return str(named or (DISABLED if off else "full"))
+    named = getattr(arguments, f"cuda_graph_backend_{phase}") or (DISABLED if off else "full")
+    with suppress(AttributeError, KeyError, TypeError):  # not given, or not for this phase
+        named = arguments.cuda_graph_config[phase]["backend"]
+    return str(named)
 
 
 def _model(arguments: Any, target: Path) -> Any:

@@ -23,7 +23,7 @@ def judged(recipe: Recipe, target: Path | None = None) -> LaunchVerdict:
         ConfigError: SGLang cannot read the target's configuration.
     """
     verdict = judge(recipe.flags, recipe.environment, target)
-    flags: dict[str, Flag] = {option_of(name): value for name, value in recipe.flags.items()}
+    flags: Mapping[str, Flag] = {option_of(name): value for name, value in recipe.flags.items()}
     environment, comments = dict(recipe.environment), list(verdict.replaced)
     for sentence in verdict.replaced:
         if not sentence.startswith(f"{DRAFT} stays"):
@@ -31,7 +31,7 @@ def judged(recipe: Recipe, target: Path | None = None) -> LaunchVerdict:
     for old in flags.keys() & RENAMED.keys():
         comments.append(f"{old} is {RENAMED[old]} now")
         flags = {RENAMED.get(name, name) if name == old else name: value for name, value in flags.items()}
-    flags[ALGORITHM_FLAG] = ALGORITHM
+    flags = {**flags, ALGORITHM_FLAG: ALGORITHM}
     now = judge(flags, environment, target)
     while not now.starts:
         name, sentence = next(iter(now.obstacles.items()))
@@ -59,14 +59,14 @@ def _remedied(flags: Mapping[str, Flag], name: str, sentence: str) -> Mapping[st
     return {**flags, NO_DRAFTERS: "none"} if f"{NO_DRAFTERS} none" in sentence else flags
 
 
+def _field(option: str) -> str:
+    action = parser_of_sglang().meant(option)
+    return option if action is None else action.dest
+
+
 def _without(flags: Mapping[str, Flag], option: str) -> dict[str, Flag]:
     """Return the flags without this one, under whatever name."""
-
-    def field(name: str) -> str:
-        action = parser_of_sglang().meant(name)
-        return name if action is None else action.dest
-
-    return {name: value for name, value in flags.items() if field(name) != field(option)}
+    return {name: value for name, value in flags.items() if _field(name) != _field(option)}
 
 
 def _advice(recipe: Recipe, flags: Mapping[str, Flag]) -> Iterator[str]:
@@ -81,8 +81,8 @@ def _advice(recipe: Recipe, flags: Mapping[str, Flag]) -> Iterator[str]:
             if parts
             else f"; add {DRAFT} with a drafter made for exactly this model"
         )
-    drafted = any(_without({name: ""}, ALGORITHM_FLAG) == {} for name in map(option_of, recipe.flags))
-    if not drafted and not any(_without({name: ""}, "--max-running-requests") == {} for name in flags):
+    fields = {_field(option_of(name)) for name in recipe.flags}
+    if not fields & {"speculative_algorithm", "max_running_requests"}:
         yield "at most 48 requests at a time on each replica now; --max-running-requests sets another bound"
     if isinstance(draft := flags.get(DRAFT), str) and named:
         yield f"drafters take memory: whiflash check --model-path {named} --draft {draft} says how much"
@@ -92,17 +92,13 @@ def _advice(recipe: Recipe, flags: Mapping[str, Flag]) -> Iterator[str]:
 
 def _command(recipe: Recipe, flags: Mapping[str, Flag], environment: Mapping[str, str]) -> Iterator[str]:
     """Yield the lines of the command, as the recipe has it: a shell's, or two keys of a container."""
-    words = [[name, *([value] if isinstance(value, str) else value)] for name, value in flags.items()]
-    words = [[word for word in line if word] for line in words]
+    words = [line for name, value in flags.items() if (line := _words(name, value))]
     gone = recipe.environment.keys() - environment.keys()
     if recipe.keys:
         first, further = recipe.keys
-        start, rest = shlex.split(recipe.start), [word for line in words for word in line]
-        if first == further:
-            start, rest = [*start, *rest], []
-        yield f"{first}: {json.dumps(start)}"
-        if rest:
-            yield f"{further}: {json.dumps(rest)}"
+        keys: dict[str, list[str]] = {first: shlex.split(recipe.start)}
+        keys.setdefault(further, []).extend(word for line in words for word in line)
+        yield from (f"{key}: {json.dumps(value)}" for key, value in keys.items())
         return
     start = re.sub("|".join([r"(?!)", *(rf"\b{name}=\S*\s*" for name in gone)]), "", recipe.start)
     set_before = [f"{name}={shlex.quote(value)}" for name, value in environment.items() if f"{name}=" not in start]
@@ -110,6 +106,14 @@ def _command(recipe: Recipe, flags: Mapping[str, Flag], environment: Mapping[str
     lines = [" ".join(_quoted(word) for word in line) for line in words]
     yield from (f"    {line} \\" for line in lines[:-1])
     yield f"    {lines[-1]}"
+
+
+def _words(name: str, value: Flag) -> list[str]:
+    """Return a flag's words; none for a switch that is off."""
+    action = parser_of_sglang().meant(name)
+    if action is not None and action.nargs == 0:
+        return [] if value == "false" else [name]
+    return [name, *([value] if isinstance(value, str) else value)] if value else [name]
 
 
 def _quoted(word: str) -> str:
