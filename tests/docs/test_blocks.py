@@ -1,9 +1,11 @@
 """Blocks of the documentation can be typed: Python runs, commands and their flags exist."""
 
 import contextlib
+import fnmatch
 import io
 import re
 import shlex
+import tomllib
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from itertools import dropwhile
@@ -15,6 +17,7 @@ import yaml
 from blocks import ROOT, blocks, pages, python_blocks
 from loaded_scripts import load_script
 
+import whiflash_sglang
 from whiflash_sglang.checkpoints.manifest import Manifest
 from whiflash_sglang.settings.config import Flags, RouterName, flag_of
 
@@ -103,8 +106,41 @@ def upstream_flags() -> set[str]:
     return {name for action in parser._actions for name in action.option_strings}
 
 
+PARTS = ("", "cpu", "kernels", "lab", "sdk", "train")
+PROJECTS = {
+    f"whiflash_{part or 'sglang'}": tomllib.loads((ROOT / part / "pyproject.toml").read_text()) for part in PARTS
+}
+
+
+def wrong_install(files: list[str]) -> str | None:
+    """Return why `pip install` of these files of dist/ would fail or ask an index for a package of ours; else None."""
+    wheels = {f"dist/{name}-{whiflash_sglang.__version__}-py3-none-any.whl": name for name in PROJECTS}
+    named = {file: re.fullmatch(r"([^[]+)(?:\[(.+)\])?", file) for file in files}
+    given = {wheels[one]: found[2] for found in named.values() if found for one in fnmatch.filter(wheels, found[1])}
+    for name, extras in given.items():
+        project = PROJECTS[name]["project"]
+        asked = list(project["dependencies"])
+        for extra in extras.split(",") if extras else ():
+            if extra not in project.get("optional-dependencies", {}):
+                return f"{name} has no extra {extra}"
+            asked += project["optional-dependencies"][extra]
+        for one in asked:
+            needed = re.split(r"[~\[>=]", one)[0].replace("-", "_")
+            if needed in PROJECTS and needed not in given:
+                return f"{name} needs {needed}, which is not among the files"
+    return None if given else f"{files} are no wheels of ours"
+
+
+def test_an_install_that_cannot_work_is_found() -> None:
+    assert "needs whiflash_sglang" in str(wrong_install(["dist/whiflash_lab-*.whl"]))
+    assert "no extra" in str(wrong_install(["dist/whiflash_sdk-0.1.0-py3-none-any.whl[langgraph]"]))
+    assert wrong_install(["dist/*.whl"]) is None
+
+
 def wrong(words: list[str], known: dict[str, set[str]]) -> str | None:
     """Fault of a command line; None if it has none, or is not one of ours."""
+    if words[:2] == ["pip", "install"] and "dist/" in words[-1]:
+        return wrong_install(words[2:])
     if words[0] == "python" and words[1:2] != ["-m"]:
         script = ROOT / words[1] if (ROOT / words[1]).exists() else ROOT / "examples" / "agents" / words[1]
         if not script.is_file():
