@@ -1,39 +1,27 @@
 """`assign` as a pure function of scores and costs."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from priced import priced
 
 from whiflash_sglang.drafts.candidates import Forecast
+from whiflash_sglang.prices.costs import Costs
 from whiflash_sglang.routing.assign import MARGIN, assign, weights_of
 
 ARMS = ("ar", "diffusion", "lookup")
 
 
-@dataclass
-class FixedCosts:
-    """Draft seconds and widths per arm; a verification costs a fixed part and a part per row."""
+DRAFT_SECONDS = {"ar": 0.010, "diffusion": 0.006}
+WIDTHS = {"ar": 6, "diffusion": 8, "lookup": 12, "none": 1}
 
-    draft_seconds: dict[str, float] = field(default_factory=lambda: {"ar": 0.010, "diffusion": 0.006, "lookup": 0.0})
-    widths: dict[str, int] = field(default_factory=lambda: {"ar": 6, "diffusion": 8, "lookup": 12, "none": 1})
-    fixed: float = 0.020
-    per_row: float = 0.0005
 
-    def draft(self, arm: str, requests: int, drafts: int = 0) -> float:
-        return self.draft_seconds[arm]
-
-    def lengths(self, arm: str) -> tuple[int, ...]:
-        return (self.widths[arm] - 1,)
-
-    def verify(self, rows: int, requests: int) -> float:
-        return self.fixed + self.per_row * rows
-
-    def lasts(self, work: float) -> float:
-        return work
-
-    def width(self, arm: str) -> int:
-        return self.widths[arm]
+def costs(
+    drafts: Mapping[str, float] = DRAFT_SECONDS, widths: Mapping[str, int] = WIDTHS, row: float = 0.0005
+) -> Costs:
+    """Prices of passes that any number of requests share, and of a verification of 20 ms beside its rows."""
+    return priced(widths.__getitem__, drafts, base=0.020, row=row, more=0.0)
 
 
 def test_without_costs_every_request_takes_its_best_arm() -> None:
@@ -42,55 +30,55 @@ def test_without_costs_every_request_takes_its_best_arm() -> None:
 
 
 def test_where_rows_are_scarce_the_urgent_get_them() -> None:
-    scores, dear = [{"ar": 3.0, "none": 1.0}] * 2, FixedCosts(draft_seconds={"ar": 0.0}, per_row=0.004)
+    scores, dear = [{"ar": 3.0, "none": 1.0}] * 2, costs({"ar": 0.0}, row=0.004)
     for priorities, routes in (((0, 0), ["ar", "ar"]), ((7, -(2**63)), ["ar", "none"]), ((0, 9), ["none", "ar"])):
         assert assign(scores, dear, weights=weights_of(priorities)).routes == routes
     assert len(set(weights_of(range(64)))) == 3, "each weight multiplies the choices that are rated"
-    free = FixedCosts(draft_seconds={"ar": 0.0}, per_row=0.0)
+    free = costs({"ar": 0.0}, row=0.0)
     assert assign(scores, free, weights=weights_of((0, 9))).routes == ["ar", "ar"]
 
 
 def test_what_is_promised_without_a_pass_is_charged_for_its_rows() -> None:
     """Its rows may not pay at all: then the request decodes plainly."""
-    costs = FixedCosts(draft_seconds={"ar": 0.0})
+    prices = costs({"ar": 0.0})
     scores = [{"ar": 2.0, "promised": 2.0, "none": 1.0}] * 2
-    assert assign(scores, costs, promised=[Forecast(2.0, 3), Forecast(2.0, 40)]).routes == ["promised", "ar"]
+    assert assign(scores, prices, promised=[Forecast(2.0, 3), Forecast(2.0, 40)]).routes == ["promised", "ar"]
     one = [{"ar": 2.0, "promised": 1.9, "none": 1.0}]
-    assert assign(one, costs, promised=[Forecast(1.9, 2)]).routes == ["promised"]
-    assert assign(one, costs, promised=[Forecast(1.9, 40)]).routes == ["ar"]
+    assert assign(one, prices, promised=[Forecast(1.9, 2)]).routes == ["promised"]
+    assert assign(one, prices, promised=[Forecast(1.9, 40)]).routes == ["ar"]
     dear = [{"promised": 1.2, "none": 1.0}]
-    assert assign(dear, FixedCosts(), promised=[Forecast(1.2, 12)]).routes == ["none"]
-    assert assign(dear, FixedCosts(), promised=[Forecast(1.2, 2)]).routes == ["promised"]
+    assert assign(dear, costs(), promised=[Forecast(1.2, 12)]).routes == ["none"]
+    assert assign(dear, costs(), promised=[Forecast(1.2, 2)]).routes == ["promised"]
 
 
 def test_margin_keeps_the_previous_routes() -> None:
     scores = [{"ar": 2.00, "diffusion": 1.80, "none": 1.0}]
-    costs = FixedCosts(draft_seconds={"ar": 0.006, "diffusion": 0.006}, widths={"ar": 8, "diffusion": 8, "none": 1})
-    assert assign(scores, costs).routes == ["ar"]
-    assert assign(scores, costs, previous=["diffusion"], margin=0.2).routes == ["diffusion"]
-    assert assign(scores, costs, previous=["diffusion"], margin=0.05).routes == ["ar"]
+    prices = costs({"ar": 0.006, "diffusion": 0.006}, {"ar": 8, "diffusion": 8, "none": 1})
+    assert assign(scores, prices).routes == ["ar"]
+    assert assign(scores, prices, previous=["diffusion"], margin=0.2).routes == ["diffusion"]
+    assert assign(scores, prices, previous=["diffusion"], margin=0.05).routes == ["ar"]
 
 
 def test_a_margin_reckons_with_promised_rows_too() -> None:
     scores, promised = [{"ar": 2.37, "promised": 1.5, "none": 1.0}], [Forecast(1.5, 2)]
-    assert assign(scores, FixedCosts(), promised=promised).routes == ["ar"]
-    assert assign(scores, FixedCosts(), ["promised"], MARGIN, promised).routes == ["promised"]
+    assert assign(scores, costs(), promised=promised).routes == ["ar"]
+    assert assign(scores, costs(), ["promised"], MARGIN, promised).routes == ["promised"]
 
 
 def test_previous_arm_that_may_no_longer_draft_is_replaced() -> None:
     scores = [{"ar": 2.0, "none": 1.0}]
-    assert assign(scores, FixedCosts(), previous=["lookup"], margin=10.0).routes == ["ar"]
+    assert assign(scores, costs(), previous=["lookup"], margin=10.0).routes == ["ar"]
 
 
 def test_pinned_requests_keep_their_arm_beside_free_ones() -> None:
     scores = [{"ar": 1.0}, {"none": 1.0}, {"ar": 1.01, "diffusion": 9.0, "none": 1.0}, {}]
-    assert assign(scores, FixedCosts()).routes == ["ar", "none", "diffusion", "none"]
-    assert assign([{"lookup": 1.0}], FixedCosts(), previous=["ar"], margin=MARGIN).routes == ["lookup"]
-    assert assign([{}], FixedCosts(), previous=[None], margin=MARGIN).routes == ["none"]
+    assert assign(scores, costs()).routes == ["ar", "none", "diffusion", "none"]
+    assert assign([{"lookup": 1.0}], costs(), previous=["ar"], margin=MARGIN).routes == ["lookup"]
+    assert assign([{}], costs(), previous=[None], margin=MARGIN).routes == ["none"]
 
 
 def test_empty_batch() -> None:
-    assert assign([], FixedCosts()).routes == []
+    assert assign([], costs()).routes == []
 
 
 score = st.fixed_dictionaries({"none": st.just(1.0)}, optional={arm: st.floats(1.0, 12.0) for arm in ARMS})
@@ -99,31 +87,31 @@ score = st.fixed_dictionaries({"none": st.just(1.0)}, optional={arm: st.floats(1
 def test_a_request_without_scores_adds_nothing() -> None:
     """Beside one that decodes plainly, 1.9 tokens are not worth a draft; beside one that brings nothing they are."""
     own = {"ar": 1.9, "none": 1.0}
-    assert assign([own, {"none": 1.0}], FixedCosts()).routes == ["none", "none"]
-    assert assign([own, {}], FixedCosts()).routes == ["ar", "none"]
+    assert assign([own, {"none": 1.0}], costs()).routes == ["none", "none"]
+    assert assign([own, {}], costs()).routes == ["ar", "none"]
 
 
-def rate_of(scores: list[dict[str, float]], routes: list[str], costs: FixedCosts) -> float:
+def rate_of(scores: list[dict[str, float]], routes: list[str], prices: Costs) -> float:
     """Expected tokens a second under `routes`."""
-    rows = sum(costs.width(arm) for arm in routes)
-    drafting = sum(costs.draft(arm, routes.count(arm)) for arm in set(routes) - {"none"})
+    rows = sum(prices.width(arm) for arm in routes)
+    drafting = sum(prices.draft(arm, routes.count(arm)) for arm in set(routes) - {"none"})
     tokens = sum(own[arm] for own, arm in zip(scores, routes, strict=True))
-    return tokens / (drafting + costs.verify(rows, len(routes)))
+    return tokens / (drafting + prices.verify(rows, len(routes)))
 
 
 def test_scores_below_zero_only_order_arms() -> None:
     """A bias may leave nothing above zero: the dearest arm must not look best for losing the least a second."""
-    assert assign([{"ar": -2.5, "diffusion": -2.4, "none": -9.0}], FixedCosts()).routes == ["diffusion"]
+    assert assign([{"ar": -2.5, "diffusion": -2.4, "none": -9.0}], costs()).routes == ["diffusion"]
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(score, min_size=1, max_size=5))
 def test_no_single_change_of_one_request_is_better(scores: list[dict[str, float]]) -> None:
     """The result is at least a local optimum, and at least as good as each static choice."""
-    costs = FixedCosts()
-    routes = assign(scores, costs).routes
-    rate = rate_of(scores, routes, costs)
+    prices = costs()
+    routes = assign(scores, prices).routes
+    rate = rate_of(scores, routes, prices)
     for arm in (*ARMS, "none"):
         static = [arm if arm in s else "none" for s in scores]
-        assert rate >= rate_of(scores, static, costs) * (1 - 1e-9)
+        assert rate >= rate_of(scores, static, prices) * (1 - 1e-9)
     assert all(route in s for route, s in zip(routes, scores, strict=True))

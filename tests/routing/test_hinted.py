@@ -7,13 +7,14 @@ machine is like the embedded one: a verification of one row takes 22 ms and 0.6 
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 from matrix import sampled
+from priced import priced
 from whiflash_sdk.hints import Span
 
 from whiflash_sglang.drafts.rates import Mean
+from whiflash_sglang.prices.costs import Costs
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import PREFERENCE, RANKS, AutoPolicy, apply_hints
@@ -28,26 +29,9 @@ DRAFT_SECONDS = {"ar": 0.006, "diffusion": 0.004}
 WIDTHS = {"ar": 6, "diffusion": 8, "lookup": 6, "none": 1}
 
 
-class Machine:
-    """Latencies in seconds."""
-
-    def draft(self, arm: str, requests: int, drafts: int = 0) -> float:
-        return DRAFT_SECONDS.get(arm, 0.0)
-
-    def lengths(self, arm: str) -> tuple[int, ...]:
-        return (WIDTHS[arm] - 1,)
-
-    def limit(self, lengths: Mapping[str, int]) -> None:
-        """Passes have one length."""
-
-    def verify(self, rows: float, requests: int) -> float:
-        return 0.022 + 0.0006 * rows
-
-    def lasts(self, work: float) -> float:
-        return work
-
-    def width(self, arm: str) -> int:
-        return WIDTHS[arm]
+def machine() -> Costs:
+    """Prices of passes that any number of requests share, and of verifications."""
+    return priced(WIDTHS.__getitem__, DRAFT_SECONDS, base=0.022, more=0.0)
 
 
 @dataclass(frozen=True)
@@ -72,8 +56,7 @@ TOOL = Span(kind="tool_call", begin="<t>", end="</t>")
 
 def tokens_per_second(world: World, hints: RequestHints, *, seed: int, requests: int = 20, warm: int = 0) -> float:
     """Rate of `requests` answers with `hints`, after `warm` with none."""
-    rng, machine = random.Random(seed), Machine()
-    costs: Any = machine
+    rng, costs = random.Random(seed), machine()
     controller = Controller(AutoPolicy(), costs, VOCABULARY)
     tokens, seconds = 0, 0.0
     for number in range(warm + requests):
@@ -92,7 +75,7 @@ def tokens_per_second(world: World, hints: RequestHints, *, seed: int, requests:
                 left -= accepted
                 if number >= warm:
                     tokens += accepted
-                    seconds += machine.verify(machine.width(arm), 1) + machine.draft(arm, 1)
+                    seconds += costs.verify(costs.width(arm), 1) + costs.draft(arm, 1)
         controller.close(controller.states[0])
     return tokens / seconds
 
@@ -161,7 +144,7 @@ def test_the_reason_tells_measurement_from_order() -> None:
 
 
 def test_a_lane_measures_every_kind_of_span_by_itself() -> None:
-    controller = Controller(AutoPolicy(), Machine(), VOCABULARY)  # type: ignore[arg-type]
+    controller = Controller(AutoPolicy(), machine(), VOCABULARY)
     controller.open(Request("r", SPANS), ())
     state: Request = controller.states[0]
     state.committed("ar", [0, 0, 0, 1])
