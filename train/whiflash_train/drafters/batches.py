@@ -74,7 +74,7 @@ def attend_before(
     """
     (keys, values), (own_keys, own_values), device = context, own, q.device
     offsets = torch.arange(q.shape[1], device=device)[:, None]
-    grouped = q.unflatten(2, (keys.shape[1], -1)) * q.shape[-1] ** -0.5
+    grouped = q.view(*q.shape[:2], keys.shape[1], -1, q.shape[-1]) * q.shape[-1] ** -0.5
     beside = torch.einsum("abhgd,achd->habgc", grouped, own_keys).float()
     if hidden is not None:
         beside = beside.masked_fill(hidden[:, None], float("-inf"))

@@ -205,7 +205,7 @@ def _block_attention(
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         span = seen[layer] if seen else LayerSpan()
-        q, k, v = (x.unflatten(0, (-1, width)) for x in (q, k, v))
+        q, k, v = (x.view(-1, width, *x.shape[1:]) for x in (q, k, v))
         context, hidden = (keys[layer], values[layer]), _hidden(behind, span)
         return attend_before(
             blocks.anchor, batch.spans, blocks.counts, q, (k, v), context, hidden=hidden, window=span.window
