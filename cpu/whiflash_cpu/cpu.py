@@ -44,7 +44,7 @@ def _offer_attention_backend() -> None:
 
 
 def _seeds_without_batch_invariance(enable_bmm: bool = True) -> None:
-    """Replace SGLang's batch-invariant matrix products, which are Triton kernels, by a warning."""
+    """Warn, and do not install SGLang's batch-invariant matrix products, which are Triton kernels."""
     logger.warning(
         "deterministic inference on the CPU: sampling seeds are honoured, but matrix products may differ in "
         "their last bits between batch shapes"

@@ -232,7 +232,7 @@ def parse_trace(raw: object) -> Trace:
 
 
 def raw_traces(response: Any) -> list[Any]:
-    """Return the traces of a response, one for each choice, unparsed; full ones with the text of their offsets."""
+    """Return a response's traces, one for each choice, unparsed; full ones with the text that their offsets index."""
     if isinstance(response, list):
         return [raw for item in response for raw in raw_traces(item)]
     if not isinstance(response, Mapping | BaseModel):

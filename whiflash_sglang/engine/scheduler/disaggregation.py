@@ -60,7 +60,7 @@ class PreallocQueue(DecodePreallocQueue):  # type: ignore[misc]
     """SGLang's queue, which ends a request with an error if its prefill server's KV cannot be continued here."""
 
     def add(self, req: Any, is_retracted: bool = False, is_rebootstrap: bool = False) -> None:
-        """Abort a request whose bootstrap room another one holds until its KV has arrived (sglang #40125)."""
+        """Queue a request, aborted if its bootstrap room is another one's whose KV has not arrived (sglang #40125)."""
         late = (waiting for waiting, *_ in self.transfer_queue._deferred_releases)
         rooms = {w.req.bootstrap_room for w in (*self.queue, *self.transfer_queue.queue, *late)}
         again = is_retracted or is_rebootstrap or req.bootstrap_host == FAKE_BOOTSTRAP_HOST
