@@ -82,7 +82,7 @@ class PenaltyRows:
         return any(self._taken.get(row) for row in rows)
 
     def exceed_few(self, rows: Iterable[int]) -> bool:
-        """Whether a request in one of `rows` has a bias in a place that `few` does not have."""
+        """Whether a request in one of `rows` has its bias in a place beyond those of `few`."""
         few, grown = len(self.few.bias), self.data is not self.few
         return grown and any(place >= few for row in rows for place in self._taken.get(row, ()))
 

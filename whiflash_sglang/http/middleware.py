@@ -116,8 +116,8 @@ class HintsMiddleware:
 
 
 def _is_foreign(scope: Message) -> bool:
-    """Whether a browser sends this request for a page of another origin (SGLang's CORS allows all) to an operator's
-    route of a server without keys."""
+    """Whether a page of another origin sends this request, by a browser, to an operator's route of a server without
+    keys. SGLang's CORS allows all origins."""
     headers = dict(scope.get("headers", ()))
     site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
     same = (origin or b"").partition(b"://")[2] == headers.get(b"host")

@@ -202,7 +202,7 @@ async def _set_policy(change: dict[str, Any], logged: dict[str, Any]) -> dict[st
 
 
 async def _forget(who: dict[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
-    """Drop samples of one tenant, or of all, and begin the rates of copies and forced text again for all."""
+    """Drop samples of one tenant, or of all, and reset the learned rates of copies and forced text for all."""
     handle = parse_forget(who)
     # The log gets a hash of the tenant's keys: whoever has the keys is the tenant.
     logged.update({"all": True} if handle is None else {"tenant": f"{handle:016x}"})

@@ -68,7 +68,7 @@ def followed(
 
 
 def _predicted(prediction: Sequence[int], answer: Sequence[int]) -> dict[str, int]:
-    """Return OpenAI's counts of a prediction. Without the search, which needs a compiler, none of it is used."""
+    """Return OpenAI's counts of accepted and rejected prediction tokens; without a C++ compiler all are rejected."""
     search: CompiledCopies | None = available("search for copies", compiled_copies, cache_root() / "compiled")
     accepted = 0
     if search is not None:

@@ -47,8 +47,8 @@ class RoundClock:
     """Times rounds: totals since the start, and each round's `RoundTime`, from which costs are learned.
 
     timer: times whole rounds. seconds: host seconds by stage. rounds, rows: numbers of rounds and verified rows.
-    round_seconds: host seconds of whole rounds. tokens: committed tokens. switches: requests' rounds that were routed
-    to another arm than the round before. extra_catch_up_seconds: the part of catch-up that switching caused.
+    round_seconds: host seconds of whole rounds. tokens: committed tokens. switches: how often a request's arm changed
+    from one round to the next. extra_catch_up_seconds: the part of catch-up that switching caused.
     """
 
     timer: Clock = field(default_factory=HostClock)

@@ -137,9 +137,8 @@ class Planner:
     def _able(self, turn: Round, index: int) -> list[str]:
         """Return the arms that may draft for a request in this round. Nothing else decides it.
 
-        None may for a request that has ended, nor for one that may commit one more token, which is the bonus token.
-        Otherwise an arm may that faults have not left out, that the policy or a hint names, whose KV has all features
-        that it begins with, and that serves the request by its hints.
+        No arm may if the request has ended or may commit only one more token, the bonus token. Otherwise an arm may if
+        no fault excludes it, the policy or a hint names it, its KV can catch up, and it serves the request's hints.
         """
         request = turn.requests[index]
         if turn.budgets[index] <= 1 or not request.running:

@@ -146,7 +146,7 @@ def put_rates(output: Any, rates: torch.Tensor, rated: Rated, requests: int) -> 
     """Write a round's log-probabilities into `output` in SGLang's form: per request one entry per column of `rates`.
 
     Args:
-        output: SGLang's record of the logits. rates: as of `SignalReader.read`, or a copy that is on its way.
+        output: SGLang's record of the logits. rates: as in `SignalReader.read`, or a copy that is on its way.
     """
     width, names = rates.shape[1], rated.ids.shape[1] - 1
     _, named, values, ids = rates.split([1, names, *[(rates.shape[2] - 1 - names) // 2] * 2], dim=2)

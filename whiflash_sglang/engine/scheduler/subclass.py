@@ -156,7 +156,7 @@ class WhiflashScheduler(PreviewQueue):
         return super().update_running_batch(batch)  # type: ignore[misc]
 
     def process_batch_result(self, *args: Any, **named: Any) -> None:
-        """Flush all requests that end here together: until the next batch is made nobody writes to their rows."""
+        """Flush all requests that end here together: until the next batch is made nothing writes to their rows."""
         self.has_run = True
         self.draft_worker.flushes_later = True
         try:
