@@ -130,8 +130,8 @@ class Estimate(NamedTuple):
         return f"{self.rates[OURS] / self.rates[PLAIN]:.2f}{by_text}"
 
     def level(self, error: float) -> list[str]:
-        """Return the ways that may be the fastest, fastest first. error: relative error of a ratio over plain decoding;
-        that of a ratio between drafters is `BETWEEN`."""
+        """Return the ways that may be the fastest, fastest first. error: relative error of rates over plain decoding's;
+        between drafters it is `BETWEEN`."""
         ways = sorted(self.rates, key=self.rates.__getitem__, reverse=True)
         best = self.rates[ways[0]]
         return [way for way in ways if best <= self.rates[way] * (1 + (error if PLAIN in (way, ways[0]) else BETWEEN))]
@@ -142,7 +142,7 @@ class Estimate(NamedTuple):
         return next((way for way in (PLAIN, self.stock) if way in level), level[0])
 
     def verdict(self, error: float) -> str:
-        """Return a sentence on the way to take, or on those whose order only a measurement shows."""
+        """Return a sentence that names the way to take, or the ways to measure if several may be the fastest."""
         level, choice = self.level(error), self.choice(error)
         shown = [f"{way} {self.rates[way]:,.0f}" for way in level]
         if len(level) > 1:
@@ -262,7 +262,7 @@ def _answerable(target: PublishedTarget | None, question: Question) -> Published
 
 
 def _cautions(target: PublishedTarget, question: Question, rows: Sequence[Estimate], pair: PublishedPair) -> str:
-    """Return what speaks against the answer: drafters without a row, and against `OURS`, what it has not shown."""
+    """Return warnings, a line each: drafters without a row; if `OURS` may be the fastest, that it is untried there."""
     error = max(_off(target))
     unknown_ways = [way for way in _ways(target) if way not in rows[-1].rates]
     caution = "".join(f"\n{way} has no row, since no acceptance is published: measure it, too." for way in unknown_ways)
@@ -289,7 +289,7 @@ def _without_host(row: Estimate, error: float) -> str:
 
 
 def _memory(target: PublishedTarget, question: Question, replicas: int) -> str:
-    """Return a sentence on the tokens that fit on a server beside two drafters, and on their prefill."""
+    """Return a sentence: how many fewer tokens fit beside two drafters, and the seconds to prefill a prefix again."""
     shape, gpu, cards = target.shape, _gpu(question.gpu), question.cards // replicas
     layers, one, prefix = BLOCK_LAYERS + 1, question._replace(context=0, prompt=1, answer=0), 32768
     plain, ours = (_fitting(shape, one, cards, each) for each in (0, layers))

@@ -232,7 +232,7 @@ def _as_json(name: str, verdict: Any) -> dict[str, Any]:
 
 
 def _lines(name: str, verdict: Any, *, full: bool) -> list[str]:
-    """Return a verdict's lines; if `full` with the new command, beside which all are comments of a shell."""
+    """Return a verdict's lines; if `full`, the command that starts WHIFLASH, if there is one, after a shell comment."""
     if full and verdict.command:
         by = " by SGLang itself" if verdict.foreign and verdict.foreign == verdict.obstacles.keys() else ""
         first = "starts" if verdict.starts else f"refused{by} as it is; starts as below"

@@ -282,7 +282,7 @@ def _launch(fields: Mapping[str, Any], environment: Mapping[str, str], target: P
 
 
 def _graphs(arguments: Any, phase: str) -> str:
-    """Return the backend of a phase's CUDA graphs: the JSON's, the phase's own flag's, or `disabled` if one says so."""
+    """Return the backend of a phase's CUDA graphs: the JSON's, else the phase's flag's, else `disabled` or `full`."""
     off = arguments.disable_cuda_graph or getattr(arguments, f"disable_{phase}_cuda_graph")
     named = getattr(arguments, f"cuda_graph_backend_{phase}") or (DISABLED if off else "full")
     with suppress(AttributeError, KeyError, TypeError):  # not given, or not for this phase

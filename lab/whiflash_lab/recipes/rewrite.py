@@ -48,8 +48,8 @@ def judged(recipe: Recipe, target: Path | None = None) -> LaunchVerdict:
 
 
 def _remedied(flags: Mapping[str, Flag], name: str, sentence: str) -> Mapping[str, Flag]:
-    """Return the flags without the one that an obstacle is named after, else without the one that it says to remove,
-    else as it says otherwise; the same flags if nothing of this helps."""
+    """Return the flags without one: the obstacle's own, else one that its `sentence` says to remove. If neither is
+    given, add the flag for no drafters if the sentence names that, or return the same flags."""
     remedy = sentence.rpartition(";")[2]
     if "without" in remedy:  # "serve it without WHIFLASH"
         return flags
@@ -91,7 +91,7 @@ def _advice(recipe: Recipe, flags: Mapping[str, Flag]) -> Iterator[str]:
 
 
 def _command(recipe: Recipe, flags: Mapping[str, Flag], environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield the lines of the command, as the recipe has it: a shell's, or two keys of a container."""
+    """Yield the command's lines in the recipe's form: for a shell, or as the two keys of a container."""
     words = [line for name, value in flags.items() if (line := _words(name, value))]
     gone = recipe.environment.keys() - environment.keys()
     if recipe.keys:

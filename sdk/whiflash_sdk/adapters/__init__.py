@@ -13,7 +13,7 @@ from whiflash_sdk import __version__
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Say for the imports in this block which extra of whiflash-sdk brings a package that is missing."""
+    """Let errors of imports in this block say how to install the missing package: by the extra `name` of this SDK."""
     try:
         yield
     except ModuleNotFoundError as error:
