@@ -13,12 +13,12 @@ import torch
 from engine import Engine, engine
 from model_set import Models
 from reference import Comparison
+from test_published import Recorded
 
 from whiflash_sglang.records.core import Limits, Results
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.quarantine import MOST_FAULTS, MOST_REQUESTS, Quarantine
-from whiflash_sglang.serve.metrics import Labels, Series
 
 PROMPTS = [random.Random(i).choices(range(256), k=12 + 5 * i) * 2 for i in range(4)]
 TOKENS = 40
@@ -28,14 +28,6 @@ SOUND = 3
 
 def fails(*_: Any) -> NoReturn:
     raise RuntimeError("planted")
-
-
-class Gauges(dict[tuple[str, Labels], float]):
-    """The newest of what is written; counters are summed up."""
-
-    def write(self, series: Series, labels: Labels, number: float) -> None:
-        key = series.name, labels
-        self[key] = self.get(key, 0) + number if series.kind == "counter" else number
 
 
 def rounds_of(e: Engine) -> dict[str, int]:
@@ -62,8 +54,8 @@ def test_requests_go_on_without_it(
 ) -> None:
     """Other drafts that cannot be any: `kernels/tests/test_drafts.py`, `test_candidates.py`."""
     with engine(models.target, whiflash=models.whiflash("random")) as e:
-        gauges = Gauges()
-        e.worker.publisher.start(gauges)
+        published = Recorded()
+        e.worker.publisher.start(published)
         original, calls = getattr(e.worker.drafters[arm], method), count()
 
         def spoiled(*args: Any) -> Any:
@@ -89,8 +81,8 @@ def test_requests_go_on_without_it(
         assert line.getMessage().startswith(until)
         assert (line.exc_info is not None) == (method == "catch_up")
         for each in e.worker.drafters:
-            assert gauges["quarantined", (each,)] == float(each == arm)
-        assert gauges["faulty_drafts_total", (arm,)] == e.worker.quarantine.faults[arm]
+            assert published.values["quarantined", (each,)] == float(each == arm)
+        assert published.values["faulty_drafts_total", (arm,)] == e.worker.quarantine.faults[arm]
         used, ingested = rounds_of(e), next(calls)
         e.generate(PROMPTS, max_new_tokens=TOKENS)
         assert {a for a, n in rounds_of(e).items() if n > used[a]} == used.keys() - {arm}

@@ -6,7 +6,6 @@ more out of verified blocks) against the exact one. Requests with different para
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -52,14 +51,6 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """One parameter set's continuations, and its chi-square."""
-
-    name: str
-    test: ChiSquare
-
-
 def sample(
     e: Engine, oracle: OracleArm, parameters: Mapping[str, Mapping[str, Any]], each: int, tokens: int = 9
 ) -> dict[str, list[list[int]]]:
@@ -82,13 +73,13 @@ def sample(
     return found
 
 
-def judge(models: Models, found: Mapping[str, Sequence[Sequence[int]]]) -> list[Sampled]:
-    results = []
+def judge(models: Models, found: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, ChiSquare]:
+    """The chi-square of each parameter set's continuations."""
+    results = {}
     for name, samples in found.items():
         params = {**BASE, **PARAMETERS[name]}
         cells = joint(models.reference.target, PROMPT, params, WINDOW, rare=5 / len(samples))
-        results.append(Sampled(name, goodness_of_fit(samples, cells)))
-        test = results[-1].test
+        test = results[name] = goodness_of_fit(samples, cells)
         print(f"{name}: chi² {test.statistic:.1f} at {test.freedom} degrees, p {test.p_value:.2g}")
     return results
 
@@ -117,11 +108,11 @@ def test_joint_distribution(models: Models) -> None:
     with sampling_engine(models, "random", oracle) as e:
         results = judge(models, sample(e, oracle, PARAMETERS, each=160, tokens=6))
         accepted = sum(oracle.accepted) / len(oracle.accepted)
-        unlikely = {r.name: PARAMETERS[r.name] for r in results if r.test.p_value < 1e-3}
-        again = judge(models, sample(e, oracle, unlikely, each=480)) if unlikely else []
+        unlikely = {name: PARAMETERS[name] for name, test in results.items() if test.p_value < 1e-3}
+        again = judge(models, sample(e, oracle, unlikely, each=480)) if unlikely else {}
     assert accepted > 0.3, "hardly any draft was accepted, so nothing was verified"
-    assert all(r.test.freedom >= 5 for r in results)
-    assert not [r for r in again if r.test.p_value < 1e-4]
+    assert all(test.freedom >= 5 for test in results.values())
+    assert not [name for name, test in again.items() if test.p_value < 1e-4]
 
 
 @pytest.mark.evidence
@@ -138,11 +129,11 @@ def test_twenty_thousand_sequences(models: Models, policy: str) -> None:
             found = sample(e, oracle, PARAMETERS, each)
         results = judge(models, found)
         return {
-            "sequences": sum(r.test.samples for r in results),
-            "smallest p": min(r.test.p_value for r in results),
+            "sequences": sum(test.samples for test in results.values()),
+            "smallest p": min(test.p_value for test in results.values()),
             **{
-                r.name: [f"χ² {r.test.statistic:.1f}", f"df {r.test.freedom}", f"p {r.test.p_value:.3f}"]
-                for r in results
+                name: [f"χ² {test.statistic:.1f}", f"df {test.freedom}", f"p {test.p_value:.3f}"]
+                for name, test in results.items()
             },
         }
 
