@@ -205,15 +205,13 @@ def test_rejects_what_does_not_fit() -> None:
         return draft_attention(q, k, v, table, one, lens, extra=2, width=width, causal=True, scale=1.0)
 
     attend()
-    with pytest.raises(ValueError, match="width must be"):
-        attend(width=0)
-    with pytest.raises(ValueError, match="q must be"):
-        attend(q=q[:3])
-    with pytest.raises(ValueError, match="q must be"):
-        attend(lens=one[:1])
-    with pytest.raises(ValueError, match="k and v must both"):
-        attend(v=pool[:, :1])
-    with pytest.raises(ValueError, match="k and v must both"):
-        attend(k=torch.zeros(9, 3, 8), v=torch.zeros(9, 3, 8))
-    with pytest.raises(ValueError, match="contiguous"):
-        attend(q=torch.zeros(4, 8, 4).transpose(1, 2))
+    for error, wrong in (
+        ("width must be", {"width": 0}),
+        ("q must be", {"q": q[:3]}),
+        ("q must be", {"lens": one[:1]}),
+        ("k and v must both", {"v": pool[:, :1]}),
+        ("k and v must both", {"k": torch.zeros(9, 3, 8), "v": torch.zeros(9, 3, 8)}),
+        ("contiguous", {"q": torch.zeros(4, 8, 4).transpose(1, 2)}),
+    ):
+        with pytest.raises(ValueError, match=error):
+            attend(**wrong)
