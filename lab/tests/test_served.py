@@ -104,7 +104,7 @@ class Planted:
         features = found.features.bfloat16().roll(self.planted["late"], 0)
         sequence = Stored(record, torch.tensor(text), features, found.final)
         named = [layer - self.planted["above"] for layer in LAYERS]
-        accepted = replay_drafters(self.pair, sequence, named).accepted["ar"]
+        accepted = replay_drafters(self.pair, sequence, named)["ar"]
         emitted = [count for _, count in rounds(0, size - 1, lambda at: int(accepted[at]))]
         sums = {"rounds": len(emitted), "tokens": size - 1, "accepted": size - 1 - len(emitted)}
         stretch = {"start": 1, "end": size, "arm": "ar", "round_tokens": emitted, **sums}

@@ -2,10 +2,12 @@
 
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -20,16 +22,9 @@ from whiflash_sdk import Arm, Hints, Span, TraceError, routing
 from whiflash_sglang.checkpoints.fit import TargetShape
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.drafts.candidates import Forecast
 from whiflash_sglang.errors import ServerRefusedError
 from whiflash_sglang.files.hosts import Answer, ServedArms, TokenIds, Tokenized
 from whiflash_sglang.files.progress import tracked
-from whiflash_sglang.formats.router import Router
-from whiflash_sglang.records.request import Request
-from whiflash_sglang.routing.controller import route
-from whiflash_sglang.routing.neural import note
-from whiflash_sglang.routing.policies import AutoPolicy
-from whiflash_sglang.spans.hints import RequestHints
 from whiflash_train.answers.data import answer_rows, target_path
 from whiflash_train.answers.prompts import balanced, prepare, read_rows
 from whiflash_train.answers.served import ServedTarget, serve
@@ -37,16 +32,12 @@ from whiflash_train.answers.store import FeatureStore, SequenceRecord
 from whiflash_train.answers.store import Sequence as Stored
 from whiflash_train.config import Data, Hardware
 from whiflash_train.origin import VocabularyMatrices
-from whiflash_train.replay import JOINED, Pair, PairParts, Replay, replay_answers, replay_drafters
-from whiflash_train.rounds import RoundTally, agreed
+from whiflash_train.replay import Pair, PairParts, replay_drafters
+from whiflash_train.rounds import RoundTally, agreed, loop_start
 from whiflash_train.statistics import DRAWS
-from whiflash_train.walk import LOOP, Choices, RouterWalk, choices_above, tabulate, walk
 
-REPLAYED = {**JOINED, arms.LOOKUP: arms.LOOKUP, arms.NONE: arms.NONE}
-"""The controller's arm → name of its replay in `walk`."""
-
-ENTROPY_ROWS = 2048
-"""Rows of logits that are in memory at a time."""
+LOOP = "loop"
+"""Key of the figures of text that repeats itself."""
 
 OTHER_TARGET = 0.05
 """Share of served tokens that are not the target's first choice, above which the server's weights must differ."""
@@ -73,57 +64,6 @@ class ChatAnswer(Answer):
 
 Asks = Callable[..., dict[str, Any]]
 """`hosts.ask` bound to one server; takes the route, the model of the answer and the body."""
-
-
-class KnownSignals(NamedTuple):
-    """Signals of the controller at every position: the target's entropy in nats [P], and the router's outputs [P][3]
-    (ΔAL, accepted drafts of EAGLE-3, of DFlash), empty without heads.
-    """
-
-    entropy: Sequence[float]
-    predicted: Sequence[Sequence[float]]
-
-
-def auto_choices(answers: Sequence[Replay], known: Sequence[KnownSignals]) -> list[Choices]:
-    """Return the arm that `auto` chooses in each round of the answers; it learns on the way, as a server does.
-
-    Drafts have full length. Nothing has a price, so `auto` maximises acceptance length.
-    """
-    policy = AutoPolicy(heads=any(one.predicted for one in known))
-    return [_auto_run(policy, *one) for one in zip(answers, known, strict=True)]
-
-
-def _auto_run(policy: AutoPolicy, answer: Replay, known: KnownSignals) -> Choices:
-    """Route one answer by `auto` with the server's own code; its repetition loop counts as a separate request."""
-    choices: dict[int, str] = {}
-
-    def choose(position: int) -> str:
-        forecast: dict[str, Forecast | None] = {
-            arm: None for arm, replayed in JOINED.items() if replayed in answer.accepted
-        }
-        if (copied := float(answer.copies[position])) > 0:
-            forecast[arms.LOOKUP] = Forecast(1 + copied, 1 + int(answer.proposed[position]))
-        (arm,) = route(policy, [state], [forecast], None)
-        if arm == arms.NONE and state.decision.promised:
-            arm = arms.LOOKUP
-        choices[position] = REPLAYED[arm]
-        return choices[position]
-
-    def learn(ended: int, emitted: int) -> None:
-        """Learn as a server does after a round: committed tokens, and the signals at its end."""
-        arm = state.previous or arms.NONE
-        policy.observe(arm, state.decision, emitted)
-        state.committed(arm, [0] * emitted)
-        if ended < answer.positions:
-            if "entropy" in policy.needs:
-                state.entropy = known.entropy[ended]
-            if known.predicted:
-                note(state, known.predicted[ended])
-
-    for begin, end in ((0, answer.loop_from), (answer.loop_from, answer.positions)):
-        state = Request(answer.id, RequestHints())
-        walk(answer, choose, begin, end, RoundTally(), learn=learn)
-    return choices
 
 
 @dataclass(frozen=True)
@@ -183,49 +123,81 @@ def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -
         "skipped": summary.skipped,
         "max_new_tokens": settings.max_new_tokens,
         "dtype": settings.hardware.dtype,
-        **tabulate(answers, routers_of(bundle, answers, target)),
+        **tabulate(answers),
     }
 
 
-def routers_of(bundle: Path, answers: Sequence[Replay], target: VocabularyMatrices) -> dict[str, RouterWalk]:
-    """Return the choices of the entropy router at the bundle's threshold, if there are two drafters, and of `auto`
-    without prices. Raises `CheckpointError` if the bundle's neural router cannot be used.
+class Drafted(NamedTuple):
+    """An answer whose drafts were replayed. accepted: drafter → accepted drafts by position, [P]. loop_from: position
+    from which the text repeats itself, P if it never does.
     """
-    manifest = load_manifest(bundle)
-    tau, dwell = manifest.entropy.tau, manifest.entropy.min_dwell
-    nats = [entropy_of(answer.final, target.head).tolist() for answer in answers]
-    walks = {}
-    if len(manifest.drafters) == 2:
-        walks["entropy"] = RouterWalk([choices_above(one, tau) for one in nats], dwell)
-    router = None
-    if manifest.router is not None:
-        router = Router.load(
-            bundle / manifest.router.path,
-            hidden_size=target.head.shape[1],
-            device=target.head.device,
-            dtype=torch.float32,
-            delta_sign=manifest.router.delta_sign,
-        )
-    known = [KnownSignals(one, predictions(router, each)) for one, each in zip(nats, answers, strict=True)]
-    walks["auto-unpriced"] = RouterWalk(auto_choices(answers, known), copies=True)
-    return walks
+
+    category: str
+    accepted: Mapping[str, Counts]
+    loop_from: int
 
 
-@torch.inference_mode()
-def predictions(router: Router | None, answer: Replay) -> list[list[float]]:
-    """Return a router's ΔAL and both heads at every position, [P][3]; empty without a router with heads."""
-    if router is None or router.heads is None:
-        return []
-    delta, accepted = router.predict(answer.final)
-    rows: list[list[float]] = torch.cat([delta[:, None], accepted], dim=1).tolist()
-    return rows
+def replay_answers(pair: Pair, store: FeatureStore, names: Collection[str]) -> list[Drafted]:
+    """Replay the drafters over the stored answers with ids in `names`; answers too short for a round are left out.
+
+    Raises:
+        ValueError: no answer is long enough.
+    """
+    answers = []
+    for record in tracked([record for record in store.records if record.id in names], "replaying drafters"):
+        if (positions := record.length - record.prompt_length - 1) < 1:
+            continue
+        sequence = store.read(record)
+        text = sequence.tokens[record.prompt_length :].tolist()
+        start = loop_start(text[:-1] if record.finished else text)
+        accepted = replay_drafters(pair, sequence, store.layers)
+        answers.append(Drafted(record.category, accepted, positions if start is None else min(start, positions)))
+    if not answers:
+        raise ValueError("no answer is long enough to replay: raise max_new_tokens or use other prompts")
+    return answers
+
+
+def tabulate(answers: Sequence[Drafted]) -> dict[str, Any]:
+    """Compute the figures of every drafter, by category and overall.
+
+    Returns:
+        {"categories": {category: figures}, "overall": figures, "loop": figures or None}. `overall` weighs every
+        category the same and leaves loops out. Figures: answers; positions; acceptance_length by drafter; rounds_won,
+        the share of positions at which a drafter accepts strictly more than the other, if there are two.
+    """
+    groups: dict[str, list[Mapping[str, Counts]]] = defaultdict(list)
+    for answer in answers:
+        for name, part in ((answer.category, slice(answer.loop_from)), (LOOP, slice(answer.loop_from, None))):
+            cut = {arm: accepted[part] for arm, accepted in answer.accepted.items()}
+            if all(map(len, cut.values())):
+                groups[name].append(cut)
+    figures = {name: _figures(parts) for name, parts in sorted(groups.items())}
+    loop, parts = figures.pop(LOOP, None), list(figures.values())
+    overall: dict[str, Any] = {key: sum(one[key] for one in parts) for key in ("answers", "positions")}
+    for key in ("acceptance_length", "rounds_won"):
+        overall[key] = {arm: fmean(one[key][arm] for one in parts) for arm in (parts[0][key] if parts else ())}
+    return {"categories": figures, "overall": overall, LOOP: loop}
+
+
+def _figures(parts: Sequence[Mapping[str, Counts]]) -> dict[str, Any]:
+    every = {arm: np.concatenate([part[arm] for part in parts]) for arm in parts[0]}
+    tallies = {arm: [RoundTally.of(part[arm].tolist()) for part in parts] for arm in every}
+    others = dict(zip(every, reversed(every), strict=True)) if len(every) == 2 else {}
+    return {
+        "answers": len(parts),
+        "positions": max(map(len, every.values())),
+        "acceptance_length": {
+            arm: sum(one.tokens for one in tally) / sum(one.rounds for one in tally) for arm, tally in tallies.items()
+        },
+        "rounds_won": {arm: float((every[arm] > every[other]).mean()) for arm, other in others.items()},
+    }
 
 
 def figures_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]], str]:
     """Return header, rows and title of a table for a terminal."""
-    overall = result["overall"]
-    names, compared = list(overall["acceptance_length"]), list(overall["rounds_won"])
-    groups = [*result["categories"].items(), ("overall", overall), (LOOP, result[LOOP])]
+    groups = [*result["categories"].items(), ("overall", result["overall"]), (LOOP, result[LOOP])]
+    groups = [(name, figures) for name, figures in groups if figures and figures["answers"]]
+    names, compared = (list(groups[0][1][key]) for key in ("acceptance_length", "rounds_won"))
     rows = [
         [
             category,
@@ -233,21 +205,9 @@ def figures_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
             *(f"{figures['rounds_won'][arm]:.0%}" for arm in compared),
         ]
         for category, figures in groups
-        if figures is not None
     ]
     title = f"acceptance length, {result['bundle']}, {result['prompts']} prompts"
     return ["category", *names, *(f"{arm} better" for arm in compared)], rows, title
-
-
-@torch.inference_mode()
-def entropy_of(states: Tensor, head: Tensor) -> Tensor:
-    """Return the entropy of the target's distribution in nats, [N] fp32. states: [N, H] after its final norm; head:
-    [V, H]."""
-    parts = []
-    for rows in torch.split(states, ENTROPY_ROWS):
-        log = F.linear(rows.to(head.device, head.dtype), head).float().log_softmax(-1)
-        parts.append(-(log.exp() * log).sum(-1).cpu())
-    return torch.cat(parts)
 
 
 Text = tuple[list[int], list[int]]
@@ -405,7 +365,7 @@ def _replay(
                 sequence, mine = store.read(record), rounds[:, 0] == int(record.id)
                 moved = sequence._replace(features=sequence.features.roll(late, 0))
                 named = [layer - above for layer in layers]
-                found[mine] = replay_drafters(pair, moved, named).accepted[arm][rounds[mine, 1]]
+                found[mine] = replay_drafters(pair, moved, named)[arm][rounds[mine, 1]]
             return np.minimum(found, rounds[:, 2])
 
         tried = [fault for fault in FAULTS if {layer + fault[0] for layer in read} <= {*layers}]

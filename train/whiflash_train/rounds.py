@@ -2,23 +2,24 @@
 
 Small greedy models fall into repeated n-grams, which raise acceptance and so flatter a drafter."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from operator import eq
 
 
 @dataclass
 class RoundTally:
-    """Counts rounds and their emitted tokens (bonus tokens included).
-
-    won: arm → rounds that it drafted; filled by `walk.walk` only.
-    """
+    """Counts rounds and their emitted tokens (bonus tokens included)."""
 
     rounds: int = 0
     tokens: int = 0
-    won: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    @classmethod
+    def of(cls, accepted: Sequence[int]) -> "RoundTally":
+        """Tally an answer that one drafter drafts. accepted: its accepted drafts at each position, as replayed."""
+        emitted = [tokens for _, tokens in rounds(0, len(accepted), accepted.__getitem__)]
+        return cls(len(emitted), sum(emitted))
 
     @property
     def acceptance_length(self) -> float:

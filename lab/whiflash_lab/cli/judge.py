@@ -40,7 +40,7 @@ def evaluate_command(
     threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0 is torch's choice.")] = 0,
     api_key: AdminKeyOption = None,
 ) -> None:
-    """Measure acceptance lengths of a bundle's arms and routers on held-out prompts, without a server.
+    """Measure acceptance lengths of a bundle's drafters on held-out prompts, without a server.
 
     With --served, compare a drafter's acceptance on a server's own answers, draft by draft, with the server's, and name
     the first cause of a difference. The exit code is then 1.

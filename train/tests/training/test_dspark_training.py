@@ -249,10 +249,10 @@ def test_a_trained_drafter_is_served_and_accepts_what_its_replay_says(trained: T
     accepted = 0
     for (name, prompt), wanted in zip(zip(steps, prompts, strict=True), expected, strict=True):
         comparison.check(prompt, wanted, found[name], name)
-        rounds = replayed(reference, {arm: checkpoint}, [*prompt, *found[name]], len(prompt))
+        accepts = replayed(reference, {arm: checkpoint}, [*prompt, *found[name]], len(prompt))
         for before, after in pairwise(sorted({n for n in steps[name] if n})):
             if after < 48:
-                assert after - before == int(rounds.accepted[arm][before - 1]) + 1, f"{name} at {before}"
+                assert after - before == int(accepts[arm][before - 1]) + 1, f"{name} at {before}"
                 accepted += after - before - 1
     print(f"{comparison.summary()}; {accepted} drafts accepted, round by round as replayed")
     assert accepted > 5
@@ -287,12 +287,8 @@ def test_a_bundle_with_it_is_evaluated(trained: Trained, tmp_path: Path) -> None
     figures, again = (json.loads((tmp_path / name).read_text()) for name in ("first.json", "again.json"))
     assert again["overall"] == figures["overall"], "kept answers"
     lengths = figures["overall"]["acceptance_length"]
-    drafters, routers = {"ar", "diffusion", "lookup"}, {"entropy", "auto-unpriced"}
-    assert lengths.keys() == drafters | routers | {"oracle", "oracle-of-three"}, "the bundle has no router"
+    assert lengths.keys() == figures["overall"]["rounds_won"].keys() == {"ar", "diffusion"}
     assert lengths["diffusion"] > 1
-    assert figures["overall"]["oracle_gain_share"].keys() == routers
-    assert set(figures["overall"]["rounds_won"]) == {"ar", "diffusion"}
-    assert max(lengths[arm] for arm in drafters) <= lengths["oracle-of-three"] + 1e-9
 
 
 def test_a_configuration_without_the_section_says_so(trained: Trained) -> None:

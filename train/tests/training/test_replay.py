@@ -9,9 +9,6 @@ import torch.nn.functional as F
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from torch import Tensor
 
-from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.copying.calibration import EVEN_ODDS, MatchCalibration
-from whiflash_sglang.formats.choice import Choice
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.dflash.dflash_config import LayerSpan
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
@@ -19,7 +16,6 @@ from whiflash_train.drafters.batches import Batch, unpack
 from whiflash_train.drafters.dflash import choose_anchors, run_blocks
 from whiflash_train.drafters.eagle3 import plan_chains, unroll
 from whiflash_train.origin import for_training
-from whiflash_train.replay import Chain, Rounds, replay_lookup
 from whiflash_train.target import TargetModel
 
 CAPTURE = [0, 1, 2, 3, 4]
@@ -120,27 +116,3 @@ def test_every_block_equals_drafting_it_alone(
             torch.testing.assert_close(packed[row], expected, rtol=1e-4, atol=1e-4)
             row += 1
     assert row == len(blocks.anchor)
-
-
-def test_a_copy_goes_on_behind_drafts_right_or_wrong() -> None:
-    text = [1, 2, 3, 4, 5, 6, 7, 8]
-    prompt = [*text, 9, *text, 9]
-    right, wrong, unsure = Chain([3, 4], [1.0, 1.0]), Chain([6, 7], [1.0, 1.0]), Chain([3, 4], [0.1, 0.01])
-    copied = replay_lookup(
-        [*prompt, 2, 3, 4, 5],
-        len(prompt),
-        Lookup(),
-        MatchCalibration(EVEN_ODDS),
-        {"a": [right] * 3, "b": [wrong] * 3, "c": [unsure] * 3},
-    )
-    assert [copied.behind[arm][0].tokens[:1] for arm in "abc"] == [[5], [8], []]
-    assert copied.behind["a"][2].tokens == [], "nothing is left of the answer"
-    assert right.followed_by(copied.behind["a"][0]).tokens == [3, 4, 5]
-
-
-def test_a_drafter_expects_what_its_confidences_come_to() -> None:
-    rounds = Rounds({}, {}, {})
-    choice = Choice(torch.tensor([[7, 8, 9]]), torch.tensor([[0.5, 0.5, 1.0]]))
-    rounds.add("diffusion", torch.tensor([[True, False, True]]), choice)
-    assert rounds.accepted["diffusion"].tolist() == [1]
-    assert rounds.chains["diffusion"] == [Chain([7, 8, 9], [0.5, 0.25, 0.25])]

@@ -42,7 +42,7 @@ from whiflash_train.drafters.runner import train_drafter
 from whiflash_train.learner.texts import LONGEST, ChosenTexts, Text, answer_tokens, choose, texts_of
 from whiflash_train.provenance import environment
 from whiflash_train.replay import Pair, PairParts, replay_drafters
-from whiflash_train.rounds import RoundTally, rounds
+from whiflash_train.rounds import RoundTally
 from whiflash_train.statistics import Interval, paired_ratio
 from whiflash_train.target import TargetModel, unknown
 
@@ -79,11 +79,8 @@ def walk_answers(pair: Pair, store: FeatureStore) -> Walked:
     """Walk every stored answer with each drafter alone, round by round as in a server; return the tallies."""
     tallies: dict[str, list[RoundTally]] = {arm: [] for arm in pair.drafters}
     for record in tracked(store.records, "judging"):
-        replayed = replay_drafters(pair, store.read(record), store.layers)
-        for arm, accepted in replayed.accepted.items():
-            walked = rounds(0, len(accepted), lambda at, accepted=accepted: int(accepted[at]))  # type: ignore[misc]
-            emitted = [tokens for _, tokens in walked]
-            tallies[arm].append(RoundTally(len(emitted), sum(emitted)))
+        for arm, accepted in replay_drafters(pair, store.read(record), store.layers).items():
+            tallies[arm].append(RoundTally.of(accepted.tolist()))
     return tallies
 
 
