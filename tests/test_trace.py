@@ -8,7 +8,7 @@ from whiflash_sdk import routing
 from whiflash_sdk.hints import TraceLevel
 
 from whiflash_sglang.drafts.candidates import Part
-from whiflash_sglang.telemetry.trace import Recording, build_trace, pieces_of, place
+from whiflash_sglang.telemetry.trace import Recording, build_trace, place
 
 PROMPT = 7
 SOURCES = ("ar", "diffusion", "context", "prediction", "group", "grammar", "tools")
@@ -134,14 +134,6 @@ def test_where_the_client_has_another_text_the_trace_carries_its_own(text: str |
     place(trace, ["a", "b", "c"], text)
     assert trace["text"] == "abc"
     assert trace["stretches"][0]["chars"] == [1, 3]
-
-
-def test_a_character_cut_by_a_stretch_belongs_to_the_one_that_completes_it() -> None:
-    euro = "€".encode()
-    vocabulary = [b"a", euro[:1], euro[1:], b"<end>"]
-    assert pieces_of([0, 1, 2, 3], vocabulary, frozenset({3})) == ["a", "", "€", ""]
-    assert pieces_of([0, 1], vocabulary, frozenset()) == ["a", "\ufffd"]
-    assert pieces_of([9], vocabulary, frozenset()) == ["a"]
 
 
 def test_a_summary_stays_small_whatever_the_length() -> None:

@@ -374,36 +374,39 @@ def test_who_leaves_in_the_middle_of_a_body_is_gone_for_the_route(monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("form", "body", "parsers", "read"),
+    ("form", "body", "parsers", "cuts"),
     [
-        (None, {}, {}, True),  # Ollama's, and over gRPC
-        ("native", {}, {}, False),
-        ("completion", {"logprobs": 2}, {}, False),
-        ("responses", {}, {}, True),
-        ("chat", {}, {}, False),
-        ("chat", {"logprobs": True}, {}, True),
-        ("chat", {}, {"reasoning_parser": "qwen3"}, True),
-        ("chat", {"separate_reasoning": False}, {"reasoning_parser": "qwen3"}, False),
-        ("messages", {"separate_reasoning": False}, {"reasoning_parser": "qwen3"}, True),
-        ("chat", {}, {"tool_call_parser": "hermes"}, False),
-        ("chat", {"tools": tools_of("chat", "f")}, {"tool_call_parser": "hermes"}, True),
-        ("chat", {"tools": tools_of("chat", "f"), "tool_choice": "none"}, {"tool_call_parser": "hermes"}, False),
-        ("chat", {"messages": [{"tools": tools_of("chat", "f")}]}, {"tool_call_parser": "hermes"}, True),
-        ("messages", {"tools": tools_of("messages", "f")}, {"tool_call_parser": "hermes"}, True),
+        (None, {}, {}, "tokens"),  # Ollama's, and over gRPC
+        ("native", {}, {}, None),
+        ("completion", {"logprobs": 2}, {}, None),
+        ("responses", {}, {}, "marks"),
+        ("responses", {}, {"use_harmony": True}, "tokens"),
+        ("chat", {}, {}, None),
+        ("chat", {"logprobs": True}, {"reasoning_parser": "qwen3"}, "tokens"),
+        ("chat", {}, {"reasoning_parser": "qwen3"}, "marks"),
+        ("chat", {"separate_reasoning": False}, {"reasoning_parser": "qwen3"}, None),
+        ("messages", {"separate_reasoning": False}, {"reasoning_parser": "qwen3"}, "marks"),
+        ("chat", {}, {"tool_call_parser": "hermes"}, None),
+        ("chat", {"tools": tools_of("chat", "f")}, {"tool_call_parser": "hermes"}, "marks"),
+        ("chat", {"tools": tools_of("chat", "f"), "tool_choice": "none"}, {"tool_call_parser": "hermes"}, None),
+        ("chat", {"messages": [{"tools": tools_of("chat", "f")}]}, {"tool_call_parser": "hermes"}, "marks"),
+        ("messages", {"tools": tools_of("messages", "f")}, {"tool_call_parser": "hermes"}, "marks"),
     ],
 )
 def test_a_stream_is_cut_for_who_does_not_only_add_it_up(
-    monkeypatch: pytest.MonkeyPatch, form: Form | None, body: Any, parsers: Any, read: bool
+    monkeypatch: pytest.MonkeyPatch, form: Form | None, body: Any, parsers: Any, cuts: Any
 ) -> None:
     chat = OpenAIServingChat.__new__(OpenAIServingChat)
     chat.tool_call_parser = chat.reasoning_parser = chat._encoding_adapter = None
+    chat.use_harmony = False
     vars(chat).update(parsers)
-    monkeypatch.setattr(http_server.app.state, "openai_serving_chat", chat, raising=False)
+    for serving in ("openai_serving_chat", "openai_serving_responses"):
+        monkeypatch.setattr(http_server.app.state, serving, chat, raising=False)
     call = None if form is None else Call(form, body)
     for stream in (True, False):
         obj = SimpleNamespace(stream=stream)
-        assert cut_streams.are_read_one_by_one(manager(), obj, call) == (read and stream)
-    assert not cut_streams.are_read_one_by_one(SimpleNamespace(tokenizer=None), SimpleNamespace(stream=True), call)
+        assert cut_streams.cuts_of(manager(), obj, call) == (cuts if stream else None)
+    assert cut_streams.cuts_of(SimpleNamespace(tokenizer=None), SimpleNamespace(stream=True), call) is None
 
 
 TRACE: dict[str, Any] = {"choice": 0, "rounds": 3, "stretches": []}

@@ -1,58 +1,65 @@
-"""Cut streams into the pieces that plain decoding sends, for consumers that expect one token per output.
+"""Cut streams for consumers that were written for one token per output.
 
-A round commits several tokens, so an output of SGLang's has several. Most consumers were written for one: parsers of
-tool calls and reasoning lose text, Ollama's routes drop the last output's text, chat completions attach
-log-probabilities to text of the same output. So their streams are cut into the outputs that plain decoding would have
-sent at the request's stream interval, without waits between them. Consumers that only concatenate outputs get them as
-they arrive. Runs in the process that serves HTTP.
+A round commits several tokens, so an output of SGLang's has several. Its parsers of tool calls and reasoning lose text
+if a mark (a bracket, a quote, a line's end) and other text come together. Ollama's routes drop the last output's text,
+and chat completions attach log-probabilities to text of the same output. So their streams are cut without waits between
+the pieces: for parsers at every token that is no word, for the others into the outputs that plain decoding would have
+sent at the request's stream interval. Consumers that only concatenate outputs get them as they arrive. Runs in the
+process that serves HTTP.
 """
 
 from array import array
-from collections import deque
 from collections.abc import AsyncIterator
-from itertools import islice, takewhile
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Literal
 
 from sglang.srt.entrypoints import http_server
-from sglang.srt.managers.detokenizer_manager import DetokenizerManager
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.tokenizer_manager import _INCREMENTAL_STREAMING_META_INFO_KEYS
 from sglang.srt.runtime_context import get_serving
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.utils import find_printable_text
 
 from whiflash_sglang.engine.supported import has
 from whiflash_sglang.http.reader import Call, as_chat, of_choice, parameters_of
+from whiflash_sglang.http.token_texts import MARK, WORD, Decoder, decoder_of
 
-_CONTEXT_TOKENS, _CONTEXT_CHARACTERS = 5, 32
+Cuts = Literal["tokens", "marks"]
+"""Places at which a stream is cut: those of plain decoding, or the same without those between an output's words."""
 _COUNTS = ("completion_tokens", "reasoning_tokens", "output_token_logprobs_length", "output_token_sampling_mask_length")
 """Numbers of `meta_info` that grow by at most one a token."""
 
 
-def are_read_one_by_one(manager: Any, obj: Any, call: Call | None) -> bool:
-    """Whether outputs are streamed to a consumer that does more than concatenate them.
+def cuts_of(manager: Any, obj: Any, call: Call | None) -> Cuts | None:
+    """Return where a request's outputs are cut; None if its consumer only concatenates them.
 
     manager: SGLang's TokenizerManager. obj: the internal request. Chat completions, and Anthropic's Messages, which
-    SGLang serves as chat completions, have such a consumer if SGLang parses their text or adds log-probabilities.
+    SGLang serves as chat completions, do more if SGLang parses their text or adds log-probabilities.
     """
     if not getattr(obj, "stream", False) or manager.tokenizer is None:
-        return False
-    if call is None or call.form == "responses":
-        return True
+        return None
+    if call is None:
+        return "tokens"
     if call.form in ("native", "completion"):
-        return False
-    chat, body, is_chat = http_server.app.state.openai_serving_chat, call.body, call.form == "chat"
-    return bool(
-        (is_chat and body.get("logprobs"))
-        or (chat.reasoning_parser and (not is_chat or body.get("separate_reasoning", True)))
+        return None
+    state, body, is_chat = http_server.app.state, call.body, call.form == "chat"
+    chat = state.openai_serving_chat
+    reads_tokens = has("0.5.23") and chat._encoding_output() is not None
+    if call.form == "responses":
+        return "tokens" if reads_tokens or state.openai_serving_responses.use_harmony else "marks"
+    if reads_tokens or (is_chat and body.get("logprobs")):
+        return "tokens"
+    is_parsed = (
+        (chat.reasoning_parser and (not is_chat or body.get("separate_reasoning", True)))
         or any(isinstance(message, dict) and message.get("tools") for message in body.get("messages") or ())
         or chat._tool_call_parsing_active(as_chat(call))
-        or (has("0.5.23") and chat._encoding_output() is not None)
     )
+    return "marks" if is_parsed else None
 
 
-async def as_plain(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """Yield the outputs of a stream as plain decoding would send them.
+async def cut(manager: Any, obj: Any, call: Call | None, outputs: AsyncIterator[Any], cuts: Cuts) -> AsyncIterator[Any]:
+    """Yield the outputs of a stream in pieces. The events that a route sends for an output leave together.
 
     manager: SGLang's TokenizerManager, with a tokenizer. obj: the internal request, before SGLang expands it to its
     choices.
@@ -63,93 +70,56 @@ async def as_plain(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> Async
         if choice not in choices:
             own = of_choice(parameters_of(obj), obj, choice) or {}
             parameters = {**(manager.preferred_sampling_params or {}), **own}
-            decoder = Detokenizer(manager, _context(manager, obj, choice), parameters)
-            choices[choice] = Cutter(decoder, increments=manager.incremental_streaming_output)
+            decoder, holder = decoder_of(manager, parameters), holder_of(manager.tokenizer, parameters)
+            choices[choice] = Cutter(decoder, holder, increments=manager.incremental_streaming_output, cuts=cuts)
+        if call is not None:
+            call.holds = True
         for piece in choices[choice].cut(output):
             yield piece
+        if call is not None and call.flush is not None:
+            await call.flush()
 
 
-def _context(manager: Any, obj: Any, choice: int) -> list[int]:
-    """Return the last token ids of the prompt that `choice` answers."""
-    prompt: Any = obj.input_ids or obj.text or []
-    if not isinstance(prompt, str) and not all(isinstance(token, int) for token in prompt):
-        prompt = of_choice(prompt, obj, choice)
-    if isinstance(prompt, str):
-        prompt = manager.tokenizer.encode(prompt[-_CONTEXT_CHARACTERS:])
-    return list(prompt[-_CONTEXT_TOKENS:])
+def holder_of(tokenizer: Any, parameters: dict[str, Any]) -> Req:
+    """Return a request with only the members by which SGLang's scheduler holds back what may become a stop string.
 
-
-class Detokenizer(DetokenizerManager):
-    """Decides for one answer, as SGLang's scheduler and detokenizer do, when tokens are sent and as which text.
-
-    Args:
-        manager: SGLang's TokenizerManager.
-        context: last token ids of the prompt; the answer's first tokens are decoded with them.
-        parameters: of sampling, as the request gives them.
+    parameters: of sampling, as the request gives them.
     """
-
-    def __init__(self, manager: Any, context: list[int], parameters: dict[str, Any]) -> None:
-        self.tokenizer = manager.tokenizer
-        self.vocab_size = len(self.tokenizer) if hasattr(self.tokenizer, "__len__") else None
-        self.decode_status: dict[str, Any] = {}
-        self.disable_tokenizer_batch_decode = manager.server_args.disable_tokenizer_batch_decode
-        given = {name: parameters.get(name) for name in ("stop", "stop_regex", "stream_interval")}
-        self._seen = _Seen(self.tokenizer, SamplingParams(**given))
-        self._unsent: list[int] = []
-        self._context: list[int] | None = list(context)
-        self._output = SimpleNamespace(
-            rids=["answer"],
-            decoded_texts=[""],
-            read_offsets=[len(context)],
-            finished_reasons=[None],
-            no_stop_trim=[False],
-            skip_special_tokens=[parameters.get("skip_special_tokens", True)],
-            spaces_between_special_tokens=[parameters.get("spaces_between_special_tokens", True)],
-        )
-
-    def take(self, token: int) -> tuple[int, str] | None:
-        """Add the next token. Return the number and text of all unsent tokens if SGLang sends them now, else None."""
-        self._unsent.append(token)
-        return self.flush() if self._seen.sends(token, len(self._unsent)) else None
-
-    def flush(self) -> tuple[int, str]:
-        """Return the number and the text of all unsent tokens, as one output. The text is empty inside a character."""
-        self._output.decode_ids = [[*(self._context or ()), *self._unsent]]
-        self._context, size, self._unsent = None, len(self._unsent), []
-        return size, self._decode_batch_token_id_output(self._output)[0]
+    params = SamplingParams(**{name: parameters.get(name) for name in ("stop", "stop_regex", "stream_interval")})
+    params.normalize(tokenizer)
+    params.stream_interval = params.stream_interval or get_serving().stream_interval
+    holder = Req.__new__(Req)
+    holder.tokenizer, holder.sampling_params, holder.output_ids = tokenizer, params, array("q")
+    return holder
 
 
-class _Seen(Req):  # type: ignore[misc]
-    """A request with only the members by which SGLang's scheduler decides whether to send its unsent tokens."""
+@dataclass(slots=True)
+class _Piece:
+    """Tokens that are sent together. end: of their text, in characters of the answer. words: whether they begin with a
+    word and have no mark."""
 
-    def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
-        params.normalize(tokenizer)
-        self.tokenizer, self.sampling_params = tokenizer, params
-        self.output_ids = array("q")
-        self._interval = params.stream_interval or get_serving().stream_interval
-
-    def sends(self, token: int, unsent: int) -> bool:
-        self.output_ids.append(token)
-        enough = unsent >= self._interval or unsent == len(self.output_ids)
-        return enough and not self.check_match_stop_str_prefix()
+    size: int
+    end: int
+    words: bool
 
 
 class Cutter:
-    """Cuts the outputs of one choice into those that plain decoding would send.
+    """Cuts the outputs of one choice.
 
-    The text is always the one that arrived. An output whose text has not arrived waits: SGLang's detokenizer holds back
+    The text is always the one that arrived. A piece whose text has not arrived waits: SGLang's detokenizer holds back
     more text when a step ends inside a character than it would for single tokens.
 
     Args:
         increments: whether outputs have only new tokens and text, or everything so far.
     """
 
-    def __init__(self, decoder: Detokenizer, *, increments: bool) -> None:
-        self._decoder, self._increments = decoder, increments
-        self._waiting: deque[tuple[int, int]] = deque()
-        """Outputs that wait: their sizes in tokens, and the ends of their texts in characters of the answer."""
+    def __init__(self, decoder: Decoder, holder: Req, *, increments: bool, cuts: Cuts) -> None:
+        self._decoder, self._holder, self._increments, self._at_marks = decoder, holder, increments, cuts == "marks"
+        self._waiting: list[_Piece] = []
         self._end = self._seen = 0
-        """End of the last waiting output's text; number of tokens that the decoder has seen."""
+        """End of the text in whole characters; number of tokens that arrived."""
+        self._kinds: list[int] = []
+        """Kinds of the tokens that are in no piece yet."""
         self._tokens: list[int] = []
         self._text = ""
         """Tokens and text that arrived. Those before `_sent` and `_shown` were sent."""
@@ -157,7 +127,7 @@ class Cutter:
         self._records: dict[str, list[Any]] = {}
 
     def cut(self, output: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the outputs to send now that `output` has arrived; only the answer's last one has a finish reason."""
+        """Return the pieces to send now that `output` has arrived; only the answer's last one has a finish reason."""
         meta, tokens, text = output["meta_info"], output["output_ids"], output["text"]
         if self._increments:
             self._tokens += tokens
@@ -166,25 +136,49 @@ class Cutter:
                 self._records.setdefault(key, []).extend(meta[key])
         else:
             self._tokens, self._text = tokens, text
+        is_last = meta["finish_reason"] is not None
+        joins = self._at_marks and not is_last  # what parsers have sent at the end depends on the last two pieces
         for token in self._tokens[self._seen :]:
-            if (taken := self._decoder.take(token)) is not None:
-                size, decoded = taken
-                self._end += len(decoded)
-                self._waiting.append((size, self._end))
+            self._take(token, joins)
         self._seen, arrived = len(self._tokens), len(self._text)
-        ready = sum(1 for _ in takewhile(lambda waiting: waiting[1] <= arrived, self._waiting))
-        if meta["finish_reason"] is None:
-            return [self._piece(output, *self._waiting.popleft()) for _ in range(ready)]
-        unsent = self._seen - self._sent
-        is_whole = sum(size for size, _ in islice(self._waiting, ready)) == unsent
-        pieces = [self._piece(output, *self._waiting.popleft()) for _ in range(ready - is_whole)]
-        return [*pieces, self._piece(output, self._seen - self._sent, arrived, ends=True)]
+        if not self._decoder.begun and not is_last and self._end != arrived:  # some tokenizers join texts otherwise
+            self._end = arrived
+            if self._waiting and not self._kinds:
+                self._waiting[-1].end = arrived
+        ready = list(takewhile(lambda piece: piece.end <= arrived, self._waiting))
+        if is_last:
+            if sum(piece.size for piece in ready) == self._seen - self._sent:
+                ready = ready[:-1]  # the piece that ends the answer has all that is left
+            ready.append(_Piece(self._seen - self._sent - sum(piece.size for piece in ready), arrived, False))
+        else:
+            del self._waiting[: len(ready)]
+        return [self._cut(output, piece) for piece in ready]
 
-    def _piece(self, output: dict[str, Any], size: int, end: int, *, ends: bool = False) -> dict[str, Any]:
-        """Return an output of the next `size` tokens, with the text up to character `end`. ends: the answer's last."""
+    def _take(self, token: int, joins: bool) -> None:
+        """Add the next token, and a piece if plain decoding would send it now. joins: words join what waits."""
+        text, kind = self._decoder.take(token)
+        self._end = end = self._end + len(text)
+        if self._decoder.begun:
+            end += len(find_printable_text(self._decoder.begun))
+        holder, kinds = self._holder, self._kinds
+        kinds.append(kind)
+        holder.output_ids.append(token)
+        enough = len(kinds) >= holder.sampling_params.stream_interval or len(kinds) == len(holder.output_ids)
+        if not enough or holder.check_match_stop_str_prefix():
+            return
+        is_plain = MARK not in kinds
+        if joins and is_plain and self._waiting and (last := self._waiting[-1]).words:
+            last.size, last.end = last.size + len(kinds), end
+        else:
+            self._waiting.append(_Piece(len(kinds), end, is_plain and kinds[0] == WORD))
+        kinds.clear()
+
+    def _cut(self, output: dict[str, Any], piece: _Piece) -> dict[str, Any]:
+        """Return an output of the next tokens, with the text up to the piece's end."""
         sent, shown = (self._sent, self._shown) if self._increments else (0, 0)
-        self._sent, self._shown = self._sent + size, max(self._shown, end)
-        if ends and not self._increments:
+        self._sent, self._shown = self._sent + piece.size, max(self._shown, piece.end)
+        ends = self._sent == self._seen
+        if ends and self._shown == len(self._text) and not self._increments:
             return output
         meta = {**output["meta_info"]}
         if not ends:
@@ -192,6 +186,8 @@ class Cutter:
             meta |= {key: min(self._sent, meta[key]) for key in _COUNTS if key in meta}
         for key in meta.keys() & self._records.keys():
             records = self._records[key]
-            meta[key], self._records[key] = (records, []) if ends else (records[:size], records[size:])
-        text, tokens = self._text[shown : self._shown], self._tokens[sent : self._sent]
+            meta[key], self._records[key] = (records, []) if ends else (records[: piece.size], records[piece.size :])
+        text, tokens = self._text[shown : self._shown], self._tokens
+        if self._increments or not self._at_marks:  # parsers read no tokens; SGLang's outputs share a growing list, too
+            tokens = tokens[sent : self._sent]
         return {**output, "text": text, "output_ids": tokens, "meta_info": meta}

@@ -108,7 +108,7 @@ class HintsMiddleware:
                 call = await read(form, body, manager)
                 del body  # the call keeps what is needed of it while the answer is written
                 CURRENT.set(call)
-                send = writer.extending(call, send)
+                send = writer.joining(call, writer.extending(call, send))
         except HintError as error:
             await _refusal(form, error)(scope, receive, send)
             return

@@ -7,7 +7,7 @@ know, and get the spans and tools that they imply. Others are read from their sa
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -93,6 +93,10 @@ class Call:
     """Traces of choices that have ended, each with the text that its offsets refer to."""
     counts: dict[int, dict[str, int]] = field(default_factory=dict)
     """Numbers of accepted and rejected tokens of its prediction, by choice."""
+    holds: bool = False
+    """Whether `writer.joining` holds the events that the route sends, since more of the same output follow."""
+    flush: Callable[[], Awaitable[None]] | None = None
+    """Sends the events that are held, and ends holding."""
 
 
 CURRENT: ContextVar[Call | None] = ContextVar("whiflash_call", default=None)

@@ -59,14 +59,14 @@ def install() -> None:
     until="SGLang lets algorithms see requests, and its parsers read outputs of several tokens",
 )
 async def _generate_request(original: Any, self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
-    """Check and take up hints, follow answers for traces, and cut streams into the outputs of plain decoding."""
+    """Check and take up hints, follow answers for traces, and cut streams for parsers."""
     outputs, call = original(self, obj, request), reader.CURRENT.get()
     if asks_for_ours(self.server_args):
         fields = await reader.take_up(self, obj, call)
         admission.check_given(obj, native=call is not None and call.form == "native")
         outputs = traces.followed(self, obj, call, fields, outputs)
-        if cut_streams.are_read_one_by_one(self, obj, call):
-            outputs = cut_streams.as_plain(self, obj, outputs)
+        if (cuts := cut_streams.cuts_of(self, obj, call)) is not None:
+            outputs = cut_streams.cut(self, obj, call, outputs, cuts)
     async for output in outputs:
         yield output
 

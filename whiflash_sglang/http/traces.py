@@ -19,8 +19,8 @@ from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.engine.carried import META_KEY
 from whiflash_sglang.engine.patching import around
 from whiflash_sglang.http.reader import Call, Fields, of_choice, parameters_of
-from whiflash_sglang.spans.vocabulary import Vocabulary, vocabulary_of
-from whiflash_sglang.telemetry.trace import build_trace, pieces_of, place, span_attributes
+from whiflash_sglang.http.token_texts import decoder_of
+from whiflash_sglang.telemetry.trace import build_trace, place, span_attributes
 
 _ATTRIBUTES = "_whiflash_attributes"
 
@@ -124,13 +124,9 @@ class _Outputs:
 
     def _place(self, choice: int, trace: dict[str, Any], tokens: list[int], text: str | None) -> None:
         """Add to the stretches of a full trace their places in `text`, the text of all output `tokens`."""
-        manager = self._manager
-        vocabulary: Vocabulary | None = getattr(manager, "_whiflash_vocabulary", None)
-        if vocabulary is None:  # it is read when the first full trace needs it
-            vocabulary = manager._whiflash_vocabulary = vocabulary_of(manager.tokenizer)
         own = of_choice(parameters_of(self._obj), self._obj, choice)
-        keeps_special = isinstance(own, dict) and not own.get("skip_special_tokens", True)
-        skipped = frozenset[int]() if keeps_special else vocabulary.special
-        place(trace, pieces_of(tokens, vocabulary.token_bytes, skipped), text)
+        decoder = decoder_of(self._manager, own if isinstance(own, dict) else {})
+        pieces = [decoder.take(token)[0] for token in tokens]
+        place(trace, [*pieces[:-1], *(piece + decoder.begun for piece in pieces[-1:])], text)
         if self._has_increments:
             trace.setdefault("text", text)  # the answer's last output has only its end

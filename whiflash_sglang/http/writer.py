@@ -38,6 +38,26 @@ def extending(call: Call, send: Send) -> Send:
     return _Sent(send, lambda answer: extended(call, answer), _Events(call)).send
 
 
+def joining(call: Call, send: Send) -> Send:
+    """Return a `send` that keeps events while `call.holds`, until `call.flush` sends them as one message."""
+    held: list[bytes] = []
+
+    async def joined(message: Message) -> None:
+        held.append(message.get("body", b""))
+        if not (call.holds and message.get("more_body")):
+            body = b"".join(held)
+            held.clear()
+            await send({**message, "body": body} if body else message)
+
+    async def flush() -> None:
+        call.holds = False
+        if held:
+            await joined({"type": "http.response.body", "more_body": True})
+
+    call.flush = flush
+    return joined
+
+
 def rewriting(send: Send, change: Change) -> Send:
     """Return a `send` that passes an answer in JSON through `change`."""
     return _Sent(send, change, None).send

@@ -12,7 +12,7 @@ trim and join. Three vocabularies cover the models in use:
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 _BYTE_LEVEL_SPACE = "\u0120"
@@ -108,7 +108,9 @@ def token_bytes(tokenizer: Any) -> tuple[bytes, ...]:
     vocabulary: Mapping[str, int] = getattr(tokenizer, "get_vocab", dict)()
     if not vocabulary:
         raise ValueError(f"{type(tokenizer).__name__} shows no vocabulary: span tracking needs one")
-    added = frozenset(_added_tokens(tokenizer))
+    # Tokens added after training, special ones too, are their text.
+    listed = getattr(tokenizer, "added_tokens_decoder", None) or getattr(tokenizer, "get_added_tokens_decoder", dict)()
+    added = frozenset(map(str, listed.values()))
     byte_level = sum(token.startswith(_BYTE_LEVEL_SPACE) for token in vocabulary)
     sentencepiece = sum(token.startswith(_SENTENCEPIECE_SPACE) for token in vocabulary)
     decode = _byte_level if byte_level > sentencepiece else _sentencepiece if sentencepiece else str.encode
@@ -116,16 +118,6 @@ def token_bytes(tokenizer: Any) -> tuple[bytes, ...]:
     for token, index in vocabulary.items():
         table[index] = token.encode() if token in added else decode(token)
     return tuple(table)
-
-
-def _added_tokens(tokenizer: object) -> Iterator[str]:
-    """Yield the texts of tokens added after training, special ones too, whose bytes are that text."""
-    for name in ("added_tokens_decoder", "get_added_tokens_decoder"):
-        decoder = getattr(tokenizer, name, None)
-        entries = decoder() if callable(decoder) else decoder
-        if entries:
-            yield from (getattr(token, "content", str(token)) for token in entries.values())
-            return
 
 
 def _byte_stand_ins() -> dict[str, int]:

@@ -1,9 +1,8 @@
 """Routing trace of a response: which arm drafted which tokens, and why. Schema: docs/reference/traces.md. Imports no
 SGLang."""
 
-import codecs
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -210,18 +209,3 @@ def place(trace: dict[str, Any], pieces: Sequence[str], text: str | None) -> Non
         stretch["round_chars"] = [
             [ends[end - 1] - ends[begin], ends[end] - ends[end - 1]] for begin, end in pairwise(after)
         ]
-
-
-def pieces_of(tokens: Iterable[int], vocabulary: Sequence[bytes], left_out: frozenset[int]) -> list[str]:
-    """Return the text of every token. A character whose bytes two tokens share belongs to the second.
-
-    Args:
-        tokens: output token ids; an id beyond the vocabulary counts as token 0, as in SGLang's detokeniser.
-        vocabulary: bytes of every token. left_out: ids without text, such as special tokens if they are skipped.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    known = (token if token < len(vocabulary) else 0 for token in tokens)
-    pieces = [decoder.decode(b"" if token in left_out else vocabulary[token]) for token in known]
-    if pieces:
-        pieces[-1] += decoder.decode(b"", final=True)
-    return pieces
