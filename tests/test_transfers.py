@@ -18,10 +18,10 @@ def test_what_is_sent_arrives(ints: list[list[int]], floats: list[list[float]]) 
     upload = Upload()
     at = [upload.ints(own) for own in ints], [upload.floats(own) for own in floats]
     found = upload.send(torch.device("cpu"))
-    assert [found[0][i].tolist() for i in at[0]] == ints
-    assert [found[1][i].tolist() for i in at[1]] == floats
-    assert all(part.dtype == torch.int64 for part in found[0])
-    begins = [part.storage_offset() * part.itemsize for part in (*found[0], *found[1]) if len(part)]
+    assert [found[i].tolist() for i in at[0]] == ints
+    assert [found[i].tolist() for i in at[1]] == floats
+    assert all(found[i].dtype == torch.int64 for i in at[0])
+    begins = [part.storage_offset() * part.itemsize for part in found if len(part)]
     assert not any(begin % 16 for begin in begins), "a kernel would be compiled anew"
 
 

@@ -150,7 +150,7 @@ class Replay:
         for row, n in enumerate(self.lengths):
             assert self.lag(row) <= self.sync.watermarks.capacity - widths[row]
             one, at = torch.tensor([row + 1]), torch.tensor([n])
-            *_, tail, _ = self.sync.rings.inputs(None, one, at, one, one, one, None, tail=True)
+            *_, tail, _ = self.sync.rings.inputs(None, one, at, one, one, one, wanted=None, tail=True)
             assert torch.equal(tail[0], self.features[row, n - 1]), "feature n-1 did not survive"
         for name, arm in arms.items():
             members = [row for row in range(ROWS) if routes[row] == name]
@@ -186,7 +186,7 @@ class Replay:
         place = arm.place(len(members))
         calibration = torch.tensor(arm.calibration(members, FULL_LENGTH))
         rows, starts, bonus, caps, tail, calibration = self.sync.rings.inputs(
-            None, rows, starts, bonus, caps, calibration, arm.features, tail=reads, into=place
+            None, rows, starts, bonus, caps, calibration, wanted=arm.features, tail=reads, into=place
         )
         return DraftBatch(
             rows,

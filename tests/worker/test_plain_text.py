@@ -561,7 +561,7 @@ def check_kept(serving: Serving, row: Row) -> None:
     """Nothing of requests that have ended, but KV in the tree, which is right."""
     e = serving.engine
     assert not e.states
-    assert not any(e.worker.sync.watermarks.known(at) for at in range(16))
+    assert not e.worker.sync.watermarks.rows
     assert not any(e.worker.quarantine.left_out.values())
     if serving.setting.overlap:
         assert not e.streams.races  # type: ignore[attr-defined]

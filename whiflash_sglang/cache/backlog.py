@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
-from whiflash_kernels import BacklogRings, Claims, PassInputs, claim_backlogs, draft_inputs, park, unpark
+from whiflash_kernels import BacklogRings, PassInputs, draft_inputs, park, unpark
 from whiflash_kernels.structs import PADDING
 
 TOKENS = 64  # features that a request's ring holds for idle drafters before a flush
@@ -79,22 +79,10 @@ class Watermarks:
         """Return the least length up to which `arm`'s KV is valid for the request in `row`, as the host knows it."""
         return self._lower[row][arm]
 
-    def known(self, row: int) -> bool:
-        return row in self._lower
-
     @property
     def rows(self) -> Set[int]:
         """Return the rows of running requests."""
         return self._lower.keys()
-
-    def claim(self, rows: torch.Tensor, lengths: torch.Tensor, due: torch.Tensor, into: Claims | None = None) -> Claims:
-        """Move the watermarks of arms that catch up to n, and return the positions that every arm has to ingest.
-
-        Args:
-            rows: [B] int64 request rows. lengths: [B] int64, n. due: [arms, B] int64, 1 where an arm catches up.
-            into: memory where captured catch-ups read the result.
-        """
-        return claim_backlogs(self.device, rows, lengths, due, into=into)
 
     def put(self, rows: torch.Tensor, lengths: torch.Tensor) -> None:
         """Set the device's watermarks of rows [B] int64 to lengths [B] int64, for every arm (after a prefill)."""
@@ -128,7 +116,8 @@ class Watermarks:
         parked through any flush. Requests that have ended are skipped. verifying: rows that earlier rounds still
         verify, which bounds the tokens that requests have committed without the host's knowledge.
         """
-        behind = [high - self._lower[row][arm] if self.known(row) else 0 for row, high in zip(rows, most, strict=True)]
+        lower = self._lower
+        behind = [high - lower[row][arm] if row in lower else 0 for row, high in zip(rows, most, strict=True)]
         lagging = [index for index, tokens in enumerate(behind) if tokens > 0]
         full = {i for i in lagging if max(behind[i], 1) + widths[i] > self.capacity}
         members = [i for i in lagging if chosen[i] or i in full]
@@ -199,24 +188,14 @@ class FeatureRings:
     def bytes_for(rows: int, capacity: int, width: int, dtype: torch.dtype) -> int:
         return rows * capacity * (width * dtype.itemsize + torch.int64.itemsize)
 
-    def park(
-        self,
-        features: torch.Tensor,
-        next_tokens: torch.Tensor,
-        rows: torch.Tensor,
-        begins: torch.Tensor,
-        counts: torch.Tensor,
-        row_starts: torch.Tensor,
-        *,
-        widest: int,
-    ) -> None:
+    def park(self, features: torch.Tensor, *packed: torch.Tensor, widest: int) -> None:
         """Store `counts[b]` rows of `features` [T, F], from row `row_starts[b]`, at positions from `begins[b]`.
 
-        `widest`: no count is larger. Rings without columns store nothing.
+        packed: the next tokens [T]; request rows, begins, counts and row_starts, [B] each. widest: no count is larger.
+        Rings without columns store nothing.
         """
-        if not self.rings.features.shape[2]:
-            return
-        park(self.rings, features, next_tokens, rows, begins, counts, row_starts, max_length=widest)
+        if self.rings.features.shape[2]:
+            park(self.rings, features, *packed, max_length=widest)
 
     def unpark(
         self,
@@ -249,34 +228,16 @@ class FeatureRings:
     def inputs(
         self,
         members: torch.Tensor | None,
-        rows: torch.Tensor,
-        lengths: torch.Tensor,
-        bonus: torch.Tensor,
-        limits: torch.Tensor,
-        calibration: torch.Tensor,
+        *batch: torch.Tensor,
         wanted: FeatureSlice | None,
-        *,
         tail: bool,
         into: PassInputs | None = None,
     ) -> PassInputs:
         """Gather the inputs of a pass for the requests `members` [M] int64 of a batch; None: all, without a copy.
 
-        Args:
-            rows, lengths, bonus, limits: [B] int64 each, of the whole batch. calibration: float32, by which drafts are
-                cut. wanted: the drafter's columns; None: all.
-            tail: whether it reads feature n-1. into: a drafter's `place`.
+        batch: its request rows, lengths, bonus tokens and limits, [B] int64 each, and the calibration. wanted: the
+        drafter's columns; None: all. tail: whether it reads feature n-1. into: a drafter's `place`.
         """
         chunks, width = columns_of(wanted)
-        return draft_inputs(
-            self.rings,
-            members,
-            rows,
-            lengths,
-            bonus,
-            limits,
-            calibration,
-            chunks=chunks if tail else (),
-            chunk_width=width,
-            into=into,
-            padding=PADDING,
-        )
+        chunks = chunks if tail else ()
+        return draft_inputs(self.rings, members, *batch, chunks=chunks, chunk_width=width, into=into, padding=PADDING)

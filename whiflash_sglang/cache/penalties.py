@@ -51,7 +51,7 @@ class PenaltyRows:
         if penalties is None:
             if known:
                 del self._taken[row]
-                upload.then([-1] * 4, self.few.places[row].copy_)
+                upload.then(upload.ints([-1] * 4), self.few.places[row].copy_)
             return
         while len(self._free) < 2:
             self._grow()
@@ -66,11 +66,12 @@ class PenaltyRows:
                     if place != taken[0]:
                         bias[place].index_fill_(0, ids[1], -inf)
 
-        upload.then(list(penalties.bias), ids.append)
-        upload.then(penalties.stops, ids.append)
-        upload.then_floats(list(penalties.bias.values()), put)
-        upload.then([taken[0], taken[-1], penalties.answer, penalties.enough], self.few.places[row].copy_)
-        upload.then_floats(penalties[:3], self.few.factors[row].copy_)
+        upload.then(upload.ints(list(penalties.bias)), ids.append)
+        upload.then(upload.ints(penalties.stops), ids.append)
+        upload.then(upload.floats(list(penalties.bias.values())), put)
+        places = upload.ints([taken[0], taken[-1], penalties.answer, penalties.enough])
+        upload.then(places, self.few.places[row].copy_)
+        upload.then(upload.floats(penalties[:3]), self.few.factors[row].copy_)
 
     def end(self, row: int) -> None:
         """Free the places of the request in `row`, if it has any."""

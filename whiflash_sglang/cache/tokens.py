@@ -32,7 +32,7 @@ class TokenTable:
         """
         tokens = np.concatenate([np.asarray(text, dtype=np.int64) for text in texts])
         place = self.data[row, : len(tokens)]
-        upload.then(tokens, lambda text: place.copy_(text))
+        upload.then(upload.ints(tokens), lambda text: place.copy_(text))
 
     def put_block(self, rows: torch.Tensor, starts: torch.Tensor, tokens: torch.Tensor) -> None:
         """Write tokens [B, W] at positions from starts [B]; those beyond a new length are overwritten later."""
@@ -62,7 +62,7 @@ class StopTable:
 
     def begin(self, upload: Upload, row: int, stops: Sequence[int]) -> None:
         """Set the tokens that end the request that begins in `row`, from when `upload` is sent. Empty: none does."""
-        upload.then([*stops[:FEW], *[NO_TOKEN] * (FEW - len(stops))], self.few[row].copy_)
+        upload.then(upload.ints([*stops[:FEW], *[NO_TOKEN] * (FEW - len(stops))]), self.few[row].copy_)
 
 
 class SamplingRows:
@@ -86,8 +86,8 @@ class SamplingRows:
 
         parameters: temperature, top_k, top_p, min_p.
         """
-        upload.then([self._seeds.getrandbits(63)], self.data.seeds[row : row + 1].copy_)
-        upload.then_floats(parameters, self.data.parameters[row].copy_)
+        upload.then(upload.ints([self._seeds.getrandbits(63)]), self.data.seeds[row : row + 1].copy_)
+        upload.then(upload.floats(parameters), self.data.parameters[row].copy_)
 
 
 class DraftKV:

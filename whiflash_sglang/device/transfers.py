@@ -19,73 +19,53 @@ class Upload:
     """
 
     def __init__(self) -> None:
-        self._ints: list[Ints] = []
-        self._floats: list[Floats] = []
-        # Each entry: 0 for `ints` or 1 for `floats`, the index there, and the function to call.
-        self._then: list[tuple[int, int, Callable[[torch.Tensor], object]]] = []
+        self._lists: list[np.ndarray[Any, Any]] = []
+        self._then: list[tuple[int, Callable[[torch.Tensor], object]]] = []
 
     def ints(self, values: Ints) -> int:
-        """Add integers; return their index in the first list that `send` returns."""
-        self._ints.append(values)
-        return len(self._ints) - 1
+        """Add integers; return the index of their list, of int64, in what `send` returns."""
+        self._lists.append(np.asarray(values, np.int64))
+        return len(self._lists) - 1
 
     def floats(self, values: Floats) -> int:
-        """Add floats; return their index in the second list that `send` returns."""
-        self._floats.append(values)
-        return len(self._floats) - 1
+        """Add floats; return the index of their list, of float32, in what `send` returns."""
+        self._lists.append(np.asarray(values, np.float32))
+        return len(self._lists) - 1
 
-    def then(self, values: Ints, use: Callable[[torch.Tensor], object]) -> None:
-        """Add integers; `send` calls `use` with them on the device, in the order of these calls."""
-        self._then.append((0, self.ints(values), use))
+    def then(self, at: int, use: Callable[[torch.Tensor], object]) -> None:
+        """Have `send` call `use` with the list at this index on the device, in the order of these calls."""
+        self._then.append((at, use))
 
-    def then_floats(self, values: Floats, use: Callable[[torch.Tensor], object]) -> None:
-        """Add floats; `send` calls `use` with them on the device, like `then` for integers."""
-        self._then.append((1, self.floats(values), use))
-
-    def send(self, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Send all lists to `device`; return their int64 views and their float32 views of one buffer there.
+    def send(self, device: torch.device) -> list[torch.Tensor]:
+        """Send all lists to `device`; return them as views of one buffer there.
 
         On CUDA this is one transfer from pinned memory, in the order of the current stream, and the host does not wait
         for it: the allocator of pinned memory keeps the buffer until the transfer is done.
         """
-        # Every list begins at a multiple of 16 bytes, because Triton compiles a kernel again for an unaligned pointer.
-        lists: tuple[tuple[Sequence[Ints | Floats], int], ...] = ((self._ints, 2), (self._floats, 4))
-        sizes = [[-(-len(part) // step) * step for part in parts] for parts, step in lists]
-        ints, floats = (sum(part) for part in sizes)
         # Indices must be int64. They are sent as such, because a conversion on the device would be a launch.
-        # The buffer holds at least one number, because an empty tensor cannot be viewed as another type.
-        pinned = device.type == "cuda"
-        packed = torch.empty(max(ints + (floats + 1) // 2, 1), dtype=torch.int64, pin_memory=pinned)
-        host = packed.numpy()
-        _fill(host, self._ints, sizes[0])
-        _fill(host[ints:].view(np.float32), self._floats, sizes[1])
-        packed = packed.to(device, non_blocking=True)
-        *as_ints, rest = _firsts(packed, self._ints, sizes[0])
-        on_device = as_ints, _firsts(rest.view(torch.float32), self._floats, sizes[1])[:-1]
-        for kind, at, use in self._then:
-            use(on_device[kind][at])
+        used = [-(-each.nbytes // 8) for each in self._lists]
+        # Every list begins at a multiple of 16 bytes, because Triton compiles a kernel again for an unaligned pointer.
+        lengths = [part for words in used for part in (words, words % 2)]
+        packed = torch.empty(sum(lengths), dtype=torch.int64, pin_memory=device.type == "cuda")
+        host, begin = packed.numpy(), 0
+        for values, words in zip(self._lists, used, strict=True):
+            host[begin : begin + words].view(values.dtype)[: len(values)] = values
+            begin += words + words % 2
+        parts = torch.split_with_sizes(packed.to(device, non_blocking=True), lengths)[::2]
+        on_device = [
+            part if values.dtype == np.int64 else part.view(torch.float32)[: len(values)]
+            for part, values in zip(parts, self._lists, strict=True)
+        ]
+        for at, use in self._then:
+            use(on_device[at])
         return on_device
-
-
-def _fill(place: np.ndarray[Any, Any], parts: Sequence[Ints | Floats], sizes: Sequence[int]) -> None:
-    """Copy `parts` into the array `place`; each begins after the `sizes` (padded lengths) of those before it."""
-    begin = 0
-    for part, size in zip(parts, sizes, strict=True):
-        place[begin : begin + len(part)] = part
-        begin += size
-
-
-def _firsts(packed: torch.Tensor, parts: Sequence[Ints | Floats], sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Return views of `packed`, one for each of `parts` without the padding up to its size, and one of the rest."""
-    lengths = [n for part, size in zip(parts, sizes, strict=True) for n in (len(part), size - len(part))]
-    return list(torch.split_with_sizes(packed, [*lengths, len(packed) - sum(sizes)])[::2])
 
 
 def sent(values: Ints, device: torch.device) -> torch.Tensor:
     """Send `values` to `device` as [N] int64, in one transfer that the host does not wait for."""
     upload = Upload()
     upload.ints(values)
-    return upload.send(device)[0][0]
+    return upload.send(device)[0]
 
 
 def masks_of_places(rows: int, words: int) -> int:

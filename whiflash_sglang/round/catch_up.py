@@ -12,7 +12,7 @@ from operator import sub
 
 import numpy as np
 import torch
-from whiflash_kernels import Claims
+from whiflash_kernels import Claims, claim_backlogs
 
 from whiflash_sglang.arms.base import Drafter, with_kv
 from whiflash_sglang.arms.length import CALIBRATION
@@ -183,7 +183,7 @@ class DraftSync:
         if not due:
             return
         began = time.perf_counter()
-        claims = self.watermarks.claim(rows, starts, flags.view(len(self.arms), -1), self._place(len(rows)))
+        claims = self._claim(rows, starts, flags)
         for arm, (_, most) in due.items():
             self._ingest(arm, claims, most)
             self.seconds[arm] = time.perf_counter() - began
@@ -224,17 +224,16 @@ class DraftSync:
         upload = Upload()
         at = [upload.ints([row for row, _, _ in leaving]), upload.ints([end for _, end, _ in leaving])]
         flags_at = upload.ints(self.flags(due, len(leaving)))
-        ints, _ = upload.send(self.watermarks.device.device)
+        ints = upload.send(self.watermarks.device.device)
         rows, ends = (ints[i] for i in at)
         # A round still running when its request ended may have moved the watermark past `end`; then nothing is left.
-        flags = ints[flags_at].view(len(self.arms), -1)
-        claims = self.watermarks.claim(rows, ends, flags, self._place(len(rows)))
+        claims = self._claim(rows, ends, ints[flags_at])
         for arm, (_, tokens) in due.items():
             self._ingest(arm, claims, tokens)
 
     def backlog(self) -> dict[str, int]:
         """Return, by drafter, how many tokens of running requests it has yet to write to its KV, at most."""
-        known = [(row, n) for row, n in self._routed.items() if self.watermarks.known(row)]
+        known = [(row, n) for row, n in self._routed.items() if row in self.watermarks.rows]
         return {arm: sum(max(n - self.watermarks.synced(row, arm), 0) for row, n in known) for arm in self.arms}
 
     def forget(self, row: int) -> None:
@@ -273,10 +272,17 @@ class DraftSync:
         each = min(tokens, self._capacity)
         rows = torch.arange(1, -(-tokens // each) + 1, device=self._slot_table.device)
         ends = (tokens - (rows - 1) * each).clamp(max=each)
-        every = torch.ones(len(self.arms), len(rows), dtype=torch.int64, device=rows.device)
-        claims = self.watermarks.claim(rows, ends, every, self._place(len(rows)))
+        claims = self._claim(rows, ends, rows.new_ones(len(self.arms) * len(rows)))
         self.watermarks.put(rows, torch.zeros_like(rows))
         return partial(self._issue, arm, claims, tokens)
+
+    def _claim(self, rows: torch.Tensor, lengths: torch.Tensor, flags: torch.Tensor) -> Claims:
+        """Move the watermarks of arms that catch up to n, and return the positions that every arm has to ingest.
+
+        rows: [B] int64 request rows. lengths: [B] int64, n. flags: [arms * B] int64, 1 where an arm catches up.
+        """
+        due, into = flags.view(len(self.arms), -1), self._place(len(rows))
+        return claim_backlogs(self.watermarks.device, rows, lengths, due, into=into)
 
     def _place(self, requests: int) -> Claims | None:
         """Return the tensors that captured catch-ups read; None if `requests` requests are more than captured ones."""

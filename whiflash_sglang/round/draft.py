@@ -165,7 +165,7 @@ class DraftStage:
             turn.bonus,
             caps,
             turn.calibration[arm],
-            drafter.features,
+            wanted=drafter.features,
             tail=drafter.tail_width > 0,
             into=drafter.place(len(members)),
         )

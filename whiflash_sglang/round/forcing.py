@@ -36,7 +36,7 @@ class Forcing:
         self._table[row] = FREE
         room = self._table.shape[1] - prompt
         place = self._table[row, prompt : prompt + len(tokens)]
-        upload.then(tokens[:room], lambda answer: place.copy_(answer))
+        upload.then(upload.ints(tokens[:room]), lambda answer: place.copy_(answer))
 
     def prefilled(self, reqs: Sequence[Any], ends: Sequence[int], sampled: torch.Tensor) -> torch.Tensor:
         """Return the tokens to use in place of those that a prefill `sampled`, [B], for positions `ends`."""

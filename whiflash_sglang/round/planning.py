@@ -222,14 +222,14 @@ class Planner:
             begins = [each.at for each in candidates]
             at = [upload.ints(values) for values in (tokens.ravel(), counts, begins)]
             alive_at = upload.floats(alive.ravel())
-        ints, floats = upload.send(turn.rows.device)
-        turn.catches_up, turn.limits = ints[due], Limits(*(ints[place] for place in limits))
-        turn.member_indices = {arm: ints[place] for arm, place in members.items()}
-        turn.calibration = {arm: floats[place] for arm, place in calibration.items()}
+        sent = upload.send(turn.rows.device)
+        turn.catches_up, turn.limits = sent[due], Limits(*(sent[place] for place in limits))
+        turn.member_indices = {arm: sent[place] for arm, place in members.items()}
+        turn.calibration = {arm: sent[place] for arm, place in calibration.items()}
         if from_host:
             shape = len(turn), len(proposing)
-            ids, most, places = (ints[place] for place in at)
-            chances = floats[alive_at].view(*shape, width)
+            ids, most, places = (sent[place] for place in at)
+            chances = sent[alive_at].view(*shape, width)
             drafts = Drafts(ids.view(*shape, width), most.view(shape), chances)
             turn.host_drafts = drafts, places.view(shape)
 

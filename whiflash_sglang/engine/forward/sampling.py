@@ -133,10 +133,10 @@ def count_earlier_output(batch: Any) -> None:
         upload.floats([getattr(req.sampling_params, name) for req in reqs])
     for req in reqs:
         upload.ints(req.output_ids)
-    ids, factors = upload.send(device)
-    frequency, presence, repetition = (each[:, None] for each in factors)
+    on_device = upload.send(device)
+    frequency, presence, repetition = (each[:, None] for each in on_device[:3])
     counts = torch.zeros((len(reqs), info.vocab_size), device=device)
-    for row, output in zip(counts, ids, strict=True):
+    for row, output in zip(counts, on_device[3:], strict=True):
         row.scatter_add_(0, output, torch.ones_like(output, dtype=counts.dtype))
     met = counts > 0
     info.acc_scaling_penalties = torch.where(met, repetition, 1.0)

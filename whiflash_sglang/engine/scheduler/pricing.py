@@ -251,7 +251,7 @@ class Start:
         calibration = torch.tensor(values, dtype=torch.float32, device=rows.device)
         reads_tail, place = drafter.tail_width > 0, drafter.place(requests)
         rows, starts, bonus, caps, tail, calibration = self.sync.rings.inputs(
-            None, rows, starts, bonus, caps, calibration, drafter.features, tail=reads_tail, into=place
+            None, rows, starts, bonus, caps, calibration, wanted=drafter.features, tail=reads_tail, into=place
         )
         limits, ids = [length] * requests, range(requests)
         return DraftBatch(rows, starts, bonus, tail, table, context, caps, limits, ids, calibration)

@@ -120,7 +120,7 @@ def prefill_rows(
         chunks = zip(texts, prefixes, lengths, strict=True)
         ahead = [np.asarray(text[begin + 1 : end]) >= PLACEHOLDERS for text, begin, end in chunks]
         at.append(upload.ints(np.concatenate([np.append(image, False) for image in ahead])))
-    ints, _ = upload.send(input_ids.device)
+    ints = upload.send(input_ids.device)
     last_rows, known, positions, *images = (ints[i] for i in at)
     next_tokens = torch.empty_like(input_ids, dtype=torch.int64)
     next_tokens[:-1] = input_ids[1:]
