@@ -13,7 +13,7 @@ from emulated import emulated_graphs
 from engine import Engine, engine
 from model_set import Models
 
-from whiflash_sglang.device.clock import HostClock
+from whiflash_sglang.device.clock import Clock
 from whiflash_sglang.device.ranks import Message, Ranks
 from whiflash_sglang.engine.scheduler import pricing
 from whiflash_sglang.prices.costs import Costs
@@ -37,7 +37,7 @@ class Start:
 
     def price(self, ranks: Ranks | None = None, requests: int = 2) -> CostTables:
         worker, costs, self.runs = self.worker, Costs(lambda arm: 2), 0
-        start = worker.target, worker.drafters, worker.sync, HostClock(), requests
+        start = worker.target, worker.drafters, worker.sync, Clock(), requests
         with torch.no_grad():
             pricing.price(costs, pricing.Start(*start), ranks or Ranks())
         return costs.tables

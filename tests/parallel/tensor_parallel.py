@@ -16,7 +16,7 @@ from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import Arrival, mixed, play
 from watching import unwatched
 
-from whiflash_sglang.device.clock import HostClock
+from whiflash_sglang.device.clock import Clock
 from whiflash_sglang.records.core import Round
 from whiflash_sglang.round import epilogue
 from whiflash_sglang.round.draft import DraftStage
@@ -165,7 +165,7 @@ def go_wild(rank: int) -> None:
     for p in (
         patch.object(time, "perf_counter", jumping),
         patch.object(time, "monotonic", jumping),
-        patch.object(HostClock, "passed", lambda *_: rng.random() < 0.5),
+        patch.object(Clock, "passed", lambda *_: rng.random() < 0.5),
         patch.object(spending, "REQUEST_SECONDS", 0.0),
     ):
         p.start()

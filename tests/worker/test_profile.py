@@ -36,6 +36,6 @@ def test_something_else_at_the_start_does_not_make_an_arm_dear(monkeypatch: Any)
     sync: Any = SimpleNamespace(rings=FeatureRings(2, 8, 4, torch.float32, "cpu"))
     drafter = Disturbed()
     monkeypatch.setattr(clock.time, "perf_counter", lambda: drafter.now)
-    start = pricing.Start(target, {"disturbed": drafter}, sync, clock.HostClock(), 2)
+    start = pricing.Start(target, {"disturbed": drafter}, sync, clock.Clock(), 2)
     for requests in (1, 2):
         assert start._pass(drafter, 3, requests) < SLOW / 2

@@ -8,7 +8,7 @@ before. `metrics` and `routing` take either clock.
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -23,50 +23,31 @@ While serving, a round is issued while the round before it runs, so the time of 
 """
 
 
-class Clock(Protocol):
-    """Interface of a clock: `record` gives marks, which only the clock that gave them can compare."""
+class Clock:
+    """The host's clock, for a CPU, where a call returns when its work is done. Only the clock that gave marks can
+    compare them.
+    """
 
     def record(self) -> Any:
         """Return a mark after all work that was issued until now on the current stream."""
-        ...
+        return time.perf_counter()
 
     def passed(self, mark: Any) -> bool:
         """Whether the work before `mark` is done, so that its time can be read without waiting."""
-        ...
+        return True
 
     def wait(self, mark: Any) -> None:
         """Wait until the work before `mark` is done."""
-        ...
 
     def elapsed(self, begin: Any, end: Any) -> float:
         """Return the seconds from one mark to another; the work before both must be done."""
-        ...
+        return float(end - begin)
 
     def lead(self) -> None:
         """Keep the device busy while the host issues what is timed next."""
-        ...
 
 
-class HostClock:
-    """Clock of a CPU, where a call returns when its work is done."""
-
-    def record(self) -> float:
-        return time.perf_counter()
-
-    def passed(self, mark: float) -> bool:
-        return True
-
-    def wait(self, mark: float) -> None:
-        return
-
-    def elapsed(self, begin: float, end: float) -> float:
-        return end - begin
-
-    def lead(self) -> None:
-        return
-
-
-class EventClock:
+class EventClock(Clock):
     """Clock of one CUDA device, by CUDA events."""
 
     def __init__(self, device: "torch.device") -> None:
@@ -95,7 +76,7 @@ class EventClock:
 
 def clock_of(device: "torch.device") -> Clock:
     """Return the clock that times work on `device`."""
-    return EventClock(device) if device.type == "cuda" else HostClock()
+    return EventClock(device) if device.type == "cuda" else Clock()
 
 
 def measure(

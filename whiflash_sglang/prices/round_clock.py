@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from whiflash_sglang.device.clock import Clock, HostClock
+from whiflash_sglang.device.clock import Clock
 
 STAGES = ("route", "catch_up", "draft", "verify", "commit", "park")
 
@@ -51,7 +51,7 @@ class RoundClock:
     from one round to the next. extra_catch_up_seconds: the part of catch-up that switching caused.
     """
 
-    timer: Clock = field(default_factory=HostClock)
+    timer: Clock = field(default_factory=Clock)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     rounds: int = 0
     rows: int = 0
