@@ -98,6 +98,13 @@ class DraftStage:
         copies: the likeliest first, as many as there are rows for.
         """
         plan, limits, size = turn.plan, turn.plan.limits, len(turn)
+        most, graph = self._room(plan, size)
+        if not (graph or turn.members or turn.host_drafts):
+            # The host counts the rows anyway. It mostly finds no copy, or one that does not pay for its first row.
+            copies = turn.copies = self._copies(turn)
+            if copies is None or copies.alive is None or not (copies.alive[:, 0] > plan.worth.row).any():
+                turn.draft_nothing()
+                return
         # To copy what follows a request's drafts, the device needs them written after its text.
         behind = any(limits.joined)
         turn.drafts = lay_drafts(
@@ -110,8 +117,7 @@ class DraftStage:
             text=self.text if behind else None,
         )
         appended = self._copies(turn, turn.drafts) if behind else None
-        copies = turn.copies = self._copies(turn) if any(limits.copied) else None
-        most, graph = self._room(plan, size)
+        copies = turn.copies = turn.copies or (self._copies(turn) if any(limits.copied) else None)
         # Rows that a graph has to spare are filled; without a graph each row costs.
         fills = graph and all(self.drafters[arm].fills for arm in turn.members)
         from_host, at = turn.host_drafts or (None, None)
