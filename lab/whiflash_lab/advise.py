@@ -1,8 +1,7 @@
-"""`whiflash advise`: estimates the fastest server for a target, GPUs and a load, from published figures or from a
-running server's prices.
+"""`whiflash advise`: estimates the fastest server for a target, GPUs and a load, from published figures.
 
-Only a running server's figures are measured. `published.yaml` has the estimate's errors on one H100 and one H20. Prices
-of other cards, of several cards and of experts follow from a card's bandwidth. Imports no torch.
+`published.yaml` has the estimate's errors on one H100 and one H20. Prices of other cards, of several cards and of
+experts follow from a card's bandwidth. Imports no torch.
 """
 
 import re
@@ -21,24 +20,19 @@ from whiflash_sdk.render.aligned import count
 from whiflash_lab.cards import H100, PARAMETERS, Card
 from whiflash_lab.published import FACTS, KNOWN, Acceptance, Gpu, PublishedTarget, Shape, known, of_directory
 from whiflash_lab.simulate import FIXED, METHODS, PublishedPair, SimulatedLoad, Simulation
-from whiflash_sglang.cli.report import brought
-from whiflash_sglang.cli.top import unknown
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.errors import ConfigError, UsageError
+from whiflash_sglang.errors import UsageError
 from whiflash_sglang.files.progress import tracked
 
 FULL = {arms.AR: 5, arms.DIFFUSION: 7}
 """Drafts of a full round, if published rounds have as many: the longest chain of a start, a block of eight rows."""
 USABLE = 0.88
 """Share of a card's memory that SGLang takes for weights and KV."""
-WORTH_IT = 1.03
-"""Smallest speed-up that a running server measures for which drafting is worth its memory."""
-PLAIN, OURS, OWN = "plain", "WHIFLASH", "its own traffic"
+PLAIN, OURS = "plain", "WHIFLASH"
 TASK = "simulating loads"
 
 GPUS = FACTS.cards
-_QWEN = Shape(PARAMETERS, PARAMETERS, 36, 147456)
-LAYER = (H100.fixed - 2 * PARAMETERS / GPUS["h100"].bandwidth) / _QWEN.layers
+LAYER = (H100.fixed - 2 * PARAMETERS / GPUS["h100"].bandwidth) / 36
 """Seconds of a layer besides reading its weights: the rest of Qwen3-8B's published step on an H100."""
 EXPERTS_LAYER = 90e-6
 """Seconds of a layer of experts besides reading it, fitted to gpt-oss-120b's published 212 tokens/s on one H100."""
@@ -50,8 +44,6 @@ faster than replicas."""
 READ, WIDER = 1.8, 0.1
 """Seconds to read a token of context, over its bytes divided by the card's bandwidth, and the same for each further
 row, up to eight, on an H200 (`results/gpu/verification.json`). Published steps of an H100 and an H20 fit, too."""
-ENOUGH, MOST_DRAFTS = 64, 256
-"""Least rounds that show a drafter's acceptance; most drafts of a round that are plausible."""
 BLOCK_LAYERS = 5
 """Layers of a published block drafter; an EAGLE-3 drafter has one."""
 DRAFTER = 1.7
@@ -181,57 +173,30 @@ class Advice:
         return {**vars(self), "rows": rows}
 
 
-def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice:
-    """Answer a question. state: state of a server that runs the target, whose prices and acceptance are used then.
+def advise(question: Question) -> Advice:
+    """Answer a question.
 
     Raises:
-        ConfigError: no such card, nothing is known of the target, the server has drafted too little, or the question
-            has a context beside `state`.
+        UsageError: no such card, or nothing is known of the target.
     """
-    target = known(question.target) or of_directory(Path(question.target))
-    if state is not None:
-        beside = {"--context": question.context, "--count": question.cards > 1}
-        if refused := [option for option, given in beside.items() if given]:
-            raise UsageError(f"remove {' and '.join(refused)}: with --url, prices are the server's own")
-        card, pair, source = _of_server(state, question)
-        target = target or PublishedTarget(question.target, _QWEN, (), ())
-        loads = question.requests if pair.drafts else ()
-        sums = brought(state)  # the gain includes copies and forced text
-        if (gain := sums["gain"]) is None:
-            raise ConfigError(f"what the server brings over plain decoding is {unknown(sums['plain_price'])}")
-        rates = {PLAIN: sums["plain_tokens_per_second"], OURS: sums["tokens_per_second"]}
-        rows, error = [Estimate(OWN, "", rates, gain, gain)], 0.0
-        own = Server(lambda _: card)
-        rows += [_row(own, pair, question, n, _block(target)) for n in tracked(loads, TASK)]
-        advice = "keep WHIFLASH" if gain >= WORTH_IT else "stop drafting (`whiflash policy none`)"
-        verdict = (
-            f"For its own traffic {advice}: {rates[OURS]:,.0f} tokens a second, {gain:.2f} times the "
-            f"{rates[PLAIN]:,.0f} of plain decoding by its own prices."
-        )
-        prices = "the running server, host's time included; drafters alone"
-    else:
-        target = _answerable(target, question)
-        gpu, (lengths, published, source) = _gpu(question.gpu), target.acceptance
-        pair = PublishedPair(lengths, published, {arm: min(FULL[arm], n) for arm, n in published.items()})
-        rows, error = (
-            [_fastest(target, gpu, pair, question, n) for n in tracked(question.requests, TASK)],
-            max(_off(target)),
-        )
-        verdict = "\n".join(f"Estimate for {row.load}: {row.verdict(error)}" for row in rows)
-        verdict += _cautions(target, question, rows, pair) + _without_host(rows[-1], error)
-        prices = _prices(target, gpu, question)
+    target = _answerable(known(question.target) or of_directory(Path(question.target)), question)
+    gpu, (lengths, published, source) = _gpu(question.gpu), target.acceptance
+    pair = PublishedPair(lengths, published, {arm: min(FULL[arm], n) for arm, n in published.items()})
+    rows = [_fastest(target, gpu, pair, question, n) for n in tracked(question.requests, TASK)]
+    error = max(_off(target))
+    verdict = "\n".join(f"Estimate for {row.load}: {row.verdict(error)}" for row in rows)
     choices = [row.choice(error) for row in rows]
     return Advice(
-        verdict=verdict,
-        assumed=_assumed(target, question, prices, source, pair),
+        verdict=verdict + _cautions(target, question, rows, pair) + _without_host(rows[-1], error),
+        assumed=_assumed(target, question, _prices(target, gpu, question), source, pair),
         choices=choices,
         rows=rows,
         published=[entry.shown for entry in target.ratios],
         eagle3=target.eagle3,
         block=target.block,
-        settings=list(_settings(target, question, rows[-1], choices[-1], (state or {}).get("by_arm", {}))),
-        lost=[*([] if state else [_memory(target, question, rows[-1].replicas)]), *FACTS.lost],
-        obstacles=[] if state else list(_obstacles(target.shape, question, rows[-1].replicas)),
+        settings=list(_settings(target, question, rows[-1], choices[-1])),
+        lost=[_memory(target, question, rows[-1].replicas), *FACTS.lost],
+        obstacles=list(_obstacles(target.shape, question, rows[-1].replicas)),
     )
 
 
@@ -244,8 +209,7 @@ def _answerable(target: PublishedTarget | None, question: Question) -> Published
         meant = f"did you mean {' or '.join(names[name] for name in near)}?"
         guess = f"; {meant if near else 'known are ' + ', '.join(names.values()) + '.'}"
         raise UsageError(
-            f"{question.target}: nothing is known of it{guess} Or name a directory that holds its config.json, or give "
-            "--url of a server that runs it"
+            f"{question.target}: nothing is known of it{guess} Or name a directory that holds its config.json"
         )
     has = {arms.AR: target.eagle3, arms.DIFFUSION: target.block}
     drafting = [arm for arm in FULL if has[arm] or not any(has.values())]
@@ -441,42 +405,6 @@ def _card(shape: Shape, gpu: Gpu, cards: int, context: int = 0, requests: int = 
     )
 
 
-def _of_server(state: Mapping[str, Any], question: Question) -> tuple[Card, PublishedPair, str]:
-    """Return the prices and acceptance that a server has measured. Raises ConfigError if it has drafted too little."""
-    costs, by_arm = state.get("costs") or {}, state.get("by_arm") or {}
-    drafted = {
-        arm: (sums["tokens"] / sums["rounds"], max(1, round(sums["proposed"] / sums["rounds"])))
-        for arm, sums in by_arm.items()
-        if arm in FULL and sums["rounds"] >= ENOUGH
-    }
-    rounds = [sums["rounds"] for arm, sums in by_arm.items() if arm != arms.NONE]
-    if any(sums["tokens"] > sums["rounds"] + sums["proposed"] for sums in by_arm.values()) or any(
-        drafts > MOST_DRAFTS for _, drafts in drafted.values()
-    ):
-        raise ConfigError(
-            f"the server counts more than {MOST_DRAFTS} drafts a round, or more tokens than drafts: is it WHIFLASH's?"
-        )
-    if max(rounds, default=0) < ENOUGH or not costs.get("verify"):
-        raise ConfigError(
-            f"the server has drafted in fewer than {ENOUGH} rounds of a drafter: send it requests, then ask again"
-        )
-    row = max(costs.get("verify_row", 0.0), 1e-9)
-    draft = costs.get("draft") or {}
-    drafts = {arm: longest for arm, (_, longest) in drafted.items()}
-    card = Card(
-        "server",
-        fixed=max(costs["verify"] + costs.get("between", 0.0) - row, 1e-6),
-        row=row,
-        token=0.0,  # the server does not say what context costs
-        chain=draft.get(arms.AR, 0.0) / drafts.get(arms.AR, 1),
-        block=draft.get(arms.DIFFUSION, 0.0),
-    )
-    lengths = {"its traffic": {arm: length for arm, (length, _) in drafted.items()}}
-    few = [arm for arm in FULL if arm not in drafted and arm in (*by_arm, *state.get("arms", ()))]
-    without = f", without {' and '.join(few)}: fewer than {ENOUGH} rounds" if few else ""
-    return card, PublishedPair(lengths, drafts, drafts), f"of its traffic since the start{without}"
-
-
 def _block(target: PublishedTarget) -> str:
     """Return the name of SGLang's algorithm for the target's first block drafter."""
     return "DSPARK" if "dspark" in "".join(target.block[:1]).lower() else "DFLASH"
@@ -550,13 +478,8 @@ def _row(server: Server, pair: PublishedPair, question: Question, requests: int,
     return Estimate(count(requests, "request"), "", rates, min(over), max(over), returning=returning)
 
 
-def _settings(
-    target: PublishedTarget, question: Question, row: Estimate, choice: str, by_arm: Mapping[str, Any]
-) -> Iterator[str]:
-    """Yield commands and advice. row, choice: of the last load. by_arm: the state of a server with the target."""
-    if FULL.keys() & by_arm.keys():
-        yield "The server has drafters. `whiflash policy none --url URL` stops them while it serves, `auto` goes on."
-        return
+def _settings(target: PublishedTarget, question: Question, row: Estimate, choice: str) -> Iterator[str]:
+    """Yield commands and advice. row, choice: of the last load."""
     spread = f" {row.spread}" if row.spread else ""
     parsers = f" {target.parsers}" if target.parsers else ""
     if question.context and row.replicas > 1:
@@ -579,7 +502,7 @@ def _settings(
             "16-bit KV."
         )
     ways = _ways(target)
-    if not by_arm and choice != OURS:
+    if choice != OURS:
         drafter = ways.get(choice, ())[:1]
         flags = "" if choice == PLAIN else f" --speculative-algorithm {choice}"
         flags += "".join(f" --speculative-draft-model-path {name}" for name in drafter)

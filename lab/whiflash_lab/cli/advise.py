@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from whiflash_sglang.cli import DECIDE
-from whiflash_sglang.cli.options import MOST, AdminKeyOption, JsonFlag, say, say_prose, show_table, whole_numbers
+from whiflash_sglang.cli.options import MOST, JsonFlag, say, say_prose, show_table, whole_numbers
 from whiflash_sglang.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,11 +38,7 @@ def advise(
     context: Annotated[
         str, typer.Option(help="Tokens of a request that are cached before its prompt, such as 128k.")
     ] = "0",
-    url: Annotated[
-        str | None, typer.Option(help="Server that runs the target: its prices and acceptance are taken.")
-    ] = None,
     as_json: JsonFlag = False,
-    api_key: AdminKeyOption = None,
 ) -> None:
     """Estimate what serves a target best on your cards: plain decoding, EAGLE3, a block drafter, NGRAM or WHIFLASH.
 
@@ -62,14 +58,7 @@ def advise(
     cached = int(digits) * (1 if digits == context else 1024) if re.fullmatch("[0-9]{1,9}", digits) else -1
     if not 0 <= cached <= MOST:
         raise UsageError(f"--context takes up to {MOST} tokens, such as 32768 or 128k; got {context[:32]!r}")
-    state = None
-    if url is not None:
-        from whiflash_sglang.cli.running import steer
-
-        state = steer(url, "/whiflash/state", None, api_key)
-    advice = answered(
-        Question(target, gpu, count, sizes, temperature, tools, prompt, answer, cached, acceptance), state
-    )
+    advice = answered(Question(target, gpu, count, sizes, temperature, tools, prompt, answer, cached, acceptance))
     if as_json:
         typer.echo(json.dumps(advice.as_json()))
         return
