@@ -20,8 +20,8 @@ from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError, UsageError
 
 PUBLISHED = Path(__file__).parents[2] / "tests" / "data" / "agent_recipes.jsonl"
-STARTING, WITHOUT_DRAFTERS = 35, 36
-"""Recipes that WHIFLASH would start, with drafters and without. They may grow only."""
+STARTING = 35
+"""Recipes that WHIFLASH would start. They may grow only."""
 Write = Callable[[str, str], Path]
 
 
@@ -51,7 +51,6 @@ def test_recipes_that_others_published() -> None:
         "--attention-backend flashinfer is replaced by triton"
     ] * 2
     assert sum(not obstacles for obstacles in found) == STARTING
-    assert sum(not verdict.without_drafters for verdict in verdicts) == WITHOUT_DRAFTERS
 
 
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
@@ -456,7 +455,6 @@ def test_the_command(write: Write) -> None:
     assert refused.exit_code == 1
     (verdict,) = json.loads(refused.output)
     assert (verdict["recipe"], verdict["starts"], list(verdict["obstacles"])) == (str(bad), False, ["pp_size"])
-    assert verdict["without_drafters"] == {"starts": False, "obstacles": verdict["obstacles"]}
     assert [line.split(" is ")[1][:12] for line in verdict["replaced"]] == ["replaced by ", "left out: WH"]
     several = run(app, ["check", "--recipe", str(PUBLISHED)])
     assert f"{STARTING} of 52 start; " in several.output

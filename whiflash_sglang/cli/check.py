@@ -223,7 +223,6 @@ def _as_json(name: str, verdict: Any) -> dict[str, Any]:
         "recipe": name,
         "starts": verdict.starts,
         "obstacles": verdict.obstacles,
-        "without_drafters": {"starts": not verdict.without_drafters, "obstacles": verdict.without_drafters},
         "replaced": verdict.replaced,
         "unread": verdict.unread,
         "notes": verdict.notes,
@@ -237,16 +236,8 @@ def _lines(name: str, verdict: Any, *, full: bool) -> list[str]:
         by = " by SGLang itself" if verdict.foreign and verdict.foreign == verdict.obstacles.keys() else ""
         first = "starts" if verdict.starts else f"refused{by} as it is; starts as below"
         return [f"# {name}: {first}", verdict.command]
-    lines = [f"{'starts ' if verdict.starts else 'refused'} {name}"]
-    lines += [f"  {sentence}" for sentence in verdict.obstacles.values()]
-    if len(verdict.without_drafters) < len(verdict.obstacles):
-        left = ", ".join(verdict.without_drafters)
-        lines.append(f"  with --whiflash-drafters none: {f'still refused for {left}' if left else 'it starts'}")
-    if full:
-        lines += [f"  {sentence}" for sentence in verdict.replaced]
-        lines += [f"  not judged: {what}" for what in verdict.unread]
-        lines += [f"  {note}" for note in verdict.notes]
-    return lines
+    status = "starts " if verdict.starts else "refused"
+    return [f"{status} {name}", *(f"  {sentence}" for sentence in verdict.obstacles.values())]
 
 
 def register(app: typer.Typer, lab: typer.Typer) -> None:

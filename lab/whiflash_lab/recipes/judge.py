@@ -61,13 +61,12 @@ class LaunchVerdict:
     """Whether WHIFLASH would start with a launch, and why not.
 
     obstacles: by name of a rule or flag, a sentence that says what to do, the start's own first. foreign: names of
-    those that are SGLang's own. without_drafters: obstacles if no drafter keeps KV. replaced: a sentence on each flag
-    that WHIFLASH replaces. unread: facts that no rule could read, because the recipe does not hold them. notes: what is
-    without effect. command: the launch with WHIFLASH, if there is one.
+    those that are SGLang's own. replaced: a sentence on each flag that WHIFLASH replaces. unread: facts that no rule
+    could read, because the recipe does not hold them. notes: what is without effect. command: the launch with WHIFLASH,
+    if there is one.
     """
 
     obstacles: Mapping[str, str]
-    without_drafters: Mapping[str, str]
     replaced: Sequence[str] = ()
     unread: Sequence[str] = ()
     notes: Sequence[str] = ()
@@ -123,10 +122,9 @@ def judge(
         launch, chosen = _launch(read.fields, environment or {}, None)
     launch = replace(launch, draft_kv=read.drafters)
     obstacles = read.wrong | _obstacles(launch)
-    without = read.wrong | _obstacles(replace(launch, draft_kv=False))
     keeps = launch.args.enable_session_radix_cache and not launch.args.disable_radix_cache
     notes, foreign = () if keeps else (UNKEPT,), frozenset(read.wrong) - {flag_of(name) for name in Flags.model_fields}
-    return LaunchVerdict(obstacles, without, [*replaced, *chosen], read.unread, notes, foreign)
+    return LaunchVerdict(obstacles, [*replaced, *chosen], read.unread, notes, foreign)
 
 
 def _obstacles(launch: Launch) -> dict[str, str]:
