@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from whiflash_sglang.http.previews import known_tokens
 from whiflash_sglang.spans.hints import HintError
 
-MERGES = [("a", "b"), ("ab", "c"), (";", "\n"), ("\n", "\n"), (" ", "x")]
+MERGES = [("a", "b"), ("ab", "c"), ("\n", "\n"), (";", "\n\n"), (" ", "x")]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize(
     ("text", "known"),
-    [("y ab", ["y"]), ("y;\n", ["y"]), ("y\n", ["y"]), ("y; ab\nz", ["y", ";", " ", "ab"]), ("ab", []), ("", [])],
+    [("y ab", ["y"]), ("z y;\n", ["z"]), ("y;\n\nz", ["y"]), ("y; ab\nz", ["y", ";", " ", "ab"]), ("ab", [])],
 )
 def test_no_later_text_changes_known_tokens(tokenizer: PreTrainedTokenizerFast, text: str, known: list[str]) -> None:
     prompt = tokenizer.encode(f"END<s>{text}END<s>later")

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from engine import Engine, engine
 from model_set import Models
-from trees import assert_tree_is_true
+from overlap import overlapped
+from trees import assert_tree_is_true, matched_slots
 
 from whiflash_sglang.engine.scheduler import previews
 from whiflash_sglang.engine.scheduler.session_tree import LINE
@@ -41,18 +42,24 @@ def prefilled(e: Engine) -> list[tuple[list[str], int, int]]:
 
 @pytest.mark.parametrize(
     ("flags", "found"),
-    [({}, [47, 96]), ({"page_size": 16}, [32, 96]), ({"chunked_prefill_size": 32}, [47, 78])],  # keys of two tokens
+    [  # keys of two tokens
+        ({}, [47, 96]),
+        ({"page_size": 16}, [32, 96]),
+        ({"chunked_prefill_size": 32}, [47, 78]),
+        ({"overlap": True}, [47, 96]),
+    ],
     ids=str,
 )
 def test_the_next_turn_finds_its_preview_cached(models: Models, flags: dict[str, Any], found: list[int]) -> None:
     """With its drafters' KV. The first turn's answer stands shorter in the history, as without its thinking."""
     first, more = words(1, 48), words(2, 48)
     history, result = [*first, *more], words(3, 20)
+    starts = overlapped if flags.pop("overlap", False) else engine
     with engine(models.target, **FLAGS, **flags) as e:
         plain = e.ask("turn", [*history, *result], session_id=f"{LINE}a")
     rounds = []
     for ahead in (False, True):
-        with engine(models.target, whiflash=models.whiflash("ar"), **FLAGS, **flags) as e:
+        with starts(models.target, whiflash=models.whiflash("ar"), **FLAGS, **flags) as e:
             e.ask("first", first, max_new_tokens=16, session_id=f"{LINE}a")
             if ahead:
                 preview(e, "ahead", [*history, *result[:1]])
@@ -75,6 +82,7 @@ def test_no_other_request_waits_for_a_preview(models: Models) -> None:
         e.run()
         ((_, running, waiting),) = [one for one in seen if "ahead" in one[0]]
         assert (running < 4, waiting, seen[-1][0]) == (True, 0, ["ahead"])
+        assert [len(e.output(f"other/{number}.")) for number in range(10)] == [*range(8, 18)]
         # Beside running requests the next one rests for rounds of which it would take 1 %.
         for number in range(2):
             e.submit(f"more/{number}.", words(30 + number, 24), max_new_tokens=200)
@@ -100,8 +108,16 @@ def test_no_other_request_waits_for_a_preview(models: Models) -> None:
 
 
 def test_a_preview_ends_with_its_use(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its session's next request, a newer preview, its client, its session, or its tenant's others."""
-    with engine(models.target, whiflash=models.whiflash("ar"), **FLAGS) as e:
+    """With its session's next request, a newer preview, its client, its session, or its tenant's others.
+
+    Unused, its KV is evicted before its session's.
+    """
+    with engine(models.target, whiflash=models.whiflash("ar"), max_total_tokens=640, **FLAGS) as e:
+        e.ask("live", words(5, 80), max_new_tokens=4, session_id=f"{LINE}b")
+        preview(e, "unused", words(6, 120), f"{LINE}b")
+        e.run()
+        e.ask("stranger", words(7, 440), max_new_tokens=1)
+        assert [len(matched_slots(e, words(*text))) >= 64 for text in ((5, 80), (6, 120))] == [True, False]
         ended: list[str] = []
         monkeypatch.setattr(e.scheduler, "send_abort_output", lambda abort, _: ended.append(abort.rid))
         e.submit("busy", words(0, 24), max_new_tokens=200)

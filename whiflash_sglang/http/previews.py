@@ -2,8 +2,8 @@
 is answered. `engine/scheduler/previews.py` says when.
 
 Text that nobody knows yet follows at the marker, and a tokenizer may join it with the text before. So the last word
-before the marker is left out, and what is left counts as far as every continuation tried leaves its tokens as they are.
-Another continuation may still change them. Then the next request does not find these tokens cached; no text changes.
+before the marker is left out, and the tokens count that the words before it have with and without what follows. Where a
+tokenizer joins whole words, later text may still change them. Then they are not found cached, and no text changes.
 """
 
 import asyncio
@@ -14,8 +14,6 @@ from typing import Any
 from whiflash_sglang.engine.scheduler.session_tree import MARK
 from whiflash_sglang.spans.hints import HintError
 
-CONTINUATIONS = ("a", " a", "0", ".", '"', "\n", "\n\n", "é")
-"""Texts that may follow the marker's place."""
 FIELD = "custom_params.whiflash.preview"
 
 
@@ -62,14 +60,9 @@ def known_tokens(tokenizer: Any, ids: Sequence[int], marker: str) -> list[int]:
         before, found, _ = text.rpartition(marker)
         if not found:
             continue
-        words = before.rstrip()
-        if words == before:  # the last word may go on
-            words = "".join(before.rsplit(None, 1)[:-1])
-        tokens = list(ids[begin:])
-        for other in (words, *(before + more for more in CONTINUATIONS)):
-            pairs = zip(tokens, tokenizer.encode(other, add_special_tokens=False), strict=False)
-            tokens = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
-        if begin or tokens:
-            return [*ids[:begin], *tokens]
+        words = tokenizer.encode("".join(before.rsplit(None, 1)[:-1]), add_special_tokens=False)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(ids[begin:], words, strict=False))
+        if known := [*ids[:begin], *(token for token, _ in same)]:
+            return known
         break
     raise HintError(FIELD, f"{marker!r} does not follow other text in the prompt; put it where later text begins")
