@@ -102,6 +102,12 @@ def test_no_other_request_waits_for_a_preview(models: Models) -> None:
         assert large in e.scheduler.previews.values()
         assert not e.scheduler.running_batch.batch_is_full
         assert e.scheduler.rest > 1
+        preview(e, "small", words(23, 40), f"{LINE}b")
+        e.submit("last but one", words(41, 24), max_new_tokens=8)
+        for _ in range(3):  # the last row is for others
+            e.step()
+            e.scheduler.rest = 0
+        assert seen[-1][0] == ["last but one"]
         e.run()
         assert not any(req.retraction_count for req in e.requests.values())
         e.check_leaks()

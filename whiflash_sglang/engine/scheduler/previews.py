@@ -100,13 +100,12 @@ class PreviewQueue:
         req.origin_input_ids = req.origin_input_ids[: req.num_matched_prefix_tokens + most]
         super()._add_request_to_queue(req)  # type: ignore[misc]
         plan = super().get_new_batch_prefill(batch)  # type: ignore[misc]
-        if plan.batch_to_run is not None:
-            del self.previews[session]
-        elif beside:  # the KV is for the running requests
-            self.waiting_queue.clear()
-            batch.batch_is_full = False
-        else:
-            self.drop_preview(session)
+        del self.previews[session]
+        if plan.batch_to_run is None and req in self.waiting_queue:
+            self.waiting_queue.remove(req)
+            batch.batch_is_full, self.previews[session] = False, req
+            if not beside:  # it never fits
+                self.drop_preview(session)
         if beside:
             verify = self.draft_worker.controller.costs.tables.verify
             self.rest = verify(min(tokens, most), beside, 0) / verify(beside, beside, 0) / SHARE
