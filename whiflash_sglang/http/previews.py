@@ -2,7 +2,7 @@
 is answered. `engine/scheduler/previews.py` says when.
 
 Text that nobody knows yet follows at the marker, and a tokenizer may join it with the text before. So the last word
-before the marker is left out, and the tokens count that the words before it have with and without what follows. Where a
+before the marker is left out, and the tokens count that the words before it have with and without what follows. If a
 tokenizer joins whole words, later text may still change them. Then they are not found cached, and no text changes.
 """
 
