@@ -71,7 +71,6 @@ FAILING = [
     (("lab", "export", "out.npz", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
     (("trace", "/nowhere/answers.json"), "/nowhere/answers.json"),
     (("policy", "none", "--url", "http://127.0.0.1:1"), "http://127.0.0.1:1"),
-    (("lab", "lookup-seed", "/nowhere/tokens.npz"), "/nowhere/tokens.npz"),
     (("serve", "/nowhere/target"), "/nowhere/target: no such directory"),
     (("serve", "--model-path=/nowhere/target"), "/nowhere/target: no such directory"),
     (("serve", "--speculative-draft-model-path", "/nowhere/bundle"), "/nowhere/bundle: no such directory"),

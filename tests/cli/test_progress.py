@@ -1,25 +1,20 @@
 """Progress where there is no terminal: lines on stderr, and stdout for the result alone."""
 
 import io
-import json
-from pathlib import Path
 
-import numpy as np
-from in_process import whiflash
+import pytest
 from rich.console import Console
 
-from whiflash_sglang.files.progress import Lines
+from whiflash_sglang.files.progress import Lines, tracked
 
 
-def test_a_long_command_says_what_it_does_and_how_far_it_is(tmp_path: Path) -> None:
-    tokens = np.tile(np.arange(20, dtype=np.uint16), 10)
-    columns = {"ids": ["a", "b"], "lengths": [100, 100], "prompt_lengths": [40, 40]}
-    np.savez(tmp_path / "tokens.npz", tokens=tokens, **columns)
-    done = whiflash("lab", "lookup-seed", str(tmp_path / "tokens.npz"), "--json")
-    assert len(json.loads(done.stdout)) == 8
-    begins, ends = done.stderr.splitlines()
+def test_work_says_what_it_does_and_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [*tracked(["a", "b"], "copying from answers")] == ["a", "b"]
+    output = capsys.readouterr()
+    begins, ends = output.err.splitlines()
     assert begins == "copying from answers …"
     assert ends.startswith("copying from answers: 2 of 2, took ")
+    assert output.out == ""
 
 
 def test_between_begin_and_end_there_are_lines_with_an_estimate() -> None:

@@ -112,7 +112,7 @@ class Lookup(Strict):
     """The copying arm.
 
     enabled: whether the arm is loaded. max_width: most drafts. min_match: shortest match to copy from, in tokens.
-    seed: initial chances that a copied token is right, from `whiflash lab lookup-seed` (default: embedded bundle's).
+    seed: initial chances that a copied token is right, by match length and agreement (default: embedded bundle's).
     prediction_tokens: most tokens of a prediction; the rest is cut. answers: whose other answers are copied from: those
     of the request's group, with `tenant` also all newest ones of its tenant if it has no group, or `off`.
     """

@@ -15,7 +15,7 @@ WHOLE = "pip install dist/*.whl (`make wheels`)"
 """Command that installs all packages with SGLang."""
 BROUGHT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "demo": ("lab", ("demo",)),
-    "bundle": ("train", ("bundle", "lab lookup-seed")),
+    "bundle": ("train", ("bundle",)),
     "advise": ("lab", ("advise",)),
     "bench": ("lab", ("bench", "lab replay", "lab simulate", "lab widen")),
     "learn": ("train", ("learn",)),

@@ -1,6 +1,4 @@
-"""`whiflash bundle`: drafters, router and manifest in one directory, from published checkpoints.
-
-`whiflash lab lookup-seed`: measure the chances with which a bundle's copying arm begins."""
+"""`whiflash bundle`: drafters, router and manifest in one directory, from published checkpoints."""
 
 import shlex
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from whiflash_sglang.cli import SERVE
-from whiflash_sglang.cli.options import JsonFlag, report, show_table
+from whiflash_sglang.cli.options import JsonFlag, report
 
 _ID = "hub id or directory"
 
@@ -21,8 +19,6 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
     @bundle.callback()
     def _bundle() -> None:
         """Put drafters together for one target."""
-
-    lab.command("lookup-seed")(lookup_seed)
 
     @bundle.command()
     def create(
@@ -77,47 +73,3 @@ def _place(manifest: dict[str, object], part: str) -> str:
 def _revision(manifest: dict[str, object], part: str) -> str | None:
     sources = manifest["sources"]
     return sources[part].get("revision") if isinstance(sources, dict) else None
-
-
-def lookup_seed(
-    tokens: Annotated[Path, typer.Argument(help="Token ids (.npz), as `whiflash lab export` writes them.")],
-    bundle: Annotated[
-        Path | None, typer.Option(help="Bundle whose whiflash.json takes the result. Default: print only.")
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Measure how often a copied token is right on a target's own answers, by match length and agreement.
-
-    \b
-    Example:
-    whiflash lab lookup-seed training_data/smollm2-135m-instruct/tokens.npz --bundle my-bundle
-    """
-    import json
-
-    from whiflash_sglang.checkpoints.hub import check_place
-    from whiflash_sglang.checkpoints.manifest import Lookup, load_manifest
-
-    check_place(str(tokens.absolute()))
-    settings = (load_manifest(bundle).lookup if bundle is not None else None) or Lookup()
-    from whiflash_sglang.files.progress import tracked
-    from whiflash_train.answers.tokens import Exported
-    from whiflash_train.seed import AnsweredPrompt, measure_seed
-
-    exported = Exported(tokens)
-    order = tracked(range(len(exported.ids)), "copying from answers")
-    answers = (AnsweredPrompt(exported.tokens(i).tolist(), int(exported.columns["prompt_lengths"][i])) for i in order)
-    seed = measure_seed(answers, settings.max_width)
-    if bundle is not None:
-        from whiflash_train.bundle import update_manifest
-
-        update_manifest(bundle, {"lookup": {**settings.model_dump(exclude_unset=True), "seed": seed}})
-    if as_json:
-        typer.echo(json.dumps(seed))
-        return
-    from whiflash_sglang.copying.calibration import BUCKETS, Agreement
-
-    rows = [
-        [f"{length} or more", *(f"{chance:.0%}" for chance in chances)]
-        for length, chances in zip(BUCKETS, seed, strict=True)
-    ]
-    show_table(["match length", *(agreement.name.lower() for agreement in Agreement)], rows)
