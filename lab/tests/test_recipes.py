@@ -375,6 +375,8 @@ def test_the_new_command_is_whole(write: Write) -> None:
     assert command(write, "sglang serve a/b --device xpu")[0] == "", "there is none"
     switches, _ = command(write, "model-path: a/b\nenable-metrics: true\nenable-lora: false\ntp-size: 2", "flags.yaml")
     assert switches.splitlines()[2:4] == ["    --enable-metrics \\", "    --tp-size 2 \\"]
+    kept, _ = command(write, "sglang serve a/b --dp-size 2 --enable-dp-attention --lora-paths a=b")
+    assert ("--enable-dp-attention" in kept, "lora" in kept) == (True, False), "what the sentence says to remove"
     without, _ = command(write, "sglang serve a/b --enable-torch-compile --attention-backend flashinfer")
     assert "torch-compile" not in without
     assert "flashinfer" not in without
