@@ -299,6 +299,7 @@ def test_help_and_wrong_values_import_nothing_heavy(all_in_one: tuple[Any, Any, 
         # A reader copies an example into a shell, where a bar would be a pipe.
         examples = [line.strip() for line in shown.splitlines() if line.strip().startswith("whiflash ")]
         assert not [line for line in examples if "|" in line]
+        assert "<bool>" not in shown, "a switch takes no value"
         group = f"{command} " in " ".join([*helps, ""]) and "Commands" in shown
         assert group or any(line.startswith(f"whiflash {command}") for line in examples), command
     # A switch, and the result on stdout; files are written with `--out`.

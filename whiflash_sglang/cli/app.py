@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
+from typer.core import TyperOption
 
 from whiflash_sglang.cli import MORE, elsewhere
 from whiflash_sglang.engine.supported import installed
@@ -21,6 +22,10 @@ DEBUG = "WHIFLASH_DEBUG"
 """Environment variable: with any value, an error is shown with its traceback."""
 INTERRUPTED = 130
 _NOT_AMONG = re.compile(r"(?:Value error, )?('([^'\n]*)' is not one of (.+))", re.DOTALL)
+
+_type_of = TyperOption.display_type_rich
+# Typer writes <bool> behind a switch, as if it took a value.
+TyperOption.display_type_rich = lambda option, ctx: None if option.is_flag else _type_of(option, ctx)  # type: ignore[method-assign]
 
 app = typer.Typer(
     name="whiflash",
