@@ -25,7 +25,7 @@ _NOT_AMONG = re.compile(r"(?:Value error, )?('([^'\n]*)' is not one of (.+))", r
 
 _type_of = TyperOption.display_type_rich
 # Typer writes <bool> behind a switch, as if it took a value.
-TyperOption.display_type_rich = lambda option, ctx: None if option.is_flag else _type_of(option, ctx)  # type: ignore[method-assign]
+TyperOption.display_type_rich = lambda self, ctx: None if self.is_flag else _type_of(self, ctx)  # type: ignore[method-assign]
 
 app = typer.Typer(
     name="whiflash",
