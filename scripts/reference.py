@@ -391,7 +391,7 @@ ARMS = ("auto", "EAGLE3", "diffusion")
 
 
 def speed_table() -> str:
-    """Return a table of `auto` over plain decoding by prompts and load, the better single drafter in parentheses."""
+    """Return a table of the rate of `auto` over plain's by prompts and load, the better drafter's in brackets."""
     rows, conditions, shipped = [], [], environment(embedded_bundle())["bundle_sha256"]
     for name, asked in HOME.items():
         report = _kept(name)

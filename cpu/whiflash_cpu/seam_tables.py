@@ -149,7 +149,7 @@ def _keep_embedding_dtype(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _hybrid_pool(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """Use `CpuKVPool` for hybrid models: SGLang asks the platform for others only, and its own pool needs Triton."""
+    """Use `CpuKVPool` for hybrid models too: for them SGLang takes its own pool, which needs Triton."""
 
     def pool_of(self: Any, *, mha_pool_class: type, mla_pool_class: type, dsa_pool_class: type) -> Any:
         found = upstream(

@@ -123,7 +123,7 @@ class Widening:
         return (values * like.float().std()).to(like.dtype)
 
     def writes(self, weight: Tensor) -> Tensor:
-        """Repeat the rows of a weight that writes to the stream, or a norm's weight, for each copy."""
+        """Repeat the rows of a weight whose output joins the residual stream, or a norm's weight, for each copy."""
         return torch.cat([weight] * self.shape.copies)
 
     def reads(self, weight: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class Widening:
         return rows, torch.cat([columns, -columns, output.new_zeros(len(output), odd * size)], 1)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, kept: int) -> list[Tensor]:
-        """Return the projections q, k, v and o with more heads; `layer` then widens them to the stream.
+        """Return the projections q, k, v and o with more heads; `layer` then widens them to the wide residual stream.
 
         kept: KV heads that stay, with their query heads: all of the small model's, or none.
         """

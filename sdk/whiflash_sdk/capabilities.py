@@ -128,7 +128,7 @@ class AskedServer:
         return self.found is not None and self.alone is None and not _names(self.found, model)
 
     def listed(self, models: object) -> None:
-        """Take the answer of `/v1/models`. Names other than the model's and its adapters' are another server's."""
+        """Note from the answer of `/v1/models` whether it lists only the found model and its adapters (`alone`)."""
         entries = models.get("data") if isinstance(models, dict) else None
         name = self.found and self.found.model
         others = [entry for entry in entries or () if isinstance(entry, dict) and entry.get("parent") != name]
@@ -142,7 +142,7 @@ class AskedServer:
         self.lists += 1
 
     def answered(self, body: object) -> None:
-        """Take the body of an answer with status 200."""
+        """Read the capabilities in `body`, of an answer with status 200, and plan the next question."""
         known, self.found = self.found, _read(body)
         last = self.was_alone if self.alone is None else self.alone
         self.was_alone = last and known is not None and self.found == known
@@ -153,7 +153,7 @@ class AskedServer:
             self._keep(f"routes: {self.found!r}")
 
     def failed(self, error: Exception) -> None:
-        """Take the error of a question. Only its type is stored, because its message may quote a key."""
+        """Note a question's error, and when to ask again. Only its type is stored: its message may quote a key."""
         status = _status(error)
         kinds = {kind.__name__ for kind in type(error).__mro__}  # by name, for four libraries
         if status == 404:

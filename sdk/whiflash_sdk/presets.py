@@ -113,12 +113,10 @@ def likely_spans(
 ) -> tuple[Span, ...]:
     """Return the spans that a request's output is likely to have. Parsers that are not known here add no spans.
 
-    tool_parser, reasoning_parser: names of the server's parsers.
-    has_tools: the request offers tools and does not forbid them.
-    response_format: the request's `response_format.type`.
-    forced: the grammar makes the output a tool call from its first token (`tool_choice` required or named).
-    reasoning_open: the prompt ends inside the reasoning; None: as is usual for the parser.
-    prefill: the beginning of the answer, if the request contains it.
+    tool_parser, reasoning_parser: names of the server's parsers. has_tools: the request offers tools and does not
+    forbid them. response_format: the request's `response_format.type`. forced: the grammar makes the output a tool call
+    from its first token (`tool_choice` required or named). reasoning_open: the prompt ends inside the reasoning; None:
+    if it usually does with this parser. prefill: the beginning of the answer, if the request contains it.
     """
     reasoning = REASONING_PARSERS.get(reasoning_parser or "", ())
     if reasoning_open is None:

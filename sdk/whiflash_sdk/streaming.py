@@ -178,7 +178,7 @@ def watch(response: Any, call: CollectedCall, *, whole_text: bool) -> Passing | 
 
 
 def note(result: Any, call: CollectedCall, *, whole_text: bool) -> None:
-    """Take the trace of a client's result: a parsed answer, a raw one, or a stream, whose trace comes at its end."""
+    """Store in `call` the trace of a client's result: of a parsed answer, a raw one, or a stream once it ends."""
     if isinstance(result, BaseModel | Mapping):
         _take(call, result)
         call.end()

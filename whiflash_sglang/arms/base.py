@@ -183,7 +183,7 @@ class TextDrafter(Drafter):
         """Learn from the `copy` that the device made for a request, and the tokens that its round committed."""
 
     def answered(self, request: Request, answer: Sequence[int]) -> None:
-        """Take the whole answer of a request that has finished. `end` follows."""
+        """Learn a finished request's whole answer, for other requests to copy from. `end` follows."""
 
     def end(self, request: Request) -> None:
         """Drop the state of a request that ends."""
@@ -192,7 +192,7 @@ class TextDrafter(Drafter):
         """Drop what was learned of requests' text, or cached of it. Running requests continue."""
 
     def host_bytes(self, running: Iterable[Request]) -> Mapping[str, int]:
-        """Return the bytes that it keeps on the host, by scope."""
+        """Return the bytes that it keeps on the host, by purpose, such as `index`."""
         return {}
 
 

@@ -149,7 +149,7 @@ class Echo:
     def rows(self) -> list[Body]:
         """Return a row for each arm and width: tokens compared, ties, wrong tokens, and the wrong tokens allowed.
 
-        float32 allows 0. In other dtypes plain decoding differs from itself: its rate plus three standard deviations.
+        float32 allows none; other dtypes as many as plain decoding's own rate of wrong tokens gives, plus three sigma.
         """
         own = {verdict: self.counts[PLAIN, 1, verdict] for verdict in Verdict}
         rate = (own[Verdict.DIFFERENT] + 1) / max(sum(own.values()), 1)

@@ -58,7 +58,7 @@ class Group:
         self.live[rid] = self._source()
 
     def keep(self, answer: Sequence[int]) -> None:
-        """Take the whole answer of a request that ended."""
+        """Add the whole answer of a request that ended, for others to copy from."""
         if len(answer) > 1:
             self.ended.text.extend([*answer[-TOKENS:], GAP])
         if len(self.ended.text) > TOKENS:

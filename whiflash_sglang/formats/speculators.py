@@ -29,7 +29,7 @@ Heads = Callable[[Path, Json], dict[str, Any]]
 
 
 def read_block(path: Path, config: Json, kind: type[C], heads: Heads | None = None, from_anchor: bool = False) -> C:
-    """Read a block drafter's configuration as a `kind`, with the fields that `heads` reads. from_anchor: the default.
+    """Read a block drafter's configuration as a `kind`. heads: reads further fields. from_anchor: its default value.
 
     Raises:
         CheckpointError: naming the field that does not fit.

@@ -118,9 +118,9 @@ class Verifications:
 class CostTables:
     """Prices in seconds of a round's work, measured at the start.
 
-    verifications: with rows spread over as many requests as a batch has. drafts: by arm, passes by number of requests.
-    catch_up: by arm, by number of rows. shorter: by arm and number of drafts, limited passes. wider: by rows of a
-    request, verifications with more rows for each, for which attention takes a larger tile. plain: rounds without
+    verifications: with the largest batch's number of requests. drafts: by arm, passes by number of requests. catch_up:
+    by arm, by number of rows. shorter: by arm and number of drafts, limited passes. wider: number of rows →
+    verifications in which each request has more rows than that, with a larger tile of attention. plain: rounds without
     drafts, if they have graphs of their own.
     """
 

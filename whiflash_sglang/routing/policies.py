@@ -109,7 +109,7 @@ class Probes:
         return min(max(requests // 2, 1), MOST_TOGETHER)
 
     def _patience(self, arm: str, adapter: str | None, requests: int) -> float:
-        """Return the rounds without `arm` after which it is probed: more, the better it is known and the worse it is.
+        """Return the rounds without `arm` after which it is probed: more if it is well known or if it is bad.
 
         An arm whose probes cost little is probed more often, within `PROBES_SHARE` of all tokens. requests: those of
         the adapter that may draft with it.

@@ -77,7 +77,7 @@ def state_of(worker: Observed) -> dict[str, Any]:
 
 
 def memory_of(worker: Observed) -> dict[str, int]:
-    """Return allocated bytes by scope, without weights, the target and the target's KV."""
+    """Return allocated bytes by purpose, such as `draft_kv`, without weights, the target and the target's KV."""
     draft_kv = sum(drafter.kv_bytes_per_token() for drafter in worker.kv_arms.values())
     kept = {
         f"{arm}_{name}": size

@@ -17,7 +17,7 @@ from whiflash_sglang.engine.patching import around
     makes=True,
 )
 def _as_plain(original: property) -> property:
-    """Serve a request that wants only scores as plain decoding does."""
+    """Let a request that wants only scores run as in plain decoding: as a prefill without sampling."""
 
     def is_prefill_only(self: Req) -> bool:
         return self.sampling_params.max_new_tokens == 0 if serves_ours() else bool(original.__get__(self))
