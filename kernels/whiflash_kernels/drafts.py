@@ -287,7 +287,7 @@ def _aligned(
     limits: Tensor,
     least: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens, counts and chances of one candidate per request, cut to what follows the text as it is now."""
+    """Return tokens, counts and chances of one candidate per request, cut to the part after the present text."""
     columns = tokens.shape[1]
     column = torch.arange(columns, device=seq_lens.device)
     passed = seq_lens + 1 - at

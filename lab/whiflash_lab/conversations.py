@@ -46,9 +46,9 @@ class Conversation:
     `reasoning_content`, for tools `tool_call_id`; an answer that was not recorded has its number of `tokens` instead.
     tools: the tools offered, if recorded. category: by which figures are grouped. prediction: the caller's prediction
     of the last answer (predicted outputs), if recorded. parent: for a subagent, the id of the conversation that it
-    serves, and after how many answers of it the subagent begins. task: what several conversations may try, if recorded.
-    waits: seconds before each answer's request in which tools ran or a user thought; 0 if not recorded.
-    """
+    serves, and after how many answers of it the subagent begins. task: name of the task, which several conversations
+    may try; if recorded. waits: seconds before each answer's request in which tools ran or a user thought; 0 if not
+    recorded."""
 
     id: str
     category: str

@@ -45,7 +45,7 @@ class Finding:
 
 
 def doctor(client: OpenAI, model: str | None = None) -> list[Finding]:
-    """Check what hints need, from the client to the server's drafters; nothing is generated.
+    """Check that hints can have an effect: the client, its server, parsers and drafters. Nothing is generated.
 
     client: wrapped or not. model: that requests will name; None: any.
 
@@ -55,7 +55,7 @@ def doctor(client: OpenAI, model: str | None = None) -> list[Finding]:
 
 
 async def async_doctor(client: AsyncOpenAI, model: str | None = None) -> list[Finding]:
-    """Check what hints need, for an async client (see `doctor`)."""
+    """Check that hints can have an effect, for an async client (see `doctor`)."""
     return list(_findings(client, await async_ask(OfClient(client), model=model), model))
 
 

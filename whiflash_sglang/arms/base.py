@@ -100,7 +100,7 @@ class KVDrafter(Drafter):
         raise NotImplementedError
 
     def target_written(self) -> None:
-        """Refresh what was copied of the target's weights, after they were written in place."""
+        """Refresh copies of the target's weights, after these were written in place."""
 
     def catch_up(self, rows: FeatureRows) -> None:
         """Ingest features KV-only: K and V are written, nothing is drafted (KV-only Prefill, arXiv 2606.07710).
@@ -189,7 +189,7 @@ class TextDrafter(Drafter):
         """Drop the state of a request that ends."""
 
     def forget(self) -> None:
-        """Drop what was learned of requests' text, or cached of it. Running requests continue."""
+        """Drop all data learned or cached from requests' texts. Running requests continue."""
 
     def host_bytes(self, running: Iterable[Request]) -> Mapping[str, int]:
         """Return the bytes that it keeps on the host, by purpose, such as `index`."""

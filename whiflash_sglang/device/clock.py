@@ -44,7 +44,7 @@ class Clock:
         return float(end - begin)
 
     def lead(self) -> None:
-        """Keep the device busy while the host issues what is timed next."""
+        """Keep the device busy while the host issues the work that is timed next."""
 
 
 class EventClock(Clock):

@@ -23,12 +23,12 @@ class Upload:
         self._then: list[tuple[int, Callable[[torch.Tensor], object]]] = []
 
     def ints(self, values: Ints) -> int:
-        """Add integers; return the index of their list, of int64, in what `send` returns."""
+        """Add integers; return the index of their int64 list in the result of `send`."""
         self._lists.append(np.asarray(values, np.int64))
         return len(self._lists) - 1
 
     def floats(self, values: Floats) -> int:
-        """Add floats; return the index of their list, of float32, in what `send` returns."""
+        """Add floats; return the index of their float32 list in the result of `send`."""
         self._lists.append(np.asarray(values, np.float32))
         return len(self._lists) - 1
 

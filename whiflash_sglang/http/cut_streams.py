@@ -35,7 +35,7 @@ def cuts_of(manager: Any, obj: Any, call: Call | None) -> Cuts | None:
     """Return where a request's outputs are cut; None if its consumer only concatenates them.
 
     manager: SGLang's TokenizerManager. obj: the internal request. Chat completions, and Anthropic's Messages, which
-    SGLang serves as chat completions, do more if SGLang parses their text or adds log-probabilities.
+    SGLang serves as such, do more than concatenate if SGLang parses their text or adds log-probabilities.
     """
     if not getattr(obj, "stream", False) or manager.tokenizer is None:
         return None
@@ -81,7 +81,7 @@ async def cut(manager: Any, obj: Any, call: Call | None, outputs: AsyncIterator[
 
 
 def holder_of(tokenizer: Any, parameters: dict[str, Any]) -> Req:
-    """Return a request with only the members by which SGLang's scheduler holds back what may become a stop string.
+    """Return a request with only the members by which SGLang's scheduler holds back text that may become a stop string.
 
     parameters: of sampling, as the request gives them.
     """
@@ -96,7 +96,7 @@ def holder_of(tokenizer: Any, parameters: dict[str, Any]) -> Req:
 @dataclass(slots=True)
 class _Piece:
     """Tokens that are sent together. end: of their text, in characters of the answer. words: whether they begin with a
-    word and have no mark."""
+    word and have no `MARK`."""
 
     size: int
     end: int
@@ -155,7 +155,7 @@ class Cutter:
         return [self._cut(output, piece) for piece in ready]
 
     def _take(self, token: int, joins: bool) -> None:
-        """Add the next token, and a piece if plain decoding would send it now. joins: words join what waits."""
+        """Add the next token, and a piece if plain decoding would send it now. joins: a waiting piece may grow."""
         text, kind = self._decoder.take(token)
         self._end = end = self._end + len(text)
         if self._decoder.begun:

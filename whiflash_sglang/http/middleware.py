@@ -130,7 +130,7 @@ def _is_foreign(scope: Message) -> bool:
 
 
 async def _parsed(receive: Receive) -> tuple[object, Receive]:
-    """Return the parsed body, None if it is no JSON, and a `receive` that gives the body again, then what follows."""
+    """Return the parsed body, None if it is no JSON, and a `receive` that gives the body again, then later messages."""
     parts: list[bytes] = []
     message = await receive()
     while message["type"] == "http.request":
@@ -147,7 +147,7 @@ async def _parsed(receive: Receive) -> tuple[object, Receive]:
 
 
 def _giving(message: Message, receive: Receive) -> Receive:
-    """Return a `receive` that gives this message, then what `receive` does."""
+    """Return a `receive` that gives this message, then those of the given `receive`."""
     waiting = [message]
 
     async def again() -> Message:

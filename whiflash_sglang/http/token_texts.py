@@ -16,7 +16,7 @@ _PART = "\ufffd"
 
 
 class Texts(dict[int, tuple[str, int]]):
-    """Text of each token behind another one, and its kind. Filled as tokens come, for all requests.
+    """Token → its text after another token, and the text's kind. Filled as tokens come, for all requests.
 
     Args:
         tokenizer: of the served model.
@@ -37,7 +37,7 @@ class Texts(dict[int, tuple[str, int]]):
         return found
 
     def of(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens in a row."""
+        """Return the text of successive tokens."""
         ids = DetokenizerManager._clamp_decode_ids([*self._before, *tokens], self._size)
         (text,) = DetokenizerManager._grouped_batch_decode(self._decoder, [ids], *self._flags)
         return str(text[self._skipped :])

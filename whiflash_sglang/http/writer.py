@@ -31,7 +31,7 @@ _ENDS = {"message": None, "message_delta": None} | dict.fromkeys(
 
 
 def extending(call: Call, send: Send) -> Send:
-    """Return a `send` that adds what this call asked for to its answer; SGLang's own `send` if it asked for nothing."""
+    """Return a `send` that adds traces and counts to an answer; SGLang's own `send` if this call asked for none."""
     has_figures = bool(call.body.get("return_spec_tokens_details"))
     if (call.fields is None or call.fields.params is None) and not has_figures:
         return send
@@ -106,7 +106,7 @@ class _Sent:
 
 
 def extended(call: Call, answer: dict[str, Any]) -> dict[str, Any]:
-    """Return an answer in JSON, or an event of a stream of Responses or Messages, with what this call asked for."""
+    """Return an answer in JSON, or an event of a stream of Responses or Messages, with the call's traces and counts."""
     if call.form in ("responses", "messages"):
         extension = extension_of(call) if answer.get("type") in _ENDS else {}
         if not extension:

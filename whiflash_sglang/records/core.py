@@ -46,7 +46,7 @@ class Limits(NamedTuple, Generic[NumbersT]):
 
 @dataclass(slots=True, eq=False)
 class Plan:
-    """The first rank's decisions about a round, made of what only that rank reads; the other ranks adopt them.
+    """The first rank's decisions about a round, made from data that only that rank reads; the other ranks adopt them.
 
     Lists have a value per request, but for undrafted: indices of the requests whose grammar is too dear for drafts.
     asked: arms that were asked for a candidate. routes: the arm whose pass drafts, or `none`. candidates: those that

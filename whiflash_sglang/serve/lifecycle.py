@@ -36,7 +36,7 @@ FINISHED = ("stop", "length")
 
 
 class Lifecycle:
-    """Opens and closes what drafters, backlog, controller and tables keep of a request. It calls arms in `quarantine`
+    """Opens and closes a request's state in drafters, backlog, controller and tables. It calls arms in `quarantine`
     only to drop their state.
     """
 

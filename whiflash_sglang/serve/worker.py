@@ -253,7 +253,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.publisher.start(Prometheus(collector))
 
     def forget(self, handle: int | None) -> None:
-        """Drop samples of the tenant with this handle, or of all (None), and what drafters learned of all."""
+        """Drop samples of the tenant with this handle, or of all (None), and all that drafters learned from texts."""
         self.stages.lifecycle.forget_text(handle)
         self.publisher.flush()
 

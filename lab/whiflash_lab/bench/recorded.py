@@ -187,8 +187,8 @@ POOL = "--max-total-tokens"
 
 
 def with_pool(subject: Subject, talks: Sequence[Talk], agents: int, share: float) -> Subject:
-    """Return a subject whose servers' KV pool has a share of what `agents` need: the mean of the jobs' longest contexts
-    for each. The longest job always fits."""
+    """Return a subject whose servers' KV pool has a share of the tokens that `agents` need: for each the mean of the
+    jobs' longest contexts. The longest job always fits."""
     contexts = [talk.context for talk in talks]
     pool = max(round(share * agents * fmean(contexts)), max(contexts) + MARGIN)
     return replace(subject, common=(*subject.common, POOL, str(pool)))

@@ -80,7 +80,7 @@ class Captured:
                 the last of the features. keeps_final: that state is kept beside the features.
 
         Raises:
-            CheckpointError: the model cannot capture what its layers put out.
+            CheckpointError: the model cannot capture its layers' outputs.
         """
         self._layers = [layer for layer in layers if layer < num_layers]
         self.read, self._joins_final = len(layers), len(self._layers) < len(layers)

@@ -31,7 +31,7 @@ class PackedBatch(ForwardBatch):  # type: ignore[misc]
 
 
 class Peers:
-    """The ranks that compute a forward together, and what they agreed on for the next one.
+    """The ranks that compute a forward together, and their agreement on the next one.
 
     Attributes:
         size: ranks with requests of their own; 1 without DP attention, where nothing is exchanged. rows: of each rank

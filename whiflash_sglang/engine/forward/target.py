@@ -40,7 +40,7 @@ class GraphEnd(Protocol):
 
 
 class Target(LoadedTarget):
-    """Wraps SGLang's worker of the target. Raises CheckpointError if the model cannot capture what drafters need."""
+    """Wraps SGLang's worker of the target. Raises CheckpointError if the model cannot capture its layers' outputs."""
 
     def __init__(self, target_worker: Any) -> None:
         super().__init__(target_worker)
