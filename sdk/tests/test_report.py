@@ -77,6 +77,7 @@ def test_what_nobody_knows_is_left_out(client: OpenAI) -> None:
         client.chat.completions.create(**ASKED)
     report = collected.report()
     assert (report.total.seconds, report.total.saved) == (None, None)
+    assert "no time saved is known, since the server has timed too few" in str(report)
     assert " s\n" not in str(report)
     assert "an estimate" not in report.html()
 

@@ -56,7 +56,9 @@ def report(found: Report) -> str:
 
 
 def _report(found: Report) -> Iterator[str]:
-    yield f"{count(found.total.answers, 'answer')}; {SAVED} by the server's own prices"
+    unknown = "no time saved is known, since the server has timed too few rounds without drafts"
+    known = unknown if found.total.saved is None else f"{SAVED} by the server's own prices"
+    yield f"{count(found.total.answers, 'answer')}; {known}"
     for title, rows in found.groups:
         wide = max(len(printable(row.name)) for row in (*rows, found.total)) if rows else 0
         yield ""
