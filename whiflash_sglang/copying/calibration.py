@@ -111,6 +111,6 @@ class RequestCalibration:
         return self._begun.buffer_info()[0]
 
     def observe(self, chance: float, right: bool) -> None:
-        """Learn whether a copy's first token was `right`; its `chance` is that of all requests."""
+        """Learn whether a copy's first token was `right`. chance: that it would be, as learned from all requests."""
         self._begun[0] += right
         self._begun[1] += chance

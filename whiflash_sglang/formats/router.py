@@ -38,7 +38,7 @@ class Layers(NamedTuple):
 
 
 class Router(nn.Module):
-    """Predicts EAGLE-3's gain in acceptance length over DFlash, and with heads the accepted drafts of both."""
+    """Predicts EAGLE-3's gain in acceptance length over DFlash, and if it has `heads` the accepted drafts of both."""
 
     def __init__(self, hidden_size: int, width: int, *, heads: bool = False) -> None:
         """Make an untrained router; `hidden_size` is the target's, `width` the MLP's."""

@@ -59,7 +59,7 @@ def install() -> None:
     until="SGLang lets algorithms see requests, and its parsers read outputs of several tokens",
 )
 async def _generate_request(original: Any, self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
-    """Check and take up hints, follow answers for traces, and cut streams for parsers."""
+    """Check a request and carry its hints to the scheduler, add traces to its outputs, and cut them for parsers."""
     outputs, call = original(self, obj, request), reader.CURRENT.get()
     if asks_for_ours(self.server_args):
         fields = await reader.take_up(self, obj, call)

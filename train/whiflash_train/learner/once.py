@@ -97,11 +97,11 @@ def _gain(before: Sequence[RoundTally], after: Sequence[RoundTally]) -> Gain:
 
 
 class Learning(NamedTuple):
-    """A pass's inputs.
+    """Inputs of a learning pass (`learn_once`).
 
     directory: the server's `--whiflash-learn`. bundle: the one in use. out: directory of the new bundle. config: the
     drafters' training configuration. tokens: most answer tokens to learn from. judged: most requests that judge. rate:
-    peak learning rate. replay: exported answers of the original training, of which as many tokens are added; or None.
+    peak learning rate. replay: answers of the original training, exported, to add equally many tokens from.
     """
 
     directory: Path
