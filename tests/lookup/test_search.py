@@ -85,7 +85,7 @@ def place_behind(prediction: Prediction, drafts: Sequence[int]) -> tuple[int, in
         return length, place
     if length and tokens[place : place + len(drafts)] == list(drafts):
         return min(length + len(drafts), MAX_MATCH), place + len(drafts)
-    end = prediction._arrays[2].tolist()[: prediction._followed[3]]
+    end = prediction._arrays[1].tolist()[: prediction._followed[3]]
     return nearest(tokens, prediction._followed[6], [*end, *drafts][-MAX_MATCH:])
 
 

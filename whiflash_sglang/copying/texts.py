@@ -7,7 +7,6 @@ heads: 20 to 36 bytes a token.
 
 from array import array
 from collections.abc import Iterable, Sequence
-from sys import getsizeof
 from typing import TYPE_CHECKING
 
 from whiflash_sglang.copying.calibration import MatchCalibration, RequestCalibration
@@ -24,46 +23,34 @@ GAP = -1
 BEGINNING = 6
 """Match length of a prediction's beginning while nothing is written yet that could match."""
 
-_FIRST_HEADS = 256
-
 
 class Text:
-    """A text that is extended at its end only.
-
-    Attributes:
-        fields: the arrays' addresses and sizes, for compiled code: always the same array.
-    """
+    """A text that is extended at its end only, in the memory of compiled code."""
 
     def __init__(self, compiled: "CompiledCopies", tokens: Iterable[int] = ()) -> None:
-        self._compiled = compiled
-        self.tokens, self.fields = array("i"), array("q", [0]) * 7
-        self._allocate(_FIRST_HEADS)
+        self.native, self._size = compiled.text(), 0
         self.extend(tokens)
 
-    def _allocate(self, size: int) -> None:
-        """Allocate empty hash chains for the places of `size` tokens."""
-        # By place, the one before with the same hash of its last token, or its last two; by hash, the newest places.
-        self._chains = [array("i", [-1]) * size for _ in range(4)]
-        self.fields[1:5] = array("q", (each.buffer_info()[0] for each in self._chains))
-        self.fields[6] = size - 1
-
     def __len__(self) -> int:
-        return len(self.tokens)
+        return self._size
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the arrays, their reserve included."""
-        return sum(map(getsizeof, (self.tokens, *self._chains)))
+        """Return the bytes of its tokens and chains, their reserve included."""
+        return int(self.native.bytes())
+
+    @property
+    def tokens(self) -> "array[int]":
+        """Return a copy of its tokens."""
+        found = array("i", bytes(4 * self._size))
+        self.native.tokens(found.buffer_info()[0])
+        return found
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Append committed tokens, in constant time each, averaged over the doublings of the tables."""
-        start = len(self.tokens)
-        self.tokens.extend(iter(tokens))  # an array of another type is only taken as an iterator
-        if len(self.tokens) > self.fields[6] + 1:
-            self._allocate(1 << (len(self.tokens) - 1).bit_length())
-            start = 0
-        self.fields[0], self.fields[5] = self.tokens.buffer_info()
-        self._compiled.link(self.fields, start)
+        ids = array("i", iter(tokens))  # an array of another type is only taken as an iterator
+        self._size += len(ids)
+        self.native.extend(*ids.buffer_info())
 
 
 class Source:
@@ -77,7 +64,7 @@ class Source:
     def __init__(self, name: str, text: Text, judge: MatchCalibration, habit: RequestCalibration | None = None) -> None:
         self.name, self.text, self.judge, self.habit = name, text, judge, habit
         own = 0 if habit is None else habit.address
-        self.fields = array("q", (text.fields.buffer_info()[0], *judge.addresses, own, 0, -1, 0))
+        self.fields = array("q", (text.native.at, *judge.addresses, own, 0, -1, 0))
 
 
 class Prediction(Source):
@@ -96,9 +83,9 @@ class Prediction(Source):
     ) -> None:
         super().__init__("prediction", Text(compiled, tokens), judge or MatchCalibration())
         self._compiled, self._prompt, self._answer = compiled, prompt, 0
-        self._arrays = self.text.fields, array("B", bytes(max(len(tokens), 1))), array("i", [0]) * MAX_MATCH
+        self._arrays = array("B", bytes(max(len(tokens), 1))), array("i", [0]) * MAX_MATCH
         addresses = (each.buffer_info()[0] for each in self._arrays)
-        self._followed = array("q", (*addresses, 0, BEGINNING, 0, 0, 0))
+        self._followed: array[int] = array("q", (self.text.native.at, *addresses, 0, BEGINNING, 0, 0, 0))
         self.fields[4] = self._followed.buffer_info()[0]
 
     @property

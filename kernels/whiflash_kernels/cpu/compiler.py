@@ -11,7 +11,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -28,6 +28,28 @@ _PATIENCE = 120
 
 _DIGEST = hashlib.sha256().digest_size
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-std=c++17")
+
+_TYPES: dict[str, Any] = {"v": None, "p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int32}
+_TYPES |= {"f": ctypes.c_float, "d": ctypes.c_double}
+"""Types of results and arguments, by letter. A pointer may be an address, bytes or a function."""
+
+
+class Native:
+    """An object of the library, which is freed with this one. `whiflash_NAME` of the library is its method `NAME`."""
+
+    def __init__(self, library: ctypes.CDLL, kind: str, *arguments: Any) -> None:
+        self.library = library
+        self._end = getattr(library, f"whiflash_{kind}_end")
+        self.at = getattr(library, f"whiflash_{kind}")(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        method = partial(getattr(self.library, f"whiflash_{name}"), self.at)
+        setattr(self, name, method)
+        return method
+
+    def __del__(self) -> None:
+        if "at" in self.__dict__:
+            self._end(self.at)
 
 
 def profiled(name: str) -> Any:
@@ -67,7 +89,7 @@ def checked(library: ctypes.CDLL, kernel: K, agrees: Callable[[K], bool]) -> K:
     return kernel
 
 
-def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDLL:
+def load(source: Path, directory: Path, flags: Sequence[str] = (), functions: str = "") -> ctypes.CDLL:
     """Load the library of one C++ source, and compile it into `directory` unless it is there already.
 
     The library's name depends on source, compiler, compiler version, flags and processor, so machines may share the
@@ -79,7 +101,8 @@ def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDL
     Args:
         flags: for compiling, after those for speed. None of them is for linking: linked with -ffast-math a library
             makes its process flush subnormal numbers, linked with -fopenmp it would bring a second OpenMP beside
-            torch's, whose symbols every library of the process sees.
+            torch's, whose symbols every library of the process sees. functions: `NAME:LETTERS` for each function
+            `whiflash_NAME`, with a letter of `_TYPES` for its result and for each argument.
 
     Raises:
         OSError: there is no compiler, it refuses the source or does not end in two minutes; the directory cannot be
@@ -97,7 +120,7 @@ def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDL
         library = _own_directory(directory) / f"{source.stem.replace('_', '-')}-{key}.so"
         if _is_ours(library):
             try:
-                return ctypes.CDLL(str(library))
+                return _typed(library, functions)
             except OSError:  # A system with a newer C++ library, which shares the directory, has compiled it.
                 pass
         _build(compiler, options, source, library)
@@ -106,7 +129,16 @@ def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDL
         raise OSError(f"the C++ compiler refuses {source.name}: {''.join(last)}") from error
     except subprocess.TimeoutExpired as error:
         raise OSError(f"the C++ compiler did not end with {source.name} in {error.timeout:.0f} s") from error
-    return ctypes.CDLL(str(library))
+    return _typed(library, functions)
+
+
+def _typed(path: Path, functions: str) -> ctypes.CDLL:
+    """Load a library, and set the types of its functions."""
+    library = ctypes.CDLL(str(path))
+    for name, letters in (each.split(":") for each in functions.split()):
+        function = getattr(library, f"whiflash_{name}")
+        function.restype, *function.argtypes = (_TYPES[letter] for letter in letters)
+    return library
 
 
 @cache

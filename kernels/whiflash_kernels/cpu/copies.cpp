@@ -2,9 +2,9 @@
 // answer that its caller predicts; `tests/lookup/searched.py` says in Python what is found. `whiflash_propose`, for a
 // batch: `propose_copies` of `whiflash_kernels.copies`, whose body is its specification.
 //
-// All memory is the caller's. A `Text` is T tokens with, for each, the place before it with the same hash of its last
-// token (`one_before`) or its last two (`two_before`), and the tables of the newest places (`..._heads`), `mask` + 1
-// entries each. Source: hash chains, as in LZ77.
+// A `Text` is T tokens with, for each, the place before it with the same hash of its last token (`one_before`) or its
+// last two (`two_before`), and the tables of the newest places (`..._heads`), `mask` + 1 entries each. Source: hash
+// chains, as in LZ77. All other memory is the caller's.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -12,6 +12,7 @@
 
 namespace {
 
+constexpr int64_t FIRST_HEADS = 256;
 constexpr int CANDIDATES = 8, STEPS = 32, MATCH = 32, KINDS = 4, GAP = -1;
 constexpr int NEAR = 64;    // places ahead of where an answer left its prediction that are all compared
 constexpr int SETTLED = 3;  // tokens that an answer follows at a new place before the search begins there
@@ -19,13 +20,36 @@ constexpr int BUCKETS[] = {1, 2, 3, 4, 6, 9, 14, 22};
 constexpr double SURE = 0.995;
 enum Agreement { ALONE, UNANIMOUS, LEADING, CONTESTED };
 
+int64_t of_two(int64_t before, int64_t token, int64_t mask) {
+    return ((before * 0x9E3779B1LL >> 12) ^ token) & mask;
+}
+
 struct Text {
-    const int32_t* tokens;
-    int32_t* one_before;
-    int32_t* two_before;
-    int32_t* one_heads;
-    int32_t* two_heads;
-    int64_t size, mask;
+    std::vector<int32_t> tokens, one_before, two_before, one_heads, two_heads;
+    int64_t size = 0, mask = -1;
+
+    // Takes constant time for a token, averaged over the doublings of the tables.
+    void extend(const int32_t* more, int64_t count) {
+        tokens.insert(tokens.end(), more, more + count);
+        int64_t start = size;
+        size += count;
+        if (size > mask + 1) {
+            mask = std::max<int64_t>(mask, FIRST_HEADS - 1);
+            while (size > mask + 1) mask = 2 * mask + 1;
+            for (auto* each : {&one_before, &two_before, &one_heads, &two_heads}) each->assign(size_t(mask) + 1, -1);
+            start = 0;
+        }
+        int64_t before = start ? tokens[start - 1] : GAP;
+        for (int64_t place = start; place < size; ++place) {
+            const int64_t token = tokens[place];
+            int32_t& one = one_heads[token & mask];
+            int32_t& two = two_heads[of_two(before, token, mask)];
+            one_before[place] = one;
+            two_before[place] = two;
+            one = two = int32_t(place);
+            before = token;
+        }
+    }
 };
 
 // Where an answer goes on in its prediction. end: [MATCH], the answer's last `ended` tokens. appeared: of each token of
@@ -55,10 +79,6 @@ struct Place {
 };
 
 using Tokens = std::vector<int32_t>;
-
-int64_t of_two(int64_t before, int64_t token, int64_t mask) {
-    return ((before * 0x9E3779B1LL >> 12) ^ token) & mask;
-}
 
 int64_t match(const Text& text, int64_t source, const Tokens& end) {
     if (source > text.size) return 0;
@@ -125,7 +145,7 @@ Place behind(const Source& from, const int32_t* drafts, int64_t drafted) {
     Place place{followed.length, followed.source, &from};
     if (!drafted) return place;
     const bool agrees = place.length && place.source + drafted <= text.size &&
-                        std::equal(drafts, drafts + drafted, text.tokens + place.source);
+                        std::equal(drafts, drafts + drafted, text.tokens.data() + place.source);
     if (agrees) return {std::min<int64_t>(place.length + drafted, MATCH), place.source + drafted, &from};
     place = nearest(followed, ending(followed.end, followed.ended, drafts, drafted));
     return {place.length, place.source, &from};
@@ -146,18 +166,14 @@ int32_t ahead(const Place& place, int64_t offset, const int32_t* drafts, int64_t
 
 }  // namespace
 
-// Enters tokens from `start` on into chains and tables.
-extern "C" void whiflash_link(const Text* text, int64_t start) {
-    int64_t before = start ? text->tokens[start - 1] : GAP;
-    for (int64_t place = start; place < text->size; ++place) {
-        const int64_t token = text->tokens[place];
-        int32_t& one = text->one_heads[token & text->mask];
-        int32_t& two = text->two_heads[of_two(before, token, text->mask)];
-        text->one_before[place] = one;
-        text->two_before[place] = two;
-        one = two = int32_t(place);
-        before = token;
-    }
+extern "C" Text* whiflash_text() { return new Text; }
+extern "C" void whiflash_text_end(Text* text) { delete text; }
+extern "C" void whiflash_extend(Text* text, const int32_t* tokens, int64_t count) { text->extend(tokens, count); }
+extern "C" void whiflash_tokens(const Text* text, int32_t* tokens) {
+    std::copy(text->tokens.begin(), text->tokens.end(), tokens);
+}
+extern "C" int64_t whiflash_bytes(const Text* text) {
+    return int64_t(sizeof(int32_t) * (text->tokens.capacity() + 4 * text->one_heads.capacity()));
 }
 
 // Advances a prediction by tokens of the answer, with bounded work for each.
@@ -197,7 +213,7 @@ extern "C" int64_t whiflash_copy(
     const auto stop = [&](int32_t token) { return std::find(stops, stops + stopping, token) != stops + stopping; };
     if (std::any_of(drafts, drafts + drafted, stop)) return 0;
     const auto own = std::find_if(sources, sources + count, [](const Source& each) { return each.own; });
-    const Tokens end = ending(own->text->tokens, own->text->size, drafts, drafted);
+    const Tokens end = ending(own->text->tokens.data(), own->text->size, drafts, drafted);
     std::vector<Place> places;
     for (const Source* from = sources; from < sources + count; ++from) {
         if (from->followed) {

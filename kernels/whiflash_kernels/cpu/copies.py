@@ -5,7 +5,6 @@ from array import array
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,23 +14,17 @@ from whiflash_kernels.cpu import compiler
 from whiflash_kernels.structs import Drafts
 
 _SOURCE = Path(__file__).with_name("copies.cpp")
+_FUNCTIONS = (
+    "text:p text_end:vp extend:vppl tokens:vpp bytes:lp follow:vppl copy:lplplplllddlpppp propose:vplppppppplllflpppppp"
+)
 
 
 class CompiledCopies:
     """Calls the compiled search. A process has one for each directory (`compiled_copies`). `copy` is for one thread."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        types: tuple[Any, ...] = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-        pointer, long, number = types
-        self._link, self._follow = library.whiflash_link, library.whiflash_follow
-        self._copy = library.whiflash_copy
-        self._link.argtypes, self._link.restype = (pointer, long), None
-        self._follow.argtypes, self._follow.restype = (pointer, pointer, long), None
-        self._copy.argtypes = [pointer, long] * 3 + [long] * 2 + [number] * 2 + [long] + [pointer] * 4
-        self._copy.restype = long
-        self._propose = library.whiflash_propose
-        self._propose.argtypes = [pointer, long] + [pointer] * 7 + [long] * 3 + [ctypes.c_float, long] + [pointer] * 6
-        self._propose.restype = None
+        self._library, self._follow = library, library.whiflash_follow
+        self._copy, self._propose = library.whiflash_copy, library.whiflash_propose
         self._place = array("q", [0, 0, 0])
         self._room(64)
 
@@ -42,13 +35,9 @@ class CompiledCopies:
         results = self._place, self._tokens, self._alive, self._agreements
         self._results = [each.buffer_info()[0] for each in results]
 
-    def link(self, text: "array[int]", start: int) -> None:
-        """Add a text's tokens from `start` on to its hash chains and tables, by which it is searched.
-
-        Args:
-            text: its `Text`, as seven numbers of 64 bits.
-        """
-        self._link(text.buffer_info()[0], start)
+    def text(self) -> compiler.Native:
+        """Return a new `Text`."""
+        return compiler.Native(self._library, "text")
 
     def follow(self, followed: "array[int]", tokens: Sequence[int]) -> None:
         """Compare a predicted output with the answer's next tokens, and find the answer's present place in it.
@@ -139,4 +128,4 @@ def compiled_copies(directory: Path) -> CompiledCopies:
         OSError: they cannot be compiled or loaded.
     """
     # Products and sums are not fused, so that results are the same on every machine.
-    return CompiledCopies(compiler.load(_SOURCE, directory, ["-ffp-contract=off"]))
+    return CompiledCopies(compiler.load(_SOURCE, directory, ["-ffp-contract=off"], _FUNCTIONS))

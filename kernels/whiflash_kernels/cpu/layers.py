@@ -15,6 +15,7 @@ from torch import Tensor
 from whiflash_kernels.cpu import compiler
 
 _SOURCE = Path(__file__).with_name("layers.cpp")
+_FUNCTIONS = "norm:viplplpppiiff activate:viplpii rotate:iiiplliplliplpii keep:iplplplplpil"
 _NORM, _ACTIVATION, _ROTATION, _KEEPING = map(compiler.profiled, ("norm", "silu_and_mul", "rotation", "keys_values"))
 _KINDS = {torch.bfloat16: 0, torch.float32: 1}
 _IN_MEMORY = (Tensor, torch.nn.Parameter)
@@ -167,17 +168,7 @@ def compiled_layers(directory: Path) -> CompiledLayers:
     Raises:
         OSError: they cannot be compiled or loaded, do not share torch's threads, or compute something else.
     """
-    library = compiler.load(_SOURCE, directory, ["-fopenmp", "-Wno-psabi"])
-    pointer, long, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-    rows = (pointer, long)
-    heads = (pointer, long, long, number)
-    pool = (pointer, long, pointer, long)
-    library.whiflash_norm.argtypes = (number, *rows, *rows, *[pointer] * 3, number, number, real, real)
-    library.whiflash_activate.argtypes = (number, *rows, pointer, number, number)
-    library.whiflash_rotate.argtypes = (number, number, *heads, *heads, *rows, pointer, number, number)
-    library.whiflash_keep.argtypes = (*pool, *pool, pointer, number, long)
-    for function in (library.whiflash_norm, library.whiflash_activate):
-        function.restype = None
+    library = compiler.load(_SOURCE, directory, ["-fopenmp", "-Wno-psabi"], _FUNCTIONS)
     return compiler.checked(library, CompiledLayers(library), _agrees)
 
 

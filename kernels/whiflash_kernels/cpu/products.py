@@ -68,10 +68,7 @@ def compiled_products(directory: Path) -> CompiledProducts:
     Raises:
         OSError: it cannot be compiled or loaded, does not share torch's threads, or computes something else.
     """
-    library = compiler.load(_SOURCE, directory, ["-fopenmp"])
-    pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    library.whiflash_product.argtypes = (pointer, long, *[pointer] * 3, *[number] * 3)
-    library.whiflash_product.restype = None
+    library = compiler.load(_SOURCE, directory, ["-fopenmp"], "product:vplpppiii")
     return compiler.checked(library, CompiledProducts(library), _agrees)
 
 
