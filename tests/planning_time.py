@@ -268,14 +268,13 @@ class Constraint:
         ]
         self.schema = json.dumps({"type": "array", "items": {"anyOf": variants}})
         self.raw = xgrammar.GrammarMatcher(compiled(self.schema), max_rollback_tokens=200)
-        self.prompt = self.known = prompt
+        self.begins = prompt
 
     def accept(self, tokens: list[int]) -> None:
         assert all(map(self.raw.accept_token, tokens))
-        self.known += len(tokens)
 
-    def matcher(self, vocabulary: Vocabulary) -> Matcher | None:
-        return XGrammarMatcher(self.raw, None, len(vocabulary.token_bytes))
+    def beginning(self, vocabulary: Vocabulary) -> Matcher:
+        return XGrammarMatcher(xgrammar.GrammarMatcher(compiled(self.schema)), None, len(vocabulary.token_bytes))
 
 
 class Agents(Batch):

@@ -42,7 +42,7 @@ def walked(parser: str, prompt: str) -> tuple[str, str]:
         written += text
         if str(span.end) in written:
             return written, expected
-        text = "".join(piece.text for piece in calls.pieces(400, None, lambda kind: 1.0))
+        text = "".join(piece.text for piece in calls.pieces(400, None))
         expected += text
         if not text:
             # Its end is expected when it has begun.

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import llguidance
@@ -100,10 +101,12 @@ class Grammars:
 class Told:
     """A request's grammar, which its scheduler tells every token."""
 
-    end, prompt = None, len(PROMPT)
+    end: int | None = None
+    begins: int | None = len(PROMPT)
 
     def __init__(self, grammars: Grammars, schema: dict[str, Any] | None = None) -> None:
-        self._raw, self._grammars = grammars.raw(schema or KEYS, blanks=schema is not None), grammars
+        self._new = partial(grammars.raw, schema or KEYS, blanks=schema is not None)
+        self._raw, self._grammars = self._new(), grammars
         self.schema = json.dumps(schema) if schema else ""
         self.text = list(PROMPT)
 
@@ -112,12 +115,8 @@ class Told:
             self._grammars.accept(self._raw, token)
         self.text += tokens
 
-    @property
-    def known(self) -> int:
-        return len(self.text)
-
-    def matcher(self, vocabulary: Vocabulary) -> Matcher:
-        return self._grammars.matcher(self._raw, vocabulary)
+    def beginning(self, vocabulary: Vocabulary) -> Matcher:
+        return self._grammars.matcher(self._new(), vocabulary)
 
     def history(self, start: int) -> Sequence[int]:
         return self.text[start:]

@@ -1,20 +1,21 @@
 """State of requests and tenants in the structure arm, and its lessons."""
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from structure_grammars import KEYS, PROMPT, Grammars, Told
+from walked import cuts_of
 from whiflash_sdk.hints import Span
 
-from whiflash_sglang.arms.structure import LOOKS, StructureArm, _Look
+from whiflash_sglang.arms.structure import StructureArm
 from whiflash_sglang.checkpoints.manifest import Structure
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
-from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.tools import MOST_FUNCTIONS, carried_tools
 
 CALLS = (Span(kind="tool_call", begin="<tool_call>", end="</tool_call>"),)
@@ -47,7 +48,7 @@ def play(arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary) -> Any:
     def write() -> float:
         told = Told(grammars)
         request = begun(arm, grammar=told)
-        document = told.matcher(vocabulary).forced()
+        document = told.beginning(vocabulary).forced()
         tokens = vocabulary.encode(document)
         told.tell(tokens[:1])
         expected = []
@@ -83,7 +84,7 @@ def test_what_is_said_while_rounds_are_under_way_follows_what_is_known(
     """Their tokens are missing in the history: where it ends is told with what is forced there."""
     told = Told(grammars)
     request = begun(arm, grammar=told)
-    told.tell(vocabulary.encode(told.matcher(vocabulary).forced())[:1])
+    told.tell(vocabulary.encode(told.beginning(vocabulary).forced())[:1])
     now = arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH) or NOTHING
     late = arm.propose(request, len(told.text) + 2, told.history, FULL_LENGTH, 8) or NOTHING
     assert now.at == late.at == len(told.text)
@@ -92,13 +93,14 @@ def test_what_is_said_while_rounds_are_under_way_follows_what_is_known(
 
 
 def test_a_late_candidate_is_cut_by_the_chance_after_the_rows_under_way(
-    arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+    arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary
 ) -> None:
     """Each token has nine chances in ten, and a row must bring 0.72: three pay after those under way."""
     told, dear = Told(grammars), FULL_LENGTH._replace(row=0.72)
     request = begun(arm, grammar=told)
-    monkeypatch.setattr(arm._chances, "of", lambda _: 0.9)
-    told.tell(vocabulary.encode(told.matcher(vocabulary).forced())[:1])
+    rates = arm._rates
+    rates._right[:] = array("d", (0.9 * seen for seen in rates._seen))
+    told.tell(vocabulary.encode(told.beginning(vocabulary).forced())[:1])
     for under_way in (0, 1, 4):
         said = arm.propose(request, len(told.text) - 1, told.history, dear, under_way) or NOTHING
         assert len(said.tokens) == under_way + 3
@@ -107,15 +109,6 @@ def test_a_late_candidate_is_cut_by_the_chance_after_the_rows_under_way(
         forecast = said.outlook(8, under_way, 0.72)
         assert forecast == (pytest.approx(1 + sum(0.9 ** (under_way + i) for i in (1, 2, 3))), 4)
     assert said.outlook(8, 1, 0.72).rows == 4, "what is expected to be committed sets the price of the rest"
-
-
-def test_a_wrong_token_lowers_its_kind_alone(arm: StructureArm) -> None:
-    chances = arm._chances
-    before = [chances.of(kind) for kind in Kind]
-    for _ in range(5):
-        chances.observe(Kind.EDGE, right=False)
-    after = [chances.of(kind) for kind in Kind]
-    assert [kind for kind in Kind if after[kind] != before[kind]] == [Kind.EDGE]
 
 
 def test_what_drafts_are_taken_from_is_the_grammar_where_there_is_one(
@@ -164,15 +157,15 @@ def test_it_cuts_marks_as_its_target_cut_them_and_keeps_no_word(
     for _ in range(2):
         told = Told(grammars)
         request = begun(arm, grammar=told)
-        text = told.matcher(vocabulary).forced()
+        text = told.beginning(vocabulary).forced()
         said.append(arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH) or NOTHING)
         for character in text[:9]:
             told.tell(vocabulary.encode(character))
             arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH)
     brackets = [text_of(vocabulary, candidate.tokens[:1]) for candidate in said]
     assert brackets == ['{"', "{"]
-    learned = arm._chances.cuts._written
-    texts = [text_of(vocabulary, [before, usual, written]) for (before, usual), written in learned.items()]
+    assert arm._walks is not None
+    texts = [text_of(vocabulary, cut) for cut in cuts_of(arm._walks)]
     assert not [text for text in texts if any(map(str.isalnum, text))], texts
 
 
@@ -190,10 +183,6 @@ def test_a_round_reads_as_much_of_a_long_prompt_as_of_a_short_one(
             read.append(len(self))
             return super().count(*args)
 
-        def rfind(self, *args: Any) -> int:
-            read.append(len(self))
-            return super().rfind(*args)
-
     def counting(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
         read.append(len(tokens))
         return text_of(vocabulary, tokens)
@@ -203,10 +192,11 @@ def test_a_round_reads_as_much_of_a_long_prompt_as_of_a_short_one(
     tools = carried_tools([(f"find_{i}", KEYS) for i in range(MOST_FUNCTIONS)], form) or ""
     written, found = vocabulary.encode("<tool_call>"), []
     for repeats in (20, 320):
+        arm.forget()
         prompt = vocabulary.encode('find_1 or "find_2"?' * repeats)
         request = begun(arm, RequestHints(tools=tools, spans=CALLS), prompt=prompt)
         kept, text = request.kept[arm.arm], [*prompt, *written]
-        kept.calls.prompt = Searched(kept.calls.prompt)
+        kept.uses.prompt = Searched(kept.uses.prompt)
         read.clear()
         for length in range(len(prompt) + 1, len(text) + 1):
 
@@ -218,68 +208,3 @@ def test_a_round_reads_as_much_of_a_long_prompt_as_of_a_short_one(
         assert said is not None
         found.append(read[:])
     assert found[0] == found[1]
-
-
-def test_a_look_is_kept_while_the_text_goes_on_as_it_said(
-    arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also behind drafts, one of which the grammar refuses. The proposal is a new look's."""
-    looks: list[Sequence[int]] = []
-    look = StructureArm._look
-
-    def counted(self: StructureArm, request: Any, drafts: Sequence[int], limit: int) -> Any:
-        looks.append(drafts)
-        return look(self, request, drafts, limit)
-
-    monkeypatch.setattr(StructureArm, "_look", counted)
-    told, fresh = Told(grammars), StructureArm(Structure(max_width=8), vocabulary, lambda: False)
-    document = vocabulary.encode(told.matcher(vocabulary).forced())
-    drafts = NOTHING.followed_by([*document[:3], *vocabulary.encode("?")], [0.9] * 4, "copy")
-    request = begun(arm, grammar=told)
-    told.tell(document[:1])
-    proposals = []
-    for _ in range(3):
-        candidate = arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH)
-        rest = NOTHING.followed_by(drafts.tokens[len(proposals) + 1 :], [0.9] * (3 - len(proposals)), "copy")
-        longer = arm.extend_drafts(request, rest, 6, FULL_LENGTH)
-        proposals.append((candidate, longer))
-        seen = len(looks)
-        other = begun(fresh, grammar=told)
-        anew = fresh.propose(other, len(told.text) - 1, told.history, FULL_LENGTH)
-        assert candidate is not None
-        assert anew is not None
-        assert candidate.tokens == anew.tokens[: len(candidate.tokens)]
-        assert longer.tokens == fresh.extend_drafts(other, rest, 6, FULL_LENGTH).tokens
-        del looks[seen:]
-        told.tell([document[len(proposals)]])
-    assert len(looks) == 2, "once behind the text, and once behind the drafts"
-    told.tell(vocabulary.encode(text_of(vocabulary, document[4:])[:1]))
-    arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH)
-    assert len(looks) == 3, "the text is cut otherwise than was said"
-
-
-def test_a_look_forgets_what_it_refused_when_the_text_passed_it() -> None:
-    look = _Look([1, 2, 3, 4], 2, [], 9, True)
-    assert look.after([1, 2, 9]) == ([], 2)
-    passed = look.behind([1, 2, 3])
-    assert passed is not None
-    assert passed.after([9, 5]) is None
-
-
-def test_the_newest_looks_are_kept(arm: StructureArm, grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = begun(arm, grammar=Told(grammars))
-    kept = request.kept[arm.arm]
-    monkeypatch.setattr(arm, "_look", lambda _, ids, limit: _Look([*ids, 9], len(ids), (), None, True))
-    for token in range(LOOKS + 2):
-        arm._looked(kept, Candidate([token], [1.0]), 8, FULL_LENGTH)
-    assert [look.ids[0] for look in kept.looks] == list(range(LOOKS + 1, 1, -1))
-
-
-@pytest.mark.parametrize("late", [False, True])
-def test_a_look_that_ended_for_want_of_time_is_not_whole(
-    late: bool, grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("whiflash_sglang.arms.structure.sketch", lambda *_, **__: ([], True))
-    arm = StructureArm(Structure(max_width=8), vocabulary, lambda: late)
-    request = begun(arm, grammar=Told(grammars))
-    assert arm._look(request.kept[arm.arm], [], 8).whole is not late

@@ -13,8 +13,8 @@ from whiflash_sdk.presets import LLAMA3
 from whiflash_sglang.spans.hints import MAX_TOOLS_CHARS, TOOLS_KEY, parse_hints
 from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
 from whiflash_sglang.structure.calls import Calls, compiled
-from whiflash_sglang.structure.chances import SEED, Cuts, Kind, StructureChances
-from whiflash_sglang.structure.guesses import Ahead, Guesses
+from whiflash_sglang.structure.chances import SEED, Kind
+from whiflash_sglang.structure.guesses import Guesses
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.schemas import MOST_NAMED_CHARS, MOST_NODES, Essence
 from whiflash_sglang.structure.sketch import sketch
@@ -75,17 +75,8 @@ def follow(
     """Text that is proposed after `written`, without a grammar."""
     calls = Calls(tools, spans, prompt)
     calls.follow(written)
-    tokens = sketch(
-        None,
-        vocabulary,
-        vocabulary.encode(written),
-        64,
-        end=None,
-        likelihood=lambda kind: 1.0,
-        cuts=Cuts(),
-        guesses=Guesses(words_of_tools(TOOLS), used or {}),
-        calls=calls,
-    )[0]
+    guesses = Guesses(words_of_tools(TOOLS), lambda text: (used or {}).get(text.strip('"'), 0))
+    tokens = sketch(vocabulary, vocabulary.encode(written)[-6:], 64, guesses=guesses, calls=calls)
     return text_of(vocabulary, [token.token for token in tokens])
 
 
@@ -270,7 +261,7 @@ def test_what_tools_tell_is_proposed_only_as_far_as_the_grammar_allows_it(
     grammars: Grammars, vocabulary: Vocabulary
 ) -> None:
     """As for a forced call of a tool that is not strict: the grammar is another one than the tools'."""
-    likelihood, guesses = StructureChances().of, Guesses(words_of_tools(TOOLS), {})
+    guesses = Guesses(words_of_tools(TOOLS), lambda text: 0)
     for count in (1, 2, 3):
         written = ['{"name"', ': "get_time"', ', "arguments": {"zone": "'][:count]
         schema = {"const": {"name": "get_time", "arguments": {"city": 1}}}
@@ -284,19 +275,9 @@ def test_what_tools_tell_is_proposed_only_as_far_as_the_grammar_allows_it(
         for engine in (raw, judge):
             for token in beginning:
                 grammars.accept(engine, token)
+        grammar: dict[str, Any] = {"matcher": grammars.matcher(raw, vocabulary), "layout": Layout(), "guesses": guesses}
         alone, found = (
-            sketch(
-                Ahead(grammars.matcher(raw, vocabulary), Layout(), guesses),
-                vocabulary,
-                beginning,
-                64,
-                end=grammars.end,
-                likelihood=likelihood,
-                cuts=Cuts(),
-                guesses=guesses,
-                calls=told,
-            )[0]
-            for told in (None, calls)
+            sketch(vocabulary, beginning, 64, **grammar, calls=told, end=grammars.end) for told in (None, calls)
         )
         assert len(found) >= len(alone) > 0, "what the grammar tells is lost for text that it forbids"
         tokens = [token.token for token in found]

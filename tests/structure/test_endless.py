@@ -7,8 +7,6 @@ import pytest
 import xgrammar
 
 from whiflash_sglang.spans.vocabulary import Vocabulary
-from whiflash_sglang.structure.chances import Cuts, StructureChances
-from whiflash_sglang.structure.guesses import Ahead
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.matchers import FORCED_TOKENS, XGrammarMatcher
 from whiflash_sglang.structure.schemas import MOST_PLAIN_CHARS, is_plain
@@ -71,9 +69,7 @@ def test_a_grammar_without_a_choice_is_followed_so_far_and_no_further(
     with matcher.trying():
         assert matcher.accept_text(forced)
     assert matcher.forced() == forced, "nothing of it is left behind"
-    ahead, likelihood = Ahead(matcher, Layout()), StructureChances().of
-    found = sketch(ahead, vocabulary, (), 16, end=None, likelihood=likelihood, cuts=Cuts())[0]
-    assert len(found) == 16
+    assert len(sketch(vocabulary, (), 16, matcher=matcher, layout=Layout())) == 16
 
 
 @pytest.mark.parametrize("masks", [0, 1, FORCED_TOKENS - 1])

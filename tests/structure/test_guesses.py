@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from structure_grammars import Grammars
 
 from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
-from whiflash_sglang.structure.chances import Cuts, Kind, LikelyText
+from whiflash_sglang.structure.chances import Kind, LikelyText
 from whiflash_sglang.structure.guesses import STEPS, Ahead, Guesses, likely, parted
 from whiflash_sglang.structure.layout import NO_FRAMES, Frames, Layout
 from whiflash_sglang.structure.matchers import XGrammarMatcher
@@ -37,7 +37,7 @@ TRIP: dict[str, Any] = {
 
 
 def guesses(schema: dict[str, Any], used: dict[str, int] | None = None) -> Guesses:
-    return Guesses(words_of(json.dumps(schema)), used or {})
+    return Guesses(words_of(json.dumps(schema)), lambda text: (used or {}).get(text.strip('"'), 0))
 
 
 def follow(grammars: Grammars, vocabulary: Vocabulary, schema: dict[str, Any], written: str, **options: Any) -> str:
@@ -47,7 +47,7 @@ def follow(grammars: Grammars, vocabulary: Vocabulary, schema: dict[str, Any], w
     layout.follow(written)
     with matcher.trying():
         assert not written or matcher.accept_text(written)
-        pieces = likely(Ahead(matcher, layout, guesses(schema, **options)), 400, lambda kind: 1.0)
+        pieces = likely(Ahead(matcher, layout, guesses(schema, **options)), 400)
     return "".join(piece.text for piece in pieces)
 
 
@@ -98,7 +98,7 @@ def test_work_is_bounded(grammars: Grammars, vocabulary: Vocabulary, monkeypatch
     asked = []
     own = guesses(schema)
     monkeypatch.setattr(own, "next", lambda *args: asked.append(1) or Guesses.next(own, *args))
-    likely(Ahead(matcher, Layout(), own), 10_000, lambda kind: 1.0)
+    likely(Ahead(matcher, Layout(), own), 10_000)
     assert 0 < len(asked) <= STEPS
 
 
@@ -209,17 +209,10 @@ def test_prose_around_a_tag_is_free(tokenizer: Any, vocabulary: Vocabulary) -> N
         layout.follow(written)
         with matcher.trying():
             assert not written or matcher.accept_text(written)
-            found = sketch(
-                Ahead(matcher, layout, guesses({})),
-                vocabulary,
-                vocabulary.encode(written),
-                32,
-                end=tokenizer.eos_token_id,
-                likelihood=lambda kind: 1.0,
-                cuts=Cuts(),
-            )[0]
-        text = text_of(vocabulary, [token.token for token in found if token.kind is not Kind.STOPPED])
-        return text, [token.kind for token in found]
+            grammar = {"matcher": matcher, "layout": layout, "guesses": guesses({}), "end": tokenizer.eos_token_id}
+            found = sketch(vocabulary, vocabulary.encode(written)[-2:], 32, **grammar)
+        text = text_of(vocabulary, [token.token for token in found if Kind.STOPPED not in token.kinds])
+        return text, [token.kinds[0] for token in found]
 
     assert proposed("") == proposed("It is") == proposed('{"a": 1}') == ("", [])
     text, kinds = proposed(f'So: {CALLS.begins[0]}{{"name": "c"')

@@ -10,7 +10,7 @@ from whiflash_sdk.hints import Span
 
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.calls import Calls
-from whiflash_sglang.structure.chances import Cuts, Kind, LikelyText
+from whiflash_sglang.structure.chances import Kind, LikelyText
 from whiflash_sglang.structure.guesses import STEPS, Guesses
 from whiflash_sglang.structure.sketch import sketch
 from whiflash_sglang.structure.tools import MOST_FUNCTIONS, carried_tools, words_of_tools
@@ -42,7 +42,7 @@ def follow(written: str, tools: str = QWEN, prompt: str = "") -> str:
     """Text that is expected after `written`."""
     calls = Calls(tools, SPANS, prompt)
     calls.follow(written)
-    return "".join(piece.text for piece in calls.pieces(1000, None, lambda kind: 1.0))
+    return "".join(piece.text for piece in calls.pieces(1000, None))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,8 @@ def test_the_tool_that_the_conversation_called_most() -> None:
 def test_a_wrong_guess_lowers_its_own_kind() -> None:
     calls = Calls(QWEN, SPANS)
     calls.follow("<tool_call>")
-    unsure = [piece for piece in calls.pieces(1000, None, lambda kind: 1.0) if piece.kind is not Kind.FORCED]
+    pieces = [piece._replace(among=()) for piece in calls.pieces(1000, None)]
+    unsure = [piece for piece in pieces if piece.kind is not Kind.FORCED]
     assert unsure == [
         LikelyText("\n", Kind.USUAL),
         LikelyText("g", Kind.WORD),
@@ -118,7 +119,7 @@ def test_a_wrong_guess_lowers_its_own_kind() -> None:
     ]
     calls = Calls(QWEN, SPANS)
     calls.follow(f"{CITY}\n")
-    assert calls.pieces(1000, None, lambda kind: 1.0)[0].kind is Kind.ENDED
+    assert calls.pieces(1000, None)[0].kind is Kind.ENDED
 
 
 MARKUP = ("<function=", "sing", "get_weather", ">", "</function>", "<parameter=", "city", "</parameter>", CITY)
@@ -140,7 +141,7 @@ def test_a_call_is_the_same_however_its_text_comes(form: str, data: st.DataObjec
     whole, parts = Calls(tools, SPANS), Calls(tools, SPANS)
 
     def expected_of(calls: Calls) -> object:
-        return calls.pieces(1000, Guesses(words_of_tools(tools), {}), lambda kind: 1.0)
+        return calls.pieces(1000, Guesses(words_of_tools(tools), lambda text: 0))
 
     whole.follow(text)
     expected = expected_of(whole)
@@ -148,7 +149,10 @@ def test_a_call_is_the_same_however_its_text_comes(form: str, data: st.DataObjec
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         before = expected_of(parts)
         with parts.trying():
-            assert expected_of(parts.behind(text[begin:])) == expected
+            ahead = parts.copy()
+            ahead.follow(text[begin:])
+            assert expected_of(ahead) == expected
+            assert ahead.place == whole.place
         assert expected_of(parts) == before
         parts.follow(text[begin:end])
     assert expected_of(parts) == expected
@@ -157,11 +161,10 @@ def test_a_call_is_the_same_however_its_text_comes(form: str, data: st.DataObjec
 def test_work_is_bounded_for_any_tools_and_any_value(vocabulary: Vocabulary) -> None:
     calls = Calls(MANY, SPANS)
     calls.follow("<tool_call>\n<function=tool_3>\n<parameter=a>\n" + "x<" * 100_000)
-    assert len(calls.pieces(10_000, None, lambda kind: 1.0)) <= STEPS
+    assert len(calls.pieces(10_000, None)) <= STEPS
     assert len(calls._call._pending) <= 256  # type: ignore[union-attr]
     assert len(calls._call._functions) == 128  # type: ignore[union-attr]
-    found = sketch(None, vocabulary, [], 8, end=None, likelihood=lambda kind: 1.0, cuts=Cuts(), calls=calls)
-    assert 0 < len(found[0]) <= 8
+    assert 0 < len(sketch(vocabulary, [], 8, calls=calls)) <= 8
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from structure_grammars import SCHEMAS, Case, Grammars
 
 from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
-from whiflash_sglang.structure.chances import Cuts, StructureChances
-from whiflash_sglang.structure.guesses import Ahead, Guesses
+from whiflash_sglang.structure.guesses import Guesses
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.schemas import words_of
 from whiflash_sglang.structure.sketch import CHARS_PER_TOKEN, TAIL, sketch
@@ -59,20 +58,13 @@ def walk_schema(
         assert not raw.is_error()
     counting, layout = _Counting(vocabulary), Layout()
     matcher = grammars.matcher(raw, counting.vocabulary)
-    guesses = Guesses(words_of(json.dumps(schema)), {})
+    guesses = Guesses(words_of(json.dumps(schema)), lambda text: 0)
     written: list[int] = []
     while len(written) < tokens:
         before = grammars.allowed(raw)
         counting.calls.clear()
-        found = sketch(
-            Ahead(matcher, layout, guesses),
-            counting.vocabulary,
-            written,
-            WIDTH,
-            end=grammars.end,
-            likelihood=StructureChances().of,
-            cuts=Cuts(),
-        )[0]
+        grammar = {"matcher": matcher, "layout": layout, "guesses": guesses, "end": grammars.end}
+        found = sketch(counting.vocabulary, written[-TAIL:], WIDTH, **grammar)
         # llguidance takes tokens only, so it is given every text that is tried.
         if grammars.engine == "xgrammar":
             done.most_cut = max(done.most_cut, sum(counting.calls))

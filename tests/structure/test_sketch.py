@@ -8,20 +8,17 @@ from hypothesis import strategies as st
 from structure_grammars import KEYS, SCHEMAS, Case, Grammars
 
 from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
-from whiflash_sglang.structure.chances import Cuts, Kind, StructureChances
-from whiflash_sglang.structure.guesses import Ahead
+from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.matchers import Matcher
-from whiflash_sglang.structure.sketch import LikelyText, Token, cut, sketch
-
-LIKELIHOOD = StructureChances().of
+from whiflash_sglang.structure.sketch import TAIL, LikelyText, Token, cut, open_word, sketch
 
 
 def proposed(
     matcher: Matcher, vocabulary: Vocabulary, tail: Sequence[int] = (), limit: int = 64, end: int | None = None
 ) -> list[Token]:
-    ahead = Ahead(matcher, Layout())
-    return sketch(ahead, vocabulary, tail, limit, end=end, likelihood=LIKELIHOOD, cuts=Cuts())[0]
+    tail = open_word(vocabulary, tail[-TAIL:])
+    return sketch(vocabulary, tail, limit, matcher=matcher, layout=Layout(), end=end)
 
 
 def ids(tokens: Sequence[Token]) -> list[int]:
@@ -43,10 +40,10 @@ def test_what_is_proposed_is_allowed_and_forced_text_is_what_follows(
     table = vocabulary.token_bytes
     for done, written in enumerate(tokens):
         found = proposed(matcher, vocabulary, tokens[:done], limit, end=grammars.end)
-        assert len(found) <= limit
+        assert len(found) <= limit + 1
         assert not grammars.forbidden(judge, ids(found)), "a draft that the grammar forbids"
         rest = b"".join(table[token] for token in tokens[done:-1])
-        text = b"".join(table[token.token] for token in found if token.kind is not Kind.END)
+        text = b"".join(table[token.token] for token in found if Kind.END not in token.kinds)
         assert rest.startswith(text) or text.startswith(rest), (rest, text)
         assert grammars.allowed(raw)[written], "the matcher was moved"
         for engine in (raw, judge):
@@ -65,8 +62,8 @@ def test_a_whole_skeleton_in_canonical_tokens(grammars: Grammars, vocabulary: Vo
         grammars.accept(raw, token)
     last = proposed(matcher, vocabulary, [*found, *vocabulary.encode("k")], end=grammars.end)
     assert text_of(vocabulary, ids(last[:-1])) == 'elvin"}'
-    assert last[-1] == Token(grammars.end, Kind.END)
-    assert Kind.EDGE not in {token.kind for token in last}, "nothing can follow that a longer token would hold"
+    assert last[-1] == Token(grammars.end, (Kind.END,))
+    assert not any(Kind.EDGE in token.kinds for token in last), "nothing can follow that a longer token would hold"
 
 
 def test_nothing_where_there_is_a_choice_or_the_end(grammars: Grammars, vocabulary: Vocabulary) -> None:
@@ -86,14 +83,14 @@ def test_a_word_that_is_open_at_the_seam_is_cut_as_a_whole(vocabulary: Vocabular
     cuts = [text_of(vocabulary, whole[:count]) for count in range(1, len(whole))]
     for written, count in zip(cuts, range(1, len(whole)), strict=True):
         rest = '{"city": "Paris"'[len(written) :]
-        found = cut(vocabulary, whole[:count], [LikelyText(rest, Kind.FORCED)], LIKELIHOOD, Cuts(), 99)
+        found = cut(vocabulary, open_word(vocabulary, whole[:count]), [LikelyText(rest, Kind.FORCED)])
         assert ids(found) == whole[count:]
-        assert {token.kind for token in found[:-1]} <= {Kind.FORCED}
-        assert found[-1].kind is Kind.EDGE
+        assert {token.kinds for token in found[:-1]} <= {(Kind.FORCED,)}
+        assert Kind.EDGE in found[-1].kinds
     alone = [vocabulary.encode(char)[0] for char in "Par"]
-    found = cut(vocabulary, alone, [LikelyText('is", "unit"', Kind.FORCED)], LIKELIHOOD, Cuts(), 99)
-    assert found[0].kind is Kind.SEAM, "the whole word is one token, which begins before it"
-    assert {token.kind for token in found[1:-1]} == {Kind.FORCED}
+    found = cut(vocabulary, alone, [LikelyText('is", "unit"', Kind.FORCED)])
+    assert Kind.SEAM in found[0].kinds, "the whole word is one token, which begins before it"
+    assert {token.kinds for token in found[1:-1]} == {(Kind.FORCED,)}
     assert text_of(vocabulary, ids(found)) == 'is", "unit"'
 
 

@@ -14,13 +14,11 @@ from plain import plain_texts
 from request_sets import GRAMMARS, OPTIONS, SCHEMA, structured
 from traffic import play, without_a_pass
 from trees import assert_tree_is_true
+from whiflash_kernels.cpu.automaton import Walks
 
-from whiflash_sglang.arms import structure
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.serve import lifecycle
 from whiflash_sglang.spans.hints import TOOLS_KEY
-from whiflash_sglang.structure.chances import Kind
-from whiflash_sglang.structure.sketch import Token
 from whiflash_sglang.structure.tools import carried_tools
 
 ROUTER = "random"
@@ -88,21 +86,20 @@ def test_wherever_a_forced_draft_is_rejected(
     """Look by look another one of its tokens is wrong, behind every arm's drafts: what is before it stays, and the
     grammar goes on from there.
     """
-    look = structure.StructureArm._looked
+    go_on = Walks.go_on
     wrong: Counter[int] = Counter()
     spoilt: list[Any] = []
 
-    def spoil(arm: Any, request: Any, *asked: Any) -> Any:
-        tokens, allowed = look(arm, request, *asked)
-        tokens = list(tokens)
+    def spoil(walks: Walks, walk: Any, *asked: Any) -> Any:
+        allowed, tokens, alive = go_on(walks, walk, *asked)
         if tokens:
             at = min(reversed(range(len(tokens))), key=wrong.__getitem__)
-            tokens[at] = Token(ord("~"), Kind.FORCED)
+            tokens[at] = ord("~")
             wrong[at] += 1
-            spoilt.append(request)
-        return tokens, allowed
+            spoilt.append(walk)
+        return allowed, tokens, alive
 
-    monkeypatch.setattr(structure.StructureArm, "_looked", spoil)
+    monkeypatch.setattr(Walks, "go_on", spoil)
     assert play(running, structured()) == expected
     assert set(wrong) == set(range(WIDTH)), "every position"
     assert len(set(map(id, spoilt))) == 2 * len(GRAMMARS), "every request that has a grammar"

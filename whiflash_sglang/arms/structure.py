@@ -6,106 +6,82 @@ as predictions, and before them: `extend_drafts` continues a candidate, and cuts
 grammar forbids. Neural drafts are neither continued nor cut, since the host plans before it knows them.
 """
 
-import codecs
+import logging
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from whiflash_kernels.cpu.automaton import NONE, Walk, Walks, compiled_automaton
+from whiflash_kernels.cpu.compiler import available
 
 from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.checkpoints.manifest import Structure
-from whiflash_sglang.copying.tenants import Tenant
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Candidate
+from whiflash_sglang.drafts.rates import Rates
+from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import History
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, text_of
+from whiflash_sglang.structure.automaton import Automaton, LostError, State
 from whiflash_sglang.structure.calls import PROMPT_CHARS, Calls
-from whiflash_sglang.structure.chances import StructureChances
-from whiflash_sglang.structure.guesses import Ahead, Guesses, Tables
+from whiflash_sglang.structure.chances import DECAY, SEED, SEED_WEIGHT
 from whiflash_sglang.structure.layout import NO_FRAMES, Layout
-from whiflash_sglang.structure.matchers import Grammar
+from whiflash_sglang.structure.matchers import Grammar, Matcher
 from whiflash_sglang.structure.schemas import frames_of, words_of, words_of_places
-from whiflash_sglang.structure.sketch import TAIL, Token, sketch
+from whiflash_sglang.structure.sketch import TAIL, open_word
 from whiflash_sglang.structure.tools import all_forced, words_of_tools
+
+logger = logging.getLogger(__name__)
 
 GRAMMAR, TOOLS = "grammar", "tools"
 """Sources of drafts: the request's grammar, or only its tools."""
 
-_Decoder = partial(codecs.getincrementaldecoder("utf-8"), errors="replace")
-"""Decodes the bytes of tokens, which may end inside a character."""
-
 _STRINGS = re.compile(r'"(?=([^"]*)")')
 """Texts between two quotes. The closing quote may open the next text, since JSON is not parsed here."""
 
-_MARKS = re.compile(rb"[^\w\x80-\xff]*")
-"""Bytes of marks and blanks only."""
-
-LOOKS = 4
-"""Number of looks kept per request: after its text, after a copy, and after what these two lead into."""
+AUTOMATA = 32
+"""Number of schemas and lists of tools whose automata are kept; the one begun least recently goes first."""
 
 
-class _Look(NamedTuple):
-    """Tokens that were found to follow a text. ids: the `allowed` drafts that may follow it, then those of `tokens`.
-    refused: the draft after them that the grammar forbids. whole: whether nothing is known to follow `tokens`.
-    """
+class _Uses(dict[str, int]):
+    """Counts of texts in a prompt: of words in quotes in all of it, of others in its end, once they are asked for."""
 
-    ids: Sequence[int]
-    allowed: int
-    tokens: Sequence[Token]
-    refused: int | None
-    whole: bool
+    def __init__(self, prompt: str, words: Sequence[str]) -> None:
+        known = frozenset(words)
+        super().__init__(Counter(f'"{string}"' for string in _STRINGS.findall(prompt) if string in known))
+        self.prompt = prompt[-PROMPT_CHARS:]
 
-    def behind(self, written: Sequence[int]) -> "_Look | None":
-        """Return the look from the end of `written` on, committed since; None if that differs, or is all of it."""
-        count = len(written)
-        if count >= len(self.ids) or self.ids[:count] != written:
-            return None
-        rest = self.tokens[max(count - self.allowed, 0) :]
-        refused = self.refused if count <= self.allowed else None
-        return _Look(self.ids[count:], max(self.allowed - count, 0), rest, refused, self.whole)
-
-    def after(self, drafts: Sequence[int]) -> tuple[Sequence[Token], int] | None:
-        """Return the tokens that follow `drafts`, and how many of `drafts` may follow the text; None if unknown."""
-        count, allowed = len(drafts), self.allowed
-        if allowed <= count < len(self.ids) and self.ids[:count] == drafts:
-            return self.tokens[count - allowed :], count
-        if count > allowed and drafts[allowed] == self.refused and self.ids[:allowed] == drafts[:allowed]:
-            return self.tokens, allowed
-        return None
+    def __missing__(self, text: str) -> int:
+        self[text] = count = self.prompt.count(text)
+        return count
 
 
 @dataclass(slots=True)
 class _Kept:
     """The arm's state of a request.
 
-    grammar: its constraint, None without one. calls: calls that are expected of its tools, if any are. tools: their
-    definitions. tenant: whose request it is. guesses: words of its schemas. begin: number of prompt tokens. layout: of
-    its output up to its newest tokens, `unfollowed`; `free`: how many of these need no look. known: tokens of its text
-    at the last look, 0 before. tail, unseen: the text's last tokens, and those that its grammar had not accepted by
-    then. tokens: what was found to follow, whether or not it was worth its rows. looks: newest first, those that the
-    text has not left.
+    grammar: its constraint, None without one. tools: of the calls that are expected; empty: none are. words: of its
+    schemas and tools. known: tokens of its text at the last look, `begin`, those of the prompt, before. tail: the
+    prompt's last tokens. source: of its drafts now. walk: its place in its `automaton`; None: it has none. shared:
+    whether others walk there, too, whose texts have the same `key`.
     """
 
     grammar: Grammar | None
-    calls: Calls | None
     tools: str
-    tenant: Tenant | None = None
-    guesses: Guesses | None = None
-    begin: int = 0
-    layout: Layout = field(default_factory=Layout)
-    decoder: codecs.IncrementalDecoder = field(default_factory=_Decoder)
-    unfollowed: list[int] = field(default_factory=list)
-    free: int = 0
-    known: int = 0
-    tail: Sequence[int] = ()
-    unseen: Sequence[int] = ()
-    tokens: Sequence[Token] = ()
-    looks: list[_Look] = field(default_factory=list)
+    words: tuple[str, ...]
+    uses: _Uses
+    begin: int
+    known: int
+    tail: Sequence[int]
+    source: str = TOOLS
+    automaton: Automaton | None = None
+    walk: Walk | None = None
+    shared: bool = True
+    key: Hashable = None
 
 
 class StructureArm(TextDrafter):
@@ -121,16 +97,36 @@ class StructureArm(TextDrafter):
     def __init__(self, settings: Structure, vocabulary: Vocabulary, exhausted: Callable[[], bool]) -> None:
         self.max_drafts = settings.max_width
         self._vocabulary, self._exhausted = vocabulary, exhausted
-        self._chances = StructureChances()
-        self._tables = Tables(vocabulary)
+        self._automata = OrderedDict[Hashable, Automaton]()
+        self._uses = _Uses("", ())
+        library = available("walk over structure", compiled_automaton, cache_root() / "compiled")
+        self._walks = None if library is None else Walks(library, vocabulary.token_bytes, vocabulary.special)
+        if library is None:
+            logger.warning("WHIFLASH: without a C++ compiler, nothing is drafted from grammars and tools")
+        self.forget()
+
+    def forget(self) -> None:
+        self._rates, self._habits = Rates(SEED, SEED_WEIGHT, DECAY), dict[bool, Layout]()
+        """How often reasons were right; the newest layout of JSON, in marks and blanks, by whether it was in a tag."""
+        self._automata.clear()  # they hold words of requests' schemas
+        if self._walks is not None:
+            self._walks.lessons.learn(*self._rates.addresses)
 
     def begin(self, request: Request) -> None:
         hints, grammar = request.hints, request.grammar
-        known = grammar is not None and all_forced(grammar.schema, hints.tools)
-        calls = Calls(hints.tools, hints.spans) if hints.tools and not known else None
-        if grammar is not None or calls is not None:
-            kept = request.kept[self.arm] = _Kept(grammar, calls, hints.tools, request.tenant)
-            self._read(kept, request.read())
+        forced = grammar is not None and all_forced(grammar.schema, hints.tools)
+        marked = any(span.kind == "tool_call" and span.begin for span in hints.spans)
+        tools = hints.tools if marked and not forced else ""
+        if self._walks is None or (grammar is None and not tools):
+            return
+        schema = words_of(grammar.schema) if grammar else ()
+        words = tuple(dict.fromkeys((*schema, *words_of_tools(hints.tools))))
+        prompt = request.read()
+        # The prompt is read once, so that no round reads it.
+        uses = _Uses(text_of(self._vocabulary, prompt), words)
+        request.kept[self.arm] = kept = _Kept(grammar, tools, words, uses, len(prompt), len(prompt), prompt[-TAIL:])
+        if tools and (grammar is None or grammar.begins is None):
+            self._start(request, kept, ())
 
     def serves(self, request: Request) -> bool:
         return self.arm in request.kept
@@ -139,184 +135,115 @@ class StructureArm(TextDrafter):
         self, request: Request, length: int, history: History, worth: Worth, under_way: int = 0
     ) -> Candidate | None:
         kept: _Kept | None = request.kept.get(self.arm)
-        if kept is None:
+        if kept is None or self._walks is None:
             return None
-        known = kept.known or kept.begin
-        written = [*history(known)]
-        self._learn(kept, written)
-        kept.unfollowed += written
-        kept.known = known + len(written)
-        kept.tail = [*kept.tail, *written][-TAIL:]
-        kept.unseen = history(kept.grammar.known) if kept.grammar else ()
-        kept.looks = [look for each in kept.looks if (look := each.behind(written)) is not None]
+        if kept.grammar is not None and kept.source == TOOLS and (begins := kept.grammar.begins) is not None:
+            kept.known, kept.source = begins, GRAMMAR
+            self._start(request, kept, history(kept.begin)[: begins - kept.begin])
+        written = history(kept.known)
+        kept.known += len(written)
+        if (walk := kept.walk) is None:
+            return None
+        self._advance(kept, walk, written)
+        room, price = self.max_drafts + under_way, worth.least_chance
+        _, tokens, alive = self._walks.go_on(walk, (), (), room, price, under_way)
         empty = Candidate(at=kept.known, under_way=under_way)
-        kept.tokens, _ = self._looked(kept, empty, self.max_drafts + under_way, worth)
-        forced = self._behind(kept, empty, kept.tokens, worth)
-        return forced if forced.tokens else None
+        return empty.followed_by(tokens, alive, kept.source) if tokens else None
 
     def extends(self, request: Request) -> bool:
         kept: _Kept | None = request.kept.get(self.arm)
-        return kept is not None and kept.known > 0
+        return kept is not None and kept.known > kept.begin and kept.walk is not None
 
     def extend_drafts(self, request: Request, drafts: Candidate, room: int, worth: Worth) -> Candidate:
         """Cut `drafts` to those that the grammar allows, and append tokens that are forced after them."""
         kept: _Kept = request.kept[self.arm]
-        tokens, allowed = self._looked(kept, drafts, room, worth)
-        return self._behind(kept, drafts.first(allowed), tokens, worth)
-
-    def _behind(self, kept: _Kept, drafts: Candidate, tokens: Sequence[Token], worth: Worth) -> Candidate:
-        """Append to `drafts` those of `tokens` that are worth their rows."""
-        alive = self._worth(kept, drafts, tokens, worth)
-        source = TOOLS if kept.grammar is None else GRAMMAR
-        return drafts.followed_by([token.token for token in tokens[: len(alive)]], alive, source)
-
-    def _worth(self, kept: _Kept, drafts: Candidate, tokens: Sequence[Token], worth: Worth) -> list[float]:
-        """Return, for each of `tokens` worth its row, the chance that it and everything before it are accepted."""
-        chance, paid = drafts.alive[-1] if drafts.tokens else 1.0, drafts.under_way
-        least = drafts.least_chance(worth.least_chance, paid)
-        alive = []
-        for place, token in enumerate(tokens, len(drafts.tokens) + 1):
-            chance *= self._chances.of(token.kind)
-            if place > paid and not chance >= least:
-                break
-            alive.append(chance)
-            if place == paid:
-                least *= chance
-        return alive
-
-    def forget(self) -> None:
-        self._chances = StructureChances()
-        self._tables = Tables(self._vocabulary)  # they hold words of requests' schemas
+        if self._walks is None or kept.walk is None or (kept.source == TOOLS and room <= len(drafts.tokens)):
+            return drafts
+        self._uses = kept.uses
+        paid, price = drafts.under_way, worth.least_chance
+        allowed, tokens, alive = self._walks.go_on(kept.walk, drafts.tokens, drafts.alive, room, price, paid)
+        return drafts.first(allowed).followed_by(tokens, alive, kept.source)
 
     def end(self, request: Request) -> None:
         kept: _Kept | None = request.kept.get(self.arm)
-        if kept is None or kept.grammar is None:
+        if kept is None or kept.walk is None or kept.automaton is None:
             return
-        self._follow(kept)
-        if "{" in kept.layout.seen:
-            framed = kept.layout.frames is not NO_FRAMES
-            self._chances.habits[framed] = kept.layout.as_habit()
+        with suppress(LostError), kept.automaton.at(kept.walk.node_of()) as state:
+            if state.layout is not None and "{" in state.layout.seen:
+                self._habits[state.layout.frames is not NO_FRAMES] = state.layout.as_habit()
 
-    def _learn(self, kept: _Kept, committed: Sequence[int]) -> None:
-        """Compare what was proposed with what was committed since, by whichever arm."""
-        if not kept.tokens:
-            return
-        before = kept.tail[-1]
-        for number, (token, written) in enumerate(zip(kept.tokens, committed, strict=False)):
-            self._chances.observe(token.kind, token.token == written)
-            if token.token != written:
-                self._learn_cut(kept, number, before, written)
-                break
-            before = written
-
-    def _learn_cut(self, kept: _Kept, number: int, before: int, written: int) -> None:
-        """Learn a tokenisation: the target wrote another token than proposed after `before`, but of the same text.
-
-        All requests share it, so it is learned of marks and blanks only, never of words.
-        """
-        proposed = [token.token for token in kept.tokens[number:]]
-        begin, token = bytes_of(self._vocabulary, [written]), kept.tokens[number]
-        usual = token.token if token.usual is None else token.usual
-        same = begin and bytes_of(self._vocabulary, proposed).startswith(begin)
-        if same and _MARKS.fullmatch(bytes_of(self._vocabulary, [before, usual, written])):
-            self._chances.cuts.learn(before, usual, written)
-
-    def _read(self, kept: _Kept, prompt: Sequence[int]) -> None:
-        """Read the prompt once, for all that looks need of it, so that no round reads it."""
-        schema = words_of(kept.grammar.schema) if kept.grammar else ()
-        if kept.grammar:
-            kept.layout.frames = frames = frames_of(kept.grammar.schema)
-            kept.layout.habit = self._chances.habits.get(frames is not NO_FRAMES)
-            kept.layout.words, kept.layout.source = words_of_places(kept.grammar.schema), kept.grammar.schema
-        words, text = dict.fromkeys((*schema, *words_of_tools(kept.tools))), text_of(self._vocabulary, prompt)
-        kept.begin, kept.tail = len(prompt), prompt[-TAIL:]
-        used = Counter(string for string in _STRINGS.findall(text) if string in words)
-        kept.guesses = Guesses(tuple(words), used, self._tables)
-        if kept.calls is not None:
-            kept.calls.prompt = text[-PROMPT_CHARS:]
-
-    def _follow(self, kept: _Kept) -> bool:
-        """Advance the layout and the calls of `kept` by its tokens not read so far; return whether there were any."""
-        if not kept.unfollowed:
-            return False
-        text = kept.decoder.decode(bytes_of(self._vocabulary, kept.unfollowed))
-        kept.unfollowed, kept.free = [], 0
-        if kept.grammar is not None:
-            kept.layout.follow(text)
-        if kept.calls is not None:
-            kept.calls.follow(text)
-        return True
-
-    def _looked(self, kept: _Kept, drafts: Candidate, limit: int, worth: Worth) -> tuple[Sequence[Token], int]:
-        """Return the tokens that follow `drafts` cut to what the grammar allows, and the number of drafts that it
-        allows; together at most `limit`.
-
-        A new look is taken only if no earlier one reaches as far, or as far as rows pay.
-        """
-        ids = [*drafts.tokens]
-        if (known := self._known(kept, ids, drafts, limit, worth)) is not None:
-            return known
-        free = self._are_free(kept, ids) or (self._follow(kept) and self._are_free(kept, ids))
-        if free or (kept.grammar is None and limit <= len(ids)):
-            return (), len(ids)  # nothing is forbidden; nothing is known to follow, or there is no room
-        look = self._look(kept, ids, limit + self.max_drafts)  # longer, so that it answers later calls too
-        kept.looks = [look, *kept.looks][:LOOKS]
-        return look.tokens[: max(limit - look.allowed, 0)], look.allowed
-
-    def _are_free(self, kept: _Kept, drafts: Sequence[int]) -> bool:
-        """Whether tokens alone show that nothing forbids `drafts` or is known to follow; False: look."""
-        tokens = [*kept.unfollowed[kept.free :], *drafts]
-        free = kept.calls is None or kept.calls.are_free(tokens, self._tables)
-        if free and kept.grammar is not None:
-            whole = not kept.decoder.getstate()[0]  # no character is open
-            free = whole and kept.layout.is_free and all(map(self._tables.plain, tokens))
-        kept.free = len(kept.unfollowed) if free else kept.free
-        return free
-
-    def _known(
-        self, kept: _Kept, ids: list[int], drafts: Candidate, limit: int, worth: Worth
-    ) -> tuple[Sequence[Token], int] | None:
-        """Return `_looked`'s answer from an earlier look; None if none reaches far enough."""
-        for look in kept.looks:
-            if (known := look.after(ids)) is not None:
-                tokens, allowed = known
-                far = look.whole or len(tokens) >= limit - allowed
-                if far or len(self._worth(kept, drafts, tokens, worth)) < len(tokens):
-                    return tokens[: max(limit - allowed, 0)], allowed
-        return None
-
-    def _look(self, kept: _Kept, drafts: Sequence[int], limit: int) -> _Look:
-        """Look at what follows `drafts` now; drafts and tokens together are at most `limit`."""
-        calls, ahead, after, refused = kept.calls, None, len(drafts), None
-        nothing = _Look(drafts, after, (), None, False)
-        matcher = kept.grammar.matcher(self._vocabulary) if kept.grammar else None
-        if matcher is None and calls is None:
-            return nothing
-        with matcher.trying() if matcher else nullcontext(), calls.trying() if calls else nullcontext():
+    def _start(self, request: Request, kept: _Kept, written: Sequence[int]) -> None:
+        """Begin to walk after the first `written` tokens of the answer."""
+        vocabulary, grammar, layout, own = (
+            self._vocabulary,
+            kept.grammar if kept.source == GRAMMAR else None,
+            None,
+            None,
+        )
+        schema, end = (grammar.schema, grammar.end) if grammar is not None else ("", None)
+        if grammar is not None:
+            frames = frames_of(schema)
+            habit = self._habits.get(frames is not NO_FRAMES)
+            layout = Layout(frames=frames, habit=habit, words=words_of_places(schema))
+            own = habit and (frozenset(habit.seen.items()), habit.unit)
+        kept.shared = layout is None or layout.words is not None
+        spans = [(span.kind, span.begin, span.end, span.open) for span in request.hints.spans]
+        kept.key = kept.tools, *(spans if kept.tools else ()), schema, kept.words, end, own
+        automaton = self._automata.get(kept.key) if kept.shared else None
+        if automaton is None:
+            matcher = None if grammar is None else grammar.beginning(vocabulary)
             if matcher is not None:
                 matcher.exhausted = self._exhausted
-                ahead = Ahead(matcher, kept.layout, kept.guesses, kept.unseen)
-                ahead.by_place &= not kept.decoder.getstate()[0]  # no character is open
-                after = ahead.accept(drafts, self._vocabulary)
-                if ahead.lost:
-                    return nothing
-                refused = drafts[after] if after < len(drafts) and not self._exhausted() else None
-                for look in kept.looks if refused is not None else ():
-                    if look.whole and (known := look.after(drafts[:after])) is not None:
-                        return _Look(look.ids, after, known[0], refused, True)
-            if calls is not None and after:  # drafts whose text is empty end inside a character
-                text = text_of(self._vocabulary, drafts[:after])
-                calls = calls.behind(text, drafts[:after], kept.guesses) if text else None
-            tokens, whole = sketch(
-                ahead,
-                self._vocabulary,
-                [*kept.tail, *drafts[:after]],
-                limit - after,
-                end=kept.grammar.end if kept.grammar else None,
-                likelihood=self._chances.of,
-                guesses=kept.guesses,
-                calls=calls,
-                cuts=self._chances.cuts.of(kept.tenant),
-            )
-        ids = [*drafts[:after], *(token.token for token in tokens)]
-        return _Look(ids, after, tokens, refused, whole and not self._exhausted())
+            automaton = self._new(kept, end, matcher)
+        if kept.shared:
+            self._keep(kept.key, automaton)
+        calls = Calls(kept.tools, request.hints.spans, kept.uses.prompt, self._count) if kept.tools else None
+        if calls is not None:
+            calls.follow(bytes_of(vocabulary, written).decode(errors="replace"))
+        tail = [*kept.tail, *written][-TAIL:]
+        state = State(vocabulary, automaton.matcher, layout, calls, tuple(open_word(vocabulary, tail)))
+        kept.automaton, kept.walk = automaton, None
+        if automaton.matcher is not None or calls is not None:
+            kept.walk = Walk(automaton.table, automaton.begin(state), tail[-1] if tail else NONE)
+
+    def _new(self, kept: _Kept, end: int | None, matcher: Matcher | None) -> Automaton:
+        assert self._walks is not None
+        return Automaton(self._walks, self._vocabulary, kept.words, end, self._count, matcher)
+
+    def _keep(self, key: Hashable, automaton: Automaton) -> None:
+        self._automata[key] = automaton
+        self._automata.move_to_end(key)
+        if len(self._automata) > AUTOMATA:
+            self._automata.popitem(last=False)
+
+    def _count(self, text: str) -> int:
+        """Return how often the conversation of the request that is looked at has a text."""
+        return self._uses[text]
+
+    def _advance(self, kept: _Kept, walk: Walk, written: Sequence[int]) -> None:
+        """Advance a request's walk by committed tokens."""
+        automaton, self._uses = kept.automaton, kept.uses
+        assert automaton is not None
+        if automaton.is_full and kept.shared:
+            self._renew(kept, walk, automaton)
+        left = walk.advance(written, ask=kept.shared)
+        if kept.shared or left < 0 or (not left and automaton.table.asked(walk.node_of())):
+            return
+        # Nothing is known to follow, and what was known before is nobody else's: begin again after the text.
+        node, tokens = walk.node_of(), walk.take(left)
+        try:
+            done = automaton.restart(node, tokens)
+            walk.move(automaton.table, 0)
+        except LostError:
+            done = 0
+        walk.advance(tokens[done:], ask=False)
+
+    def _renew(self, kept: _Kept, walk: Walk, old: Automaton) -> None:
+        """Let a request go on in a new automaton, which grows by what is asked from now on."""
+        new = self._automata.get(kept.key)
+        if new is None or new.is_full:
+            new = self._new(kept, old.end, old.matcher)
+            self._keep(kept.key, new)
+        with suppress(LostError):
+            walk.move(new.table, new.adopt(old, walk.node_of()))
+            kept.automaton = new

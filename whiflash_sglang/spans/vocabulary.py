@@ -43,15 +43,6 @@ def is_text(vocabulary: Vocabulary, token: int) -> bool:
     return 0 <= token < len(table) and bool(table[token]) and token not in vocabulary.special
 
 
-def whole_text(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
-    """Return the tokens' text; empty if it begins or ends inside a character, or if a token has no text."""
-    table = vocabulary.token_bytes
-    parts = [table[token] for token in tokens if 0 <= token < len(table)]
-    text = (data := b"".join(parts)).decode(errors="ignore")
-    are_text = len(parts) == len(tokens) and all(parts) and vocabulary.special.isdisjoint(tokens)
-    return text if are_text and len(text.encode()) == len(data) else ""
-
-
 def text_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
     """Return the tokens' text from the first whole character; empty if the rest is not UTF-8, such as a cut end."""
     data = bytes_of(vocabulary, tokens)

@@ -7,8 +7,9 @@ A call that is one JSON object follows a grammar of its probable form.
 """
 
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from enum import Enum, auto
 from functools import lru_cache
 from typing import Any, Final
@@ -17,9 +18,9 @@ import xgrammar
 from whiflash_sdk.hints import Span
 
 from whiflash_sglang.structure.chances import Kind, LikelyText
-from whiflash_sglang.structure.guesses import Ahead, Guesses, Likelihood, Tables, likely
-from whiflash_sglang.structure.layout import BLANKS, Layout
-from whiflash_sglang.structure.markup import MarkupCall, kept
+from whiflash_sglang.structure.guesses import Ahead, Guesses, Uses, likely
+from whiflash_sglang.structure.layout import ASKED, BLANKS, Free, Layout
+from whiflash_sglang.structure.markup import OTHER, MarkupCall, begun
 from whiflash_sglang.structure.matchers import Matcher, XGrammarMatcher
 from whiflash_sglang.structure.schemas import Essence, words_of_places
 from whiflash_sglang.structure.tools import ARGUMENTS, KEPT, PARSERS, read_tools
@@ -103,11 +104,10 @@ class JsonCall:
     """
 
     def __init__(self, matcher: Matcher, seen: dict[str, str], end: str, tools: str) -> None:
-        self._matcher, self._end = matcher, end
-        self._layout = Layout(seen=dict(seen), words=words_of_places(schema_of(tools) or ""), source=tools)
+        self.matcher, self._end = matcher, end
+        self._layout = Layout(seen=dict(seen), words=words_of_places(schema_of(tools) or ""))
         self._state = _State.LEAD
         self._waiting = ""
-        self._ahead: Ahead | None = None
 
     @property
     def seen(self) -> dict[str, str]:
@@ -120,29 +120,20 @@ class JsonCall:
 
     def copy(self) -> "JsonCall":
         """Return a copy to look ahead with, which is valid inside `trying` only."""
-        ahead = object.__new__(JsonCall)
-        ahead.__dict__.update(self.__dict__)
+        ahead = copy(self)
         ahead._layout = self._layout.copy()
         return ahead
 
-    def behind(self, text: str, tokens: Sequence[int], guesses: Guesses) -> "JsonCall | None":
-        """Return a copy after `text`, the text of `tokens`, for its `pieces`; None unless all of them may follow."""
-        ahead = Ahead(self._matcher, self._layout, guesses)
-        with self._matcher.trying():
-            if self._state is not _State.INSIDE or ahead.accept(tokens) < len(tokens):
-                return None
-        copy = self.copy()
-        copy._ahead = ahead.fork(text)
-        return copy
-
-    def trying(self) -> AbstractContextManager[None]:
-        """Return a context to look ahead in: on exit the matcher is back at its state on entry."""
-        return self._matcher.trying()
+    @property
+    def place(self) -> Hashable:
+        """Return a key as `Layout.place` does."""
+        place = self._layout.place
+        return place and (self._state, self._waiting, self._lead, self._end, place)
 
     @property
-    def is_free(self) -> bool:
-        """Whether it ends in a value that may be anything, which plain text does not leave."""
-        return self._state is _State.INSIDE and self._layout.is_free
+    def free(self) -> Free | None:
+        """Return what leaves the free text that it ends in, as `Layout.free` does."""
+        return self._layout.free(self.matcher) if self._state is _State.INSIDE else None
 
     def follow(self, text: str) -> str | None:
         """Advance by `text`.
@@ -158,7 +149,7 @@ class JsonCall:
             return self._closing(rest)
         return rest or None
 
-    def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[LikelyText]:
+    def pieces(self, limit: int, guesses: Guesses | None) -> list[LikelyText]:
         """Return its probable continuation, at most `limit` characters."""
         ending = self._lead + self._end if self._end else ""
         if self._state is _State.CLOSING:
@@ -168,8 +159,7 @@ class JsonCall:
             rest = self._lead[len(self._waiting) :][:limit]
             lead = [LikelyText(rest, Kind.OPENED)] if rest else []
             limit -= len(rest)
-        ahead = self._ahead or Ahead(self._matcher, self._layout, guesses)
-        return lead + likely(ahead, limit, likelihood, ending)
+        return lead + likely(Ahead(self.matcher, self._layout, guesses), limit, ending)
 
     def _before(self, text: str) -> str:
         """Follow the blanks before a call. Returns the text after them."""
@@ -181,12 +171,12 @@ class JsonCall:
 
     def _inside(self, text: str) -> str:
         """Follow the call. Returns the text after it, or from where no call of these tools matches."""
-        if self._matcher.accept_text(text):
+        if self.matcher.accept_text(text):
             self._layout.follow(text)
             return ""
         for at, character in enumerate(text):
-            complete = self._matcher.may_end
-            if not self._matcher.accept_text(character):
+            complete = self.matcher.may_end
+            if not self.matcher.accept_text(character):
                 if complete and self._end:
                     self._state = _State.CLOSING
                 return text[at:]
@@ -224,68 +214,70 @@ class Calls:
 
     Args:
         tools: text of `carried_tools`. spans: of the request; those of kind `tool_call` give the markers, those of
-            kind `reasoning` the end of thinking.
-        prompt: the end of its text, which shows the layout of earlier calls, and which tools they called.
+            kind `reasoning` the end of thinking. prompt: the end of its text, which shows the layout of earlier calls.
+            uses: of calls and values in markup; None: those in `prompt`.
     """
 
-    def __init__(self, tools: str, spans: Sequence[Span], prompt: str = "") -> None:
-        self._tools = tools
+    def __init__(self, tools: str, spans: Sequence[Span], prompt: str = "", uses: Uses | None = None) -> None:
+        self._tools, self._uses = tools, uses or prompt.count
         self._spans = [span for span in spans if span.kind == "tool_call" and span.begin]
-        self.prompt = prompt
         self._waiting = "\n"
         """The end of the text, as far as a marker may begin in it. An answer begins a line."""
         thoughts = [span for span in spans if span.kind == "reasoning"]
         self._ends = [span.end for span in thoughts if span.end]
         self._begins = [span.begin or "" for span in self._spans]
-        marks = [*self._ends, *self._begins]
-        self._longest, self._firsts = max(map(len, marks), default=0), frozenset(mark[0] for mark in marks)
+        self._marks = [*self._ends, *self._begins]
+        self._firsts = frozenset(mark[0] for mark in self._marks)
         self._blanks = None if any(span.open for span in thoughts) else ""
         """Blanks since the answer or the text after its reasoning began; None: something else was written."""
         self._usual = ""
         """The usual blanks there."""
         self._call: OpenCall | None = None
         self._seen: dict[str, str] | None = None
-        self._used: dict[str, int] = {}
-        self._prompts: dict[Hashable, Any] = {}
-        self._known: dict[Hashable, Any] = {}
-        """Answers of `MarkupCall`, cached for the request's later calls."""
+        self._before = {span.begin: self._habits_of_prompt(span, prompt) for span in self._spans}
+        """The blanks by place of the prompt's newest calls after each marker."""
 
-    def are_free(self, tokens: Sequence[int], tables: Tables) -> bool:
-        """Whether nothing is known to follow `tokens`: they are free text in JSON, or begin no call. False: unknown."""
+    @property
+    def place(self) -> Hashable:
+        """Return a key as `Layout.place` does, of texts with the same tools and spans."""
+        place = None if self._call is None else self._call.place
+        if self._call is not None and place is None:
+            return None
+        seen = self._before.values() if self._seen is None else [self._seen]
+        return self._waiting, self._blanks, self._usual, place, *map(_habit, seen)
+
+    @property
+    def free(self) -> Free | None:
+        """Return what leaves the free text that it ends in, as `Layout.free` does."""
         if self._call is not None:
-            return isinstance(self._call, JsonCall) and self._call.is_free and all(map(tables.plain, tokens))
-        known = self._blanks is None and self._firsts.isdisjoint(self._waiting)
-        return known and all(map(tables.without(self._firsts), tokens))
+            return self._call.free
+        return Free("".join(self._firsts) + "\n") if self._blanks is None and self._waiting in ("\n", OTHER) else None
 
-    def behind(self, text: str, tokens: Sequence[int] = (), guesses: Guesses | None = None) -> "Calls":
-        """Return a copy after `text`, the text of `tokens`; valid inside `trying` only."""
-        ahead, call = object.__new__(Calls), self._call
-        ahead.__dict__.update(self.__dict__)
-        ahead._call = call.behind(text, tokens, guesses) if guesses and isinstance(call, JsonCall) else None
-        if ahead._call is None:
-            ahead._call = call and call.copy()
-            ahead.follow(text)
+    def copy(self) -> "Calls":
+        """Return a copy to look ahead with; valid inside `trying` only."""
+        ahead = copy(self)
+        ahead._call = self._call and self._call.copy()
         return ahead
 
     def trying(self) -> AbstractContextManager[None]:
         """Look ahead: afterwards everything is as it was."""
-        return self._call.trying() if isinstance(self._call, JsonCall) else nullcontext()
+        return self._call.matcher.trying() if isinstance(self._call, JsonCall) else nullcontext()
 
-    def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[LikelyText]:
+    def pieces(self, limit: int, guesses: Guesses | None) -> list[LikelyText]:
         """Return the probable continuation, at most `limit` characters; empty if nothing is known."""
         if self._call is not None:
-            return self._call.pieces(limit, guesses, likelihood)
-        begun, blanks, first = self._begun(), "", Kind.OPENED
-        if begun is None and self._spans and self._blanks is not None:
+            return self._call.pieces(limit, guesses)
+        opened, blanks, first = self._begun(), "", Kind.OPENED
+        if opened is None and self._spans and self._blanks is not None:
             blanks = self._usual[len(self._blanks) :] if self._usual.startswith(self._blanks) else ""
-            begun, first = (self._spans[0], self._spans[0].begin or ""), Kind.BEGUN
-        call = self._behind_marker(begun[0]) if begun else None
-        if begun is None or call is None:
+            opened, first = (self._spans[0], self._spans[0].begin or ""), Kind.BEGUN
+        call = self._behind_marker(opened[0]) if opened else None
+        if opened is None or call is None:
             return []
         # The first character of a marker is the guess that a call begins; the others follow from it.
-        parts = (blanks, Kind.USUAL), (begun[1][:1], first), (begun[1][1:], Kind.OPENED)
+        parts = (blanks, Kind.USUAL), (opened[1][:1], first), (opened[1][1:], Kind.OPENED)
         pieces = [LikelyText(text[:limit], kind) for text, kind in parts if text]
-        return pieces + call.pieces(limit - len(blanks + begun[1]), guesses, likelihood)
+        return pieces + call.pieces(limit - len(blanks + opened[1]), guesses)
 
     def follow(self, text: str) -> None:
         """Advance by `text`, in which calls begin and end."""
@@ -309,19 +301,25 @@ class Calls:
 
     def _outside(self, text: str) -> str:
         """Look for the beginning of a call. Returns the text after its marker."""
-        if self._blanks is None and self._firsts.isdisjoint(self._waiting + text):
-            self._waiting = (self._waiting + text)[-self._longest :]
-            return ""
         self._note_blanks(text)
         text = self._waiting + text
-        places = [(text.find(span.begin or ""), span) for span in self._spans]
-        at, span = min(((at, span) for at, span in places if at >= 0), default=(-1, None), key=lambda place: place[0])
-        if span is None or span.begin is None:
-            self._waiting = text[-self._longest :]
+        places = [(text.find(begin), span, begin) for span, begin in zip(self._spans, self._begins, strict=True)]
+        at, span, begin = min(
+            (place for place in places if place[0] >= 0), default=(-1, None, ""), key=lambda one: one[0]
+        )
+        if span is None:
+            self._waiting = self._open_end(text)
             return ""
         self._waiting = ""
         self._call = self._behind_marker(span)
-        return text[at + len(span.begin) :]
+        return text[at + len(begin) :]
+
+    def _open_end(self, text: str) -> str:
+        """Return the end of `text` as far as a mark may begin in it: in a line, or after anything else."""
+        line = text[text.rfind("\n") + 1 :]
+        if any(begin.startswith(line) for begin in self._begins):
+            return "\n" + line
+        return OTHER + max((begun(text, mark) for mark in self._marks), key=len)
 
     def _note_blanks(self, text: str) -> None:
         """Add `text` to the blanks since the answer began or its reasoning ended; they are None after other text."""
@@ -338,46 +336,40 @@ class Calls:
         read, end = read_tools(self._tools), span.end or ""
         if read is None:
             return None
+        seen = self._before[span.begin] if self._seen is None else self._seen
         if (form := PARSERS.get(read.form)) is not None:
-            return MarkupCall(read, form, end, self._habits(span), self._uses, self._known)
+            return MarkupCall(read, form, end, dict(seen), self._uses)
         grammar = compiled(self._tools)
         if grammar is None:
             return None
         matcher = XGrammarMatcher(xgrammar.GrammarMatcher(grammar))
         if not span.begin.startswith("{"):
-            return JsonCall(matcher, self._habits(span), end, self._tools)
+            return JsonCall(matcher, seen, end, self._tools)
         call = JsonCall(matcher, {**(self._seen or {}), LEAD: ""}, end, self._tools)
         # Llama 3's marker is the beginning of the call itself.
         return call if call.follow(span.begin) is None else None
 
-    def _habits(self, span: Span) -> dict[str, str]:
-        """Return the blanks by place (`Layout.seen`) of this answer's last tool call, or the prompt's newest ones."""
-        if self._seen is None:
-            # Cached, so that copies that look ahead do not read the prompt again.
-            self._seen = kept(self._prompts, (span.begin, span.end), lambda: self._habits_of_prompt(span))
-        return dict(self._seen)
-
-    def _habits_of_prompt(self, span: Span) -> dict[str, str]:
+    def _habits_of_prompt(self, span: Span, prompt: str) -> dict[str, str]:
+        """Return the blanks by place (`Layout.seen`) of the prompt's newest calls after a span's marker."""
         seen: dict[str, str] = {}
         read = read_tools(self._tools)
         form = PARSERS.get(read.form) if read else None
-        for text in self._earlier(span.begin or ""):
+        for text in _earlier(prompt, span.begin or ""):
             if read is not None and form is not None:
                 MarkupCall(read, form, span.end or "", seen, self._uses).follow(text)
             elif (call := text.lstrip(BLANKS)).startswith("{"):
                 seen[LEAD] = text[: len(text) - len(call)]
         return seen
 
-    def _earlier(self, begin: str) -> list[str]:
-        """Return the texts after the prompt's newest markers, the newest one last."""
-        prompt, texts = self.prompt, list[str]()
-        end = len(prompt)
-        while len(texts) < LOOKED_AT and (end := prompt.rfind(begin, 0, end)) >= 0:
-            texts.append(prompt[end + len(begin) :][:LOOKED_AT_CHARS])
-        return texts[::-1]
 
-    def _uses(self, text: str) -> int:
-        """Return how often a text occurs in the end of the prompt."""
-        if text not in self._used:
-            self._used[text] = self.prompt.count(text)
-        return self._used[text]
+def _habit(seen: Mapping[str, str]) -> frozenset[tuple[str, str]]:
+    """Return those blanks by place that decide what is guessed."""
+    return frozenset(item for item in seen.items() if len(item[0]) > 2 or ASKED.issuperset(item[0]))
+
+
+def _earlier(prompt: str, begin: str) -> list[str]:
+    """Return the texts after the prompt's newest markers, the newest one last."""
+    end, texts = len(prompt), list[str]()
+    while len(texts) < LOOKED_AT and (end := prompt.rfind(begin, 0, end)) >= 0:
+        texts.append(prompt[end + len(begin) :][:LOOKED_AT_CHARS])
+    return texts[::-1]

@@ -2,8 +2,11 @@
 
 from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
+
+from whiflash_sglang.structure.matchers import Matcher
 
 BLANKS = " \t\r\n"
 
@@ -26,6 +29,21 @@ LONGEST = 32
 """Largest number of blanks in a habit."""
 
 
+FREE: Final = "‡"
+"""A character that is allowed only where nearly any is: in free text, and inside a string without bounds."""
+
+
+class Free(NamedTuple):
+    """Tokens with which free text goes on as such: of whole characters, with none of `leaving` in them and none of
+    `ending` at their end, and which begin none of `words`. plain: only those that need no escape in a JSON string.
+    """
+
+    leaving: str = ""
+    ending: str = ""
+    plain: bool = False
+    words: tuple[str, ...] = ()
+
+
 class Frames(NamedTuple):
     """Fixed texts around JSON that is laid out freely: those that begin it and those that end it."""
 
@@ -46,8 +64,7 @@ class Layout:
     blank nor inside a string, closing quotes included. blanks: those after it so far. seen: newest blanks after each
     character; those before a closing bracket are recorded apart (`_place`). depth: open brackets. unit: blanks of
     indentation per bracket.
-    words: names and listed values of its schema, sorted, if `place` determines what may follow; else None. source: the
-    schema's text. known: `Guesses.place` of the present end, cached.
+    words: names and listed values of its schema, sorted, if `place` determines what may follow; else None.
     """
 
     inside: bool = False
@@ -60,8 +77,6 @@ class Layout:
     depth: int = 0
     unit: int = 0
     words: Sequence[str] | None = None
-    source: str = ""
-    known: Any = field(default=None, compare=False)
     _open: tuple[tuple[str, Hashable, Any], ...] = ()
     """Open containers: bracket, key and contents so far of each."""
     _key: Hashable = ""
@@ -74,8 +89,7 @@ class Layout:
 
     def copy(self) -> "Layout":
         """Return a copy to look ahead with."""
-        ahead = object.__new__(Layout)
-        ahead.__dict__.update(self.__dict__)
+        ahead = copy(self)
         ahead.seen = dict(self.seen)
         return ahead
 
@@ -94,16 +108,19 @@ class Layout:
         state = self.last, written, self._escaped, self.blanks, self.unit, self._seen_so
         return self._open, self._key, self._value, *state
 
-    @property
-    def is_free(self) -> bool:
-        """Whether the text ends in free text, which plain text does not leave. False: unknown."""
+    def free(self, matcher: Matcher) -> Free | None:
+        """Return the tokens that stay in the free text that this text ends in; None: it ends in none, or that is not
+        known. matcher: of its grammar, after it.
+        """
         if self.words is None or not self.inside or self._escaped:
-            return False
-        return self._listed(self.partial, whole=False) != self.partial
+            return None
+        if self._listed(self.partial, whole=False) != self.partial:
+            return Free(plain=True)
+        begins = not self.partial and matcher.allows(FREE)
+        return Free(plain=True, words=tuple(self.words)) if begins else None
 
     def follow(self, text: str) -> None:
         """Advance by `text`; JSON begins and ends where the frames do."""
-        self.known = None
         if self.frames is NO_FRAMES:
             self._follow(text)
             return
@@ -222,11 +239,6 @@ class Layout:
             return
         self._escaped = character == "\\" and not self._escaped
         self.partial += character
-
-
-def is_plain(text: str) -> bool:
-    """Whether `text` continues free text in a JSON string: no quote ends it, and nothing needs an escape."""
-    return text.isprintable() and '"' not in text and "\\" not in text
 
 
 def _ends(text: str, frame: str, done: int) -> Iterator[int]:

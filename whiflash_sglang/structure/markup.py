@@ -4,21 +4,22 @@ Nothing in it is nested, so no grammar is needed: at every place a few texts may
 them that were written before.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from copy import copy
 from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from whiflash_sglang.structure.chances import Kind, LikelyText
-from whiflash_sglang.structure.guesses import Guesses, Likelihood, gather, parted
-from whiflash_sglang.structure.layout import BLANKS
+from whiflash_sglang.structure.guesses import Guesses, Uses, gather, of_words, parted
+from whiflash_sglang.structure.layout import BLANKS, Free
 from whiflash_sglang.structure.schemas import MOST_WORDS
 from whiflash_sglang.structure.tools import Form, Tools, listed_of, properties_of, required_of
 
-MOST_KNOWN = 256
-"""Largest number of answers in a cache, which is cleared when it is full."""
-
 LONGEST = 256
-"""Characters kept of an open value, in which its end is looked for."""
+"""Characters kept of the blanks around an open value."""
+
+OTHER = "\0"
+"""In place of any text in which nothing that matters begins."""
 
 
 class _Place(Enum):
@@ -49,35 +50,22 @@ class MarkupCall:
     Args:
         tools: of the request. form: of its parser's calls. end: text that ends the span. seen: newest blanks before
             each part of a call; this call adds its own. used: returns how often a text occurs in the conversation.
-            known: cache that the request's calls share, by all that an answer depends on; None: a new one. Options are
-            cached with their tools.
     """
 
-    def __init__(
-        self,
-        tools: Tools,
-        form: Form,
-        end: str,
-        seen: dict[str, str],
-        used: Callable[[str], int],
-        known: dict[Hashable, Any] | None = None,
-    ) -> None:
+    def __init__(self, tools: Tools, form: Form, end: str, seen: dict[str, str], used: Uses) -> None:
         self._functions = dict(tools.functions[:MOST_WORDS])
         self._form, self._end, self._used = form, end, used
         self.seen = seen
         self._place = _Place.CALL
         self._pending = ""
         self._calls = 0
-        self._known = {} if known is None else known
-        self._known_options = tools.known
         self._tool = ""
         self._key = ""
         self._written: frozenset[str] = frozenset()
 
     def copy(self) -> "MarkupCall":
         """Return a copy to look ahead with."""
-        ahead = object.__new__(MarkupCall)
-        ahead.__dict__.update(self.__dict__)
+        ahead = copy(self)
         ahead.seen = dict(self.seen)
         return ahead
 
@@ -107,9 +95,24 @@ class MarkupCall:
             self._pending = body[len(option.text) :]
         return self._pending
 
-    def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[LikelyText]:
+    @property
+    def place(self) -> Hashable:
+        """Return a key as `Layout.place` does, of texts with the same tools and spans."""
+        return *self._state, self._pending, frozenset(self.seen.items())
+
+    @property
+    def free(self) -> Free | None:
+        """Return what leaves the free text that it ends in, as `Layout.free` does."""
+        if self._place is not _Place.VALUE or self._fitting():
+            return None
+        if self._pending.endswith(OTHER):
+            return Free(self._around[1][:1], ending=BLANKS)
+        # Blanks that begin a value are kept.
+        return None if self._pending.strip(BLANKS) else Free(self._around[1][:1] + BLANKS)
+
+    def pieces(self, limit: int, guesses: Guesses | None) -> list[LikelyText]:
         """Return the probable continuation of the tool calls' text, at most `limit` characters."""
-        return gather(self.copy()._step, limit, likelihood)
+        return gather(self.copy()._step, limit)
 
     def _step(self) -> list[LikelyText] | None:
         """Advance by the probable rest of one part of the call, and return its pieces; None if nothing is probable.
@@ -118,32 +121,22 @@ class MarkupCall:
         """
         if self._place is _Place.DONE:
             return None
-        if self._place is _Place.VALUE and self._pending:
-            return self._rest_of_value()
-        before = *self._state, self._pending, *self.seen.items()
-        pieces: list[LikelyText] | None
-        pieces, after = kept(self._known, before, lambda: (self._step_now(), (*self._state[1:], self._pending)))
-        self._place, self._calls, self._tool, self._key, self._written, self._pending = after
-        return pieces
-
-    def _step_now(self) -> list[LikelyText] | None:
         if self._place is _Place.VALUE:
             return self._rest_of_value()
         body = self._pending.lstrip(BLANKS)
         fitting = [option for option in self._options() if option.text.startswith(body)]
         if not fitting:
             return None
-        option, kind = self._likeliest(fitting)
+        option, rests = fitting[0], {option.text: option.text[len(body) :] for option in fitting}
+        if self._place is _Place.CALL:
+            option, pieces = max(fitting, key=lambda each: self._used(each.text)), _pieces(rests, self._used)
+        else:
+            kind = Kind.CLOSED if option.part == "end" else Kind.CHOICE
+            pieces = parted(rests.pop(option.text), list(rests.values()), kind if rests else Kind.FORCED)
         blanks = [] if body else self._blanks(option.part, self._pending)
-        others = [other.text[len(body) :] for other in fitting if other is not option]
         self._take(option)
         self._pending = ""
-        return blanks + _pieces(option.text[len(body) :], others, kind)
-
-    def _options(self) -> Sequence[_Option]:
-        """Return the texts that may come next, likelier ones first unless the conversation says otherwise."""
-        options: Sequence[_Option] = kept(self._known_options, self._state, self._options_now)
-        return options
+        return blanks + pieces
 
     @property
     def _state(self) -> tuple[Hashable, ...]:
@@ -154,7 +147,8 @@ class MarkupCall:
     def _parameters(self) -> object:
         return self._functions.get(self._tool)
 
-    def _options_now(self) -> Sequence[_Option]:
+    def _options(self) -> Sequence[_Option]:
+        """Return the texts that may come next, likelier ones first unless the conversation says otherwise."""
         form = self._form
         calls: Sequence[_Option] = ()
         if self._place in (_Place.CALL, _Place.CLOSED):
@@ -206,7 +200,7 @@ class MarkupCall:
         """Advance past the text that ends the open value, if it has been written; return whether it has."""
         value, end, behind = self._pending.partition(self._around[1])
         if not end:
-            self._pending = self._pending[-LONGEST:]
+            self._shorten()
             return False
         if value.strip(BLANKS):
             self.seen["inside"] = value[: len(value) - len(value.lstrip(BLANKS))]
@@ -214,37 +208,46 @@ class MarkupCall:
         self._pending, self._place = behind, _Place.ARGUMENT
         return True
 
+    def _shorten(self) -> None:
+        """Keep of an open value what its end depends on: blanks around it, and what may begin its end."""
+        pending, part = self._pending, begun(self._pending, self._around[1])
+        value = pending.removesuffix(part)
+        if value.strip(BLANKS) and not self._fitting():
+            before, behind = value[: len(value) - len(value.lstrip(BLANKS))], value[len(value.rstrip(BLANKS)) :]
+            self._pending = before[:LONGEST] + OTHER + behind[-LONGEST:] + part
+
+    def _fitting(self) -> list[str]:
+        """Return the listed values of the open argument that have begun."""
+        body, closing = self._pending.lstrip(BLANKS), self._closing
+        words = listed_of(properties_of(self._parameters).get(self._key))
+        return [word for word in words if (word + closing).startswith(body)]
+
+    @property
+    def _closing(self) -> str:
+        """Return the text that ends a value, with the usual blanks before it."""
+        return self._usual("behind")[0] + self._around[1]
+
     def _rest_of_value(self) -> list[LikelyText] | None:
         """Return the rest of an argument that its schema lists, or of its end marker if that has begun, else None."""
-        pending, end = self._pending, self._around[1]
-        closing = self._usual("behind")[0] + end
+        pending, end, closing = self._pending, self._around[1], self._closing
         body, pieces = pending.lstrip(BLANKS), []
         if not body:
             pieces = self._blanks("inside", pending)
-        words = listed_of(properties_of(self._parameters).get(self._key))
-        fitting = [word for word in words if (word + closing).startswith(body)]
+        fitting = self._fitting()
         if fitting:
-            best = max(fitting, key=self._used)
-            rest, *others = ((word + closing)[len(body) :] for word in sorted(fitting, key=lambda own: own != best))
-            pieces += _pieces(rest, others, Kind.WORD)
+            rests = {word: (word + closing)[len(body) :] for word in fitting}
+            pieces += _pieces(rests, self._used)
         elif body:
-            begun = _begun(pending, closing) or _begun(pending, end)
-            if not begun:
+            opened = ((mark, begun(pending, mark)) for mark in (closing, end))
+            rest = next((mark[len(part) :] for mark, part in opened if part), "")
+            if not rest:
                 return None
-            pieces = parted(begun, [], Kind.ENDED)
+            pieces = parted(rest, [], Kind.ENDED)
         else:
             self._pending += "".join(piece.text for piece in pieces)
             return pieces or None
         self._pending, self._place = "", _Place.ARGUMENT
         return pieces
-
-    def _likeliest(self, fitting: Sequence[_Option]) -> tuple[_Option, Kind]:
-        """Choose the likeliest of the texts that may come next, and its kind."""
-        if self._place is not _Place.CALL:
-            return fitting[0], Kind.CLOSED if fitting[0].part == "end" else Kind.CHOICE
-        used = [self._used(option.text) for option in fitting]
-        highest = max(used)
-        return fitting[used.index(highest)], Kind.USED if used.count(highest) == 1 and highest else Kind.WORD
 
     def _usual(self, place: str) -> tuple[str, bool]:
         """Return the likely blanks before a part of a call, and whether a call had them; else they are the form's."""
@@ -263,24 +266,13 @@ class MarkupCall:
         return [LikelyText(usual[len(written) :], Kind.LAYOUT if seen else Kind.USUAL)]
 
 
-def kept(known: dict[Hashable, Any], key: Hashable, ask: Callable[[], Any]) -> Any:
-    """Return the cached answer for `key`; `ask` is called if there is none."""
-    if key not in known:
-        answer = ask()
-        if len(known) >= MOST_KNOWN:
-            known.clear()
-        known[key] = answer
-    return known[key]
+def _pieces(rests: Mapping[str, str], used: Uses) -> list[LikelyText]:
+    """Cut the likeliest of the rests of texts: it is forced unless others may follow, too."""
+    if len(rests) > 1:
+        return of_words(rests, used)
+    return [LikelyText(rest, Kind.FORCED) for rest in rests.values() if rest]
 
 
-def _pieces(text: str, others: Sequence[str], kind: Kind) -> list[LikelyText]:
-    """Cut `text` into pieces: it is forced unless `others` may follow, too."""
-    if not text:
-        return []
-    return parted(text, others, kind) if others else [LikelyText(text, Kind.FORCED)]
-
-
-def _begun(text: str, ending: str) -> str:
-    """Return the rest of `ending` if `text` ends with its beginning; else an empty text."""
-    lengths = range(len(ending) - 1, 0, -1)
-    return next((ending[length:] for length in lengths if text.endswith(ending[:length])), "")
+def begun(text: str, mark: str) -> str:
+    """Return the longest beginning of `mark`, but not all of it, that `text` ends with."""
+    return next((mark[:size] for size in range(len(mark) - 1, 0, -1) if text.endswith(mark[:size])), "")

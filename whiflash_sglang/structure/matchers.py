@@ -5,7 +5,7 @@ Nothing here moves a request's own grammar: text accepted to look ahead is taken
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -42,16 +42,17 @@ class Matcher(ABC):
         self._goes_on: bool | None = None
         self.exhausted: Callable[[], bool] = lambda: False
 
-    def trying(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def trying(self) -> Iterator[None]:
         """Look ahead: afterwards the matcher is as it was. May be nested."""
-        return _Trying(self)
-
-    def _return_to(self, before: int) -> None:
-        """Take back all accepted tokens and texts but the first `before`."""
-        if steps := sum(self._steps[before:]):
-            del self._steps[before:]
-            self._rollback(steps)
-            self._goes_on = None
+        before = len(self._steps)
+        try:
+            yield
+        finally:
+            if steps := sum(self._steps[before:]):
+                del self._steps[before:]
+                self._rollback(steps)
+                self._goes_on = None
 
     def accept_token(self, token: int) -> bool:
         """Advance by a token. Returns False, without a change, if the grammar forbids it or no time is left."""
@@ -90,6 +91,11 @@ class Matcher(ABC):
     def may_end(self) -> bool:
         """Whether a token that ends the text may follow."""
 
+    @property
+    def ends(self) -> bool:
+        """Whether the text may end, and nothing is forced; False if no time is left."""
+        return self.may_end and not self.forced() and not self.exhausted()
+
     def forced(self) -> str:
         """Return the text that must follow; empty if there is a choice, if it begins inside a character, or if no time
         is left.
@@ -110,18 +116,6 @@ class Matcher(ABC):
 
     @abstractmethod
     def _rollback(self, steps: int) -> None: ...
-
-
-class _Trying(AbstractContextManager[None]):
-    """Takes back what is accepted inside it. It costs a quarter of a `contextmanager`; each look enters several."""
-
-    __slots__ = ("_before", "_matcher")
-
-    def __init__(self, matcher: Matcher) -> None:
-        self._matcher, self._before = matcher, len(matcher._steps)
-
-    def __exit__(self, *raised: object) -> None:
-        self._matcher._return_to(self._before)
 
 
 class XGrammarMatcher(Matcher):
@@ -257,24 +251,22 @@ class GuidanceMatcher(Matcher):
 class Grammar(Protocol):
     """The constraint of one request, as its engine holds it.
 
-    known: committed tokens, prompt included, that it has accepted; prompt: those of the prompt. end: the token that
-    ends a text under it; None: none does. schema: the JSON that it was compiled from; empty if it was none.
+    schema: the JSON that it was compiled from; empty if it was none. end: the token that ends a text under it; None:
+    none does. begins: number of committed tokens, prompt included, before those that it constrains; None: it constrains
+    nothing yet.
     """
-
-    @property
-    def prompt(self) -> int: ...
 
     @property
     def schema(self) -> str: ...
 
     @property
-    def known(self) -> int: ...
-
-    @property
     def end(self) -> int | None: ...
 
-    def matcher(self, vocabulary: Vocabulary) -> Matcher | None:
-        """Return a matcher in the state after the accepted tokens; None if nothing is constrained now.
+    @property
+    def begins(self) -> int | None: ...
+
+    def beginning(self, vocabulary: Vocabulary) -> Matcher | None:
+        """Return a new matcher before any token; None if the engine has none.
 
         Args:
             vocabulary: of the target.

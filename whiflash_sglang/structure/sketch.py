@@ -1,19 +1,18 @@
-"""Proposes tokens: text that a grammar forces, or that is likely, cut as the target would cut it."""
+"""Proposes tokens: text that a grammar forces, or that is likely, cut as the tokenizer cuts it."""
 
 import operator
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, cut_behind, text_of
+from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, cut_behind, is_text, text_of
 from whiflash_sglang.structure.calls import Calls
-from whiflash_sglang.structure.chances import REASONS, Cuts, Kind, LikelyText
-from whiflash_sglang.structure.guesses import FREE, Ahead, Guesses, Likelihood, is_whole, likely
+from whiflash_sglang.structure.chances import SEED, Kind, LikelyText
+from whiflash_sglang.structure.guesses import Ahead, Guesses, is_whole, likely
+from whiflash_sglang.structure.layout import FREE, Layout
+from whiflash_sglang.structure.matchers import Matcher
 
-NOTHING = -1
-"""In place of a token id, before the first token of a text."""
-
-CHARS_PER_TOKEN = 16
+CHARS_PER_TOKEN = 8
 """Characters of text that are asked for, and cut into tokens, per token that may be proposed."""
 
 TAIL = 6
@@ -24,128 +23,103 @@ BREAKS = frozenset(bytes([code]) for code in range(128) if not chr(code).isalnum
 
 
 class Token(NamedTuple):
-    """A token to propose, and why. usual: the tokenizer's token in its place; None: the same."""
+    """A token to propose. kinds: why; the least likely one counts. among: the texts between which the conversation's
+    own use chose the word that the token belongs to; empty: none.
+    """
 
     token: int
-    kind: Kind
-    usual: int | None = None
+    kinds: tuple[Kind, ...]
+    among: tuple[str, ...] = ()
 
 
 def sketch(
-    ahead: Ahead | None,
     vocabulary: Vocabulary,
     tail: Sequence[int],
     limit: int,
     *,
-    end: int | None,
-    likelihood: Likelihood,
-    cuts: Cuts,
-    guesses: Guesses | None = None,
+    matcher: Matcher | None = None,
+    layout: Layout | None = None,
     calls: Calls | None = None,
-) -> tuple[list[Token], bool]:
-    """Return at most `limit` tokens that are likely to follow a text, all allowed by its grammar, and whether nothing
-    is known to follow them.
+    guesses: Guesses | None = None,
+    end: int | None = None,
+) -> list[Token]:
+    """Return at most `limit` tokens, and the end, that are likely to follow a text, all allowed by its grammar.
 
     If a tool call is open, the continuation that its tools expect is taken if more of its tokens are expected right.
 
     Work for each of the two: at most `STEPS` pieces are asked for; `limit` times `CHARS_PER_TOKEN` characters and the
-    tail are cut, at most `chances.MOST` parts of them again; `limit` tokens are accepted and taken back.
+    tail are cut; `limit` tokens are accepted and taken back.
 
     Args:
-        ahead: at the end of the text; it is not changed. None: no grammar constrains it. tail: the text's last tokens.
-        end: the token that ends a text; None: none is proposed. likelihood: of a kind; a token's kind is the least
-            likely of its reasons. calls: of the request's tools, which forbid nothing; guesses: for them.
-        cuts: how such text was cut before.
+        tail: the text's last tokens. matcher, layout: of its grammar, after it. calls: of its request's tools, which
+            forbid nothing. end: the token that ends a text; None: none is proposed.
     """
     chars = limit * CHARS_PER_TOKEN
-    sources = [likely(ahead.fork(), chars, likelihood)] if ahead is not None else []
-    sources += [calls.pieces(chars, guesses, likelihood)] if calls is not None else []
-    best, whole = list[Token](), True
+    sources = [likely(Ahead(matcher, layout, guesses), chars)] if matcher is not None and layout is not None else []
+    sources += [calls.pieces(chars, guesses)] if calls is not None else []
+    best = list[Token]()
     for pieces in sources:
-        tokens = cut(vocabulary, tail, pieces, likelihood, cuts, limit + 1) if pieces else []
-        whole &= len(tokens) <= limit and is_whole(pieces, chars, likelihood)
-        tokens = tokens[:limit]
-        if ahead is not None:
-            tokens = _allowed(ahead.fork(), vocabulary, tokens, limit, end)
-        best = max(best, tokens, key=lambda option: _expected(option, likelihood)) if best else tokens
-    return best, whole
+        tokens = cut(vocabulary, tail, pieces) if pieces else []
+        # The last tokens of a text that goes on may be cut otherwise with what follows.
+        complete = is_whole(pieces, chars) and len(tokens) <= limit
+        tokens = tokens if complete else tokens[: max(min(limit, len(tokens) - 2), 1)]
+        if matcher is not None:
+            tokens = _allowed(matcher, vocabulary, tokens, end if complete else None)
+        best = max(best, tokens, key=_expected)
+    return best
 
 
-def _expected(tokens: Sequence[Token], likelihood: Likelihood) -> float:
-    """Return how many of the tokens are expected to be right."""
-    return sum(accumulate((likelihood(token.kind) for token in tokens), operator.mul), 0.0)
+def _expected(tokens: Sequence[Token]) -> float:
+    """Return how many of the tokens are expected to be right before anything was learned."""
+    return sum(accumulate((min(map(SEED.__getitem__, token.kinds)) for token in tokens), operator.mul), 0.0)
 
 
-def _allowed(ahead: Ahead, vocabulary: Vocabulary, tokens: Sequence[Token], limit: int, end: int | None) -> list[Token]:
+def _allowed(matcher: Matcher, vocabulary: Vocabulary, tokens: list[Token], end: int | None) -> list[Token]:
     """Return the first of `tokens` that may follow, and `end` after them if the text is complete then."""
-    with ahead.matcher.trying():
-        allowed = [*tokens[: ahead.accept([token.token for token in tokens], vocabulary, at_once=True)]]
-        if len(allowed) < len(tokens) or ahead.lost:
-            return allowed
-        if end is not None and len(allowed) < limit and ahead.ends():
-            if ahead.now()[0].allows(FREE):
-                # The end of a stretch of structure may end the text; prose may end anywhere.
-                return [*allowed, Token(end, Kind.STOPPED)] if allowed else []
-            if allowed and allowed[-1].kind is Kind.EDGE:
-                # The whole text is known: nothing follows that a longer token could hold.
-                allowed[-1] = allowed[-1]._replace(kind=Kind.FORCED)
-            allowed.append(Token(end, Kind.END))
-    return allowed
+    with matcher.trying():
+        for number, (token, *_) in enumerate(tokens):
+            if not (is_text(vocabulary, token) and matcher.accept_token(token)):
+                return tokens[:number]
+        if end is None or not matcher.ends:
+            return tokens
+        if matcher.allows(FREE):
+            # The end of a stretch of structure may end the text; prose may end anywhere.
+            return [*tokens, Token(end, (Kind.STOPPED,))] if tokens else []
+        if tokens:
+            # The whole text is known: nothing follows that a longer token could hold.
+            kinds = {Kind.FORCED if kind is Kind.EDGE else kind for kind in tokens[-1].kinds}
+            tokens = [*tokens[:-1], tokens[-1]._replace(kinds=tuple(kinds))]
+        return [*tokens, Token(end, (Kind.END,))]
 
 
-def cut(
-    vocabulary: Vocabulary,
-    tail: Sequence[int],
-    pieces: Sequence[LikelyText],
-    likelihood: Likelihood,
-    cuts: Cuts,
-    limit: int,
-) -> list[Token]:
-    """Cut the pieces' text into the tokens that the target would most likely use after `tail`; at most `limit`.
+def cut(vocabulary: Vocabulary, tail: Sequence[int], pieces: Sequence[LikelyText]) -> list[Token]:
+    """Cut the pieces' text into the tokens that the target would most likely use after `tail`.
 
     The tail's open word is cut again together with the text, since the parts of a word are cut otherwise than the
     whole. If no token begins at the seam, the text is cut by itself.
     """
-    tail = _open_word(vocabulary, tail[-TAIL:])
-    key = cuts.tenant, *tail, *pieces
-    reasons = cuts.reasons.pop(key, None)
-    if reasons is None:
-        reasons = _reasons(vocabulary, tail, pieces, cuts)
-        if len(cuts.reasons) >= REASONS:
-            cuts.reasons.popitem(last=False)
-    cuts.reasons[key] = reasons
-    return [
-        token if kinds is None else Token(token.token, min(kinds, key=likelihood), token.usual)
-        for token, kinds in reasons[:limit]
-    ]
-
-
-def _reasons(
-    vocabulary: Vocabulary, tail: Sequence[int], pieces: Sequence[LikelyText], cuts: Cuts
-) -> list[tuple[Token, Sequence[Kind] | None]]:
-    """Return the tokens of `cut`, each with the kinds of its characters; None if they have one kind, the token's."""
     text = "".join(piece.text for piece in pieces)
     tokens = cut_behind(vocabulary, text_of(vocabulary, tail), text)
     first = Kind.FORCED
     if tokens is None:
         tokens, first = cut_behind(vocabulary, "", text), Kind.SEAM
-    if not tokens:
-        return []
-    pairs = cuts.applied(vocabulary, tail[-1] if tail else NOTHING, tokens)
-    of_bytes = [kind for part, kind in pieces for _ in part.encode()]
-    chosen: list[tuple[Token, Sequence[Kind] | None]] = []
-    begin = 0
-    for number, (token, usual) in enumerate(pairs):
-        stop = begin + len(vocabulary.token_bytes[token])
-        ends = [first] * (number == 0) + [Kind.EDGE] * (number == len(pairs) - 1)
-        kinds = ends + of_bytes[begin:stop]
-        reason = Token(token, kinds[0], None if usual == token else usual)
-        chosen.append((reason, None if kinds.count(kinds[0]) == len(kinds) else [*dict.fromkeys(kinds)]))
+    of_bytes = [piece for piece in pieces for _ in piece.text.encode()]
+    chosen: list[Token] = []
+    begin, table = 0, vocabulary.token_bytes
+    for number, token in enumerate(tokens or ()):
+        stop = begin + len(table[token])
+        ends = [first] * (number == 0) + [Kind.EDGE] * (number + 1 == len(tokens or ()))
+        kinds = dict.fromkeys([*ends, *(piece.kind for piece in of_bytes[begin:stop])])
+        chosen.append(Token(token, tuple(kinds), of_bytes[begin].among))
         begin = stop
+    # The tokens before a word, as far back as the tokenizer may join them with it, depend on it too.
+    for number in range(len(chosen) - 1, 0, -1):
+        if not chosen[number - 1].among and table[chosen[number].token][:1] not in BREAKS:
+            chosen[number - 1] = chosen[number - 1]._replace(among=chosen[number].among)
     return chosen
 
 
-def _open_word(vocabulary: Vocabulary, tail: Sequence[int]) -> Sequence[int]:
+def open_word(vocabulary: Vocabulary, tail: Sequence[int]) -> Sequence[int]:
     """Return the end of `tail` to cut again with what follows: from the newest token that begins after a word."""
     parts = [bytes_of(vocabulary, (token,)) for token in tail]
     for at in range(len(parts) - 1, 0, -1):

@@ -1,7 +1,7 @@
 """A request's tools and the form of its calls, as the HTTP process sends them to the scheduler."""
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -99,12 +99,11 @@ KEPT = 128
 
 class Tools(NamedTuple):
     """A request's tools. form: for calls in JSON the name of their arguments, else a key of `PARSERS`. functions: name
-    and parameters' schema of each tool, as the caller gave it. known: options of calls, cached for `MarkupCall`.
+    and parameters' schema of each tool, as the caller gave it.
     """
 
     form: str
     functions: Sequence[tuple[str, Any]]
-    known: dict[Hashable, Any]
 
 
 def carried_tools(functions: Sequence[tuple[str | None, object]], parser: str | None) -> str | None:
@@ -133,7 +132,7 @@ def read_tools(text: str) -> Tools | None:
         return None
     try:
         form, functions = json_of(text)
-        return Tools(str(form), tuple((str(name), parameters) for name, parameters in functions), {})
+        return Tools(str(form), tuple((str(name), parameters) for name, parameters in functions))
     except (ValueError, TypeError, RecursionError):
         return None
 

@@ -22,32 +22,30 @@ class RequestGrammar:
         self.end: int | None = usual if usual in ends else next(iter(ends), None)
 
     @property
-    def known(self) -> int:
-        return len(self._req.origin_input_ids) + len(self._req.output_ids)
-
-    @property
-    def prompt(self) -> int:
-        return len(self._req.origin_input_ids)
-
-    @property
     def schema(self) -> str:
         params = self._req.sampling_params
         return str(params.json_schema or params.structural_tag or "")
 
-    def matcher(self, vocabulary: Vocabulary) -> Matcher | None:
+    @property
+    def begins(self) -> int | None:
+        grammar, prompt = own_grammar(self._req), len(self._req.origin_input_ids)
+        if not isinstance(grammar, ReasonerGrammarObject) or getattr(grammar, "reasoning_in_grammar", False):
+            return prompt
+        # Nothing is constrained while the model thinks, and it may stop thinking at any token.
+        constrained = grammar.tokens_after_end
+        return prompt + len(self._req.output_ids) - constrained if constrained >= 0 else None
+
+    def beginning(self, vocabulary: Vocabulary) -> Matcher | None:
         grammar = own_grammar(self._req)
-        if isinstance(grammar, ReasonerGrammarObject):
-            # Nothing is constrained while the model thinks, and it may stop thinking at any token.
-            active = getattr(grammar, "reasoning_in_grammar", False) or grammar._is_generation()
-            grammar = grammar.grammar if active else None
-        if grammar is None or grammar.is_terminated():
-            return None
+        grammar = grammar.grammar if isinstance(grammar, ReasonerGrammarObject) else grammar
         if isinstance(grammar, XGrammarGrammar):
             searched = None if is_plain(self.schema) else vocabulary
-            return XGrammarMatcher(grammar.matcher, searched, grammar.vocab_size)
+            return XGrammarMatcher(grammar.copy().matcher, searched, grammar.vocab_size)
         # llguidance is known by this member, since its module is imported only if it serves. Outlines has no matcher.
-        guidance = getattr(grammar, "ll_matcher", None)
-        return None if guidance is None else GuidanceMatcher(guidance, vocabulary.encode)
+        if getattr(grammar, "ll_matcher", None) is None:
+            return None
+        new = type(grammar)(grammar.llguidance_tokenizer, grammar.serialized_grammar)  # `copy` copies the state, too
+        return GuidanceMatcher(new.ll_matcher, vocabulary.encode)
 
 
 def grammar_of(req: Any) -> Grammar | None:

@@ -1,0 +1,431 @@
+// What follows a text by its structure, as an automaton over tokens that is found while it is walked (a lazy DFA, as in
+// RE2) and shared by all requests whose texts have the same structure.
+//
+// A node is all that the continuation of a text depends on, an edge a token. Which token a node goes on with, and where
+// an edge leads, is asked of Python once (`Asked`); then it is known for every request. `tests/structure/walked.py` says
+// in Python what a walk finds.
+#include <algorithm>
+#include <cctype>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+constexpr int32_t NONE = -1, REFUSED = -2, LOST = -3;  // no token; the grammar forbids an edge; an edge is not known
+constexpr double SURE = 0.995, DECAY = 0.995;
+constexpr size_t CUTS = 512;  // remembered cuts; the one written least recently goes first
+
+// What a server's tokens are. A token stays in free text if it is whole characters and not special; it is plain if it
+// also stays in free text inside a JSON string.
+struct Vocabulary {
+    enum : uint8_t { WHOLE = 1, PLAIN = 2 };
+    std::vector<int64_t> begins;
+    std::string bytes;
+    std::vector<uint8_t> kinds;
+
+    int64_t size() const { return int64_t(kinds.size()); }
+    const char* text(int32_t token) const { return bytes.data() + begins[token]; }
+    size_t length(int32_t token) const {
+        return token >= 0 && token < size() ? size_t(begins[token + 1] - begins[token]) : 0;
+    }
+};
+
+// Whether bytes are whole UTF-8 characters, and whether JSON strings and Python's `isprintable` take all of them but
+// blanks that few write.
+uint8_t kind_of(const char* text, size_t length) {
+    uint8_t kind = length ? Vocabulary::WHOLE | Vocabulary::PLAIN : 0;
+    for (size_t at = 0; at < length;) {
+        const uint8_t byte = uint8_t(text[at]);
+        const size_t more = byte < 0x80 ? 0 : byte >= 0xF0 ? 3 : byte >= 0xE0 ? 2 : 1;
+        if ((byte >= 0x80 && byte < 0xC2) || byte > 0xF4 || at + more >= length) return 0;
+        for (size_t i = 1; i <= more; ++i)
+            if ((uint8_t(text[at + i]) & 0xC0) != 0x80) return 0;
+        const bool control = byte < 0x20 || byte == 0x7F || (byte == 0xC2 && uint8_t(text[at + 1]) < 0xA0);
+        if (control || byte == '"' || byte == '\\') kind &= ~Vocabulary::PLAIN;
+        at += more + 1;
+    }
+    return kind;
+}
+
+// How a target writes, learned while serving. right, seen: decayed observations of each reason for a token, in Python's
+// memory. A cut: the token last written instead of the tokenizer's, by the token before it and the tokenizer's.
+struct Lessons {
+    struct Cut {
+        int32_t written;
+        uint64_t when;
+    };
+    const Vocabulary* vocabulary;
+    double* right;
+    double* seen;
+    std::unordered_map<uint64_t, Cut> cuts;
+    uint64_t now = 0;
+
+    double chance(uint32_t kinds) const {  // of the least likely reason
+        double least = SURE;
+        for (; kinds; kinds &= kinds - 1) {
+            const int kind = __builtin_ctz(kinds);
+            least = std::min(least, right[kind] / seen[kind]);
+        }
+        return least;
+    }
+    void observe(uint32_t kinds, bool was) {
+        int least = -1;
+        for (uint32_t left = kinds; left; left &= left - 1) {
+            const int kind = __builtin_ctz(left);
+            if (least < 0 || right[kind] / seen[kind] < right[least] / seen[least]) least = kind;
+        }
+        if (least < 0) return;
+        right[least] = right[least] * DECAY + was;
+        seen[least] = seen[least] * DECAY + 1.0;
+    }
+    // All requests share cuts, so only marks and blanks are learned, never words.
+    bool marks(int32_t token) const {
+        const size_t length = vocabulary->length(token);
+        const char* text = length ? vocabulary->text(token) : nullptr;
+        return std::all_of(text, text + length, [](char each) {
+            const uint8_t byte = uint8_t(each);
+            return byte < 0x80 && byte != '_' && !std::isalnum(byte);
+        });
+    }
+    void learn(uint64_t place, int32_t usual, int32_t written) {
+        cuts.erase(place);
+        if (written != usual) cuts[place] = {written, ++now};
+        if (cuts.size() <= CUTS) return;
+        const auto older = [](const auto& one, const auto& other) { return one.second.when < other.second.when; };
+        cuts.erase(std::min_element(cuts.begin(), cuts.end(), older));
+    }
+};
+
+uint64_t pair(int32_t one, int32_t two) { return uint64_t(uint32_t(one)) << 32 | uint32_t(two); }
+
+struct Step {
+    int32_t token = NONE;
+    uint32_t kinds = 0;  // reasons, a bit each
+};
+
+struct Bytes {  // a set
+    uint64_t bits[4] = {};
+    explicit Bytes(const char* text) {
+        for (; *text; ++text) bits[uint8_t(*text) >> 6] |= uint64_t(1) << (uint8_t(*text) & 63);
+    }
+    bool has(char each) const { return bits[uint8_t(each) >> 6] >> (uint8_t(each) & 63) & 1; }
+};
+
+// Tokens that lead to one node without an edge of their own: those that are plain, or whole; that have no byte of
+// `leaving`, and none of `ending` at their end; and that begin no word.
+struct Stay {
+    Bytes leaving, ending;
+    uint8_t kind = Vocabulary::WHOLE;
+    int32_t words = NONE, to = NONE;
+};
+
+struct Node {
+    enum Asked : uint8_t { NOT, KNOWN, CHOICE } asked = NOT;
+    Step step;
+    int32_t after = NONE, stay = NONE, options = NONE;
+};
+
+}  // namespace
+
+struct Request;
+
+enum Ask { NOBODY, DRAFTED, WRITTEN };
+
+// Python's answers to what is not known; they call `whiflash_edge`, `whiflash_step` or `whiflash_choice`.
+struct Asked {
+    void (*edges)(int32_t node, const int32_t* tokens, int64_t count, int32_t written);
+    void (*step)(int32_t node);
+    int32_t (*uses)(int32_t word);
+};
+
+struct Automaton {
+    const Vocabulary* vocabulary;
+    Lessons* lessons;
+    Asked asked;
+    std::vector<Node> nodes;
+    std::vector<Stay> stays;
+    std::vector<std::vector<std::string>> words;     // sorted
+    std::vector<std::vector<int32_t>> options;       // words of a choice
+    std::vector<Step> chosen;
+    std::unordered_map<uint64_t, int32_t> edges, choices;
+    Request* asking = nullptr;
+    int64_t edges_asked = 0, steps_asked = 0;
+
+    bool stays_in(const Stay& stay, int32_t token) const {
+        if (token < 0 || token >= vocabulary->size() || !(vocabulary->kinds[token] & stay.kind)) return false;
+        const char* text = vocabulary->text(token);
+        const size_t length = vocabulary->length(token);
+        if (stay.ending.has(text[length - 1])) return false;
+        if (std::any_of(text, text + length, [&](char each) { return stay.leaving.has(each); })) return false;
+        if (stay.words == NONE) return true;
+        const auto& known = words[stay.words];
+        const auto word = std::lower_bound(known.begin(), known.end(), std::string(text, length));
+        return word == known.end() || word->compare(0, length, text, length) != 0;
+    }
+
+    // The node after the first token of a run; LOST: nobody knows now. A written token is none that a grammar forbids,
+    // though no draft may have it: special tokens are not drafted.
+    int32_t follow(int32_t node, const int32_t* run, int64_t count, Ask ask) {
+        for (int turn = 0; turn < 2; ++turn) {
+            const Node& at = nodes[node];
+            if (at.asked == Node::KNOWN && at.step.token == *run && at.after >= 0) return at.after;
+            if (at.stay != NONE && stays_in(stays[at.stay], *run)) return stays[at.stay].to;
+            const auto known = edges.find(pair(node, *run));
+            if (known != edges.end() && (ask != WRITTEN || turn || known->second != REFUSED)) {
+                if (at.asked == Node::KNOWN && at.step.token == *run) nodes[node].after = known->second;
+                return known->second;
+            }
+            if (turn || ask == NOBODY) break;
+            ++edges_asked;
+            asked.edges(node, run, count, ask == WRITTEN);
+        }
+        return LOST;
+    }
+
+    int32_t best_of(int32_t options);
+
+    Step step(int32_t node, bool ask) {
+        for (int turn = 0; turn < 2; ++turn) {
+            if (nodes[node].asked == Node::KNOWN) return nodes[node].step;
+            if (nodes[node].asked == Node::CHOICE) {
+                const auto known = choices.find(pair(node, best_of(nodes[node].options)));
+                if (known != choices.end()) return chosen[known->second];
+            }
+            if (turn || !ask) break;
+            ++steps_asked;
+            asked.step(node);
+        }
+        return {};
+    }
+
+    // Whether the text that is known to follow a node begins with that of `written`.
+    bool begins_with(int32_t node, int32_t written) {
+        size_t left = vocabulary->length(written);
+        if (!left) return false;
+        for (const char* text = vocabulary->text(written); left && node >= 0;) {
+            const Step next = step(node, false);
+            const size_t same = std::min(left, vocabulary->length(next.token));
+            if (!same || std::memcmp(vocabulary->text(next.token), text, same)) return false;
+            text += same;
+            left -= same;
+            if (left) node = follow(node, &next.token, 1, NOBODY);
+        }
+        return !left;
+    }
+
+    // The token that a node goes on with after the token `before`, as the target cut it last.
+    Step cut(int32_t node, int32_t before) {
+        Step next = step(node, false);
+        const auto known = next.token < 0 ? lessons->cuts.end() : lessons->cuts.find(pair(before, next.token));
+        if (known != lessons->cuts.end() && begins_with(node, known->second.written))
+            next.token = known->second.written;
+        return next;
+    }
+};
+
+// A request's text. unfollowed: its last tokens, which nobody has followed yet. used: how often it has each word; NONE:
+// not counted yet.
+struct Request {
+    Automaton* automaton;
+    int32_t node = 0, last = NONE;
+    bool ended = false;
+    std::vector<int32_t> unfollowed, used;
+
+    // Compare what was known to follow with the token that was written, by whichever drafter.
+    bool learn(int32_t token) {
+        Automaton& on = *automaton;
+        const Step usual = on.step(node, false), said = on.cut(node, last);
+        if (said.token == NONE) return false;
+        on.lessons->observe(said.kinds, said.token == token);
+        if (said.token == token) return true;
+        const bool marks = on.lessons->marks(usual.token) && (last < 0 || on.lessons->marks(last));
+        if (marks && on.vocabulary->length(token) && on.lessons->marks(token) && on.begins_with(node, token))
+            on.lessons->learn(pair(last, usual.token), usual.token, token);
+        return false;
+    }
+    void commit(const int32_t* tokens, int64_t count, bool ask) {
+        size_t done = 0;
+        bool learns = unfollowed.empty();
+        unfollowed.insert(unfollowed.end(), tokens, tokens + count);
+        while (!ended && done < unfollowed.size()) {
+            learns = learns && learn(unfollowed[done]);
+            const int32_t after =
+                automaton->follow(node, unfollowed.data() + done, int64_t(unfollowed.size() - done), ask ? WRITTEN : NOBODY);
+            if (after == LOST || (after == REFUSED && !ask)) break;  // whoever does not ask begins anew
+            last = unfollowed[done++];
+            ended = after < 0;
+            if (!ended) node = after;
+        }
+        unfollowed.erase(unfollowed.begin(), unfollowed.begin() + (ended ? int64_t(unfollowed.size()) : int64_t(done)));
+    }
+};
+
+// Twice the place of the word that the request has used most, the first of equals; 1 more if it is the only one.
+int32_t Automaton::best_of(int32_t number) {
+    std::vector<int32_t>& used = asking->used;
+    int32_t best = 0, most = -1, others = 0;
+    for (size_t i = 0; i < options[number].size(); ++i) {
+        const int32_t word = options[number][i];
+        if (used.size() <= size_t(word)) used.resize(size_t(word) + 64, NONE);
+        if (used[word] == NONE) used[word] = asked.uses(word);
+        if (used[word] > most) others = std::max(others, most), best = int32_t(i), most = used[word];
+        else others = std::max(others, used[word]);
+    }
+    return 2 * best + (most > others);
+}
+
+extern "C" {
+
+// begins: [size + 1], where each token's bytes begin. special: [size], whether a token is special.
+Vocabulary* whiflash_vocabulary(const int64_t* begins, const char* bytes, const uint8_t* special, int64_t size) {
+    auto* made = new Vocabulary{{begins, begins + size + 1}, {bytes, size_t(begins[size])}, {}};
+    for (int64_t token = 0; token < size; ++token)
+        made->kinds.push_back(special[token] ? 0 : kind_of(bytes + begins[token], begins[token + 1] - begins[token]));
+    return made;
+}
+void whiflash_vocabulary_end(Vocabulary* vocabulary) { delete vocabulary; }
+
+Lessons* whiflash_lessons(const Vocabulary* vocabulary) { return new Lessons{vocabulary, nullptr, nullptr, {}}; }
+void whiflash_lessons_end(Lessons* lessons) { delete lessons; }
+// Forgets all cuts. right, seen: of each reason.
+void whiflash_learn(Lessons* lessons, double* right, double* seen) {
+    lessons->right = right, lessons->seen = seen;
+    lessons->cuts.clear();
+}
+int64_t whiflash_cuts(const Lessons* lessons, int32_t* cuts) {  // [CUTS, 3]: before, usual, written
+    for (const auto& [place, cut] : lessons->cuts)
+        *cuts++ = int32_t(place >> 32), *cuts++ = int32_t(place), *cuts++ = cut.written;
+    return int64_t(lessons->cuts.size());
+}
+
+Automaton* whiflash_automaton(
+    const Vocabulary* vocabulary, Lessons* lessons, decltype(Asked::edges) edges, decltype(Asked::step) step,
+    decltype(Asked::uses) uses
+) {
+    return new Automaton{vocabulary, lessons, {edges, step, uses}, {}, {}, {}, {}, {}, {}, {}};
+}
+void whiflash_automaton_end(Automaton* automaton) { delete automaton; }
+// Drops all nodes; words stay.
+void whiflash_clear(Automaton* automaton) {
+    automaton->nodes.clear(), automaton->stays.clear(), automaton->options.clear(), automaton->chosen.clear();
+    automaton->edges.clear(), automaton->choices.clear();
+}
+int64_t whiflash_words(Automaton* automaton, const char* const* words, int64_t count) {
+    automaton->words.emplace_back(words, words + count);
+    std::sort(automaton->words.back().begin(), automaton->words.back().end());
+    return int64_t(automaton->words.size()) - 1;
+}
+
+int32_t whiflash_node(Automaton* automaton) {
+    automaton->nodes.emplace_back();
+    return int32_t(automaton->nodes.size()) - 1;
+}
+void whiflash_stay(
+    Automaton* automaton, int32_t node, const char* leaving, const char* ending, int32_t plain, int32_t words, int32_t to
+) {
+    const auto kind = uint8_t(plain ? Vocabulary::PLAIN : Vocabulary::WHOLE);
+    automaton->nodes[node].stay = int32_t(automaton->stays.size());
+    automaton->stays.push_back({Bytes(leaving), Bytes(ending), kind, words, to});
+}
+void whiflash_edge(Automaton* automaton, int32_t node, int32_t token, int32_t after) {
+    automaton->edges[pair(node, token)] = after;
+}
+int32_t whiflash_after(Automaton* automaton, int32_t node, int32_t token) {
+    return automaton->follow(node, &token, 1, NOBODY);
+}
+int32_t whiflash_asked(const Automaton* automaton, int32_t node) { return automaton->nodes[node].asked; }
+// A node goes on with a token for these reasons; NONE: nothing is known to follow.
+void whiflash_step(Automaton* automaton, int32_t node, int32_t token, uint32_t kinds) {
+    Node& at = automaton->nodes[node];
+    at.asked = Node::KNOWN, at.step = {token, kinds}, at.after = NONE;
+}
+// It goes on with it where a request has used these words as the asking one has.
+void whiflash_choice(
+    Automaton* automaton, int32_t node, const int32_t* words, int64_t count, int32_t token, uint32_t kinds
+) {
+    if (automaton->nodes[node].asked != Node::CHOICE) {
+        automaton->options.emplace_back(words, words + count);
+        automaton->nodes[node].options = int32_t(automaton->options.size()) - 1;
+        automaton->nodes[node].asked = Node::CHOICE;
+    }
+    automaton->choices[pair(node, automaton->best_of(automaton->nodes[node].options))] = int32_t(automaton->chosen.size());
+    automaton->chosen.push_back({token, kinds});
+}
+// Nodes, edges, choices; edges and steps that were asked of Python.
+void whiflash_counts(const Automaton* automaton, int64_t* counts) {
+    counts[0] = int64_t(automaton->nodes.size()), counts[1] = int64_t(automaton->edges.size());
+    counts[2] = int64_t(automaton->chosen.size());
+    counts[3] = automaton->edges_asked, counts[4] = automaton->steps_asked;
+}
+
+Request* whiflash_request(Automaton* automaton, int32_t node, int32_t last) {
+    return new Request{automaton, node, last, false, {}, {}};
+}
+void whiflash_request_end(Request* request) { delete request; }
+// Puts a request at another node, of whichever automaton.
+void whiflash_place(Request* request, Automaton* automaton, int32_t node) {
+    if (request->automaton != automaton) request->used.clear();
+    request->automaton = automaton, request->node = node;
+}
+
+// Advances a request by committed tokens. ask: whether Python may be asked where they lead. Returns how many of the last
+// tokens nobody has followed; -1: its text has ended.
+int64_t whiflash_commit(Request* request, const int32_t* tokens, int64_t count, int32_t ask) {
+    request->automaton->asking = request;
+    request->commit(tokens, count, ask);
+    return request->ended ? -1 : int64_t(request->unfollowed.size());
+}
+int64_t whiflash_unfollowed(Request* request, int32_t* tokens) {  // takes them
+    std::copy(request->unfollowed.begin(), request->unfollowed.end(), tokens);
+    const auto count = int64_t(request->unfollowed.size());
+    if (count) request->last = request->unfollowed.back();
+    request->unfollowed.clear();
+    return count;
+}
+int32_t whiflash_node_of(const Request* request) { return request->node; }
+
+// What follows `drafts` ([drafted], with the chances `before` that each and all before it are accepted): up to `room`
+// tokens, drafts included, as far as each has a chance that is worth the price of a row, `worth`. The first `paid` are
+// in any case, and the others are judged as if those were accepted. allowed: how many drafts may follow the text.
+// Returns how many tokens; tokens, alive: [room].
+int64_t whiflash_go_on(
+    Request* request, const int32_t* drafts, const double* before, int64_t drafted, int64_t room, double worth, int64_t paid,
+    int64_t* allowed, int32_t* tokens, double* alive
+) {
+    Automaton& on = *request->automaton;
+    on.asking = request;
+    int32_t node = request->ended || !request->unfollowed.empty() ? LOST : request->node;
+    int64_t kept = 0;
+    for (; kept < drafted && node >= 0; ++kept) {
+        const int32_t after = on.follow(node, drafts + kept, drafted - kept, DRAFTED);
+        if (after == REFUSED) break;
+        node = after;
+    }
+    if (node < 0) kept = drafted;  // nobody knows more of them
+    *allowed = kept;
+    double chance = kept ? before[kept - 1] : 1.0, least = worth;
+    if (paid > 0 && paid <= kept) least *= before[paid - 1];
+    int32_t last = kept ? drafts[kept - 1] : request->last;
+    int64_t count = 0;
+    for (; kept + count < room && node >= 0; ++count) {
+        const int32_t usual = on.step(node, true).token;
+        const Step next = on.cut(node, last);
+        if (next.token < 0) break;
+        // That the text may be cut so is known of the tokenizer's cut only.
+        if (next.token != usual && on.follow(node, &next.token, 1, DRAFTED) < 0) break;
+        const int64_t place = kept + count + 1;
+        chance *= on.lessons->chance(next.kinds);
+        if (place > paid && !(chance >= least)) break;
+        if (place == paid) least *= chance;
+        tokens[count] = last = next.token;
+        alive[count] = chance;
+        if (place < room) node = on.follow(node, &last, 1, DRAFTED);
+    }
+    return count;
+}
+
+}  // extern "C"

@@ -1,0 +1,155 @@
+"""A walk over what is shared finds what its reference in Python finds, and what is found from nothing."""
+
+import json
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import pytest
+import walked
+from matrix import sampled
+from structure_grammars import PROMPT, Grammars, Told
+from whiflash_kernels.cpu.automaton import Table, Walk
+from whiflash_sdk.presets import TOOL_CALL_PARSERS
+
+from whiflash_sglang.arms import structure
+from whiflash_sglang.arms.structure import AUTOMATA, StructureArm
+from whiflash_sglang.checkpoints.manifest import Structure
+from whiflash_sglang.drafts.candidates import NOTHING, Candidate
+from whiflash_sglang.prices.costs import FULL_LENGTH
+from whiflash_sglang.records.request import Request
+from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, text_of
+from whiflash_sglang.structure import automaton
+from whiflash_sglang.structure.automaton import MOST_NODES
+from whiflash_sglang.structure.tools import carried_tools
+
+KEYS = {"to": {"type": "string"}, "in": {"enum": ["celsius", "kelvin"]}, "n": {"type": "number"}}
+TOOL = {"type": "object", "properties": KEYS, "required": [*KEYS]}
+CALL = json.dumps({"to": "São \\ ãã ãã ã ãã x", "in": "kelvin", "n": 120.5}, ensure_ascii=False)
+PARAMETERS = (("to", "Os lo"), ("in", "kelvin"), ("n", "12"))
+MARKUP = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in PARAMETERS)
+BODIES = {"hermes": f'{{"name": "f", "arguments": {CALL}}}', "qwen3_coder": f"<function=f>\n{MARKUP}</function>"}
+LISTS = {"schema": {"type": "array", "items": TOOL}, "counted": {"type": "array", "items": TOOL, "minItems": 1}}
+DOCUMENTS = dict.fromkeys(LISTS, f"[{CALL}, {CALL}, {CALL}]") | {
+    form: f"Ah <t.\n<tool_call>\n{body}\n</tool_call>\n so\n" * 3 for form, body in BODIES.items()
+}
+
+
+def hints_of(form: str, tools: Sequence[tuple[str, Any]] = (("f", TOOL), ("list", None))) -> RequestHints:
+    return RequestHints(tools=carried_tools(tools, form) or "", spans=[*TOOL_CALL_PARSERS.get(form, ())])
+
+
+class Written:
+    """A text of a form that two arms look at. told: its grammar; None without one."""
+
+    def __init__(self, form: str, grammars: Grammars) -> None:
+        self.told = Told(grammars, LISTS[form]) if form in LISTS else None
+        self.hints, self.text = hints_of(form), [*PROMPT]
+
+    def begin(self, arm: StructureArm) -> Request:
+        request = Request("r", self.hints, grammar=self.told, read=lambda: PROMPT)
+        arm.begin(request)
+        return request
+
+    def look(self, arm: StructureArm, request: Request, drafts: Candidate, room: int = 24) -> tuple[Any, Any]:
+        said = arm.propose(request, len(self.text) - 1, lambda start: self.text[start:], FULL_LENGTH)
+        return said or NOTHING, arm.extend_drafts(request, drafts, room, FULL_LENGTH)
+
+    def write(self, tokens: Sequence[int]) -> None:
+        if self.told is not None:
+            self.told.tell(tokens)
+        self.text += tokens
+
+
+@pytest.mark.parametrize("seeds", sampled([2, 8], 2))
+@pytest.mark.parametrize("nodes", [40, MOST_NODES])
+@pytest.mark.parametrize("form", DOCUMENTS)
+def test_walks_are_those_of_the_reference_and_say_what_is_found_from_nothing(
+    form: str, nodes: int, seeds: int, grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables, walks = {walked.Walks: walked.Table}, {walked.Table: walked.Walk}
+    monkeypatch.setattr(automaton, "MOST_NODES", nodes)
+    monkeypatch.setattr(automaton, "Table", lambda own, answers: tables.get(type(own), Table)(own, answers))
+    monkeypatch.setattr(structure, "Walk", lambda table, *rest: walks.get(type(table), Walk)(table, *rest))
+    # A special token that a text has is no draft, and the text goes on after it.
+    vocabulary = vocabulary._replace(special=vocabulary.special | {*vocabulary.encode("x")})
+    shared, twin = (StructureArm(Structure(max_width=8), vocabulary, lambda: False) for _ in range(2))
+    twin._walks = walked.Walks(None, vocabulary.token_bytes, vocabulary.special)  # type: ignore[assignment]
+    twin.forget()
+    tokens, table = vocabulary.encode(DOCUMENTS[form]), vocabulary.token_bytes
+    parts = [token for token, part in enumerate(table) if not part.isascii() and len(part) == 1]
+    others = range(len(table)), [*vocabulary.special], parts, vocabulary.encode("x")
+    found = late = 0
+    for seed in range(seeds):
+        random, written = Random(seed), Written(form, grammars)
+        requests, rest = [written.begin(arm) for arm in (shared, twin)], tokens
+        while rest:
+            ids = rest[: random.choice((0, 0, 2, 9))]
+            ids += random.choices(random.choice(others), k=random.choice((0, 0, 1)))
+            drafts = Candidate(ids, [0.95**i for i in range(len(ids))])
+            looks = [written.look(arm, request, drafts) for arm, request in zip((shared, twin), requests, strict=True)]
+            assert looks[0] == looks[1]
+            late += len(looks[0][0].tokens) if 3 * len(rest) < len(tokens) else 0
+            anew = StructureArm(Structure(max_width=8), vocabulary, lambda: False)
+            anew.forget()
+            own = written.look(anew, written.begin(anew), drafts)
+            # A special token that a text had may be drafted there, which nothing says from nothing.
+            for now, once in zip(looks[0], own, strict=True) if vocabulary.special.isdisjoint(ids) else ():
+                texts = [bytes_of(vocabulary, each.tokens) for each in (now, once)]
+                assert texts[0].startswith(texts[1]) or texts[1].startswith(texts[0]), text_of(vocabulary, written.text)
+                assert now.tokens[: len(ids)] == once.tokens[: len(ids)]
+                found += len(now.tokens)
+            if written.told is not None:
+                assert not any(grammars.forbidden(written.told._raw, each.tokens) for each in looks[0])
+            count = random.randint(1, 4)
+            written.write(rest[:count])
+            rest = rest[count:]
+    assert found > 60
+    assert late
+    assert sorted(walked.cuts_of(shared._walks)) == sorted((*place, cut) for place, cut in twin._walks.cuts.items())  # type: ignore
+
+
+@pytest.mark.parametrize("form", ["schema", *BODIES])
+def test_requests_with_equal_tools_ask_once_and_forgetting_ends_that(
+    form: str, grammars: Grammars, vocabulary: Vocabulary
+) -> None:
+    arm, tokens = StructureArm(Structure(), vocabulary, lambda: False), vocabulary.encode(DOCUMENTS[form])
+
+    def asked() -> list[int]:
+        written = Written(form, grammars)
+        request = written.begin(arm)
+        for token in tokens:
+            written.look(arm, request, NOTHING)
+            written.write([token])
+        (only,) = arm._automata.values()
+        return walked.counts_of(only.table)
+
+    first = asked()
+    assert asked() == first
+    arm.forget()
+    assert not arm._automata
+    assert asked() == first
+
+
+def test_hostile_tools_keep_memory_and_work_bounded(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests with tools of their own, whose texts never come twice. Counted are nodes, and questions of a round."""
+    monkeypatch.setattr(automaton, "MOST_NODES", 300)
+    arm, most, random = StructureArm(Structure(), vocabulary, lambda: False), 0, Random(0)
+    recurring: dict[str, Any] = {"type": "object", "properties": {}}
+    recurring["properties"] = {"a": {"anyOf": [{"type": "array", "items": TOOL}, TOOL]}, "b": {"enum": [*range(9)]}}
+    for number in range(AUTOMATA + 8):
+        hints = hints_of(("hermes", "qwen3_coder")[number % 2], [(f"t{number}_{i}", recurring) for i in range(120)])
+        request, text = Request("r", hints, read=lambda: PROMPT), [*PROMPT]
+        arm.begin(request)
+        for _ in range(40):
+            said = arm.propose(request, 0, lambda start, text=text: text[start:], FULL_LENGTH)  # type: ignore[misc]
+            kept = request.kept[arm.arm]
+            before = sum(walked.counts_of(kept.automaton.table)[3:])
+            drafts = Candidate(random.choices(range(len(vocabulary.token_bytes)), k=8), [0.9] * 8)
+            arm.extend_drafts(request, drafts, 24, FULL_LENGTH)
+            most = max(most, sum(walked.counts_of(kept.automaton.table)[3:]) - before)
+            text += said.tokens[:2] if said else random.choices(vocabulary.encode('<tool_call>\n{"a": 12}'), k=3)
+    assert len(arm._automata) == AUTOMATA
+    assert max(walked.counts_of(each.table)[0] for each in arm._automata.values()) <= 300 + 200
+    assert most <= 8 + 24

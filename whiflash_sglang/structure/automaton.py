@@ -1,0 +1,276 @@
+"""Answers what the compiled walk over structure asks once: where tokens lead from a node, and what follows it.
+
+A node is all that the continuation of a text depends on: its place in the JSON of a grammar or of a call, the call in
+markup that is open, the blanks seen so far, and the word that its last tokens leave open. Requests with equal tools and
+schemas share an automaton, and free text is one node. If nothing says which texts continue alike, as in a grammar with
+counts, a request has an automaton of its own, which begins again where its text has left what is known.
+"""
+
+import codecs
+import weakref
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from whiflash_kernels.cpu.automaton import LOST, NONE, REFUSED, Table, Walks
+
+from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, is_text
+from whiflash_sglang.structure.calls import Calls
+from whiflash_sglang.structure.guesses import Guesses, Uses
+from whiflash_sglang.structure.layout import FREE, Free, Layout
+from whiflash_sglang.structure.matchers import Matcher
+from whiflash_sglang.structure.sketch import TAIL, open_word, sketch
+
+AHEAD = 24
+"""Largest number of tokens of an answer. Further ones are asked for where a walk comes so far."""
+
+MOST_NODES = 1 << 14
+"""Number of nodes from which on an automaton is replaced by a new one, some 400 bytes each."""
+
+
+class LostError(Exception):
+    """A grammar has no time left, or refuses the text of a node as a whole."""
+
+
+@dataclass(slots=True)
+class State:
+    """The end of a text, as far as its continuation depends on it.
+
+    matcher, layout: of its grammar; None without one. calls: of its tools; None without any. text: since its origin, up
+    to the last token that ends a character; parts: the tokens after it, begun: their text, open: its last bytes, which
+    begin a character. split: whether its origin is inside a character, so that all its tokens are parts. tail: tokens
+    of the word that may be open.
+    """
+
+    vocabulary: Vocabulary
+    matcher: Matcher | None
+    layout: Layout | None
+    calls: Calls | None
+    tail: tuple[int, ...] = ()
+    text: str = ""
+    parts: tuple[int, ...] = ()
+    begun: str = ""
+    open: bytes = b""
+    split: bool = False
+
+    @contextmanager
+    def ahead(self) -> Iterator["State"]:
+        """Yield a copy that may move on. Afterwards the grammars are as they were."""
+        matcher, layout, calls = self.matcher, self.layout, self.calls
+        with matcher.trying() if matcher else nullcontext(), calls.trying() if calls else nullcontext():
+            yield replace(self, layout=layout and layout.copy(), calls=calls and calls.copy())
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no time is left for its grammar."""
+        return self.matcher is not None and self.matcher.exhausted()
+
+    @property
+    def place(self) -> Hashable:
+        """Return a key: two texts of an automaton with equal keys have the same continuations. None if unknown."""
+        parts = [part.place for part in (self.layout, self.calls) if part is not None]
+        return None if None in parts else (self.open, self.tail, *parts)
+
+    @property
+    def free(self) -> Free | None:
+        """Return the tokens that stay in the free text that it ends in; None: it ends in none, or that is not known."""
+        found = [self.calls.free] if self.calls is not None else []
+        if self.layout is not None and self.matcher is not None:
+            found.append(self.layout.free(self.matcher))
+        known = [each for each in found if each is not None and not self.open]
+        if not known or len(known) < len(found):
+            return None
+        leaving, ending = "".join(each.leaving for each in known), "".join(each.ending for each in known)
+        return Free(leaving, ending, any(each.plain for each in known), sum((each.words for each in known), ()))
+
+    def write(self, text: str) -> None:
+        """Advance by a text, however it is cut. Raises LostError if it may not follow, or if no time is left."""
+        if text and self.matcher is not None and not self.matcher.accept_text(text):
+            raise LostError
+        self._follow(text)
+        self.text += text
+
+    def move(self, token: int, written: int = False) -> bool:
+        """Advance by a token. Returns False if the grammar forbids it or no time is left; then nothing has changed.
+
+        written: whether it is committed; drafts have no special tokens.
+        """
+        data = self.open + (own := bytes_of(self.vocabulary, [token]))
+        is_able = bool(own) if written else is_text(self.vocabulary, token)
+        if self.matcher is not None and not (is_able and self.matcher.accept_token(token)):
+            return False
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._follow(text)
+        self.open, self.begun = data[used:], self.begun + text
+        if self.open or self.split:
+            self.parts += (token,)
+        else:
+            self.text, self.parts, self.begun = self.text + self.begun, (), ""
+        self.tail = tuple(open_word(self.vocabulary, [*self.tail, token][-TAIL:]))
+        return True
+
+    def _follow(self, text: str) -> None:
+        for part in (self.layout, self.calls):
+            if part is not None:
+                part.follow(text)
+
+
+class Node(NamedTuple):
+    """A node, as the text that was the first to lead from an origin to it. The fields are as in `State`."""
+
+    origin: State
+    text: str
+    parts: tuple[int, ...]
+    tail: tuple[int, ...]
+
+
+class Automaton:
+    """The continuations of all texts with the same tools and schema.
+
+    Args:
+        words: names and values of the schemas, in their order. end: token that ends a text under the grammar. uses: of
+            a text in the conversation of the request that is walked. matcher: of the grammar, at its beginning; None
+            without one.
+    """
+
+    def __init__(
+        self,
+        walks: Walks,
+        vocabulary: Vocabulary,
+        words: Sequence[str],
+        end: int | None,
+        uses: Uses,
+        matcher: Matcher | None,
+    ) -> None:
+        self._vocabulary, self.end, self._uses, self.matcher = vocabulary, end, uses, matcher
+        self._guesses = Guesses(words, uses)
+        self._nodes, self._numbers = list[Node](), dict[Hashable, int]()
+        self._texts, self._words, self._begins = list[str](), dict[str, int](), dict[tuple[str, ...], int]()
+        self.table = Table(walks, weakref.proxy(self))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether its requests should go on in a new one."""
+        return len(self._nodes) >= MOST_NODES
+
+    def begin(self, state: State) -> int:
+        """Return the node of a text that begins in `state`, which nobody moves from now on."""
+        return self._node(state, state)
+
+    def adopt(self, other: "Automaton", node: int) -> int:
+        """Return the node of the texts at a node of another automaton. Raises LostError as `State.write`."""
+        with other.at(node) as state:
+            return self._node(other._nodes[node].origin, state)
+
+    def restart(self, node: int, tokens: Sequence[int]) -> int:
+        """Let all texts begin behind the text of a node and `tokens`, as far as these may follow. Returns how many.
+
+        The node that they begin at is 0. Raises LostError as `State.write`; then nothing has changed.
+        """
+        origin, text, parts, tail = self._nodes[node]
+        origin.write(text)
+        for token in parts:
+            origin.move(token, written=True)
+        origin.tail, done = tail, 0
+        while done < len(tokens) and origin.move(tokens[done], written=True):
+            done += 1
+        origin.text, origin.parts, origin.begun, origin.split = "", (), "", bool(origin.open)
+        self._nodes.clear()
+        self._numbers.clear()
+        self.table.clear()
+        self.begin(origin)
+        return done
+
+    @contextmanager
+    def at(self, node: int) -> Iterator[State]:
+        """Yield the state at a node, to be moved. Raises LostError as `State.write`."""
+        origin, text, parts, tail = self._nodes[node]
+        with origin.ahead() as state:
+            state.write(text)
+            if not all(state.move(token, written=True) for token in parts):
+                raise LostError
+            state.tail = tail
+            yield state
+
+    def _node(self, origin: State, state: State) -> int:
+        """Return the number of a state's node, which is new if no text was there before."""
+        free = state.free
+        if free is not None or bytes_of(self._vocabulary, state.tail[-1:]).isdigit():
+            state.tail = ()  # nothing is known to follow, or a number, which is cut by itself
+        key = state.place
+        number = None if key is None else self._numbers.get(key)
+        if number is not None:
+            return number
+        number = int(self.table.node())
+        self._nodes.append(Node(origin, state.text, state.parts, state.tail))
+        if key is not None:
+            self._numbers[key] = number
+        if free is not None:
+            with state.ahead() as inside:
+                inside.write(FREE)
+                to = self._node(origin, inside)
+            if free.words and free.words not in self._begins:
+                self._begins[free.words] = self.table.words_of(free.words)
+            words = self._begins.get(free.words, NONE)
+            self.table.stay(number, free.leaving.encode(), free.ending.encode(), free.plain, words, to)
+        return number
+
+    def edges(self, node: int, tokens: Sequence[int], written: int) -> None:
+        """Set the edges of a run of tokens after a node, as far as the run leads to new nodes, and what follows it.
+
+        written: whether they are committed.
+        """
+        origin = self._nodes[node].origin
+        with suppress(LostError), self.at(node) as state:
+            for token in tokens:
+                moved, known = state.move(token, written), len(self._nodes)
+                if not moved and state.exhausted:
+                    return
+                after = self._node(origin, state) if moved else REFUSED
+                self.table.edge(node, token, after)
+                if after < known:
+                    return
+                node = after
+            self._tell(node, state)
+
+    def step(self, node: int) -> None:
+        """Set what follows a node, and what follows the nodes after it."""
+        with suppress(LostError), self.at(node) as state:
+            self._tell(node, state)
+
+    def _tell(self, node: int, state: State) -> None:
+        origin = self._nodes[node].origin
+        grammar: dict[str, Any] = {"matcher": state.matcher, "layout": state.layout, "calls": state.calls}
+        grammar |= {"guesses": self._guesses, "end": self.end}
+        tokens = [] if state.open else sketch(self._vocabulary, state.tail, AHEAD, **grammar)
+        if state.exhausted:
+            return
+        if not tokens:
+            self.table.step(node, NONE, 0)
+        for number, (token, kinds, among) in enumerate(tokens):
+            if number and self.table.asked(node) and not among:
+                return
+            bits = sum(1 << kind for kind in kinds)
+            if among:
+                self.table.choose(node, [*map(self._word, among)], token, bits)
+            else:
+                self.table.step(node, token, bits)
+            after = self.table.after(node, token)
+            if not state.move(token):
+                return
+            if after == LOST:
+                after = self._node(origin, state)
+                self.table.edge(node, token, after)
+            node = after
+
+    def uses(self, word: int) -> int:
+        """Return how often the conversation of the request that is walked has used a word."""
+        return self._uses(self._texts[word])
+
+    def _word(self, text: str) -> int:
+        """Return the number of a text that uses decide on."""
+        number = self._words.setdefault(text, len(self._texts))
+        if number == len(self._texts):
+            self._texts.append(text)
+        return number
