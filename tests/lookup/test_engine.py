@@ -1,11 +1,13 @@
-"""The copying arm in the real scheduler: whose text it proposes, and what the other drafters do meanwhile."""
+"""The copying arm in the real scheduler: whose text it proposes, and what the other drafters do meanwhile.
+
+Predicted outputs are right, malformed, beside others, and gone with their request.
+"""
 
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -22,12 +24,14 @@ TOKENS = 160
 LONG = 240
 """Less than a ring of 256 holds: nothing has to be flushed on the way."""
 PROMPT = random.Random(5).choices(range(256), k=24)
+WIDEST = 16
+"""Drafts of a copy, at most."""
 
 
 @pytest.fixture(scope="module")
 def running(models: Models) -> Iterator[Engine]:
-    flags = models.whiflash("lookup")
-    with patch.object(backlog, "TOKENS", 256), engine(models.target, whiflash=flags, page_size=1) as started:
+    options = {"whiflash": models.whiflash("lookup"), "page_size": 1, "enable_streaming_session": True}
+    with patch.object(backlog, "TOKENS", 256), engine(models.target, **options) as started:
         yield started
 
 
@@ -44,14 +48,30 @@ class Answer:
     rounds: int
 
 
-def ask(running: Engine, salt: str | None, predicted: list[int] | None = None, **hints: Any) -> Answer:
-    """predicted: what the caller says that the answer will be, which is copied from."""
+def submit(
+    running: Engine,
+    predicted: Sequence[Any] | None = None,
+    prompt: Sequence[int] = PROMPT,
+    hints: dict[str, Any] | None = None,
+    **params: Any,
+) -> str:
+    """predicted: what the caller says that the answer will be, which is copied from. Returns the request's name."""
     name = f"q{len(running.requests):05d}"
     custom: dict[str, Any] = {"whiflash": json.dumps(hints)} if hints else {}
     if predicted is not None:
         custom["whiflash_prediction"] = predicted
-    said = running.ask(name, PROMPT, max_new_tokens=TOKENS, cache_salt=salt, custom_params=custom or None)
-    return Answer(said, running.rounds(name)[0])
+    running.submit(name, prompt, **{"max_new_tokens": TOKENS, "custom_params": custom or None, **params})
+    return name
+
+
+def answer(running: Engine, name: str) -> Answer:
+    return Answer(running.output(name), running.rounds(name)[0])
+
+
+def ask(running: Engine, salt: str | None, predicted: Sequence[Any] | None = None, **hints: Any) -> Answer:
+    name = submit(running, predicted, hints=hints, cache_salt=salt)
+    running.run()
+    return answer(running, name)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +82,74 @@ def cold(running: Engine) -> Answer:
 
 
 def test_a_request_may_opt_out(running: Engine, cold: Answer) -> None:
-    assert ask(running, "a", lookup="off") == Answer(cold.tokens, TOKENS - 1)
+    """Neither its own text nor its prediction is copied then."""
+    for hints in ({"lookup": "off"}, {"off": True}):
+        assert ask(running, "a", cold.tokens, **hints) == Answer(cold.tokens, TOKENS - 1)
     assert ask(running, "a", lookup="context") == cold, "it means `on`, and that no sample is kept"
+
+
+def test_a_right_prediction_is_copied_from_its_beginning(running: Engine, cold: Answer) -> None:
+    predicted = ask(running, None, cold.tokens)
+    assert predicted.tokens == cold.tokens
+    # The first token comes from the prefill; a round has 16 copied tokens and one more, fewer while nothing is known.
+    fewest = math.ceil((TOKENS - 1) / (WIDEST + 1))
+    assert fewest <= predicted.rounds <= fewest + 3
+    assert predicted.rounds < cold.rounds / 3
+
+
+def test_another_request_beside_is_drafted_for_as_alone(running: Engine, cold: Answer) -> None:
+    ours, theirs = submit(running, cold.tokens), submit(running)
+    running.run()
+    assert answer(running, theirs) == cold
+    assert answer(running, ours).tokens == cold.tokens
+    assert answer(running, ours).rounds < cold.rounds / 3
+
+
+def test_a_prediction_is_known_to_no_later_request_of_its_tenant(running: Engine, cold: Answer) -> None:
+    submit(running, cold.tokens, prompt=[1, 2, 3], max_new_tokens=5, cache_salt="a")
+    running.run()
+    assert ask(running, "a") == cold
+
+
+def test_an_answer_begun_again_is_found_in_its_prediction(
+    running: Engine, cold: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang.srt.managers.scheduler.TEST_RETRACT", True)
+    names = [submit(running, cold.tokens), submit(running)]
+    running.run()
+    assert sum(running.requests[name].retraction_count for name in names) > 0
+    assert [running.output(name) for name in names] == [cold.tokens] * 2
+    assert running.rounds(names[0])[0] < cold.rounds / 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_turn_of_a_session_has_its_own_prediction(running: Engine, streaming: bool) -> None:
+    def converse(name: str, predicted: Sequence[Any]) -> list[Answer]:
+        running.open_session(name, streaming=streaming)
+        found: list[Answer] = []
+        last = None
+        for number in range(3):
+            session = {"id": name, **({"rid": last} if last and not streaming else {})}
+            prompt = [9 + number, *PROMPT[:9]]
+            last = submit(running, predicted[number], prompt, session=session, max_new_tokens=120)
+            running.run()
+            found.append(answer(running, last))
+        running.close_session(name)
+        return found
+
+    without = converse(f"without{streaming}", [None] * 3)
+    with_them = converse(f"with{streaming}", [each.tokens for each in without])
+    assert [each.tokens for each in with_them] == [each.tokens for each in without]
+    for predicted, before in zip(with_them, without, strict=True):
+        assert predicted.rounds < before.rounds / 2
+
+
+def test_where_no_http_process_looked_a_malformed_prediction_is_dropped_and_told(
+    running: Engine, cold: Answer, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ask(running, None, [1, 2, 100_000]) == cold
+    said = "whiflash_prediction[2]: must be a token id below"
+    assert any(said in record.getMessage() for record in caplog.records)
 
 
 def siblings(running: Engine, count: int, task: str | None) -> list[str]:
@@ -72,12 +158,9 @@ def siblings(running: Engine, count: int, task: str | None) -> list[str]:
     names = [f"s{len(running.requests):05d}-{number}" for number in range(count)]
     for number, name in enumerate(names):
         running.submit(name, PROMPT, max_new_tokens=TOKENS, custom_params=custom)
-        while number == 0 and len(running.requests.get(name, EMPTY).output_ids) < TOKENS // 2:
+        while number == 0 and len(running.requests[name].output_ids) < TOKENS // 2:
             running.step()
     return names
-
-
-EMPTY = SimpleNamespace(output_ids=())
 
 
 def test_siblings_copy_from_each_other_and_write_the_same(running: Engine) -> None:
