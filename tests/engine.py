@@ -95,7 +95,9 @@ class Engine:
             )
         )
         ahead = getattr(self.scheduler, "previews", {}).values()
-        for req in (*self.scheduler.waiting_queue, *self.scheduler.grammar_manager.grammar_queue, *ahead):
+        asked = getattr(self.scheduler.disagg_decode_prealloc_queue, "queue", ())  # of a decode server
+        queues = self.scheduler.waiting_queue, self.scheduler.grammar_manager.grammar_queue, ahead
+        for req in (*itertools.chain(*queues), *(each.req for each in asked)):
             self.requests.setdefault(req.rid, req)
 
     def step(self) -> bool:

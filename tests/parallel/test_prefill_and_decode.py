@@ -140,17 +140,9 @@ def decoding(models: Any, whiflash: dict[str, Any] | None = None, **changes: Any
 
 def submit(e: Engine, prefill: Prefill, name: str, prompt: Sequence[int], params: Mapping[str, Any]) -> int:
     """Give a request to the decode server; the room where both servers meet for it."""
-    room, queue = next(_rooms), e.scheduler.disagg_decode_prealloc_queue
+    room = next(_rooms)
     where = {"bootstrap_host": "127.0.0.1", "bootstrap_port": prefill.port, "bootstrap_room": room}
-
-    def added(req: Any, add: Callable[..., Any] = queue.add, **more: Any) -> Any:
-        e.requests[req.rid] = req
-        return add(req, **more)
-
-    with patch.object(queue, "add", added):
-        e.submit(name, prompt, **{**LENGTH, **params, **where})
-        waiting = e.scheduler.grammar_manager.grammar_queue
-        e.requests |= {req.rid: req for req in waiting}
+    e.submit(name, prompt, **{**LENGTH, **params, **where})
     return room
 
 

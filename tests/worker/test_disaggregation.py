@@ -60,15 +60,8 @@ def prompts_computed() -> Iterator[None]:
 
 def texts(e: Engine, prompts: Sequence[Sequence[int]] = PROMPTS, **params: Any) -> dict[str, list[int]]:
     """Outputs of all kinds, all at once."""
-    queue = e.scheduler.disagg_decode_prealloc_queue
-    add = queue.add
     e.scheduler.disagg_metadata_buffers.output_ids.fill_(FIRST_TOKEN)
-
-    def added(req: Any, **more: Any) -> Any:
-        e.requests[req.rid] = req
-        return add(req, **more)
-
-    with patch.object(queue, "add", added), prompts_computed():
+    with prompts_computed():
         for kind, fields in KINDS.items():
             for number, prompt in enumerate(prompts):
                 asked = {"max_new_tokens": 24, **fields, **params}
