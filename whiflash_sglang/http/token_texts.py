@@ -8,8 +8,7 @@ from typing import Any
 from sglang.srt.managers.detokenizer_manager import DetokenizerManager
 
 MARK, PLAIN, WORD = range(3)
-"""Kinds of texts: one with a bracket, a quote or another character with which a marker of SGLang's parsers may end; one
-without; a word, which may have more than letters."""
+"""Kinds of texts: with a character that may end a marker of SGLang's parsers; without one; a word without one."""
 _PLAIN = re.compile(r"( ?\w)?[\w\s.,;:!?'’–—…()/\\=*+#@$%&~^-]*")
 _PART = "\ufffd"
 """Last character of a text that ends inside a character."""
@@ -18,9 +17,7 @@ _PART = "\ufffd"
 class Texts(dict[int, tuple[str, int]]):
     """Token → its text after another token, and the text's kind. Filled as tokens come, for all requests.
 
-    Args:
-        tokenizer: of the served model.
-        flags: whether special tokens are skipped, and whether spaces are set between them.
+    flags: whether special tokens are skipped, and whether spaces are set between them.
     """
 
     def __init__(self, tokenizer: Any, *flags: bool) -> None:

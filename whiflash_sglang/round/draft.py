@@ -24,7 +24,7 @@ class DraftStage:
     """Drafts for a batch: runs each arm for its requests, and chooses among drafts, candidates and copies.
 
     slot_table: [request rows, ctx] int32. text: `TokenTable.data`. stops: `StopTable.few`. sampling:
-    `SamplingRows.data`. rows_for: `Target.rows_for`.
+    `SamplingRows.data`. rows_for: `Target.rows_for`. overlaps: whether a round is planned while the last one runs.
     """
 
     drafters: Mapping[str, Drafter]
@@ -36,6 +36,7 @@ class DraftStage:
     sources: DraftSources
     quarantine: Quarantine
     rows_for: Callable[[int, int], int | None]
+    overlaps: bool
 
     def capture(self, recorder: Recorder | None, requests: int) -> None:
         """Capture the passes of all arms for batches of up to `requests` requests; without a recorder they run eagerly.
@@ -99,8 +100,8 @@ class DraftStage:
         """
         plan, limits, size = turn.plan, turn.plan.limits, len(turn)
         most, graph = self._room(plan, size)
-        if not (graph or turn.members or turn.host_drafts):
-            # The host counts the rows anyway. It mostly finds no copy, or one that does not pay for its first row.
+        if not (self.overlaps or graph or turn.members or turn.host_drafts):
+            # The host waits for the rows' number anyway. Mostly there is no copy, or it does not pay for its first row.
             copies = turn.copies = self._copies(turn)
             if copies is None or copies.alive is None or not (copies.alive[:, 0] > plan.worth.row).any():
                 turn.draft_nothing()

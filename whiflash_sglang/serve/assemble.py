@@ -267,6 +267,7 @@ def build_stages(parts: Parts) -> Stages:
             sources=sources,
             quarantine=parts.quarantine,
             rows_for=target.rows_for,
+            overlaps=parts.overlaps,
         ),
         verifier=VerifyStage(target, epilogue, ends, forcing, parts.spending),
         epilogue=epilogue,
