@@ -34,9 +34,9 @@ class Spending:
     """Measures the time that each request of a process spends on its grammar.
 
     Args:
-        clock: seconds of this thread's work, since time lost on a busy machine is no request's. wall: seconds that
-            pass, never fewer, which cost less to read. cuts: whether work ends early when a share is used up. Several
-            ranks must do the same work, and their clocks differ, so they do not cut.
+        clock: processor seconds of this thread, so that no request pays for other processes. wall: wall-clock seconds,
+            never fewer and cheaper to read. cuts: whether work ends early when a share is used up; not with several
+            ranks, which must do the same work, and whose clocks differ.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Spending:
         self._share = min(REQUEST_SECONDS, ROUND_SECONDS / max(len(self._requests), 1))
 
     def is_dear(self, rid: str) -> bool:
-        """Whether a request takes no drafts in this round, since its grammar was too dear."""
+        """Whether a request takes no drafts in this round, since its grammar took too much time."""
         request = self._requests.get(rid)
         return request is not None and request.left > 0
 

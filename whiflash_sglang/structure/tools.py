@@ -148,7 +148,7 @@ def words_of_tools(text: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=KEPT)
 def all_forced(schema: str, tools: str) -> bool:
-    """Whether a grammar forces a call and states all that its tools do: calls in JSON, of strict tools.
+    """Whether a grammar forces a call and contains the tools' whole schemas: calls in JSON, of strict tools.
 
     Args:
         schema: of the grammar, as in `Grammar`.
