@@ -48,7 +48,7 @@ AUTOMATA = 32
 
 
 class _Uses(dict[str, int]):
-    """Counts of texts in a prompt: of words in quotes in all of it, of others in its end, once they are asked for."""
+    """Text → its count in a prompt: of words in quotes in all of it, of others in its end, when asked for."""
 
     def __init__(self, prompt: str, words: Sequence[str]) -> None:
         known = frozenset(words)
@@ -65,9 +65,9 @@ class _Kept:
     """The arm's state of a request.
 
     grammar: its constraint, None without one. tools: of the calls that are expected; empty: none are. words: of its
-    schemas and tools. known: tokens of its text at the last look, `begin`, those of the prompt, before. tail: the
+    schemas and tools. known: tokens of its text at the last look; before, `begin`: those of the prompt. tail: the
     prompt's last tokens. source: of its drafts now. walk: its place in its `automaton`; None: it has none. shared:
-    whether others walk there, too, whose texts have the same `key`.
+    whether requests with the same `key` walk there, too.
     """
 
     grammar: Grammar | None
@@ -217,7 +217,7 @@ class StructureArm(TextDrafter):
             self._automata.popitem(last=False)
 
     def _count(self, text: str) -> int:
-        """Return how often the conversation of the request that is looked at has a text."""
+        """Return how often the conversation of the present request has a text."""
         return self._uses[text]
 
     def _advance(self, kept: _Kept, walk: Walk, written: Sequence[int]) -> None:
@@ -239,7 +239,7 @@ class StructureArm(TextDrafter):
         walk.advance(tokens[done:], ask=False)
 
     def _renew(self, kept: _Kept, walk: Walk, old: Automaton) -> None:
-        """Let a request go on in a new automaton, which grows by what is asked from now on."""
+        """Move a request to a new automaton, in which only nodes that are asked for from now on exist."""
         new = self._automata.get(kept.key)
         if new is None or new.is_full:
             new = self._new(kept, old.end, old.matcher)

@@ -30,7 +30,7 @@ MOST_NODES = 1 << 14
 
 
 class LostError(Exception):
-    """A grammar has no time left, or refuses the text of a node as a whole."""
+    """A grammar has no time left, or refuses a node's text when it is written at once."""
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class State:
 
     @contextmanager
     def ahead(self) -> Iterator["State"]:
-        """Yield a copy that may move on. Afterwards the grammars are as they were."""
+        """Yield a copy to advance; at the end of the block the grammars are back at their states."""
         matcher, layout, calls = self.matcher, self.layout, self.calls
         with matcher.trying() if matcher else nullcontext(), calls.trying() if calls else nullcontext():
             yield replace(self, layout=layout and layout.copy(), calls=calls and calls.copy())
@@ -74,7 +74,7 @@ class State:
 
     @property
     def free(self) -> Free | None:
-        """Return the tokens that stay in the free text that it ends in; None: it ends in none, or that is not known."""
+        """Return the tokens that continue the free text in which it ends; None: it ends in none, or that is unknown."""
         found = [self.calls.free] if self.calls is not None else []
         if self.layout is not None and self.matcher is not None:
             found.append(self.layout.free(self.matcher))
@@ -117,7 +117,7 @@ class State:
 
 
 class Node(NamedTuple):
-    """A node, as the text that was the first to lead from an origin to it. The fields are as in `State`."""
+    """A node, described by the first text that led to it, from its origin. The fields are as in `State`."""
 
     origin: State
     text: str
@@ -151,7 +151,7 @@ class Automaton:
 
     @property
     def is_full(self) -> bool:
-        """Whether its requests should go on in a new one."""
+        """Whether it has so many nodes that its requests should move to a new automaton."""
         return len(self._nodes) >= MOST_NODES
 
     def begin(self, state: State) -> int:
@@ -159,12 +159,12 @@ class Automaton:
         return self._node(state, state)
 
     def adopt(self, other: "Automaton", node: int) -> int:
-        """Return the node of the texts at a node of another automaton. Raises LostError as `State.write`."""
+        """Return the node here for the texts at `node` of another automaton. Raises LostError as `State.write`."""
         with other.at(node) as state:
             return self._node(other._nodes[node].origin, state)
 
     def restart(self, node: int, tokens: Sequence[int]) -> int:
-        """Let all texts begin behind the text of a node and `tokens`, as far as these may follow. Returns how many.
+        """Drop all nodes; begin at a node's text and the first `tokens` that may follow it. Returns how many may.
 
         The node that they begin at is 0. Raises LostError as `State.write`; then nothing has changed.
         """
@@ -184,7 +184,7 @@ class Automaton:
 
     @contextmanager
     def at(self, node: int) -> Iterator[State]:
-        """Yield the state at a node, to be moved. Raises LostError as `State.write`."""
+        """Yield a copy of the state at a node, to advance. Raises LostError as `State.write`."""
         origin, text, parts, tail = self._nodes[node]
         with origin.ahead() as state:
             state.write(text)
@@ -217,7 +217,7 @@ class Automaton:
         return number
 
     def edges(self, node: int, tokens: Sequence[int], written: int) -> None:
-        """Set the edges of a run of tokens after a node, as far as the run leads to new nodes, and what follows it.
+        """Set the edges of successive `tokens` after a node, up to the first known node, and else the steps after them.
 
         written: whether they are committed.
         """
@@ -235,7 +235,7 @@ class Automaton:
             self._tell(node, state)
 
     def step(self, node: int) -> None:
-        """Set what follows a node, and what follows the nodes after it."""
+        """Set the likely tokens after a node: its next one, and those of the nodes that these lead to."""
         with suppress(LostError), self.at(node) as state:
             self._tell(node, state)
 
@@ -265,11 +265,11 @@ class Automaton:
             node = after
 
     def uses(self, word: int) -> int:
-        """Return how often the conversation of the request that is walked has used a word."""
+        """Return how often the conversation of the present request has a word."""
         return self._uses(self._texts[word])
 
     def _word(self, text: str) -> int:
-        """Return the number of a text that uses decide on."""
+        """Return the number of a text whose uses decide between continuations."""
         number = self._words.setdefault(text, len(self._texts))
         if number == len(self._texts):
             self._texts.append(text)

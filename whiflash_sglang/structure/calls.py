@@ -132,7 +132,7 @@ class JsonCall:
 
     @property
     def free(self) -> Free | None:
-        """Return what leaves the free text that it ends in, as `Layout.free` does."""
+        """Return the tokens that continue the free text in which it ends, as `Layout.free` does."""
         return self._layout.free(self.matcher) if self._state is _State.INSIDE else None
 
     def follow(self, text: str) -> str | None:
@@ -170,7 +170,7 @@ class JsonCall:
         return stripped
 
     def _inside(self, text: str) -> str:
-        """Follow the call. Returns the text after it, or from where no call of these tools matches."""
+        """Follow the call. Returns the text after it, or `text` from its mismatch with calls of these tools on."""
         if self.matcher.accept_text(text):
             self._layout.follow(text)
             return ""
@@ -248,7 +248,7 @@ class Calls:
 
     @property
     def free(self) -> Free | None:
-        """Return what leaves the free text that it ends in, as `Layout.free` does."""
+        """Return the tokens that continue the free text in which it ends, as `Layout.free` does."""
         if self._call is not None:
             return self._call.free
         return Free("".join(self._firsts) + "\n") if self._blanks is None and self._waiting in ("\n", OTHER) else None
@@ -260,7 +260,7 @@ class Calls:
         return ahead
 
     def trying(self) -> AbstractContextManager[None]:
-        """Look ahead: afterwards everything is as it was."""
+        """Return a context to look ahead in: on exit the open call is back at its state on entry."""
         return self._call.matcher.trying() if isinstance(self._call, JsonCall) else nullcontext()
 
     def pieces(self, limit: int, guesses: Guesses | None) -> list[LikelyText]:
@@ -315,7 +315,7 @@ class Calls:
         return text[at + len(begin) :]
 
     def _open_end(self, text: str) -> str:
-        """Return the end of `text` as far as a mark may begin in it: in a line, or after anything else."""
+        """Return the end of `text` in which a mark may have begun: its last line, or a beginning of a mark."""
         line = text[text.rfind("\n") + 1 :]
         if any(begin.startswith(line) for begin in self._begins):
             return "\n" + line
@@ -363,7 +363,7 @@ class Calls:
 
 
 def _habit(seen: Mapping[str, str]) -> frozenset[tuple[str, str]]:
-    """Return those blanks by place that decide what is guessed."""
+    """Return the blanks by place, without places whose blanks change no guess."""
     return frozenset(item for item in seen.items() if len(item[0]) > 2 or ASKED.issuperset(item[0]))
 
 

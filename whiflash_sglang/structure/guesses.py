@@ -49,7 +49,7 @@ class Guesses:
 
 
 def of_words(rests: Mapping[str, str], uses: Uses) -> list[LikelyText]:
-    """Return the rest of the likeliest word; characters that part it from other words are USED or WORD.
+    """Return the rest of the likeliest word; characters at which it differs from others are of the kind USED or WORD.
 
     Args:
         rests: the rest of each word that may follow.
@@ -69,7 +69,7 @@ def of_words(rests: Mapping[str, str], uses: Uses) -> list[LikelyText]:
 
 
 def parted(text: str, others: Sequence[str], kind: Kind) -> list[LikelyText]:
-    """Cut `text` into forced pieces and characters of `kind`: those that part it from `others`, else the first."""
+    """Cut `text` into pieces: where it differs from `others`, or its first character, is of `kind`; the rest forced."""
     places = sorted({common_prefix(text, other) for other in others} - {len(text)}) or [0]
     pieces, done = [], 0
     for place in places if text else ():
@@ -136,7 +136,7 @@ def is_whole(pieces: Sequence[LikelyText], limit: int) -> bool:
 
 def likely(ahead: "Ahead", limit: int, ending: str = "") -> list[LikelyText]:
     """Return forced text and, where nothing is forced, guesses, at most `limit` characters; `ending` follows a complete
-    text. The matcher is as it was afterwards.
+    text. The matcher is restored.
     """
     with ahead.matcher.trying():
         pieces = gather(ahead.step, limit)

@@ -34,8 +34,8 @@ FREE: Final = "‡"
 
 
 class Free(NamedTuple):
-    """Tokens with which free text goes on as such: of whole characters, with none of `leaving` in them and none of
-    `ending` at their end, and which begin none of `words`. plain: only those that need no escape in a JSON string.
+    """Tokens that continue free text: of whole characters, without any of `leaving`, not ending in one of `ending`, and
+    not beginning one of `words`. plain: only those that need no escape in a JSON string.
     """
 
     leaving: str = ""
@@ -109,8 +109,8 @@ class Layout:
         return self._open, self._key, self._value, *state
 
     def free(self, matcher: Matcher) -> Free | None:
-        """Return the tokens that stay in the free text that this text ends in; None: it ends in none, or that is not
-        known. matcher: of its grammar, after it.
+        """Return the tokens that continue the free text in which this text ends; None: it ends in none, or that is
+        unknown. matcher: of its grammar, after it.
         """
         if self.words is None or not self.inside or self._escaped:
             return None
@@ -216,14 +216,14 @@ class Layout:
                 self._open, self._key, self._value = tuple(around), key, (bracket, held)
 
     def _listed(self, text: str, *, whole: bool) -> str:
-        """Return `text` if it is, or unless `whole` begins, a word of the schema; else a mark for free text."""
+        """Return `text` if it is a word of the schema or, unless `whole`, begins one; else a mark for free text."""
         words = self.words or ()
         at = bisect_left(words, text)
         listed = at < len(words) and (words[at] == text if whole else words[at].startswith(text))
         return text if listed else "\0"
 
     def _indented(self) -> str:
-        """Return the blanks before a character, with `INDENTED` in place of indentation by the present depth."""
+        """Return the present `blanks`, or `INDENTED` if they are a line break and the present depth's indentation."""
         line = self.blanks[1:]
         if not self.blanks.startswith("\n") or line.strip(" "):
             return self.blanks
@@ -242,7 +242,7 @@ class Layout:
 
 
 def _ends(text: str, frame: str, done: int) -> Iterator[int]:
-    """Yield the ends of `frame` in `text` that come after the first `done` characters."""
+    """Yield the index after each occurrence of `frame` in `text` that ends after the first `done` characters."""
     at = text.find(frame, max(done - len(frame) + 1, 0))
     while at >= 0:
         yield at + len(frame)

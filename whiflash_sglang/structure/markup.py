@@ -72,7 +72,7 @@ class MarkupCall:
     def follow(self, text: str) -> str | None:
         """Advance by `text`.
 
-        Returns the text after the span, or from where no call of these tools matches; None while it is open.
+        Returns None while the span is open, else the text after it, or `text` from its mismatch with these calls on.
         """
         self._pending += text
         while self._place is not _Place.DONE:
@@ -102,7 +102,7 @@ class MarkupCall:
 
     @property
     def free(self) -> Free | None:
-        """Return what leaves the free text that it ends in, as `Layout.free` does."""
+        """Return the tokens that continue the free text in which it ends, as `Layout.free` does."""
         if self._place is not _Place.VALUE or self._fitting():
             return None
         if self._pending.endswith(OTHER):
@@ -140,7 +140,7 @@ class MarkupCall:
 
     @property
     def _state(self) -> tuple[Hashable, ...]:
-        """Return all that the options depend on."""
+        """Return the part of `place` on which the options depend."""
         return self._end, self._place, self._calls, self._tool, self._key, self._written
 
     @property
@@ -209,7 +209,7 @@ class MarkupCall:
         return True
 
     def _shorten(self) -> None:
-        """Keep of an open value what its end depends on: blanks around it, and what may begin its end."""
+        """Keep of an open value only the text on which its end depends: blanks around it, and its end's beginning."""
         pending, part = self._pending, begun(self._pending, self._around[1])
         value = pending.removesuffix(part)
         if value.strip(BLANKS) and not self._fitting():
@@ -267,7 +267,7 @@ class MarkupCall:
 
 
 def _pieces(rests: Mapping[str, str], used: Uses) -> list[LikelyText]:
-    """Cut the likeliest of the rests of texts: it is forced unless others may follow, too."""
+    """Cut the likeliest of `rests` into pieces; the only one is forced."""
     if len(rests) > 1:
         return of_words(rests, used)
     return [LikelyText(rest, Kind.FORCED) for rest in rests.values() if rest]

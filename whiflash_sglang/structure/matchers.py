@@ -44,7 +44,7 @@ class Matcher(ABC):
 
     @contextmanager
     def trying(self) -> Iterator[None]:
-        """Look ahead: afterwards the matcher is as it was. May be nested."""
+        """Return a context to look ahead in: on exit the matcher is back at its state on entry. May be nested."""
         before = len(self._steps)
         try:
             yield
@@ -104,7 +104,7 @@ class Matcher(ABC):
 
     @abstractmethod
     def _forced(self) -> str:
-        """Return the text that must follow in a grammar that has not ended; empty as `forced`."""
+        """Return the text that must follow in a grammar that has not ended; empty in the same cases as `forced`."""
 
     @abstractmethod
     def _accept_token(self, token: int) -> int:
@@ -166,7 +166,7 @@ class XGrammarMatcher(Matcher):
     def _only(self, vocabulary: Vocabulary) -> int | None:
         """Return the shortest token that may follow, if all others begin with its text; None if there is a choice.
 
-        A longer one's text need not follow: after `"` also `]` may, though `",` is a token and `"]` is none.
+        More of the others' text need not follow: after `"` a `]` may, though `",` is a token and `"]` is not.
         """
         mask = _scratch(self._size)
         self._matcher.fill_next_token_bitmask(mask)

@@ -120,7 +120,7 @@ def cut(vocabulary: Vocabulary, tail: Sequence[int], pieces: Sequence[LikelyText
 
 
 def open_word(vocabulary: Vocabulary, tail: Sequence[int]) -> Sequence[int]:
-    """Return the end of `tail` to cut again with what follows: from the newest token that begins after a word."""
+    """Return the end of `tail` that is tokenised again with the text after it: from the newest token after a word."""
     parts = [bytes_of(vocabulary, (token,)) for token in tail]
     for at in range(len(parts) - 1, 0, -1):
         if parts[at][:1] in BREAKS and parts[at - 1][-1:].isalnum():

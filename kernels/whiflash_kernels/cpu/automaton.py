@@ -32,8 +32,8 @@ class Table(Native):
     """The nodes and edges of an automaton, as far as they are known.
 
     Args:
-        answers: answers what is not known: `edges` sets those of a run of tokens, drafted or written, from a node on,
-            `step` what follows a node; `uses` returns how often the text that is walked for has a word.
+        answers: called for unknown parts: `edges` sets those of successive tokens, drafted or written, from a node on,
+            `step` the likely tokens after a node; `uses` returns how often a request's conversation has a word.
     """
 
     def __init__(self, walks: "Walks", answers: Any) -> None:
@@ -54,7 +54,7 @@ class Table(Native):
         return None
 
     def check(self) -> None:
-        """Raise what an answer raised."""
+        """Raise the error that one of the answers raised."""
         if self._raised:
             raise self._raised.pop()
 
@@ -64,13 +64,13 @@ class Table(Native):
         return int(self.words(texts, len(words)))
 
     def choose(self, node: int, words: Sequence[int], token: int, kinds: int) -> None:
-        """Set the token that a node goes on with in texts that have used these words as the asking one has."""
+        """Set a node's next token for requests whose most used one of `words` is that of the present request."""
         ids = array("i", words)
         self.choice(node, *ids.buffer_info(), token, kinds)
 
 
 class Walk(Native):
-    """A text of a request in a table. last: its last token."""
+    """A request's place in a table, at the end of its text. last: the text's last token."""
 
     def __init__(self, table: Table, node: int, last: int) -> None:
         self.table = table
@@ -82,9 +82,9 @@ class Walk(Native):
         self.place(table.at, node)
 
     def advance(self, tokens: Sequence[int], *, ask: bool) -> int:
-        """Advance by committed tokens. ask: whether answers may be asked where they lead.
+        """Advance by committed tokens. ask: whether unknown edges may be asked for.
 
-        Returns the number of last tokens that nobody has followed; -1 if no structure is known from now on.
+        Returns how many last tokens have no known edge and were not followed; -1: no structure is known from now on.
         """
         ids = array("i", tokens)
         left = self.commit(*ids.buffer_info(), ask)
@@ -92,7 +92,7 @@ class Walk(Native):
         return int(left)
 
     def take(self, count: int) -> list[int]:
-        """Return the last `count` tokens, which nobody has followed, as if they had been."""
+        """Return the last `count` tokens, which were not followed, and count them as followed."""
         ids = array("i", [0]) * count
         self.unfollowed(ids.buffer_info()[0])
         return ids.tolist()
