@@ -5,7 +5,7 @@ which no other request waits, is chunked, or needs the last row, and takes no KV
 belongs to no session: it is evicted before the KV of open sessions, until the session's next request takes it over.
 
 Prices decide how often one runs beside other requests: a prefill of as many tokens as rounds of 1 % of their time pay
-for. All ranks count the same rounds by the same prices, so they agree.
+for. Rank 0 has the price, and all ranks count the same rounds, so they agree.
 """
 
 from collections import Counter
@@ -108,5 +108,7 @@ class PreviewQueue:
                 self.drop_preview(session)
         if beside:
             verify = self.draft_worker.controller.costs.tables.verify
-            self.rest = verify(min(tokens, most), beside, 0) / verify(beside, beside, 0) / SHARE
+            self.rest = self.draft_worker.ranks.broadcast(  # each rank has measured prices of its own
+                lambda: verify(min(tokens, most), beside, 0) / verify(beside, beside, 0) / SHARE
+            )
         return plan
