@@ -119,8 +119,8 @@ def sum_known(values: Iterable[float | None]) -> float | None:
 class SourceTotals(BaseModel):
     """Drafts that were taken from one source, in rounds of any drafter.
 
-    proposed: draft tokens. accepted: accepted draft tokens.
-    saved: estimate of the seconds saved: their rounds' share by accepted drafts.
+    proposed: draft tokens. accepted: accepted draft tokens. saved: estimate of the seconds saved. A round's seconds are
+    divided in proportion to accepted drafts.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")

@@ -33,11 +33,11 @@ Kind = tuple[bool, bool, bool]
 
 
 class GraphEnds:
-    """Captures how the target's graphs commit their rows, and the second graphs; replays the latter.
+    """Captures the commits at the end of the target's graphs, and second graphs that only commit; replays these.
 
     Args:
-        widest: most rows of a request. needs: returns the signals that the policy reads now; a graph computes those
-            that were read when it was captured; others are computed after it.
+        widest: most rows of a request. needs: returns the signals that the policy reads now. A graph computes those
+            that it returned at the capture; others are computed after the graph.
     """
 
     def __init__(

@@ -23,8 +23,8 @@ BREAKS = frozenset(bytes([code]) for code in range(128) if not chr(code).isalnum
 
 
 class Token(NamedTuple):
-    """A token to propose. kinds: why; the least likely one counts. among: the texts between which the conversation's
-    own use chose the word that the token belongs to; empty: none.
+    """A token to propose. kinds: why; the least likely one counts. among: as in `LikelyText`, of the word that the
+    token belongs to; empty: none.
     """
 
     token: int
