@@ -24,8 +24,7 @@ NAME = "whiflash_uno"  # nobody can ask for it: SGLang's registry has adapters o
 
 
 class AdaptedTarget:
-    """The target, with UNO's adapter for noise tokens. config: the adapter's. vocabulary: number of the target's
-    tokens.
+    """The target, with UNO's adapter for noise tokens. config: the adapter's. vocabulary: number of token ids.
 
     Raises:
         CheckpointError: the adapter's tensors do not fit the target. ConfigError: it changes experts.
