@@ -132,12 +132,78 @@ def test_requests_with_equal_tools_ask_once_and_forgetting_ends_that(
     assert asked() == first
 
 
+def looks_at(
+    arm: StructureArm, grammars: Grammars, properties: dict[str, Any], text: str, at_once: bool = False
+) -> tuple[list[Any], int]:
+    """Return the drafts before each token of a text under a grammar, and how many edges were asked for."""
+    told = Told(grammars, {"type": "object", "properties": properties, "required": [*properties]})
+    request, looks = Request("r", RequestHints(), grammar=told, read=lambda: PROMPT), list[Any]()
+    arm.begin(request)
+    tokens = arm._vocabulary.encode(text)
+    for written in [tokens] if at_once else [[], *([token] for token in tokens)]:
+        told.tell(written)
+        said = arm.propose(request, 0, told.history, FULL_LENGTH)
+        looks.append(said.tokens if said else [])
+    return looks, walked.counts_of(request.kept[arm.arm].automaton.table)[3]
+
+
+@pytest.mark.parametrize("first", ["0", "7", "-0.05e-01", "10"])
+def test_numbers_that_go_on_otherwise_are_apart(first: str, grammars: Grammars, vocabulary: Vocabulary) -> None:
+    arm, alone = (StructureArm(Structure(), vocabulary, lambda: False) for _ in range(2))
+    keys = {"n": {"type": "number"}, "m": {"enum": ["celsius", "kelvin"]}}
+    looks_at(arm, grammars, keys, f'{{"n": {first}, "m": "kelvin"}}')
+    for number in ("101", "-0", "0.0", "-105.50"):
+        text = f'{{"n": {number}, "m": "celsius"}}'
+        for after, own in zip(
+            looks_at(arm, grammars, keys, text)[0], looks_at(alone, grammars, keys, text)[0], strict=True
+        ):
+            assert after[: len(own)] == own[: len(after)], number
+            assert bool(after) == bool(own), number
+
+
+def test_a_look_whose_time_ends_leaves_nothing_to_others(grammars: Grammars, vocabulary: Vocabulary) -> None:
+    """The time ends at each of its questions. Then strings that nobody has written are followed without any."""
+    keys, left, asked = {"m": {"type": "string"}}, 0, list[int]()
+
+    def exhausted() -> bool:
+        nonlocal left
+        left -= 1
+        return left < 0
+
+    for most in range(40):
+        arm, left = StructureArm(Structure(), vocabulary, exhausted), most
+        looks_at(arm, grammars, keys, '{"m": "Pa', at_once=True)
+        left = 10**6
+        before = looks_at(arm, grammars, keys, '{"m": "Paris \\n \\u001f city"}')[1]
+        asked.append(looks_at(arm, grammars, keys, '{"m": "user ids \\n \\u001f numbers"}')[1] - before)
+    assert not any(asked), asked
+
+
+def test_calls_without_places_are_in_no_automaton_of_others(vocabulary: Vocabulary) -> None:
+    arm, secret = StructureArm(Structure(), vocabulary, lambda: False), "Mrs Q"
+    parameters = {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 2]}, "to": {"type": "string"}},
+        "required": ["n", "to"],
+    }
+    request = Request("r", hints_of("hermes", [("f", parameters)]), read=lambda: PROMPT)
+    arm.begin(request)
+    body, text, found = json.dumps({"name": "f", "arguments": {"n": 2, "to": secret}}), [*PROMPT], ""
+    for token in vocabulary.encode(f"Ah.\n<tool_call>\n{body}\n</tool_call>\n"):
+        said = arm.propose(request, 0, lambda start: text[start:], FULL_LENGTH)
+        found += text_of(vocabulary, said.tokens) if said else ""
+        text.append(token)
+    assert '"arguments"' in found
+    assert "</tool_call>" in found
+    assert not any(secret[:2] in node.text for each in arm._automata.values() for node in each._nodes)
+
+
 def test_hostile_tools_keep_memory_and_work_bounded(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests with tools of their own, whose texts never come twice. Counted are nodes, and questions of a round."""
     monkeypatch.setattr(automaton, "MOST_NODES", 300)
     arm, most, random = StructureArm(Structure(), vocabulary, lambda: False), 0, Random(0)
     recurring: dict[str, Any] = {"type": "object", "properties": {}}
-    recurring["properties"] = {"a": {"anyOf": [{"type": "array", "items": TOOL}, TOOL]}, "b": {"enum": [*range(9)]}}
+    recurring["properties"] = {"a": {"anyOf": [{"type": "array", "items": TOOL}, TOOL]}, "b": {"enum": [*"abcdefghi"]}}
     for number in range(AUTOMATA + 8):
         hints = hints_of(("hermes", "qwen3_coder")[number % 2], [(f"t{number}_{i}", recurring) for i in range(120)])
         request, text = Request("r", hints, read=lambda: PROMPT), [*PROMPT]

@@ -186,7 +186,8 @@ class StructureArm(TextDrafter):
             habit = self._habits.get(frames is not NO_FRAMES)
             layout = Layout(frames=frames, habit=habit, words=words_of_places(schema))
             own = habit and (frozenset(habit.seen.items()), habit.unit)
-        kept.shared = layout is None or layout.words is not None
+        calls = Calls(kept.tools, request.hints.spans, kept.uses.prompt, self._count) if kept.tools else None
+        kept.shared = (layout is None or layout.words is not None) and (calls is None or calls.has_places)
         spans = [(span.kind, span.begin, span.end, span.open) for span in request.hints.spans]
         kept.key = kept.tools, *(spans if kept.tools else ()), schema, kept.words, end, own
         automaton = self._automata.get(kept.key) if kept.shared else None
@@ -197,7 +198,6 @@ class StructureArm(TextDrafter):
             automaton = self._new(kept, end, matcher)
         if kept.shared:
             self._keep(kept.key, automaton)
-        calls = Calls(kept.tools, request.hints.spans, kept.uses.prompt, self._count) if kept.tools else None
         if calls is not None:
             calls.follow(bytes_of(vocabulary, written).decode(errors="replace"))
         tail = [*kept.tail, *written][-TAIL:]

@@ -3,7 +3,8 @@
 A node is all that the continuation of a text depends on: its place in the JSON of a grammar or of a call, the call in
 markup that is open, the blanks seen so far, and the word that its last tokens leave open. Requests with equal tools and
 schemas share an automaton, and free text is one node. If nothing says which texts continue alike, as in a grammar with
-counts, a request has an automaton of its own, which begins again where its text has left what is known.
+counts, a request has an automaton of its own, which begins again where its text has left what is known: else each text
+would be kept for others.
 """
 
 import codecs
@@ -74,10 +75,15 @@ class State:
 
     @property
     def free(self) -> Free | None:
-        """Return the tokens that continue the free text in which it ends; None: it ends in none, or that is unknown."""
+        """Return the tokens that continue the free text in which it ends; None: it ends in none, or that is unknown.
+
+        Raises LostError if no time is left to know it.
+        """
         found = [self.calls.free] if self.calls is not None else []
         if self.layout is not None and self.matcher is not None:
             found.append(self.layout.free(self.matcher))
+            if self.layout.inside and self.layout.words is not None and self.matcher.exhausted():
+                raise LostError  # whether a string is free was not found out
         known = [each for each in found if each is not None and not self.open]
         if not known or len(known) < len(found):
             return None
@@ -207,9 +213,13 @@ class Automaton:
         if key is not None:
             self._numbers[key] = number
         if free is not None:
-            with state.ahead() as inside:
-                inside.write(FREE)
-                to = self._node(origin, inside)
+            try:
+                with state.ahead() as inside:
+                    inside.write(FREE)
+                    to = self._node(origin, inside)
+            except LostError:  # others must not find it without the tokens that stay there
+                self._numbers.pop(key, None)
+                raise
             if free.words and free.words not in self._begins:
                 self._begins[free.words] = self.table.words_of(free.words)
             words = self._begins.get(free.words, NONE)

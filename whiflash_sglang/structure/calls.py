@@ -247,6 +247,12 @@ class Calls:
         return self._waiting, self._blanks, self._usual, place, *map(_habit, seen)
 
     @property
+    def has_places(self) -> bool:
+        """Whether all calls of these tools have a `place`."""
+        schema = schema_of(self._tools)
+        return schema is None or words_of_places(schema) is not None
+
+    @property
     def free(self) -> Free | None:
         """Return the tokens that continue the free text in which it ends, as `Layout.free` does."""
         if self._call is not None:

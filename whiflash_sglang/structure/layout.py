@@ -83,7 +83,8 @@ class Layout:
     _value: Hashable = ""
     """The newest key or value in the innermost container, as far as it is written."""
     _seen_so: frozenset[tuple[str, str]] | None = None
-    _escaped: bool = False
+    _escaped: int = 0
+    """Characters of an escape that are still to come; -1: it has only begun."""
     _tail: str = ""
     _within: dict[str, str] = field(default_factory=dict)
 
@@ -97,15 +98,17 @@ class Layout:
     def place(self) -> Hashable:
         """Return a key: two texts with equal keys have the same continuations under their schema. None if unknown.
 
-        Free texts are equal, and so are digits. An array's items count once each, in any order, since nothing in such a
-        schema counts or orders them. Items of an array that is the whole text do not count.
+        Free texts are equal, and so are digits but a leading zero, which no digit follows. An array's items count once
+        each, in any order, since nothing in such a schema counts or orders them. Items of an array that is the whole
+        text do not count.
         """
         if self.words is None:
             return None
         if self._seen_so is None:
             self._seen_so = frozenset([item for item in self.seen.items() if ASKED.issuperset(item[0])])
         written = self._listed(self.partial, whole=False) if self.inside else None
-        state = self.last, written, self._escaped, self.blanks, self.unit, self._seen_so
+        last = "1" if self.last.isdigit() else self.last
+        state = last, written, self._escaped, self.blanks, self.unit, self._seen_so
         return self._open, self._key, self._value, *state
 
     def free(self, matcher: Matcher) -> Free | None:
@@ -202,8 +205,8 @@ class Layout:
         elif character in "{[":
             self._open, self._key = (*self._open, (character, self._key, ())), ""
         elif scalar:
-            character = "0" if character.isdigit() else character
-            self._value = value if character == "0" and str(value)[-1:] == "0" else f"{value}{character}"
+            character = "1" if character.isdigit() and (character != "0" or value not in ("", "-")) else character
+            self._value = value if character == "1" and str(value)[-1:] == "1" else f"{value}{character}"
         elif character != '"':
             *around, (bracket, key, held) = self._open
             if bracket == "[":
@@ -237,7 +240,10 @@ class Layout:
             if self.words is not None:
                 self._value = f'"{self._listed(self.partial, whole=True)}"'
             return
-        self._escaped = character == "\\" and not self._escaped
+        if self._escaped:
+            self._escaped = 4 if self._escaped < 0 and character == "u" else max(self._escaped - 1, 0)
+        elif character == "\\":
+            self._escaped = -1
         self.partial += character
 
 
