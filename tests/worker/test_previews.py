@@ -1,7 +1,8 @@
 """Previews of a session's next prompt: what they leave cached, and that no other request waits for one."""
 
 import random
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from engine import Engine, engine
@@ -9,7 +10,8 @@ from model_set import Models
 from overlap import overlapped
 from trees import assert_tree_is_true, matched_slots
 
-from whiflash_sglang.engine.scheduler import previews
+from whiflash_sglang.device.ranks import Ranks
+from whiflash_sglang.engine.scheduler import previews, pricing
 from whiflash_sglang.engine.scheduler.session_tree import LINE
 
 FLAGS: dict[str, Any] = {"enable_session_radix_cache": True}
@@ -26,7 +28,7 @@ def preview(e: Engine, rid: str, tokens: list[int], session: str = f"{LINE}a") -
 
 
 SHORT: dict[str, Any] = {"chunked_prefill_size": 32}
-CASES = [({}, [47, 96]), ({"page_size": 16}, [32, 96]), (SHORT, [47, 78]), ({"overlap": True}, [47, 96])]
+CASES = [({}, [47, 96]), ({"page_size": 16}, [32, 96]), (SHORT, [47, 96]), ({"overlap": True}, [47, 96])]
 """Flags, and the cached tokens without and with a preview; keys of two tokens leave out the last one."""
 
 
@@ -44,12 +46,23 @@ def test_the_next_turn_finds_its_preview_cached(models: Models, flags: dict[str,
             if ahead:
                 preview(e, "ahead", [*history, *result[:1]])
                 e.run()
+                assert not any(e.worker.stages.lifecycle._tally.cached.values())
             assert e.ask("turn", [*history, *result], session_id=f"{LINE}a") == plain
             rounds.append(e.rounds("turn"))
             assert e.requests["turn"].cached_tokens == found[ahead]
             assert_tree_is_true(e, models)
             e.check_leaks()
     assert rounds[0] == rounds[1], "the first rounds draft as without a preview"
+
+
+def test_ranks_wait_alike() -> None:
+    """Each rank's clock shows other prices, and a rank that prefills while another decodes waits for ever."""
+    sent, costs = list[Any](), SimpleNamespace()
+    for rank in range(2):
+        start = SimpleNamespace(keeps=False, tables=lambda rank=rank: f"of {rank}")
+        ranks = Ranks(rank, 2, lambda message: sent.append(message) or message if message else sent.pop(0))
+        pricing.price(cast("Any", costs), cast("Any", start), ranks)
+        assert costs.tables == "of 0"
 
 
 def test_no_other_request_waits_for_a_preview(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,36 +85,45 @@ def test_no_other_request_waits_for_a_preview(models: Models, monkeypatch: pytes
         for number in range(2):
             e.submit(f"more/{number}.", words(30 + number, 24), max_new_tokens=200)
             e.step()
-        e.scheduler.rest, held = 3, preview(e, "second", words(21, 900))
+        e.scheduler.rounds_to_wait, second = 3, preview(e, "second", words(21, 900))
         for _ in range(3):
             assert e.step()
             assert e.scheduler.previews
         e.step()
-        assert (seen[-1][0], len(held.origin_input_ids)) == ("second", previews.BESIDE)
-        assert e.scheduler.rest >= 1 / previews.SHARE
+        assert (seen[-1][0], len(second.origin_input_ids)) == ("second", previews.BESIDE)
+        assert e.scheduler.rounds_to_wait >= 1 / previews.SHARE
         # The running requests may need the KV that is left.
         e.submit("long", words(40, 24), max_new_tokens=500)
         e.step()
-        e.scheduler.rest, large = 0, preview(e, "large", words(22, 500))
+        e.scheduler.rounds_to_wait, large = 0, preview(e, "large", words(22, 500))
         e.step()
-        assert large in e.scheduler.previews.values()
+        assert (large in e.scheduler.previews.values(), len(large.origin_input_ids)) == (True, 500)
         assert not e.scheduler.running_batch.batch_is_full
-        assert e.scheduler.rest > 1
+        assert e.scheduler.rounds_to_wait > 1
+        e.submit("grammar", words(42, 24), max_new_tokens=4)  # it is ready just when the preview is tried
+        ready: list[list[Any]] = [[], [e.scheduler.waiting_queue.pop()]]
+        monkeypatch.setattr(e.scheduler.grammar_manager, "has_waiting_grammars", lambda: bool(ready))
+        monkeypatch.setattr(e.scheduler.grammar_manager, "get_ready_grammar_requests", lambda: ready.pop(0))
+        e.scheduler.rounds_to_wait = 0
+        while ready:
+            e.step()
         preview(e, "small", words(23, 40), f"{LINE}b")
         e.submit("last but one", words(41, 24), max_new_tokens=8)
         for _ in range(3):  # the last row is for others
             e.step()
-            e.scheduler.rest = 0
+            e.scheduler.rounds_to_wait = 0
         assert seen[-1][0] == "last but one"
         e.run()
+        assert e.output("grammar")
         assert not any(req.retraction_count for req in e.requests.values())
         e.check_leaks()
 
 
 def test_a_preview_ends_with_its_use(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its session's next request, a newer preview, its client, its session, or its tenant's others. Unused, its KV
-    is evicted before its session's."""
-    with engine(models.target, whiflash=models.whiflash("ar"), max_total_tokens=640, **FLAGS) as e:
+    """With its session's next request, a newer preview, its client, its session, its tenant's others, or any request if
+    it is prefilled in chunks. Unused, its KV is evicted before its session's."""
+    flags: dict[str, Any] = {"max_total_tokens": 640, "chunked_prefill_size": 64, **FLAGS}
+    with engine(models.target, whiflash=models.whiflash("ar"), **flags) as e:
         e.ask("live", words(5, 80), max_new_tokens=4, session_id=f"{LINE}b")
         preview(e, "unused", words(6, 120), f"{LINE}b")
         e.run()
@@ -111,7 +133,7 @@ def test_a_preview_ends_with_its_use(models: Models, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(e.scheduler, "send_abort_output", lambda abort, _: ended.append(abort.rid))
         e.submit("busy", words(0, 24), max_new_tokens=200)
         e.step()
-        e.scheduler.rest = 1e9
+        e.scheduler.rounds_to_wait = 1e9
         for rid in ("old", "new"):
             preview(e, rid, words(1, 40))
         e.submit("turn", words(1, 60), max_new_tokens=4, session_id=f"{LINE}a")
@@ -119,12 +141,19 @@ def test_a_preview_ends_with_its_use(models: Models, monkeypatch: pytest.MonkeyP
         e.abort("left")
         preview(e, "closed", words(1, 80))
         e.close_session(f"{LINE}a")
-        monkeypatch.setattr(previews, "MOST", 3)
+        preview(e, "late", words(1, 80))
+        assert f"{LINE}a" not in e.scheduler.tree_cache.session_refs._session_generations
+        monkeypatch.setattr(previews, "MOST_WAITING", 3)
         for number, tenant in enumerate("abbb"):
             preview(e, f"of {tenant}{number}", words(number, 40), f"{tenant}{LINE}{number}")
-        assert ended == ["old", "new", "left", "closed", "of b1"]
+        assert ended == ["old", "new", "left", "closed", "late", "of b1"]
         assert [one.rid for one in e.scheduler.previews.values()] == ["of a0", "of b2", "of b3"]
         e.run()
         assert not e.scheduler.previews
         assert e.output("busy")
+        preview(e, "chunks", words(50, 400), f"{LINE}b")
+        assert [e.step(), e.step()] == [True, True]
+        e.submit("arrives", words(51, 24), max_new_tokens=4)
+        e.run()
+        assert (ended[6:], len(e.output("arrives"))) == (["chunks"], 4)
         e.check_leaks()

@@ -140,7 +140,8 @@ class Lifecycle:
         finished = kept and req.finished()
         if self._spool is not None and finished:
             self._sample(self._spool, req)
-        self._tally.ended(request.counts, cached_of(req) if finished else {})
+        counts = finished and req.sampling_params.max_new_tokens  # 0: a preview, or a warm-up for `n` answers
+        self._tally.ended(request.counts, cached_of(req) if counts else {})
         if finished and req.finished_reason.to_json()["type"] in FINISHED:
             for arm, drafter in self._drafters.items():
                 with self._quarantine.guard(arm, request):

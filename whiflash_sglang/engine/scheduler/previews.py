@@ -1,14 +1,14 @@
 """Prefill previews, what is known of a session's next prompt while its tool runs, at the lowest priority.
 
-A preview gets no answer, and waits apart from SGLang's queue, so it counts in none of its limits. It runs in a pass in
-which no other request waits, is chunked, or needs the last row, and takes no KV that running requests may need. Its KV
-belongs to no session: it is evicted before the KV of open sessions, until the session's next request takes it over.
+A preview gets no answer. It waits apart from SGLang's queue, and runs only if that is empty, no prompt is prefilled in
+chunks and no grammar is compiled. Beside running requests it takes neither the last row nor KV that they may need. Its
+KV belongs to no session: it is evicted before the KV of open sessions, until the session's next request takes it over.
 
-Prices decide how often one runs beside other requests: a prefill of as many tokens as rounds of 1 % of their time pay
-for. Rank 0 has the price, and all ranks count the same rounds, so they agree.
+Without running requests SGLang prefills a preview to its end in chunks, and a request that arrives ends it. Beside
+running requests a preview is cut to a fixed size, and prices decide how many rounds later the next one may run. All
+ranks count the same rounds by the same prices, so they agree.
 """
 
-from collections import Counter
 from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq
@@ -18,18 +18,18 @@ from whiflash_sglang.engine.scheduler.session_tree import MARK
 from whiflash_sglang.spans.hints import HintError, parse_hints
 
 SHARE = 0.01
-"""Largest share of the running requests' time that previews take."""
+"""Largest share of the running requests' time that previews take, by the prices of the start."""
 BESIDE, ALONE = 512, 2048
-"""Most new tokens of one preview, beside running requests and without any: a request that arrives meanwhile waits."""
+"""Most new tokens of a preview's forward, beside running requests and without any: an arriving request waits for it."""
 LEAST = 16
 """Fewest new tokens that are worth a forward of their own."""
-MOST = 64
+MOST_WAITING = 64
 """Largest number of previews that wait."""
 
 
 def is_preview(req: Any) -> bool:
     """Whether a request of SGLang's is a preview, which the HTTP process has made of it (`http/previews.py`)."""
-    if req.sampling_params.max_new_tokens or req.session_id is None:
+    if req is None or req.sampling_params.max_new_tokens:
         return False
     try:
         return parse_hints(req.sampling_params.custom_params).preview is not None
@@ -41,27 +41,37 @@ class PreviewQueue:
     """The part of our scheduler that holds previews, the newest of each session, and admits them to prefills."""
 
     previews: dict[str, Any]
-    """Requests by the scheduler's id of their sessions, the oldest first."""
-    rest: float
+    """Waiting requests by the scheduler's id of their sessions; the first runs next."""
+    rounds_to_wait: float
     """Rounds of running requests before the next preview beside them."""
     draft_worker: Any
 
     def init_request_receiver(self) -> None:
         super().init_request_receiver()  # type: ignore[misc]
-        self.previews, self.rest = {}, 0.0
+        self.previews, self.rounds_to_wait = {}, 0.0
+
+    def handle_generate_request(self: Any, recv_req: Any) -> None:
+        """Handle a request as SGLang does, but abort a preview of a closed session, which SGLang would open again."""
+        is_late = self.enable_session_radix_cache and is_preview(recv_req)
+        if is_late and recv_req.session_id in self.tree_cache.session_refs._closed_session_ids:
+            self.send_abort_output(AbortReq(rid=recv_req.rid), recv_req)
+        else:
+            super().handle_generate_request(recv_req)  # type: ignore[misc]
 
     def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> None:
-        """Hold a preview; queue another request, and drop its session's preview, which would come too late."""
-        session, held = req.session_id, is_preview(req)
+        """Set a preview apart. For another request drop its session's preview, and end one that is prefilled."""
+        session, waits = req.session_id, req.session_id is not None and is_preview(req)
         self.drop_preview(session)
-        if not held:
-            super()._add_request_to_queue(req, is_retracted)  # type: ignore[misc]
+        if not waits and is_preview(self.chunked_req):
+            self.abort_request(AbortReq(rid=self.chunked_req.rid))
+        super()._add_request_to_queue(req, is_retracted)  # type: ignore[misc]
+        if not waits or req not in self.waiting_queue:  # SGLang has refused it
             return
+        self.waiting_queue.remove(req)
         req.session_id, self.previews[session] = None, req
-        if len(self.previews) > MOST:  # the oldest of the tenant that has the most
-            sizes = Counter(name.rpartition(MARK)[0] for name in self.previews)
-            largest = max(sizes, key=sizes.__getitem__)
-            self.drop_preview(next(name for name in self.previews if name.rpartition(MARK)[0] == largest))
+        if len(self.previews) > MOST_WAITING:  # the oldest of the tenant that has the most
+            tenants = [name.rpartition(MARK)[0] for name in self.previews]
+            self.drop_preview([*self.previews][tenants.index(max(tenants, key=tenants.count))])
 
     def drop_preview(self: Any, session: str | None) -> None:
         """Answer the session's waiting preview, if any, as aborted."""
@@ -70,45 +80,56 @@ class PreviewQueue:
 
     def abort_request(self: Any, recv_req: AbortReq) -> None:
         """Abort requests as SGLang does, waiting previews included."""
-        held, queue = self.previews, self.waiting_queue
-        queue += held.values()
+        waiting = self.previews
+        self.waiting_queue += waiting.values()
         super().abort_request(recv_req)  # type: ignore[misc]
-        left = set(queue)
-        self.previews = {session: req for session, req in held.items() if req in left}
-        queue[:] = [req for req in queue if req not in held.values()]
+        self.previews = {session: req for session, req in waiting.items() if req in self.waiting_queue}
+        self.waiting_queue = [req for req in self.waiting_queue if req not in waiting.values()]
 
     def update_running_batch(self, batch: Any) -> Any:
-        self.rest -= 1
+        self.rounds_to_wait -= 1
         return super().update_running_batch(batch)  # type: ignore[misc]
 
     def get_new_batch_prefill(self: Any, running_batch: Any) -> Any:
-        """Return SGLang's plan of a prefill; if it plans none, one for the oldest preview, if that has room."""
-        plan = super().get_new_batch_prefill(running_batch)  # type: ignore[misc]
-        batch, beside = plan.running_batch, len(plan.running_batch.reqs)
-        if plan.batch_to_run is not None or not self.previews or self.waiting_queue or self.chunked_req is not None:
+        """Return SGLang's plan of a prefill; if it plans none, one for the first preview, if that has room."""
+        plan = self._plan(running_batch, ALONE if is_preview(self.chunked_req) else None)
+        busy = self.waiting_queue or self.chunked_req is not None or self.grammar_manager.has_waiting_grammars()
+        if plan.batch_to_run is not None or not self.previews or busy:
             return plan
-        rows = self.get_num_allocatable_reqs(beside, running_batch=batch)
-        if beside and (batch.batch_is_full or rows < 2 or self.rest > 0):
+        # Under overlap scheduling a preview stays in the running batch until its result is read.
+        batch, running = plan.running_batch, [r for r in plan.running_batch.reqs if r.sampling_params.max_new_tokens]
+        rows = self.get_num_allocatable_reqs(len(batch.reqs), running_batch=batch)
+        if running and (batch.batch_is_full or rows < 2 or self.rounds_to_wait > 0):
             return plan
         session, req = next(iter(self.previews.items()))
         match_kv_cache(req, self.tree_cache)
-        tokens = len(req.origin_input_ids) - req.num_matched_prefix_tokens
-        if tokens < LEAST:
+        prompt, cached = req.origin_input_ids, req.num_matched_prefix_tokens
+        if len(prompt) - cached < LEAST:
             self.drop_preview(session)
             return plan
-        most = min(BESIDE if beside else ALONE, *([self.chunked_prefill_size] if self.chunked_prefill_size else []))
-        req.origin_input_ids = req.origin_input_ids[: req.num_matched_prefix_tokens + most]
-        super()._add_request_to_queue(req)  # type: ignore[misc]
-        plan = super().get_new_batch_prefill(batch)  # type: ignore[misc]
+        most = min(BESIDE if running else ALONE, self.chunked_prefill_size or ALONE)
+        if running or not self.chunked_prefill_size:
+            req.origin_input_ids = prompt[: cached + most]
+        self.waiting_queue.append(req)
+        plan = self._plan(batch, None if running else ALONE)
         del self.previews[session]
-        if plan.batch_to_run is None and req in self.waiting_queue:
+        if plan.batch_to_run is None:  # the KV is for the running requests, or storage is still being read
             self.waiting_queue.remove(req)
-            batch.batch_is_full, self.previews[session] = False, req
-            if not beside:  # it never fits
-                self.drop_preview(session)
-        if beside:
-            verify = self.draft_worker.controller.costs.tables.verify
-            self.rest = self.draft_worker.ranks.broadcast(  # each rank has measured prices of its own
-                lambda: verify(min(tokens, most), beside, 0) / verify(beside, beside, 0) / SHARE
-            )
+            batch.batch_is_full, req.origin_input_ids, self.previews[session] = False, prompt, req
+        if running:
+            self.rounds_to_wait = self._rounds(min(most, len(prompt) - cached), cached, running)
         return plan
+
+    def _plan(self: Any, batch: Any, most: int | None) -> Any:
+        """Return SGLang's plan of a prefill, in chunks of up to `most` tokens if the server prefills in chunks."""
+        size = self.chunked_prefill_size
+        self.chunked_prefill_size = min(size, most) if size and most else size
+        plan = super().get_new_batch_prefill(batch)  # type: ignore[misc]
+        self.chunked_prefill_size = size
+        return plan
+
+    def _rounds(self, tokens: int, cached: int, running: list[Any]) -> float:
+        """Return the rounds without drafts of which the prefill of `tokens` tokens after `cached` ones is `SHARE`."""
+        tables, context = self.draft_worker.controller.costs.tables, sum(req.seqlen for req in running)
+        prefill = tables.verify(tokens, 1, cached) + sum(tables.catch(arm, tokens) for arm in tables.catch_up)
+        return float(prefill / tables.verify(len(running), len(running), context) / SHARE)

@@ -97,14 +97,16 @@ class CatchUps(Protocol):
 def price(costs: Costs, start: "Start", ranks: Ranks) -> None:
     """Give `costs` the prices that it needs before the first request: kept by an earlier start, or measured now.
 
-    Only the first process reads and writes kept prices; either all processes measure or none does. Nothing is kept
+    Only the first process reads and writes kept prices; either all processes measure or none does. All of them take
+    the first one's prices, by which they count rounds (`previews.py`): each clock shows others. Nothing is kept
     without graphs, since such prices show how busy the host was, nor with DP attention, whose ranks measure together
     and might find different files.
     """
     kept = KeptPrices(cache_root() / "prices", start.key(ranks.size)) if start.keeps else None
     tables = ranks.broadcast(lambda: kept.read() if kept else None)
     if tables is None:
-        tables = start.tables()
+        measured = start.tables()
+        tables = ranks.broadcast(lambda: measured)
         if kept is not None and ranks.leads:
             kept.write(tables)
     costs.tables = tables
