@@ -1,10 +1,17 @@
 """A preview's prompt is cut where no later text changes its tokens."""
 
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
 import pytest
+from sglang.srt.managers.io_struct import GenerateReqInput
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from whiflash_sglang.http.previews import known_tokens
+from whiflash_sglang.engine.scheduler.session_tree import LINE
+from whiflash_sglang.http.previews import known_tokens, prepare
 from whiflash_sglang.spans.hints import HintError
 
 MERGES = [("a", "b"), ("ab", "c"), ("\n", "\n"), (";", "\n\n"), (" ", "x")]
@@ -32,7 +39,24 @@ def test_no_later_text_changes_known_tokens(tokenizer: PreTrainedTokenizerFast, 
         assert tokenizer.encode(f"END<s>{text}{later}")[: len(found)] == found
 
 
-@pytest.mark.parametrize("prompt", ["nothing of it", "END follows nothing"])
-def test_a_prompt_without_known_tokens_is_refused(tokenizer: PreTrainedTokenizerFast, prompt: str) -> None:
-    with pytest.raises(HintError, match=r"whiflash\.preview.*'END'"):
-        known_tokens(tokenizer, tokenizer.encode(prompt), "END")
+def test_many_special_tokens_are_decoded_together(tokenizer: PreTrainedTokenizerFast) -> None:
+    with patch.object(tokenizer, "decode", wraps=tokenizer.decode) as decode:
+        found = known_tokens(tokenizer, tokenizer.encode("<s>z y END" + "<s>" * 1000), "END")
+    assert (tokenizer.convert_ids_to_tokens(found), decode.call_count < 16) == (["<s>", "z"], True)
+
+
+def test_a_preview_is_no_request_that_is_answered(tokenizer: PreTrainedTokenizerFast) -> None:
+    flags = SimpleNamespace(dp_size=1, pp_size=1, disaggregation_mode="null", enable_session_radix_cache=True)
+    manager = SimpleNamespace(server_args=flags, tokenizer=tokenizer, context_len=64)
+
+    def prepared(**fields: Any) -> GenerateReqInput:
+        asked = GenerateReqInput(session_id=f"{LINE}a", **fields)
+        asyncio.run(prepare(manager, asked, "END"))
+        return asked
+
+    assert not prepared(text="z y; END").log_metrics
+    refused: list[dict[str, Any]] = [{"text": text} for text in ("no marker", "END first", "y; " * 64 + "END")]
+    refused += [{"text": "z y; END", "return_logprob": True}, {"input_ids": [-1]}, {"input_embeds": [[0.5]]}]
+    for fields in refused:
+        with pytest.raises(HintError, match=r"whiflash\.preview"):
+            prepared(**fields)

@@ -7,7 +7,9 @@ tokenizer joins whole words, later text may still change them. Then they are not
 """
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Sequence
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -32,19 +34,26 @@ async def prepare(manager: Any, obj: Any, marker: str) -> None:
     if not serves_previews(manager.server_args) or manager.tokenizer is None:
         why = "needs --enable-session-radix-cache, a tokenizer, and a server without replicas, stages or disaggregation"
         raise HintError(FIELD, f"{why}; leave it out")
-    several = isinstance(obj.sampling_params, list) or isinstance(obj.text, list)
-    if several or (obj.input_ids and isinstance(obj.input_ids[0], list)) or obj.contains_mm_input():
+    prompt = obj.text if obj.input_ids is None else obj.input_ids
+    ids = isinstance(prompt, list) and all(type(one) is int and 0 <= one < 1 << 31 for one in prompt)
+    if not (ids or isinstance(prompt, str)) or isinstance(obj.sampling_params, list) or obj.contains_mm_input():
         raise HintError(FIELD, "is for one prompt of text; send a request for each, and leave images out")
+    if obj.return_logprob:
+        raise HintError(FIELD, "has no answer to give log-probabilities of; leave them out")
     if MARK not in (obj.session_id or ""):
         raise HintError(FIELD, "needs the session whose next prompt this is; name it by session_id or a header")
-    ids = await asyncio.get_running_loop().run_in_executor(None, _known, manager.tokenizer, obj, marker)
-    obj.text, obj.input_ids, obj.priority, obj.return_logprob = None, ids, None, False
+    known = await asyncio.get_running_loop().run_in_executor(None, _known, manager, prompt, marker)
+    # SGLang's metrics are of requests that are answered.
+    obj.text, obj.input_ids, obj.priority, obj.log_metrics = None, known, None, False
     params = (obj.sampling_params or {}).get("custom_params")
     obj.sampling_params = {"max_new_tokens": 0, "custom_params": params}
 
 
-def _known(tokenizer: Any, obj: Any, marker: str) -> list[int]:
-    return known_tokens(tokenizer, tokenizer.encode(obj.text) if obj.input_ids is None else obj.input_ids, marker)
+def _known(manager: Any, prompt: str | list[int], marker: str) -> list[int]:
+    ids = manager.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    if len(ids) > manager.context_len:
+        raise HintError(FIELD, f"is in a prompt of {len(ids)} tokens; the context has {manager.context_len}")
+    return known_tokens(manager.tokenizer, ids, marker)
 
 
 def known_tokens(tokenizer: Any, ids: Sequence[int], marker: str) -> list[int]:
@@ -54,15 +63,13 @@ def known_tokens(tokenizer: Any, ids: Sequence[int], marker: str) -> list[int]:
         HintError: the prompt has no marker, or no token before it.
     """
     # The tokenizer splits text at special tokens first, so the text behind one has tokens of its own.
-    special = tokenizer.added_tokens_decoder
-    for begin in (*(i + 1 for i in reversed(range(len(ids))) if ids[i] in special), 0):
-        text = tokenizer.decode(ids[begin:], clean_up_tokenization_spaces=False)
-        before, found, _ = text.rpartition(marker)
-        if not found:
-            continue
-        words = tokenizer.encode("".join(before.rsplit(None, 1)[:-1]), add_special_tokens=False)
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(ids[begin:], words, strict=False))
-        if known := [*ids[:begin], *(token for token, _ in same)]:
-            return known
-        break
-    raise HintError(FIELD, f"{marker!r} does not follow other text in the prompt; put it where later text begins")
+    special, decode = tokenizer.added_tokens_decoder, partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    begins = [0, *(i + 1 for i in range(len(ids)) if ids[i] in special)]
+    place = bisect_left(begins, True, key=lambda begin: marker not in decode(ids[begin:]))
+    begin = begins[max(place - 1, 0)]
+    before, _, _ = decode(ids[begin:]).rpartition(marker)
+    words = tokenizer.encode("".join(before.rsplit(None, 1)[:-1]), add_special_tokens=False)
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(ids[begin:], words, strict=False))
+    if not (known := [*ids[:begin], *(token for token, _ in same)]):
+        raise HintError(FIELD, f"{marker!r} does not follow other text in the prompt; put it where later text begins")
+    return known
