@@ -5,13 +5,14 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from fake_server import CAPABILITIES, FakeServer
 from openai import AsyncOpenAI, OpenAI
 
 from whiflash_sdk import Session, async_http_client, http_client, wrap
-from whiflash_sdk.previews import LEAST, MARKER
+from whiflash_sdk.previews import LEAST, MARKER, StreamedResult
 
 USER = {"role": "user", "content": "Do it."}
 TOOL: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"n": {}}}}}
@@ -76,6 +77,13 @@ def test_a_turn_and_its_result_are_previewed(server: FakeServer, below: bool, st
     asyncio.run(main())
 
 
+def test_a_long_result_is_sent_as_it_grows() -> None:
+    result = StreamedResult(turn := Mock(), None)
+    for _ in range(20_000):
+        print("x" * 79, file=result)
+    assert turn.send.call_count < 100
+
+
 @pytest.mark.parametrize("case", ["not asked", "no agent", "older server", "no server of ours", "n", "refused"])
 def test_without_previews_nothing_else_is_sent(server: FakeServer, client: OpenAI, case: str) -> None:
     server.capabilities = {**CAPABILITIES, "previews": case != "older server"}
@@ -97,4 +105,5 @@ def test_without_previews_nothing_else_is_sent(server: FakeServer, client: OpenA
             result.write("x" * LEAST * 2)
         assert result.text == "x" * LEAST * 2
         create(**ASKED)
-    assert [body.get("max_tokens") for body in server.bodies][:3] == [None, *[1] * (case == "refused"), None]
+    previews = [1] * (case == "refused")
+    assert [body.get("max_tokens") for body in server.bodies][: 2 + len(previews)] == [None, *previews, None]

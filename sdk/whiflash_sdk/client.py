@@ -179,7 +179,7 @@ def _hinting_request(client: Any) -> Callable[..., Any]:
             return (yield door(_carrying(options, body)))
 
         told, body = vars(client)[_WRAPPED], {**(options.json_data or {}), **(options.extra_json or {})}
-        asked: Any = {"asker": OfClient(client), "timeout": options.timeout, "is_async": is_async}
+        asked: Any = {"asker": OfClient(client, options.headers), "timeout": options.timeout, "is_async": is_async}
         return drive(exchange(client, told, route, body, **asked, send=send, take=note))
 
     @functools.wraps(client.request)

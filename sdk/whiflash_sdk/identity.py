@@ -25,7 +25,8 @@ _SECRET_WORDS: Final = frozenset(
 )
 """Words by which a header counts as authentication: `Authorization`, `X-Api-Key`, `OpenAI-Organization`."""
 _OF_ONE_REQUEST: Final = re.compile(
-    rb"connection|content-.*|accept.*|if-.*|range|expect|te|trailer|transfer-encoding|idempotency-key", re.IGNORECASE
+    rb"connection|content-.*|accept.*|if-.*|range|expect|te|trailer|transfer-encoding|idempotency-key|x-stainless-.*",
+    re.IGNORECASE,
 )
 """Headers that a question for capabilities does not copy from the request that needs the answer."""
 _READABLE: Final = [(b"accept", b"application/json"), (b"accept-encoding", b"identity")]
@@ -53,10 +54,13 @@ def api_clients(*, asynchronous: bool) -> tuple[type, ...]:
 class OfClient:
     """Asker for an OpenAI or Anthropic client.
 
-    base: the URL before `/chat/completions` or `/messages`. timeout: of its requests, as HTTPX takes it.
+    headers: of the call that asks, beside the client's own; any other type than a mapping has none. base: the URL
+    before `/chat/completions` or `/messages`. timeout: of its requests, as HTTPX takes it.
     """
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, headers: object = None) -> None:
+        given = headers.items() if isinstance(headers, Mapping) else ()
+        self._headers = {name: value for name, value in given if not _OF_ONE_REQUEST.fullmatch(name.encode())}
         self._client = client
         openai = sys.modules.get("openai")
         is_openai = openai is not None and isinstance(client, openai.OpenAI | openai.AsyncOpenAI)
@@ -70,7 +74,7 @@ class OfClient:
 
         limits: seconds by phase. Raises: the client's errors.
         """
-        options = {"headers": _CLOSES, "max_retries": 0, "follow_redirects": False}
+        options = {"headers": {**self._headers, **_CLOSES}, "max_retries": 0, "follow_redirects": False}
         options["timeout"] = self._library.Timeout(**limits)
         if body is None:
             return (yield self._client.get(url, cast_to=object, options=options))

@@ -105,7 +105,7 @@ class Outgoing:
         self.agent: str | None = text_or_none(said.get("agent"))
         """The agent's name in the hints that are sent."""
         self.traced = bool(said.get("trace"))
-        takes = capabilities.previews if isinstance(capabilities, Capabilities) else bool(capabilities)
+        takes = isinstance(capabilities, Capabilities) and capabilities.previews
         self.previews = takes and route == _DERIVED[0]
         """Whether the server may prefill the prompt that follows this request."""
         self.whole_text = said.get("trace") == "full"

@@ -1,17 +1,17 @@
 """Previews: while a tool runs, the server prefills what is known of a session's next prompt.
 
-A `Turn` sends the conversation with the last answer, as the next request will, and with the tool's result as far as it
-is written. The hint `preview` names the place where unknown text follows. Nothing depends on a preview, so its errors
-are only logged, and a thread that waits for one keeps no interpreter alive.
+A `Turn` sends the conversation with an answer that calls tools, as the next request will, and with the tool's result as
+far as it is written. The hint `preview` names the place where unknown text follows. Nothing depends on a preview, so
+its errors are only logged, and a thread that waits for one keeps no interpreter alive.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, Final
 
 from typing_extensions import Self
@@ -26,23 +26,14 @@ _LOG: Final = logging.getLogger("whiflash_sdk")
 MARKER: Final = "WhiFlashPreviewEnd"
 LEAST: Final = 1024
 """Characters of a result, at least, from one preview to the next."""
-SECONDS: Final = dict.fromkeys(("connect", "read", "write", "pool"), 30.0)
-"""Most seconds of each phase of a preview. The server lets it wait while other requests need the rows."""
-_UNSENT: Final = [
-    "logprobs",
-    "max_completion_tokens",
-    "n",
-    "prediction",
-    "response_format",
-    "stream",
-    "stream_options",
-    "top_logprobs",
-]
+TIMEOUT: Final = dict.fromkeys(("connect", "read", "write", "pool"), 10.0)
+"""Most seconds of each phase of a preview. A client of one connection has the next request wait as long."""
+_UNSENT: Final = ("logprobs", "max_completion_tokens", "prediction", "rid", "stream", "stream_options", "top_logprobs")
 """Fields of a request that change nothing of the next prompt."""
 
 
 class Turn:
-    """A chat completion and its answer, after which the conversation continues. body: as it was sent, with hints.
+    """A chat completion and its answer. If that calls tools, the next prompt is previewed. body: as it was sent.
 
     is_async: whether the asker's answers are awaited, in the event loop that runs now.
     """
@@ -55,13 +46,16 @@ class Turn:
                 self._loop = asyncio.get_running_loop()
         self._is_over = is_async and self._loop is None
         self._message: dict[str, Any] = {"role": "assistant"}
-        self._content: str | None = None
+        self._lock = Lock()
+        self._next: tuple[str, Sequence[str]] | None = None
         self._is_sending = False
+        self._task: asyncio.Task[None] | None = None
         self.results: dict[str, str] = {}
         """Results of the answer's tool calls that have ended, by id."""
 
     def take(self, body: Any) -> None:
-        """Read the first choice of an answer, or of a chunk of it. When it ends, preview the next prompt."""
+        """Read the first choice of an answer, or of a chunk of it. When it ends with tool calls, preview the next
+        prompt."""
         choice = next(iter(field_of(body, "choices") or ()), None)
         whole, delta = field_of(choice, "message"), field_of(choice, "delta")
         if whole is not None:
@@ -75,64 +69,71 @@ class Turn:
                 calls.append({"id": part["id"], "type": "function", "function": {"name": "", "arguments": ""}})
             for name in ("name", "arguments"):
                 calls[-1]["function"][name] += part["function"].get(name) or ""
-        if field_of(choice, "finish_reason") is not None:
-            self.send("", self.call())
+        if field_of(choice, "finish_reason") is not None and (call := self.call()):
+            self.send(call, ())
 
-    def call(self, given: str | None = None) -> str | None:
-        """Return the id of the tool call that has no result yet: the given one, or the first; None if there is none."""
-        return next((one for one in self._calls() if one not in self.results and given in (None, one)), None)
+    def call(self, call: str | None = None) -> str | None:
+        """Return `call`, or the first tool call, if it has no result yet; otherwise None."""
+        return next((one for one in self._calls() if one not in self.results and call in (None, one)), None)
 
     def _calls(self) -> list[str]:
         return [call["id"] for call in self._message.get("tool_calls") or ()]
 
     def end(self) -> None:
-        """Send nothing more: the conversation has gone on, or its session has ended."""
+        """Send nothing more, and cancel a task: the conversation has gone on, or its session has ended."""
         self._is_over = True
+        if self._task is not None:
+            with suppress(RuntimeError):  # the loop is closed
+                self._task.get_loop().call_soon_threadsafe(self._task.cancel)
 
-    def send(self, content: str, call: str | None) -> None:
-        """Preview the next prompt, which ends with `content`, the known part of a result; a running preview ends first.
+    def send(self, call: str, parts: Sequence[str]) -> None:
+        """Preview the next prompt, which ends with the result of `call`, as far as it is known; a running preview ends
+        first. Nothing is sent unless the calls before this one have results.
 
-        call: the result's tool call, if it is the next one; None for a user's message after an answer without calls.
+        parts: of the result. They may grow, and are joined when they are sent.
         """
         if self._is_over or self.call() != call:
             return
-        self._content = content
-        if not self._is_sending:
+        with self._lock:
+            self._next = call, parts
+            if self._is_sending:
+                return
             self._is_sending = True
+        with suppress(RuntimeError):  # the loop is closed, no thread can be started, or the interpreter exits
             if self._loop is None:
                 Thread(target=lambda: run(self._sending()), name="whiflash-preview", daemon=True).start()
             else:
-                with suppress(RuntimeError):  # the loop is closed
-                    self._loop.call_soon_threadsafe(self._start, self._loop)
+                self._loop.call_soon_threadsafe(self._start, self._loop)
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._task = loop.create_task(run_async(self._sending()))
 
     def _sending(self) -> Flow[None]:
-        while self._content is not None and not self._is_over:
-            content, self._content = self._content, None
+        while True:
+            with self._lock:
+                result, self._next = None if self._is_over else self._next, None
+                self._is_sending = result is not None
+            if result is None:
+                return
             try:
-                body = self._preview(content)
+                body = self._preview(*result)
                 with untraced():
-                    yield from self._asker.ask(f"{self._asker.base}/chat/completions", SECONDS, body)
+                    yield from self._asker.ask(f"{self._asker.base}/chat/completions", TIMEOUT, body)
             except Exception as error:  # the next request is served as without previews
                 _LOG.debug("%s took no preview (%s)", self._asker.base.rpartition("@")[2], type(error).__name__)
-                self._is_over = True
-        self._is_sending = False
+                self._is_over |= getattr(error, "response", None) is not None  # otherwise it had no time
 
-    def _preview(self, content: str) -> dict[str, Any]:
+    def _preview(self, call: str, parts: Sequence[str]) -> dict[str, Any]:
         """Return the body of a preview, whose last answer has only fields that earlier answers have."""
-        before, calls, call = self._body["messages"], self._calls(), self.call()
-        kept = {"role", "content", "tool_calls"}.union(*(one for one in before if one["role"] == "assistant"))
-        ended = calls[: calls.index(call)] if call else []
-        done = [{"role": "tool", "tool_call_id": one, "content": self.results[one]} for one in ended]
-        last = {"role": "user"} if call is None else {"role": "tool", "tool_call_id": call}
-        answer = {name: value for name, value in self._message.items() if name in kept}
-        messages = [*before, answer, *done, {**last, "content": content + MARKER}]
+        before, calls = self._body["messages"], self._calls()
+        fields = {"role", "content", "tool_calls"}.union(*(one for one in before if one["role"] == "assistant"))
+        answer = {name: value for name, value in self._message.items() if name in fields}
+        texts = [*((one, self.results[one]) for one in calls[: calls.index(call)]), (call, "".join(parts) + MARKER)]
+        results = [{"role": "tool", "tool_call_id": one, "content": text} for one, text in texts]
         body = {name: value for name, value in self._body.items() if name not in _UNSENT}
         params = {**(body.get("custom_params") or {}), WIRE_KEY: Hints(preview=MARKER, learn=False).encode()}
         # A server that does not know previews answers one token.
-        return {**body, "messages": messages, "max_tokens": 1, "custom_params": params}
+        return {**body, "messages": [*before, answer, *results], "max_tokens": 1, "custom_params": params}
 
 
 class StreamedResult:
@@ -141,7 +142,7 @@ class StreamedResult:
     def __init__(self, turn: Turn | None, call: str | None) -> None:
         self._turn, self._call = turn, turn.call(call) if turn else None
         self._parts: list[str] = []
-        self._unsent = 0
+        self._length = self._unsent = 0
 
     @property
     def text(self) -> str:
@@ -151,10 +152,11 @@ class StreamedResult:
     def write(self, text: str) -> int:
         """Add text to the result, and preview it if that is due. Returns its length, as files do; it does not wait."""
         self._parts.append(text)
-        self._unsent += len(text)
-        if self._turn is not None and self._call is not None and self._unsent >= LEAST:
+        self._length, self._unsent = self._length + len(text), self._unsent + len(text)
+        # Each preview carries all of a long result, so the next one waits until it has grown by a part.
+        if self._turn is not None and self._call is not None and self._unsent >= max(LEAST, self._length // 8):
             self._unsent = 0
-            self._turn.send(self.text, self._call)
+            self._turn.send(self._call, self._parts)
         return len(text)
 
     def __enter__(self) -> Self:

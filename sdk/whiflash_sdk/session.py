@@ -21,6 +21,7 @@ from whiflash_sdk.flow import Flow, run, run_async
 from whiflash_sdk.hints import Hints, name_sent
 from whiflash_sdk.identity import Asker
 from whiflash_sdk.previews import StreamedResult, Turn
+from whiflash_sdk.trace import field_of
 
 _LOG: Final = logging.getLogger("whiflash_sdk")
 
@@ -211,11 +212,11 @@ def turn_of(asker: Asker, body: Mapping[str, Any], *, is_async: bool) -> Turn | 
     if talk is None or inside is None or not (inside.preview and talk.agent) or body.get("session_id") != talk.id:
         return None
     _ended(talk.id)
-    if (
-        body.get("n") not in (None, 1)
-        or body.get("continue_final_message")
-        or not isinstance(body.get("messages"), list)
-    ):
+    messages = body.get("messages")
+    if body.get("n") not in (None, 1) or body.get("continue_final_message") or not isinstance(messages, list):
         return None
+    contents = [content for one in messages if isinstance(content := field_of(one, "content"), list)]
+    if any(field_of(part, "type") != "text" for content in contents for part in content):
+        return None  # the server refuses previews with images
     turn = _turns[talk.id] = Turn(asker, body, is_async=is_async)
     return turn
