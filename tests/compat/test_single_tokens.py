@@ -128,7 +128,7 @@ def test_what_may_become_a_stop_string_waits() -> None:
     assert sum(sizes) == len(tokens) > len(sizes)
 
 
-ARGUMENTS = {"note": "All of it, up to St. John's – 2: a [b] {c}.", "city": "New York", "days": 3}
+ARGUMENTS = {"note": "All of it, to: 'St. John's' and on – 2: a [b] {c}.", "city": "New York", "days": 3}
 TAIL = "\nBoth were asked, and I go on. function call of <tool> text {until} the end, [1] and so on"
 
 

@@ -68,7 +68,7 @@ MALFORMED: list[tuple[object, str, str]] = [
     (
         carried(sapns=[]),
         ".whiflash.sapns",
-        "is unknown; known are agent, infer, learn, lookup, off, spans, task, trace, version",
+        "is unknown; known are agent, infer, learn, lookup, off, preview, spans, task, trace, version",
     ),
     (carried(spans={}), ".whiflash.spans", "must be a list"),
     (carried(spans=[OPEN] * (MAX_SPANS + 1)), ".whiflash.spans", "holds 17 entries; at most 16 are allowed"),

@@ -3,7 +3,7 @@
 A round commits several tokens, so an output of SGLang's has several. Its parsers of tool calls and reasoning lose text
 if a mark (a bracket, a quote, a line's end) and other text come together. Ollama's routes drop the last output's text,
 and chat completions attach log-probabilities to text of the same output. So their streams are cut without waits between
-the pieces: for parsers at every token that is no word, for the others into the outputs that plain decoding would have
+the pieces: for parsers at every token with a mark, for the others into the outputs that plain decoding would have
 sent at the request's stream interval. Consumers that only concatenate outputs get them as they arrive. Runs in the
 process that serves HTTP.
 """
@@ -26,7 +26,7 @@ from whiflash_sglang.http.reader import Call, as_chat, of_choice, parameters_of
 from whiflash_sglang.http.token_texts import MARK, WORD, Decoder, decoder_of
 
 Cuts = Literal["tokens", "marks"]
-"""Places at which a stream is cut: those of plain decoding, or the same without those between an output's words."""
+"""Places at which a stream is cut: those of plain decoding, or of these the ones at an output's marks."""
 _COUNTS = ("completion_tokens", "reasoning_tokens", "output_token_logprobs_length", "output_token_sampling_mask_length")
 """Numbers of `meta_info` that grow by at most one a token."""
 
@@ -48,7 +48,12 @@ def cuts_of(manager: Any, obj: Any, call: Call | None) -> Cuts | None:
     reads_tokens = has("0.5.23") and chat._encoding_output() is not None
     if call.form == "responses":
         return "tokens" if reads_tokens or state.openai_serving_responses.use_harmony else "marks"
-    if reads_tokens or (is_chat and body.get("logprobs")):
+    # Where an answer has no channels, SGLang's parser of gpt-oss takes single words as their marks.
+    if (
+        reads_tokens
+        or "gpt-oss" in (chat.reasoning_parser, chat.tool_call_parser)
+        or (is_chat and body.get("logprobs"))
+    ):
         return "tokens"
     is_parsed = (
         (chat.reasoning_parser and (not is_chat or body.get("separate_reasoning", True)))

@@ -9,7 +9,7 @@ from sglang.srt.managers.detokenizer_manager import DetokenizerManager
 
 MARK, PLAIN, WORD = range(3)
 """Kinds of texts: with a character that may end a marker of SGLang's parsers; without one; a word without one."""
-_PLAIN = re.compile(r"( ?\w)?[\w\s.,;:!?'’–—…()/\\=*+#@$%&~^-]*")
+_PLAIN = re.compile(r"( ?\w)?[\w\s.,;:!?’–—…()/\\=*+#@$%&~^-]*")
 _PART = "\ufffd"
 """Last character of a text that ends inside a character."""
 
@@ -62,7 +62,7 @@ class Decoder:
 
 def decoder_of(manager: Any, parameters: Mapping[str, Any]) -> Decoder:
     """Return a decoder of an answer. manager: SGLang's TokenizerManager. parameters: of sampling."""
-    flags = tuple(parameters.get(f"{name}_special_tokens", True) for name in ("skip", "spaces_between"))
+    flags = tuple(parameters.get(f"{name}_special_tokens") is not False for name in ("skip", "spaces_between"))
     known: dict[Any, Texts] = vars(manager).setdefault("_whiflash_texts", {})
     if flags not in known:
         known[flags] = Texts(manager.tokenizer, *flags)
