@@ -48,12 +48,9 @@ def cuts_of(manager: Any, obj: Any, call: Call | None) -> Cuts | None:
     reads_tokens = has("0.5.23") and chat._encoding_output() is not None
     if call.form == "responses":
         return "tokens" if reads_tokens or state.openai_serving_responses.use_harmony else "marks"
-    # Where an answer has no channels, SGLang's parser of gpt-oss takes single words as their marks.
-    if (
-        reads_tokens
-        or "gpt-oss" in (chat.reasoning_parser, chat.tool_call_parser)
-        or (is_chat and body.get("logprobs"))
-    ):
+    # In an answer without channels, SGLang's parser of gpt-oss takes single words as their marks.
+    by_words = "gpt-oss" in (chat.reasoning_parser, chat.tool_call_parser)
+    if reads_tokens or by_words or (is_chat and body.get("logprobs")):
         return "tokens"
     is_parsed = (
         (chat.reasoning_parser and (not is_chat or body.get("separate_reasoning", True)))
