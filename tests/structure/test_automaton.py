@@ -161,6 +161,18 @@ def test_numbers_that_go_on_otherwise_are_apart(first: str, grammars: Grammars, 
             assert bool(after) == bool(own), number
 
 
+def test_documents_of_lists_ask_little_after_the_first(grammars: Grammars, vocabulary: Vocabulary) -> None:
+    arm, random, asked = StructureArm(Structure(), vocabulary, lambda: False), Random(0), [0]
+    words = {"enum": ["celsius", "kelvin", "user"]}
+    item = {"type": "object", "properties": {"x": words, "y": words}, "required": ["x", "y"]}
+    for _ in range(6):
+        items = [{"x": random.choice(words["enum"]), "y": random.choice(words["enum"])} for _ in range(12)]
+        text = json.dumps({"l": items})
+        asked.append(looks_at(arm, grammars, {"l": {"type": "array", "items": item}}, text)[1])
+        arm._habits.clear()
+    assert asked[-1] - asked[-2] <= 2, asked
+
+
 def test_a_look_whose_time_ends_leaves_nothing_to_others(grammars: Grammars, vocabulary: Vocabulary) -> None:
     """The time ends at each of its questions. Then strings that nobody has written are followed without any."""
     keys, left, asked = {"m": {"type": "string"}}, 0, list[int]()

@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from whiflash_kernels.cpu.automaton import NONE, Walk, Walks, compiled_automaton
-from whiflash_kernels.cpu.compiler import available
 
 from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.checkpoints.manifest import Structure
@@ -31,7 +30,7 @@ from whiflash_sglang.structure.calls import PROMPT_CHARS, Calls
 from whiflash_sglang.structure.chances import DECAY, SEED, SEED_WEIGHT
 from whiflash_sglang.structure.layout import NO_FRAMES, Layout
 from whiflash_sglang.structure.matchers import Grammar, Matcher
-from whiflash_sglang.structure.schemas import frames_of, words_of, words_of_places
+from whiflash_sglang.structure.schemas import frames_of, has_alternatives, words_of, words_of_places
 from whiflash_sglang.structure.sketch import TAIL, open_word
 from whiflash_sglang.structure.tools import all_forced, words_of_tools
 
@@ -99,10 +98,12 @@ class StructureArm(TextDrafter):
         self._vocabulary, self._exhausted = vocabulary, exhausted
         self._automata = OrderedDict[Hashable, Automaton]()
         self._uses = _Uses("", ())
-        library = available("walk over structure", compiled_automaton, cache_root() / "compiled")
-        self._walks = None if library is None else Walks(library, vocabulary.token_bytes, vocabulary.special)
-        if library is None:
-            logger.warning("WHIFLASH: without a C++ compiler, nothing is drafted from grammars and tools")
+        self._walks: Walks | None = None
+        try:  # unlike kernels it needs no AVX2, and torch cannot replace it
+            library = compiled_automaton(cache_root() / "compiled")
+            self._walks = Walks(library, vocabulary.token_bytes, vocabulary.special)
+        except OSError as error:
+            logger.warning("WHIFLASH: nothing is drafted from grammars and tools: %s", error)
         self.forget()
 
     def forget(self) -> None:
@@ -166,7 +167,7 @@ class StructureArm(TextDrafter):
 
     def end(self, request: Request) -> None:
         kept: _Kept | None = request.kept.get(self.arm)
-        if kept is None or kept.walk is None or kept.automaton is None:
+        if kept is None or kept.walk is None or kept.automaton is None or kept.source != GRAMMAR:
             return
         with suppress(LostError), kept.automaton.at(kept.walk.node_of()) as state:
             if state.layout is not None and "{" in state.layout.seen:
@@ -184,8 +185,8 @@ class StructureArm(TextDrafter):
         if grammar is not None:
             frames = frames_of(schema)
             habit = self._habits.get(frames is not NO_FRAMES)
-            layout = Layout(frames=frames, habit=habit, words=words_of_places(schema))
-            own = habit and (frozenset(habit.seen.items()), habit.unit)
+            layout = Layout(frames=frames, habit=habit, words=words_of_places(schema), decides=has_alternatives(schema))
+            own = (frozenset(habit.seen.items()), habit.unit) if habit and habit.seen else None
         calls = Calls(kept.tools, request.hints.spans, kept.uses.prompt, self._count) if kept.tools else None
         kept.shared = (layout is None or layout.words is not None) and (calls is None or calls.has_places)
         spans = [(span.kind, span.begin, span.end, span.open) for span in request.hints.spans]
@@ -232,11 +233,11 @@ class StructureArm(TextDrafter):
         # Nothing is known to follow, and what was known before is nobody else's: begin again after the text.
         node, tokens = walk.node_of(), walk.take(left)
         try:
-            done = automaton.restart(node, tokens)
+            tokens = automaton.restart(node, tokens)
             walk.move(automaton.table, 0)
         except LostError:
-            done = 0
-        walk.advance(tokens[done:], ask=False)
+            pass
+        walk.advance(tokens, ask=False)
 
     def _renew(self, kept: _Kept, walk: Walk, old: Automaton) -> None:
         """Move a request to a new automaton, in which only nodes that are asked for from now on exist."""

@@ -169,24 +169,22 @@ class Automaton:
         with other.at(node) as state:
             return self._node(other._nodes[node].origin, state)
 
-    def restart(self, node: int, tokens: Sequence[int]) -> int:
-        """Drop all nodes; begin at a node's text and the first `tokens` that may follow it. Returns how many may.
+    def restart(self, node: int, tokens: Sequence[int]) -> list[int]:
+        """Drop all nodes; begin at a node's text and the first `tokens` that may follow. Returns those that are left.
 
         The node that they begin at is 0. Raises LostError as `State.write`; then nothing has changed.
         """
         origin, text, parts, tail = self._nodes[node]
         origin.write(text)
-        for token in parts:
-            origin.move(token, written=True)
-        origin.tail, done = tail, 0
-        while done < len(tokens) and origin.move(tokens[done], written=True):
-            done += 1
+        origin.tail, left = tail[: len(tail) - len(parts)], [*parts, *tokens]
+        while left and origin.move(left[0], written=True):
+            left = left[1:]
         origin.text, origin.parts, origin.begun, origin.split = "", (), "", bool(origin.open)
         self._nodes.clear()
         self._numbers.clear()
         self.table.clear()
         self.begin(origin)
-        return done
+        return left
 
     @contextmanager
     def at(self, node: int) -> Iterator[State]:

@@ -22,7 +22,7 @@ from whiflash_sglang.structure.guesses import Ahead, Guesses, Uses, likely
 from whiflash_sglang.structure.layout import ASKED, BLANKS, Free, Layout
 from whiflash_sglang.structure.markup import OTHER, MarkupCall, begun
 from whiflash_sglang.structure.matchers import Matcher, XGrammarMatcher
-from whiflash_sglang.structure.schemas import Essence, words_of_places
+from whiflash_sglang.structure.schemas import Essence, has_alternatives, words_of_places
 from whiflash_sglang.structure.tools import ARGUMENTS, KEPT, PARSERS, read_tools
 
 NO_ARGUMENTS: Final = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -105,7 +105,8 @@ class JsonCall:
 
     def __init__(self, matcher: Matcher, seen: dict[str, str], end: str, tools: str) -> None:
         self.matcher, self._end = matcher, end
-        self._layout = Layout(seen=dict(seen), words=words_of_places(schema_of(tools) or ""))
+        schema = schema_of(tools) or ""
+        self._layout = Layout(seen=dict(seen), words=words_of_places(schema), decides=has_alternatives(schema))
         self._state = _State.LEAD
         self._waiting = ""
 

@@ -64,7 +64,8 @@ class Layout:
     blank nor inside a string, closing quotes included. blanks: those after it so far. seen: newest blanks after each
     character; those before a closing bracket are recorded apart (`_place`). depth: open brackets. unit: blanks of
     indentation per bracket.
-    words: names and listed values of its schema, sorted, if `place` determines what may follow; else None.
+    words: names and listed values of its schema, sorted, if `place` determines what may follow; else None. decides:
+    whether the values in a container decide what may follow, beside its names.
     """
 
     inside: bool = False
@@ -77,6 +78,7 @@ class Layout:
     depth: int = 0
     unit: int = 0
     words: Sequence[str] | None = None
+    decides: bool = True
     _open: tuple[tuple[str, Hashable, Any], ...] = ()
     """Open containers: bracket, key and contents so far of each."""
     _key: Hashable = ""
@@ -160,8 +162,9 @@ class Layout:
     def as_habit(self) -> "Layout":
         """Return this text's blanks and indentation, as the layout to expect of later texts of the same kind."""
         seen = (self.seen | self._within).items()
-        kept = {place: usual for place, usual in seen if MARKS.issuperset(place) and len(usual) <= LONGEST}
-        return Layout(seen=kept, unit=self.unit)
+        marks = {place: usual for place, usual in seen if MARKS.issuperset(place) and len(usual) <= LONGEST}
+        unusual = {place: usual for place, usual in marks.items() if usual != USUAL.get(place, "")}
+        return Layout(seen=unusual, unit=self.unit if INDENTED in unusual.values() else 0)
 
     def _follow(self, text: str) -> None:
         at, size = 0, len(text)
@@ -210,13 +213,14 @@ class Layout:
         elif character != '"':
             *around, (bracket, key, held) = self._open
             if bracket == "[":
-                held = frozenset((*held, value)) if around and value != "" else ()
+                held = frozenset((*held, value)) if self.decides and around and value != "" else ()
             elif value != "":
-                held = (*held, (self._key, value))
+                item = (self._key, value) if self.decides else self._key
+                held = held if item in held and not self.decides else (*held, item)
             if character == ",":
                 self._open, self._key, self._value = (*around, (bracket, key, held)), "", ""
             else:
-                self._open, self._key, self._value = tuple(around), key, (bracket, held)
+                self._open, self._key, self._value = tuple(around), key, (bracket, held if self.decides else ())
 
     def _listed(self, text: str, *, whole: bool) -> str:
         """Return `text` if it is a word of the schema or, unless `whole`, begins one; else a mark for free text."""

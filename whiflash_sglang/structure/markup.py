@@ -141,7 +141,8 @@ class MarkupCall:
     @property
     def _state(self) -> tuple[Hashable, ...]:
         """Return the part of `place` on which the options depend."""
-        return self._end, self._place, self._calls, self._tool, self._key, self._written
+        calls = self._calls if "{index}" in self._form.call else 0
+        return self._end, self._place, calls, self._tool, self._key, self._written
 
     @property
     def _parameters(self) -> object:

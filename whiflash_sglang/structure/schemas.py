@@ -119,6 +119,8 @@ def is_plain(text: str) -> bool:
     return True
 
 
+SCALARS = ("string", "number", "integer", "boolean", "null")
+
 PLACED = {"type", "properties", "required", "items", "anyOf", "enum", "const", "additionalProperties"} | {
     *("$ref", "$defs", "definitions", "$schema", "title", "description", "default", "examples")
 }
@@ -157,6 +159,14 @@ def words_of_places(text: str) -> tuple[str, ...] | None:
         open_ += [schema for schemas in named for schema in schemas.values()] + alternatives
         open_ += [node[name] for name in ("items", "additionalProperties") if name in node]
     return tuple(sorted(words)) if all(json.dumps(word) == f'"{word}"' for word in words) else None
+
+
+@lru_cache(maxsize=256)
+def has_alternatives(text: str) -> bool:
+    """Whether a place of a JSON schema has several objects or arrays, between which their contents decide."""
+    found = [node.get("anyOf") for node in _objects(_read(text), lambda node: node.values())]
+    lists = [many for many in found if isinstance(many, list)]
+    return any(sum(not isinstance(one, dict) or one.get("type") not in SCALARS for one in many) > 1 for many in lists)
 
 
 @lru_cache(maxsize=256)
