@@ -214,6 +214,7 @@ class Parts(Observed, Protocol):
     router: Layers | None
     spending: Spending
     publisher: Publisher
+    overlaps: bool
 
 
 @dataclass(frozen=True, slots=True)
