@@ -210,6 +210,22 @@ def test_calls_without_places_are_in_no_automaton_of_others(vocabulary: Vocabula
     assert not any(secret[:2] in node.text for each in arm._automata.values() for node in each._nodes)
 
 
+def test_nothing_is_asked_in_a_round_that_has_no_time_left(vocabulary: Vocabulary) -> None:
+    """It is asked in a later one, and the text is followed then."""
+    late = False
+    arm = StructureArm(Structure(), vocabulary, lambda: late)
+    request = Request("r", hints_of("qwen3_coder"), read=lambda: PROMPT)
+    arm.begin(request)
+    text = [*PROMPT, *vocabulary.encode("<tool_call>\n<func")]
+    table, late = request.kept[arm.arm].automaton.table, True
+    assert arm.propose(request, 0, lambda start: text[start:], FULL_LENGTH) is None
+    assert walked.counts_of(table)[:3] == [1, 0, 0]
+    late = False
+    said = arm.propose(request, 0, lambda start: text[start:], FULL_LENGTH)
+    assert said is not None
+    assert text_of(vocabulary, said.tokens).startswith("tion=f>")
+
+
 def test_hostile_tools_keep_memory_and_work_bounded(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests with tools of their own, whose texts never come twice. Counted are nodes, and questions of a round."""
     monkeypatch.setattr(automaton, "MOST_NODES", 300)

@@ -132,7 +132,7 @@ class Table:
         if self.stays(node, token):
             return int(self.nodes[node]["stay"][-1])
         if ask and self.edges.get((node, token), LOST) in ((LOST, REFUSED) if written else (LOST,)):
-            self.answers.edges(node, run, written)
+            self.answers.edges(node, run[:64], written)
         return self.edges.get((node, token), LOST)
 
     def stays(self, node: int, token: int) -> bool:

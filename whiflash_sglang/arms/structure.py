@@ -26,7 +26,7 @@ from whiflash_sglang.records.core import History
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, text_of
 from whiflash_sglang.structure.automaton import Automaton, LostError, State
-from whiflash_sglang.structure.calls import PROMPT_CHARS, Calls
+from whiflash_sglang.structure.calls import PROMPT_CHARS, Calls, compiled
 from whiflash_sglang.structure.chances import DECAY, SEED, SEED_WEIGHT
 from whiflash_sglang.structure.layout import NO_FRAMES, Layout
 from whiflash_sglang.structure.matchers import Grammar, Matcher
@@ -50,8 +50,8 @@ class _Uses(dict[str, int]):
     """Text → its count in a prompt: of words in quotes in all of it, of others in its end, when asked for."""
 
     def __init__(self, prompt: str, words: Sequence[str]) -> None:
-        known = frozenset(words)
-        super().__init__(Counter(f'"{string}"' for string in _STRINGS.findall(prompt) if string in known))
+        super().__init__((f'"{word}"', 0) for word in words)
+        self.update(Counter(text for string in _STRINGS.findall(prompt) if (text := f'"{string}"') in self))
         self.prompt = prompt[-PROMPT_CHARS:]
 
     def __missing__(self, text: str) -> int:
@@ -128,6 +128,7 @@ class StructureArm(TextDrafter):
         request.kept[self.arm] = kept = _Kept(grammar, tools, words, uses, len(prompt), len(prompt), prompt[-TAIL:])
         if tools and (grammar is None or grammar.begins is None):
             self._start(request, kept, ())
+            compiled(tools)  # a tenth of a second for many tools, which no round should wait for
 
     def serves(self, request: Request) -> bool:
         return self.arm in request.kept
@@ -140,7 +141,11 @@ class StructureArm(TextDrafter):
             return None
         if kept.grammar is not None and kept.source == TOOLS and (begins := kept.grammar.begins) is not None:
             kept.known, kept.source = begins, GRAMMAR
-            self._start(request, kept, history(kept.begin)[: begins - kept.begin])
+            try:
+                self._start(request, kept, history(kept.begin)[: begins - kept.begin])
+            except LostError:
+                kept.source = TOOLS  # no time is left in this round
+                return None
         written = history(kept.known)
         kept.known += len(written)
         if (walk := kept.walk) is None:
@@ -194,8 +199,6 @@ class StructureArm(TextDrafter):
         automaton = self._automata.get(kept.key) if kept.shared else None
         if automaton is None:
             matcher = None if grammar is None else grammar.beginning(vocabulary)
-            if matcher is not None:
-                matcher.exhausted = self._exhausted
             automaton = self._new(kept, end, matcher)
         if kept.shared:
             self._keep(kept.key, automaton)
@@ -209,7 +212,7 @@ class StructureArm(TextDrafter):
 
     def _new(self, kept: _Kept, end: int | None, matcher: Matcher | None) -> Automaton:
         assert self._walks is not None
-        return Automaton(self._walks, self._vocabulary, kept.words, end, self._count, matcher)
+        return Automaton(self._walks, self._vocabulary, kept.words, end, self._count, matcher, self._exhausted)
 
     def _keep(self, key: Hashable, automaton: Automaton) -> None:
         self._automata[key] = automaton

@@ -9,7 +9,7 @@ would be kept for others.
 
 import codecs
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ from whiflash_sglang.structure.sketch import TAIL, open_word, sketch
 AHEAD = 24
 """Largest number of tokens of an answer. Further ones are asked for where a walk comes so far."""
 
-MOST_NODES = 1 << 14
-"""Number of nodes from which on an automaton is replaced by a new one, some 400 bytes each."""
+MOST_NODES = 1 << 15
+"""Number of nodes and edges from which on an automaton is replaced by a new one."""
 
 
 class LostError(Exception):
@@ -61,11 +61,6 @@ class State:
         matcher, layout, calls = self.matcher, self.layout, self.calls
         with matcher.trying() if matcher else nullcontext(), calls.trying() if calls else nullcontext():
             yield replace(self, layout=layout and layout.copy(), calls=calls and calls.copy())
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether no time is left for its grammar."""
-        return self.matcher is not None and self.matcher.exhausted()
 
     @property
     def place(self) -> Hashable:
@@ -137,7 +132,7 @@ class Automaton:
     Args:
         words: names and values of the schemas, in their order. end: token that ends a text under the grammar. uses: of
             a text in the conversation of the request that is walked. matcher: of the grammar, at its beginning; None
-            without one.
+            without one. exhausted: whether no time is left in this round; then nothing is answered.
     """
 
     def __init__(
@@ -148,8 +143,12 @@ class Automaton:
         end: int | None,
         uses: Uses,
         matcher: Matcher | None,
+        exhausted: Callable[[], bool],
     ) -> None:
         self._vocabulary, self.end, self._uses, self.matcher = vocabulary, end, uses, matcher
+        self._exhausted, self._edges = exhausted, 0
+        if matcher is not None:
+            matcher.exhausted = exhausted
         self._guesses = Guesses(words, uses)
         self._nodes, self._numbers = list[Node](), dict[Hashable, int]()
         self._texts, self._words, self._begins = list[str](), dict[str, int](), dict[tuple[str, ...], int]()
@@ -158,7 +157,7 @@ class Automaton:
     @property
     def is_full(self) -> bool:
         """Whether it has so many nodes that its requests should move to a new automaton."""
-        return len(self._nodes) >= MOST_NODES
+        return len(self._nodes) + self._edges >= MOST_NODES
 
     def begin(self, state: State) -> int:
         """Return the node of a text that begins in `state`, which nobody moves from now on."""
@@ -189,6 +188,8 @@ class Automaton:
     @contextmanager
     def at(self, node: int) -> Iterator[State]:
         """Yield a copy of the state at a node, to advance. Raises LostError as `State.write`."""
+        if self._exhausted():
+            raise LostError  # also for calls, whose matchers do not look at the time
         origin, text, parts, tail = self._nodes[node]
         with origin.ahead() as state:
             state.write(text)
@@ -233,10 +234,11 @@ class Automaton:
         with suppress(LostError), self.at(node) as state:
             for token in tokens:
                 moved, known = state.move(token, written), len(self._nodes)
-                if not moved and state.exhausted:
+                if not moved and self._exhausted():
                     return
                 after = self._node(origin, state) if moved else REFUSED
                 self.table.edge(node, token, after)
+                self._edges += 1
                 if after < known:
                     return
                 node = after
@@ -252,7 +254,7 @@ class Automaton:
         grammar: dict[str, Any] = {"matcher": state.matcher, "layout": state.layout, "calls": state.calls}
         grammar |= {"guesses": self._guesses, "end": self.end}
         tokens = [] if state.open else sketch(self._vocabulary, state.tail, AHEAD, **grammar)
-        if state.exhausted:
+        if self._exhausted():
             return
         if not tokens:
             self.table.step(node, NONE, 0)
@@ -265,7 +267,7 @@ class Automaton:
             else:
                 self.table.step(node, token, bits)
             after = self.table.after(node, token)
-            if not state.move(token):
+            if after == REFUSED or not state.move(token):
                 return
             if after == LOST:
                 after = self._node(origin, state)

@@ -129,11 +129,6 @@ def gather(step: Callable[[], Sequence[LikelyText] | None], limit: int) -> list[
     return pieces
 
 
-def is_whole(pieces: Sequence[LikelyText], limit: int) -> bool:
-    """Whether none of `gather`'s bounds cut its result short."""
-    return len(pieces) < STEPS and sum(len(piece.text) for piece in pieces) < limit
-
-
 def likely(ahead: "Ahead", limit: int, ending: str = "") -> list[LikelyText]:
     """Return forced text and, where nothing is forced, guesses, at most `limit` characters; `ending` follows a complete
     text. The matcher is restored.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, cut_behind, is_text, text_of
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import SEED, Kind, LikelyText
-from whiflash_sglang.structure.guesses import Ahead, Guesses, is_whole, likely
+from whiflash_sglang.structure.guesses import STEPS, Ahead, Guesses, likely
 from whiflash_sglang.structure.layout import FREE, Layout
 from whiflash_sglang.structure.matchers import Matcher
 
@@ -61,7 +61,7 @@ def sketch(
     for pieces in sources:
         tokens = cut(vocabulary, tail, pieces) if pieces else []
         # The last tokens of a text that goes on may be cut otherwise with what follows.
-        complete = is_whole(pieces, chars) and len(tokens) <= limit
+        complete = len(pieces) < STEPS and sum(len(each.text) for each in pieces) < chars and len(tokens) <= limit
         tokens = tokens if complete else tokens[: max(min(limit, len(tokens) - 2), 1)]
         if matcher is not None:
             tokens = _allowed(matcher, vocabulary, tokens, end if complete else None)

@@ -37,21 +37,21 @@ class Table(Native):
     """
 
     def __init__(self, walks: "Walks", answers: Any) -> None:
-        self._walks, self._raised = walks, list[BaseException]()
-        self._callbacks = (
-            _EDGES(lambda node, run, count, written: self._safely(answers.edges, node, run[:count], written)),
-            _STEP(lambda node: self._safely(answers.step, node)),
-            _USES(lambda word: self._safely(answers.uses, word) or 0),
+        self._walks, self._raised = walks, (raised := list[BaseException]())
+
+        def safely(ask: Callable[..., Any], *arguments: Any) -> Any:  # nothing can be raised through compiled code
+            try:
+                return None if raised else ask(*arguments)
+            except BaseException as error:
+                raised.append(error)
+            return None
+
+        self._callbacks = (  # they do not hold the table, which would then wait for the garbage collector
+            _EDGES(lambda node, run, count, written: safely(answers.edges, node, run[: min(count, 64)], written)),
+            _STEP(lambda node: safely(answers.step, node)),
+            _USES(lambda word: safely(answers.uses, word) or 0),
         )
         super().__init__(walks.library, "automaton", walks.at, walks.lessons.at, *self._callbacks)
-
-    def _safely(self, ask: Callable[..., Any], *arguments: Any) -> Any:
-        """Call back; nothing can be raised through compiled code."""
-        try:
-            return None if self._raised else ask(*arguments)
-        except BaseException as error:
-            self._raised.append(error)
-        return None
 
     def check(self) -> None:
         """Raise the error that one of the answers raised."""
