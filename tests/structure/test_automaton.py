@@ -191,8 +191,8 @@ def test_a_look_whose_time_ends_leaves_nothing_to_others(grammars: Grammars, voc
     assert not any(asked), asked
 
 
-def test_calls_without_places_are_in_no_automaton_of_others(vocabulary: Vocabulary) -> None:
-    arm, secret = StructureArm(Structure(), vocabulary, lambda: False), "Mrs Q"
+def test_calls_without_places_and_prompts_are_in_no_automaton_of_others(vocabulary: Vocabulary) -> None:
+    arm, secret = StructureArm(Structure(), vocabulary, lambda: False), "Mr Mrs"
     parameters = {
         "type": "object",
         "properties": {"n": {"enum": [1, 2]}, "to": {"type": "string"}},
@@ -207,7 +207,11 @@ def test_calls_without_places_are_in_no_automaton_of_others(vocabulary: Vocabula
         text.append(token)
     assert '"arguments"' in found
     assert "</tool_call>" in found
-    assert not any(secret[:2] in node.text for each in arm._automata.values() for node in each._nodes)
+    ends_in_a_word = Request("r", hints_of("qwen3_coder"), read=lambda: vocabulary.encode(secret))
+    arm.begin(ends_in_a_word)
+    nodes = [node for each in arm._automata.values() for node in each._nodes]
+    assert nodes
+    assert not any("rs" in node.text + text_of(vocabulary, node.tail) for node in nodes)
 
 
 def test_nothing_is_asked_in_a_round_that_has_no_time_left(vocabulary: Vocabulary) -> None:

@@ -205,7 +205,11 @@ class StructureArm(TextDrafter):
         if calls is not None:
             calls.follow(bytes_of(vocabulary, written).decode(errors="replace"))
         tail = [*kept.tail, *written][-TAIL:]
-        state = State(vocabulary, automaton.matcher, layout, calls, tuple(open_word(vocabulary, tail)))
+        word = tuple(open_word(vocabulary, tail))
+        plain = bytes_of(vocabulary, [token for token in word if token not in vocabulary.special])
+        if kept.shared and any(map(str.isalnum, plain.decode(errors="ignore"))):
+            word = ()  # an automaton that others walk keeps no words of a prompt
+        state = State(vocabulary, automaton.matcher, layout, calls, word)
         kept.automaton, kept.walk = automaton, None
         if automaton.matcher is not None or calls is not None:
             kept.walk = Walk(automaton.table, automaton.begin(state), tail[-1] if tail else NONE)
@@ -231,7 +235,8 @@ class StructureArm(TextDrafter):
         if automaton.is_full and kept.shared:
             self._renew(kept, walk, automaton)
         left = walk.advance(written, ask=kept.shared)
-        if kept.shared or left < 0 or (not left and automaton.table.asked(walk.node_of())):
+        known = not left and automaton.table.asked(walk.node_of()) and not automaton.is_full
+        if kept.shared or left < 0 or known:
             return
         # Nothing is known to follow, and what was known before is nobody else's: begin again after the text.
         node, tokens = walk.node_of(), walk.take(left)

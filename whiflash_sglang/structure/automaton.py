@@ -182,6 +182,7 @@ class Automaton:
         self._nodes.clear()
         self._numbers.clear()
         self.table.clear()
+        self._edges = 0
         self.begin(origin)
         return left
 
@@ -254,8 +255,8 @@ class Automaton:
         grammar: dict[str, Any] = {"matcher": state.matcher, "layout": state.layout, "calls": state.calls}
         grammar |= {"guesses": self._guesses, "end": self.end}
         tokens = [] if state.open else sketch(self._vocabulary, state.tail, AHEAD, **grammar)
-        if self._exhausted():
-            return
+        if state.matcher is not None and self._exhausted():
+            return  # time may have cut it short
         if not tokens:
             self.table.step(node, NONE, 0)
         for number, (token, kinds, among) in enumerate(tokens):
