@@ -3,7 +3,7 @@
 import re
 import shutil
 import subprocess
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import pytest
@@ -48,6 +48,15 @@ def test_hadolint_has_nothing_to_say() -> None:
     files = sorted(map(str, CONTAINERFILE.parent.glob("*Containerfile")))
     done = subprocess.run(["hadolint", "--no-color", *files], capture_output=True, text=True)
     assert (len(files), done.stdout + done.stderr) == (2, "")
+
+
+@pytest.mark.parametrize("file", sorted(CONTAINERFILE.parent.iterdir()), ids=lambda file: file.name)
+def test_what_an_image_copies_is_sent_to_the_engine(file: Path) -> None:
+    sent = [line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")]
+    copies = re.findall(r"^COPY (?!--from)(.+) \S+$", file.read_text("utf-8"), re.MULTILINE)
+    sources = [source for line in copies for source in line.split()]
+    assert sources
+    assert [source for source in sources if not any(PurePath(source).match(one) for one in sent)] == []
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
