@@ -24,6 +24,7 @@ from whiflash_sdk.capabilities import Capabilities
 from whiflash_sdk.hints import Hints, Span
 from whiflash_sdk.trace import Stretch, Trace
 
+from whiflash_lab.advise import cards_for
 from whiflash_lab.published import KNOWN
 from whiflash_sglang.checkpoints.manifest import (
     EntropyRouter,
@@ -460,7 +461,8 @@ def published_blocks() -> str:
         pair = " ".join(f"{flag} {names[0]}" for flag, names in drafters if names)
         more = [name for _, names in drafters for name in names[1:]]
         bundle = one.name.rpartition("/")[2].lower()
-        served = " ".join(filter(None, (f"--speculative-draft-model-path {bundle}", one.parsers)))
+        spread = f"--tp-size {cards}" if (cards := cards_for(one, "h100")) > 1 else ""
+        served = " ".join(filter(None, (f"--speculative-draft-model-path {bundle}", spread, one.parsers)))
         lines = f"whiflash bundle create --target {one.name} {pair} --out {bundle}\nwhiflash serve {one.name} {served}"
         block = f"### {bundle}\n\n{one.shape.parameters / 1e9:.0f} B parameters.\n\n```console\n{lines}\n```"
         parts.append(block + (f"\n\nOther drafters: {', '.join(f'`{name}`' for name in more)}." if more else ""))

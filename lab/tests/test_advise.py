@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parents[2] / "results"
 
 @pytest.mark.parametrize("target", [f"models/{one.name}/" for one in KNOWN])
 def test_every_known_target_has_an_answer(target: str) -> None:
-    found = advise(Question(target, requests=(4,), answer=64))
+    found = advise(Question(target, cards=4, requests=(4,), answer=64))
     assert found.assumed.startswith("Nothing was measured here")
     (row,) = found.rows
     assert row.low <= row.rates[OURS] / row.rates[PLAIN] * 1.05
@@ -220,6 +220,11 @@ def test_any_target_is_read_from_its_directory(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"hidden_size": 1}')
     with pytest.raises(UsageError, match="num_hidden_layers: Field required"):
         advise(Question(str(tmp_path)))
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UsageError, match="holds no JSON object"):
+        advise(Question(str(tmp_path)))
+    with pytest.raises(UsageError, match=r"has no config\.json"):
+        advise(Question(str(tmp_path.parent)))
 
 
 @pytest.mark.parametrize(
@@ -246,8 +251,13 @@ def test_what_cannot_be_answered_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ConfigError, match="--gpu: 'h1000' is not one of"):
         advise(Question("Qwen3-8B", gpu="h1000"))
     monkeypatch.setitem(GPUS, "a100", GPUS["a100"]._replace(memory=40e9))
-    (obstacle,) = advise(Question("gpt-oss-120b", gpu="a100", requests=(1,), answer=16)).obstacles
-    assert "do not fit 1 × A100" in obstacle
+    large = advise(Question("gpt-oss-120b", gpu="a100", requests=(1,), answer=16))
+    assert re.search(r"does not fit 1 × A100 of 40 GB: .* It takes 2 × A100: --count 2", large.verdict)
+    assert [large.rows, large.settings, large.obstacles] == [[]] * 3
+    (three,) = advise(Question("Qwen3-8B", cards=3, requests=(1,), answer=16)).rows
+    assert three.spread == "--dp-size 3", "three cards do not divide 32 heads"
+    idle = advise(Question("gpt-oss-120b", gpu="a100", cards=3, requests=(1,), answer=16))
+    assert "--tp-size 2" in str(idle.settings)
     two = advise(Question("gpt-oss-120b", gpu="a100", cards=2, requests=(1,), answer=16))
     assert (two.obstacles, "--tp-size 2" in str(two.settings)) == ([], True)
 

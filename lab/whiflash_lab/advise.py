@@ -151,7 +151,7 @@ class Estimate(NamedTuple):
 class Advice:
     """An answer of `advise`. verdict: a line for each load. choices: the simplest way of each row that may be the
     fastest. assumed: the assumptions, in a line. published: figures that others measured. copies: gains of copies,
-    which the rows lack. lost: costs of WHIFLASH. obstacles: facts that stop a launch or make an estimate pointless.
+    which the rows lack. lost: costs of WHIFLASH. obstacles: facts on what does not fit.
     """
 
     verdict: str
@@ -181,6 +181,12 @@ def advise(question: Question) -> Advice:
     """
     target = _answerable(known(question.target) or of_directory(Path(question.target)), question)
     gpu, (lengths, published, source) = _gpu(question.gpu), target.acceptance
+    sizes = sizes_of(target.shape)
+    fitting = [size for size in sizes if sum(_split(target.shape)) < USABLE * gpu.memory * size]
+    if not fitting or fitting[0] > question.cards:
+        return _too_large(target, question, fitting)
+    if not _fitting(target.shape, question, 1):
+        question = question._replace(cards=max(size for size in sizes if size <= question.cards))
     pair = PublishedPair(lengths, published, {arm: min(FULL[arm], n) for arm, n in published.items()})
     rows = [_fastest(target, gpu, pair, question, n) for n in tracked(question.requests, TASK)]
     error = max(_off(target))
@@ -188,7 +194,7 @@ def advise(question: Question) -> Advice:
     choices = [row.choice(error) for row in rows]
     return Advice(
         verdict=verdict + _cautions(target, question, rows, pair) + _without_host(rows[-1], error),
-        assumed=_assumed(target, question, _prices(target, gpu, question), source, pair),
+        assumed=_assumed(target, question, _prices(target, gpu, question, rows), source, pair),
         choices=choices,
         rows=rows,
         published=[entry.shown for entry in target.ratios],
@@ -200,6 +206,27 @@ def advise(question: Question) -> Advice:
     )
 
 
+def sizes_of(shape: Shape) -> list[int]:
+    """Return the numbers of cards on which one server can divide the target's attention heads."""
+    return [size for size in (1 << power for power in range(13)) if shape.heads % size == 0]
+
+
+def cards_for(target: PublishedTarget, gpu: str) -> int:
+    """Return the fewest cards that hold the target, two drafters and a request."""
+    return next(size for size in sizes_of(target.shape) if _fitting(target.shape, Question(target.name, gpu), size))
+
+
+def _too_large(target: PublishedTarget, question: Question, fitting: Sequence[int]) -> Advice:
+    """Return the answer for a target whose weights do not fit. fitting: numbers of cards that they fit."""
+    gpu = _gpu(question.gpu)
+    verdict = (
+        f"{target.name} does not fit {question.cards} × {gpu.name} of {gpu.memory / 1e9:.0f} GB: its weights take "
+        f"{sum(_split(target.shape)) / 1e9:.0f} GB. "
+        + (f"It takes {fitting[0]} × {gpu.name}: --count {fitting[0]}." if fitting else "Take larger cards.")
+    )
+    return Advice(verdict, "", [], [], [], (), (), [], (), ())
+
+
 def _answerable(target: PublishedTarget | None, question: Question) -> PublishedTarget:
     """Return the target with an acceptance: the one in the question, its own, or Qwen3-8B's. UsageError if unknown."""
     if target is None:
@@ -208,6 +235,8 @@ def _answerable(target: PublishedTarget | None, question: Question) -> Published
         near = [name for name in names if last in name] or get_close_matches(last, names, 2)
         meant = f"did you mean {' or '.join(names[name] for name in near)}?"
         guess = f"; {meant if near else 'known are ' + ', '.join(names.values()) + '.'}"
+        if Path(question.target).expanduser().is_dir():
+            raise UsageError(f"{question.target} has no config.json: name a directory that holds one")
         raise UsageError(
             f"{question.target}: nothing is known of it{guess} Or name a directory that holds its config.json"
         )
@@ -319,26 +348,21 @@ BETWEEN = max(map(abs, _between()))
 """Largest relative error of an estimated ratio between two drafters."""
 
 
-def _prices(target: PublishedTarget, gpu: Gpu, question: Question) -> str:
+def _prices(target: PublishedTarget, gpu: Gpu, question: Question, rows: Sequence[Estimate]) -> str:
     off, shown = _off(target), gpu in (GPUS["h100"], GPUS["h20"])
     error = f"on one card ratios were {min(off):+.0%} to {max(off):+.0%} off where others measured them"
     cards = f"{question.cards} × {gpu.name} bf16, fits to published tables scaled by bandwidth"
-    if question.cards > 1:
+    if any(row.spread.startswith("--tp") for row in rows):
         cards += f", with --tp-size {1000 * EAGER:g} ms a layer of WHIFLASH's drafters, which no graph holds (assumed)"
     return f"{cards}; {error if shown else 'no table shows their error'}"
 
 
 def _obstacles(shape: Shape, question: Question, replicas: int) -> Iterator[str]:
-    weights, gpu, most = sum(_split(shape)), _gpu(question.gpu), max(question.requests)
-    if (room := USABLE * gpu.memory * question.cards - weights) < 0:
-        yield (
-            f"{weights / 1e9:.0f} GB of weights do not fit {question.cards} × {gpu.name} of "
-            f"{gpu.memory / 1e9:.0f} GB with KV beside them"
-        )
-    tokens, cards = question.context + question.prompt + question.answer, question.cards // replicas
+    most, cards = max(question.requests), question.cards // replicas
+    tokens = question.context + question.prompt + question.answer
     layers = 0, BLOCK_LAYERS, BLOCK_LAYERS + 1
     plain, one, two = (replicas * _fitting(shape, question, cards, each) for each in layers)
-    if most > two and room > 0:
+    if most > two:
         on, needed = f" on {replicas} replicas" if replicas > 1 else "", most * tokens * shape.kv / 1e9
         yield (
             f"KV for {most} × {tokens:,} tokens takes {needed:.0f} GB: {plain} requests fit{on}, {one} beside a block "
@@ -416,7 +440,8 @@ def _ways(target: PublishedTarget) -> dict[str, Sequence[str]]:
 
 
 def _fastest(target: PublishedTarget, gpu: Gpu, pair: PublishedPair, question: Question, requests: int) -> Estimate:
-    """Estimate one server per card if the target fits on one, or one server on all cards if that is surely faster."""
+    """Estimate one server per card if the target fits on one, or one server on all cards if that is surely faster and
+    they divide the target's heads."""
     whole = question.cards
 
     def on(cards: int, replicas: int) -> Estimate:
@@ -433,7 +458,8 @@ def _fastest(target: PublishedTarget, gpu: Gpu, pair: PublishedPair, question: Q
         )
 
     replicas = [on(1, whole)] if whole > 1 and _fitting(target.shape, question, 1) else []
-    return max([*replicas, on(whole, 1)], key=lambda row: max(row.rates.values()) * (SURE if row in replicas else 1))
+    together = [on(whole, 1)] if whole in sizes_of(target.shape) else []
+    return max([*replicas, *together], key=lambda row: max(row.rates.values()) * (SURE if row in replicas else 1))
 
 
 def _row(server: Server, pair: PublishedPair, question: Question, requests: int, block: str) -> Estimate:

@@ -59,7 +59,7 @@ class Shape(NamedTuple):
     """Sizes of a model. parameters, active: with all experts, and with those that a token uses. kv: bytes per token of
     context. positions: tokens of the longest text. experts, used: experts of a layer, and those that a token uses, 0 in
     a dense model. expert_bytes: bytes of an expert's parameter. width: elements of a token's query per layer, as a mean
-    in which layers with a window count as 0.
+    in which layers with a window count as 0. heads: of attention.
     """
 
     parameters: float
@@ -71,6 +71,7 @@ class Shape(NamedTuple):
     used: int = 0
     expert_bytes: float = 2.0
     width: int = 4096
+    heads: int = 32
 
 
 class PublishedTarget(NamedTuple):
@@ -137,7 +138,7 @@ class _Config(BaseModel):
         active = always + layers * expert * self.num_experts_per_tok * bool(self.experts)
         used = self.num_experts_per_tok if self.experts else 0
         sizes = full * slot * 2, self.max_position_embeddings, self.experts, used
-        return Shape(always + of_experts, active, layers, *sizes, width=heads * head * full // layers)
+        return Shape(always + of_experts, active, layers, *sizes, width=heads * head * full // layers, heads=heads)
 
 
 def of_directory(directory: Path) -> PublishedTarget | None:
@@ -146,12 +147,14 @@ def of_directory(directory: Path) -> PublishedTarget | None:
     if not file.is_file():
         return None
     config = read_json_file(file)
+    if not isinstance(config, dict):
+        raise UsageError(f"{file} holds no JSON object: is it a language model's?")
     try:
         return PublishedTarget(
             str(directory), _Config.model_validate(config.get("text_config", config)).shape(), (), ()
         )
-    except (AttributeError, ValidationError) as error:
-        said = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("object",), "msg": "is none"}
+    except ValidationError as error:
+        said = error.errors()[0]
         raise UsageError(
-            f"{file}: {'.'.join(map(str, said['loc']))}: {said['msg']}: is it a language model's?"
+            f"{file}: {'.'.join(map(str, said['loc'])) or 'text_config'}: {said['msg']}: is it a language model's?"
         ) from None

@@ -57,7 +57,7 @@ def advise(
     digits = context.lower().removesuffix("k")
     cached = int(digits) * (1 if digits == context else 1024) if re.fullmatch("[0-9]{1,9}", digits) else -1
     if not 0 <= cached <= MOST:
-        raise UsageError(f"--context takes up to {MOST} tokens, such as 32768 or 128k; got {context[:32]!r}")
+        raise UsageError(f"--context is a number from 0 to {MOST}, or one with k, such as 128k; got {context[:32]!r}")
     advice = answered(Question(target, gpu, count, sizes, temperature, tools, prompt, answer, cached, acceptance))
     if as_json:
         typer.echo(json.dumps(advice.as_json()))
@@ -70,14 +70,15 @@ def _show(advice: "Advice") -> None:
 
     for line in (*advice.verdict.split("\n"), *advice.obstacles):
         say_prose(line)
-    if advice.rows:
-        ways = list(advice.rows[-1].rates)
-        lines = [
-            [row.load, *(f"{row.rates[way]:,.0f}" if way in row.rates else "" for way in ways), row.over_plain]
-            for row in advice.rows
-        ]
-        typer.echo()
-        show_table(["", *ways, "over plain"], lines, f"Tokens a second, estimated; {OURS} over plain, and by text")
+    if not advice.rows:
+        return
+    ways = list(advice.rows[-1].rates)
+    lines = [
+        [row.load, *(f"{row.rates[way]:,.0f}" if way in row.rates else "" for way in ways), row.over_plain]
+        for row in advice.rows
+    ]
+    typer.echo()
+    show_table(["", *ways, "over plain"], lines, f"Tokens a second, estimated; {OURS} over plain, and by text")
     typer.echo()
     say_prose(advice.assumed)
     for row in advice.rows[-1:]:
