@@ -240,7 +240,7 @@ def test_reading_shell(write: Write) -> None:
 
 
 def test_reading_containers(write: Write) -> None:
-    with pytest.raises(UsageError, match="has no flags"):
+    with pytest.raises(UsageError, match="holds no launch"):
         read(write("compose.yaml", "services: {a: {image: b}}"))
     words = (
         "{name: s, command: [python3, -m, sglang.launch_server], args: [--model-path, a/b, --tp=2, --api-key, $(K)]}"
@@ -257,7 +257,15 @@ def test_reading_containers(write: Write) -> None:
     shell = write(
         "shell.yaml", "apiVersion: v1\nspec: {command: [bash, -c], args: ['cd x; sglang serve a/b --tp 2 | tee log']}"
     )
-    assert [recipe.flags for recipe in read(shell)] == [words_of]
+    assert [(recipe.flags, recipe.name, recipe.keys) for recipe in read(shell)] == [(words_of, f"{shell}: spec", ())]
+    for text, said in (
+        ("services: {a: {command: 7}}", "holds no launch"),
+        ("services: {a: {image: lmsysorg/sglang, args: [--model-path, a/b]}}", "a has no command"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            read(write("compose.yaml", text))
+    named = "services: {a: {environment: SGLANG_X=1, command: sglang serve a/b --tp 2}}"
+    assert read(write("compose.yaml", named))[0].environment == {"SGLANG_X": "1"}
 
 
 def test_reading_yaml_and_json(write: Write) -> None:
@@ -287,11 +295,12 @@ def nested(value: str) -> str:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.sh", "echo done", "has no flags"),
-        ("a.sh", "", "has no flags"),
-        ("a.json", "{}", "has no flags"),
+        ("a.sh", "echo done", "holds no launch"),
+        ("a.sh", "", "holds no launch"),
+        ("a.json", "{}", "holds no launch"),
         ("a.sh", "vllm serve m --tp 2", "launches vLLM"),
         ("a.sh", "sglang serve --host 'a", "is not a shell line: No closing quotation"),
+        ("a.sh", 'sglang serve "${A[@]}" --model-path a/b', "may hold any flags"),
         ("a.yaml", "a: [", "is not YAML"),
         ("a.yaml", "- a", "flags and values expected"),
         ("a.json", "[1]", "flags and values expected"),
@@ -311,8 +320,8 @@ def nested(value: str) -> str:
         ("a.yaml", "a: 1" + ":1" * 3000 + ".5", "is not YAML"),
         ("a.yaml", "a: !!bool x", "is not YAML"),
         ("a.sh", "A=(${A[@]} ${A[@]})\n" + "B=()\n" * 99 + "sglang serve m ${A[@]}", "a launch of more than"),
-        ("a.sh", "\n" * 200_000, "has no flags"),
-        ("a.sh", "$((" * 80_000, "has no flags"),
+        ("a.sh", "\n" * 200_000, "holds no launch"),
+        ("a.sh", "$((" * 80_000, "holds no launch"),
         ("a.sh", "sglang serve m\n" * 10_000, "more than 1000 launches"),
         ("a.json", "{}" * 100_000, "more than 1000 launches"),
         ("a.sh", "x" * 2**20, "at most 262144 are read"),
@@ -349,7 +358,7 @@ def test_the_new_command_is_whole(write: Write) -> None:
         "--model a/b",
         "--speculative-draft-model-path c/d",
         "--mem-fraction 0.7",
-        '--api-key "$KEY"',
+        "--api-key $KEY",
         "--mamba-radix-cache-strategy extra_buffer",
         "--speculative-algorithm WHIFLASH",
     ]
@@ -380,6 +389,41 @@ def test_the_new_command_is_whole(write: Write) -> None:
     without, _ = command(write, "sglang serve a/b --enable-torch-compile --attention-backend flashinfer")
     assert "torch-compile" not in without
     assert "flashinfer" not in without
+
+
+IMAGE = "docker run -e 'NOTE=a;b' -v \"$HOME/my cache:/c\" image"
+MODEL = "sglang serve a/b"
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "words"),
+    [
+        ('A=(--model-path a/b --json-model-override-args \'{"a": "b(c)"}\')\nsglang serve "${A[@]}"', "", "b(c)"),
+        ("A=(\n --model-path a/b  # the (small) one's\n --tp 2\n)\nsglang serve ${A[@]} --port 1", "", "--tp 2"),
+        (f'{MODEL} --log-level info $MORE "$@"', "", '--log-level info $MORE "$@"'),
+        (f"{MODEL} --trust-remote-code $MORE", "", "--trust-remote-code $MORE"),
+        (f'{MODEL} --trust-remote-code "${{MORE[@]}}"', "", '--trust-remote-code "${MORE[@]}"'),
+        (f"{MODEL} --api-key 'pa$$word' --log-level=\"$L\"", "", "--api-key 'pa$$word' \\\n    --log-level \"$L\""),
+        (f"{MODEL} --file-storage-path `mktemp -d`", "", "--file-storage-path `mktemp -d`"),
+        (f"{IMAGE} {MODEL} --tp 2", IMAGE, "--tp 2"),
+        (f"if true; then {MODEL} --tp 2; fi", "sglang serve", "--tp 2"),
+        (f"echo 'Usage: sglang serve MODEL'; {MODEL} --tp 2", "sglang serve", "--tp 2"),
+        ('bash -c "x && sglang serve a/b --served-model-name \\"a b\\" --tp 2"', "", '"a b"'),
+        (f"[Service]\nExecStart=/bin/{MODEL}", "/bin/sglang serve", "a/b"),
+        (f"P=1\nP=2\n{MODEL} --port $P", "", "# set before, as in your file: P"),
+        (f"{MODEL} --speculative-algorithm STANDALONE --speculative-draft-model-path c/d", "", "is left out: WHIFLASH"),
+    ],
+)
+def test_a_word_is_printed_as_it_was_written(write: Write, text: str, start: str, words: str) -> None:
+    new, said = command(write, text)
+    assert new.startswith(f"{start} " if start else "")
+    assert words in "\n".join([new, *said])
+    assert ("--model-path a/b" in new, "c/d" in new) == (True, False)
+
+
+@pytest.mark.parametrize("text", ["sglang serve --port 1", f"{MODEL} --tp two"])
+def test_there_is_no_command_without_a_model_or_with_a_value_that_is_wrong(write: Write, text: str) -> None:
+    assert command(write, text)[0] == ""
 
 
 def test_what_sglang_refuses_is_its_refusal(write: Write) -> None:

@@ -211,7 +211,7 @@ def _check_recipes(path: Path, model_path: str | None, *, as_json: bool, verbose
             say("\n".join(_lines(name, verdict, full=verbose or len(verdicts) == 1)))
         if len(verdicts) > 1:
             first = Counter(next(iter(verdict.obstacles)) for _, verdict in verdicts if not verdict.starts)
-            parts = [f"{starting} of {len(verdicts)} start"]
+            parts = [f"{starting} of {len(verdicts)} start" + ("" if verbose else " (-v prints the commands)")]
             parts += [f"{count} stop first at {name}" for name, count in first.most_common()]
             typer.echo("; ".join(parts))
     if starting < len(verdicts):

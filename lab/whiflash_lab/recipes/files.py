@@ -4,8 +4,8 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import count, islice, takewhile
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,16 @@ from whiflash_sglang.files.disk import MOST_SETTINGS, read_text, yaml_documents
 LAUNCH = re.compile(r"(?:sglang\.launch_server|(?:sglang|whiflash)\s+serve)(?=\s|$)")
 VLLM = re.compile(r"\bvllm(?: serve|\.entrypoints)\b")
 QUOTED = re.compile(r"\"(?:\\.|[^\"\\])*(?:(\")|\\?$)|'[^']*(?:(')|$)")
-COMPUTED = re.compile(r"\$\(\(.{0,200}?\)\)|\$\([^()]*\)")
+WORDS = re.compile(r"\s*(?:#[^\n]*|([();<>|&]+)|((?:\\.|\"(?:\\.|[^\"\\])*\"|'[^']*'|[^\s\"'\\();<>|&])+))", re.DOTALL)
+"""A comment, an operator (group 1) or a word as written (group 2)."""
+MANY = re.compile(r"\$|\"\$([@*]|\{\w+\[)")
+"""Start of a word that a shell may divide."""
+KEYWORDS = {"do", "then", "else", "if", "elif", "while", "until", "{", "!"}
+COMPUTED = re.compile(r"\$\(\(.{0,200}?\)\)|\$\([^()]*\)|`[^`]*`")
 KEPT = re.compile(r"\$computed(\d+)_")
-ARRAY = re.compile(r"^[ \t]*(\w+)\+?=\(([^()]*)\)", re.MULTILINE)
-OPEN_ARRAY = re.compile(r"=\([^()]*$")
+BODY = r"((?:\"(?:\\.|[^\"\\])*\"|'[^']*'|(?<!\S)#[^\n]*|[^()\"'])*+)"
+ARRAY = re.compile(rf"^[ \t]*(\w+)\+?=\({BODY}\)", re.MULTILINE)
+OPEN_ARRAY = re.compile(rf"=\({BODY}\Z")
 REFERENCE = re.compile(r"\"?\$\{(\w+)\[[@*]\]\}\"?")
 ASSIGNED = re.compile(
     r"(?:^|[;&|]|\bthen\b|\bdo\b)[ \t]*(?:export[ \t]+|readonly[ \t]+)?(\w+)="
@@ -35,17 +41,23 @@ KEYS = (("command", "args"), ("entrypoint", "command"))
 """Keys of a container's first and further words, in Kubernetes and in compose files."""
 
 
+class Word(str):
+    """A word's value, with its text in the shell that it was read from."""
+
+    source: str
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """One launch. flags: name → value as text or a list of words, which may hold variables; empty for a switch.
-    environment: SGLang's variables that the launch sets. start: the words before its flags. keys: those of a
-    container's mapping for `start` and for the flags, if it is one."""
+    environment: SGLang's variables that the launch sets. start: the words before its flags, empty if there are flags
+    only. keys: those of a container's mapping for `start` and for the flags, empty if its shell starts the server."""
 
     name: str
     flags: Mapping[str, str | Sequence[str]]
     environment: Mapping[str, str] = field(default_factory=dict)
-    start: str = "sglang serve"
-    keys: tuple[str, str] | None = None
+    start: str = ""
+    keys: tuple[str, ...] | None = None
 
 
 def read(path: Path) -> list[Recipe]:
@@ -65,7 +77,7 @@ def read(path: Path) -> list[Recipe]:
     if len(recipes) > MOST_RECIPES:
         raise UsageError(f"--recipe {path} has more than {MOST_RECIPES} launches: divide it")
     if not recipes or (path.suffix.lower() in readers and not all(recipe.flags for recipe in recipes)):
-        what = "launches vLLM" if VLLM.search(text) else "has no flags"
+        what = "launches vLLM" if VLLM.search(text) else "holds no launch that can be read"
         raise UsageError(f"--recipe {path} {what}: give a launch such as `sglang serve MODEL --tp-size 2`")
     return recipes
 
@@ -100,28 +112,33 @@ def _containers(document: Any, path: Path, name: str = "") -> Iterator[Recipe]:
     for first, further in KEYS:
         words = [_words_of(document.get(key)) for key in (first, further)]
         every = [word for key in words for word in key]
+        who = f"{path}: {document.get('name', document.get('container_name', name))}".rstrip(": ")
         if script := next((word for word in every if LAUNCH.search(word) and " " in word), None):
-            yield from _shell(script, path)
+            yield from (replace(recipe, keys=()) for recipe in _shell(script, path, who))
             return
         at = next((at for at, word in enumerate(every) if LAUNCH.search(" ".join(every[: at + 1]))), None)
         if at is not None:
             flags = _flags_in(every[at + 1 :])
             keys = (first, further) if words[1] else (first, first) if words[0] else (further, further)
-            who = f"{path}: {document.get('name', document.get('container_name', name))}".rstrip(": ")
             yield Recipe(who, flags, _of_container(document), shlex.join(every[: at + 1]), keys)
             return
+        if every and every[0].startswith("--model") and "sglang" in str(document.get("image")):
+            raise UsageError(f"--recipe {who} has no command: add the one of its image, such as [sglang, serve]")
     for key, value in document.items():
         yield from _containers(value, path, str(key))
 
 
 def _words_of(value: Any) -> list[str]:
-    return shlex.split(value) if isinstance(value, str) else [str(word) for word in value or ()]
+    if isinstance(value, str):
+        return shlex.split(value)
+    return [str(word) for word in value] if isinstance(value, list) else []
 
 
 def _of_container(document: Mapping[str, Any]) -> dict[str, str]:
     """Return SGLang's variables of a container: a mapping, a list of names and values, or one of NAME=VALUE."""
     listed = document.get("env", document.get("environment")) or {}
-    if isinstance(listed, list):
+    if not isinstance(listed, dict):
+        listed = listed if isinstance(listed, list) else [listed]
         named = [
             one if isinstance(one, dict) else dict(zip(("name", "value"), str(one).split("=", 1), strict=False))
             for one in listed
@@ -176,7 +193,7 @@ def _text(value: Any) -> str | list[str]:
     return "" if value is None else str(value)
 
 
-def _shell(text: str, path: Path) -> Iterator[Recipe]:
+def _shell(text: str, path: Path, who: str = "") -> Iterator[Recipe]:
     """Yield the flags of each server that a shell script launches; a text without a launch is flags only. Arrays get
     all words that they may hold, and variables the only value that is assigned to them before.
     """
@@ -194,18 +211,38 @@ def _shell(text: str, path: Path) -> Iterator[Recipe]:
         before, rest = text[: launch.start()], text[launch.end() :]
         in_array = OPEN_ARRAY.search(before)
         line = rest.split("\n)" if in_array else "\n", 1)[0]
-        start = before.rpartition("\n")[2]
-        quotes = QUOTED.finditer(start)
-        if opened := next((q for q in quotes if not (q[1] or q[2])), None):
-            line = line.partition(opened[0][0])[0]  # the launch is quoted, as in `bash -c "…"`
-            start = opened[0][1:]
-        name = str(path) if len(launches) == 1 else f"{path}: {number}"
-        environment = {key: value.strip("\"'") for key, value in VARIABLE.findall(before)}
         variables = _assigned(before)
-        start = re.split(r"[;&|(]\s*", _filled(start, variables))[-1].strip()
-        start = " ".join(filter(None, (start, " ".join(launch[0].split()))))
+        start = _filled(before.rpartition("\n")[2], variables)
+        outer: list[str] = []
+        if opened := next((q for q in QUOTED.finditer(start) if not (q[1] or q[2])), None):
+            outer, start = _last_command(start[: opened.start()]), opened[0][1:]  # as in `bash -c "…"`
+            if opened[0][0] == "'":
+                line = line.partition("'")[0]
+            else:
+                inner = re.match(r"(?:\\.|[^\"\\])*", line)
+                start, line = (re.sub(r"\\([\"\\$`])", r"\1", part) for part in (start, inner[0] if inner else ""))
+        words = _last_command(start)
+        if {*outer[:1], *words[:1]} & {"echo", "printf"}:
+            continue  # as in `echo "Usage: sglang serve MODEL"`
+        who = who or str(path)
+        environment = {key: value.strip("\"'") for key, value in VARIABLE.findall(before)}
         flags = _of_words(line, arrays, variables, computed, path)
-        yield Recipe(name, flags, environment, _restored(start, computed))
+        name = who if len(launches) == 1 else f"{who}: {number}"
+        path_of_it = words.pop() if words and not before[-1:].isspace() else ""
+        command = " ".join([*words, path_of_it + " ".join(launch[0].split())])
+        yield Recipe(name, flags, environment, _restored(command, computed))
+
+
+def _last_command(text: str) -> list[str]:
+    """Return the words, as written, after the last operator or keyword of a shell's line."""
+    words: list[str] = []
+    for found in WORDS.finditer(text):
+        word = found[2] or ""
+        if found[1]:
+            words = []
+        elif word and (words or word not in KEYWORDS):
+            words.append(word.removeprefix("ExecStart="))
+    return words
 
 
 def _assigned(text: str) -> dict[str, str]:
@@ -238,15 +275,19 @@ def _of_words(
         filled = len(line) + sum(len(arrays.get(name, " ")) for name in REFERENCE.findall(line))
         if filled > MOST_LINE:
             raise UsageError(f"--recipe {path}: a launch of more than {MOST_LINE} characters is not read")
-        line = REFERENCE.sub(lambda reference: arrays.get(reference[1], " "), line)
+        line = REFERENCE.sub(lambda reference: arrays.get(reference[1], reference[0]), line)
     line = re.sub(r"(?<=\s)\d+(?=[<>])", "", _filled(line, variables))  # the 2 of 2>&1
-    lexer = shlex.shlex(line, posix=True, punctuation_chars="();<>|&")
-    lexer.whitespace_split, lexer.commenters = True, "#"
-    words = takewhile(lambda word: not set(word) <= set("();<>|&"), lexer)
-    try:
-        return _flags_in([_restored(word, computed) for word in words])
-    except ValueError as error:
-        raise UsageError(f"--recipe {path} is not a shell line: {error}") from None
+    words, place, line = [], 0, line.strip()
+    while place < len(line) and not ((found := WORDS.match(line, place)) and found[1]):
+        if found is None:
+            raise UsageError(f"--recipe {path} is not a shell line: No closing quotation")
+        place = found.end()
+        if found[2]:
+            words.append(word := Word(_restored(shlex.split(found[2])[0], computed)))
+            word.source = _restored(found[2], computed)
+    if words and MANY.match(words[0].source):
+        raise UsageError(f"--recipe {path}: {words[0]} is not read, since it may hold any flags: write its words there")
+    return _flags_in(words)
 
 
 def _flags_in(words: Iterable[str]) -> dict[str, str | list[str]]:
@@ -256,6 +297,10 @@ def _flags_in(words: Iterable[str]) -> dict[str, str | list[str]]:
         if word.startswith("--") and len(word) > 2:
             name, joined, value = word[2:].partition("=")
             flags[name] = [value] if joined else []
+            if joined and isinstance(word, Word):
+                quote = word.source[0] if word.source[0] in "\"'" else ""
+                flags[name] = [value := Word(value)]
+                value.source = quote + word.source.partition("=")[2]
         else:  # the model is named first
             flags.setdefault(name, []).append(word)
     return {name: values[0] if len(values) == 1 else values or "" for name, values in flags.items()}

@@ -160,6 +160,8 @@ def _read(flags: Mapping[str, Flag]) -> _Read:
 
 def _words(option: str, value: Flag, *, is_switch: bool) -> list[str]:
     """Return the command line's words for a flag; an empty list for a switch that is off."""
+    if is_switch and value and is_unknown(value):  # words of a variable behind a switch
+        return [option]
     if not isinstance(value, str):
         return [option, *value]
     if not is_switch:
@@ -260,8 +262,14 @@ def _replace(fields: dict[str, Any]) -> list[str]:
             by = None if tree else SETTINGS.get(name)
             change = f"replaced by {by}" if by else "left out: WHIFLASH has no use for it"
             sentences.append(f"--{name.replace('_', '-')} is {change}")
-    if "speculative_draft_model_path" in fields and algorithm.upper() in ALGORITHMS:
-        sentences.append("--speculative-draft-model-path stays: the drafter's format says what it is")
+    if "speculative_draft_model_path" in fields:
+        kept = algorithm.upper() in ALGORITHMS
+        why = (
+            "stays: the drafter's format says what it is"
+            if kept
+            else f"is left out: WHIFLASH reads none of {algorithm}"
+        )
+        sentences.append(f"--speculative-draft-model-path {why}")
     return sentences
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from whiflash_lab.published import known
-from whiflash_lab.recipes.files import Recipe
+from whiflash_lab.recipes.files import Recipe, Word
 from whiflash_lab.recipes.judge import RENAMED, Flag, LaunchVerdict, is_unknown, judge, option_of, parser_of_sglang
 from whiflash_sglang.engine.carried import ALGORITHM
 
@@ -23,6 +23,10 @@ def judged(recipe: Recipe, target: Path | None = None) -> LaunchVerdict:
         ConfigError: SGLang cannot read the target's configuration.
     """
     verdict = judge(recipe.flags, recipe.environment, target)
+    models = {"model_path", "config"} & {_field(option_of(name)) for name in recipe.flags}
+    if recipe.start and not models and not recipe.start.endswith("whiflash serve"):  # which has a model of its own
+        no_model = "the launch names no model that could be read: add --model-path"
+        return replace(verdict, obstacles={"model": no_model, **verdict.obstacles})
     flags: Mapping[str, Flag] = {option_of(name): value for name, value in recipe.flags.items()}
     environment, comments = dict(recipe.environment), list(verdict.replaced)
     for sentence in verdict.replaced:
@@ -42,8 +46,11 @@ def judged(recipe: Recipe, target: Path | None = None) -> LaunchVerdict:
         comments.append(f"changed: {sentence}")
         flags, environment = fewer, left
         now = judge(flags, environment, target)
+    lines = list(_command(recipe, flags, environment))
+    if names := dict.fromkeys(re.findall(r"\$\{?([A-Za-z_]\w*)", re.sub("'[^']*'", "", "".join(lines)))):
+        comments.append(f"set before, as in your file: {', '.join(names)}")
     comments += [*_advice(recipe, flags), *(f"not judged: {what}" for what in now.unread), *now.notes]
-    lines = [*_command(recipe, flags, environment), *(f"# {' '.join(comment.split())}" for comment in comments)]
+    lines += (f"# {' '.join(comment.split())}" for comment in comments)
     return replace(verdict, command="\n".join(lines))
 
 
@@ -51,7 +58,7 @@ def _remedied(flags: Mapping[str, Flag], name: str, sentence: str) -> Mapping[st
     """Return the flags without one: the obstacle's own, else one that its `sentence` says to remove. If neither is
     given, add the flag for no drafters if the sentence names that, or return the same flags."""
     remedy = sentence.rpartition(";")[2]
-    if "without" in remedy:  # "serve it without WHIFLASH"
+    if "without" in remedy or "give another value" in remedy:  # "serve it without WHIFLASH"
         return flags
     for option in (option_of(name), *FLAG.findall(remedy), *FLAG.findall(sentence)[:1]):
         if len(fewer := _without(flags, option)) < len(flags):
@@ -86,7 +93,7 @@ def _advice(recipe: Recipe, flags: Mapping[str, Flag]) -> Iterator[str]:
         yield "at most 48 requests at a time on each replica now; --max-running-requests sets another bound"
     if isinstance(draft := flags.get(DRAFT), str) and named:
         yield f"drafters take memory: whiflash check --model-path {named} --draft {draft} says how much"
-    if recipe.keys or "docker" in recipe.start:
+    if recipe.keys is not None or "docker" in recipe.start:
         yield "the image must hold WhiFlash: deploy/container/sglang.Containerfile adds it to SGLang's"
 
 
@@ -100,7 +107,7 @@ def _command(recipe: Recipe, flags: Mapping[str, Flag], environment: Mapping[str
         keys.setdefault(further, []).extend(word for line in words for word in line)
         yield from (f"{key}: {json.dumps(value)}" for key, value in keys.items())
         return
-    start = re.sub("|".join([r"(?!)", *(rf"\b{name}=\S*\s*" for name in gone)]), "", recipe.start)
+    start = re.sub("|".join([r"(?!)", *(rf"\b{name}=\S*\s*" for name in gone)]), "", recipe.start or "sglang serve")
     set_before = [f"{name}={shlex.quote(value)}" for name, value in environment.items() if f"{name}=" not in start]
     yield " ".join([*set_before, start]) + " \\"
     lines = [" ".join(_quoted(word) for word in line) for line in words]
@@ -111,11 +118,11 @@ def _command(recipe: Recipe, flags: Mapping[str, Flag], environment: Mapping[str
 def _words(name: str, value: Flag) -> list[str]:
     """Return a flag's words; none for a switch that is off."""
     action = parser_of_sglang().meant(name)
-    if action is not None and action.nargs == 0:
+    if action is not None and action.nargs == 0 and not is_unknown(value):
         return [] if value == "false" else [name]
     return [name, *([value] if isinstance(value, str) else value)] if value else [name]
 
 
 def _quoted(word: str) -> str:
-    """Return a word for a shell, which still fills in the variables that it holds."""
-    return '"' + re.sub(r'(["\\])', r"\\\1", word) + '"' if is_unknown(word) else shlex.quote(word)
+    """Return a word for a shell: as it was written, if it comes from one."""
+    return word.source if isinstance(word, Word) else shlex.quote(word)
