@@ -8,6 +8,7 @@ else: what earlier tests left in this one, locks of threads that a fork leaves b
 """
 
 import os
+import pickle
 import threading
 import traceback
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def on_ranks(size: int, work: Work) -> list[Any]:
             for reading in wait(list(waiting)):
                 rank = waiting.pop(reading)
                 try:
-                    right, found[rank] = reading.recv()  # type: ignore[union-attr]
+                    right, found[rank] = pickle.loads(reading.recv_bytes())  # type: ignore[union-attr]
                 except EOFError:
                     raise RankFailedError(f"rank {rank} ended without a word") from None
                 if not right:
@@ -67,7 +68,7 @@ def _run(writing: Connection, work: Work, rank: int, port: int) -> None:
         answer = (True, work(rank, port))
     except BaseException:
         answer = (False, traceback.format_exc())
-    writing.send(answer)
+    writing.send_bytes(pickle.dumps(answer))  # `send` would share tensors' memory, which ends with this process
 
 
 def _end_with(asking: Any) -> None:
