@@ -503,6 +503,6 @@ def test_the_command(write: Write) -> None:
     assert (verdict["recipe"], verdict["starts"], list(verdict["obstacles"])) == (str(bad), False, ["pp_size"])
     assert [line.split(" is ")[1][:12] for line in verdict["replaced"]] == ["replaced by ", "left out: WH"]
     several = run(app, ["check", "--recipe", str(PUBLISHED)])
-    assert f"{STARTING} of 52 start; " in several.output
+    assert f"{STARTING} of 52 start (-v prints the commands); " in several.output
     for wrong in (["nowhere"], [str(good), "--draft", "x"]):
         assert run(app, ["check", "--recipe", *wrong]).exit_code == 2
