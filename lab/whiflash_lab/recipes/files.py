@@ -22,9 +22,8 @@ MANY = re.compile(r"\$|\"\$([@*]|\{\w+\[)")
 KEYWORDS = {"do", "then", "else", "if", "elif", "while", "until", "{", "!"}
 COMPUTED = re.compile(r"\$\(\(.{0,200}?\)\)|\$\([^()]*\)|`[^`]*`")
 KEPT = re.compile(r"\$computed(\d+)_")
-BODY = r"((?:\"(?:\\.|[^\"\\])*\"|'[^']*'|(?<!\S)#[^\n]*|[^()\"'])*+)"
-ARRAY = re.compile(rf"^[ \t]*(\w+)\+?=\({BODY}\)", re.MULTILINE)
-OPEN_ARRAY = re.compile(rf"=\({BODY}\Z")
+ARRAY = re.compile(r"^[ \t]*(\w+)\+?=\(((?:\"(?:\\.|[^\"\\])*\"|'[^']*'|(?<!\S)#[^\n]*|[^()\"'])*+)\)", re.MULTILINE)
+OPEN_ARRAY = re.compile(r"=\(((?:\"(?:\\.|[^\"\\])*\"|'[^']*'|(?<!\S)#[^\n]*|[^()\"'])*+)\Z")
 REFERENCE = re.compile(r"\"?\$\{(\w+)\[[@*]\]\}\"?")
 ASSIGNED = re.compile(
     r"(?:^|[;&|]|\bthen\b|\bdo\b)[ \t]*(?:export[ \t]+|readonly[ \t]+)?(\w+)="

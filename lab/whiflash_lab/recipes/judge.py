@@ -48,7 +48,7 @@ RENAMED = {
     "--speculative-dflash-draft-window-size": "--speculative-draft-window-size",
 }
 """Flags of earlier releases of SGLang → their names today."""
-CHOICES = re.compile(r"invalid choice: '(.*?)' \((choose from .*)\)$", re.DOTALL)
+CHOICES = re.compile(r"invalid choice: '(.{0,200}?)' \((choose from [^()]*)\)$", re.DOTALL)
 UNKEPT = (
     "session ids have no effect: agents' prompts are evicted as anybody's; add --enable-session-radix-cache, and leave "
     "--disable-radix-cache out"

@@ -107,7 +107,8 @@ def _command(recipe: Recipe, flags: Mapping[str, Flag], environment: Mapping[str
         keys.setdefault(further, []).extend(word for line in words for word in line)
         yield from (f"{key}: {json.dumps(value)}" for key, value in keys.items())
         return
-    start = re.sub("|".join([r"(?!)", *(rf"\b{name}=\S*\s*" for name in gone)]), "", recipe.start or "sglang serve")
+    start = recipe.start or "sglang serve"
+    start = re.sub(r"\b(\w+)=\S*\s*", lambda found: "" if found[1] in gone else found[0], start)
     set_before = [f"{name}={shlex.quote(value)}" for name, value in environment.items() if f"{name}=" not in start]
     yield " ".join([*set_before, start]) + " \\"
     lines = [" ".join(_quoted(word) for word in line) for line in words]
