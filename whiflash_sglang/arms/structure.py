@@ -180,12 +180,8 @@ class StructureArm(TextDrafter):
 
     def _start(self, request: Request, kept: _Kept, written: Sequence[int]) -> None:
         """Begin to walk after the first `written` tokens of the answer."""
-        vocabulary, grammar, layout, own = (
-            self._vocabulary,
-            kept.grammar if kept.source == GRAMMAR else None,
-            None,
-            None,
-        )
+        vocabulary, layout, own = self._vocabulary, None, None
+        grammar = kept.grammar if kept.source == GRAMMAR else None
         schema, end = (grammar.schema, grammar.end) if grammar is not None else ("", None)
         if grammar is not None:
             frames = frames_of(schema)
