@@ -1,4 +1,4 @@
-"""Figures of replayed drafters, worked out by hand."""
+"""Figures of replayed drafters, for answers short enough to count."""
 
 import numpy as np
 import pytest

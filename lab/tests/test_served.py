@@ -105,7 +105,7 @@ class Planted:
         sequence = Stored(record, torch.tensor(text), features, found.final)
         named = [layer - self.planted["above"] for layer in LAYERS]
         accepted = replay_drafters(self.pair, sequence, named)["ar"]
-        emitted = [count for _, count in rounds(0, size - 1, lambda at: int(accepted[at]))]
+        emitted = [*rounds(accepted[: size - 1].tolist())]
         sums = {"rounds": len(emitted), "tokens": size - 1, "accepted": size - 1 - len(emitted)}
         stretch = {"start": 1, "end": size, "arm": "ar", "round_tokens": emitted, **sums}
         stretch["round_proposed"] = [5] * len(emitted)

@@ -33,7 +33,7 @@ from whiflash_train.answers.store import Sequence as Stored
 from whiflash_train.config import Data, Hardware
 from whiflash_train.origin import VocabularyMatrices
 from whiflash_train.replay import Pair, PairParts, replay_drafters
-from whiflash_train.rounds import RoundTally, agreed, loop_start
+from whiflash_train.rounds import RoundTally, acceptance_length, agreed, loop_start
 from whiflash_train.statistics import DRAWS
 
 LOOP = "loop"
@@ -186,9 +186,7 @@ def _figures(parts: Sequence[Mapping[str, Counts]]) -> dict[str, Any]:
     return {
         "answers": len(parts),
         "positions": max(map(len, every.values())),
-        "acceptance_length": {
-            arm: sum(one.tokens for one in tally) / sum(one.rounds for one in tally) for arm, tally in tallies.items()
-        },
+        "acceptance_length": {arm: acceptance_length(tally) for arm, tally in tallies.items()},
         "rounds_won": {arm: float((every[arm] > every[other]).mean()) for arm, other in others.items()},
     }
 

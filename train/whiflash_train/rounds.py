@@ -2,29 +2,28 @@
 
 Small greedy models fall into repeated n-grams, which raise acceptance and so flatter a drafter."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from operator import eq
+from typing import NamedTuple
 
 
-@dataclass
-class RoundTally:
-    """Counts rounds and their emitted tokens (bonus tokens included)."""
+class RoundTally(NamedTuple):
+    """Numbers of an answer's rounds and of the tokens that they emit (bonus tokens included)."""
 
-    rounds: int = 0
-    tokens: int = 0
+    rounds: int
+    tokens: int
 
     @classmethod
     def of(cls, accepted: Sequence[int]) -> "RoundTally":
         """Tally an answer that one drafter drafts. accepted: its accepted drafts at each position, as replayed."""
-        emitted = [tokens for _, tokens in rounds(0, len(accepted), accepted.__getitem__)]
+        emitted = [*rounds(accepted)]
         return cls(len(emitted), sum(emitted))
 
-    @property
-    def acceptance_length(self) -> float:
-        """Emitted tokens per round; NaN without rounds."""
-        return self.tokens / self.rounds if self.rounds else float("nan")
+
+def acceptance_length(tallies: Sequence[RoundTally]) -> float:
+    """Return the tokens per round of all these answers together."""
+    return sum(one.tokens for one in tallies) / sum(one.rounds for one in tallies)
 
 
 def agreed(drafts: Iterable[int], text: Iterable[int]) -> int:
@@ -32,18 +31,15 @@ def agreed(drafts: Iterable[int], text: Iterable[int]) -> int:
     return sum(takewhile(bool, map(eq, drafts, text)))
 
 
-def rounds(begin: int, end: int, accepted: Callable[[int], int]) -> Iterator[tuple[int, int]]:
-    """Yield where each round in answer positions [begin, end) begins, and how many tokens it emits.
+def rounds(accepted: Sequence[int]) -> Iterator[int]:
+    """Yield how many tokens each round of an answer emits: its accepted drafts and one more, but none beyond the end.
 
-    A round emits its accepted drafts and one token more, but never beyond `end`.
-
-    Args:
-        accepted: position → accepted drafts of the round there; called once per round, after the caller has handled the
-            previous round.
+    accepted: accepted drafts of a round that begins at each position of the answer.
     """
-    while begin < end:
-        emitted = min(accepted(begin) + 1, end - begin)
-        yield begin, emitted
+    begin = 0
+    while begin < len(accepted):
+        emitted = min(accepted[begin] + 1, len(accepted) - begin)
+        yield emitted
         begin += emitted
 
 

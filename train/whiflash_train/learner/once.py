@@ -42,7 +42,7 @@ from whiflash_train.drafters.runner import train_drafter
 from whiflash_train.learner.texts import LONGEST, ChosenTexts, Text, answer_tokens, choose, texts_of
 from whiflash_train.provenance import environment
 from whiflash_train.replay import Pair, PairParts, replay_drafters
-from whiflash_train.rounds import RoundTally
+from whiflash_train.rounds import RoundTally, acceptance_length
 from whiflash_train.statistics import Interval, paired_ratio
 from whiflash_train.target import TargetModel, unknown
 
@@ -92,8 +92,7 @@ def _gain(before: Sequence[RoundTally], after: Sequence[RoundTally]) -> Gain:
 
     mine, theirs = ((column(tallies, "tokens"), column(tallies, "rounds")) for tallies in (after, before))
     ratio = paired_ratio(*mine, *theirs, [""] * len(after))
-    was, now = (float(tokens.sum() / made.sum()) for tokens, made in (theirs, mine))
-    return Gain(before=was, after=now, **dict(ratio))
+    return Gain(before=acceptance_length(before), after=acceptance_length(after), **dict(ratio))
 
 
 class Learning(NamedTuple):
