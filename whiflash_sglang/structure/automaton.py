@@ -92,7 +92,7 @@ class State:
         self._follow(text)
         self.text += text
 
-    def move(self, token: int, written: int = False) -> bool:
+    def move(self, token: int, *, written: bool = False) -> bool:
         """Advance by a token. Returns False if the grammar forbids it or no time is left; then nothing has changed.
 
         written: whether it is committed; drafts have no special tokens.
@@ -156,7 +156,7 @@ class Automaton:
 
     @property
     def is_full(self) -> bool:
-        """Whether it has so many nodes that its requests should move to a new automaton."""
+        """Whether it has so many nodes and edges that its requests should move to a new automaton."""
         return len(self._nodes) + self._edges >= MOST_NODES
 
     def begin(self, state: State) -> int:
@@ -234,7 +234,7 @@ class Automaton:
         origin = self._nodes[node].origin
         with suppress(LostError), self.at(node) as state:
             for token in tokens:
-                moved, known = state.move(token, written), len(self._nodes)
+                moved, known = state.move(token, written=bool(written)), len(self._nodes)
                 if not moved and self._exhausted():
                     return
                 after = self._node(origin, state) if moved else REFUSED

@@ -1,4 +1,4 @@
-// What follows a text by its structure, as an automaton over tokens that is found while it is walked (a lazy DFA, as in
+// Continues texts by their structure: an automaton over tokens, which is found while it is walked (a lazy DFA, as in
 // RE2) and shared by all requests whose texts have the same structure.
 //
 // A node is all that the continuation of a text depends on, an edge a token. Which token a node goes on with, and where
@@ -19,7 +19,7 @@ constexpr int32_t NONE = -1, REFUSED = -2, LOST = -3;  // no token; the grammar 
 constexpr double SURE = 0.995, DECAY = 0.995;
 constexpr size_t CUTS = 512;  // remembered cuts; the one written least recently goes first
 
-// What a server's tokens are. A token stays in free text if it is whole characters and not special; it is plain if it
+// Bytes and kinds of a server's tokens. A token stays in free text if it is whole characters and not special; it is plain if it
 // also stays in free text inside a JSON string.
 struct Vocabulary {
     enum : uint8_t { WHOLE = 1, PLAIN = 2 };
@@ -255,7 +255,7 @@ struct Request {
             learns = learns && learn(unfollowed[done]);
             const int32_t after =
                 automaton->follow(node, unfollowed.data() + done, int64_t(unfollowed.size() - done), ask ? WRITTEN : NOBODY);
-            if (after == LOST || (after == REFUSED && !ask)) break;  // whoever does not ask begins anew
+            if (after == LOST || (after == REFUSED && !ask)) break;  // a walk that does not ask starts over, in Python
             last = unfollowed[done++];
             ended = after < 0;
             if (!ended) node = after;
@@ -388,7 +388,7 @@ int64_t whiflash_unfollowed(Request* request, int32_t* tokens) {  // takes them
 }
 int32_t whiflash_node_of(const Request* request) { return request->node; }
 
-// What follows `drafts` ([drafted], with the chances `before` that each and all before it are accepted): up to `room`
+// Continues `drafts` ([drafted], with the chances `before` that each and all before it are accepted) with up to `room`
 // tokens, drafts included, as far as each has a chance that is worth the price of a row, `worth`. The first `paid` are
 // in any case, and the others are judged as if those were accepted. allowed: how many drafts may follow the text.
 // Returns how many tokens; tokens, alive: [room].
