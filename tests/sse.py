@@ -72,14 +72,14 @@ def _native(event: str, item: dict[str, Any], spec: bool) -> tuple[Any, str, str
         for key, value in item["meta_info"].items()
         if spec or not key.startswith("spec_")
     }
-    text = ""
+    text, index = "", item.get("index")
     if meta["finish_reason"] is None:
         item = dict.fromkeys(item)
         meta = dict.fromkeys(meta)
     else:
         text, item["text"] = item["text"], "…"
     shape = json.dumps({**item, "meta_info": meta}, ensure_ascii=False)
-    return item.get("index"), event + shape, text
+    return index, event + shape, text
 
 
 def check(trace: Trace | None, tokens: int, text: str | None = None) -> Trace:
