@@ -54,7 +54,7 @@ server for them, beside `ARGUMENTS`.
 """
 
 SECONDS = 600.0
-"""That a test may take on a quiet machine where nothing else is said."""
+"""Limit of a test in seconds on a quiet machine, unless the command line names another."""
 
 READING = """\
 The tests are those of SGLang's wheel (`sglang.test.kits`) that ask a server by its URL. Tests that need a GPU, a data

@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One implementation of one case."""
+    """The measured time of one implementation (`variant`) of an op in one case, beside the GPU's floor."""
 
     op: str
     case: str

@@ -22,7 +22,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Best rates of this machine, measured here."""
+    """The measured limits of a GPU, from which `floor_us` computes the shortest time of an op."""
 
     copy_bytes_per_second: float
     """Bytes read plus bytes written by a copy that fills the chip."""

@@ -43,7 +43,7 @@ def has_kernel(weight: Tensor) -> bool:
 
 
 def _is_matrix(weight: Tensor) -> bool:
-    """Whether `weight` [N, K] is one that kernels take."""
+    """Whether a CPU's kernels take `weight` [N, K]: contiguous bfloat16."""
     return (
         weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"

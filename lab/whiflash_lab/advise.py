@@ -129,7 +129,7 @@ class Estimate(NamedTuple):
         return [way for way in ways if best <= self.rates[way] * (1 + (error if PLAIN in (way, ways[0]) else BETWEEN))]
 
     def choice(self, error: float) -> str:
-        """Return the simplest of the ways that may be the fastest."""
+        """Return a way that may be the fastest: plain decoding if it is one, else SGLang's fastest, else ours."""
         level = self.level(error)
         return next((way for way in (PLAIN, self.stock) if way in level), level[0])
 
@@ -149,8 +149,8 @@ class Estimate(NamedTuple):
 
 @dataclass
 class Advice:
-    """An answer of `advise`. verdict: a line for each load. choices: the simplest way of each row that may be the
-    fastest. assumed: the assumptions, in a line. published: figures that others measured. copies: gains of copies,
+    """An answer of `advise`. verdict: a line for each load. choices: `Estimate.choice` of each
+    row. assumed: the assumptions, in a line. published: figures that others measured. copies: gains of copies,
     which the rows lack. lost: costs of WHIFLASH. obstacles: facts on what does not fit.
     """
 
@@ -174,7 +174,7 @@ class Advice:
 
 
 def advise(question: Question) -> Advice:
-    """Answer a question.
+    """Estimate every way to serve the question's target on its cards, for each load.
 
     Raises:
         UsageError: no such card, or nothing is known of the target.
@@ -505,7 +505,7 @@ def _row(server: Server, pair: PublishedPair, question: Question, requests: int,
 
 
 def _settings(target: PublishedTarget, question: Question, row: Estimate, choice: str) -> Iterator[str]:
-    """Yield commands and advice. row, choice: of the last load."""
+    """Yield commands to serve and to bench the target, with remarks on memory. row, choice: of the last load."""
     spread = f" {row.spread}" if row.spread else ""
     parsers = f" {target.parsers}" if target.parsers else ""
     if question.context and row.replicas > 1:

@@ -95,7 +95,7 @@ class FittedCard:
     DRAFTED: ClassVar[float] = 0.25e-3
     """Seconds that a round with a draft pass takes besides, in addition to OWN."""
     ISSUED: ClassVar[float] = 1.11e-3
-    """Value of `issued` in the record."""
+    """Value of `issued` when the rounds were recorded."""
     PASS_ISSUED: ClassVar[float] = 0.2e-3
 
     def stock(self, requests: int, context: int) -> float:

@@ -28,7 +28,7 @@ def _of_length(card: FittedCard, length: float, requests: int, method: str, roun
 
 def beside_chains(card: FittedCard, length: float, requests: int) -> list[float]:
     """Return tokens per second of stock plain decoding, of each of `CHAINS` and of `auto`; then `auto` over the fastest
-    of `CHAINS` and over stock plain decoding.
+    of `CHAINS` and over stock plain decoding. length: a block's tokens per round.
     """
     stock = requests / card.stock(requests, requests * 1120)
     fixed = [_of_length(card, length, requests, method, STEADY[0]).rate(0) for method in CHAINS]

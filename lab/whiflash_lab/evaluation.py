@@ -255,14 +255,17 @@ def prompt_cause(own: list[int], served: list[int], tokenizer: PreTrainedTokeniz
 
 
 def unlike_target(sequence: Stored, head: Tensor) -> int:
-    """Count the answer tokens that are not the first choice of the target with these final states."""
+    """Count the answer tokens that are not the argmax of `head` [V, H] at the final state before them."""
     size = sequence.record.prompt_length
     logits = F.linear(sequence.final[size - 1 :].to(head.device, head.dtype), head)
     return int((logits.argmax(-1).cpu() != sequence.tokens[size:]).sum())
 
 
 def share(answers: Counts, values: Any, of: Any) -> list[float]:
-    """Return sum(values) / sum(of), [rounds] each, with its 95 % bootstrap interval over answers: share, low, high."""
+    """Return sum(values) / sum(of) and the bounds of its 95 % bootstrap interval, which draws whole answers.
+
+    answers, values, of: [rounds]; answers: number of each round's answer.
+    """
     up, down = (np.bincount(answers, np.asarray(part, float)) for part in (values, of))
     drawn = np.random.default_rng(0).integers(0, len(up), (DRAWS, len(up)))
     bounds = np.percentile(up[drawn].sum(1) / np.maximum(down[drawn].sum(1), 1), [2.5, 97.5])
@@ -297,8 +300,10 @@ def drafter_cause(
 
 
 def compare_served(bundle: Path, prompts: Path, asks: Asks, arm: Arm, settings: EvaluationSettings) -> dict[str, Any]:
-    """Compare a server's accepted drafts with the bundle's replay of the same answers. Return `positions` (drafts;
-    served and, if prompts and target agree, offline: share, low, high), `cause` (None: both agree) and its `sentence`.
+    """Compare a server's accepted drafts with the bundle's replay of the same answers.
+
+    Returns `positions`, by place in a draft the number of `drafts` and the accepted share with its bounds, `served` and
+    `offline` (None if prompts or target differ); `cause` of the difference, None without one; and its `sentence`.
 
     Raises ServerRefusedError if the server does not answer or draft with `arm`, and the errors of `evaluate_bundle`.
     """

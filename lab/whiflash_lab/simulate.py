@@ -171,7 +171,10 @@ class Simulation:
         host: Host = FREE,
         measured: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        """host: its seconds per round; `FREE`: chosen by the load. measured: prior chances for `AutoPolicy`."""
+        """Prepare the requests, and the controller with the card's prices.
+
+        host: its seconds per round; `FREE`: chosen by the load. measured: prior chances for `AutoPolicy`.
+        """
         self.card, self.load, self.method = card, load, method
         self.seed, self.pair, self.host = seed, pair, host
         largest = load.requests * (max(*pair.drafts.values(), KNOWN) + 1)
@@ -343,7 +346,7 @@ def table(card: Card, sizes: Sequence[int], load: SimulatedLoad) -> list[Result]
 
 
 def assumed(card: Card, load: SimulatedLoad) -> str:
-    """Return a line with the assumptions of a table."""
+    """Return the line that precedes the simulated rates: model, card, load, origin of prices and acceptance."""
     agents = f"{load.tools:.0%} of requests write calls under grammars, with the host's times of a CPU."
     return (
         f"SIMULATED, nothing measured: Qwen3-8B bf16 on an {card.name}, closed load, prompts of {load.prompt}, "

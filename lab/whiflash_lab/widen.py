@@ -127,7 +127,8 @@ class Widening:
         return torch.cat([weight] * self.shape.copies)
 
     def reads(self, weight: Tensor) -> Tensor:
-        """Widen a weight that reads one or more streams side by side: after each one's columns, noise that cancels."""
+        """Widen a weight that reads one residual stream, or several side by side. The first copy's columns stay; the
+        columns of the other copies are noise that cancels."""
         parts: list[Tensor] = []
         pairs, odd = divmod(self.shape.copies - 1, 2)
         for part in weight.chunk(weight.shape[1] // self.hidden, dim=1):

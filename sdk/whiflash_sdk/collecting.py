@@ -36,7 +36,8 @@ from whiflash_sdk.trace import (
 class CollectedCall:
     """One call of a wrapped client.
 
-    began: in monotonic seconds. span: OpenTelemetry's, if one records. turn: that the answer ends, if it has previews.
+    began: in monotonic seconds. span: OpenTelemetry's, if one records. turn: the session's turn to which the answer is
+    passed on, if the server prefills previews of the next prompt.
     """
 
     agent: str | None

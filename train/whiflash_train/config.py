@@ -60,7 +60,7 @@ class Data(_Strict):
 
 
 class Loop(_Strict):
-    """Optimisation.
+    """Optimisation of a drafter.
 
     Attributes:
         epochs: passes over the answers.
@@ -85,7 +85,7 @@ class Loop(_Strict):
 
 
 class Eagle3(_Strict):
-    """The autoregressive drafter.
+    """The autoregressive drafter: what it reads, its sizes, its training.
 
     Attributes:
         target_layers: captured layers that it reads.
@@ -198,7 +198,7 @@ class DraftLayers(_Strict):
 
 
 class TrainConfig(_Strict):
-    """The whole file.
+    """A training configuration, the whole file.
 
     Attributes:
         target: `embedded`, a directory or a hub id.

@@ -163,7 +163,8 @@ class Acceptance(Strict):
 class Source(Strict):
     """The origin of a part of a bundle.
 
-    revision: the hub's commit. files: SHA-256 by name, compared whenever the bundle is served, if it holds them.
+    revision: the hub's commit. files: file name → SHA-256. A server compares those of a part inside the bundle at every
+    start, and only `config.json` of a part from the hub.
     """
 
     revision: str | None = None

@@ -122,7 +122,7 @@ def extended(call: Call, answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def extension_of(call: Call) -> dict[str, Any]:
-    """Return the extension of an answer of Responses or Messages; empty if its request asked for nothing."""
+    """Return the traces and counts for the field `EXTENSION` of Responses or Messages; empty if not asked for."""
     extension: dict[str, Any] = {META_KEY: _traces(call, {})} if call.traces else {}
     return {**extension, PREDICTION: _counts(call)} if call.counts else extension
 

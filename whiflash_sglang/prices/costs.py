@@ -152,7 +152,7 @@ class Costs:
         return {"rounds": min(self._rounds, PLAIN_ROUNDS), "needed": PLAIN_ROUNDS}
 
     def set_contexts(self, contexts: Sequence[int]) -> None:
-        """Set the context lengths, at most, of the requests of the round that is planned next."""
+        """Set upper bounds of the context lengths of the requests in the round that is planned next."""
         self._context, self._requests = sum(contexts), len(contexts)
 
     def wanted(self, route: str, drafts: int, own: Mean) -> None:

@@ -209,7 +209,7 @@ def _hints_of(req: Any) -> RequestHints:
 
 
 def _tenant_of(req: Any) -> Tenant | None:
-    """Return the tenant of a request by its two keys, without the adapter's id that SGLang appends to `extra_key`."""
+    """Return the tenant that `cache_salt` and `extra_key` name; SGLang's adapter id is cut off from `extra_key`."""
     return tenant_of((req.extra_key or "").removesuffix(req.lora_id or ""), req.cache_salt)
 
 

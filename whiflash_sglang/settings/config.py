@@ -129,7 +129,7 @@ class Settings(Strict):
 
 
 def parse_flags(given: dict[str, Any]) -> Flags:
-    """Validate raw flag values.
+    """Validate the values of flags, as the command line or `Engine(...)` gave them.
 
     Raises:
         ConfigError: naming the flag and what it takes.

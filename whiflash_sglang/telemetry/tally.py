@@ -92,7 +92,7 @@ class Tally:
         self.reasons[reason] += 1
 
     def timed(self, tokens: int, seconds: float) -> None:
-        """Count a round that committed `tokens` and took `seconds`, with the pause after it."""
+        """Count a round that committed `tokens`. seconds: those of the round and of its gap (`RoundTime`)."""
         self.timed_tokens += tokens
         self.timed_seconds += seconds
 

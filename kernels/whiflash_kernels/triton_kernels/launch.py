@@ -11,7 +11,7 @@ MODELLED_MULTIPROCESSORS = 132
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors of ``device``, or the modelled number if it is not a CUDA device."""
+    """Return the number of multiprocessors of ``device``, or an H100's if it is not a CUDA device."""
     if device.type != "cuda":
         return MODELLED_MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

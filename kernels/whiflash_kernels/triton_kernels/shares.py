@@ -121,7 +121,7 @@ class Sums(NamedTuple):
 
 
 def places(requests: int, shares: int) -> int:
-    """Return the most shares with sums: at most ``shares - 1`` requests are cut, into as many further shares."""
+    """Return the largest number of shares of cut requests: ``shares - 1`` requests and as many further shares."""
     return min(2 * (shares - 1), requests + shares - 1)
 
 

@@ -112,7 +112,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One column of the comparison.
+    """A way to serve that a benchmark compares with others.
 
     server: key of the server that answers; router: to be set there, if any. request: fields of every request. means:
     the suffixes of its name, keys of `MEANS`; only in a recorded run. python: the interpreter of another checkout's

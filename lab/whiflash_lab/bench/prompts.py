@@ -65,7 +65,7 @@ def shipped() -> Path:
 
 
 def load_prompts(source: str) -> list[Prompt]:
-    """Read a JSONL or JSON file.
+    """Read the prompts of a JSONL or JSON file.
 
     Rows are bodies of chat completions (`messages`, and `SENT`) or of responses (`input`), also in a log's pairs of
     `request` and `response`; each may have an `id` and a `category`. SPEED-Bench's and Spec-Bench's rows are read, too

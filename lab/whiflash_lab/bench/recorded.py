@@ -297,5 +297,5 @@ class Replayer(Runner):
         return replace(talk, tasks=first, task="")  # no group may know the answers that are measured
 
     def _groups(self) -> dict[str, str]:
-        """Return prompt id → category. No group is `loops`, since the target did not write the texts."""
+        """Return prompt id → category. Looping answers have no group of their own: the target did not write them."""
         return {key: reference.prompt.category for key, reference in self._references.items()}

@@ -30,7 +30,7 @@ def names_of(cells: Sequence[Cell], groups: Mapping[str, str]) -> list[str]:
 
 
 def belongs(group: str, name: str) -> bool:
-    """Whether a prompt of this group counts under a name: overall is everything but loops."""
+    """Whether a prompt of this group counts under a name; `overall` leaves out those with looping answers."""
     return group == name or (name == OVERALL and group != LOOPS)
 
 

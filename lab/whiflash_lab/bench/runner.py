@@ -39,7 +39,7 @@ class Step(NamedTuple):
 def sweep(
     arms: Sequence[str], loads: Sequence[Load], repetition: int, alone: Sequence[str], together: Sequence[str]
 ) -> Iterator[Step]:
-    """Yield the steps of one interleaved repetition.
+    """Yield the steps of one repetition. Every arm answers a prompt, or all of a load, before the next one is asked.
 
     Args:
         alone: prompts asked one at a time. together: prompts asked under every other load.
@@ -261,7 +261,10 @@ class Runner:
         return {key: LOOPS if r.loops else r.prompt.category for key, r in self._references.items()}
 
     def _prompt_ids(self) -> tuple[list[str], list[str]]:
-        """Return ids of prompts asked one at a time, and of those asked together: without loops unless all loop."""
+        """Return the ids of prompts asked one at a time, which are all, and of those asked together.
+
+        Prompts whose plain answer ends in a repetition loop are not asked together, unless every prompt's does.
+        """
         groups = self._groups()
         together = [key for key, group in groups.items() if group != LOOPS]
         return list(groups), together or list(groups)

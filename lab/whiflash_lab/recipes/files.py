@@ -147,7 +147,7 @@ def _of_container(document: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _backend(document: Any) -> dict[str, Any] | None:
-    """Return the first mapping in `document` with flags by role (key `ROLES`), or None. Overrides are not read."""
+    """Return the first mapping in `document` that has the key `ROLES` of srt-slurm's recipes; None without one."""
     if not isinstance(document, dict):
         return None
     if isinstance(document.get(ROLES), dict):

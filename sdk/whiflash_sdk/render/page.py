@@ -42,7 +42,7 @@ class Column(NamedTuple):
 
 
 def columns_of(stretches: Sequence[Stretch]) -> list[Column]:
-    """Return the columns of a timeline, from left to right."""
+    """Return a timeline's columns, left to right: one for each stretch, and one for each gap before a stretch."""
     columns: list[Column] = []
     end, before = 0, None
     for number, stretch in enumerate(stretches, 1):

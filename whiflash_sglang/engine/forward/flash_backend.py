@@ -78,7 +78,7 @@ def _planning(upstreams: Any) -> Any:
 
 
 def _layout(backend: Any, spec_info: Any) -> GraphLayout | None:
-    """Return a verification's layout if its graph plans it; None, too, if the host translates a pool's addresses."""
+    """Return a verification's layout if attention is planned inside its graph; None if the host must plan it."""
     layout = getattr(spec_info, "ragged_verify_layout", None)
     plans = backend.topk <= 1 and not backend.kv_index_translator.reads_are_translated
     return layout if isinstance(layout, GraphLayout) and plans else None

@@ -103,7 +103,7 @@ def recorder(model_runner: Any) -> Recorder | None:
 
 
 def install(model_runner: Any, mode: CaptureHiddenMode) -> None:
-    """Let the target's runner capture these graphs, should it capture any. mode: hidden states that they keep."""
+    """Let the target's runner capture `VerifyGraphs` if it captures any graphs. mode: hidden states that they keep."""
     graphs = type(VerifyGraphs.__name__, (VerifyGraphs,), {"mode": mode})
     model_runner._decode_cuda_graph_runner_cls = lambda: graphs
 

@@ -19,8 +19,8 @@ from whiflash_sglang.formats.choice import Projection, Shard, SharedVocabulary
 def ranks_of_model() -> Ranks:
     """Return the processes that serve the same requests: a replica's, or with DP attention those that attend together.
 
-    They exchange messages over the group and in the form of the scheduler's requests, so a process whose work differs
-    from the first one's notices it instead of waiting.
+    Messages go through SGLang's broadcast of new requests. A process that expects a message and receives
+    requests, or the reverse, raises DivergedError; with another collective it would hang.
     """
     group = get_parallel().attn_tp_group
     if group.world_size == 1:

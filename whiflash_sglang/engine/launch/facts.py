@@ -19,10 +19,11 @@ class Launch:
     """The facts by which a launch is judged.
 
     args: SGLang's arguments as resolved so far. given: the arguments as the user gave them. model: SGLang's
-    configuration of the target; None if only flags are known. device: `cpu`, `cuda` or another accelerator's name.
-    own_platform: the platform of whiflash-cpu is active. xqa: TRT-LLM's attention would be its XQA kernel here (Hopper,
-    SM120), which verifies drafts of one length only. draft_kv: a drafter keeps KV of its own at the target's slots.
-    uno: the target drafts under an adapter. tenant_header: a gateway's header names the tenant.
+    configuration of the target; None if a recipe is judged without the target's `config.json`. device: `cpu`, `cuda`
+    or another accelerator's name. own_platform: the platform of whiflash-cpu is active. xqa: TRT-LLM's attention would
+    be its XQA kernel here (Hopper, SM120), which verifies drafts of one length only. draft_kv: a drafter keeps KV of
+    its own at the target's slots. uno: the target drafts under an adapter. tenant_header: a gateway's header names the
+    tenant.
     """
 
     args: Any

@@ -117,7 +117,7 @@ def _foreign_flag(launch: "Launch") -> str | None:
 
 
 def _architecture(condition: Callable[["Launch"], Any]) -> Callable[["Launch"], Any]:
-    """Return a condition that gives the target's architecture if `condition` holds, None if only flags are known."""
+    """Return a condition that gives the target's architecture if `condition` holds; None if not, or without a model."""
     return lambda launch: launch.architecture if launch.model is not None and condition(launch) else None
 
 
@@ -186,7 +186,7 @@ def _has_chunks(launch: "Launch") -> bool:
 
 
 def _untested_media(launch: "Launch") -> str | None:
-    """Return the target's architecture if it takes media that no test covers; None if fine, or only flags are known."""
+    """Return the target's architecture if it takes media that no test covers; None if not, or without a model."""
     model = launch.model
     if model is None or not (model.is_multimodal or model.is_audio_model):
         return None

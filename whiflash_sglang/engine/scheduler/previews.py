@@ -129,7 +129,7 @@ class PreviewQueue:
         return plan
 
     def _rounds(self, tokens: int, cached: int, running: list[Any]) -> float:
-        """Return the rounds without drafts of which the prefill of `tokens` tokens after `cached` ones is `SHARE`."""
+        """Return how many plain rounds take 1 / `SHARE` times as long as a prefill (`tokens` after `cached`)."""
         tables, context = self.draft_worker.controller.costs.tables, sum(req.seqlen for req in running)
         prefill = tables.verify(tokens, 1, cached) + sum(tables.catch(arm, tokens) for arm in tables.catch_up)
         return float(prefill / tables.verify(len(running), len(running), context) / SHARE)
