@@ -32,7 +32,7 @@ RECORD_BASES = {"NamedTuple", "TypedDict", "BaseModel"}
 
 
 def over(root: Path = ROOT) -> Iterator[str]:
-    """Yield a message for each budget or bound in `budgets.toml` that is exceeded, each package without a budget."""
+    """Yield a message for each budget or bound in `budgets.toml` that is exceeded, and for each package without one."""
     budgets = tomllib.loads((root / "budgets.toml").read_text("utf-8"))
     yield from _lines(root, budgets["lines"])
     yield from _totals(root, budgets.get("total", {}))

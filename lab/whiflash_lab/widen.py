@@ -210,7 +210,7 @@ class Widening:
         return found
 
     def layers(self, count: int) -> Iterator[Weights]:
-        """Yield the wide layers by their names; those after the small model's last one add nothing."""
+        """Yield each wide layer's tensors by name; layers after the small model's last one add nothing."""
         prefixes = self.model.layers
         for prefix in prefixes:
             yield {prefix + name: tensor for name, tensor in self.layer(prefix).items()}

@@ -146,7 +146,7 @@ def roots_of(directory: Path) -> tuple[Path, ...]:
 
 
 def copy_member(file: Path, place: Path) -> Path:
-    """Copy a file of a checkpoint into the directory `place`; return the copy, which no more users can read.
+    """Copy a checkpoint's file into the directory `place`, readable to no more users than the file; return the copy.
 
     Raises:
         ConfigError: the file is a link out of its directory, or no regular file. CheckpointError: it is named

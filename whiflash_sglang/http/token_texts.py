@@ -15,7 +15,7 @@ _PART = "\ufffd"
 
 
 class Texts(dict[int, tuple[str, int]]):
-    """Token → its text after another token, and the text's kind. Filled as tokens come, for all requests.
+    """Token → its text in the middle of an answer, and the text's kind. Filled as tokens come, for all requests.
 
     flags: whether special tokens are skipped, and whether spaces are set between them.
     """

@@ -19,7 +19,7 @@ MEMORY = 200.0
 
 
 def median(values: Sequence[float]) -> float:
-    """Return the median, of two the lower one, since outliers are mostly too slow. values: at least one."""
+    """Return the median; of two middle values the lower one, since outliers are mostly too slow. values: not empty."""
     return sorted(values)[(len(values) - 1) // 2]
 
 

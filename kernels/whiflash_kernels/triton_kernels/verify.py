@@ -102,7 +102,7 @@ def _attend(
 ):  # fmt: skip
     """Compute a tile of a request's rows over the keys from ``begin`` to ``stop`` of its prefix.
 
-    The tile begins with row ``first`` of (rows times query heads of ``kv_head``), at which the pools' pointers begin.
+    The tile begins with row ``first`` of (rows times query heads of ``kv_head``). The pools' pointers are at that head.
     ``last``: the request's own rows are added, too. ``whole``: the result is written to ``out``; otherwise partial sums
     are written at place ``kept``.
     """

@@ -72,7 +72,7 @@ def _field(option: str) -> str:
 
 
 def _without(flags: Mapping[str, Flag], option: str) -> dict[str, Flag]:
-    """Return the flags without this one, under whatever name."""
+    """Return the flags without this one, and without aliases and abbreviations that SGLang reads as it."""
     return {name: value for name, value in flags.items() if _field(name) != _field(option)}
 
 
