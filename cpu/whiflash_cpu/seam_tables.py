@@ -11,7 +11,6 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from whiflash_cpu import collectives, host_copies, layers, packed_weights, recurrent_ops, spec_ops
 from whiflash_cpu.attention import CpuAttentionBackend, CpuKVPool, CpuMultiStepDraftBackend
-from whiflash_sglang.engine.supported import has
 from whiflash_sglang.files.cpu import ATTENTION_BACKEND
 
 _SPECULATIVE = "sglang.kernels.ops.speculative"
@@ -80,14 +79,10 @@ PINNING = (
 )
 """Modules that request pinned tensors from torch, for the target's adapters and for DP attention."""
 
-_OF_UPSTREAMS_DRAFTERS: tuple[Seam, ...] = (
+_NAMES: tuple[Seam, ...] = (
     *_same(f"{_SPECULATIVE}.cache_locs", spec_ops, "assign_draft_cache_locs_contiguous_func"),
     *_same(_SPEC_TREE, spec_ops, "build_tree_kernel_efficient_func", "verify_tree_greedy_func"),
     *_same("sglang.kernels.ops.attention.table_qk_norm_rope", spec_ops, "table_qk_norm_rope_"),
-)
-"""Names that upstream's own algorithms call since 0.5.23. Earlier releases serve only plain decoding and WHIFLASH."""
-
-_NAMES: tuple[Seam, ...] = (
     *_same(_CONV, recurrent_ops, "causal_conv1d_fn", "causal_conv1d_update"),
     *_same(_STATE_SCATTER, recurrent_ops, "scatter_mamba_states_after_mtp_verify"),
     Seam("sglang.srt.layers.dp_attention", "memcpy_func", memcpy_cpu),
@@ -216,7 +211,7 @@ _METHODS: tuple[Seam, ...] = (
 )
 
 
-SEAMS = (*_NAMES, *(_OF_UPSTREAMS_DRAFTERS if has("0.5.23") else ()), *_METHODS)
+SEAMS = (*_NAMES, *_METHODS)
 
 
 def delta_seams() -> tuple[Seam, ...]:

@@ -16,7 +16,6 @@ from sglang.srt.server_args import ServerArgs
 
 from whiflash_sglang.engine import patching
 from whiflash_sglang.engine.launch import arguments as launches
-from whiflash_sglang.engine.launch import refusals
 from whiflash_sglang.engine.launch.facts import Launch, fill_in_for_cuda
 from whiflash_sglang.engine.launch.refusals import REFUSALS, refusal_of, refusals_of
 
@@ -405,8 +404,8 @@ def test_machine_and_environment(taken: Launch, row: str) -> None:
 
 
 APART = {
-    *("windows", "window_heads", "window_pool", "one_file", "recurrent_sessions", "disaggregation_release"),
-    *("multimodal_roles", "multimodal_peers", "lora_peers", "peers_release"),
+    *("windows", "window_heads", "window_pool", "one_file", "recurrent_sessions"),
+    *("multimodal_roles", "multimodal_peers", "lora_peers"),
 }
 """Rows with tests of their own."""
 
@@ -414,17 +413,6 @@ APART = {
 @pytest.mark.newest
 def test_every_row_has_its_case() -> None:
     assert REFUSALS.keys() == {*APART, *TARGETS, *ARGUMENTS, *CUDA, *ELSEWHERE}
-
-
-@pytest.mark.newest
-def test_an_older_release_serves_fewer_launches(taken: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode, peers = with_arguments(taken, disaggregation_mode="decode"), with_arguments(taken, attn_dp_size=2)
-    assert refusal_of(decode) is refusal_of(peers) is None
-    monkeypatch.setattr(refusals, "has", lambda release: False)
-    monkeypatch.setattr(refusals, "installed", lambda: "0.5.22")
-    assert "SGLang 0.5.22 does not register" in str(refusal_of(decode))
-    assert "SGLang 0.5.22 makes no groups of ranks" in str(refusal_of(peers))
-    assert refusal_of(taken) is None
 
 
 def test_adapters_are_served_by_one_backend_a_device(taken: Launch) -> None:

@@ -96,7 +96,7 @@ def test_another_server_measures_its_own(start: Start, tmp_path: Path, monkeypat
         lambda: monkeypatch.setattr(target.runner.model_config.hf_config, "intermediate_size", 1),
         lambda: monkeypatch.setattr(model, "config", "another"),
         lambda: monkeypatch.setattr(pricing, "get_context", lambda: SimpleNamespace(resolved_server_args_dict=dict)),
-        lambda: monkeypatch.setattr(pricing.supported, "installed", lambda: "0.5.22"),
+        lambda: monkeypatch.setattr(pricing.supported, "installed", lambda: "9.9.9"),
         lambda: monkeypatch.setattr(pricing, "_kernels", lambda: "another"),
     ]
     assert all(map(pricing.PRICED.search, ARGUMENTS.split()))

@@ -7,23 +7,15 @@ A name that is only imported is checked by its import. Replaced names have their
 from collections.abc import Mapping
 from pathlib import Path
 
-from whiflash_sglang.engine.supported import has
-
 
 def _read(table: str) -> Mapping[str, tuple[str, ...]]:
-    """Parse `names.txt` into name → parameters, without names and modules that the installed release does not have.
-
-    A name whose parameters need more than one line has several lines. A comment gives the release that brought a name.
-    A name that only an older release has cannot change any more, so the table leaves it out.
-    """
-    module, there, found = "", True, dict[str, tuple[str, ...]]()
+    """Parse `names.txt` into name → parameters. A name whose parameters need more than one line has several lines."""
+    module, found = "", dict[str, tuple[str, ...]]()
     for line in table.strip().split("\n"):
-        entry, _, since = line.partition("  # since ")
-        name, _, parameters = entry.strip().rstrip(")").partition("(")
-        known = not since or has(since)
+        name, _, parameters = line.strip().rstrip(")").partition("(")
         if not line.startswith(" "):
-            module, there = name, known
-        elif there and known:
+            module = name
+        else:
             path = f"{module}:{name}"
             found[path] = found.get(path, ()) + tuple(parameters.split(", ") if parameters else ())
     return found

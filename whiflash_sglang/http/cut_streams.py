@@ -21,7 +21,6 @@ from sglang.srt.runtime_context import get_serving
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.utils import find_printable_text
 
-from whiflash_sglang.engine.supported import has
 from whiflash_sglang.http.reader import Call, as_chat, of_choice, parameters_of
 from whiflash_sglang.http.token_texts import MARK, WORD, Decoder, decoder_of
 
@@ -45,7 +44,7 @@ def cuts_of(manager: Any, obj: Any, call: Call | None) -> Cuts | None:
         return None
     state, body, is_chat = http_server.app.state, call.body, call.form == "chat"
     chat = state.openai_serving_chat
-    reads_tokens = has("0.5.23") and chat._encoding_output() is not None
+    reads_tokens = chat._encoding_output() is not None
     if call.form == "responses":
         return "tokens" if reads_tokens or state.openai_serving_responses.use_harmony else "marks"
     # In an answer without channels, SGLang's parser of gpt-oss takes single words as their marks.

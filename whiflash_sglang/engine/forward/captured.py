@@ -25,7 +25,6 @@ from whiflash_sglang.engine.forward.parallel import (
     shared_vocabulary,
     whole_head,
 )
-from whiflash_sglang.engine.supported import has
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.choice import SharedVocabulary
 
@@ -87,11 +86,7 @@ class Captured:
         if self._layers:
             _set_layers(model, self._layers)
         if self._layers and (keeps_final or self._joins_final):
-            processor = language_model(model).logits_processor
-            processor.keep_last_hidden_states = True
-            if not has("0.5.23"):
-                processor.register_forward_hook(self._join)
-        self._width = 0  # of the features, if `_join` appends the final states to them
+            language_model(model).logits_processor.keep_last_hidden_states = True
         self.vectors = self.read + (keeps_final and not self._joins_final)
         self.mode = CaptureHiddenMode.FULL if self.vectors else CaptureHiddenMode.NULL
 
@@ -101,25 +96,16 @@ class Captured:
         output.hidden_states = output.last_hidden_states = None
         return states
 
-    def _join(self, _: Any, args: tuple[Any, ...], output: Any) -> None:
-        """Append the final states to the features. SGLang 0.5.22 keeps only the features, also those of a graph."""
-        if output.hidden_states is not None:
-            self._width = output.hidden_states.shape[-1]
-            output.hidden_states = torch.cat([output.hidden_states, args[1]], -1)
-
     def states(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return features [T, F] and final states [T, H] of a forward. F is 0 if no drafter reads any."""
         features: Any = output.hidden_states
-        final: Any = getattr(output, "last_hidden_states", None)
+        final: Any = output.last_hidden_states
         if not self.read:
             logits = output.next_token_logits
             return logits.new_empty((len(logits), 0)), features
         if not self._layers:
             # Without a layer to capture SGLang keeps what its head reads.
             return features, features
-        if self._width:
-            split = features.tensor_split([self._width], -1)
-            return features if self._joins_final else split[0].contiguous(), split[1].contiguous()
         return torch.cat([features, final], -1) if self._joins_final else features, final
 
 

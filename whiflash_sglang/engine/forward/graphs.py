@@ -47,7 +47,6 @@ from whiflash_kernels import GraphSlots, fill_slots
 
 from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder, doubling, graded
 from whiflash_sglang.engine.forward.recurrent import rows_counted
-from whiflash_sglang.engine.supported import has
 
 T = TypeVar("T")
 
@@ -200,8 +199,7 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
     def capture(self) -> None:
         self.model_runner.lora_manager = self._adapters
         if self._adapters is not None:
-            name = "init_decode_cuda_graph_batch_info" if has("0.5.23") else "init_cuda_graph_batch_info"
-            getattr(self._adapters, name)(self.max_bs, num_tokens_per_req=self.widest)
+            self._adapters.init_decode_cuda_graph_batch_info(self.max_bs, num_tokens_per_req=self.widest)
         super().capture()
 
     def rows_for(self, total: int, requests: int) -> int | None:

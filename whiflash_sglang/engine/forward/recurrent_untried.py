@@ -10,10 +10,10 @@ under Triton's interpreter (`tests/compat/interpreted_recurrent.py`), and replay
 """
 
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
+from sglang.kernels.ops.attention.linear.fused_sigmoid_gating_recurrent import fused_sigmoid_gating_delta_rule_update
 from sglang.kernels.ops.mamba.triton_ops.mamba_ssm import selective_state_update
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import Mamba2AttnBackend, MambaAttnBackendBase
 from sglang.srt.layers.attention.linear.gdn_backend import GDNAttnBackend
@@ -32,12 +32,6 @@ from whiflash_sglang.engine.forward.recurrences import (
     transposed,
 )
 from whiflash_sglang.engine.patching import around
-from whiflash_sglang.engine.supported import has
-
-_LINEAR = "linear" if has("0.5.23") else "fla"
-fused_sigmoid_gating_delta_rule_update = import_module(
-    f"sglang.kernels.ops.attention.{_LINEAR}.fused_sigmoid_gating_recurrent"
-).fused_sigmoid_gating_delta_rule_update
 
 
 @around(

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from whiflash_sglang.engine.carried import APP_PATH, WORKER_APP
 from whiflash_sglang.engine.launch.facts import DISABLED
-from whiflash_sglang.engine.supported import has, installed
 from whiflash_sglang.files.cpu import ATTENTION_BACKEND
 
 if TYPE_CHECKING:
@@ -159,7 +158,6 @@ def _untested_beside_uno(launch: "Launch") -> str | None:
         "--tp-size above 1 or --enable-dp-attention": _peers(launch) or _more_than_one("tp_size")(launch),
         "a quantised target": launch.model is not None and bool(launch.model.quantization),
         "the target's recurrent state": launch.model is not None and _recurrent().has_state(launch.model),
-        "SGLang 0.5.22": not has("0.5.23"),
     }
     return next((what for what, there in found.items() if there), None)
 
@@ -461,14 +459,6 @@ REFUSALS: dict[str, Refusal] = {
     ),
     **_removed(enable_lora_overlap_loading="untested beside verifications"),
     "uno": Refusal(_untested_beside_uno, "UNO is untested with {}; give no adapter of UNO, or serve without that"),
-    "disaggregation_release": Refusal(
-        lambda x: x.args.disaggregation_mode != "null" and not has("0.5.23") and installed(),
-        "SGLang {} does not register how a prefill server's KV is laid out; with --disaggregation-mode install 0.5.23",
-    ),
-    "peers_release": Refusal(
-        lambda x: _peers(x) and not has("0.5.23") and installed(),
-        "SGLang {} makes no groups of ranks on a CPU, so --enable-dp-attention is untested; install 0.5.23",
-    ),
     **_removed(
         enable_watermark="its state is not kept per verified position",
         enable_torch_compile="it compiles sizes in requests, and a verification's are rows",
