@@ -71,6 +71,7 @@ STATE = {
     "loaded": "as `by_arm`, of ended requests whose prompt's KV came in part from the host or from storage",
     "reasons": "rounds of requests by routing reason",
     "hints": "requests by the origin of their hints",
+    "previews": "`prefilled` at least in part and `dropped` before, and their prefilled `tokens`",
     "timed_seconds": "consecutive rounds and the time between them",
     "timed_tokens": "committed by these rounds",
     "priced_seconds": "of `timed_seconds`, those of rounds for which plain decoding's price was known",

@@ -89,8 +89,11 @@ def test_no_other_request_waits_for_a_preview(models: Models, monkeypatch: pytes
         for _ in range(3):
             assert e.step()
             assert e.scheduler.previews
+        e.scheduler.prefill_decode_interval = 9
         e.step()
         assert (seen[-1][0], len(second.origin_input_ids)) == ("second", previews.BESIDE)
+        assert e.scheduler._prefill_decode_interval_remaining == 0, "no prompt waits after a preview"
+        e.scheduler.prefill_decode_interval = 0
         assert e.scheduler.rounds_to_wait >= 1 / previews.SHARE
         # The running requests may need the KV that is left.
         e.submit("long", words(40, 24), max_new_tokens=500)
@@ -156,4 +159,14 @@ def test_a_preview_ends_with_its_use(models: Models, monkeypatch: pytest.MonkeyP
         e.submit("arrives", words(51, 24), max_new_tokens=4)
         e.run()
         assert (ended[6:], len(e.output("arrives"))) == (["chunks"], 4)
+        pool, before = e.scheduler.token_to_kv_pool_allocator, dict(e.worker.tally.previews)
+        e.scheduler.flush_cache()
+        slots = pool.alloc(pool.available_size() - 90)
+        preview(e, "does not fit", words(52, 100))
+        e.run()
+        assert (ended[7:], e.scheduler.previews) == (["does not fit"], {})
+        pool.free(slots)
+        preview(e, "fits", words(52, 100))
+        e.run()
+        assert e.worker.tally.previews == {name: count + 1 for name, count in before.items()}
         e.check_leaks()

@@ -217,6 +217,12 @@ SERIES = (
         "`malformed` ones that were ignored",
         lambda w: w.tally.requests,
     ),
+    _each(
+        "previews_total{outcome}",
+        "previews of sessions' next prompts: `prefilled`, at least in part, or `dropped` before",
+        lambda w: w.tally.previews,
+    ),
+    _one("preview_tokens_total", "prompt tokens that previews prefilled", lambda w: w.tally.preview_tokens),
     Series(
         "round_seconds",
         "time of a round of the whole batch, on the host's clock",

@@ -54,7 +54,8 @@ class Tally:
 
     by_arm: counts of every arm and of `none`. loaded: counts by arm of ended requests whose prompt's KV came in part
     from the host or from storage. cached: prompt tokens of ended requests whose KV was cached, by place.
-    reasons: rounds of requests by reason of their route. requests: that began, by source of their hints.
+    reasons: rounds of requests by reason of their route. requests: that began, by source of their hints. previews: by
+    what became of them; preview_tokens: prompt tokens that they prefilled.
     timed_seconds: of consecutive rounds and the time between them; timed_tokens: of these rounds. priced_seconds,
     priced_tokens: of timed rounds for which plain decoding's price was known; plain_seconds: that plain decoding would
     take for these tokens. round_seconds: observations of a round's time. acceptance: observations of tokens a round,
@@ -66,6 +67,8 @@ class Tally:
     cached: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CACHED, 0))
     reasons: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
     requests: dict[HintSource, int] = field(default_factory=lambda: dict.fromkeys(HINT_SOURCES, 0))
+    previews: dict[str, int] = field(default_factory=lambda: {"prefilled": 0, "dropped": 0})
+    preview_tokens: int = 0
     timed_seconds: float = 0.0
     timed_tokens: int = 0
     priced_seconds: float = 0.0
@@ -110,6 +113,7 @@ class Tally:
             "cached": dict(self.cached),
             "reasons": dict(self.reasons),
             "hints": dict(self.requests),
+            "previews": {**self.previews, "tokens": self.preview_tokens},
             "timed_seconds": self.timed_seconds,
             "timed_tokens": self.timed_tokens,
             "priced_seconds": self.priced_seconds,

@@ -73,6 +73,13 @@ class PreviewQueue:
             tenants = [name.rpartition(MARK)[0] for name in self.previews]
             self.drop_preview([*self.previews][tenants.index(max(tenants, key=tenants.count))])
 
+    def _arm_prefill_decode_interval(self: Any, batch: Any) -> None:
+        """Count the tokens of a preview's prefill, after which `--prefill-decode-interval` makes no prompt wait."""
+        if batch is not None and batch.forward_mode.is_extend() and all(map(is_preview, batch.reqs)):
+            self.draft_worker.tally.preview_tokens += batch.extend_num_tokens
+        else:
+            super()._arm_prefill_decode_interval(batch)  # type: ignore[misc]
+
     def drop_preview(self: Any, session: str | None) -> None:
         """Answer the session's waiting preview, if any, as aborted."""
         if session in self.previews:
@@ -84,6 +91,7 @@ class PreviewQueue:
         self.waiting_queue += waiting.values()
         super().abort_request(recv_req)  # type: ignore[misc]
         self.previews = {session: req for session, req in waiting.items() if req in self.waiting_queue}
+        self.draft_worker.tally.previews["dropped"] += len(waiting) - len(self.previews)
         self.waiting_queue = [req for req in self.waiting_queue if req not in waiting.values()]
 
     def update_running_batch(self, batch: Any) -> Any:
@@ -113,9 +121,13 @@ class PreviewQueue:
         self.waiting_queue.append(req)
         plan = self._plan(batch, None if running else ALONE)
         del self.previews[session]
-        if plan.batch_to_run is None:  # the KV is for the running requests, or storage is still being read
+        if plan.batch_to_run is not None:
+            self.draft_worker.tally.previews["prefilled"] += 1
+        else:  # the KV is for the running requests or in open sessions, or storage is still being read
             self.waiting_queue.remove(req)
             batch.batch_is_full, req.origin_input_ids, self.previews[session] = False, prompt, req
+            if not batch.reqs and self.tree_cache.check_prefetch_progress(req.cache_request_handle):
+                self.drop_preview(session)  # nothing ends that would give it room
         if running:
             self.rounds_to_wait = self._rounds(min(most, len(prompt) - cached), cached, running)
         return plan
