@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import xgrammar
 from transformers import AutoTokenizer
+from whiflash_kernels.cpu.texts import Candidates
 from whiflash_sdk.presets import TOOL_CALL_PARSERS
 
 from whiflash_sglang.arms.base import Drafter, KVDrafter, of_text, widest_of
@@ -37,7 +38,7 @@ from whiflash_sglang.arms.structure import StructureArm
 from whiflash_sglang.checkpoints.manifest import Lookup, Structure
 from whiflash_sglang.copying.calibration import Agreement
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.drafts.candidates import common_prefix
+from whiflash_sglang.drafts.candidates import Candidate, common_prefix, parts_of
 from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.prices.costs import Costs
 from whiflash_sglang.prices.round_clock import RoundClock, RoundTime
@@ -60,6 +61,17 @@ from whiflash_sglang.telemetry.tally import Tally
 
 VOCABULARY, PROMPT, CONTEXT, NEW, COPIED = 1000, 64, 8192, 2, 24
 ROWS = tuple(range(1, 4097, 8))
+
+
+def candidates_of(candidates: Candidates | None, index: int, proposing: Sequence[str]) -> dict[str, Candidate]:
+    """A request's candidates by arm. proposing: the arms, by column."""
+    found = dict[str, Candidate]()
+    for column, arm in enumerate(proposing[: 0 if candidates is None else candidates.sizes.shape[1]]):
+        tokens, alive, names, size, at = (each[index, column] for each in candidates)  # type: ignore[union-attr]
+        parts = parts_of(names[:size].tolist(), proposing)
+        if size:
+            found[arm] = Candidate(tokens[:size].tolist(), alive[:size].tolist(), parts, int(at))
+    return found
 
 
 class Silent(KVDrafter):
@@ -179,12 +191,16 @@ class Batch:
 
     def _note(self, turn: Round) -> None:
         """Add what was planned to the digest."""
-        for route, decision, by_arm in zip(turn.plan.routes, turn.decisions, turn.plan.candidates, strict=True):
+        for index, (route, decision) in enumerate(zip(turn.plan.routes, turn.decisions, strict=True)):
             candidates = [
                 (arm, list(each.tokens), list(each.alive), list(map(tuple, each.parts)), each.at)
-                for arm, each in by_arm.items()
+                for arm, each in self.candidates(turn, index).items()
             ]
             self.planned.update(repr((route, dict(decision.expected), candidates)).encode())
+
+    def candidates(self, turn: Round, index: int) -> dict[str, Candidate]:
+        """A request's candidates that may be verified, by arm."""
+        return candidates_of(turn.plan.candidates, index, self.planner.sources.proposers[1:])
 
     def _brought(self, turn: Round, index: int) -> int:
         """Tokens that the round commits of a request."""
@@ -285,7 +301,7 @@ class Agents(Batch):
         super().__init__(size, seed, timed=timed)
 
     def _more_drafters(self, spending: Spending) -> dict[str, Drafter]:
-        return {arms.STRUCTURE: StructureArm(Structure(), vocabulary(), spending.exhausted)}
+        return {arms.STRUCTURE: StructureArm(Structure(), vocabulary(), spending)}
 
     def _request(self, row: int) -> tuple[Any, RequestHints, bytes | None]:
         form, encode = FORMS[row % 2], vocabulary().encode
@@ -329,7 +345,7 @@ class Agents(Batch):
         """
         req, now, most = self.requests[index], len(self.requests[index].output_ids), widest_of(self.drafters)
         drafts, price = list[Sequence[int]]([()]), turn.plan.worth.least_chance
-        for each in turn.plan.candidates[index].values():
+        for each in self.candidates(turn, index).values():
             at = each.at - len(req.origin_input_ids)
             if list(each.tokens[: now - at]) == req.answer[at:now]:
                 least = each.least_chance(price, now - at)

@@ -12,16 +12,15 @@ from hashlib import sha256
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from whiflash_kernels.cpu.copies import compiled_copies
+from whiflash_kernels.cpu.texts import Batch, Candidates, compiled_texts
 from whiflash_sdk.presets import likely_spans
 
 from whiflash_lab.conversations import Conversation, RecordedTurn, Renderer
 from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.arms.lookup import LookupArm
-from whiflash_sglang.arms.structure import GRAMMAR, TOOLS, StructureArm
+from whiflash_sglang.arms.structure import StructureArm
 from whiflash_sglang.checkpoints.manifest import Lookup, Structure
-from whiflash_sglang.copying.copier import CONTEXT
-from whiflash_sglang.drafts.candidates import NOTHING, Candidate, common_prefix, first_of
+from whiflash_sglang.drafts.candidates import CONTEXT, GRAMMAR, TOOLS, Candidate, common_prefix, first_of, parts_of
 from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import History
@@ -29,6 +28,7 @@ from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
+from whiflash_sglang.structure.spending import Spending
 from whiflash_sglang.structure.tools import carried_tools
 
 WORTH = Worth(0.01)
@@ -94,10 +94,10 @@ class Walk:
 
     def __init__(self, vocabulary: Vocabulary, lookup: Lookup, structure: Structure, parser: str | None) -> None:
         self._vocabulary, self._parser, self._width = vocabulary, parser, lookup.max_width
-        # Without it the arm would copy nothing, and say so in a log only.
-        compiled_copies(cache_root() / "compiled")
-        forced = StructureArm(structure, vocabulary, lambda: False)
-        self._arms: list[TextDrafter] = [forced, LookupArm(lookup, late=False)]
+        # Without it the arms would draft nothing, and say so in a log only.
+        self._library = compiled_texts(cache_root() / "compiled")
+        forced = StructureArm(structure, vocabulary, Spending(float, float))
+        self._arms: list[TextDrafter] = [LookupArm(lookup, late=False), forced]
         self._requests = 0
         self.guesses: list[Guess] = []
         self.calls = 0
@@ -140,11 +140,11 @@ class Walk:
             return text[start:done]
 
         while done < len(text):
-            drafts = self._drafted(request, history)
+            batch, drafts = self._drafted(request, history)
             was, inside = inside, request.span is not None and request.span.kind == "tool_call"
             self.calls += inside and not was
             if inside:
-                self._guess(request, drafts, text[begin:done], text[done:])
+                self._guess(request, batch, drafts, text[begin:done], text[done:])
             verified = drafts.first(min(self._width, len(drafts.tokens)))
             right = common_prefix(verified.tokens, text[done : done + len(verified.tokens)])
             for source, count in first_of(verified.parts, right):
@@ -159,20 +159,32 @@ class Walk:
             arm.end(request)
         return sums
 
-    def _drafted(self, request: Request, history: History) -> Candidate:
-        """Return the draft of the arm that expects most accepted tokens, as extended by the other arms."""
-        offers = [
-            (arm, arm.propose(request, 0, history, WORTH) or NOTHING) for arm in self._arms if arm.serves(request)
-        ]
-        arm, best = max(offers, key=lambda offer: sum(offer[1].alive))
-        for other in (*self._arms, *self._arms):  # as in a round, each extends what the others added
-            if best.tokens and other is not arm and other.extends(request):
-                longer = other.extend_drafts(request, best, self._width, WORTH)
-                arm = other if len(longer.tokens) > len(best.tokens) else arm
-                best = longer
-        return best
+    def _drafted(self, request: Request, history: History) -> tuple[Batch, Candidate]:
+        """Return the request's batch, and the draft of the arm that expects most accepted tokens, as extended by the
+        other arm.
+        """
+        handles = [[arm.handle(request, history) if arm.serves(request) else 0] for arm in self._arms]
+        begin = request.known or request.prompt
+        written = history(begin)
+        request.known = begin + len(written)
+        candidates = Candidates.of(1, 2, WHOLE)
+        widest = [arm.max_drafts for arm in self._arms]
+        batch = Batch(self._library, candidates, handles, [0], [0, 1], widest, WORTH.least_chance)
+        batch.propose(written, [len(written)], [begin])
+        alive = [sum(candidates.alive[0, column, :size]) for column, size in enumerate(candidates.sizes[0])]
+        candidates.sizes[0, alive.index(min(alive))] = 0
+        return batch, self._extended(batch, self._width)
 
-    def _guess(self, request: Request, drafts: Candidate, written: Sequence[int], rest: Sequence[int]) -> None:
+    def _extended(self, batch: Batch, room: int) -> Candidate:
+        """Extend the one candidate of a batch that is left."""
+        column = int(batch.candidates.sizes[0].argmax())
+        batch.extend([[3, 3]], [room])
+        tokens, alive, names, size, at = (each[0, column] for each in batch.candidates)
+        return Candidate(tokens[:size].tolist(), alive[:size].tolist(), parts_of(names[:size].tolist(), ()), int(at))
+
+    def _guess(
+        self, request: Request, batch: Batch, drafts: Candidate, written: Sequence[int], rest: Sequence[int]
+    ) -> None:
         """Store a guess at the rest of the open call, compared with the recorded tokens `rest`."""
         assert request.span is not None
         if not request.span.end:
@@ -180,10 +192,7 @@ class Walk:
         end, tail = request.span.end.encode(), bytes_of(self._vocabulary, written[-WHOLE:])
         whole, before = drafts, -1
         while before < len(whole.tokens) and not self._until(end, tail, whole.tokens):
-            before = len(whole.tokens)
-            for arm in self._arms:
-                if whole.tokens and arm.extends(request):
-                    whole = arm.extend_drafts(request, whole, WHOLE, WORTH)
+            before, whole = len(whole.tokens), self._extended(batch, WHOLE)
         reached, left = self._until(end, tail, whole.tokens), self._until(end, tail, rest)
         chance = whole.alive[reached - 1] if reached else 0.0
         right = bool(reached) and list(whole.tokens[:reached]) == list(rest[:reached])

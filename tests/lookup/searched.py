@@ -1,12 +1,14 @@
-"""The search for copies in Python: what `copies.cpp` finds, place by place."""
+"""The reference of `copies.h` in Python: what it finds, place by place, and what it learns."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from whiflash_sglang.copying.calibration import BUCKETS, SURE, Agreement
-from whiflash_sglang.copying.texts import GAP, MAX_MATCH
+from whiflash_sglang.copying.calibration import BUCKETS, SURE, Agreement, MatchCalibration, RequestCalibration
+from whiflash_sglang.copying.copier import teach
+from whiflash_sglang.copying.texts import GAP
+from whiflash_sglang.drafts.candidates import NOTHING, Candidate, Part
 
-PLACES, STEPS, HEADS = 8, 32, 256
+PLACES, STEPS, HEADS, MAX_MATCH, NEAR = 8, 32, 256, 32, 64
 
 
 class Source(NamedTuple):
@@ -111,3 +113,99 @@ def searched(
         if token in stops:
             break
     return tokens, lives, agreements, *best[:3]
+
+
+class Predicted:
+    """An answer that is predicted, and where it goes on."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens, self.end, self.appeared = tokens, list[int](), set[int]()
+        self.length, self.place, self.left = 6, 0, 0
+
+    def follow(self, answer: Sequence[int]) -> None:
+        for token in answer:
+            self.end = [*self.end, token][-MAX_MATCH:]
+            if self.length and self.tokens[self.place : self.place + 1] == [token]:
+                self.appeared.add(self.place)
+                self.left = self.place + 1 if self.length >= 3 else self.left
+                self.length, self.place = min(self.length + 1, MAX_MATCH), self.place + 1
+            else:
+                self.length, self.place = self.nearest(self.end)
+
+    def behind(self, drafts: Sequence[int]) -> tuple[int, int]:
+        """The place at which the answer goes on behind drafts, with its match's length."""
+        if not drafts:
+            return self.length, self.place
+        if self.length and self.tokens[self.place : self.place + len(drafts)] == list(drafts):
+            return min(self.length + len(drafts), MAX_MATCH), self.place + len(drafts)
+        return self.nearest([*self.end, *drafts][-MAX_MATCH:])
+
+    def nearest(self, end: Sequence[int]) -> tuple[int, int]:
+        """The longest match, of equals one ahead of where the answer left, then the nearest."""
+        last = min(self.left + NEAR, len(self.tokens))
+        window = [i + 1 for i in range(self.left, last) if self.tokens[i] == end[-1]]
+        places = [(matched(self.tokens, at, end), at) for at in window] + newest(self.tokens, end, False)
+        best = max(places, key=lambda one: (one[0], one[1] > self.left, -abs(one[1] - self.left)), default=None)
+        return best or (0, self.left)
+
+
+class Copies:
+    """A request's copies from its own text, from `others`, and from its prediction; by each one's chances."""
+
+    def __init__(
+        self,
+        judge: MatchCalibration,
+        others: Sequence[tuple[Sequence[int], MatchCalibration, RequestCalibration]] = (),
+        prediction: tuple[Predicted, MatchCalibration] | None = None,
+        stops: Sequence[int] = (),
+        least: int = 1,
+    ) -> None:
+        self.text, self.judge, self.habit = list[int](), judge, RequestCalibration()
+        self.others, self.prediction, self.stops, self.least = others, prediction, stops, least
+        self.copy, self.source, self.at = NOTHING, 0, -1
+        self.answer = 0
+
+    def read(self, tokens: Sequence[int]) -> None:
+        judges = [(self.judge, self.habit), *((judge, habit) for _, judge, habit in self.others)]
+        if self.prediction is not None:
+            judges.append((self.prediction[1], RequestCalibration()))
+            self.prediction[0].follow(tokens)
+            self.answer += len(tokens)
+        teach(self.copy, tokens, *judges[self.source])
+        self.copy, self.at = NOTHING, self.at + len(tokens) if self.at >= 0 else -1
+        self.text += tokens
+
+    def look(self, most: int, worth: float, paid: int) -> Candidate:
+        self.copy = NOTHING
+        if found := self._searched((), most, worth, 1.0, paid):
+            tokens, alive, agreements, length, self.at, self.source = found
+            name = ("context", *["group"] * len(self.others), "prediction")[self.source]
+            self.copy = Candidate(tokens, alive, [Part(name, len(tokens))], 0, length, agreements)
+        return self.copy
+
+    def look_beyond(self, drafts: Sequence[int], alive: float, most: int, worth: float, paid: int) -> Candidate:
+        if (
+            not drafts
+            or (paid <= 0 and alive < worth)
+            or not (found := self._searched(drafts, most, worth, alive, paid))
+        ):
+            return NOTHING
+        return Candidate(*found[:2]) if paid > 0 or found[1][0] >= worth else NOTHING
+
+    def _searched(self, drafts: Sequence[int], most: int, worth: float, alive: float, paid: int) -> Any:
+        """As `searched`; sources are numbered: own, others, prediction."""
+        sources = [Source(self.text, self.judge.chances, True, factor=self.habit.factor)]
+        sources += [Source(text, judge.chances, factor=habit.factor) for text, judge, habit in self.others]
+        order = list(range(len(sources)))
+        if self.prediction is not None:
+            predicted, judge = self.prediction
+            sources.append(Source(predicted.tokens, judge.chances, place=predicted.behind(drafts)))
+            followed = 2 * (len(predicted.appeared) + 6) >= self.answer
+            order.insert(0 if followed else len(order), len(order))
+        if self.prediction is None or self.source < len(sources) - 1:
+            sources[self.source] = sources[self.source]._replace(at=self.at)
+        if not self.text:
+            return None
+        known = [sources[number] for number in order]
+        found = searched(known, drafts, self.stops, self.least, most, worth, alive, paid)
+        return found and (*found[:-1], order[found[-1]])

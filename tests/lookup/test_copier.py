@@ -6,18 +6,17 @@ from array import array
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searching import SEARCH
+from searching import SEARCH, Looking
 
 from whiflash_sglang.copying.calibration import BUCKETS, EVEN_ODDS, Agreement, MatchCalibration
-from whiflash_sglang.copying.copier import Copier
 from whiflash_sglang.copying.texts import Prediction
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate
 from whiflash_sglang.records.core import PLACEHOLDERS, readable
 
 
-def copier_of(*tokens: int, **options: object) -> Copier:
-    copier = Copier(SEARCH, MatchCalibration(), **options)  # type: ignore[arg-type]
-    copier.extend(tokens)
+def copier_of(*tokens: int, **options: object) -> Looking:
+    copier = Looking(**options)  # type: ignore[arg-type]
+    copier.read(tokens)
     return copier
 
 
@@ -66,11 +65,11 @@ def test_shorter_matches_than_asked_for_are_left_alone() -> None:
 
 def test_what_is_committed_teaches_whoever_drafted() -> None:
     calibration = MatchCalibration()
-    copier = Copier(SEARCH, calibration)
-    copier.extend([1, 2, 9, 8, 7, 1, 2])
+    copier = Looking(calibration)
+    copier.read([1, 2, 9, 8, 7, 1, 2])
     assert tokens_of(copier.look(3, 0.0)) == [9, 8, 7]
     before = [calibration.chance(length, Agreement.ALONE) for length in (2, 3, 4)]
-    copier.extend([9, 5])  # the first copy was right, the second wrong, the third is unknown
+    copier.read([9, 5])  # the first copy was right, the second wrong, the third is unknown
     after = [calibration.chance(length, Agreement.ALONE) for length in (2, 3, 4)]
     assert after[0] > before[0]
     assert after[1] < before[1]
@@ -93,7 +92,9 @@ def test_drafts_lead_into_a_copy() -> None:
         "the text goes on with the drafts"
     )
     assert not tokens_of(copier.look_beyond([11, 12], 1.0, 3, 0.0))
-    assert tokens_of(copier._copy) == committed, "what the text's end says is still what is learned from"
+    assert tokens_of(copier.last_copy(Candidate(committed))) == committed, (
+        "what the text's end says is still what is learned from"
+    )
 
 
 def test_a_copy_behind_drafts_is_as_likely_as_they_are() -> None:
@@ -116,7 +117,7 @@ def test_how_a_request_copies_moves_a_copy_once_and_not_once_a_token() -> None:
     copier = copier_of(*range(1, 12), 1, 2)
     before = copier.look(8, 0.0).alive
     for _ in range(200):
-        copier._own.habit.observe(0.5, True)
+        copier.habit.observe(0.5, True)
     after = copier.look(8, 0.0).alive
     factors = [b / a for a, b in zip(before, after, strict=True)]
     assert factors[0] > 1.1
@@ -127,28 +128,28 @@ def test_how_a_request_copies_its_text_says_nothing_of_its_prediction() -> None:
     """Copies of that are judged by its own table only, and are no evidence of how the request copies."""
     copier = copier_of(1, 2, prediction=Prediction(SEARCH, range(100, 120), 2))
     for _ in range(200):
-        copier._own.habit.observe(0.5, False)
-    factor, proposal = copier._own.habit.factor, copier.look(4, 0.0)
+        copier.habit.observe(0.5, False)
+    factor, proposal = copier.habit.factor, copier.look(4, 0.0)
     assert (proposal.parts[0].source, tokens_of(proposal)) == ("prediction", [100, 101, 102, 103])
     fresh = copier_of(1, 2, prediction=Prediction(SEARCH, range(100, 120), 2)).look(4, 0.0)
     assert factor < 0.5
     assert proposal.alive == pytest.approx(fresh.alive)
-    copier.extend([100, 7])
-    assert copier._own.habit.factor == factor
+    copier.read([100, 7])
+    assert copier.habit.factor == factor
 
 
 def test_a_request_that_copies_badly_is_trusted_less_than_others() -> None:
     calibration = MatchCalibration()
     rng = random.Random(0)
-    good, bad = Copier(SEARCH, calibration), Copier(SEARCH, calibration)
-    good.extend([1, 2, 3, 4, 5])
+    good, bad = Looking(calibration), Looking(calibration)
+    good.read([1, 2, 3, 4, 5])
     for _ in range(12):
         for token in (1, 2, 3, 4, 5):
             good.look(1, 0.0)
-            good.extend([token])
+            good.read([token])
             bad.look(1, 0.0)
-            bad.extend([rng.choice([1, 2, 3])])
-    assert good._own.habit.factor > 1 > bad._own.habit.factor
+            bad.read([rng.choice([1, 2, 3])])
+    assert good.habit.factor > 1 > bad.habit.factor
 
 
 @settings(deadline=None)
@@ -168,9 +169,9 @@ def test_widths_and_expectations_are_bounded(text: list[int], limit: int, worth:
 @given(st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=8))
 def test_any_text(rounds: list[list[int]]) -> None:
     """Committed tokens follow no proposal in particular; proposed ones come after a real match somewhere."""
-    copier, own = Copier(SEARCH, MatchCalibration()), []
+    copier, own = Looking(), []
     for tokens in rounds:
-        copier.extend(tokens)
+        copier.read(tokens)
         own += tokens
         proposal = copier.look(4, 0.0)
         if proposal.tokens:
@@ -195,11 +196,11 @@ def test_every_length_has_a_chance(length: int, agreement: Agreement) -> None:
     assert calibration.chance(length, agreement) == 0.5
 
 
-def copying_a_run(rounds: int) -> Copier:
+def copying_a_run(rounds: int) -> Looking:
     """It has copied 15 tokens a round from a token repeated 60 times, whose newest places are those at its end."""
     copier = copier_of(1, 2, *[7] * 60, 3, 4, 5, 9, 1, 2)
     for _ in range(rounds):
-        copier.extend(tokens_of(copier.look(15, 0.0)))
+        copier.read(tokens_of(copier.look(15, 0.0)))
     return copier
 
 
@@ -217,15 +218,15 @@ def test_a_copy_behind_drafts_goes_on_where_it_was() -> None:
 
 def test_what_a_copy_was_taken_from_is_known() -> None:
     """Also of one that goes behind drafts, which changes nothing of what was looked at before."""
-    copier = Copier(SEARCH, MatchCalibration(), prediction=Prediction(SEARCH, [40, 41, 42, 75, 76]))
+    copier = Looking(prediction=Prediction(SEARCH, [40, 41, 42, 75, 76]))
     found = {}
     for end in ([1, 2, 3, 1, 2], [40, 41, 42]):
-        copier.extend(list(end))
+        copier.read(list(end))
         proposal = copier.look(2, 0.0)
         found[tokens_of(proposal)[0]] = proposal.parts[0].source
     assert found == {3: "context", 75: "prediction"}
     assert copier.look_beyond([1, 2], 1.0, 1, 0.0).parts[0].source == "context"
     assert proposal.parts[0].source == "prediction"
-    copier.extend([1, 2])
+    copier.read([1, 2])
     again = copier.look(1, 0.0)
     assert (tokens_of(again), again.parts[0].source) == ([40], "context")

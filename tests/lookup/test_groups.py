@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from drafting import propose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,8 +38,7 @@ class Asked:
     def say(self, *tokens: int) -> Candidate:
         """A round that commits tokens; then a proposal."""
         self.text += tokens
-        length = len(self.text)
-        return self.arm.propose(self.request, length, lambda start: self.text[start:], FULL_LENGTH) or NOTHING
+        return propose(self.arm, self.request, lambda start: self.text[start:], FULL_LENGTH) or NOTHING
 
     def end(self, *, finished: bool = True) -> None:
         if finished:
@@ -238,13 +239,13 @@ def test_the_host_looks_while_a_group_has_others() -> None:
 def test_without_a_compiler_the_device_copies_own_text(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("whiflash_sglang.arms.lookup.available", lambda *_: None)
+    monkeypatch.setattr("whiflash_sglang.arms.lookup.compiled_texts", Mock(side_effect=OSError("no compiler")))
     server = arm()
     assert "neither predictions nor other answers of a task" in caplog.text
     request = Request("r", RequestHints(task="t"), prediction=[1, 2, 3], stops=(7,))
     server.begin(request)
     assert server.promised(request) is not None
-    assert server.propose(request, 1, lambda start: [5][start:], FULL_LENGTH) is None
+    assert propose(server, request, lambda start: [5][start:], FULL_LENGTH) is None
     server.copied(request, Candidate([6, 7, 8], [0.5, 0.25, 0.125]), [6])
     assert server.promised(request) == (1.75, 3), "what comes after the turn's end promises nothing"
     server.end(request)

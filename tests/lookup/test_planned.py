@@ -32,7 +32,7 @@ def test_what_the_device_copies_itself_is_not_sent(plans: list[Round]) -> None:
         batch.round()
     for turn in plans:
         assert all(turn.plan.limits.copied)
-        assert not any(turn.plan.candidates)
+        assert turn.plan.candidates is None
         assert turn.host_drafts is None
     assert batch.drafters[arms.LOOKUP].host_bytes(batch.running.values())["index"] == 0, (
         "no text is indexed on the host"
@@ -74,9 +74,8 @@ def test_what_the_device_cannot_find_is_sent(plans: list[Round]) -> None:
     text.output_ids = predicted[:1]
     batch.round()
     (turn,) = plans
-    plan = turn.plan
-    assert [list(by_arm) for by_arm in plan.candidates] == [[], [arms.LOOKUP], []]
-    candidate = plan.candidates[1][arms.LOOKUP]
+    assert [list(batch.candidates(turn, index)) for index in range(3)] == [[], [arms.LOOKUP], []]
+    candidate = batch.candidates(turn, 1)[arms.LOOKUP]
     assert {part.source for part in candidate.parts} == {"prediction"}
     assert turn.host_drafts is not None
     sent, _ = turn.host_drafts

@@ -1,17 +1,17 @@
 """The compiled search for copies against the one in Python (`searched`), in any texts, from any sources."""
 
 from array import array
-from collections.abc import Sequence
 from itertools import chain
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import searched
-from searching import SEARCH
+from searching import SEARCH, Looking
 
 from whiflash_sglang.copying.calibration import MatchCalibration, RequestCalibration
-from whiflash_sglang.copying.copier import _AT
-from whiflash_sglang.copying.texts import GAP, MAX_MATCH, Prediction, Source, Text
+from whiflash_sglang.copying.texts import GAP, Prediction, Source, Text
 
 
 def some(random: Random, ids: int, count: int) -> list[int]:
@@ -36,64 +36,50 @@ def texts(random: Random, ids: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("seed", range(150))
-def test_any_search(seed: int) -> None:
+def test_any_rounds(seed: int) -> None:
+    """Rounds of a request: what is copied, also behind drafts, and what is learned of all sources."""
     random = Random(seed)
     ids = random.choice([2, 3, 8, 50, 1000, 200_000])
     own, *others = texts(random, ids)
-    sources = [Source("context", Text(SEARCH, own), judged(random), RequestCalibration())]
-    sources[0].fields[-1] = True
-    sources += [Source("group", Text(SEARCH, other), judged(random)) for other in others]
-    if random.random() < 0.3:
-        prediction = Prediction(SEARCH, some(random, ids, 20), judge=judged(random))
-        prediction.follow(own[-3:] if min(own[-3:]) >= 0 else [])
-        sources.insert(random.choice([0, len(sources)]), prediction)
-    for habit in (source.habit for source in sources if source.habit):
-        habit.observe(random.random() * 20, True)
+    predicted = some(random, ids, 20) if random.random() < 0.3 else None
+    stops, least = some(random, ids, random.choice([0, 0, 2])), random.choice([1, 1, 2])
+    judges = [[judged(Random(seed + i)) for i in range(3)] for _ in range(2)]
+    prediction = None if predicted is None else Prediction(SEARCH, predicted, judge=judges[0][2])
+    group, habits = [Text(SEARCH, other) for other in others], [RequestCalibration() for _ in range(2)]
+    joined: Any = SimpleNamespace(live={}, taken=array("d", [0.0, 0.0]))
+    sources = [Source(text, judges[0][1], habits[0]) for text in group]
+    member: Any = SimpleNamespace(group=joined, rid="r", prompt=0, looks=array("q", [0]), others=lambda: sources)
+    copies = Looking(judges[0][0], least, prediction, None, stops, member)
+    expected = None if predicted is None else (searched.Predicted(predicted), judges[1][2])
+    twin = searched.Copies(judges[1][0], [(other, judges[1][1], habits[1]) for other in others], expected, stops, least)
+    written = [own[: len(own) // 2 + 1]]
     for _ in range(25):
-        copying = random.choice([None, *sources])
-        at = -1 if copying is None else random.randint(0, len(copying.text) + 1)
-        drafts = some(random, ids, random.choice([0, 0, 1, 3, 40]))
+        for each in (copies, twin):
+            each.read(written[-1])
+        most, paid, worth = (
+            random.choice([1, 5, 24, 33]),
+            random.choice([0, 0, 1, 7]),
+            random.choice([0.0, 0.1, 0.3, 0.6]),
+        )
+        most = max(most, paid)
+        said, right = copies.look(most, worth, paid), twin.look(most, worth, paid)
+        assert (said.tokens, said.alive, said.parts, said.matched) == (
+            right.tokens,
+            right.alive,
+            right.parts,
+            right.matched,
+        )
+        assert list(said.agreements) == list(right.agreements)
+        drafts = some(random, ids, random.choice([1, 3, 40]))
         if others and random.random() < 0.5:
-            drafts = [token for token in random.choice(others)[: random.randint(0, 5)] if token >= 0]
-        known = [described(source, at if source is copying else -1, drafts) for source in sources]
-        fields = array("q", chain.from_iterable(source.fields for source in sources))
-        for number, source in enumerate(known):
-            fields[number * 7 + _AT] = source.at
-        stops = some(random, ids, random.choice([0, 0, 2]))
-        least, most = random.choice([1, 1, 2]), random.choice([1, 5, 24, 33, 100])
-        chances = (random.choice([0.0, 0.1, 0.3, 0.6]), random.choice([1.0, 0.5]), random.choice([0, 0, 1, 7, 40]))
-        found = SEARCH.copy(fields, drafts, array("i", stops), least, most, chances)
-        expected = searched.searched(known, drafts, stops, least, most, *chances)
-        assert (found if found[0] else None) == expected
-
-
-def described(source: Source, at: int, drafts: Sequence[int]) -> searched.Source:
-    """The source as the Python search takes it."""
-    factor = 1.0 if source.habit is None else source.habit.factor
-    place = None
-    if isinstance(source, Prediction):
-        place, at = place_behind(source, drafts), -1
-    tokens, own = source.text.tokens.tolist(), bool(source.fields[-1])
-    return searched.Source(tokens, source.judge.chances, own, at, place, factor)
-
-
-def place_behind(prediction: Prediction, drafts: Sequence[int]) -> tuple[int, int]:
-    """The place at which the answer goes on behind drafts."""
-    length, place = prediction.place
-    tokens = prediction.text.tokens.tolist()
-    if not drafts:
-        return length, place
-    if length and tokens[place : place + len(drafts)] == list(drafts):
-        return min(length + len(drafts), MAX_MATCH), place + len(drafts)
-    end = prediction._arrays[1].tolist()[: prediction._followed[3]]
-    return nearest(tokens, prediction._followed[6], [*end, *drafts][-MAX_MATCH:])
-
-
-def nearest(tokens: Sequence[int], left: int, end: Sequence[int]) -> tuple[int, int]:
-    """The longest match, of equals one ahead of where the answer left, then the nearest."""
-    window = [i + 1 for i in range(left, min(left + 64, len(tokens))) if tokens[i] == end[-1]]
-    places = [(searched.matched(tokens, at, end), at) for at in window] + searched.newest(tokens, end, False)
-    return max(places, key=lambda one: (one[0], one[1] > left, -abs(one[1] - left)), default=(0, left))
+            drafts = [token for token in random.choice(others)[: random.randint(1, 5)] if token >= 0] or [0]
+        behind = drafts, random.choice([1.0, 0.5]), most, worth, random.choice([0, 0, 3])
+        longer, found = copies.look_beyond(*behind), twin.look_beyond(*behind)
+        assert (longer.tokens, longer.alive) == (found.tokens, found.alive)
+        ahead = random.choice([said.tokens, own, *others])[: random.randint(1, 9)]
+        written.append([token for token in ahead if token >= 0] + some(random, ids, random.randrange(2)))
+    assert [list(judge.chances) for judge in judges[0]] == [list(judge.chances) for judge in judges[1]]
+    assert (copies.habit.factor, habits[0].factor) == (twin.habit.factor, habits[1].factor)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -103,22 +89,13 @@ def test_any_answer_is_followed(seed: int) -> None:
     predicted = some(random, ids, random.choice([0, 1, 30, 400]))
     answer = [token for token in predicted if random.random() < 0.9] + some(random, ids, 20)
     random.choice([list.reverse, list.copy])(answer)
-    prediction = Prediction(SEARCH, predicted)
-    length, place, left, appeared = 6, 0, 0, set[int]()
-    at = 0
+    prediction, twin, at = Prediction(SEARCH, predicted), searched.Predicted(predicted), 0
     while at < len(answer):
         step = random.randint(1, 9)
-        prediction.follow(answer[at : at + step])
-        for i in range(at, min(at + step, len(answer))):
-            if length and place < len(predicted) and predicted[place] == answer[i]:
-                appeared.add(place)
-                left = place + 1 if length >= 3 else left
-                length, place = min(length + 1, MAX_MATCH), place + 1
-            else:
-                length, place = nearest(predicted, left, answer[max(0, i - MAX_MATCH + 1) : i + 1])
+        for each in (prediction, twin):
+            each.follow(answer[at : at + step])
         at += step
-        assert prediction.place == (length, place)
-        assert prediction.accepted == len(appeared)
+        assert prediction.appeared[0] == len(twin.appeared)
 
 
 @pytest.mark.parametrize("text", [[7] * 8000, Random(0).choices(range(3), k=4000), [a << 20 for a in range(60)] * 60])

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from drafting import propose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,7 +39,7 @@ class Client:
             self.arm.begin(self.request)
         self.text += tokens
         text = self.text
-        said = self.arm.propose(self.request, len(text), lambda start: text[start:], FULL_LENGTH)
+        said = propose(self.arm, self.request, lambda start: text[start:], FULL_LENGTH)
         self.seen.append(said or NOTHING)
 
 

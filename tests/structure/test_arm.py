@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from drafting import continued, propose
 from structure_grammars import KEYS, PROMPT, Grammars, Told
 from walked import cuts_of
 from whiflash_sdk.hints import Span
@@ -16,6 +17,7 @@ from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
+from whiflash_sglang.structure.spending import Spending
 from whiflash_sglang.structure.tools import MOST_FUNCTIONS, carried_tools
 
 CALLS = (Span(kind="tool_call", begin="<tool_call>", end="</tool_call>"),)
@@ -28,7 +30,7 @@ def outlook(said: Candidate | None) -> float:
 
 @pytest.fixture
 def arm(vocabulary: Vocabulary) -> StructureArm:
-    return StructureArm(Structure(max_width=8), vocabulary, lambda: False)
+    return StructureArm(Structure(max_width=8), vocabulary, Spending(float, float))
 
 
 def begun(
@@ -36,7 +38,7 @@ def begun(
 ) -> Request:
     """A request that has begun."""
     hints = hints or RequestHints()
-    request = Request("r", hints, grammar=grammar, read=lambda: prompt)
+    request = Request("r", hints, grammar=grammar, prompt=len(prompt), read=lambda: prompt)
     arm.begin(request)
     return request
 
@@ -53,7 +55,7 @@ def play(arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary) -> Any:
         told.tell(tokens[:1])
         expected = []
         for token in [*tokens[1:], *vocabulary.encode("k")]:
-            expected.append(outlook(arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH)))
+            expected.append(outlook(propose(arm, request, told.history, FULL_LENGTH)))
             told.tell([token])
         arm.end(request)
         return expected[0]
@@ -74,8 +76,7 @@ def test_it_learns_from_what_others_draft(arm: StructureArm, play: Any) -> None:
 def test_a_request_that_it_does_not_serve_gets_nothing(arm: StructureArm) -> None:
     request = begun(arm)
     assert not arm.serves(request)
-    assert arm.propose(request, 3, lambda start: [], FULL_LENGTH) is None
-    assert not arm.extends(request)
+    assert propose(arm, request, lambda start: [], FULL_LENGTH) is None
 
 
 def test_what_is_said_while_rounds_are_under_way_follows_what_is_known(
@@ -85,8 +86,8 @@ def test_what_is_said_while_rounds_are_under_way_follows_what_is_known(
     told = Told(grammars)
     request = begun(arm, grammar=told)
     told.tell(vocabulary.encode(told.beginning(vocabulary).forced())[:1])
-    now = arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH) or NOTHING
-    late = arm.propose(request, len(told.text) + 2, told.history, FULL_LENGTH, 8) or NOTHING
+    now = propose(arm, request, told.history, FULL_LENGTH) or NOTHING
+    late = propose(arm, request, told.history, FULL_LENGTH, 8) or NOTHING
     assert now.at == late.at == len(told.text)
     assert late.tokens[: len(now.tokens)] == now.tokens
     assert len(late.tokens) > len(now.tokens)
@@ -102,10 +103,10 @@ def test_a_late_candidate_is_cut_by_the_chance_after_the_rows_under_way(
     rates._right[:] = array("d", (0.9 * seen for seen in rates._seen))
     told.tell(vocabulary.encode(told.beginning(vocabulary).forced())[:1])
     for under_way in (0, 1, 4):
-        said = arm.propose(request, len(told.text) - 1, told.history, dear, under_way) or NOTHING
+        said = propose(arm, request, told.history, dear, under_way) or NOTHING
         assert len(said.tokens) == under_way + 3
-        first = said.first(under_way // 2)
-        assert arm.extend_drafts(request, first, 12, dear).tokens == said.tokens
+        first = said.first(max(under_way // 2, 1))
+        assert continued(arm, request, first, 12, dear).tokens == said.tokens
         forecast = said.outlook(8, under_way, 0.72)
         assert forecast == (pytest.approx(1 + sum(0.9 ** (under_way + i) for i in (1, 2, 3))), 4)
     assert said.outlook(8, 1, 0.72).rows == 4, "what is expected to be committed sets the price of the rest"
@@ -117,9 +118,9 @@ def test_what_drafts_are_taken_from_is_the_grammar_where_there_is_one(
     tools = RequestHints(tools=carried_tools([("find", {"description": "x"})], "hermes") or "")
     told, written = Told(grammars), [*PROMPT, *vocabulary.encode("<tool_call>")]
     alone = begun(arm, RequestHints(tools=tools.tools, spans=CALLS))
-    arm.propose(alone, len(PROMPT), lambda start: written[: len(PROMPT) + 1][start:], FULL_LENGTH)
+    propose(arm, alone, lambda start: written[: len(PROMPT) + 1][start:], FULL_LENGTH)
     for request, text, source in ((begun(arm, tools, told), list(PROMPT), "grammar"), (alone, written, "tools")):
-        said = arm.propose(request, len(text) - 1, lambda start, text=text: text[start:], FULL_LENGTH)  # type: ignore[misc]
+        said = propose(arm, request, lambda start, text=text: text[start:], FULL_LENGTH)  # type: ignore[misc]
         assert said is not None
         assert said.parts == [(source, len(said.tokens))]
 
@@ -132,10 +133,10 @@ def test_where_calls_are_rare_none_is_guessed(arm: StructureArm, vocabulary: Voc
     def answer(text: str) -> float:
         request = begun(arm, hints)
         written = [*PROMPT, *vocabulary.encode("<think>So</think>\n\n")]
-        arm.propose(request, len(PROMPT), lambda start: written[: len(PROMPT) + 1][start:], worth)
-        expected = outlook(arm.propose(request, len(written) - 1, lambda start: written[start:], worth))
+        propose(arm, request, lambda start: written[: len(PROMPT) + 1][start:], worth)
+        expected = outlook(propose(arm, request, lambda start: written[start:], worth))
         written += vocabulary.encode(text)
-        arm.propose(request, len(written) - 1, lambda start: written[start:], worth)
+        propose(arm, request, lambda start: written[start:], worth)
         arm.end(request)
         return expected
 
@@ -158,10 +159,10 @@ def test_it_cuts_marks_as_its_target_cut_them_and_keeps_no_word(
         told = Told(grammars)
         request = begun(arm, grammar=told)
         text = told.beginning(vocabulary).forced()
-        said.append(arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH) or NOTHING)
+        said.append(propose(arm, request, told.history, FULL_LENGTH) or NOTHING)
         for character in text[:9]:
             told.tell(vocabulary.encode(character))
-            arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH)
+            propose(arm, request, told.history, FULL_LENGTH)
     brackets = [text_of(vocabulary, candidate.tokens[:1]) for candidate in said]
     assert brackets == ['{"', "{"]
     assert arm._walks is not None
@@ -204,7 +205,7 @@ def test_a_round_reads_as_much_of_a_long_prompt_as_of_a_short_one(
                 read.append(stop - start)
                 return text[start:stop]
 
-            said = arm.propose(request, length - 1, history, FULL_LENGTH)
+            said = propose(arm, request, history, FULL_LENGTH)
         assert said is not None
         found.append(read[:])
     assert found[0] == found[1]

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import walked
+from drafting import continued, propose
 from matrix import sampled
 from structure_grammars import PROMPT, Grammars, Told
-from whiflash_kernels.cpu.automaton import Table, Walk
+from whiflash_kernels.cpu.texts import Table, Walk
 from whiflash_sdk.presets import TOOL_CALL_PARSERS
 
 from whiflash_sglang.arms import structure
@@ -22,6 +23,7 @@ from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, text_of
 from whiflash_sglang.structure import automaton
 from whiflash_sglang.structure.automaton import MOST_NODES
+from whiflash_sglang.structure.spending import Spending
 from whiflash_sglang.structure.tools import carried_tools
 
 KEYS = {"to": {"type": "string"}, "in": {"enum": ["celsius", "kelvin"]}, "n": {"type": "number"}}
@@ -48,13 +50,13 @@ class Written:
         self.hints, self.text = hints_of(form), [*PROMPT]
 
     def begin(self, arm: StructureArm) -> Request:
-        request = Request("r", self.hints, grammar=self.told, read=lambda: PROMPT)
+        request = Request("r", self.hints, grammar=self.told, prompt=len(PROMPT), read=lambda: PROMPT)
         arm.begin(request)
         return request
 
     def look(self, arm: StructureArm, request: Request, drafts: Candidate, room: int = 24) -> tuple[Any, Any]:
-        said = arm.propose(request, len(self.text) - 1, lambda start: self.text[start:], FULL_LENGTH)
-        return said or NOTHING, arm.extend_drafts(request, drafts, room, FULL_LENGTH)
+        said = propose(arm, request, lambda start: self.text[start:], FULL_LENGTH)
+        return said or NOTHING, continued(arm, request, drafts, room, FULL_LENGTH)
 
     def write(self, tokens: Sequence[int]) -> None:
         if self.told is not None:
@@ -70,11 +72,11 @@ def test_walks_are_those_of_the_reference_and_say_what_is_found_from_nothing(
 ) -> None:
     tables, walks = {walked.Walks: walked.Table}, {walked.Table: walked.Walk}
     monkeypatch.setattr(automaton, "MOST_NODES", nodes)
-    monkeypatch.setattr(automaton, "Table", lambda own, answers: tables.get(type(own), Table)(own, answers))
+    monkeypatch.setattr(automaton, "Table", lambda own, *rest: tables.get(type(own), Table)(own, *rest))
     monkeypatch.setattr(structure, "Walk", lambda table, *rest: walks.get(type(table), Walk)(table, *rest))
     # A special token that a text has is no draft, and the text goes on after it.
     vocabulary = vocabulary._replace(special=vocabulary.special | {*vocabulary.encode("x")})
-    shared, twin = (StructureArm(Structure(max_width=8), vocabulary, lambda: False) for _ in range(2))
+    shared, twin = (StructureArm(Structure(max_width=8), vocabulary, Spending(float, float)) for _ in range(2))
     twin._walks = walked.Walks(None, vocabulary.token_bytes, vocabulary.special)  # type: ignore[assignment]
     twin.forget()
     tokens, table = vocabulary.encode(DOCUMENTS[form]), vocabulary.token_bytes
@@ -89,9 +91,11 @@ def test_walks_are_those_of_the_reference_and_say_what_is_found_from_nothing(
             ids += random.choices(random.choice(others), k=random.choice((0, 0, 1)))
             drafts = Candidate(ids, [0.95**i for i in range(len(ids))])
             looks = [written.look(arm, request, drafts) for arm, request in zip((shared, twin), requests, strict=True)]
-            assert looks[0] == looks[1]
+            assert [(each.tokens, each.alive, each.at) for each in looks[0]] == [
+                (each.tokens, each.alive, each.at) for each in looks[1]
+            ]
             late += len(looks[0][0].tokens) if 3 * len(rest) < len(tokens) else 0
-            anew = StructureArm(Structure(max_width=8), vocabulary, lambda: False)
+            anew = StructureArm(Structure(max_width=8), vocabulary, Spending(float, float))
             anew.forget()
             own = written.look(anew, written.begin(anew), drafts)
             # A special token that a text had may be drafted there, which nothing says from nothing.
@@ -114,7 +118,7 @@ def test_walks_are_those_of_the_reference_and_say_what_is_found_from_nothing(
 def test_requests_with_equal_tools_ask_once_and_forgetting_ends_that(
     form: str, grammars: Grammars, vocabulary: Vocabulary
 ) -> None:
-    arm, tokens = StructureArm(Structure(), vocabulary, lambda: False), vocabulary.encode(DOCUMENTS[form])
+    arm, tokens = StructureArm(Structure(), vocabulary, Spending(float, float)), vocabulary.encode(DOCUMENTS[form])
 
     def asked() -> list[int]:
         written = Written(form, grammars)
@@ -137,19 +141,19 @@ def looks_at(
 ) -> tuple[list[Any], int]:
     """Return the drafts before each token of a text under a grammar, and how many edges were asked for."""
     told = Told(grammars, {"type": "object", "properties": properties, "required": [*properties]})
-    request, looks = Request("r", RequestHints(), grammar=told, read=lambda: PROMPT), list[Any]()
+    request, looks = Request("r", RequestHints(), grammar=told, prompt=len(PROMPT), read=lambda: PROMPT), list[Any]()
     arm.begin(request)
     tokens = arm._vocabulary.encode(text)
     for written in [tokens] if at_once else [[], *([token] for token in tokens)]:
         told.tell(written)
-        said = arm.propose(request, 0, told.history, FULL_LENGTH)
+        said = propose(arm, request, told.history, FULL_LENGTH)
         looks.append(said.tokens if said else [])
     return looks, walked.counts_of(request.kept[arm.arm].automaton.table)[3]
 
 
 @pytest.mark.parametrize("first", ["0", "7", "-0.05e-01", "10"])
 def test_numbers_that_go_on_otherwise_are_apart(first: str, grammars: Grammars, vocabulary: Vocabulary) -> None:
-    arm, alone = (StructureArm(Structure(), vocabulary, lambda: False) for _ in range(2))
+    arm, alone = (StructureArm(Structure(), vocabulary, Spending(float, float)) for _ in range(2))
     keys = {"n": {"type": "number"}, "m": {"enum": ["celsius", "kelvin"]}}
     looks_at(arm, grammars, keys, f'{{"n": {first}, "m": "kelvin"}}')
     for number in ("101", "-0", "0.0", "-105.50"):
@@ -162,7 +166,7 @@ def test_numbers_that_go_on_otherwise_are_apart(first: str, grammars: Grammars, 
 
 
 def test_documents_of_lists_ask_little_after_the_first(grammars: Grammars, vocabulary: Vocabulary) -> None:
-    arm, random, asked = StructureArm(Structure(), vocabulary, lambda: False), Random(0), [0]
+    arm, random, asked = StructureArm(Structure(), vocabulary, Spending(float, float)), Random(0), [0]
     words = {"enum": ["celsius", "kelvin", "user"]}
     item = {"type": "object", "properties": {"x": words, "y": words}, "required": ["x", "y"]}
     for _ in range(6):
@@ -182,8 +186,10 @@ def test_a_look_whose_time_ends_leaves_nothing_to_others(grammars: Grammars, voc
         left -= 1
         return left < 0
 
+    spending = Spending(float, float)
+    spending.exhausted = exhausted  # type: ignore[method-assign]
     for most in range(40):
-        arm, left = StructureArm(Structure(), vocabulary, exhausted), most
+        arm, left = StructureArm(Structure(), vocabulary, spending), most
         looks_at(arm, grammars, keys, '{"m": "Pa', at_once=True)
         left = 10**6
         before = looks_at(arm, grammars, keys, '{"m": "Paris \\n \\u001f city"}')[1]
@@ -192,17 +198,17 @@ def test_a_look_whose_time_ends_leaves_nothing_to_others(grammars: Grammars, voc
 
 
 def test_calls_without_places_and_prompts_are_in_no_automaton_of_others(vocabulary: Vocabulary) -> None:
-    arm, secret = StructureArm(Structure(), vocabulary, lambda: False), "Mr Mrs"
+    arm, secret = StructureArm(Structure(), vocabulary, Spending(float, float)), "Mr Mrs"
     parameters = {
         "type": "object",
         "properties": {"n": {"enum": [1, 2]}, "to": {"type": "string"}},
         "required": ["n", "to"],
     }
-    request = Request("r", hints_of("hermes", [("f", parameters)]), read=lambda: PROMPT)
+    request = Request("r", hints_of("hermes", [("f", parameters)]), prompt=len(PROMPT), read=lambda: PROMPT)
     arm.begin(request)
     body, text, found = json.dumps({"name": "f", "arguments": {"n": 2, "to": secret}}), [*PROMPT], ""
     for token in vocabulary.encode(f"Ah.\n<tool_call>\n{body}\n</tool_call>\n"):
-        said = arm.propose(request, 0, lambda start: text[start:], FULL_LENGTH)
+        said = propose(arm, request, lambda start: text[start:], FULL_LENGTH)
         found += text_of(vocabulary, said.tokens) if said else ""
         text.append(token)
     assert '"arguments"' in found
@@ -216,16 +222,17 @@ def test_calls_without_places_and_prompts_are_in_no_automaton_of_others(vocabula
 
 def test_nothing_is_asked_in_a_round_that_has_no_time_left(vocabulary: Vocabulary) -> None:
     """It is asked in a later one, and the text is followed then."""
-    late = False
-    arm = StructureArm(Structure(), vocabulary, lambda: late)
-    request = Request("r", hints_of("qwen3_coder"), read=lambda: PROMPT)
+    spending = Spending(float, float)
+    arm = StructureArm(Structure(), vocabulary, spending)
+    request = Request("r", hints_of("qwen3_coder"), prompt=len(PROMPT), read=lambda: PROMPT)
     arm.begin(request)
     text = [*PROMPT, *vocabulary.encode("<tool_call>\n<func")]
-    table, late = request.kept[arm.arm].automaton.table, True
-    assert arm.propose(request, 0, lambda start: text[start:], FULL_LENGTH) is None
+    table, spending._questions = request.kept[arm.arm].automaton.table, 0.0
+    assert propose(arm, request, lambda start: text[start:], FULL_LENGTH) is None
     assert walked.counts_of(table)[:3] == [1, 0, 0]
-    late = False
-    said = arm.propose(request, 0, lambda start: text[start:], FULL_LENGTH)
+    spending.begin(["r"])
+    assert spending.late == "r", "it is asked for first"
+    said = propose(arm, request, lambda start: text[start:], FULL_LENGTH)
     assert said is not None
     assert text_of(vocabulary, said.tokens).startswith("tion=f>")
 
@@ -233,19 +240,19 @@ def test_nothing_is_asked_in_a_round_that_has_no_time_left(vocabulary: Vocabular
 def test_hostile_tools_keep_memory_and_work_bounded(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests with tools of their own, whose texts never come twice. Counted are nodes, and questions of a round."""
     monkeypatch.setattr(automaton, "MOST_NODES", 300)
-    arm, most, random = StructureArm(Structure(), vocabulary, lambda: False), 0, Random(0)
+    arm, most, random = StructureArm(Structure(), vocabulary, Spending(float, float)), 0, Random(0)
     recurring: dict[str, Any] = {"type": "object", "properties": {}}
     recurring["properties"] = {"a": {"anyOf": [{"type": "array", "items": TOOL}, TOOL]}, "b": {"enum": [*"abcdefghi"]}}
     for number in range(AUTOMATA + 8):
         hints = hints_of(("hermes", "qwen3_coder")[number % 2], [(f"t{number}_{i}", recurring) for i in range(120)])
-        request, text = Request("r", hints, read=lambda: PROMPT), [*PROMPT]
+        request, text = Request("r", hints, prompt=len(PROMPT), read=lambda: PROMPT), [*PROMPT]
         arm.begin(request)
         for _ in range(40):
-            said = arm.propose(request, 0, lambda start, text=text: text[start:], FULL_LENGTH)  # type: ignore[misc]
+            said = propose(arm, request, lambda start, text=text: text[start:], FULL_LENGTH)  # type: ignore[misc]
             kept = request.kept[arm.arm]
             before = sum(walked.counts_of(kept.automaton.table)[3:])
             drafts = Candidate(random.choices(range(len(vocabulary.token_bytes)), k=8), [0.9] * 8)
-            arm.extend_drafts(request, drafts, 24, FULL_LENGTH)
+            continued(arm, request, drafts, 24, FULL_LENGTH)
             most = max(most, sum(walked.counts_of(kept.automaton.table)[3:]) - before)
             text += said.tokens[:2] if said else random.choices(vocabulary.encode('<tool_call>\n{"a": 12}'), k=3)
     assert len(arm._automata) == AUTOMATA

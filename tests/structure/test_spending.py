@@ -6,6 +6,7 @@ from whiflash_sglang.structure.spending import (
     FIRST_PAUSE,
     LONGEST_PAUSE,
     LOOKING,
+    QUESTION_SECONDS,
     REQUEST_SECONDS,
     ROUND_SECONDS,
     Spending,
@@ -22,21 +23,23 @@ class Work:
         self.idle = 0.0
         self.spending = Spending(lambda: self.now, lambda: self.now + self.idle, cuts=cuts)
 
-    def steps(self, rid: str, seconds: float, most: int = 1000, part: float = 1.0) -> int:
-        def work() -> int:
-            done = 0
+    def steps(self, rid: str, seconds: float, most: int = 1000, *, asks: bool = False) -> int:
+        done = 0
+
+        def work() -> None:
+            nonlocal done
             while done < most and not self.spending.exhausted():
                 self.now, done = self.now + seconds, done + 1
-            return done
 
-        return self.spending.on(rid, work, part)
+        (self.spending.ask if asks else self.spending.on)(rid, work)
+        return done
 
 
 def test_a_request_has_its_share_and_a_round_has_its_own() -> None:
     work = Work()
     step = REQUEST_SECONDS / 7.5
     work.spending.begin(["a"])
-    assert work.steps("a", step, part=LOOKING) == 4
+    assert work.steps("a", step, asks=True) == int(7.5 * LOOKING) + 1
     assert work.steps("a", step) == 4, "the rest is left for the masks"
     assert work.steps("a", step) == 0
     assert not work.spending.exhausted(), "nobody works"
@@ -47,6 +50,19 @@ def test_a_request_has_its_share_and_a_round_has_its_own() -> None:
         for rid in rids:
             work.steps(rid, ROUND_SECONDS / 1000)
     assert work.now - began == pytest.approx(ROUND_SECONDS, rel=0.2)
+
+
+def test_questions_have_a_time_of_their_own_and_who_waits_is_first() -> None:
+    work, rids = Work(), ["a", "b", "c"]
+    work.spending.begin(rids)
+    most = QUESTION_SECONDS * len(rids)
+    assert [work.steps(rid, 0.6 * most, 1, asks=True) for rid in rids] == [1, 1, 0]
+    assert work.steps("c", 1e-6, 3) == 3, "masks are made all the same"
+    work.spending.begin(rids)
+    assert work.spending.late == "c"
+    assert work.steps("c", 0.6 * most, 1, asks=True)
+    work.spending.begin(rids)
+    assert work.spending.late is None
 
 
 def test_a_busy_machine_is_nobodys_work() -> None:

@@ -1,4 +1,4 @@
-"""The reference of `automaton.cpp` in Python."""
+"""The reference of `automaton.h` in Python."""
 
 import ctypes
 import re
@@ -6,9 +6,10 @@ from array import array
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from whiflash_kernels.cpu import automaton
-from whiflash_kernels.cpu.automaton import LOST, NONE, REFUSED
+from whiflash_kernels.cpu import texts
+from whiflash_kernels.cpu.texts import LOST, NONE, REFUSED
 
+from whiflash_sglang.drafts.candidates import SOURCES, Candidate
 from whiflash_sglang.structure.chances import DECAY, SEED
 
 NOT, KNOWN, CHOICE = range(3)
@@ -16,14 +17,14 @@ SURE, CUTS = 0.995, 512
 MARKS = re.compile(rb"[^\w\x80-\xff]*")
 
 
-def counts_of(table: automaton.Table) -> list[int]:
+def counts_of(table: texts.Table) -> list[int]:
     """Nodes, edges and choices of a compiled table; edges and steps that were asked for."""
     found = array("q", [0] * 5)
     table.library.whiflash_counts(table.at, found.buffer_info()[0])
     return found.tolist()
 
 
-def cuts_of(walks: automaton.Walks) -> list[tuple[int, int, int]]:
+def cuts_of(walks: texts.Walks) -> list[tuple[int, int, int]]:
     """Each place that the target cuts otherwise: the token before it, the tokenizer's and the target's."""
     found = array("i", [0]) * (3 * CUTS)
     count = walks.lessons.cuts(found.buffer_info()[0])
@@ -55,44 +56,19 @@ class Walks:
     def rate(self, kinds: int) -> tuple[float, int]:
         return min((self.right[kind] / self.seen[kind], kind) for kind in range(len(SEED)) if kinds >> kind & 1)
 
-    def go_on(
-        self, walk: "Walk", drafts: Sequence[int], before: Sequence[float], room: int, worth: float, paid: int
-    ) -> tuple[int, list[int], list[float]]:
-        on, node = walk.table, LOST if walk.ended or walk.unfollowed else walk.node
-        on.asking, kept = walk, 0
-        while kept < len(drafts) and node >= 0:
-            if (after := on.follow(node, drafts[kept:])) == REFUSED:
-                break
-            node, kept = after, kept + 1
-        kept = len(drafts) if node < 0 else kept
-        chance = before[kept - 1] if kept else 1.0
-        least, last = worth * (before[paid - 1] if 0 < paid <= kept else 1.0), drafts[kept - 1] if kept else walk.last
-        tokens, alive = list[int](), list[float]()
-        while kept + len(tokens) < room and node >= 0:
-            usual, _ = on.known(node)
-            token, kinds = on.cut(node, last)
-            if token < 0 or (token != usual and on.follow(node, [token]) < 0):
-                break
-            chance *= min(self.rate(kinds)[0], SURE)
-            place = kept + len(tokens) + 1
-            if place > paid and not chance >= least:
-                break
-            least *= chance if place == paid else 1.0
-            tokens.append(last := token)
-            alive.append(chance)
-            node = on.follow(node, [token]) if place < room else node
-        return kept, tokens, alive
-
 
 class Table:
-    def __init__(self, walks: Walks, answers: Any) -> None:
-        self.walks, self.answers, self.asking = walks, answers, None
+    def __init__(self, walks: Walks, answers: Any, most: int) -> None:
+        self.walks, self.answers, self.most, self.asking = walks, answers, most, 0
         self.words = list[Sequence[str]]()
         self.clear()
 
     def clear(self) -> None:
         self.nodes = list[dict[str, Any]]()
         self.edges, self.choices = dict[tuple[int, int], int](), dict[tuple[int, Any], tuple[int, int]]()
+
+    def full(self) -> bool:
+        return len(self.nodes) + len(self.edges) >= self.most
 
     def words_of(self, words: Sequence[str]) -> int:
         self.words.append(words)
@@ -123,7 +99,7 @@ class Table:
         self.choices[node, self.best(node)] = token, kinds
 
     def best(self, node: int) -> tuple[int, bool]:
-        used = [self.answers.uses(word) for word in self.nodes[node]["among"]]
+        used = [self.answers.uses(self.asking, word) for word in self.nodes[node]["among"]]
         best = used.index(max(used))
         return best, used[best] > max((each for at, each in enumerate(used) if at != best), default=0)
 
@@ -132,7 +108,7 @@ class Table:
         if self.stays(node, token):
             return int(self.nodes[node]["stay"][-1])
         if ask and self.edges.get((node, token), LOST) in ((LOST, REFUSED) if written else (LOST,)):
-            self.answers.edges(node, run[:64], written)
+            self.answers.edges(self.asking, node, run[:64], written)
         return self.edges.get((node, token), LOST)
 
     def stays(self, node: int, token: int) -> bool:
@@ -153,7 +129,7 @@ class Table:
                 return step
             if not ask:
                 break
-            self.answers.step(node)
+            self.answers.step(self.asking, node)
             ask = False
         return NONE, 0
 
@@ -176,8 +152,14 @@ class Table:
 
 
 class Walk:
-    def __init__(self, table: Table, node: int, last: int) -> None:
-        self.table, self.node, self.last, self.ended, self.unfollowed = table, node, last, False, list[int]()
+    def __init__(
+        self, table: Table, node: int, last: int, known: int, name: int, shared: bool, stops: Sequence[int]
+    ) -> None:
+        self.table, self.node, self.last, self.ended, self.left = table, node, last, False, list[int]()
+        self.at, self.text, self.source, self.shared = id(self), known, SOURCES[name], shared
+
+    def known(self) -> int:
+        return self.text
 
     def node_of(self) -> int:
         return self.node
@@ -185,27 +167,58 @@ class Walk:
     def move(self, table: Table, node: int) -> None:
         self.table, self.node = table, node
 
-    def take(self, count: int) -> list[int]:
-        taken, self.unfollowed = self.unfollowed, []
-        assert len(taken) == count
+    def unfollowed(self) -> list[int]:
+        taken, self.left = self.left, []
         self.last = taken[-1] if taken else self.last
         return taken
 
-    def advance(self, tokens: Sequence[int], *, ask: bool) -> int:
-        self.table.asking, learns = self, not self.unfollowed
-        self.unfollowed += tokens
-        while self.unfollowed and not self.ended:
-            token = self.unfollowed[0]
+    def read(self, tokens: Sequence[int]) -> None:
+        self.text += len(tokens)
+        self.follow(tokens, ask=self.shared)
+        lost = self.left or not self.table.asked(self.node) or self.table.full()
+        if not self.shared and not self.ended and lost:
+            self.table.answers.restart(self.at)
+
+    def follow(self, tokens: Sequence[int], ask: bool = False) -> None:
+        self.table.asking, learns = self.at, not self.left
+        self.left += tokens
+        while self.left and not self.ended:
+            token = self.left[0]
             learns = learns and self.learn(token)
-            after = self.table.follow(self.node, self.unfollowed, ask, written=True)
+            after = self.table.follow(self.node, self.left, ask, written=True)
             if after == LOST or (after == REFUSED and not ask):
                 break
-            self.last = self.unfollowed.pop(0)
+            self.last = self.left.pop(0)
             self.ended = after < 0
             self.node = self.node if self.ended else after
         if self.ended:
-            self.unfollowed = []
-        return -1 if self.ended else len(self.unfollowed)
+            self.left = []
+
+    def go_on(self, drafts: Candidate, room: int, price: float, paid: int) -> Candidate:
+        on, node = self.table, LOST if self.ended or self.left else self.node
+        on.asking, kept = self.at, 0
+        while kept < len(drafts.tokens) and node >= 0:
+            if (after := on.follow(node, drafts.tokens[kept:])) == REFUSED:
+                break
+            node, kept = after, kept + 1
+        drafts = drafts if node < 0 else drafts.first(kept)
+        kept, tokens, alive = len(drafts.tokens), list[int](), list[float]()
+        chance, last = (drafts.alive[-1], drafts.tokens[-1]) if kept else (1.0, self.last)
+        least = drafts.least_chance(price, paid)
+        while kept + len(tokens) < room and node >= 0:
+            usual, _ = on.known(node)
+            token, kinds = on.cut(node, last)
+            if token < 0 or (token != usual and on.follow(node, [token]) < 0):
+                break
+            chance *= min(on.walks.rate(kinds)[0], SURE)
+            place = kept + len(tokens) + 1
+            if place > paid and not chance >= least:
+                break
+            least *= chance if place == paid else 1.0
+            tokens.append(last := token)
+            alive.append(chance)
+            node = on.follow(node, [token]) if place < room else node
+        return drafts.followed_by(tokens, alive, self.source)
 
     def learn(self, token: int) -> bool:
         on, walks = self.table, self.table.walks

@@ -94,7 +94,7 @@ def test_an_error_of_one_request_takes_the_arms_from_nobody(
 ) -> None:
     """One error is enough: what an arm keeps of the request may be half written."""
     with engine(models.target, whiflash=models.whiflash("random")) as e:
-        for arm, method in (("ar", "draft"), ("lookup", "propose")):
+        for arm, method in (("ar", "draft"), ("lookup", "handle")):
 
             def spoiled(given: Any, *more: Any, original: Any, **named: Any) -> Any:
                 requests = [given] if isinstance(given, Request) else [e.states[row] for row in given.row_ids]

@@ -14,7 +14,7 @@ from plain import plain_texts
 from request_sets import GRAMMARS, OPTIONS, SCHEMA, structured
 from traffic import play, without_a_pass
 from trees import assert_tree_is_true
-from whiflash_kernels.cpu.automaton import Walks
+from whiflash_kernels.cpu.texts import Batch
 
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.serve import lifecycle
@@ -86,20 +86,21 @@ def test_wherever_a_forced_draft_is_rejected(
     """Look by look another one of its tokens is wrong, behind every arm's drafts: what is before it stays, and the
     grammar goes on from there.
     """
-    go_on = Walks.go_on
+    propose = Batch.propose
     wrong: Counter[int] = Counter()
-    spoilt: list[Any] = []
+    spoilt = set[int]()
 
-    def spoil(walks: Walks, walk: Any, *asked: Any) -> Any:
-        allowed, tokens, alive = go_on(walks, walk, *asked)
-        if tokens:
-            at = min(reversed(range(len(tokens))), key=wrong.__getitem__)
-            tokens[at] = ord("~")
+    def spoil(batch: Batch, *asked: Any) -> Any:
+        found = propose(batch, *asked)
+        tokens, sizes = batch.candidates.tokens[:, -1], batch.candidates.sizes[:, -1]
+        for request in sizes.nonzero()[0]:
+            at = min(reversed(range(sizes[request])), key=wrong.__getitem__)
+            tokens[request, at] = ord("~")
             wrong[at] += 1
-            spoilt.append(walk)
-        return allowed, tokens, alive
+            spoilt.add(int(batch._arrays[1][request]))
+        return found
 
-    monkeypatch.setattr(Walks, "go_on", spoil)
+    monkeypatch.setattr(Batch, "propose", spoil)
     assert play(running, structured()) == expected
     assert set(wrong) == set(range(WIDTH)), "every position"
-    assert len(set(map(id, spoilt))) == 2 * len(GRAMMARS), "every request that has a grammar"
+    assert len(spoilt) == 2 * len(GRAMMARS), "every request that has a grammar"

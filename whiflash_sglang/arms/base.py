@@ -1,9 +1,9 @@
 """The interface between the worker and its drafters."""
 
+import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from whiflash_kernels import Drafts, PassInputs
 
@@ -116,14 +116,16 @@ class TextDrafter(Drafter):
     Lifecycle per request: `begin` → `propose` in every round in which it may draft → `answered` if it finishes → `end`.
     Between these its state is in `Request.kept`, by its name.
 
-    proposes: whether it drafts by `propose`, before the round is planned and without a pass; else by `draft`. forbids:
-    whether it cuts other arms' drafts before a token that may not follow. on_device: whether the device also drafts for
-    it, for all requests, by `copy`, since the host knows texts a round late.
+    proposes: whether its candidates are made before the round is planned and without a pass: by the compiled code of
+    `library`, at `handle`; else by `propose`. Without, it drafts by `draft`. on_device: whether the device also drafts
+    for it, for all requests, by `copy`, since the host knows texts a round late. raised: errors of answers to compiled
+    code, by request, until they are judged.
     """
 
     proposes: bool = True
-    forbids: bool = False
     on_device: bool = False
+    library: ctypes.CDLL | None = None
+    raised: list[tuple[Request, Exception]] = []  # noqa: RUF012 never written here
 
     def bytes_for(self, rows: int) -> int:
         """Return the bytes that it keeps on the device for `rows` rows of the request table."""
@@ -152,18 +154,9 @@ class TextDrafter(Drafter):
         """
         return None
 
-    def extends(self, request: Request) -> bool:
-        """Whether it can continue other arms' drafts for this request: it has looked at the request's text."""
-        return False
-
-    def extend_drafts(self, request: Request, drafts: Candidate, room: int, worth: Worth) -> Candidate:
-        """Cut `drafts` to those that may follow the text, and continue them with tokens that follow. Called if
-        `extends`.
-
-        Args:
-            room: largest number of tokens, `drafts` included. worth: accepted tokens that each added draft must bring.
-        """
-        return drafts
+    def handle(self, request: Request, history: History) -> int:
+        """Return the address of a request's object in compiled code, which proposes and is shown the text; 0: none."""
+        return 0
 
     def copy(self, batch: DraftBatch, drafts: Drafts | None = None) -> Drafts:
         """Draft on the device by `propose_copies`: copies after every request's text, or after its text and `drafts`.
@@ -209,19 +202,3 @@ def of_text(drafters: Mapping[str, Drafter]) -> dict[str, TextDrafter]:
 def widest_of(drafters: Mapping[str, Drafter]) -> int:
     """Return the largest number of drafts of a round, over all drafters; 0 without any."""
     return max((drafter.max_drafts for drafter in drafters.values()), default=0)
-
-
-def side_by_side(
-    candidates: Sequence[Candidate], width: int
-) -> tuple[np.ndarray[Any, Any], list[int], np.ndarray[Any, Any]]:
-    """Pad candidates to arrays of `width` columns: tokens [N, width] int64, the number of tokens of each, and chances
-    [N, width] float32. Longer candidates are cut; padding is zero.
-    """
-    counts = [min(len(candidate.tokens), width) for candidate in candidates]
-    tokens = np.zeros((len(candidates), width), dtype=np.int64)
-    alive = np.zeros((len(candidates), width), dtype=np.float32)
-    for number, (candidate, count) in enumerate(zip(candidates, counts, strict=True)):
-        if count:
-            tokens[number, :count] = candidate.tokens[:count]
-            alive[number, :count] = candidate.alive[:count]
-    return tokens, counts, alive

@@ -8,6 +8,7 @@ the host learns from the results how far copies can be trusted. The host copies 
 answers of the request's group.
 """
 
+import ctypes
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from whiflash_kernels import Drafts, propose_copies
 from whiflash_kernels.cpu.compiler import available
 from whiflash_kernels.cpu.copies import compiled_copies
+from whiflash_kernels.cpu.texts import compiled_texts
 from whiflash_kernels.dispatch import backend_for
 
 from whiflash_sglang.arms.base import TextDrafter
@@ -71,12 +73,13 @@ class LookupArm(TextDrafter):
         self._calibration = MatchCalibration(self._seed)
         self._min_match = settings.min_match
         self._compiled = available("search for copies", compiled_copies, cache_root() / "compiled")
-        if self._compiled is None:
-            logger.warning(
-                "WHIFLASH: without a C++ compiler, neither predictions nor other answers of a task are copied"
-            )
+        self._groups: Groups | None = None
+        try:
+            self.library = compiled_texts(cache_root() / "compiled")
+            self._groups = Groups(self.library, self._seed)
+        except OSError as error:
+            logger.warning("WHIFLASH: neither predictions nor other answers of a task are copied: %s", error)
         self._answers = settings.answers
-        self._groups = None if self._compiled is None else Groups(self._compiled, self._seed)
         self._back: torch.Tensor | None = None
         """[request rows] int64: distance from a request's place of copying to its text's end; 0 if it does not copy."""
         self._buckets: torch.Tensor | None = None
@@ -92,54 +95,38 @@ class LookupArm(TextDrafter):
         if hints.lookup == "off":
             return
         kept = request.kept[self.arm] = _Kept()
-        if self._compiled is None or self._groups is None:
+        if self.library is None or self._groups is None:
             kept.alone = True
             return
         if prediction is not None:
             judge = MatchCalibration(self._seed)
-            kept.prediction = Prediction(self._compiled, prediction, request.prompt, judge)
+            kept.prediction = Prediction(self.library, prediction, request.prompt, judge)
         kept.alone = not hints.tools and kept.prediction is None and request.grammar is None
         named = hints.task or self._answers == "tenant"
         if named and self._answers != "off" and hints.lookup == "on":
             kept.member = self._groups.join(request.tenant, hints.task or "", request.rid, request.prompt)
+        if not kept.alone:
+            kept.copier = self._copier(self.library, request, kept)
+            kept.copier.read(request.read())  # here, so that no round does
+
+    def _copier(self, library: ctypes.CDLL, request: Request, kept: _Kept) -> Copier:
+        judge, least, stops = self._calibration, self._min_match, request.stops
+        return Copier(library, judge, least, kept.prediction, kept.copies, stops, kept.member)
 
     def serves(self, request: Request) -> bool:
         return self.arm in request.kept
 
-    def propose(
-        self, request: Request, length: int, history: History, worth: Worth, under_way: int = 0
-    ) -> Candidate | None:
+    def handle(self, request: Request, history: History) -> int:
         kept: _Kept | None = request.kept.get(self.arm)
-        if kept is None or self._compiled is None:
-            return None
-        copier = kept.copier
-        if copier is None:
-            copier = kept.copier = Copier(
-                self._compiled,
-                self._calibration,
-                self._min_match,
-                kept.prediction,
-                kept.copies,
-                request.stops,
-                kept.member,
-            )
-        copier.extend(history(len(copier.text)))
-        copy = copier.look(self.max_drafts + under_way, worth.least_chance, under_way)
-        return Candidate(copy.tokens, copy.alive, copy.parts, len(copier.text), copy.matched, (), under_way)
-
-    def extends(self, request: Request) -> bool:
-        kept: _Kept | None = request.kept.get(self.arm)
-        return kept is not None and kept.copier is not None
-
-    def extend_drafts(self, request: Request, drafts: Candidate, room: int, worth: Worth) -> Candidate:
-        """Append to `drafts` a copy of what followed such tokens earlier."""
-        copier, room = request.kept[self.arm].copier, min(room - len(drafts.tokens), self.max_drafts)
-        if not drafts.tokens or room <= 0:
-            return drafts
-        least = drafts.least_chance(worth.least_chance, drafts.under_way)
-        paid = drafts.under_way - len(drafts.tokens)
-        copy = copier.look_beyond(drafts.tokens, drafts.alive[-1], room, least, paid)
-        return drafts.followed_by(copy.tokens, copy.alive, copy.parts[0].source) if copy.tokens else drafts
+        if kept is None or self.library is None:
+            return 0
+        if (copier := kept.copier) is None:
+            copier = kept.copier = self._copier(self.library, request, kept)
+        known = request.known or request.prompt
+        if kept.member is not None or len(copier) < known:
+            copier.read(history(len(copier)))
+        copier.join_group()
+        return int(copier.at)
 
     def calibration(self, requests: Sequence[Request], worth: Worth) -> Floats:
         """Return one array: a factor for each request's copies, then a table of chances for each request."""
@@ -178,7 +165,7 @@ class LookupArm(TextDrafter):
 
     def promised(self, request: Request) -> Forecast | None:
         kept: _Kept | None = request.kept.get(self.arm)
-        if kept is None or not kept.alone or not (self._late or self._compiled is None):
+        if kept is None or not kept.alone or not (self._late or self.library is None):
             return None
         if kept.member is not None and kept.member.has_others:
             return None
@@ -211,5 +198,5 @@ class LookupArm(TextDrafter):
     def host_bytes(self, running: Iterable[Request]) -> Mapping[str, int]:
         """Return the bytes of the running requests' indexes, and of the answers of groups."""
         copiers = (request.kept[self.arm].copier for request in running if self.arm in request.kept)
-        own = sum(copier.text.nbytes for copier in copiers if copier is not None)
+        own = sum(copier.nbytes for copier in copiers if copier is not None)
         return {"index": own, "groups": 0 if self._groups is None else self._groups.nbytes}

@@ -2,7 +2,7 @@
 2312.07104). Here forced text is verified like any other draft, so the target decides how it is cut into tokens.
 
 It drafts from the text only. Forced stretches are short, so they matter most after other candidates of the host, such
-as predictions, and before them: `extend_drafts` continues a candidate, and cuts it before the first token that the
+as predictions, and before them: compiled code continues a candidate, and cuts it before the first token that the
 grammar forbids. Neural drafts are neither continued nor cut, since the host plans before it knows them.
 """
 
@@ -13,15 +13,14 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from whiflash_kernels.cpu.automaton import NONE, Walk, Walks, compiled_automaton
+from whiflash_kernels.cpu.texts import NONE, Walk, Walks, compiled_texts
 
 from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.checkpoints.manifest import Structure
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.drafts.candidates import Candidate
+from whiflash_sglang.drafts.candidates import GRAMMAR, SOURCES, TOOLS
 from whiflash_sglang.drafts.rates import Rates
 from whiflash_sglang.embedded import cache_root
-from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import History
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, text_of
@@ -32,12 +31,10 @@ from whiflash_sglang.structure.layout import NO_FRAMES, Layout
 from whiflash_sglang.structure.matchers import Grammar, Matcher
 from whiflash_sglang.structure.schemas import frames_of, has_alternatives, words_of, words_of_places
 from whiflash_sglang.structure.sketch import TAIL, open_word
+from whiflash_sglang.structure.spending import Spending
 from whiflash_sglang.structure.tools import all_forced, words_of_tools
 
 logger = logging.getLogger(__name__)
-
-GRAMMAR, TOOLS = "grammar", "tools"
-"""Sources of drafts: the request's grammar, or only its tools."""
 
 _STRINGS = re.compile(r'"(?=([^"]*)")')
 """Texts between two quotes. The closing quote may open the next text, since JSON is not parsed here."""
@@ -64,17 +61,14 @@ class _Kept:
     """The arm's state of a request.
 
     grammar: its constraint, None without one. tools: of the calls that are expected; empty: none are. words: of its
-    schemas and tools. known: tokens of its text at the last look; before, `begin`: those of the prompt. tail: the
-    prompt's last tokens. source: of its drafts now. walk: its place in its `automaton`; None: it has none. shared:
-    whether requests with the same `key` walk there, too.
+    schemas and tools. tail: the prompt's last tokens. source: of its drafts now. walk: its place in its `automaton`;
+    None: it has none. shared: whether requests with the same `key` walk there, too.
     """
 
     grammar: Grammar | None
     tools: str
     words: tuple[str, ...]
     uses: _Uses
-    begin: int
-    known: int
     tail: Sequence[int]
     source: str = TOOLS
     automaton: Automaton | None = None
@@ -87,21 +81,23 @@ class StructureArm(TextDrafter):
     """Proposes tokens that the request's grammar forces.
 
     Args:
-        settings: widths. vocabulary: the target's. exhausted: whether to stop looking (`Spending`).
+        settings: widths. vocabulary: the target's. spending: bounds the time for questions.
     """
 
     arm = arms.STRUCTURE
-    forbids = True
 
-    def __init__(self, settings: Structure, vocabulary: Vocabulary, exhausted: Callable[[], bool]) -> None:
+    def __init__(self, settings: Structure, vocabulary: Vocabulary, spending: Spending) -> None:
         self.max_drafts = settings.max_width
-        self._vocabulary, self._exhausted = vocabulary, exhausted
+        self._vocabulary, self._spending = vocabulary, spending
         self._automata = OrderedDict[Hashable, Automaton]()
+        self._walking = dict[int, Request]()
+        """By address of a walk, its request."""
         self._uses = _Uses("", ())
+        self.raised: list[tuple[Request, Exception]] = []
         self._walks: Walks | None = None
-        try:  # unlike kernels it needs no AVX2, and torch cannot replace it
-            library = compiled_automaton(cache_root() / "compiled")
-            self._walks = Walks(library, vocabulary.token_bytes, vocabulary.special)
+        try:
+            self.library = compiled_texts(cache_root() / "compiled")
+            self._walks = Walks(self.library, vocabulary.token_bytes, vocabulary.special)
         except OSError as error:
             logger.warning("WHIFLASH: nothing is drafted from grammars and tools: %s", error)
         self.forget()
@@ -125,7 +121,7 @@ class StructureArm(TextDrafter):
         prompt = request.read()
         # The prompt is read once, so that no round reads it.
         uses = _Uses(text_of(self._vocabulary, prompt), words)
-        request.kept[self.arm] = kept = _Kept(grammar, tools, words, uses, len(prompt), len(prompt), prompt[-TAIL:])
+        request.kept[self.arm] = kept = _Kept(grammar, tools, words, uses, prompt[-TAIL:])
         if tools and (grammar is None or grammar.begins is None):
             self._start(request, kept, ())
             compiled(tools)  # a tenth of a second for many tools, which no round should wait for
@@ -133,46 +129,30 @@ class StructureArm(TextDrafter):
     def serves(self, request: Request) -> bool:
         return self.arm in request.kept
 
-    def propose(
-        self, request: Request, length: int, history: History, worth: Worth, under_way: int = 0
-    ) -> Candidate | None:
+    def handle(self, request: Request, history: History) -> int:
         kept: _Kept | None = request.kept.get(self.arm)
-        if kept is None or self._walks is None:
-            return None
+        if kept is None:
+            return 0
         if kept.grammar is not None and kept.source == TOOLS and (begins := kept.grammar.begins) is not None:
-            kept.known, kept.source = begins, GRAMMAR
+            kept.source, written = GRAMMAR, history(request.prompt)[: begins - request.prompt]
             try:
-                self._start(request, kept, history(kept.begin)[: begins - kept.begin])
+                self._spending.on(request.rid, lambda: self._start(request, kept, written))
             except LostError:
                 kept.source = TOOLS  # no time is left in this round
-                return None
-        written = history(kept.known)
-        kept.known += len(written)
+                return 0
         if (walk := kept.walk) is None:
-            return None
-        self._advance(kept, walk, written)
-        room, price = self.max_drafts + under_way, worth.least_chance
-        _, tokens, alive = self._walks.go_on(walk, (), (), room, price, under_way)
-        empty = Candidate(at=kept.known, under_way=under_way)
-        return empty.followed_by(tokens, alive, kept.source) if tokens else None
-
-    def extends(self, request: Request) -> bool:
-        kept: _Kept | None = request.kept.get(self.arm)
-        return kept is not None and kept.known > kept.begin and kept.walk is not None
-
-    def extend_drafts(self, request: Request, drafts: Candidate, room: int, worth: Worth) -> Candidate:
-        """Cut `drafts` to those that the grammar allows, and append tokens that are forced after them."""
-        kept: _Kept = request.kept[self.arm]
-        if self._walks is None or kept.walk is None or (kept.source == TOOLS and room <= len(drafts.tokens)):
-            return drafts
-        self._uses = kept.uses
-        paid, price = drafts.under_way, worth.least_chance
-        allowed, tokens, alive = self._walks.go_on(kept.walk, drafts.tokens, drafts.alive, room, price, paid)
-        return drafts.first(allowed).followed_by(tokens, alive, kept.source)
+            return 0
+        if kept.shared and walk.table.full():
+            self._renew(kept, walk)
+        request.known = min(request.known or request.prompt, walk.known())
+        return int(walk.at)
 
     def end(self, request: Request) -> None:
         kept: _Kept | None = request.kept.get(self.arm)
-        if kept is None or kept.walk is None or kept.automaton is None or kept.source != GRAMMAR:
+        if kept is None or kept.walk is None or kept.automaton is None:
+            return
+        self._walking.pop(kept.walk.at, None)
+        if kept.source != GRAMMAR:
             return
         with suppress(LostError), kept.automaton.at(kept.walk.node_of()) as state:
             if state.layout is not None and "{" in state.layout.seen:
@@ -188,7 +168,8 @@ class StructureArm(TextDrafter):
             habit = self._habits.get(frames is not NO_FRAMES)
             layout = Layout(frames=frames, habit=habit, words=words_of_places(schema), decides=has_alternatives(schema))
             own = (frozenset(habit.seen.items()), habit.unit) if habit and habit.seen else None
-        calls = Calls(kept.tools, request.hints.spans, kept.uses.prompt, self._count) if kept.tools else None
+        self._uses = kept.uses
+        calls = Calls(kept.tools, request.hints.spans, kept.uses.prompt, self.count) if kept.tools else None
         kept.shared = (layout is None or layout.words is not None) and (calls is None or calls.has_places)
         spans = [(span.kind, span.begin, span.end, span.open) for span in request.hints.spans]
         kept.key = kept.tools, *(spans if kept.tools else ()), schema, kept.words, end, own
@@ -206,13 +187,18 @@ class StructureArm(TextDrafter):
         if kept.shared and any(map(str.isalnum, plain.decode(errors="ignore"))):
             word = ()  # an automaton that others walk keeps no words of a prompt
         state = State(vocabulary, automaton.matcher, layout, calls, word)
+        if kept.walk is not None:
+            self._walking.pop(kept.walk.at, None)
         kept.automaton, kept.walk = automaton, None
         if automaton.matcher is not None or calls is not None:
-            kept.walk = Walk(automaton.table, automaton.begin(state), tail[-1] if tail else NONE)
+            node, last, known = automaton.begin(state), tail[-1] if tail else NONE, request.prompt + len(written)
+            name = SOURCES.index(kept.source)
+            kept.walk = Walk(automaton.table, node, last, known, name, kept.shared, request.stops)
+            self._walking[kept.walk.at] = request
 
     def _new(self, kept: _Kept, end: int | None, matcher: Matcher | None) -> Automaton:
         assert self._walks is not None
-        return Automaton(self._walks, self._vocabulary, kept.words, end, self._count, matcher, self._exhausted)
+        return Automaton(self._walks, self._vocabulary, kept.words, end, self, matcher, self._spending.exhausted)
 
     def _keep(self, key: Hashable, automaton: Automaton) -> None:
         self._automata[key] = automaton
@@ -220,33 +206,40 @@ class StructureArm(TextDrafter):
         if len(self._automata) > AUTOMATA:
             self._automata.popitem(last=False)
 
-    def _count(self, text: str) -> int:
-        """Return how often the conversation of the present request has a text."""
+    def ask(self, walk: int, question: Callable[[], object]) -> None:
+        """Run a question of compiled code for the request of a walk, if there is time. Nothing is raised."""
+        request = self._walking[walk]
+        self._uses = request.kept[self.arm].uses
+        try:
+            self._spending.ask(request.rid, question)
+        except Exception as error:
+            self.raised.append((request, error))
+
+    def uses_of(self, walk: int, text: str) -> int:
+        """Return how often the conversation of the request of a walk has a text."""
+        kept: _Kept = self._walking[walk].kept[self.arm]
+        return kept.uses[text]
+
+    def count(self, text: str) -> int:
+        """Return how often the conversation of the request that has a question has a text."""
         return self._uses[text]
 
-    def _advance(self, kept: _Kept, walk: Walk, written: Sequence[int]) -> None:
-        """Advance a request's walk by committed tokens."""
-        automaton, self._uses = kept.automaton, kept.uses
-        assert automaton is not None
-        if automaton.is_full and kept.shared:
-            self._renew(kept, walk, automaton)
-        left = walk.advance(written, ask=kept.shared)
-        known = not left and automaton.table.asked(walk.node_of()) and not automaton.is_full
-        if kept.shared or left < 0 or known:
-            return
-        # Nothing is known to follow, and what was known before is nobody else's: begin again after the text.
-        node, tokens = walk.node_of(), walk.take(left)
-        try:
-            tokens = automaton.restart(node, tokens)
-            walk.move(automaton.table, 0)
-        except LostError:
-            pass
-        walk.advance(tokens, ask=False)
+    def restart(self, walk: int) -> None:
+        """Begin an automaton that only this walk uses after the text that it has, since nothing more is known there."""
+        kept: _Kept = self._walking[walk].kept[self.arm]
+        assert kept.walk is not None
+        assert kept.automaton is not None
+        node, tokens = kept.walk.node_of(), kept.walk.unfollowed()
+        with suppress(LostError):
+            tokens = kept.automaton.begin_at(node, tokens)
+            kept.walk.move(kept.automaton.table, 0)
+        kept.walk.follow(tokens)
 
-    def _renew(self, kept: _Kept, walk: Walk, old: Automaton) -> None:
+    def _renew(self, kept: _Kept, walk: Walk) -> None:
         """Move a request to a new automaton, in which only nodes that are asked for from now on exist."""
-        new = self._automata.get(kept.key)
-        if new is None or new.is_full:
+        old, new = kept.automaton, self._automata.get(kept.key)
+        assert old is not None
+        if new is None or new.table.full():
             new = self._new(kept, old.end, old.matcher)
             self._keep(kept.key, new)
         with suppress(LostError):

@@ -4,20 +4,14 @@ the name of a task.
 A group holds committed answers only: prompts and tools' results of others add nothing to a request's own.
 """
 
+import ctypes
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from whiflash_sglang.copying.calibration import MatchCalibration, RequestCalibration, Seed
 from whiflash_sglang.copying.tenants import Tenant
 from whiflash_sglang.copying.texts import GAP, Source, Text
-from whiflash_sglang.drafts.rates import Mean
-
-if TYPE_CHECKING:
-    from whiflash_kernels.cpu.copies import CompiledCopies
-
-GROUP = "group"
-"""The source of copies from other answers of the request's group."""
 
 SIBLINGS = "whiflash-n:"
 """Beginning of the names of groups of `n` answers to one prompt. A group ends when none of its answers is written."""
@@ -35,8 +29,6 @@ FEWEST_TAKEN, PROBES = 0.05, 16
 """Least mean of right tokens per search of a group. Below it a request searches its group in its first `PROBES` rounds
 only."""
 
-_MEMORY = 64.0  # looks of that mean
-
 Key = tuple[Tenant | None, str]
 """A group: whose it is, and its name."""
 
@@ -44,14 +36,15 @@ Key = tuple[Tenant | None, str]
 class Group:
     """Answers of requests that copy from each other. judge: chances of copies from groups, shared by all groups."""
 
-    def __init__(self, compiled: "CompiledCopies", judge: MatchCalibration) -> None:
-        self._compiled, self._judge, self._habit = compiled, judge, RequestCalibration()
+    def __init__(self, library: ctypes.CDLL, judge: MatchCalibration) -> None:
+        self._library, self._judge, self._habit = library, judge, RequestCalibration()
         self.ended = self._source()
         self.live: dict[str, Source] = {}
-        self.taken = Mean()
+        self.taken = array("d", [0.0, 0.0])
+        """Decayed sum of right tokens of searches, and their weight; compiled code counts them."""
 
     def _source(self, tokens: Sequence[int] = ()) -> Source:
-        return Source(GROUP, Text(self._compiled, tokens), self._judge, self._habit)
+        return Source(Text(self._library, tokens), self._judge, self._habit)
 
     def join(self, rid: str) -> None:
         """Add a request whose answer begins."""
@@ -82,13 +75,16 @@ class Member:
     """
 
     def __init__(self, group: Group, key: Key, rid: str, prompt: int) -> None:
-        self.group, self.key, self.rid, self._prompt, self._looks = group, key, rid, prompt, 0
+        self.group, self.key, self.rid, self.prompt = group, key, rid, prompt
+        self.looks = array("q", [0])
+        """Rounds in which the group was searched; compiled code counts them."""
 
     @property
     def has_others(self) -> bool:
         """Whether the group has another answer, or one that is about to begin, and is searched."""
         group = self.group
-        is_searched = self._looks < PROBES or group.taken.value >= FEWEST_TAKEN
+        taken, weight = group.taken
+        is_searched = self.looks[0] < PROBES or taken >= FEWEST_TAKEN * weight
         return is_searched and self.rid in group.live and (len(group.live) > 1 or len(group.ended.text) > 0)
 
     def others(self) -> list[Source]:
@@ -98,22 +94,12 @@ class Member:
         running = [each for rid, each in self.group.live.items() if rid != self.rid][-LIVE:]
         return [each for each in (self.group.ended, *running) if len(each.text)]
 
-    def extend(self, start: int, tokens: Sequence[int]) -> None:
-        """Append those committed `tokens` of the request's text, from place `start` on, that its answer lacks."""
-        if own := self.group.live.get(self.rid):
-            own.text.extend(tokens[max(self._prompt + len(own.text) - start, 0) :])
-
-    def looked(self, right: int) -> None:
-        """Note how many tokens of the newest copy from the group were right; 0 if the copy had another source."""
-        self._looks += 1
-        self.group.taken.add(right, _MEMORY)
-
 
 class Groups:
     """All groups of a server, the one joined longest ago first. seed: initial chances of copies from groups."""
 
-    def __init__(self, compiled: "CompiledCopies", seed: Seed) -> None:
-        self._compiled, self._seed, self._judge = compiled, seed, MatchCalibration(seed)
+    def __init__(self, library: ctypes.CDLL, seed: Seed) -> None:
+        self._library, self._seed, self._judge = library, seed, MatchCalibration(seed)
         self._groups: OrderedDict[Key, Group] = OrderedDict()
         self._tokens = 0
 
@@ -121,7 +107,7 @@ class Groups:
         """Add a new request to the group of this name, and return its membership. prompt: tokens of its prompt."""
         key = tenant, name
         if key not in self._groups:
-            self._groups[key] = Group(self._compiled, self._judge)
+            self._groups[key] = Group(self._library, self._judge)
         group = self._groups[key]
         self._groups.move_to_end(key)
         self._evict()

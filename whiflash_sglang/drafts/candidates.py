@@ -1,7 +1,12 @@
 """Candidates: drafts that are proposed without a pass of a model, and the sources that they were taken from."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
+
+SOURCES = CONTEXT, GROUP, PREDICTION, GRAMMAR, TOOLS = "context", "group", "prediction", "grammar", "tools"
+"""The sources of compiled code's drafts, in the order of its numbers: the request's text, answers of its group, the
+answer that its caller predicts, its grammar, or only its tools."""
 
 
 class Part(NamedTuple):
@@ -11,19 +16,19 @@ class Part(NamedTuple):
     drafts: int
 
 
+def parts_of(names: Iterable[int], arms: Sequence[str]) -> list[Part]:
+    """Return the parts of successive drafts, by `Candidates.names` of compiled code. arms: those that propose."""
+    return [
+        Part(SOURCES[name] if name < len(SOURCES) else arms[name - len(SOURCES)], len(list(run)))
+        for name, run in groupby(names)
+    ]
+
+
 def first_of(parts: Iterable[Part], count: int) -> Iterator[Part]:
     """Yield the parts of the first `count` drafts: the last part is cut."""
     for part in parts:
         if count > 0:
             yield Part(part.source, min(part.drafts, count))
-        count -= part.drafts
-
-
-def behind(parts: Iterable[Part], count: int) -> Iterator[Part]:
-    """Yield the parts of the drafts after the first `count`: the first part is cut."""
-    for part in parts:
-        if part.drafts > count:
-            yield Part(part.source, part.drafts - max(count, 0))
         count -= part.drafts
 
 

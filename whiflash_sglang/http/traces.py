@@ -11,8 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from whiflash_kernels.cpu.compiler import available
-from whiflash_kernels.cpu.copies import CompiledCopies, compiled_copies
+from whiflash_kernels.cpu.texts import compiled_texts
 
 from whiflash_sglang.copying.texts import Prediction
 from whiflash_sglang.embedded import cache_root
@@ -69,13 +68,14 @@ def followed(
 
 def _predicted(prediction: Sequence[int], answer: Sequence[int]) -> dict[str, int]:
     """Return OpenAI's counts of accepted and rejected prediction tokens; without a C++ compiler all are rejected."""
-    search: CompiledCopies | None = available("search for copies", compiled_copies, cache_root() / "compiled")
-    accepted = 0
-    if search is not None:
-        followed = Prediction(search, prediction)
+    try:
+        followed = Prediction(compiled_texts(cache_root() / "compiled"), prediction)
+    except OSError:
+        accepted, rejected = 0, len(prediction)
+    else:
         followed.follow(answer)
-        accepted = followed.accepted
-    return {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": len(prediction) - accepted}
+        accepted, rejected = followed.appeared
+    return {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
 
 
 class _Outputs:

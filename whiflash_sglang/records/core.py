@@ -13,11 +13,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 import torch
 from whiflash_kernels import Chosen, Committed, Drafts, PassInputs, pass_rows
+from whiflash_kernels.cpu.texts import Candidates
 from whiflash_kernels.structs import PADDING
 
 from whiflash_sglang.device.transfers import Floats
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.drafts.candidates import Candidate
 from whiflash_sglang.prices.costs import FULL_LENGTH, Worth
 from whiflash_sglang.prices.round_clock import RoundTime
 from whiflash_sglang.records.request import Request
@@ -50,8 +50,8 @@ class Plan:
 
     Lists have a value per request, but for undrafted: indices of the requests whose grammar is too dear for drafts.
     asked: arms that were asked for a candidate. routes: the arm whose pass drafts, or `none`. candidates: those that
-    may be verified without a pass, by arm. priced_as: the key under which the round's drafts are learned, its route or
-    `promised`.
+    may be verified without a pass; None: there are none. priced_as: the key under which the round's drafts are learned,
+    its route or `promised`.
 
     worth: accepted tokens that a further draft must bring. usual_drafts: drafts that the round has rows for.
     calibration: by arm, `Drafter.calibration` of every arm that drafts.
@@ -61,7 +61,7 @@ class Plan:
     asked: list[list[str]]
     worth: Worth
     routes: list[str] = field(init=False)
-    candidates: list[dict[str, Candidate]] = field(init=False)
+    candidates: Candidates | None = field(init=False)
     limits: Limits[list[int]] = field(init=False)
     priced_as: list[str] = field(init=False)
     usual_drafts: int = field(init=False)

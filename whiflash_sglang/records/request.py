@@ -35,7 +35,7 @@ class Request(Signals):
     `Signals.recent` per kind of span, None outside spans, since what an arm accepts in prose says little of tool calls.
     wanted: mean number of drafts before requests compete for rows, by `Plan.priced_as` (`Costs.wanted`).
     decision: of its newest round. under_way: by round without results yet, an upper bound of its rows. usual_rows: rows
-    that its newest round is expected to verify.
+    that its newest round is expected to verify. known: tokens of its text that compiled code has; 0: the prompt's.
     """
 
     rid: str
@@ -62,6 +62,7 @@ class Request(Signals):
     )
     decision: Decision = field(default_factory=Decision)
     under_way: list[int] = field(default_factory=list)
+    known: int = 0
     usual_rows: float = 1.0
 
     def may_verify(self, arm: str) -> bool:

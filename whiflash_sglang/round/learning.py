@@ -8,10 +8,9 @@ import torch
 from whiflash_kernels import Committed
 
 from whiflash_sglang.arms.base import Drafter, TextDrafter
-from whiflash_sglang.copying.copier import CONTEXT
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.drafts.candidates import Candidate, Part, behind, common_prefix, first_of
+from whiflash_sglang.drafts.candidates import CONTEXT, Candidate, Part, common_prefix, parts_of
 from whiflash_sglang.prices.costs import Costs
 from whiflash_sglang.prices.round_clock import RoundClock, RoundTime
 from whiflash_sglang.records.core import Results, Round
@@ -162,12 +161,13 @@ class Learner:
         """Return the sources of the drafts that the device chose for a request."""
         drafts, source = results.widths[i] - 1, results.source[i]
         if source > 0:
-            candidate = turn.plan.candidates[i][self.proposers[source]]
-            parts = list(behind(candidate.parts, results.starts[i] + 1 - candidate.at))
-        else:
-            first_drafts = 0 if source else results.first_drafts[i]
-            parts = [Part(turn.plan.routes[i], first_drafts), Part(CONTEXT, drafts - first_drafts)]
-        return [part for part in first_of(parts, drafts) if part.drafts]
+            candidates, place = turn.plan.candidates, (i, source - 1)
+            assert candidates is not None
+            begin = max(results.starts[i] + 1 - int(candidates.at[place]), 0)
+            return parts_of(candidates.names[place][begin : begin + drafts].tolist(), self.proposers[1:])
+        first_drafts = 0 if source else results.first_drafts[i]
+        parts = [Part(turn.plan.routes[i], first_drafts), Part(CONTEXT, drafts - first_drafts)]
+        return [part for part in parts if part.drafts]
 
 
 def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float, float] | None:

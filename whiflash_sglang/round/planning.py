@@ -1,17 +1,17 @@
 """Plans a round on the host: routes, limits, candidates and catch-ups, sent to the device in one upload."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 from whiflash_kernels import Drafts
+from whiflash_kernels.cpu.texts import Batch
 
-from whiflash_sglang.arms.base import Drafter, of_text, side_by_side, widest_of
+from whiflash_sglang.arms.base import Drafter, of_text, widest_of
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import Floats, Upload
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.drafts.candidates import NOTHING, Candidate, Forecast
 from whiflash_sglang.prices.round_clock import RoundClock
 from whiflash_sglang.records.core import Limits, Plan, Round
 from whiflash_sglang.round.catch_up import DraftSync
@@ -44,7 +44,9 @@ class Planner:
             # Drafters that draft from texts without proposing take notes when they are asked, so this rank asks them
             # too. The proposers' candidates were sent with the plan.
             for index, names in enumerate(turn.plan.asked):
-                self._proposed(turn, index, [arm for arm in names if arm not in self.sources.proposing])
+                for drafter in (self.sources.of_text.get(arm) for arm in names):
+                    if drafter is not None and not drafter.proposes:
+                        self.sources.ask(turn, index, drafter)
         widths = [1 + most for most in turn.plan.limits.drafts]
         members = {arm: [i for i, route in enumerate(turn.plan.routes) if route == arm] for arm in self.drafters}
         turn.members = {arm: indices for arm, indices in members.items() if indices}
@@ -67,13 +69,13 @@ class Planner:
         turn.take_single(undrafted)
         asked = [self._able(turn, i) for i in range(len(turn))]
         plan = turn.plan = Plan(undrafted, asked, self.controller.worth())
-        plan.routes, proposed = self._route(turn)
+        plan.routes, batch = self._route(turn)
         costs = self.controller.costs
         plan.priced_as = [
             arms.PROMISED if arm == arms.NONE and request.decision.promised else arm
             for arm, request in zip(plan.routes, requests, strict=True)
         ]
-        plan.candidates = [each and self._verifiable(turn, i, each) for i, each in enumerate(proposed)]
+        self.sources.extend(turn, batch)
         plan.limits = self._limits(turn)
         own = [request.wanted[arm] for request, arm in zip(requests, plan.priced_as, strict=True)]
         usual = [*map(min, plan.limits.drafts, map(costs.room, plan.priced_as, own))]
@@ -82,17 +84,6 @@ class Planner:
         plan.usual_drafts = costs.packed(len(turn), math.ceil(sum(usual)), sum(plan.limits.passes))
         plan.calibration = self._calibrations(turn)
         return plan
-
-    def _verifiable(self, turn: Round, index: int, proposed: Mapping[str, Candidate]) -> dict[str, Candidate]:
-        """Return by arm the candidates of a request that may be verified, extended by other text drafters, without
-        copies that the device makes itself.
-        """
-        request = turn.requests[index]
-        usable = {arm: each for arm, each in proposed.items() if request.may_verify(arm)}
-        if request.may_join:
-            room = self.sources.widest + sum(request.under_way)
-            usable = {arm: self.sources.extended(turn, index, arm, each, room) for arm, each in usable.items()}
-        return {arm: each for arm, each in usable.items() if not self.sources.copies_itself(arm, each)}
 
     def _rows(self, plan: Plan, arm: str) -> int:
         """Return the most rows of a request's pass. If drafts must pay for themselves, its route limits the pass."""
@@ -105,9 +96,11 @@ class Planner:
         """Return each request's most drafts. A request that has ended keeps only the pass that was already planned."""
         plan, sources = turn.plan, self.sources
         passes = {arm: self._rows(plan, arm) - 1 for arm in set(plan.routes)}
-        limits = []
-        each = zip(turn.requests, plan.routes, plan.asked, plan.candidates, turn.budgets, strict=True)
-        for request, route, asked, candidates, budget in each:
+        limits, drafted = [], [0] * len(turn)
+        if plan.candidates is not None:
+            drafted = plan.candidates.sizes.max(axis=1).tolist()
+        each = zip(turn.requests, plan.routes, plan.asked, drafted, turn.budgets, strict=True)
+        for request, route, asked, candidate, budget in each:
             most = budget - 1
             limit = min(passes[route], most)
             longest = copying = room = 0
@@ -118,10 +111,7 @@ class Planner:
                         longest = max(longest, drafter.max_drafts, limit)
                     if request.may_verify(arm):
                         copying = min(drafter.max_drafts, most)
-                room = max(limit, longest, copying)
-                if candidates:
-                    most_tokens = max(len(candidate.tokens) for candidate in candidates.values())
-                    room = max(room, min(most_tokens, sources.widest))
+                room = max(limit, longest, copying, min(candidate, sources.widest))
             limits.append((limit, min(longest, most), copying, min(room, most)))
         return Limits(*map(list, zip(*limits, strict=True)))
 
@@ -147,61 +137,26 @@ class Planner:
         able, texts = (self.sync.able(request.row, self.controller.named(request, serving)), self.sources.of_text)
         return [arm for arm in able if arm not in texts or texts[arm].serves(request)]
 
-    def _proposed(
-        self, turn: Round, index: int, asked: Sequence[str]
-    ) -> tuple[dict[str, Candidate], dict[str, Forecast | None]]:
-        """Return the candidates of the arms in `asked`, by arm, and each arm's forecast of the round, None for an arm
-        that forecasts nothing before it drafts.
-        """
-        request, n = turn.requests[index], turn.most[index]
-        ahead = round(len(request.under_way) * request.usual_rows)
-        candidates: dict[str, Candidate] = {}
-        forecasts: dict[str, Forecast | None] = {}
-        for arm in asked:
-            if arm in self.quarantine.reasons:
-                continue  # quarantined when it was asked for an earlier request of this batch
-            if (drafter := self.sources.of_text.get(arm)) is None:
-                forecasts[arm] = None
-                continue
-            # Otherwise nobody but the host copies, so its index stays.
-            joins = self.controller.policy.joins_arms
-            if joins and (promised := drafter.promised(request)) is not None:
-                if promised.length > 1:
-                    forecasts[arm] = promised
-                continue
-            worth = turn.plan.worth
-            propose = partial(drafter.propose, request, n, partial(turn.history, index), worth, ahead)
-            candidate = self.sources.checked(arm, request, propose)
-            if candidate and candidate.tokens:
-                candidates[arm] = candidate
-                price = worth.least_chance if ahead else 0.0  # else `propose` cut it by price
-                forecasts[arm] = candidate.outlook(drafter.max_drafts, ahead, price)
-            elif arm not in self.sources.proposing and self.quarantine.serves(arm, request):
-                forecasts[arm] = None
-        return candidates, forecasts
-
-    def _route(self, turn: Round) -> tuple[list[str], list[dict[str, Candidate]]]:
-        """Return the route (arm or `none`) and the candidates by arm of each request. A request that ended after the
-        scheduler put it into the batch gets `none` and no candidates.
+    def _route(self, turn: Round) -> tuple[list[str], Batch | None]:
+        """Return the route (arm or `none`) of each request, and the texts that `DraftSources.extend` needs. A request
+        that ended after the scheduler put it into the batch gets `none` and no candidates.
         """
         routes = [arms.NONE] * len(turn)
-        candidates: list[dict[str, Candidate]] = [{} for _ in routes]
         self.controller.costs.set_contexts(turn.most)
         running = [i for i, request in enumerate(turn.requests) if request.running]
-        requests, forecasts = [turn.requests[i] for i in running], []
+        requests = [turn.requests[i] for i in running]
         before = [request.previous for request in requests]
         for i, request in zip(running, requests, strict=True):
             if request.tracker is not None:
                 request.begin(partial(turn.answer, i))
-            candidates[i], expected = self._proposed(turn, i, turn.plan.asked[i])
-            forecasts.append(expected)
-        chosen = self.controller.route(requests, forecasts) if running else []
+        forecasts, batch = self.sources.propose(turn, joins=self.controller.policy.joins_arms)
+        chosen = self.controller.route(requests, [forecasts[i] for i in running]) if running else []
         for i, old, new in zip(running, before, chosen, strict=True):
             routes[i] = new
             # With one token left a request is always routed to `none`, which is no switch.
             if old != new and old is not None and turn.budgets[i] > 1:
                 self.clock.switches += 1
-        return routes, candidates
+        return routes, batch
 
     def _upload(self, turn: Round) -> None:
         """Send the device the plan's limits, members, catch-ups, calibrations and candidates in one transfer."""
@@ -214,24 +169,19 @@ class Planner:
         members = {arm: upload.ints(indices) for arm, indices in turn.members.items()}
         due = upload.ints(self.sync.flags(turn.due, len(turn)))
         calibration = {arm: upload.floats(values) for arm, values in plan.calibration.items()}
-        proposing, width = self.sources.proposing, self.sources.width
-        from_host = any(plan.candidates)
-        if from_host:
-            candidates = [by_arm.get(arm, NOTHING) for by_arm in plan.candidates for arm in proposing]
-            tokens, counts, alive = side_by_side(candidates, width)
-            begins = [each.at for each in candidates]
-            at = [upload.ints(values) for values in (tokens.ravel(), counts, begins)]
-            alive_at = upload.floats(alive.ravel())
+        if (candidates := plan.candidates) is not None:
+            arrays = candidates.tokens, candidates.sizes, candidates.at
+            at = [upload.ints(each.ravel()) for each in arrays]
+            alive_at = upload.floats(candidates.alive.ravel())
         sent = upload.send(turn.rows.device)
         turn.catches_up, turn.limits = sent[due], Limits(*(sent[place] for place in limits))
         turn.member_indices = {arm: sent[place] for arm, place in members.items()}
         turn.calibration = {arm: sent[place] for arm, place in calibration.items()}
-        if from_host:
-            shape = len(turn), len(proposing)
+        if candidates is not None:
+            shape = candidates.tokens.shape
             ids, most, places = (sent[place] for place in at)
-            chances = sent[alive_at].view(*shape, width)
-            drafts = Drafts(ids.view(*shape, width), most.view(shape), chances)
-            turn.host_drafts = drafts, places.view(shape)
+            drafts = Drafts(ids.view(shape), most.view(shape[:2]), sent[alive_at].view(shape))
+            turn.host_drafts = drafts, places.view(shape[:2])
 
 
 def rows_of(drafters: Mapping[str, Drafter], arm: str) -> int:

@@ -1,30 +1,37 @@
-"""Draft sources: asks text drafters (lookup, structure) for candidates and lets them extend each other's.
+"""Draft sources: asks text drafters (lookup, structure) for candidates, which compiled code makes for a whole batch.
 
 Imports no SGLang.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
-from whiflash_sglang.arms.base import Drafter, of_text, widest_of
-from whiflash_sglang.copying.copier import CONTEXT
-from whiflash_sglang.drafts.candidates import Candidate, common_prefix
+import numpy as np
+from whiflash_kernels.cpu.texts import NONE, Batch, Candidates
+
+from whiflash_sglang.arms.base import Drafter, TextDrafter, of_text, widest_of
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.drafts.candidates import PLAIN, SOURCES, Candidate, Forecast
 from whiflash_sglang.records.core import Round
-from whiflash_sglang.records.request import Request
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.structure.spending import LOOKING, Spending
+from whiflash_sglang.structure.spending import Spending
+
+COMPILED = arms.LOOKUP, arms.STRUCTURE
+"""The arms for which compiled code drafts, in its order."""
+
+Forecasts = dict[str, Forecast | None]
+"""By arm that may draft for a request, its forecast of the round; None for an arm that forecasts nothing."""
 
 
 class DraftSources:
     """Asks a worker's text drafters for candidates, and has them extend the drafts of others.
 
     Args:
-        vocabulary: number of ids that the target has. spending: counts the seconds that requests spend on grammars, in
-            proposals of drafters that `forbids`.
+        vocabulary: number of ids that the target has. spending: counts the seconds that requests spend on grammars.
 
     Attributes:
         of_text: all text drafters, by arm. on_device: those for which the device drafts too. proposing: those that
-            draft by `propose`, `on_device` first, as `choose_drafts` expects. proposers: arm by `Chosen.source`, from 1
+            make candidates, `on_device` first, as `choose_drafts` expects. proposers: arm by `Chosen.source`, from 1
             on; -1 is the arm for which the device copies. widest: most drafts of a round. width: most tokens of a
             candidate: two rounds of drafts, since the host may know texts a round late.
     """
@@ -40,54 +47,129 @@ class DraftSources:
         self.proposers = ("", *self.proposing, *self.on_device)
         self.widest = widest_of(drafters)
         self.width = 2 * self.widest + 1
-        # Each is asked twice, since its tokens may lead into text that an earlier one knows. Arms that forbid drafts
-        # are asked once more, to check the tokens that came last.
-        forbidding = [(arm, drafter) for arm, drafter in proposing.items() if drafter.forbids]
-        self._turns = [*proposing.items(), *proposing.items(), *forbidding]
+        self._columns = {arm: column for column, arm in enumerate(self.proposing)}
+        self._compiled = {arm: each for arm in COMPILED if (each := proposing.get(arm)) and each.library is not None}
 
-    def checked(self, arm: str, request: Request, propose: Callable[[], Candidate | None]) -> Candidate | None:
-        """Return what `propose` of `arm` proposes, cut before its first invalid token or chance; None: nothing, or it
-        raised. Faults go to the quarantine.
+    def propose(self, turn: Round, *, joins: bool) -> tuple[list[Forecasts], Batch | None]:
+        """Fill the plan's candidates from the arms that it asked. Return each request's forecasts, and the texts that
+        `extend` needs. joins: whether the policy lets the device's copies compete with other drafts.
         """
-        valid = None
+        turn.plan.candidates = candidates = Candidates.of(len(turn), len(self.proposing), self.width)
+        ahead = [round(len(request.under_way) * request.usual_rows) for request in turn.requests]
+        forecasts = [self._forecasts(turn, index, each, joins=joins) for index, each in enumerate(ahead)]
+        handles = [[self._handle(turn, i, arm, each) for i, each in enumerate(forecasts)] for arm in COMPILED]
+        if not any(map(any, handles)):
+            return forecasts, None
+        batch = self._batch(turn, handles, ahead)
+        found = batch.propose(*self._written(turn, handles))
+        self._judge(turn, batch)
+        sizes = candidates.sizes.tolist()
+        for number, arm in enumerate(COMPILED):
+            for index in (index for index, handle in enumerate(handles[number]) if handle):
+                length, rows = found[index][number]
+                forecasts[index][arm] = Forecast(length, int(rows))
+                if not sizes[index][self._columns[arm]]:
+                    del forecasts[index][arm]
+        return forecasts, batch
+
+    def extend(self, turn: Round, batch: Batch | None) -> None:
+        """Drop candidates that may not be verified, and continue the others by other arms' drafts, such as forced text
+        by a copy, or cut them before what a grammar forbids. A candidate then ends with the first token that ends its
+        request. Those that the device makes itself, as copies from a request's own text, are dropped.
+        """
+        candidates = turn.plan.candidates
+        if candidates is None or not candidates.sizes.any():
+            turn.plan.candidates = None
+            return
+        modes = [
+            [2 if request.may_join else int(request.may_verify(arm)) for arm in self.proposing]
+            for request in turn.requests
+        ]
+        if batch is None:
+            candidates.sizes[np.array(modes) == 0] = 0
+        else:
+            batch.extend(modes, [self.widest + sum(request.under_way) for request in turn.requests])
+            self._judge(turn, batch)
+        if not candidates.sizes.any():
+            turn.plan.candidates = None
+
+    def ask(self, turn: Round, index: int, drafter: TextDrafter, ahead: int = 0) -> Candidate | None:
+        """Return what `propose` of a drafter proposes, cut before its first invalid token or chance; None: nothing, or
+        it raised. Faults go to the quarantine.
+        """
+        request, worth = turn.requests[index], turn.plan.worth
+        with self._quarantine.guard(drafter.arm, request):
+            found = drafter.propose(request, turn.most[index], partial(turn.history, index), worth, ahead)
+            valid = found and found.valid(self.vocabulary)
+            if found and valid and len(valid.tokens) < len(found.tokens):
+                self._quarantine.judge(drafter.arm, request, faulty=True)
+            return valid
+        return None
+
+    def _forecasts(self, turn: Round, index: int, ahead: int, *, joins: bool) -> Forecasts:
+        """Return a request's forecasts; `PLAIN` for arms for which compiled code has to look first."""
+        request, expected = turn.requests[index], Forecasts()
+        for arm in turn.plan.asked[index]:
+            drafter = self.of_text.get(arm)
+            if arm in self._quarantine.reasons:
+                continue  # quarantined when it was asked for an earlier request of this batch
+            if drafter is None:
+                expected[arm] = None
+            elif joins and (promised := drafter.promised(request)) is not None:
+                # Otherwise nobody but the host copies, so its index stays.
+                if promised.length > 1:
+                    expected[arm] = promised
+            elif arm in self._compiled:
+                expected[arm] = PLAIN
+            elif (candidate := self.ask(turn, index, drafter, ahead)) and candidate.tokens:
+                assert turn.plan.candidates is not None
+                column = self._columns[arm]
+                turn.plan.candidates.enter(index, column, len(SOURCES) + column, candidate)
+                price = turn.plan.worth.least_chance if ahead else 0.0  # else `propose` cut it by price
+                expected[arm] = candidate.outlook(drafter.max_drafts, ahead, price)
+            elif not drafter.proposes and self._quarantine.serves(arm, request):
+                expected[arm] = None
+        return expected
+
+    def _handle(self, turn: Round, index: int, arm: str, expected: Forecasts) -> int:
+        """Return the address of a request's object for a compiled arm; 0: it has none, and no forecast either."""
+        if expected.get(arm) is not PLAIN:
+            return 0
         try:  # not `guard`, which takes a microsecond for each request and arm
-            priced = self.of_text[arm].forbids
-            candidate = self.spending.on(request.rid, propose, LOOKING) if priced else propose()
-            valid = candidate and candidate.valid(self.vocabulary)
-            if candidate and valid and len(valid.tokens) < len(candidate.tokens):
-                self._quarantine.judge(arm, request, faulty=True)
+            if handle := self._compiled[arm].handle(turn.requests[index], partial(turn.history, index)):
+                return handle
         except Exception as error:
-            self._quarantine.raised(arm, error, request)
-        return valid
+            self._quarantine.raised(arm, error, turn.requests[index])
+        del expected[arm]
+        return 0
 
-    def copies_itself(self, arm: str, candidate: Candidate) -> bool:
-        """Whether the device makes the whole candidate itself, as a copy from the request's newest text."""
-        return arm in self.on_device and all(part.source == CONTEXT for part in candidate.parts)
+    def _batch(self, turn: Round, handles: Sequence[Sequence[int]], ahead: Sequence[int]) -> Batch:
+        (library, *_) = (drafter.library for drafter in self._compiled.values())
+        widest = [self._compiled[arm].max_drafts if arm in self._compiled else 0 for arm in COMPILED]
+        columns = [self._columns.get(arm, NONE) for arm in COMPILED]
+        late = (index for index, request in enumerate(turn.requests) if request.rid == self.spending.late)
+        assert library is not None
+        assert turn.plan.candidates is not None
+        least = turn.plan.worth.least_chance
+        return Batch(library, turn.plan.candidates, handles, ahead, columns, widest, least, next(late, 0))
 
-    def extended(self, turn: Round, index: int, first: str, drafts: Candidate, room: int) -> Candidate:
-        """Return a request's candidate extended by other text drafters, such as forced text by a copy. A drafter may
-        also cut drafts that it forbids. The result ends with the first token that ends the request.
-
-        An arm is not asked to extend its own tokens, nor asked again about drafts that have not changed since.
-
-        Args:
-            index: the request in the batch. first: the arm that made `drafts`. room: most tokens in all.
+    def _written(self, turn: Round, handles: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int]]:
+        """Return the tokens that compiled code was not shown yet: those of request i up to the i-th end, and the
+        position of each request's first one.
         """
-        request, last = turn.requests[index], first
-        answered: dict[str, Candidate] = {}
-        for arm, drafter in self._turns:
-            if (
-                arm == last
-                or answered.get(arm) is drafts
-                or not self._quarantine.serves(arm, request)
-                or not drafter.extends(request)
-            ):
-                continue
-            extend = partial(drafter.extend_drafts, request, drafts, room, turn.plan.worth)
-            longer = self.checked(arm, request, extend)
-            if longer is None:
-                continue
-            kept = common_prefix(drafts.tokens, longer.tokens)
-            last = arm if len(longer.tokens) > kept else last
-            drafts = answered[arm] = longer
-        return drafts.until(request.stops)
+        tokens, ends, starts = list[int](), list[int](), list[int]()
+        for index, (request, *at) in enumerate(zip(turn.requests, *handles, strict=True)):
+            starts.append(request.known or request.prompt)
+            if any(at):
+                tokens += turn.history(index, starts[-1])
+            ends.append(len(tokens))
+            request.known = starts[-1] + ends[-1] - (ends[-2] if index else 0)
+        return tokens, ends, starts
+
+    def _judge(self, turn: Round, batch: Batch) -> None:
+        """Pass errors to the quarantine that answers to compiled code's questions raised."""
+        for arm, drafter in self._compiled.items():
+            while drafter.raised:
+                request, error = drafter.raised.pop()
+                batch.drop(turn.requests.index(request), self._columns[arm])
+                self._quarantine.raised(arm, error, request)

@@ -103,7 +103,7 @@ def build_drafters(settings: Settings, target: Target, spending: Spending, *, la
         drafters.append(UnoArm(AdaptedTarget(target, settings.uno), settings.uno_drafts))
     if settings.structure.enabled and target.tokenizer is not None:
         words = vocabulary_of(target.tokenizer)
-        drafters.append(StructureArm(settings.structure, words, spending.exhausted))
+        drafters.append(StructureArm(settings.structure, words, spending))
     if settings.lookup.enabled:
         drafters.append(LookupArm(settings.lookup, late))
     by_arm = {drafter.arm: drafter for drafter in drafters}

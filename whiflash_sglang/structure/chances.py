@@ -44,7 +44,7 @@ SEED_WEIGHT = 8.0
 """Weight of the initial chances, in tokens."""
 
 DECAY = 0.995
-"""Factor on the weight of earlier tokens at every new one of the same kind, as in `automaton.cpp`."""
+"""Factor on the weight of earlier tokens at every new one of the same kind, as in compiled code."""
 
 
 class LikelyText(NamedTuple):

@@ -16,7 +16,11 @@ ROUND_SECONDS = 0.25
 """Seconds that all requests of a round may spend together, beside the step each is in when its share is used up."""
 
 LOOKING = 0.5
-"""Part of a request's share for finding drafts; the rest is for their masks."""
+"""Part of a request's seconds for questions, by which drafts are found; the rest is for their masks."""
+
+QUESTION_SECONDS = 1e-3
+"""Seconds for questions a request of the round, after which none begins in it. An answer takes some 0.4 ms, and is then
+known for all requests with the same tools."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 16, 1024
 """Rounds without drafts: in the first pause, and at most. Each pause is twice as long as the one before it."""
@@ -50,7 +54,10 @@ class Spending:
         self._requests: dict[str, _Request] = {}
         self._current: _Request | None = None
         self._began = self._least_end = self._limit = 0.0
-        self._share = REQUEST_SECONDS
+        self._share, self._questions = REQUEST_SECONDS, ROUND_SECONDS
+        self.late: str | None = None
+        """The first request that had a question when no time was left for it: the next round begins with it."""
+        self._waiting: str | None = None
 
     def begin(self, rids: Sequence[str]) -> None:
         """Begin a round of these requests, and set pauses by the round before it. Other requests are forgotten."""
@@ -66,17 +73,32 @@ class Spending:
                 request.pause = 0
             request.spent = 0.0
         self._share = min(REQUEST_SECONDS, ROUND_SECONDS / max(len(self._requests), 1))
+        self._questions, self.late, self._waiting = QUESTION_SECONDS * len(rids), self._waiting, None
 
     def is_dear(self, rid: str) -> bool:
         """Whether a request takes no drafts in this round, since its grammar took too much time."""
         request = self._requests.get(rid)
         return request is not None and request.left > 0
 
-    def on(self, rid: str, work: Callable[[], ResultT], part: float = 1.0) -> ResultT:
-        """Run `work`, counting its seconds for the request; `exhausted` in it means `part` of its share."""
+    def on(self, rid: str, work: Callable[[], ResultT]) -> ResultT:
+        """Run `work`, counting its seconds for the request; `exhausted` in it means that its share is used up."""
+        return self._run(rid, work, self._share)
+
+    def ask(self, rid: str, question: Callable[[], object]) -> None:
+        """Run a question for a request, unless the round has no time left for questions."""
+        if self._questions <= 0.0:
+            self._waiting = self._waiting or rid
+            return
+        began = self._wall()
+        try:
+            self._run(rid, question, LOOKING * REQUEST_SECONDS)
+        finally:
+            self._questions -= self._wall() - began
+
+    def _run(self, rid: str, work: Callable[[], ResultT], limit: float) -> ResultT:
         request = self._current = self._requests.setdefault(rid, _Request())
-        self._began, self._limit = self._clock(), part * self._share
-        self._least_end = self._wall() + self._limit - request.spent
+        self._began, self._limit = self._clock(), limit
+        self._least_end = self._wall() + limit - request.spent
         try:
             return work()
         finally:

@@ -4,6 +4,8 @@
 // A node is all that the continuation of a text depends on, an edge a token. Which token a node goes on with, and where
 // an edge leads, is asked of Python once (`Asked`); then it is known for every request. `tests/structure/walked.py` says
 // in Python what a walk finds.
+#pragma once
+
 #include <algorithm>
 #include <cctype>
 #include <cstdint>
@@ -13,10 +15,9 @@
 #include <unordered_map>
 #include <vector>
 
-namespace {
+#include "drafts.h"
 
 constexpr int32_t NONE = -1, REFUSED = -2, LOST = -3;  // no token; the grammar forbids an edge; an edge is not known
-constexpr double SURE = 0.995, DECAY = 0.995;
 constexpr size_t CUTS = 512;  // remembered cuts; the one written least recently goes first
 
 // Bytes and kinds of a server's tokens. A token stays in free text if it is whole characters and not special; it is plain if it
@@ -36,7 +37,7 @@ struct Vocabulary {
 
 // Whether bytes are whole UTF-8 characters, and whether JSON strings and Python's `isprintable` take all of them but
 // blanks that few write.
-uint8_t kind_of(const char* text, size_t length) {
+inline uint8_t kind_of(const char* text, size_t length) {
     uint8_t kind = length ? Vocabulary::WHOLE | Vocabulary::PLAIN : 0;
     for (size_t at = 0; at < length;) {
         const uint8_t byte = uint8_t(text[at]);
@@ -51,24 +52,22 @@ uint8_t kind_of(const char* text, size_t length) {
     return kind;
 }
 
-// How a target writes, learned while serving. right, seen: decayed observations of each reason for a token, in Python's
-// memory. A cut: the token last written instead of the tokenizer's, by the token before it and the tokenizer's.
+// How a target writes, learned while serving. A cut: the token last written instead of the tokenizer's, by the token before
+// it and the tokenizer's.
 struct Lessons {
     struct Cut {
         int32_t written;
         uint64_t when;
     };
     const Vocabulary* vocabulary;
-    double* right;
-    double* seen;
+    Rates reasons;
     std::unordered_map<uint64_t, Cut> cuts;
     uint64_t now = 0;
 
     double chance(uint32_t kinds) const {  // of the least likely reason
         double least = SURE;
         for (; kinds; kinds &= kinds - 1) {
-            const int kind = __builtin_ctz(kinds);
-            least = std::min(least, right[kind] / seen[kind]);
+            least = std::min(least, reasons.of(__builtin_ctz(kinds)));
         }
         return least;
     }
@@ -76,11 +75,9 @@ struct Lessons {
         int least = -1;
         for (uint32_t left = kinds; left; left &= left - 1) {
             const int kind = __builtin_ctz(left);
-            if (least < 0 || right[kind] / seen[kind] < right[least] / seen[least]) least = kind;
+            if (least < 0 || reasons.of(kind) < reasons.of(least)) least = kind;
         }
-        if (least < 0) return;
-        right[least] = right[least] * DECAY + was;
-        seen[least] = seen[least] * DECAY + 1.0;
+        if (least >= 0) reasons.observe(least, was);
     }
     // All requests share cuts, so only marks and blanks are learned, never words.
     bool marks(int32_t token) const {
@@ -100,7 +97,7 @@ struct Lessons {
     }
 };
 
-uint64_t pair(int32_t one, int32_t two) { return uint64_t(uint32_t(one)) << 32 | uint32_t(two); }
+inline uint64_t pair(int32_t one, int32_t two) { return uint64_t(uint32_t(one)) << 32 | uint32_t(two); }
 
 struct Step {
     int32_t token = NONE;
@@ -129,17 +126,16 @@ struct Node {
     int32_t after = NONE, stay = NONE, options = NONE;
 };
 
-}  // namespace
-
-struct Request;
+struct Walk;
 
 enum Ask { NOBODY, DRAFTED, WRITTEN };
 
-// Python's answers to what is not known; they call `whiflash_edge`, `whiflash_step` or `whiflash_choice`.
+// Python's answers to what is not known of a walk; they call `whiflash_edge`, `whiflash_step` or `whiflash_choice`.
 struct Asked {
-    void (*edges)(int32_t node, const int32_t* tokens, int64_t count, int32_t written);
-    void (*step)(int32_t node);
-    int32_t (*uses)(int32_t word);
+    void (*edges)(const Walk*, int32_t node, const int32_t* tokens, int64_t count, int32_t written);
+    void (*step)(const Walk*, int32_t node);
+    int32_t (*uses)(const Walk*, int32_t word);
+    void (*restart)(const Walk*);
 };
 
 struct Automaton {
@@ -152,8 +148,10 @@ struct Automaton {
     std::vector<std::vector<int32_t>> options;       // words of a choice
     std::vector<Step> chosen;
     std::unordered_map<uint64_t, int32_t> edges, choices;
-    Request* asking = nullptr;
-    int64_t edges_asked = 0, steps_asked = 0;
+    Walk* asking = nullptr;
+    int64_t most, edges_asked = 0, steps_asked = 0;
+
+    bool is_full() const { return int64_t(nodes.size() + edges.size()) >= most; }
 
     bool stays_in(const Stay& stay, int32_t token) const {
         if (token < 0 || token >= vocabulary->size() || !(vocabulary->kinds[token] & stay.kind)) return false;
@@ -181,7 +179,7 @@ struct Automaton {
             }
             if (turn || ask == NOBODY) break;
             ++edges_asked;
-            asked.edges(node, run, count, ask == WRITTEN);
+            asked.edges(asking, node, run, count, ask == WRITTEN);
         }
         return LOST;
     }
@@ -197,7 +195,7 @@ struct Automaton {
             }
             if (turn || !ask) break;
             ++steps_asked;
-            asked.step(node);
+            asked.step(asking, node);
         }
         return {};
     }
@@ -227,13 +225,16 @@ struct Automaton {
     }
 };
 
-// A request's text. unfollowed: its last tokens, which nobody has followed yet. used: how often it has each word; NONE:
-// not counted yet.
-struct Request {
+// A request's place. known: tokens of its text that it was given. shared: whether others walk there, too; else it begins
+// again where nothing is known. unfollowed: its last tokens, which nobody has followed yet. used: how often it has each
+// word; NONE: not counted yet.
+struct Walk {
     Automaton* automaton;
     int32_t node = 0, last = NONE;
-    bool ended = false;
-    std::vector<int32_t> unfollowed, used;
+    int64_t known = 0;
+    uint8_t name = TOOLS;
+    bool shared = true, ended = false;
+    std::vector<int32_t> stops, unfollowed, used;
 
     // Compare what was known to follow with the token that was written, by whichever drafter.
     bool learn(int32_t token) {
@@ -262,170 +263,61 @@ struct Request {
         }
         unfollowed.erase(unfollowed.begin(), unfollowed.begin() + (ended ? int64_t(unfollowed.size()) : int64_t(done)));
     }
+
+    // Advances by the text's next tokens.
+    void read(const int32_t* tokens, int64_t count) {
+        automaton->asking = this;
+        commit(tokens, count, shared);
+        known += count;
+        const auto lost = [&] { return !unfollowed.empty() || !automaton->nodes[node].asked || automaton->is_full(); };
+        if (!shared && !ended && lost()) automaton->asked.restart(this);
+    }
+
+    // Cuts `drafts` to those that may follow the text, and continues them with tokens that follow, up to `room` in all, as
+    // far as each has a chance that is worth the price of a row, `price`. The first `paid` are in any case, and the others
+    // are judged as if those were accepted. Returns whether it changed anything.
+    bool go_on(Drafts& drafts, int64_t room, double price, int64_t paid) {
+        Automaton& on = *automaton;
+        on.asking = this;
+        int32_t at = ended || !unfollowed.empty() ? LOST : node;
+        int64_t allowed = 0;
+        for (; allowed < drafts.count && at >= 0; ++allowed) {
+            const int32_t after = on.follow(at, drafts.tokens + allowed, drafts.count - allowed, DRAFTED);
+            if (after == REFUSED) break;
+            at = after;
+        }
+        if (at < 0) allowed = drafts.count;  // nobody knows more of them
+        const bool shorter = allowed < drafts.count;
+        drafts.count = allowed;
+        double chance = drafts.chance(), least = drafts.least(price, paid);
+        int32_t before = allowed ? drafts.tokens[allowed - 1] : last;
+        room = std::min(room, drafts.room);
+        while (drafts.count < room && at >= 0) {
+            const int32_t usual = on.step(at, true).token;
+            const Step next = on.cut(at, before);
+            if (next.token < 0) break;
+            // That the text may be cut so is known of the tokenizer's cut only.
+            if (next.token != usual && on.follow(at, &next.token, 1, DRAFTED) < 0) break;
+            chance *= on.lessons->chance(next.kinds);
+            if (drafts.count >= paid && !(chance >= least)) break;
+            drafts.add(before = next.token, chance, name);
+            if (drafts.count == paid) least *= chance;
+            if (drafts.count < room) at = on.follow(at, &before, 1, DRAFTED);
+        }
+        return shorter || drafts.count > allowed;
+    }
 };
 
 // Twice the place of the word that the request has used most, the first of equals; 1 more if it is the only one.
-int32_t Automaton::best_of(int32_t number) {
+inline int32_t Automaton::best_of(int32_t number) {
     std::vector<int32_t>& used = asking->used;
     int32_t best = 0, most = -1, others = 0;
     for (size_t i = 0; i < options[number].size(); ++i) {
         const int32_t word = options[number][i];
         if (used.size() <= size_t(word)) used.resize(size_t(word) + 64, NONE);
-        if (used[word] == NONE) used[word] = asked.uses(word);
+        if (used[word] == NONE) used[word] = asked.uses(asking, word);
         if (used[word] > most) others = std::max(others, most), best = int32_t(i), most = used[word];
         else others = std::max(others, used[word]);
     }
     return 2 * best + (most > others);
 }
-
-extern "C" {
-
-// begins: [size + 1], where each token's bytes begin. special: [size], whether a token is special.
-Vocabulary* whiflash_vocabulary(const int64_t* begins, const char* bytes, const uint8_t* special, int64_t size) {
-    auto* made = new Vocabulary{{begins, begins + size + 1}, {bytes, size_t(begins[size])}, {}};
-    for (int64_t token = 0; token < size; ++token)
-        made->kinds.push_back(special[token] ? 0 : kind_of(bytes + begins[token], begins[token + 1] - begins[token]));
-    return made;
-}
-void whiflash_vocabulary_end(Vocabulary* vocabulary) { delete vocabulary; }
-
-Lessons* whiflash_lessons(const Vocabulary* vocabulary) { return new Lessons{vocabulary, nullptr, nullptr, {}}; }
-void whiflash_lessons_end(Lessons* lessons) { delete lessons; }
-// Forgets all cuts. right, seen: of each reason.
-void whiflash_learn(Lessons* lessons, double* right, double* seen) {
-    lessons->right = right, lessons->seen = seen;
-    lessons->cuts.clear();
-}
-int64_t whiflash_cuts(const Lessons* lessons, int32_t* cuts) {  // [CUTS, 3]: before, usual, written
-    for (const auto& [place, cut] : lessons->cuts)
-        *cuts++ = int32_t(place >> 32), *cuts++ = int32_t(place), *cuts++ = cut.written;
-    return int64_t(lessons->cuts.size());
-}
-
-Automaton* whiflash_automaton(
-    const Vocabulary* vocabulary, Lessons* lessons, decltype(Asked::edges) edges, decltype(Asked::step) step,
-    decltype(Asked::uses) uses
-) {
-    return new Automaton{vocabulary, lessons, {edges, step, uses}, {}, {}, {}, {}, {}, {}, {}};
-}
-void whiflash_automaton_end(Automaton* automaton) { delete automaton; }
-// Drops all nodes; words stay.
-void whiflash_clear(Automaton* automaton) {
-    automaton->nodes.clear(), automaton->stays.clear(), automaton->options.clear(), automaton->chosen.clear();
-    automaton->edges.clear(), automaton->choices.clear();
-}
-int64_t whiflash_words(Automaton* automaton, const char* const* words, int64_t count) {
-    automaton->words.emplace_back(words, words + count);
-    std::sort(automaton->words.back().begin(), automaton->words.back().end());
-    return int64_t(automaton->words.size()) - 1;
-}
-
-int32_t whiflash_node(Automaton* automaton) {
-    automaton->nodes.emplace_back();
-    return int32_t(automaton->nodes.size()) - 1;
-}
-void whiflash_stay(
-    Automaton* automaton, int32_t node, const char* leaving, const char* ending, int32_t plain, int32_t words, int32_t to
-) {
-    const auto kind = uint8_t(plain ? Vocabulary::PLAIN : Vocabulary::WHOLE);
-    automaton->nodes[node].stay = int32_t(automaton->stays.size());
-    automaton->stays.push_back({Bytes(leaving), Bytes(ending), kind, words, to});
-}
-void whiflash_edge(Automaton* automaton, int32_t node, int32_t token, int32_t after) {
-    automaton->edges[pair(node, token)] = after;
-}
-int32_t whiflash_after(Automaton* automaton, int32_t node, int32_t token) {
-    return automaton->follow(node, &token, 1, NOBODY);
-}
-int32_t whiflash_asked(const Automaton* automaton, int32_t node) { return automaton->nodes[node].asked; }
-// A node goes on with a token for these reasons; NONE: nothing is known to follow.
-void whiflash_step(Automaton* automaton, int32_t node, int32_t token, uint32_t kinds) {
-    Node& at = automaton->nodes[node];
-    at.asked = Node::KNOWN, at.step = {token, kinds}, at.after = NONE;
-}
-// It goes on with it where a request has used these words as the asking one has.
-void whiflash_choice(
-    Automaton* automaton, int32_t node, const int32_t* words, int64_t count, int32_t token, uint32_t kinds
-) {
-    if (automaton->nodes[node].asked != Node::CHOICE) {
-        automaton->options.emplace_back(words, words + count);
-        automaton->nodes[node].options = int32_t(automaton->options.size()) - 1;
-        automaton->nodes[node].asked = Node::CHOICE;
-    }
-    automaton->choices[pair(node, automaton->best_of(automaton->nodes[node].options))] = int32_t(automaton->chosen.size());
-    automaton->chosen.push_back({token, kinds});
-}
-// Nodes, edges, choices; edges and steps that were asked of Python.
-void whiflash_counts(const Automaton* automaton, int64_t* counts) {
-    counts[0] = int64_t(automaton->nodes.size()), counts[1] = int64_t(automaton->edges.size());
-    counts[2] = int64_t(automaton->chosen.size());
-    counts[3] = automaton->edges_asked, counts[4] = automaton->steps_asked;
-}
-
-Request* whiflash_request(Automaton* automaton, int32_t node, int32_t last) {
-    return new Request{automaton, node, last, false, {}, {}};
-}
-void whiflash_request_end(Request* request) { delete request; }
-// Puts a request at another node, of whichever automaton.
-void whiflash_place(Request* request, Automaton* automaton, int32_t node) {
-    if (request->automaton != automaton) request->used.clear();
-    request->automaton = automaton, request->node = node;
-}
-
-// Advances a request by committed tokens. ask: whether Python may be asked where they lead. Returns how many of the last
-// tokens nobody has followed; -1: its text has ended.
-int64_t whiflash_commit(Request* request, const int32_t* tokens, int64_t count, int32_t ask) {
-    request->automaton->asking = request;
-    request->commit(tokens, count, ask);
-    return request->ended ? -1 : int64_t(request->unfollowed.size());
-}
-int64_t whiflash_unfollowed(Request* request, int32_t* tokens) {  // takes them
-    std::copy(request->unfollowed.begin(), request->unfollowed.end(), tokens);
-    const auto count = int64_t(request->unfollowed.size());
-    if (count) request->last = request->unfollowed.back();
-    request->unfollowed.clear();
-    return count;
-}
-int32_t whiflash_node_of(const Request* request) { return request->node; }
-
-// Continues `drafts` ([drafted], with the chances `before` that each and all before it are accepted) with up to `room`
-// tokens, drafts included, as far as each has a chance that is worth the price of a row, `worth`. The first `paid` are
-// in any case, and the others are judged as if those were accepted. allowed: how many drafts may follow the text.
-// Returns how many tokens; tokens, alive: [room].
-int64_t whiflash_go_on(
-    Request* request, const int32_t* drafts, const double* before, int64_t drafted, int64_t room, double worth, int64_t paid,
-    int64_t* allowed, int32_t* tokens, double* alive
-) {
-    Automaton& on = *request->automaton;
-    on.asking = request;
-    int32_t node = request->ended || !request->unfollowed.empty() ? LOST : request->node;
-    int64_t kept = 0;
-    for (; kept < drafted && node >= 0; ++kept) {
-        const int32_t after = on.follow(node, drafts + kept, drafted - kept, DRAFTED);
-        if (after == REFUSED) break;
-        node = after;
-    }
-    if (node < 0) kept = drafted;  // nobody knows more of them
-    *allowed = kept;
-    double chance = kept ? before[kept - 1] : 1.0, least = worth;
-    if (paid > 0 && paid <= kept) least *= before[paid - 1];
-    int32_t last = kept ? drafts[kept - 1] : request->last;
-    int64_t count = 0;
-    for (; kept + count < room && node >= 0; ++count) {
-        const int32_t usual = on.step(node, true).token;
-        const Step next = on.cut(node, last);
-        if (next.token < 0) break;
-        // That the text may be cut so is known of the tokenizer's cut only.
-        if (next.token != usual && on.follow(node, &next.token, 1, DRAFTED) < 0) break;
-        const int64_t place = kept + count + 1;
-        chance *= on.lessons->chance(next.kinds);
-        if (place > paid && !(chance >= least)) break;
-        if (place == paid) least *= chance;
-        tokens[count] = last = next.token;
-        alive[count] = chance;
-        if (place < room) node = on.follow(node, &last, 1, DRAFTED);
-    }
-    return count;
-}
-
-}  // extern "C"
