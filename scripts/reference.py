@@ -337,7 +337,7 @@ def gpu_list(records: Path = ROOT / "results" / "gpu") -> str:
 
 def patches_list() -> str:
     """Return a list of SGLang's names that are replaced."""
-    rows = [f"- {one.sentence}" for one in replaced()]
+    rows = [f"- {sentence}" for *_, sentence in replaced()]
     counts = f"{len(rows)} names are replaced, {len(PRIVATE_NAMES)} members and signatures more are used."
     return "\n".join([counts, "", *rows])
 

@@ -36,7 +36,7 @@ def our_names() -> list[str]:
 
     modules = set(Tree(installed()).modules())
     names = [name for name in patches.imported() if name.replace(":", ".") not in modules]
-    names += [*PRIVATE_NAMES, *(one.path.removesuffix(".__new__") for one in patches.replaced())]
+    names += [*PRIVATE_NAMES, *(path.removesuffix(".__new__") for path, *_ in patches.replaced())]
     names += [seam.path for seam in (*seams.EARLY_SEAMS, *seams.SEAMS)]
     return sorted(set(names))
 

@@ -33,7 +33,7 @@ def test_rows_and_products(dtype: torch.dtype) -> None:
     off = (values.cpu().double() * scale.cpu()[:, None] - nearest(x)).abs() > 1e-6 * nearest(x).abs()
     # A card's kernel multiplies by the reciprocal: what is as near to two may go to the other.
     assert off.double().mean() <= 0.02 * multiplies(x)
-    assert not quantise_rows(torch.zeros(2, 16).to(x)).values.float().any()
+    assert not quantise_rows(torch.zeros(2, 16).to(x))[0].float().any()
     packed.quantise([weight])
     found = packed.linear(x.view(4, 10, 112), weight, bias).view(40, 96).double().cpu()
     size = x.abs().double() @ weight.abs().double().T + bias.abs()
@@ -46,11 +46,11 @@ def test_copies_follow_what_is_written_and_are_cut() -> None:
     weight, odd, x = matrix(64, 32), matrix(24, 32), matrix(5, 32)
     packed.quantise([weight, odd])
     assert torch.equal(packed.linear(x, odd), torch.nn.functional.linear(x, odd))
-    other, address = weight.flip(0).clone(), getattr(weight, packed._FLOAT8).values.data_ptr()
+    other, address = weight.flip(0).clone(), getattr(weight, packed._FLOAT8)[0].data_ptr()
     packed.quantise([other])
     weight.copy_(other)
     packed.follow(weight)
-    assert getattr(weight, packed._FLOAT8).values.data_ptr() == address
+    assert getattr(weight, packed._FLOAT8)[0].data_ptr() == address
     assert torch.equal(packed.linear(x, weight), packed.linear(x, other))
     own, shard = packed.rows(weight, slice(16, None)), weight[16:].clone()
     packed.quantise([shard])

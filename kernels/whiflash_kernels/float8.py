@@ -2,7 +2,7 @@
 
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,8 @@ FLOAT8, LARGEST, LEAST = torch.float8_e4m3fn, 448.0, 1e-30
 """The dtype, its largest number, and the smallest scale of a row."""
 
 
-class Float8(NamedTuple):
-    """A matrix [N, K]: `values`, float8_e4m3fn or the same numbers in a wider type, times `scale` [N] float32."""
-
-    values: Tensor
-    scale: Tensor
+Float8 = tuple[Tensor, Tensor]
+"""A matrix [N, K]: its values, float8_e4m3fn or the same numbers in a wider type, and the scale [N] float32 of rows."""
 
 
 @cache
@@ -39,14 +36,13 @@ def multiplies(x: Tensor) -> bool:
 
 def quantise_rows(x: Tensor, into: Float8 | None = None) -> Float8:
     """Quantise each row of x [N, K], contiguous, to float8 by its scale max(|row|) / 448 (arXiv 2209.05433)."""
-    if into is None:
-        into = Float8(torch.empty_like(x, dtype=FLOAT8), x.new_empty(len(x), dtype=torch.float32))
+    values, scale = into or (torch.empty_like(x, dtype=FLOAT8), x.new_empty(len(x), dtype=torch.float32))
     if multiplies(x):
-        _sglang().sgl_per_token_quant_fp8(x, into.values, into.scale[:, None])
+        _sglang().sgl_per_token_quant_fp8(x, values, scale[:, None])
     else:
-        torch.clamp(x.float().abs().amax(-1) / LARGEST, min=LEAST, out=into.scale)
-        into.values.copy_((x.float() / into.scale[:, None]).to(FLOAT8))
-    return into
+        torch.clamp(x.float().abs().amax(-1) / LARGEST, min=LEAST, out=scale)
+        values.copy_((x.float() / scale[:, None]).to(FLOAT8))
+    return values, scale
 
 
 def product(x: Tensor, weight: Float8, bias: Tensor | None) -> Tensor:
@@ -54,11 +50,10 @@ def product(x: Tensor, weight: Float8, bias: Tensor | None) -> Tensor:
 
     If values are wider, sums are rounded once more before they are scaled.
     """
-    rows = quantise_rows(x)
-    if weight.values.dtype == FLOAT8:
-        scales = rows.scale[:, None], weight.scale[None]
-        made: Tensor = _sglang().fp8_scaled_mm(rows.values, weight.values.t(), *scales, x.dtype, bias)
+    rows, row_scale = quantise_rows(x)
+    values, scale = weight
+    if values.dtype == FLOAT8:
+        made: Tensor = _sglang().fp8_scaled_mm(rows, values.t(), row_scale[:, None], scale[None], x.dtype, bias)
         return made
-    sums = F.linear(rows.values.to(weight.values.dtype), weight.values).float()
-    sums = sums * rows.scale[:, None] * weight.scale
+    sums = F.linear(rows.to(values.dtype), values).float() * row_scale[:, None] * scale
     return (sums if bias is None else sums + bias).to(x.dtype)

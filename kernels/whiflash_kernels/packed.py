@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whiflash_kernels.float8 import Float8, multiplies, product, quantise_rows
+from whiflash_kernels.float8 import multiplies, product, quantise_rows
 from whiflash_kernels.processor import onednn_has_bfloat16
 
 _COPY, _FLOAT8 = "_whiflash_packed", "_whiflash_float8"
@@ -118,11 +118,10 @@ def quantise(weights: Iterable[object]) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for weight in weights:
             if isinstance(weight, Tensor) and all(size % 16 == 0 for size in weight.shape):
-                copy = quantise_rows(weight.detach())
+                values, scale = quantise_rows(weight.detach())
                 if not multiplies(weight):
-                    wide = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-                    copy = copy._replace(values=copy.values.to(wide))
-                setattr(weight, _FLOAT8, copy)
+                    values = values.to(torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32)
+                setattr(weight, _FLOAT8, (values, scale))
 
 
 def requantise(weight: object) -> None:
@@ -135,7 +134,7 @@ def rows(weight: Tensor, which: slice) -> Tensor:
     """Return a view of some rows of a weight, with these rows of its float8 copy; a copy in blocks has no rows."""
     part = weight[which]
     if (held := getattr(weight, _FLOAT8, None)) is not None:
-        setattr(part, _FLOAT8, Float8(*(each[which] for each in held)))
+        setattr(part, _FLOAT8, tuple(each[which] for each in held))
     return part
 
 

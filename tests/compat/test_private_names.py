@@ -47,7 +47,7 @@ def test_every_name_exists_with_the_expected_parameters() -> None:
 def test_the_table_of_patches_is_what_the_sources_decorate() -> None:
     """A module that replaces something and is not listed would be checked only where it is installed."""
     patches.missing()
-    decorated = {one.path for one in patches.replaced()}
+    decorated = {path for path, *_ in patches.replaced()}
     assert decorated == patching.PATCHES.keys()
     assert len(decorated) <= 32
 

@@ -127,7 +127,7 @@ def test_what_is_fine_is_taken(taken: Launch) -> None:
 def test_targets(taken: Launch, tmp_path: Path, row: str) -> None:
     model = target(tmp_path / row, **TARGETS[row])
     found = sentence(replace(taken, model=model))
-    assert found == REFUSALS[row].sentence.format(model.hf_config.architectures[0])
+    assert found == REFUSALS[row][1].format(model.hf_config.architectures[0])
 
 
 KDA = {

@@ -9,10 +9,12 @@ import torch
 from engine import Engine, engine
 from model_set import Models
 from plain import plain_texts
+from safetensors.torch import save_file
 from traffic import Arrival, play
+from whiflash_kernels import router_mlp
 
 from whiflash_sglang.errors import CheckpointError, ConfigError
-from whiflash_sglang.formats.router import Router
+from whiflash_sglang.formats.router import AR_MINUS_DIFFUSION, read_router
 
 ROUTER = "neural"
 RNG = random.Random(5)
@@ -23,12 +25,11 @@ ARRIVALS = [
 
 @pytest.fixture(scope="module")
 def router(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random, with heads; its predictions are on both sides of the threshold."""
     torch.manual_seed(1)
-    random_router = Router(64, 16, heads=True)
-    with torch.no_grad():
-        random_router.second.weight.mul_(20)  # predictions on both sides of the threshold
+    tensors = {"first": torch.randn(16, 64) / 8, "second": 5 * torch.randn(1, 16), "heads.weight": torch.randn(2, 16)}
     path: Path = tmp_path_factory.mktemp("router") / "router.safetensors"
-    random_router.save(path)
+    save_file(tensors, path, metadata={"delta_sign": AR_MINUS_DIFFUSION})
     return path
 
 
@@ -40,7 +41,7 @@ def test_without_a_router_there_is_no_neural_policy(models: Models) -> None:
 
 
 def test_a_router_of_another_target_stops_the_start(models: Models, tmp_path: Path) -> None:
-    Router(32, 8).save(tmp_path / "router.safetensors")
+    save_file({"first": torch.zeros(8, 32), "second": torch.zeros(1, 8)}, tmp_path / "router.safetensors")
     flags = models.whiflash("auto", whiflash_neural_router_path=str(tmp_path / "router.safetensors"))
     with pytest.raises(CheckpointError, match=r"two linear layers \[M, 64\]"), engine(models.target, whiflash=flags):
         pass
@@ -71,8 +72,7 @@ def test_a_router_changes_no_text(running: Engine, expected: dict[str, list[int]
 def test_predictions_are_those_of_the_state_before_the_bonus_token(
     running: Engine, models: Models, router: Path
 ) -> None:
-    options = {"device": torch.device("cpu"), "dtype": torch.float32}
-    module = Router.load(router, hidden_size=64, **options)
+    layers = read_router(router, 64, torch.device("cpu"))
     prompt, checked = list(ARRIVALS[0].prompt), 0
     running.submit("p", prompt, max_new_tokens=30)
 
@@ -81,9 +81,10 @@ def test_predictions_are_those_of_the_state_before_the_bonus_token(
         for state in running.states.values():
             if state.delta == state.delta:
                 committed = [*prompt, *running.requests["p"].output_ids]
-                delta, drafts = module.predict(models.reference.target.forward(committed[:-1]).final[-1:])
-                assert state.delta == pytest.approx(delta.item(), rel=1e-3, abs=1e-4)
-                for arm, accepted in zip(("ar", "diffusion"), drafts[0].tolist(), strict=True):
+                final = models.reference.target.forward(committed[:-1]).final[-1:]
+                delta, *drafts = router_mlp(final, *layers)[0].tolist()
+                assert state.delta == pytest.approx(delta, rel=1e-3, abs=1e-4)
+                for arm, accepted in zip(("ar", "diffusion"), drafts, strict=True):
                     assert state.predicted[arm] == pytest.approx(1 + max(accepted, 0), rel=1e-3, abs=1e-4)
                 checked += 1
 

@@ -93,7 +93,7 @@ def test_draft_kv_beside_latent_attention(models: dict[str, Path]) -> None:
     """A token of a target with latent attention takes its latent and rotated parts once, not keys and values."""
     edit(models["target"], lambda config: config.update(kv_lora_rank=40, qk_rope_head_dim=8))
     target = read_target(str(models["target"]))
-    assert target.kv_bytes == 6 * (40 + 8) * 4
+    assert target[1] == 6 * (40 + 8) * 4
     ((_, _, detail),) = judge(str(models["eagle3"]), target)
     assert "256 bytes of KV a token, 22.2% of the target's" in detail  # 2 * 2 * 16 * 4 of 1,152
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from whiflash_sglang.checkpoints.bundle import Bundle, verify
 from whiflash_sglang.checkpoints.hub import fetch, look_up
@@ -140,12 +140,8 @@ def target_mtp(target: str, revision: str | None = None, download_dir: str | Non
     return path
 
 
-class TargetFit(NamedTuple):
-    """A target's sizes. shape: what drafters must fit. kv_bytes: KV of one token. element: bytes of one KV number."""
-
-    shape: TargetShape
-    kv_bytes: int
-    element: int
+TargetFit = tuple[TargetShape, int, int]
+"""A target's sizes: the shape that drafters must fit, the bytes of one token's KV, and those of one KV number."""
 
 
 def read_target(place: str) -> TargetFit:
@@ -160,7 +156,7 @@ def read_target(place: str) -> TargetFit:
     else:
         _, kv_heads, head_dim = attention_shape(text, config.parent)
         numbers = 2 * kv_heads * head_dim
-    return TargetFit(TargetShape.read(config), layers * numbers * element, element)
+    return TargetShape.read(config), layers * numbers * element, element
 
 
 def judge(checkpoint: str, target: TargetFit | None) -> Iterator[tuple[str, bool, str]]:
@@ -202,7 +198,7 @@ def _parts(place: str) -> dict[str, str]:
 
 def _describe(draft: Draft, target: TargetFit | None) -> str:
     config = draft.config
-    element = target.element if target else 2
+    element = target[2] if target else 2
     _, kv_heads, head_dim = config.attention
     kv = 2 * config.num_layers * kv_heads * head_dim * element
     drafts = getattr(config, "max_drafts", None)
@@ -211,9 +207,10 @@ def _describe(draft: Draft, target: TargetFit | None) -> str:
         parts.append(f"{drafts} drafts a block")
     share = ""
     if target is not None:
-        check_fit(draft, target.shape)
-        share = f", {kv / target.kv_bytes:.1%} of the target's"
-        layers = ", ".join(str(layer) for layer in target_layers(draft, target.shape.num_layers))
+        shape, kv_bytes, _ = target
+        check_fit(draft, shape)
+        share = f", {kv / kv_bytes:.1%} of the target's"
+        layers = ", ".join(str(layer) for layer in target_layers(draft, shape.num_layers))
         own = draft.format.layers_key is None
         parts.append("reads what the target's head reads" if own else f"reads the outputs of layers {layers}")
     parts.append(f"{kv} bytes of KV a token{share}")

@@ -91,8 +91,9 @@ def _judge(server_args: Any) -> None:
         raise ConfigError(refusal)
     drafters, shape = settings_of(server_args).drafters, TargetShape.of(launch.model)
     check_drafters(drafters, shape)
-    if read_layers(drafters, shape) and UNCAPTURED.found(launch):
-        raise ConfigError(UNCAPTURED.sentence.format(launch.architecture))
+    is_uncaptured, sentence = UNCAPTURED
+    if read_layers(drafters, shape) and is_uncaptured(launch):
+        raise ConfigError(sentence.format(launch.architecture))
 
 
 def register(worker: Callable[[], type]) -> None:

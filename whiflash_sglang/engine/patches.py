@@ -7,7 +7,6 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import walk_packages
-from typing import NamedTuple
 
 from whiflash_sglang.engine.patching import Finding, first_sentence
 
@@ -18,25 +17,8 @@ BESIDE = "whiflash.names"
 """Group of entry points that names modules of other distributions which replace or import SGLang's names."""
 
 
-class Replaced(NamedTuple):
-    """An entry of the table of patches: a name with the parameters that are relied on, what the replacement does, why,
-    until when, and our file."""
-
-    path: str
-    params: tuple[str, ...]
-    does: str
-    why: str
-    until: str
-    file: str
-
-    @property
-    def sentence(self) -> str:
-        """Return this entry as the page of patches prints it."""
-        return f"`{self.path}`: {self.does}. Reason: {self.why}. Until {self.until}. (`{self.file}`)"
-
-
-def replaced() -> Iterator[Replaced]:
-    """Yield the entry of each name that `around` replaces."""
+def replaced() -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Yield each replaced name, the parameters that are relied on, and its line on the page of patches."""
     for file, tree in _trees():
         functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
         for function in functions:
@@ -44,8 +26,9 @@ def replaced() -> Iterator[Replaced]:
                 if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "around":
                     told = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
                     does = first_sentence(ast.get_docstring(function))
+                    sentence = f"{does}. Reason: {told['why']}. Until {told['until']}. (`{file}`)"
                     for path in map(ast.literal_eval, call.args):
-                        yield Replaced(path, told.get("params", ()), does, told["why"], told["until"], file)
+                        yield path, told.get("params", ()), f"`{path}`: {sentence}"
 
 
 def imported() -> Iterator[str]:

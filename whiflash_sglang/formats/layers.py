@@ -243,17 +243,14 @@ class Attention(nn.Module):
         return rotate(k, angles), v
 
 
-class Clamped(NamedTuple):
-    """gpt-oss's activation: gate · sigmoid(alpha · gate) · (up + 1), gate at most `limit`, up within ± `limit`."""
-
-    alpha: float
-    limit: float
-
-
 class SwiGLU(nn.Module):
-    """The MLP down(silu(gate(x)) · up(x)), gate and up in one projection; with `clamped`, gpt-oss's activation."""
+    """The MLP down(silu(gate(x)) · up(x)), gate and up in one projection.
 
-    def __init__(self, hidden: int, intermediate: int, clamped: Clamped | None = None) -> None:
+    With `clamped` = (alpha, limit) gpt-oss's activation takes the place of silu(gate) · up: gate · sigmoid(alpha ·
+    gate) · (up + 1), with gate at most `limit` and up within ± `limit`.
+    """
+
+    def __init__(self, hidden: int, intermediate: int, clamped: tuple[float, float] | None = None) -> None:
         super().__init__()
         self.gate_up = Linear(hidden, 2 * intermediate, bias=False)
         self.down = Linear(intermediate, hidden, bias=False)

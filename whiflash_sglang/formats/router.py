@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.files.jsonl import staged
 
 AR_MINUS_DIFFUSION = "ar-minus-diffusion"
 DIFFUSION_MINUS_AR = "diffusion-minus-ar"
@@ -37,70 +34,20 @@ class Layers(NamedTuple):
     b2: Tensor
 
 
-class Router(nn.Module):
-    """Predicts EAGLE-3's gain in acceptance length over DFlash, and if it has `heads` the accepted drafts of both."""
+def read_router(path: Path, hidden_size: int, device: torch.device, delta_sign: str | None = None) -> Layers:
+    """Read a router's weights in fp32 from a .safetensors file, or from a directory with one.
 
-    def __init__(self, hidden_size: int, width: int, *, heads: bool = False) -> None:
-        """Make an untrained router; `hidden_size` is the target's, `width` the MLP's."""
-        super().__init__()
-        self.first = nn.Linear(hidden_size, width)
-        self.second = nn.Linear(width, 1)
-        self.heads = nn.Linear(width, 2) if heads else None
+    Args:
+        hidden_size: the target's. delta_sign: one of `SIGNS`, for a file whose metadata does not say its sign.
 
-    def forward(self, final: Tensor) -> Tensor:
-        """Predict ΔAL [B] from `final` [B, H], the target's final-normed states at the last committed position."""
-        predicted: Tensor = self.second(self._hidden(final))[:, 0]
-        return predicted
-
-    def predict(self, final: Tensor) -> tuple[Tensor, Tensor]:
-        """Predict from `final` [B, H]: ΔAL [B], and the accepted drafts of EAGLE-3 and of DFlash [B, 2].
-
-        Raises `CheckpointError` if the router has no heads.
-        """
-        if self.heads is None:
-            raise CheckpointError("this router predicts ΔAL only; it has no heads")
-        hidden = self._hidden(final)
-        return self.second(hidden)[:, 0], self.heads(hidden)
-
-    def _hidden(self, final: Tensor) -> Tensor:
-        return F.gelu(self.first(final.to(self.first.weight.dtype)))
-
-    def layers(self) -> Layers:
-        """Return the weights in the kernel's form."""
-        seconds = [self.second] if self.heads is None else [self.second, self.heads]
-        return Layers(
-            self.first.weight.detach(),
-            self.first.bias.detach(),
-            torch.cat([layer.weight.detach() for layer in seconds]),
-            torch.cat([layer.bias.detach() for layer in seconds]),
-        )
-
-    @classmethod
-    def load(
-        cls, path: Path, *, hidden_size: int, device: torch.device, dtype: torch.dtype, delta_sign: str | None = None
-    ) -> "Router":
-        """Read a router from a .safetensors file, or from a directory with one.
-
-        Args:
-            delta_sign: one of `SIGNS`, for a file whose metadata does not say what its ΔAL means.
-
-        Raises:
-            CheckpointError: saying what was found, where the file does not fit or its sign is not known.
-        """
-        file, tensors, sign = _read(path)
-        weights = _fit(file, tensors, hidden_size)
-        if _sign(file, sign, delta_sign) == DIFFUSION_MINUS_AR:
-            weights |= {name: -weights[name] for name in ("second.weight", "second.bias")}
-        router = cls(hidden_size, len(weights["first.bias"]), heads=_HEADS + "weight" in weights)
-        router.load_state_dict(weights)
-        return router.to(device=device, dtype=dtype).eval()
-
-    def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write the router to one file, complete or not at all."""
-        tensors = {name: value.detach().cpu().to(dtype).contiguous() for name, value in self.state_dict().items()}
-        with staged(path) as file:
-            save_file(tensors, file, metadata={"delta_sign": AR_MINUS_DIFFUSION})
-            file.chmod(0o644)
+    Raises:
+        CheckpointError: saying what was found, where the file does not fit or its sign is not known.
+    """
+    file, tensors, sign = _read(path)
+    w1, b1, w2, b2 = _fit(file, tensors, hidden_size)
+    if _sign(file, sign, delta_sign) == DIFFUSION_MINUS_AR:
+        w2[0], b2[0] = -w2[0], -b2[0]
+    return Layers(*(each.to(device) for each in (w1, b1, w2, b2)))
 
 
 def _read(path: Path) -> tuple[Path, dict[str, Tensor], str | None]:
@@ -139,8 +86,8 @@ def _sign(file: Path, named: str | None, setting: str | None) -> str:
     return sign
 
 
-def _fit(file: Path, tensors: dict[str, Tensor], hidden_size: int) -> dict[str, Tensor]:
-    """Return the state dictionary of a `Router` from the file's tensors, found by shape. Raises CheckpointError."""
+def _fit(file: Path, tensors: dict[str, Tensor], hidden_size: int) -> Layers:
+    """Return the layers of the file's tensors, found by shape. Raises CheckpointError."""
     plain = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HEADS)}
     matrices = [tensor for tensor in plain.values() if tensor.ndim == 2]
     vectors = [tensor for tensor in plain.values() if tensor.ndim == 1]
@@ -156,13 +103,8 @@ def _fit(file: Path, tensors: dict[str, Tensor], hidden_size: int) -> dict[str, 
     def bias(size: int) -> Tensor:
         return next((vector for vector in vectors if len(vector) == size), torch.zeros(size))
 
-    weights = {
-        "first.weight": firsts[0],
-        "first.bias": bias(len(firsts[0])),
-        "second.weight": seconds[0],
-        "second.bias": bias(1),
-    }
+    w2, b2 = seconds[0], bias(1)
     if heads is not None:
-        weights[_HEADS + "weight"] = heads
-        weights[_HEADS + "bias"] = tensors.get(_HEADS + "bias", torch.zeros(2))
-    return weights
+        w2 = torch.cat([w2, heads])
+        b2 = torch.cat([b2, tensors.get(_HEADS + "bias", torch.zeros(2))])
+    return Layers(firsts[0], bias(len(firsts[0])), w2, b2)

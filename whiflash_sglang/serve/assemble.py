@@ -31,7 +31,7 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_sglang.formats.mtp import MTPDrafter
 from whiflash_sglang.formats.packed import pack_modules, quantise_modules
-from whiflash_sglang.formats.router import Layers, Router
+from whiflash_sglang.formats.router import Layers, read_router
 from whiflash_sglang.formats.table import read_draft
 from whiflash_sglang.prices.costs import Costs
 from whiflash_sglang.round.catch_up import DraftSync
@@ -123,21 +123,10 @@ def chain_arm(
 
 
 def load_router(settings: NeuralRouter | None, target: Target) -> Layers | None:
-    """Load the router's weights in fp32 to the target's device; None if the settings name no router.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, does not fit the target, or does not say its sign.
-    """
+    """Load the router's weights to the target's device; None if the settings name no router. Raises CheckpointError."""
     if settings is None:
         return None
-    router = Router.load(
-        Path(settings.path),
-        hidden_size=target.shape.hidden_size,
-        device=target.device,
-        dtype=torch.float32,
-        delta_sign=settings.delta_sign,
-    )
-    return router.layers()
+    return read_router(Path(settings.path), target.shape.hidden_size, target.device, settings.delta_sign)
 
 
 def spool_of(settings: Settings, model: str) -> Spool | None:

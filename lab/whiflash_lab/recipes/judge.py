@@ -129,8 +129,9 @@ def judge(
 
 def _obstacles(launch: Launch) -> dict[str, str]:
     obstacles = dict(refusals_of(launch))
-    if launch.draft_kv and UNCAPTURED.found(launch):
-        obstacles["uncaptured"] = UNCAPTURED.sentence.format(launch.architecture)
+    is_uncaptured, sentence = UNCAPTURED
+    if launch.draft_kv and is_uncaptured(launch):
+        obstacles["uncaptured"] = sentence.format(launch.architecture)
     return obstacles
 
 

@@ -11,7 +11,7 @@ the whole context. Windowed layers share them, or have a pool of their own (`lau
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from whiflash_sglang.engine.carried import APP_PATH, WORKER_APP
 from whiflash_sglang.engine.launch.facts import DISABLED
@@ -61,20 +61,17 @@ def has_heads_of_two_shapes(model: Any) -> bool:
     return bool(windowed != (model.head_dim, model.v_head_dim, model.get_num_kv_heads(1)))
 
 
-class Refusal(NamedTuple):
-    """A condition and its message. `found` returns None or False if a launch is fine, else the text for the braces of
-    `sentence`."""
-
-    found: Callable[["Launch"], Any]
-    sentence: str
+Refusal = tuple[Callable[["Launch"], Any], str]
+"""A condition and its sentence. The condition gives None or False if a launch is fine, else the text for the braces of
+the sentence."""
 
 
 def refusals_of(launch: "Launch") -> Iterator[tuple[str, str]]:
     """Yield name and sentence of every refusal of this launch."""
-    for name, refusal in REFUSALS.items():
-        found = refusal.found(launch)
+    for name, (condition, sentence) in REFUSALS.items():
+        found = condition(launch)
         if found not in (None, False):
-            yield name, refusal.sentence.format(found)
+            yield name, sentence.format(found)
 
 
 def refusal_of(launch: "Launch") -> str | None:
@@ -89,7 +86,7 @@ def storage_refusal(server_args: Any, backend: str, draft_kv: bool) -> str | Non
     )
     launch: Any = SimpleNamespace(args=args, draft_kv=draft_kv)
     rows = (REFUSALS["hicache_storage_backend"], REFUSALS["storage_sessions"])
-    return next((row.sentence.format(found) for row in rows if (found := row.found(launch))), None)
+    return next((sentence.format(found) for condition, sentence in rows if (found := condition(launch))), None)
 
 
 def _on(argument: str) -> Callable[["Launch"], Any]:
@@ -226,7 +223,7 @@ def _flag(argument: str) -> str:
 def _removed(**reasons: str) -> dict[str, Refusal]:
     """Return the refusals of switches that cannot be on. reasons: by argument."""
     return {
-        argument: Refusal(_on(argument), _REMOVE.format(f"{_flag(argument)} ({reason})"))
+        argument: (_on(argument), _REMOVE.format(f"{_flag(argument)} ({reason})"))
         for argument, reason in reasons.items()
     }
 
@@ -239,57 +236,57 @@ def _removed_beside_draft_kv(**reasons: str) -> dict[str, Refusal]:
             f"WHIFLASH's drafters do not work with {_flag(argument)} ({reason}); remove it, or give "
             "--whiflash-drafters none"
         )
-        return Refusal(lambda launch: launch.draft_kv and _on(argument)(launch), sentence)
+        return (lambda launch: launch.draft_kv and _on(argument)(launch), sentence)
 
     return {argument: row(argument, reason) for argument, reason in reasons.items()}
 
 
 REFUSALS: dict[str, Refusal] = {
     # devices and parallel groups
-    "device": Refusal(
+    "device": (
         lambda x: x.device not in ("cpu", "cuda") and x.device,
         "WHIFLASH runs on the CPU and on CUDA, not on {}; serve without it",
     ),
-    "cpu_engine": Refusal(
+    "cpu_engine": (
         lambda x: x.device == "cpu" and not x.own_platform,
         "WHIFLASH on the CPU needs whiflash-cpu (pip install dist/whiflash_cpu-*.whl), which is off if a GPU is "
         "visible or "
         "SGLANG_USE_CPU_ENGINE=1 is set; hide the GPU (CUDA_VISIBLE_DEVICES=) and unset SGLANG_USE_CPU_ENGINE",
     ),
-    "cpu_attention": Refusal(
+    "cpu_attention": (
         lambda x: x.device == "cpu" and _foreign_attention(x, ATTENTION_BACKEND),
         f"WHIFLASH on the CPU needs --attention-backend {ATTENTION_BACKEND}, its default, not {{}}; remove the flag",
     ),
-    "cuda_attention": Refusal(
+    "cuda_attention": (
         lambda x: x.device == "cuda" and _foreign_attention(x, *CUDA_ATTENTIONS),
         f"WHIFLASH on CUDA needs --attention-backend {', '.join(CUDA_ATTENTIONS)}, not {{}}, "
         "which is untested with drafts of several lengths; remove the flag",
     ),
-    "cuda_xqa": Refusal(
+    "cuda_xqa": (
         lambda x: x.device == "cuda" and x.xqa and "trtllm_mha" in x.attention_backends,
         "--attention-backend trtllm_mha runs the XQA kernel on this GPU, which cannot verify drafts of several "
         "lengths; remove the flag",
     ),
-    "cuda_prefill_graphs": Refusal(
+    "cuda_prefill_graphs": (
         lambda x: x.draft_kv and _captures(x, "prefill"),
         "prefills in CUDA graphs keep no features for WHIFLASH's drafters; give --cuda-graph-backend-prefill disabled",
     ),
-    "cuda_graph_padding": Refusal(
+    "cuda_graph_padding": (
         lambda x: _captures(x, "decode") and x.args.disable_cuda_graph_padding,
         "WHIFLASH pads verifications to the size of a CUDA graph; remove --disable-cuda-graph-padding, or give "
         "--cuda-graph-backend-decode disabled",
     ),
-    "cuda_metadata_glue": Refusal(
+    "cuda_metadata_glue": (
         lambda x: _captures(x, "decode") and x.is_set("SGLANG_ENABLE_METADATA_GLUE_GRAPH"),
         "the plan of a verification changes its addresses every round and cannot be captured; unset "
         "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
     ),
-    "cuda_deterministic": Refusal(
+    "cuda_deterministic": (
         lambda x: x.device == "cuda" and x.args.enable_deterministic_inference,
         "WHIFLASH on CUDA cannot keep --enable-deterministic-inference: it verifies several rows together; remove it",
     ),
     **{
-        argument: Refusal(
+        argument: (
             _more_than_one(argument),
             f"WHIFLASH scales with --tp-size, --dp-size and --enable-dp-attention; "
             f"{_flag(argument)} must be 1 ({reason})",
@@ -297,13 +294,13 @@ REFUSALS: dict[str, Refusal] = {
         for argument, reason in _ONE_OF.items()
     },
     **{
-        variable.lower(): Refusal(
+        variable.lower(): (
             _set_beside_peers(variable),
             f"with --enable-dp-attention WHIFLASH verifies on all ranks at once, by the rows of each; unset {variable}",
         )
         for variable in ("SGLANG_ENABLE_DP_SPEC_PREFILL_COORDINATION", "SGLANG_SCHEDULER_SKIP_ALL_GATHER")
     },
-    "moe_a2a_backend": Refusal(
+    "moe_a2a_backend": (
         lambda x: x.args.moe_a2a_backend not in (None, "none") and x.args.moe_a2a_backend,
         "--moe-a2a-backend {} has buffers for a bounded number of rows a rank, which rounds do not keep to; remove it: "
         "--ep-size works without it",
@@ -313,102 +310,103 @@ REFUSALS: dict[str, Refusal] = {
         enable_layernorm_sp="a rank would keep features of its own tokens only",
     ),
     # targets
-    "recurrent": Refusal(
+    "recurrent": (
         _architecture(lambda x: _recurrent().has_state(x.model) and not _recurrent().is_known(x.model)),
         "{} keeps a recurrent state that cannot be set back to the last accepted draft; serve it without WHIFLASH",
     ),
-    "recurrent_sessions": Refusal(
+    "recurrent_sessions": (
         _architecture(lambda x: _recurrent().has_state(x.model) and x.args.enable_streaming_session),
         "{} keeps a recurrent state that cannot be set back to a session's last kept token; remove "
         "--enable-streaming-session",
     ),
-    "compressed": Refusal(
+    "compressed": (
         _architecture(_is_compressed),
         "{} compresses KV in pools of its own, which are untested with verifications of several widths; serve it "
         "without WHIFLASH",
     ),
-    "sparse": Refusal(
+    "sparse": (
         _architecture(_is_sparse),
         "{} attends to tokens that an index picks (DSA): SGLang's dsa backend verifies one length, and others "
         "attend to all tokens; serve it without WHIFLASH",
     ),
-    "windows": Refusal(
+    "windows": (
         lambda x: (
             x.device == "cuda" and x.model is not None and has_windows(x.model) and _foreign_attention(x, *ATTENTIONS)
         ),
         "the target has layers with a sliding window, whose rows {} is not known to mask one by one; "
         f"give --attention-backend {', '.join(ATTENTIONS[:-1])} or {ATTENTIONS[-1]}",
     ),
-    "window_heads": Refusal(
+    "window_heads": (
         _architecture(lambda x: not x.model.is_hybrid_swa and has_heads_of_two_shapes(x.model)),
         "{} has windowed layers with KV heads of another shape than its other layers, which one pool cannot hold; "
         "give --swa-full-tokens-ratio (SGLang's default is 0.8), without --disable-hybrid-swa-memory",
     ),
-    "window_pool": Refusal(
+    "window_pool": (
         _architecture(lambda x: x.model.is_hybrid_swa and not x.model.full_attention_layer_ids),
         "{} has no layer that keeps plain KV for the whole context, and drafters keep theirs at the slots of one; "
         "remove --swa-full-tokens-ratio",
     ),
-    "chunked_windows": Refusal(
+    "chunked_windows": (
         _architecture(_has_chunks),
         "{} attends within chunks, and a block of drafts may cross their bounds; serve it without WHIFLASH",
     ),
-    "multimodal": Refusal(
-        _untested_media, "{} is untested with images and sound; remove --enable-multimodal to serve its text"
+    "multimodal": (
+        _untested_media,
+        "{} is untested with images and sound; remove --enable-multimodal to serve its text",
     ),
-    "multimodal_roles": Refusal(
+    "multimodal_roles": (
         lambda x: x.args.enable_multimodal and x.args.disaggregation_mode != "null",
         "images are untested between prefill and decode servers; remove --enable-multimodal",
     ),
-    "multimodal_peers": Refusal(
+    "multimodal_peers": (
         lambda x: x.args.enable_multimodal and _peers(x),
         "images are untested with --enable-dp-attention; remove --enable-multimodal",
     ),
-    "encoder": Refusal(
+    "encoder": (
         _architecture(lambda x: x.model.is_encoder_decoder or not x.model.is_generation),
         "{} does not continue a prompt token by token; serve it without WHIFLASH",
     ),
-    "one_file": Refusal(
+    "one_file": (
         lambda x: x.model is not None and x.model.quantization in ("gguf", "expert_pack") and x.model.quantization,
         "the target is a {} file, which SGLang reads only on GPUs, untested with WHIFLASH; use a checkpoint in "
         "safetensors",
     ),
     # files of targets, HTTP and processes
-    "workers_keys": Refusal(
+    "workers_keys": (
         lambda x: _more_than_one("tokenizer_worker_num")(x) and bool(x.args.api_key or x.args.admin_api_key),
         "SGLang checks no keys with --tokenizer-worker-num above 1; remove --tokenizer-worker-num, or both keys",
     ),
-    "workers_warm_up": Refusal(
+    "workers_warm_up": (
         lambda x: _more_than_one("tokenizer_worker_num")(x) and x.tenant_header and not x.args.skip_server_warmup,
         "with --tokenizer-worker-num above 1 a warm-up may reach a worker that is up, which refuses it for "
         "--whiflash-trust-tenant-header on, since it names no tenant; give --skip-server-warmup",
     ),
-    "workers_app": Refusal(
+    "workers_app": (
         lambda x: _more_than_one("tokenizer_worker_num")(x) and x.environment.get(APP_PATH, WORKER_APP) != WORKER_APP,
         f"tokenizer workers need WHIFLASH's application for its routes, checks and traces; unset {APP_PATH}",
     ),
-    "rust_server": Refusal(lambda x: x.is_set("SGLANG_RUST_SERVER"), _HTTP + "unset SGLANG_RUST_SERVER"),
+    "rust_server": (lambda x: x.is_set("SGLANG_RUST_SERVER"), _HTTP + "unset SGLANG_RUST_SERVER"),
     **{  # The old name comes first, since SGLang resolves it to the new one too.
-        argument: Refusal(_on(argument), _HTTP + f"remove {_flag(argument)}")
+        argument: (_on(argument), _HTTP + f"remove {_flag(argument)}")
         for argument in ("grpc_mode", "smg_grpc_mode", "use_ray", "encoder_only")
     },
-    "decoupled_spec_role": Refusal(
+    "decoupled_spec_role": (
         lambda x: x.args.decoupled_spec_role not in (None, "null"),
         _REMOVE.format("--decoupled-spec-role (drafters run in the target's process)"),
     ),
     # caches and memory
-    "hicache_storage_backend": Refusal(
+    "hicache_storage_backend": (
         lambda x: (
             x.draft_kv and x.args.hicache_storage_backend not in (None, "file") and x.args.hicache_storage_backend
         ),
         "--hicache-storage-backend {} is untested with draft KV; give file, or give --whiflash-drafters none",
     ),
-    "storage_sessions": Refusal(
+    "storage_sessions": (
         lambda x: x.args.enable_streaming_session and x.args.hicache_storage_backend,
         "--hicache-storage-backend {} beside --enable-streaming-session: SGLang's scheduler ends at a session's second "
         "turn; remove one of them",
     ),
-    "hicache_host_memory_mode": Refusal(
+    "hicache_host_memory_mode": (
         lambda x: x.draft_kv and x.args.hicache_host_memory_mode != "cache" and x.args.hicache_host_memory_mode,
         "--hicache-host-memory-mode {} is untested with draft KV; remove it, or give --whiflash-drafters none",
     ),
@@ -428,18 +426,19 @@ REFUSALS: dict[str, Refusal] = {
         enable_linear_replayssm_spec="it does not keep the state after each verified row",
     ),
     **_removed(enable_int8_mamba_checkpoint="untested with WHIFLASH"),
-    "mamba_radix_cache_strategy": Refusal(
+    "mamba_radix_cache_strategy": (
         lambda x: x.args.mamba_radix_cache_strategy == "extra_buffer_lazy",
         "--mamba-radix-cache-strategy extra_buffer_lazy plans slots for drafts of one length; use extra_buffer",
     ),
-    "radix_cache_backend": Refusal(
-        lambda x: x.args.radix_cache_backend, "WHIFLASH needs SGLang's own radix cache; remove --radix-cache-backend {}"
+    "radix_cache_backend": (
+        lambda x: x.args.radix_cache_backend,
+        "WHIFLASH needs SGLang's own radix cache; remove --radix-cache-backend {}",
     ),
-    "post_capture_sizing": Refusal(
+    "post_capture_sizing": (
         lambda x: x.is_set("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
         "the drafters' KV needs the size of the target's KV at the start; unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
     ),
-    "simulated_acceptance": Refusal(  # SGLang simulates lengths above 0 only
+    "simulated_acceptance": (  # SGLang simulates lengths above 0 only
         lambda x: (
             None
             if (length := x.environment.get("SGLANG_SIMULATE_ACC_LEN", "")).strip("0.")[:1] in ("", "-")
@@ -448,24 +447,24 @@ REFUSALS: dict[str, Refusal] = {
         "SGLANG_SIMULATE_ACC_LEN={} pins the acceptance of SGLang's own algorithms only; unset it",
     ),
     # scheduling
-    "lora_backend": Refusal(
+    "lora_backend": (
         _foreign_adapters,
         "--lora-backend {0[1]} lays out the rows of adapters for drafts of one length; give --lora-backend {0[0]}",
     ),
-    "lora_peers": Refusal(
+    "lora_peers": (
         lambda x: _peers(x) and _has_adapters(x),
         "with --enable-dp-attention SGLang lays out all ranks' rows of adapters, for drafts of one length and with "
         "--lora-backend triton alone; remove --enable-lora and --lora-paths",
     ),
     **_removed(enable_lora_overlap_loading="untested beside verifications"),
-    "uno": Refusal(_untested_beside_uno, "UNO is untested with {}; give no adapter of UNO, or serve without that"),
+    "uno": (_untested_beside_uno, "UNO is untested with {}; give no adapter of UNO, or serve without that"),
     **_removed(
         enable_watermark="its state is not kept per verified position",
         enable_torch_compile="it compiles sizes in requests, and a verification's are rows",
         enable_mis="FlashInfer's masks of several items are untested with it",
         enable_eplb="experts that move while it serves are untested",
     ),
-    "enable_return_routed_experts": Refusal(
+    "enable_return_routed_experts": (
         _architecture(
             lambda x: (
                 x.args.enable_return_routed_experts and not getattr(x.model.hf_text_config, "num_experts_per_tok", None)
@@ -474,16 +473,16 @@ REFUSALS: dict[str, Refusal] = {
         "{} has no experts to return; remove --enable-return-routed-experts",
     ),
     **_removed(enable_two_batch_overlap=_ONE_TOKEN, enable_single_batch_overlap=_ONE_TOKEN, enable_pdmux=_ONE_TOKEN),
-    "dllm_algorithm": Refusal(
+    "dllm_algorithm": (
         lambda x: bool(x.args.dllm_algorithm),
         _REMOVE.format("--dllm-algorithm (a diffusion target does not decode token by token)"),
     ),
-    "grammar_backend": Refusal(
+    "grammar_backend": (
         lambda x: x.args.grammar_backend == "outlines",
         "WHIFLASH does not work with --grammar-backend outlines (it cannot take a token back, as drafts need); use "
         "xgrammar or llguidance",
     ),
-    "other_algorithms": Refusal(
+    "other_algorithms": (
         _foreign_flag,
         "{} belongs to SGLang's other speculative algorithms and has no effect; WHIFLASH's bounds are "
         "--whiflash-eagle-steps and --whiflash-block-size; remove it",
@@ -491,7 +490,7 @@ REFUSALS: dict[str, Refusal] = {
 }
 """The rows by their names: the first that stops a launch is shown."""
 
-UNCAPTURED = Refusal(
+UNCAPTURED = (
     _architecture(_is_uncaptured),
     "{} has no hidden-state capture in SGLang, so no drafter can read it; give --whiflash-drafters none",
 )

@@ -38,8 +38,8 @@ from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.engine import supported
 from whiflash_sglang.engine.forward.graphs import VerifyGraphs, most_rows
 from whiflash_sglang.engine.forward.target import Target
+from whiflash_sglang.prices import kept
 from whiflash_sglang.prices.costs import FULL_LENGTH, Costs
-from whiflash_sglang.prices.kept import KeptPrices
 from whiflash_sglang.prices.tables import CostTables, Sizes, Verifications
 from whiflash_sglang.records.core import DraftBatch
 
@@ -102,13 +102,14 @@ def price(costs: Costs, start: "Start", ranks: Ranks) -> None:
     without graphs, since such prices show how busy the host was, nor with DP attention, whose ranks measure together
     and might find different files.
     """
-    kept = KeptPrices(cache_root() / "prices", start.key(ranks.size)) if start.keeps else None
-    tables = ranks.broadcast(lambda: kept.read() if kept else None)
+    key = start.key(ranks.size) if start.keeps else {}
+    file = kept.file_of(cache_root() / "prices", key)
+    tables = ranks.broadcast(lambda: kept.read(file, key) if key else None)
     if tables is None:
         measured = start.tables()
         tables = ranks.broadcast(lambda: measured)
-        if kept is not None and ranks.leads:
-            kept.write(tables)
+        if key and ranks.leads:
+            kept.write(file, key, tables)
     costs.tables = tables
 
 

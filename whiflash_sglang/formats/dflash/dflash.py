@@ -23,7 +23,7 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.checkpoint import WeightReader, check_target, drafter_weights, write_checkpoint
 from whiflash_sglang.formats.choice import Choice, DraftHead, SharedVocabulary, TargetsParts
 from whiflash_sglang.formats.config_json import read_config_of
-from whiflash_sglang.formats.dflash.dflash_config import ALIASES, ARCHITECTURE, BlockConvolution, DFlashConfig, parse
+from whiflash_sglang.formats.dflash.dflash_config import ALIASES, ARCHITECTURE, DFlashConfig, parse
 from whiflash_sglang.formats.draft_format import DraftFormat
 from whiflash_sglang.formats.layers import (
     Angles,
@@ -45,15 +45,17 @@ class BlockConv(nn.Module):
 
     y = conv(f(conv(x, before)), after)        conv(x, w)_t = Σ_j w_tj · x_{t-j}, rows of the same block
     [before_t | after_t] = base + P x_t, one P x_t for every `group` channels
+
+    shape: taps, the rows that a kernel covers, the current one included; and `group`.
     """
 
-    def __init__(self, size: int, shape: BlockConvolution) -> None:
+    def __init__(self, size: int, shape: tuple[int, int]) -> None:
         super().__init__()
-        self.shape = shape
-        base = torch.zeros(2, shape.taps, size)
+        self.shape = taps, group = shape
+        base = torch.zeros(2, taps, size)
         base[:, 0] = 1.0  # untrained, the convolutions change nothing
         self.base_kernel = nn.Parameter(base)
-        self.kernel_projection = Linear(size, 2 * shape.taps * (size // shape.group), bias=False)
+        self.kernel_projection = Linear(size, 2 * taps * (size // group), bias=False)
 
     def kernels(self, x: Tensor) -> Tensor:
         """Compute the kernels before and after the sublayer from `x` [T, H]: [2, T, taps, H]."""
@@ -65,7 +67,7 @@ class BlockConv(nn.Module):
         """Convolve `x` [T, H], whole blocks of `rows`, with `kernel` [T, taps, H] → [T, H]."""
         out = kernel[:, 0] * x
         blocks = x.view(-1, rows, x.shape[-1])
-        for tap in range(1, min(self.shape.taps, rows)):
+        for tap in range(1, min(self.shape[0], rows)):
             earlier = F.pad(blocks[:, :-tap], (0, 0, tap, 0)).view_as(x)
             out = out + kernel[:, tap] * earlier
         return out

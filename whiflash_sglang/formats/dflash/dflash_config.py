@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from whiflash_sglang.formats.checkpoint import MOST_LAYERS, MOST_ROWS, integer, layer_ids, number, trunk, trunk_json
 from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.draft_format import merged
-from whiflash_sglang.formats.layers import AttentionShape, Clamped
+from whiflash_sglang.formats.layers import AttentionShape
 
 ARCHITECTURE = "DFlashDraftModel"
 ALIASES = ("MuseGlimmerAssistantModel",)
@@ -39,16 +39,6 @@ class LayerSpan(NamedTuple):
     window: int | None = None
 
 
-class BlockConvolution(NamedTuple):
-    """Shape of the convolutions around each sublayer (`dflash.BlockConv`).
-
-    taps: rows that a kernel covers, the current one included. group: channels that share a kernel's dynamic part.
-    """
-
-    taps: int
-    group: int
-
-
 @dataclass(frozen=True, slots=True)
 class DFlashConfig:
     """Sizes and variants of a block drafter's checkpoint.
@@ -62,8 +52,9 @@ class DFlashConfig:
         from_anchor: the bonus token's row drafts too, so that a block gives as many drafts as it has rows.
         draft_vocab_size: rows of the drafter's own head; None: it uses the target's head.
         value_scale: factor of V. neighbours: RoPE rotates pairs of neighbouring dimensions, not halves.
-        convolution: around the sublayers of every layer, or None. head_norm_eps: of the norms of queries and keys;
-            None: `rms_norm_eps`.
+        clamped: alpha and limit of `layers.SwiGLU`. convolution: taps and group of `dflash.BlockConv`, which is around
+            the sublayers of every layer, or None.
+        head_norm_eps: of the norms of queries and keys; None: `rms_norm_eps`.
     """
 
     hidden_size: int
@@ -85,8 +76,8 @@ class DFlashConfig:
     gemma_norm: bool = False
     value_scale: float = 1.0
     neighbours: bool = False
-    clamped: Clamped | None = None
-    convolution: BlockConvolution | None = None
+    clamped: tuple[float, float] | None = None
+    convolution: tuple[int, int] | None = None
     head_norm_eps: float | None = None
     anchored: ClassVar[bool] = False
     """Whether every draft pass has a whole block of rows that see the bonus token's entry as context (FlashMap)."""
@@ -234,16 +225,16 @@ def _spans(path: Path, settings: Mapping[str, Any], layers: int) -> tuple[LayerS
     return tuple(spans) if set(spans) != {LayerSpan()} else ()
 
 
-def _activation(path: Path, settings: Mapping[str, Any]) -> Clamped | None:
+def _activation(path: Path, settings: Mapping[str, Any]) -> tuple[float, float] | None:
     name = settings.get("hidden_act", "silu")
     if name == "silu":
         return None
     if name == "swigluoai":
-        return Clamped(number(settings, "swiglu_alpha", path), number(settings, "swiglu_limit", path))
+        return number(settings, "swiglu_alpha", path), number(settings, "swiglu_limit", path)
     raise misfit(path, f"hidden_act {name!r} is not supported, only silu and swigluoai")
 
 
-def _convolution(path: Path, settings: Mapping[str, Any]) -> BlockConvolution | None:
+def _convolution(path: Path, settings: Mapping[str, Any]) -> tuple[int, int] | None:
     taps, group = (integer(settings, f"conv_{name}_size", path, minimum=0, default=0) for name in ("kernel", "group"))
     if not taps and not group:
         return None
@@ -251,4 +242,4 @@ def _convolution(path: Path, settings: Mapping[str, Any]) -> BlockConvolution | 
     if not taps or not group or hidden % group:
         why = f"go together, and the latter divides hidden_size {hidden}"
         raise misfit(path, f"conv_kernel_size {taps} and conv_group_size {group} {why}")
-    return BlockConvolution(taps, group)
+    return taps, group
