@@ -1,7 +1,10 @@
 """Tiny checkpoints for the tests of several processes, and what plain decoding answers with two ranks."""
 
+from functools import partial
+
 import pytest
-from tensor_parallel import SAMPLE, Checkpoints, Outputs, plainly
+from ranks_at_work import on_ranks
+from tensor_parallel import ARRIVALS, RANKS, SAMPLE, Checkpoints, Outputs, play_plain
 from tiny_models import tiny_target
 
 
@@ -15,4 +18,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 @pytest.fixture(scope="session")
 def plain(checkpoints: Checkpoints) -> Outputs:
     """Plain decoding of the first of `ARRIVALS` with two ranks, which agree on it. Nothing is aborted there."""
-    return plainly(checkpoints, SAMPLE)
+    first, second = on_ranks(RANKS, partial(play_plain, checkpoints, ARRIVALS[:SAMPLE]))
+    assert first == second
+    return dict(first)

@@ -4,14 +4,12 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 from unittest.mock import patch
 
 from engine import engine
 from oracle_arm import OracleArm
-from ranks_at_work import on_ranks
 from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import Arrival, mixed, play
 from watching import unwatched
@@ -25,26 +23,11 @@ from whiflash_sglang.structure import spending
 RANKS = 2
 ENDS_AT_ONCE = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
 """Else a server of SGLang's that loses a process waits 65 s for what could be found out about its GPU."""
-ASKED, LATE = 4, 8
-"""Steps before a switch is asked for, and from then until the second rank may read the version."""
 SAMPLE = 16
 """Arrivals of the sample in `make test`."""
 ARRIVALS = mixed(seed=1, count=200, shared=40, aborts=0.1, stops=0.3, tokens=20)
 
 Outputs = dict[str, list[int]]
-
-
-def seeded(pace: int) -> list[Arrival]:
-    """Eight requests that draw by a seed each, one every `pace` steps.
-
-    None has a top-p: where one of a batch does, SGLang keys the noise of all by rank instead of by token.
-    """
-    drawn = {"max_new_tokens": 24, "temperature": 1.0}
-    prompts = [tuple(range(100 + seed, 130)) for seed in range(8)]
-    return [
-        Arrival(f"s{seed}", pace * seed, prompt, {**drawn, "sampling_seed": seed})
-        for seed, prompt in enumerate(prompts)
-    ]
 
 
 @dataclass(frozen=True)
@@ -79,7 +62,6 @@ class Played:
     rounds: list[tuple[Any, ...]]
     arms: set[str]
     retracted: int
-    cached: int
     accepted: int
 
 
@@ -94,13 +76,6 @@ def play_plain(
     """Without drafts and aborts."""
     with engine(checkpoints.target, **of_rank(rank, port, **arguments)) as e:
         return play(e, [replace(arrival, abort_after=None) for arrival in arrivals])
-
-
-def plainly(checkpoints: Checkpoints, count: int) -> Outputs:
-    """Plain decoding of so many arrivals."""
-    first, second = on_ranks(RANKS, partial(play_plain, checkpoints, ARRIVALS[:count]))
-    assert first == second
-    return first
 
 
 def play_ours(
@@ -148,7 +123,6 @@ def play_ours(
             rounds,
             proposers | {arm for routes, *_ in rounds for arm in routes},
             sum(req.retraction_count for req in requests),
-            sum(req.cached_tokens for req in requests),
             sum(req.spec_num_correct_drafts for req in requests),
         )
 
@@ -169,13 +143,6 @@ def go_wild(rank: int) -> None:
         patch.object(spending, "REQUEST_SECONDS", 0.0),
     ):
         p.start()
-
-
-def wild(checkpoints: Checkpoints, arrivals: list[Arrival], plain: Outputs, rank: int, port: int) -> Played:
-    """On every rank but the first nothing that a clock says is right."""
-    if rank:
-        go_wild(rank)
-    return play_ours(checkpoints, "auto", arrivals, plain, rank, port)
 
 
 def goes_astray(checkpoints: Checkpoints, log: Path, rank: int, port: int) -> None:

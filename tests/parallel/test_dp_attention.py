@@ -24,9 +24,10 @@ from matrix import sampled
 from ranks_at_work import RankFailedError, on_ranks
 from reference import Comparison
 from server_host import ServerHost
-from tensor_parallel import ENDS_AT_ONCE, RANKS, Checkpoints, Outputs, Played, seeded
+from tensor_parallel import ENDS_AT_ONCE, RANKS, Checkpoints, Outputs, Played
 from test_data_parallel import assert_both_count_and_forget, assert_policies_keep_texts
 from tiny_models import save_tokenizer
+from traffic import Arrival
 
 Made = tuple[Any, Checkpoints]
 """A target's model, and files of it and its drafters."""
@@ -101,8 +102,9 @@ def test_families(tmp_path: Path, family: str, arguments: dict[str, Any]) -> Non
 
 @pytest.mark.evidence
 def test_seeded_sampling(moe: Made) -> None:
-    """Noise is keyed by seed and position."""
-    arrivals = seeded(3)
+    """Noise is keyed by seed and position. None has a top-p: SGLang keys the noise of all by rank then."""
+    drawn = [{"max_new_tokens": 24, "temperature": 1.0, "sampling_seed": seed} for seed in range(8)]
+    arrivals = [Arrival(f"s{i}", 3 * i, tuple(range(100 + i, 130)), each) for i, each in enumerate(drawn)]
     shares = [arrivals[:6], arrivals[6:]]
     plain = on_ranks(RANKS, partial(play_plain, moe[1], shares, **SEEDS))
     played = on_ranks(RANKS, partial(play_shares, moe[1], "random", shares, plain, alike, **SEEDS))

@@ -1,4 +1,4 @@
-"""The phantom card's rules, each broken once."""
+"""The phantom card's rules, each broken once, and the model of streams: what CUDA may reorder is a race."""
 
 from collections.abc import Callable
 from typing import Any
@@ -85,18 +85,100 @@ def test_a_copy_that_does_not_wait_arrives_when_the_host_has(world: Streams) -> 
     assert not world.stalls
 
 
-def test_streams_have_no_order_but_what_is_waited_for(world: Streams) -> None:
-    other = torch.cuda.Stream()
-    shared = torch.zeros(3, device=CUDA)
-    with torch.cuda.stream(other):
-        shared.add_(1)
-    assert {text.split(",")[0] for text in world.races} == {"stream 1 writes what stream of the start wrote"}
+def two() -> tuple[Any, Any]:
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    first.name, second.name = "a", "b"
+    return first, second
+
+
+def read(x: torch.Tensor) -> None:
+    x.add(1)
+
+
+def write(x: torch.Tensor) -> None:
+    x.add_(1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "race"),
+    [
+        (read, read, None),
+        (read, write, "b writes what a reads"),
+        (write, read, "b reads what a wrote"),
+        (write, write, "b writes what a wrote"),
+    ],
+)
+@pytest.mark.parametrize("order", ["none", "stream", "event", "an event too early", "the host"])
+def test_two_streams(world: Streams, first: Any, second: Any, race: str | None, order: str) -> None:
+    a, b = two()
+    shared, event = torch.ones(2, device=CUDA), torch.cuda.Event()
+    for stream in (a, b):
+        stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(a):
+        if order == "an event too early":
+            event.record()
+        first(shared)
+        if order != "an event too early":
+            event.record()
+    if order == "stream":
+        b.wait_stream(a)
+    elif "event" in order:
+        event.wait(b)
+    elif order == "the host":
+        event.synchronize()
+    with torch.cuda.stream(b):
+        second(shared[1:])  # a view of it is the same memory
+    found = {text.split(",")[0] for text in world.races}
+    assert found == ({race} if race and order in ("none", "an event too early") else set())
+
+
+@pytest.mark.parametrize("kept", ["not", "by the owner's wait", "by record_stream", "until the owner waits"])
+@pytest.mark.parametrize("use", [read, write])
+def test_memory_that_is_freed_goes_back_to_its_stream(world: Streams, use: Any, kept: str) -> None:
+    """The next operator that gets memory may write to it while another stream still uses it."""
+    a, b = two()
+    with torch.cuda.stream(a):
+        held = [torch.zeros(2, device=CUDA) + 1]
+    b.wait_stream(a)
+    with torch.cuda.stream(b):
+        use(held[0])
+    if kept == "by the owner's wait":
+        a.wait_stream(b)
+    elif kept == "by record_stream":
+        held[0].record_stream(b)
+    elif kept == "until the owner waits":
+        held[0] = held[0][1:]
+        a.wait_stream(b)
+    held.clear()
+    b.synchronize()  # too late for its owner
+    races = [text for text in world.races if "a may write again what b uses" in text]
+    assert len(races) == len(world.races) == (kept == "not")
+
+
+def test_a_pinned_buffer_must_not_be_filled_again_too_early(world: Streams) -> None:
+    staged, (a, _) = torch.ones(3, pin_memory=True), two()
+    with torch.cuda.stream(a):
+        plan = staged.to(CUDA, non_blocking=True)
+    staged[0] = 2.0
+    assert {text.split(",")[0] for text in world.races} == {"host writes what a reads"}
+    assert plan[0] == 1.0
+
+
+def test_a_read_by_the_host_waits_for_the_current_stream_alone(world: Streams) -> None:
+    a, b = two()
+    shared = torch.ones(1, device=CUDA)
+    a.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(a):
+        write(shared)
+    with torch.cuda.stream(b):
+        shared.tolist()
+    assert {text.split(",")[0] for text in world.races} == {"b reads what a wrote"}
     world.races.clear()
-    torch.cuda.current_stream().wait_stream(other)
-    shared.add_(1)
+    with torch.cuda.stream(a):
+        shared.tolist()
+    write(shared)
     assert not world.races
-    with torch.cuda.stream(other):
-        shared.record_stream(other)
+    assert sum(world.stalls.values()) == 2
 
 
 def test_a_replay_spoils_what_graphs_captured_later_hold(world: Streams) -> None:

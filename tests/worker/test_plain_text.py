@@ -95,12 +95,8 @@ SETTINGS = {
     "small rings": Setting(ring=32),
     **{f"{drafters} alone": Setting(drafters=drafters) for drafters in ("ar", "diffusion", "none")},
     "no structure arm": Setting(flags={"whiflash_structure": "off"}),
-    "graphs": Setting(**SMALL),
-    "graphs, overlap": Setting(overlap=True, **SMALL),
     "graphs, two layers": Setting(layers=2, **SMALL),
-    "graphs, two layers, overlap": Setting(layers=2, overlap=True, **SMALL),
     **{f"adapters, {name}": Setting(adapters=True, **more) for name, more in ADAPTED.items()},
-    "eager, overlap": Setting(overlap=True, **{**SMALL, "graphs": False}),
     "as for agents": Setting(
         {
             "page_size": 64,
@@ -184,13 +180,11 @@ MATRIX = [row(case, policy, "three loads", evidence=True) for case in CASES for 
 """Records of these are kept (`evidence.py`)."""
 ROWS = [
     *MATRIX,
-    *(row("batch", router, "traffic", router, evidence=True) for router in ALL),
     row("batch", "entropy", "traffic", "ar", "diffusion"),
     row("batch", "auto", "traffic", "ar", "lookup"),
     row("batch", "random", "traffic", *ALL, *KNOWING),
     row("batch", "random", "traffic", predicted=True),
     row("batch", "random", "counted", "retractions", retracted=3),
-    *(row("batch", router, "constrained", router, evidence=True) for router in ("ar", "diffusion")),
     row("batch", "random", "constrained", "structure", *KNOWING),
     row("batch", "none", "structured"),
     row("batch", "random", "structured", *ALL, "structure", *KNOWING),
@@ -201,24 +195,16 @@ ROWS = [
     ),
     row("batch", "oracle", "stops", "runs"),
     row("batch", "random", "calls", "structure"),
-    *(row("batch", router, "penalised", router, evidence=True) for router in ("ar", "diffusion")),
     row("batch", "random", "penalised", *KNOWING),
     row("batch", "random", "penalised", "penalised retractions", retracted=3),
-    *(row("batch", router, "rated", evidence=True) for router in ("ar", "diffusion", "none")),
-    row("batch", "auto", "rated", evidence=True),
     row("batch", "random", "rated", "runs"),
     row("batch", "random", "rated beside samples", "runs"),
-    *(row("batch", router, "states", evidence=True) for router in ("ar", "none")),
     row("batch", "random", "states", *KNOWING),
-    *(row("whole prompts", router, "processed", evidence=True) for router in ("ar", "diffusion", "lookup", "none")),
-    row("whole prompts", "auto", "processed", evidence=True),
     row("whole prompts", "random", "processed", "oracle"),
     row("whole prompts", "none", "unprocessed"),
     row("one request", "random", "traffic", *KNOWING),
     row("two requests", "random", "structured", "structure"),
-    row("pages", "random", "traffic", *KNOWING, evidence=True),
     row("small chunks", "random", "traffic", *KNOWING),
-    row("small chunks", "random", "traffic", predicted=True, evidence=True),
     row("chunks of 8 in pages", "random", "sampled", "chunks in outputs", retracted=13),
     row("chunks in pages", "random", "traffic", *KNOWING),
     row("full pool", "random", "traffic", *KNOWING, "retractions"),
@@ -228,7 +214,6 @@ ROWS = [
     row("as for agents", "random", "long prompts"),
     row("fp8", "random", "long prompts"),
     row("drafters in fp8", "random", "traffic", *KNOWING),
-    row("priorities", "auto", "priorities", "pushed", evidence=True),
     row("priorities", "random", "priorities", "pushed"),
     *(
         row(
@@ -241,27 +226,20 @@ ROWS = [
         for seed in range(12)
     ),
     row("thinking", "random", "thinking", *KNOWING),
-    *(row("seeded", router, "seeds", router, evidence=True) for router in ("ar", "diffusion")),
     row("seeded", "random", "seeds", *KNOWING),
     *(
         row("seeded", "random", requests, "runs")
         for requests in ("rated seeds", "rated seeds, original", "filtered seeds")
     ),
-    row("two layers", "ar", "traffic", "ar", evidence=True),
-    row("two layers", "auto", "traffic", "ar", evidence=True),
     row("two layers", "random", "traffic", *KNOWING),
     row("two layers, full pool", "random", "traffic", "retractions"),
     row("overlap", "random", "traffic", *ALL, *KNOWING, "retractions", retracted=5),
     row("overlap", "random", "constrained", "retractions", retracted=5),
     row("overlap", "random", "structured", "structure", "lookup", evidence=True),
-    row("overlap", "auto", "calls", evidence=True),
     row("overlap, llguidance", "random", "structured"),
     # `oracle` where something must happen: a grammar joins when it is compiled, so `random` takes other arms each time.
     row("thinking, overlap", "oracle", "thinking", "oracle", *KNOWING),
-    row("thinking, overlap", "random", "thinking", evidence=True),
-    *(row("overlap", router, "traffic", retracted=5, evidence=True) for router in ("diffusion", "auto")),
     row("overlap, lengths", "lookup", "traffic", "retractions", retracted=5),
-    row("overlap, lengths", "ar", "traffic", retracted=5, evidence=True),
     row("overlap", "random", "states", "oracle", "rejections"),
     *(
         row(
@@ -275,11 +253,7 @@ ROWS = [
         for name in ADAPTED
         for router in POLICIES
     ),
-    row("graphs", "random", "short", "oracle", evidence=True),
-    row("eager, overlap", "random", "short", "oracle", evidence=True),
-    row("graphs, overlap", "random", "short", "oracle", evidence=True),
     row("graphs, two layers", "random", "short", "oracle", sees="a graph keeps a value of its capture"),
-    row("graphs, two layers, overlap", "random", "short", "oracle", evidence=True),
     row("overlap", "random", "budgets", "retractions", *BUDGETED, retracted=5),
     row("seeded", "random", "seeded budgets", *BUDGETED),
     row("uno", "random", "traffic", "uno", *KNOWING),

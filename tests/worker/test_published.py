@@ -82,6 +82,9 @@ def test_figures_are_those_of_the_rounds(
         found, own, reads = serve(e, monkeypatch)
         clock = e.worker.clock
         check_upstreams(e, own)
+        check_prices(e, {labels: value for (name, labels), value in found.values.items() if name == "cost_seconds"})
+        bytes_of = {labels[0]: value for (name, labels), value in found.values.items() if name == "memory_bytes"}
+        check_memory(e, bytes_of)
     assert reads.reads.total() == reads.uploads.total() == 0
     assert found.total("rounds_total") == found.total("routes_total") == own["rounds"]
     assert found.total("tokens_total") == own["tokens"]
@@ -146,31 +149,25 @@ def test_the_backlog_is_what_idle_drafters_have_missed(models: Models) -> None:
     assert most["ar",] < 10
 
 
-def test_prices_are_published_as_they_are_used(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    with engine(models.target, whiflash=models.whiflash("random")) as e:
-        found, _, _ = serve(e, monkeypatch)
-        costs = e.worker.controller.costs
-        published = {labels: value for (name, labels), value in found.values.items() if name == "cost_seconds"}
-        for arm, drafter in e.worker.drafters.items():
-            assert published["draft", arm] == costs.draft(arm, 1)
-            assert (published["draft", arm] > 0) == isinstance(drafter, KVDrafter), (
-                "what only looks has no price of its own"
-            )
-        costs.set_contexts([])
-        assert published["verify", ""] == pytest.approx(costs.verify(1, 1), rel=0.2), "of other contexts"
-        assert published["verify_row", ""] > 0
-        assert published["between", ""] >= 0
+def check_prices(e: Engine, published: dict[Labels, float]) -> None:
+    """They are those in use."""
+    costs = e.worker.controller.costs
+    for arm, drafter in e.worker.drafters.items():
+        assert published["draft", arm] == costs.draft(arm, 1)
+        assert (published["draft", arm] > 0) == isinstance(drafter, KVDrafter), "what only looks has no price"
+    costs.set_contexts([])
+    assert published["verify", ""] == pytest.approx(costs.verify(1, 1), rel=0.2), "of other contexts"
+    assert published["verify_row", ""] > 0
+    assert published["between", ""] >= 0
 
 
-def test_memory_is_what_was_allocated(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    with engine(models.target, whiflash=models.whiflash("random")) as e:
-        found, _, _ = serve(e, monkeypatch)
-        drafters = e.worker.drafters.values()
-        kv = sum(d.kv.k.nbytes + d.kv.v.nbytes for d in drafters if isinstance(d, KVDrafter))
-        published = {labels[0]: value for (name, labels), value in found.values.items() if name == "memory_bytes"}
-        assert published["draft_kv"] == kv > 0
-        rings = e.worker.sync.rings.rings
-        watermarks = e.worker.sync.watermarks.device.nbytes
-        assert published["backlog"] == rings.features.nbytes + rings.next_tokens.nbytes + watermarks
-        assert published["text"] == e.worker.tokens.data.nbytes
-        assert published["lookup_index"] == published["lookup_groups"] == 0
+def check_memory(e: Engine, published: dict[str, float]) -> None:
+    """It is what was allocated."""
+    drafters = e.worker.drafters.values()
+    kv = sum(d.kv.k.nbytes + d.kv.v.nbytes for d in drafters if isinstance(d, KVDrafter))
+    assert published["draft_kv"] == kv > 0
+    rings = e.worker.sync.rings.rings
+    watermarks = e.worker.sync.watermarks.device.nbytes
+    assert published["backlog"] == rings.features.nbytes + rings.next_tokens.nbytes + watermarks
+    assert published["text"] == e.worker.tokens.data.nbytes
+    assert published["lookup_index"] == published["lookup_groups"] == 0
