@@ -59,7 +59,6 @@ LONGEST = (
     "tests/learn/test_http.py",
     "lab/tests/bench/test_run.py",
     "lab/tests/bench/test_recorded_bench.py",
-    "lab/tests/test_served.py",
     "tests/telemetry/test_server_metrics.py",
     "cpu/tests/test_server_host.py",
     "cpu/tests/test_stock_command.py",

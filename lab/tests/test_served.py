@@ -147,6 +147,7 @@ def test_a_planted_difference_has_its_name(
     assert cause or all(row["offline"] == row["served"] for row in found["positions"])
 
 
+@pytest.mark.evidence
 @pytest.mark.server
 def test_a_server_agrees_with_its_bundle(root: Path, host: ServerHost) -> None:
     """Its template gets the tools and calls that ours gets, too."""

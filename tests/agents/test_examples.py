@@ -4,17 +4,27 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from example_agents import AGENTS, IN_THIS_ENVIRONMENT, ROOT, run_example
 from server_host import Server, ServerHost
 
 from whiflash_lab.demo import MAX_TOKENS, QUESTIONS
 from whiflash_sglang.cli.serve import server_arguments, server_environment
 from whiflash_sglang.embedded import TARGET_NAME
 
+ROOT = Path(__file__).resolve().parents[2]
+AGENTS = ROOT / "examples" / "agents"
+IN_THIS_ENVIRONMENT = {
+    "tool_loop.py": "whiflash_sdk",
+    "extract.py": "whiflash_sdk",
+    "fleet.py": "whiflash_sdk",
+    "langgraph_agent.py": "langgraph",
+    "handoff.py": "agents",
+    "smolagents_agent.py": "smolagents",
+}
+"""Each with the package that it needs."""
 ISOLATED = "pydantic_ai_agent.py"
 
 pytestmark = pytest.mark.server
@@ -42,6 +52,18 @@ def isolated() -> list[str]:
     if done.returncode != 0:
         pytest.skip(f"no environment for pydantic-ai could be built: {done.stderr.strip()[-300:]}")
     return command
+
+
+def run_example(name: str, url: str, page: Path, python: Sequence[str] = (sys.executable,)) -> str:
+    """Its output; the example itself checks that its tools ran and their results reached the next prompt.
+
+    Args:
+        url: of the server. page: takes the trace, where there is one. python: the interpreter's command.
+    """
+    command = [*python, name, "--base-url", f"{url}/v1", "--trace", str(page)]
+    done = subprocess.run(command, cwd=AGENTS, capture_output=True, text=True)
+    assert done.returncode == 0, f"{name}: {done.stdout[-2000:]}{done.stderr[-3000:]}"
+    return done.stdout
 
 
 def test_all_examples_are_tested() -> None:

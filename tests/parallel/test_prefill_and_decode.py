@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,12 +104,20 @@ def started(
     return Prefill(host.start(*given, *more, **options), port)
 
 
+class ByDrafters(dict[str, Prefill]):
+    """Prefill servers by their drafters, each of which starts when a test first asks for it."""
+
+    def __init__(self, start: Callable[[str], Prefill]) -> None:
+        super().__init__()
+        self._start = start
+
+    def __missing__(self, drafters: str) -> Prefill:
+        return self.setdefault(drafters, self._start(drafters))
+
+
 @pytest.fixture(scope="module")
 def prefills(host: ServerHost, models: Models) -> dict[str, Prefill]:
-    """Prefill servers by their drafters."""
-    kinds = "plain", "none", "pair"
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(kinds, pool.map(lambda kind: started(host, models, kind), kinds), strict=True))
+    return ByDrafters(partial(started, host, models))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -206,7 +215,7 @@ def test_texts_are_plain_servers(
     """Under every policy; drafters' KV is that of one pass when a request arrives."""
     asked = len(KINDS) + len(SEEDED)
     with decoding(models, models.whiflash("ar")) as e:
-        for router in chosen(pytestconfig, ("ar", "diffusion", "random", "auto"), "random", "auto"):
+        for router in chosen(pytestconfig, ("ar", "diffusion", "random", "auto"), "random"):
             e.start_over(router)
             with arrivals(e, models) as lengths:
                 written = texts(e, prefills["pair"], KINDS) | texts(e, prefills["pair"], SEEDED)
@@ -218,6 +227,7 @@ def test_texts_are_plain_servers(
             e.check_leaks()
 
 
+@pytest.mark.evidence
 def test_without_drafters(models: Models, prefills: dict[str, Prefill], plain: dict[str, Any]) -> None:
     """A plain prefill server has the same layout here."""
     with decoding(models, {"whiflash_drafters": "none"}) as e:
@@ -231,6 +241,7 @@ def test_without_drafters(models: Models, prefills: dict[str, Prefill], plain: d
     assert state["requests"] == 0
 
 
+@pytest.mark.evidence
 def test_as_many_drafts_are_right_as_in_one_server(models: Models, prefills: dict[str, Prefill]) -> None:
     """The block drafter begins at once. EAGLE-3 begins with the target's last feature, which no server sends."""
     with engine(models.target, whiflash=models.whiflash("diffusion"), max_running_requests=6) as one:
@@ -288,6 +299,7 @@ def test_an_aborted_transfer(models: Models, prefills: dict[str, Prefill], plain
         e.check_leaks()
 
 
+@pytest.mark.evidence
 def test_a_room_is_one_requests(models: Models, prefills: dict[str, Prefill], plain: dict[str, Any]) -> None:
     """Another request for a room that is taken ends with a sentence (sglang #40125), and the first is served."""
     rooms, prefill = itertools.repeat(next(_rooms)), prefills["none"]
@@ -304,10 +316,10 @@ def test_a_room_is_one_requests(models: Models, prefills: dict[str, Prefill], pl
         e.check_leaks()
 
 
-def test_servers_that_do_not_fit(models: Models, prefills: dict[str, Prefill]) -> None:
+def test_servers_that_do_not_fit(models: Models, prefills: dict[str, Prefill], pytestconfig: pytest.Config) -> None:
     """Requests end with a sentence, and the server serves on."""
     with decoding(models, models.whiflash("random")) as e:
-        for prefill in ("plain", "none"):
+        for prefill in chosen(pytestconfig, ("plain", "none"), "plain"):
             rids = [f"from-{prefill}-{number}" for number in range(2)]
             for rid in rids:
                 submit(e, prefills[prefill], rid, PROMPTS[0], {})

@@ -14,7 +14,6 @@ import torch
 from engine import Engine, engine
 from model_set import Models
 from overlap import overlapped
-from records import logprobs
 from reference import TIE
 from sglang.srt.managers.utils import GenerationBatchResult
 from traffic import Arrival, play
@@ -46,13 +45,6 @@ def test_scores_are_plain_decodings(models: Models, loop: Any) -> None:
             for rid, ours in scores(e).items():
                 for values, wanted in zip(ours, plain[rid], strict=True):
                     assert values == pytest.approx(wanted, abs=TIE), rid
-
-
-def test_fewer_than_no_likeliest_tokens_are_none(models: Models) -> None:
-    """As SGLang takes a client's -1."""
-    with engine(models.target, whiflash=models.whiflash("random")) as e:
-        e.ask("one", range(40, 60), return_logprob=True, top_logprobs_num=-1)
-        assert len(logprobs(e, "one").values) == 32
 
 
 def scores(e: Engine) -> dict[str, list[list[float]]]:

@@ -129,6 +129,12 @@ def test_few_rows_are_rated_at_a_time(running: Engine, monkeypatch: pytest.Monke
         assert_same_logprobs(found, expected, "few at a time")
 
 
+def test_fewer_than_no_likeliest_tokens_are_none(running: Engine) -> None:
+    """As SGLang takes a client's -1."""
+    running.ask("none", range(40, 60), return_logprob=True, top_logprobs_num=-1)
+    assert len(logprobs(running, "none").values) == 32
+
+
 def test_a_copy_takes_the_place_of_drafts_that_promise_less(
     running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
