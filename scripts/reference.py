@@ -98,7 +98,7 @@ def listed(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def flags_list() -> str:
-    return listed((f"`{flag.name}` {_choices(flag.takes)}", flag.meaning) for flag in flags())
+    return listed((f"`{name}` {_choices(takes)}", meaning) for name, takes, meaning in flags())
 
 
 def fields(model: type[BaseModel], beyond: type[BaseModel] = BaseModel) -> str:

@@ -12,18 +12,18 @@ from whiflash_sglang.settings.flags import flags
 
 
 def test_every_flag_is_there_with_its_choices() -> None:
-    shown = {flag.field: flag for flag in flags()}
-    assert set(shown) == set(Flags.model_fields)
+    shown = dict(zip(Flags.model_fields, flags(), strict=True))
+    assert [name for name, *_ in shown.values()] == list(map(flag_of, shown))
     assert all(info.description for info in Flags.model_fields.values())
-    assert shown["router"].takes.split("|") == list(get_args(RouterName))
-    assert shown["eagle_steps"].takes == "INTEGER"
-    assert shown["eagle_draft"].takes == "PATH"
-    for flag in shown.values():
-        for choice in flag.takes.split("|") if "|" in flag.takes else ():
-            parse_flags({flag.field: choice})
-        if "|" in flag.takes:
-            with pytest.raises(ConfigError, match=flag.name):
-                parse_flags({flag.field: "something else"})
+    assert shown["router"][1].split("|") == list(get_args(RouterName))
+    assert shown["eagle_steps"][1] == "INTEGER"
+    assert shown["eagle_draft"][1] == "PATH"
+    for field, (name, takes, _) in shown.items():
+        for choice in takes.split("|") if "|" in takes else ():
+            parse_flags({field: choice})
+        if "|" in takes:
+            with pytest.raises(ConfigError, match=name):
+                parse_flags({field: "something else"})
 
 
 def test_help_shows_them_with_their_choices() -> None:

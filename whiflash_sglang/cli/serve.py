@@ -76,7 +76,7 @@ class ServeCommand(TyperCommand):
 
         console = Console(highlight=False)
         console.print("Flags of WHIFLASH, beside those of `sglang serve`:\n", markup=False)
-        ours = {f"{flag.name} {flag.takes}": flag.meaning for flag in flags()}
+        ours = {f"{name} {takes}": meaning for name, takes, meaning in flags()}
         for title, told in (("", ours), ("\nFlags of `sglang serve` that keep agents' prompts cached:\n", KEEPING)):
             console.print(title, markup=False, end="\n" if title else "")
             for name, meaning in told.items():

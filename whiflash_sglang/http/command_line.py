@@ -48,8 +48,8 @@ def _add_flags(original: Any, parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "WhiFlash", "with --speculative-algorithm WHIFLASH; --speculative-draft-model-path takes a bundle, or nothing"
     )
-    for flag in flags():
-        group.add_argument(flag.name, dest=_dest(flag.field), default=None, metavar=flag.takes, help=flag.meaning)
+    for name, takes, meaning in flags():
+        group.add_argument(name, default=None, metavar=takes, help=meaning)
 
 
 @around(

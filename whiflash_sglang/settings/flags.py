@@ -1,29 +1,18 @@
 """List of the flags that WHIFLASH adds to SGLang's command line, for help texts and docs. Imports no SGLang."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from whiflash_sglang.settings.config import Flags, flag_of
 
 
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """A flag of the command line. takes: its choices, or its kind of value. meaning: its help, with the default."""
-
-    field: str
-    name: str
-    takes: str
-    meaning: str
-
-
-def flags() -> Iterator[Flag]:
-    """Yield every flag, in the order of the fields of `Flags`."""
+def flags() -> Iterator[tuple[str, str, str]]:
+    """Yield every flag, in the order of the fields of `Flags`: its name, its choices or kind of value, and its help."""
     for field, info in Flags.model_fields.items():
         meaning = " ".join((info.description or "").split())
         default = "" if info.default is None else f" Default: {info.default}."
-        yield Flag(field, flag_of(field), _takes(info.annotation), meaning + default)
+        yield flag_of(field), _takes(info.annotation), meaning + default
 
 
 def _takes(annotation: Any) -> str:
