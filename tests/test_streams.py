@@ -1,4 +1,4 @@
-"""What of a CPU's tensors the model of streams takes for the host's, and what for the device's."""
+"""Places that the model of streams gives to tensors of a CPU, which do not say where they would be on a GPU."""
 
 import torch
 from streams import Streams
