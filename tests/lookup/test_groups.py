@@ -246,7 +246,7 @@ def test_without_a_compiler_the_device_copies_own_text(
     server.begin(request)
     assert server.promised(request) is not None
     assert propose(server, request, lambda start: [5][start:], FULL_LENGTH) is None
-    server.copied(request, Candidate([6, 7, 8], [0.5, 0.25, 0.125]), [6])
+    server.copied(request, lambda: Candidate([6, 7, 8], [0.5, 0.25, 0.125]), [6])
     assert server.promised(request) == (1.75, 3), "what comes after the turn's end promises nothing"
     server.end(request)
     server.forget()

@@ -1,7 +1,7 @@
 """The interface between the worker and its drafters."""
 
 import ctypes
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -172,8 +172,8 @@ class TextDrafter(Drafter):
         """
         return None
 
-    def copied(self, request: Request, copy: Candidate, committed: Sequence[int]) -> None:
-        """Learn from the `copy` that the device made for a request, and the tokens that its round committed."""
+    def copied(self, request: Request, copy: Callable[[], Candidate], committed: Sequence[int]) -> None:
+        """Learn from the copy that the device made for a request, and the tokens that its round committed."""
 
     def answered(self, request: Request, answer: Sequence[int]) -> None:
         """Learn a finished request's whole answer, for other requests to copy from. `end` follows."""

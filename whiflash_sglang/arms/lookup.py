@@ -10,7 +10,7 @@ answers of the request's group.
 
 import ctypes
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -172,11 +172,11 @@ class LookupArm(TextDrafter):
         kept.copier = None  # the device copies alone while the group has no other answers
         return kept.promised
 
-    def copied(self, request: Request, copy: Candidate, committed: Sequence[int]) -> None:
+    def copied(self, request: Request, copy: Callable[[], Candidate], committed: Sequence[int]) -> None:
         kept: _Kept | None = request.kept.get(self.arm)
         if kept is not None and kept.alone and kept.copier is None:
-            kept.promised = copy.until(request.stops).outlook()
-            teach(copy, committed, self._calibration, kept.copies)
+            kept.promised = (made := copy()).until(request.stops).outlook()
+            teach(made, committed, self._calibration, kept.copies)
 
     def answered(self, request: Request, answer: Sequence[int]) -> None:
         kept: _Kept | None = request.kept.get(self.arm)

@@ -169,7 +169,7 @@ class StructureArm(TextDrafter):
             layout = Layout(frames=frames, habit=habit, words=words_of_places(schema), decides=has_alternatives(schema))
             own = (frozenset(habit.seen.items()), habit.unit) if habit and habit.seen else None
         self._uses = kept.uses
-        calls = Calls(kept.tools, request.hints.spans, kept.uses.prompt, self.count) if kept.tools else None
+        calls = Calls(kept.tools, request.hints.spans, kept.uses.prompt, self._count) if kept.tools else None
         kept.shared = (layout is None or layout.words is not None) and (calls is None or calls.has_places)
         spans = [(span.kind, span.begin, span.end, span.open) for span in request.hints.spans]
         kept.key = kept.tools, *(spans if kept.tools else ()), schema, kept.words, end, own
@@ -198,7 +198,8 @@ class StructureArm(TextDrafter):
 
     def _new(self, kept: _Kept, end: int | None, matcher: Matcher | None) -> Automaton:
         assert self._walks is not None
-        return Automaton(self._walks, self._vocabulary, kept.words, end, self, matcher, self._spending.exhausted)
+        uses, exhausted = lambda text: self._uses[text], self._spending.exhausted
+        return Automaton(self._walks, self._vocabulary, kept.words, end, uses, self, matcher, exhausted)
 
     def _keep(self, key: Hashable, automaton: Automaton) -> None:
         self._automata[key] = automaton
@@ -206,34 +207,46 @@ class StructureArm(TextDrafter):
         if len(self._automata) > AUTOMATA:
             self._automata.popitem(last=False)
 
-    def ask(self, walk: int, question: Callable[[], object]) -> None:
-        """Run a question of compiled code for the request of a walk, if there is time. Nothing is raised."""
-        request = self._walking[walk]
-        self._uses = request.kept[self.arm].uses
-        try:
-            self._spending.ask(request.rid, question)
-        except Exception as error:
-            self.raised.append((request, error))
-
-    def uses_of(self, walk: int, text: str) -> int:
-        """Return how often the conversation of the request of a walk has a text."""
-        kept: _Kept = self._walking[walk].kept[self.arm]
-        return kept.uses[text]
-
-    def count(self, text: str) -> int:
-        """Return how often the conversation of the request that has a question has a text."""
+    def _count(self, text: str) -> int:
+        """Return how often the conversation of the request that asks has a text."""
         return self._uses[text]
 
-    def restart(self, walk: int) -> None:
-        """Begin an automaton that only this walk uses after the text that it has, since nothing more is known there."""
+    def edges(self, walk: int, node: int, tokens: Sequence[int], written: int) -> None:
+        """Answer where successive tokens of a walk lead, written or drafted (`Table`)."""
+        self._ask(walk, lambda automaton: automaton.follow(node, tokens, written=bool(written)))
+
+    def step(self, walk: int, node: int) -> None:
+        """Answer what is likely to follow at a walk's node (`Table`)."""
+        self._ask(walk, lambda automaton: automaton.go_on(node))
+
+    def uses(self, walk: int, word: int) -> int:
+        """Return how often the conversation of a walk's request has a word (`Table`)."""
         kept: _Kept = self._walking[walk].kept[self.arm]
-        assert kept.walk is not None
         assert kept.automaton is not None
-        node, tokens = kept.walk.node_of(), kept.walk.unfollowed()
-        with suppress(LostError):
-            tokens = kept.automaton.begin_at(node, tokens)
-            kept.walk.move(kept.automaton.table, 0)
-        kept.walk.follow(tokens)
+        return kept.uses[kept.automaton.texts[word]]
+
+    def restart(self, walk: int) -> None:
+        """Begin an automaton that only this walk uses after the text that it has (`Table`)."""
+        own = self._walking[walk].kept[self.arm].walk
+
+        def begin(automaton: Automaton) -> None:
+            node, tokens = own.node_of(), own.unfollowed()
+            with suppress(LostError):
+                tokens = automaton.begin_at(node, tokens)
+                own.move(automaton.table, 0)
+            own.follow(tokens)
+
+        self._ask(walk, begin)
+
+    def _ask(self, walk: int, question: Callable[[Automaton], object]) -> None:
+        """Ask the automaton of a walk, if there is time. Errors are kept for the quarantine."""
+        request = self._walking[walk]
+        kept: _Kept = request.kept[self.arm]
+        self._uses = kept.uses
+        try:
+            self._spending.ask(request.rid, lambda: question(kept.automaton))  # type: ignore[arg-type]
+        except Exception as error:
+            self.raised.append((request, error))
 
     def _renew(self, kept: _Kept, walk: Walk) -> None:
         """Move a request to a new automaton, in which only nodes that are asked for from now on exist."""

@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ class Costs:
     tables: CostTables
 
     def __init__(self, width: Callable[[str], int], overlaps: bool = True) -> None:
-        self._widest, self._overlaps = width, overlaps
+        self._widest, self._overlaps = cache(width), overlaps
         self.correction = Correction()
         self._rounds = self._verified = 0
         self._drafts: defaultdict[str, tuple[Mean, Mean]] = defaultdict(lambda: (Mean(), Mean()))
@@ -186,13 +187,17 @@ class Costs:
         """Return the lengths that a pass of `arm` may be limited to before it runs, ascending; the last is no limit."""
         return (*sorted(self.tables.shorter.get(arm, ())), self._widest(arm) - 1)
 
+    def longest(self, arm: str) -> int:
+        """Return the length of a pass of `arm` without a limit."""
+        return self._widest(arm) - 1
+
     def limit(self, lengths: Mapping[str, int]) -> None:
         """Set by arm the number of drafts to which the round that is planned next limits its passes."""
         self._limits = lengths
 
     def length(self, arm: str) -> int:
         """Return the most drafts that a pass of `arm` makes in the round that is planned."""
-        return self._limits.get(arm, 0) or self.lengths(arm)[-1]
+        return self._limits.get(arm, 0) or self.longest(arm)
 
     def draft(self, arm: str, requests: int, drafts: int = 0) -> float:
         """Return the seconds of a pass of `arm` for `requests` requests, catch-up included; 0 without a model.

@@ -147,11 +147,14 @@ class Learner:
 
     def _copied(self, arm: str, request: Request, results: Results, i: int, tokens: Sequence[int]) -> None:
         """Show `arm` the device's copy for a request and the committed tokens, whether or not the copy was verified."""
-        drafter, count = self.drafters[arm], results.copied[i]
+
+        def copy() -> Candidate:
+            count, matched, agreements = results.copied[i], results.copy_matched[i], results.copy_agreements[i]
+            copied, alive = results.copies[i][:count], results.copy_alive[i][:count]
+            return Candidate(copied, alive, [Part(CONTEXT, count)], 0, matched, agreements)
+
+        drafter = self.drafters[arm]
         assert isinstance(drafter, TextDrafter)
-        copied, alive = results.copies[i][:count], results.copy_alive[i][:count]
-        matched, agreements = results.copy_matched[i], results.copy_agreements[i]
-        copy = Candidate(copied, alive, [Part(CONTEXT, count)], 0, matched, agreements)
         try:
             drafter.copied(request, copy, tokens)
         except Exception as error:

@@ -98,12 +98,12 @@ class Controller:
         """Estimate the tokens that a round would have committed with a pass of full length: if all drafts of a limited
         pass were accepted, the mean of further accepted drafts is added.
         """
-        most = self.costs.lengths(arm)[-1]
+        most = self.costs.longest(arm)
         return length + (self.policy.accepted(arm, most, limit) if 0 < length - 1 == limit < most else 0.0)
 
     def wanted(self, request: Request, decision: Decision, priced_as: str, drafts: int) -> None:
         """Learn how many drafts a round had before some were left out. A full limited pass counts as unlimited."""
-        most = self.costs.lengths(priced_as)[-1]
+        most = self.costs.longest(priced_as)
         drafts = most if 0 < drafts == decision.limit < most else drafts
         self.costs.wanted(priced_as, drafts, request.wanted[priced_as])
 

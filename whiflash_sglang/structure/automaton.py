@@ -12,13 +12,13 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from whiflash_kernels.cpu.texts import LOST, NONE, REFUSED, Table, Walks
 
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, is_text
 from whiflash_sglang.structure.calls import Calls
-from whiflash_sglang.structure.guesses import Guesses
+from whiflash_sglang.structure.guesses import Guesses, Uses
 from whiflash_sglang.structure.layout import FREE, Free, Layout
 from whiflash_sglang.structure.matchers import Matcher
 from whiflash_sglang.structure.sketch import TAIL, open_word, sketch
@@ -126,29 +126,14 @@ class Node(NamedTuple):
     tail: tuple[int, ...]
 
 
-class Walkers(Protocol):
-    """The requests that walk, by the addresses of their walks."""
-
-    def ask(self, walk: int, question: Callable[[], object]) -> None:
-        """Run a question of a walk, if there is time. Raises nothing."""
-
-    def restart(self, walk: int) -> None:
-        """Begin an automaton that only this walk uses after the text that it has."""
-
-    def uses_of(self, walk: int, text: str) -> int:
-        """Return how often the conversation of a walk's request has a text."""
-
-    def count(self, text: str) -> int:
-        """Return how often the conversation of the request that asks has a text."""
-
-
 class Automaton:
     """The continuations of all texts with the same tools and schema.
 
     Args:
-        words: names and values of the schemas, in their order. end: token that ends a text under the grammar. walkers:
-            the requests. matcher: of the grammar, at its beginning; None without one. exhausted: whether no time is
-            left in this round; then nothing is answered.
+        words: names and values of the schemas, in their order. end: token that ends a text under the grammar. uses: of
+            a text in the conversation of the request that asks. answers: of the table; they call `follow` and
+            `go_on`. matcher: of the grammar, at its beginning; None without one. exhausted: whether no time is left in
+            this round; then nothing is answered.
     """
 
     def __init__(
@@ -157,18 +142,19 @@ class Automaton:
         vocabulary: Vocabulary,
         words: Sequence[str],
         end: int | None,
-        walkers: Walkers,
+        uses: Uses,
+        answers: Any,
         matcher: Matcher | None,
         exhausted: Callable[[], bool],
     ) -> None:
-        self._vocabulary, self.end, self._walkers, self.matcher = vocabulary, end, walkers, matcher
+        self._vocabulary, self.end, self.matcher = vocabulary, end, matcher
         self._exhausted = exhausted
         if matcher is not None:
             matcher.exhausted = exhausted
-        self._guesses = Guesses(words, walkers.count)
+        self._guesses = Guesses(words, uses)
         self._nodes, self._numbers = list[Node](), dict[Hashable, int]()
-        self._texts, self._words, self._begins = list[str](), dict[str, int](), dict[tuple[str, ...], int]()
-        self.table = Table(walks, weakref.proxy(self), MOST_NODES)
+        self.texts, self._words, self._begins = list[str](), dict[str, int](), dict[tuple[str, ...], int]()
+        self.table = Table(walks, weakref.proxy(answers), MOST_NODES)
 
     def begin(self, state: State) -> int:
         """Return the node of a text that begins in `state`, which nobody moves from now on."""
@@ -236,23 +222,7 @@ class Automaton:
             self.table.stay(number, free.leaving.encode(), free.ending.encode(), free.plain, words, to)
         return number
 
-    def edges(self, walk: int, node: int, tokens: Sequence[int], written: int) -> None:
-        """Set the edges of successive `tokens` after a node, for `Table`."""
-        self._walkers.ask(walk, lambda: self._follow(node, tokens, written=bool(written)))
-
-    def step(self, walk: int, node: int) -> None:
-        """Set the likely tokens after a node, for `Table`."""
-        self._walkers.ask(walk, lambda: self._continue(node))
-
-    def restart(self, walk: int) -> None:
-        """Begin again after the text of a walk, for `Table`."""
-        self._walkers.ask(walk, lambda: self._walkers.restart(walk))
-
-    def uses(self, walk: int, word: int) -> int:
-        """Return how often the conversation of a walk's request has a word, for `Table`."""
-        return self._walkers.uses_of(walk, self._texts[word])
-
-    def _follow(self, node: int, tokens: Sequence[int], *, written: bool) -> None:
+    def follow(self, node: int, tokens: Sequence[int], *, written: bool) -> None:
         """Set the edges of successive `tokens` after a node, up to the first known node, and else the steps after them.
 
         written: whether they are committed.
@@ -270,7 +240,7 @@ class Automaton:
                 node = after
             self._tell(node, state)
 
-    def _continue(self, node: int) -> None:
+    def go_on(self, node: int) -> None:
         """Set the likely tokens after a node: its next one, and those of the nodes that these lead to."""
         with suppress(LostError), self.at(node) as state:
             self._tell(node, state)
@@ -302,7 +272,7 @@ class Automaton:
 
     def _word(self, text: str) -> int:
         """Return the number of a text whose uses decide between continuations."""
-        number = self._words.setdefault(text, len(self._texts))
-        if number == len(self._texts):
-            self._texts.append(text)
+        number = self._words.setdefault(text, len(self.texts))
+        if number == len(self.texts):
+            self.texts.append(text)
         return number
