@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 import xgrammar
+from drafting import candidate_of
 from transformers import AutoTokenizer
-from whiflash_kernels.cpu.texts import Candidates
 from whiflash_sdk.presets import TOOL_CALL_PARSERS
 
 from whiflash_sglang.arms.base import Drafter, KVDrafter, of_text, widest_of
@@ -38,7 +38,7 @@ from whiflash_sglang.arms.structure import StructureArm
 from whiflash_sglang.checkpoints.manifest import Lookup, Structure
 from whiflash_sglang.copying.calibration import Agreement
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.drafts.candidates import Candidate, common_prefix, parts_of
+from whiflash_sglang.drafts.candidates import Candidate, common_prefix
 from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.prices.costs import Costs
 from whiflash_sglang.prices.round_clock import RoundClock, RoundTime
@@ -61,17 +61,6 @@ from whiflash_sglang.telemetry.tally import Tally
 
 VOCABULARY, PROMPT, CONTEXT, NEW, COPIED = 1000, 64, 8192, 2, 24
 ROWS = tuple(range(1, 4097, 8))
-
-
-def candidates_of(candidates: Candidates | None, index: int, proposing: Sequence[str]) -> dict[str, Candidate]:
-    """A request's candidates by arm. proposing: the arms, by column."""
-    found = dict[str, Candidate]()
-    for column, arm in enumerate(proposing[: 0 if candidates is None else candidates.sizes.shape[1]]):
-        tokens, alive, names, size, at = (each[index, column] for each in candidates)  # type: ignore[union-attr]
-        parts = parts_of(names[:size].tolist(), proposing)
-        if size:
-            found[arm] = Candidate(tokens[:size].tolist(), alive[:size].tolist(), parts, int(at))
-    return found
 
 
 class Silent(KVDrafter):
@@ -200,7 +189,9 @@ class Batch:
 
     def candidates(self, turn: Round, index: int) -> dict[str, Candidate]:
         """A request's candidates that may be verified, by arm."""
-        return candidates_of(turn.plan.candidates, index, self.planner.sources.proposers[1:])
+        found, proposing = turn.plan.candidates, self.planner.sources.proposers[1:]
+        columns = () if found is None else [column for column, size in enumerate(found.sizes[index]) if size]
+        return {proposing[column]: candidate_of(found, index, column, proposing) for column in columns}
 
     def _brought(self, turn: Round, index: int) -> int:
         """Tokens that the round commits of a request."""

@@ -1,16 +1,15 @@
 """Proposals of the copier, their chances, and lessons of committed tokens."""
 
-import random
 from array import array
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from searching import SEARCH, Looking
 
 from whiflash_sglang.copying.calibration import BUCKETS, EVEN_ODDS, Agreement, MatchCalibration
 from whiflash_sglang.copying.texts import Prediction
-from whiflash_sglang.drafts.candidates import NOTHING, Candidate
+from whiflash_sglang.drafts.candidates import Candidate
 from whiflash_sglang.records.core import PLACEHOLDERS, readable
 
 
@@ -39,28 +38,6 @@ def test_copies_end_before_an_image_and_match_nothing_across_it() -> None:
     assert tokens_of(copier_of(*image, 8, 2).look(9, 0.0)) == []
     again = readable([1, 2, *[PLACEHOLDERS + 7] * 3, 3, 4, 1, 2, *[PLACEHOLDERS + 7] * 3, 3])
     assert copier_of(*again).look(1, 0.0).matched == 1
-
-
-def test_agreement_of_the_places() -> None:
-    def first(*tokens: int) -> Agreement:
-        return copier_of(*tokens).look(1, 0.0).agreements[0]
-
-    assert first(1, 2, 9, 1, 2) == Agreement.ALONE
-    assert first(1, 2, 9, 1, 2, 9, 1, 2) == Agreement.UNANIMOUS
-    assert first(5, 1, 2, 9, 8, 1, 2, 7, 5, 1, 2) == Agreement.LEADING
-    assert first(1, 2, 9, 1, 2, 7, 1, 2) == Agreement.CONTESTED
-
-
-def test_agreement_is_judged_among_the_places_that_agreed_so_far() -> None:
-    proposal = copier_of(1, 2, 9, 4, 4, 1, 2, 9, 3, 3, 1, 2, 8, 1, 2).look(3, 0.0)
-    # The newest of equal places says 8; only one place does, so it is alone from there on.
-    assert proposal.agreements == [Agreement.CONTESTED, Agreement.ALONE, Agreement.ALONE]
-
-
-def test_shorter_matches_than_asked_for_are_left_alone() -> None:
-    text = (1, 9, 2, 1)
-    assert tokens_of(copier_of(*text).look(1, 0.0)) == [9]
-    assert copier_of(*text, min_match=2).look(1, 0.0) == NOTHING
 
 
 def test_what_is_committed_teaches_whoever_drafted() -> None:
@@ -97,13 +74,6 @@ def test_drafts_lead_into_a_copy() -> None:
     )
 
 
-def test_a_copy_behind_drafts_is_as_likely_as_they_are() -> None:
-    copier = copier_of(5, 6, 1, 2, 9, 8, 7, 3, 4, 6)
-    sure, unsure = (len(copier.look_beyond([1, 2], alive, 5, 0.1).tokens) for alive in (1.0, 0.5))
-    assert sure > unsure > 0
-    assert not tokens_of(copier.look_beyond([1, 2], 0.15, 5, 0.1))
-
-
 def test_a_late_copy_is_cut_by_the_chance_after_the_rows_that_are_paid() -> None:
     whole = copier_of(*range(9), 1, 2).look(6, 0.0).alive
     price = whole[4] / whole[2]  # two more pay after three
@@ -111,17 +81,6 @@ def test_a_late_copy_is_cut_by_the_chance_after_the_rows_that_are_paid() -> None
     assert len(copier_of(*range(9), 1, 2).look(6, price * 0.99).alive) < 5
     behind = copier_of(*range(9)).look_beyond([1, 2], 0.01, 6, 0.99, 2)
     assert len(behind.tokens) == 2, "those that are paid stay, however unlikely"
-
-
-def test_how_a_request_copies_moves_a_copy_once_and_not_once_a_token() -> None:
-    copier = copier_of(*range(1, 12), 1, 2)
-    before = copier.look(8, 0.0).alive
-    for _ in range(200):
-        copier.habit.observe(0.5, True)
-    after = copier.look(8, 0.0).alive
-    factors = [b / a for a, b in zip(before, after, strict=True)]
-    assert factors[0] > 1.1
-    assert factors == pytest.approx([factors[0]] * len(factors))
 
 
 def test_how_a_request_copies_its_text_says_nothing_of_its_prediction() -> None:
@@ -136,48 +95,6 @@ def test_how_a_request_copies_its_text_says_nothing_of_its_prediction() -> None:
     assert proposal.alive == pytest.approx(fresh.alive)
     copier.read([100, 7])
     assert copier.habit.factor == factor
-
-
-def test_a_request_that_copies_badly_is_trusted_less_than_others() -> None:
-    calibration = MatchCalibration()
-    rng = random.Random(0)
-    good, bad = Looking(calibration), Looking(calibration)
-    good.read([1, 2, 3, 4, 5])
-    for _ in range(12):
-        for token in (1, 2, 3, 4, 5):
-            good.look(1, 0.0)
-            good.read([token])
-            bad.look(1, 0.0)
-            bad.read([rng.choice([1, 2, 3])])
-    assert good.habit.factor > 1 > bad.habit.factor
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 16), st.floats(0, 0.9))
-def test_widths_and_expectations_are_bounded(text: list[int], limit: int, worth: float) -> None:
-    proposal, whole = copier_of(*text).look(limit, worth), copier_of(*text).look(limit, 0.0)
-    width = len(proposal.tokens)
-    assert width == len(proposal.alive) == len(proposal.agreements) <= limit
-    assert list(whole.alive) == sorted(whole.alive, reverse=True)
-    assert all(chance >= worth for chance in proposal.alive[1:])
-    # Tokens that were cut off would not have been worth it.
-    assert proposal.tokens == whole.tokens[:width]
-    assert all(chance < worth for chance in whole.alive[width:])
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=8))
-def test_any_text(rounds: list[list[int]]) -> None:
-    """Committed tokens follow no proposal in particular; proposed ones come after a real match somewhere."""
-    copier, own = Looking(), []
-    for tokens in rounds:
-        copier.read(tokens)
-        own += tokens
-        proposal = copier.look(4, 0.0)
-        if proposal.tokens:
-            length = proposal.matched
-            wanted = [*own[len(own) - length :], proposal.tokens[0]]
-            assert any(own[at : at + length + 1] == wanted for at in range(len(own) - length))
 
 
 def test_a_seed_of_another_shape_is_refused() -> None:
@@ -208,25 +125,3 @@ def test_a_copy_goes_on_where_it_was_though_newer_places_hide_it() -> None:
     copier = copying_a_run(rounds=4)
     assert tokens_of(copier.look(3, 0.0)) == [3, 4, 5]
     assert tokens_of(copier.look_beyond([3, 4], 1.0, 2, 0.0)) == [5, 9]
-
-
-def test_a_copy_behind_drafts_goes_on_where_it_was() -> None:
-    copier = copying_a_run(rounds=3)
-    copier.look(15, 0.0)
-    assert tokens_of(copier.look_beyond([7] * 15, 1.0, 3, 0.0)) == [3, 4, 5], "the newest places of the run end with it"
-
-
-def test_what_a_copy_was_taken_from_is_known() -> None:
-    """Also of one that goes behind drafts, which changes nothing of what was looked at before."""
-    copier = Looking(prediction=Prediction(SEARCH, [40, 41, 42, 75, 76]))
-    found = {}
-    for end in ([1, 2, 3, 1, 2], [40, 41, 42]):
-        copier.read(list(end))
-        proposal = copier.look(2, 0.0)
-        found[tokens_of(proposal)[0]] = proposal.parts[0].source
-    assert found == {3: "context", 75: "prediction"}
-    assert copier.look_beyond([1, 2], 1.0, 1, 0.0).parts[0].source == "context"
-    assert proposal.parts[0].source == "prediction"
-    copier.read([1, 2])
-    again = copier.look(1, 0.0)
-    assert (tokens_of(again), again.parts[0].source) == ([40], "context")
