@@ -10,7 +10,7 @@ import walked
 from drafting import continued, propose
 from matrix import sampled
 from structure_grammars import PROMPT, Grammars, Told
-from whiflash_kernels.cpu.texts import Table, Walk
+from whiflash_kernels.cpu.texts import NONE, Batch, Candidates, Table, Walk
 from whiflash_sdk.presets import TOOL_CALL_PARSERS
 
 from whiflash_sglang.arms import structure
@@ -235,6 +235,30 @@ def test_nothing_is_asked_in_a_round_that_has_no_time_left(vocabulary: Vocabular
     said = propose(arm, request, lambda start: text[start:], FULL_LENGTH)
     assert said is not None
     assert text_of(vocabulary, said.tokens).startswith("tion=f>")
+
+
+def test_who_waited_for_an_answer_is_asked_about_first(vocabulary: Vocabulary) -> None:
+    """Each round has time for one question, and a request has more than that."""
+    spending, tables = Spending(float, float), []
+    arm = StructureArm(Structure(), vocabulary, spending)
+    handles, text = [], vocabulary.encode("<tool_call>\n<func")
+    for name in "ab":
+        hints = hints_of("qwen3_coder", [(name, TOOL)])
+        request = Request(name, hints, prompt=len(PROMPT), read=lambda: PROMPT)
+        arm.begin(request)
+        tables.append(request.kept[arm.arm].automaton.table)
+        handles.append(arm.handle(request, lambda start: PROMPT[start:]))
+    candidates = Candidates.of(2, 1, 8)
+    batch = Batch(arm.library, candidates, [[0, 0], handles], [0, 0], [NONE, 0], [8, 8], 0.1, first=1)  # type: ignore[arg-type]
+    ask = spending.ask
+    spending.ask = lambda rid, question: setattr(spending, "_questions", 0.0) or ask(rid, question)  # type: ignore
+    spending.begin(["a", "b"])
+    batch.propose([*text, *text], [len(text), 2 * len(text)], [len(PROMPT)] * 2)
+    assert spending._waiting == "b"
+    spending.ask = ask  # type: ignore[method-assign]
+    spending.begin(["a", "b"])
+    batch.propose([], [0, 0], [len(PROMPT) + len(text)] * 2)
+    assert all(walked.counts_of(table)[0] > 1 for table in tables)
 
 
 def test_hostile_tools_keep_memory_and_work_bounded(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ WIDEST, ROOM, PRICE = 9, 24, FULL_LENGTH.least_chance
 def in_turns(each: list[Any], drafts: Candidate, first: int, room: int, stops: list[int]) -> Candidate:
     """Nobody goes on behind its own tokens, and nobody is asked twice about the same."""
     last, seen = first, dict[int, list[int]]()
-    for arm in (0, 1, 0, 1, 1):
+    for arm in (0, 1, 0, 1):
         if arm == last or seen.get(arm) == drafts.tokens:
             continue
         longer = each[arm](drafts, room)

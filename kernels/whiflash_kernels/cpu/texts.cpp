@@ -29,7 +29,7 @@ struct Batch {
 namespace {
 
 enum Arm { COPIES, WALKS };
-constexpr Arm TURNS[] = {COPIES, WALKS, COPIES, WALKS, WALKS};  // what came last is checked once more
+constexpr Arm TURNS[] = {COPIES, WALKS, COPIES, WALKS};  // a grammar has the last word
 
 // Continues a candidate in turns, as long as an arm has not seen what the other made of it. None goes on behind its own
 // tokens.
