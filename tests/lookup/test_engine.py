@@ -15,6 +15,7 @@ import pytest
 import torch
 from engine import Engine, engine
 from model_set import Models
+from priced import priced
 from whiflash_kernels import Drafts
 
 from whiflash_sglang.cache import backlog
@@ -31,6 +32,7 @@ WIDEST = 16
 @pytest.fixture(scope="module")
 def running(models: Models) -> Iterator[Engine]:
     options = {"whiflash": models.whiflash("lookup"), "page_size": 1, "enable_streaming_session": True}
+    options["enable_priority_scheduling"] = True
     with patch.object(backlog, "TOKENS", 256), engine(models.target, **options) as started:
         yield started
 
@@ -211,6 +213,23 @@ def test_a_neighbour_that_is_aborted_or_retracted_changes_no_text(
     running.run()
     assert sum(running.requests[name].retraction_count for name in names) > 0
     assert [running.output(name) for name in names] == [cold.tokens] * 3
+
+
+def test_if_rows_are_short_the_urgent_get_them(running: Engine, cold: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both copy a right prediction. A row costs a fifth of what a round costs without it."""
+    dear = priced(lambda _: WIDEST, {"ar": 9.0, "diffusion": 9.0}, base=0.020, row=0.004)
+    monkeypatch.setattr(running.worker.controller.costs, "tables", dear.tables)
+    rounds = []
+    for priorities in ((0, 0), (0, 9)):
+        running.start_over("auto")
+        names = [submit(running, cold.tokens, priority=priority) for priority in priorities]
+        running.run()
+        assert [running.output(name) for name in names] == [cold.tokens] * 2
+        rounds.append([running.rounds(name)[0] for name in names])
+    (first, second), (patient, urgent) = rounds
+    assert abs(first - second) <= 1
+    assert urgent <= first + 1
+    assert patient >= urgent + 3
 
 
 def drafting_the_truth(running: Engine, truth: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,7 @@ def route(
         costs.limit(lengths)
     for index, (request, arm, source) in enumerate(zip(requests, chosen, sources, strict=True)):
         decision = request.decision
-        decision.only = _usable(policy, decision, arm, source)
+        decision.only = _usable(policy, decision, arm, source, weights[index])
         decision.promised, decision.keeps = arm == arms.PROMISED, None if index in probes else arm
         decision.limit = lengths.get(arm, 0)
         request.chose(arms.NONE if arm == arms.PROMISED else arm)
@@ -171,11 +171,12 @@ def _of_passes(scores: Scores, expected: Mapping[str, Forecast], *, priced: bool
     return left, best
 
 
-def _usable(policy: Policy, decision: Decision, chosen: str, source: str) -> str | None:
+def _usable(policy: Policy, decision: Decision, chosen: str, source: str, weight: float) -> str | None:
     """Return the one source whose candidates may be verified, `none`, or None for all. source: see `_of_passes`."""
     if policy.joins_arms and decision.reason != "pin":
-        # The device knows newer text than the host, so it weighs candidates again if rows have a price.
-        weighed = policy.prices_batches and decision.free
+        # The device knows newer text than the host, so it weighs candidates again if rows have a price. It knows no
+        # priorities: a request that left its rows to a more urgent one must not take them.
+        weighed = policy.prices_batches and decision.free and weight == 1.0
         if weighed or chosen != arms.NONE or not decision.expected:
             return None
     return source if chosen == arms.PROMISED else arms.NONE
