@@ -16,6 +16,7 @@ from traffic import Arrival, play
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.embedded import ensure_target
+from whiflash_sglang.engine.scheduler.session_tree import LINE
 
 KINDS = ("chat", "math", "code", "json", "tool_call")
 POLICIES = ("ar", "diffusion", "entropy", "random")
@@ -32,10 +33,10 @@ def target(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 @contextmanager
-def embedded_engine(target: Path, router: str | None, batch: int) -> Iterator[Engine]:
+def embedded_engine(target: Path, router: str | None, batch: int, **more: Any) -> Iterator[Engine]:
     """Plain decoding where `router` is None."""
     whiflash = None if router is None else {"draft": embedded_bundle(), "whiflash_router": router}
-    options: dict[str, Any] = {"max_running_requests": batch, "max_total_tokens": 16384}
+    options: dict[str, Any] = {"max_running_requests": batch, "max_total_tokens": 16384, **more}
     with engine(target, whiflash=whiflash, skip_tokenizer_init=False, **options) as e:
         yield e
 
@@ -70,6 +71,23 @@ def test_a_sample(target: Path) -> None:
     Comparison(ReferenceTarget(target)).check_all(requests, expected, found)
     print(f"acceptance length {1 + accepted / rounds:.2f}")
     assert accepted > 0
+
+
+def test_forty_turns_of_a_session_find_as_much_cached_as_in_plain_decoding(target: Path) -> None:
+    """Each turn's prompt is the one before with its answer, and 12 new tokens."""
+    found, words = list[list[tuple[int, list[int]]]](), random.Random(0)
+    news = [words.choices(range(1000, 20000), k=12) for _ in range(40)]
+    for router in (None, "random"):
+        history, turns = list[int](), list[tuple[int, list[int]]]()
+        with embedded_engine(target, router, 1, enable_session_radix_cache=True) as e:
+            for number, new in enumerate(news):
+                history += new
+                answer = e.ask(f"turn {number}.", history, max_new_tokens=6, session_id=f"{LINE}a")
+                turns.append((e.requests[f"turn {number}."].cached_tokens, answer))
+                history += answer
+        found.append(turns)
+    assert found[1] == found[0]
+    assert found[0][-1][0] > 39 * 16
 
 
 @pytest.fixture(scope="module")
