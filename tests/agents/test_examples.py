@@ -1,4 +1,6 @@
-"""Every example agent, started as a user starts it, against the real server on the embedded model."""
+"""Every example agent, started as a user starts it, against the real server on the embedded model; and whose text is
+drafted there, among answers to one prompt and among tenants.
+"""
 
 import json
 import shutil
@@ -6,9 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from server_host import Server, ServerHost
+from whiflash_sdk import Hints, Span, routing
 
 from whiflash_lab.demo import MAX_TOKENS, QUESTIONS
 from whiflash_sglang.cli.serve import server_arguments, server_environment
@@ -33,7 +38,7 @@ pytestmark = pytest.mark.server
 @pytest.fixture(scope="module")
 def server(host: ServerHost) -> Iterator[Server]:
     """A server of `whiflash serve`; in fp32, so that the text does not depend on batch shapes."""
-    flags = ["--context-length", "4096", "--dtype", "float32"]
+    flags = ["--context-length", "4096", "--dtype", "float32", "--enable-metrics", "--enable-session-radix-cache"]
     with host.running(*server_arguments(flags), env=server_environment(flags), threads=2) as running:
         yield running
 
@@ -96,3 +101,75 @@ def test_the_demos_tool_call_is_one_that_would_run(server: Server) -> None:
     [call] = message["tool_calls"]
     assert call["function"]["name"] == "get_weather"
     assert json.loads(call["function"]["arguments"]) == {"city": "Paris", "unit": "celsius"}
+
+
+COPIES = Span(kind="prose", open=True, prefer="lookup", pin=True)
+"""Only copies are drafted, so prices, which depend on the machine, change no round."""
+LINES = "|".join(
+    f"{name} has {n} sheep, {n + 7} goats and no wolf[.]\\n" for n, name in enumerate(["Ann", "Bob", "Eve"], 3)
+)
+ASKED: dict[str, Any] = {"model": TARGET_NAME, "temperature": 0, "max_tokens": 160, "regex": f"({LINES}){{6}}"}
+ASKED |= {"tools": QUESTIONS["tool call"]["tools"], "messages": [{"role": "user", "content": "Who has how many?"}]}
+
+
+def four_answers(server: Server, temperature: float) -> tuple[list[str], list[str], int]:
+    """Stream four answers and abort the third on its way. Return texts and reasons, and how much came from others'."""
+    hints = Hints(trace=True, spans=(COPIES,)).extra_body()
+    body = {**ASKED, "n": 4, "temperature": temperature, "stream": True, **hints}
+    texts, reasons, copied = [""] * 4, [""] * 4, 0
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=None) as response:
+        for line in response.iter_lines():
+            chunk = json.loads(line[6:]) if line.startswith("data: {") else {"choices": []}
+            for choice in chunk["choices"]:
+                index, text = choice["index"], choice["delta"].get("content") or ""
+                if index == 2 and len(texts[2]) < 60 <= len(texts[2] + text):
+                    httpx.post(f"{server.url}/abort_request", json={"rid": chunk["id"]}, timeout=None)
+                texts[index] += text
+                reasons[index] += choice["finish_reason"] or ""
+            for trace in filter(None, (routing(chunk, index) for index in range(4))):
+                copied += trace.sources["group"].accepted if "group" in trace.sources else 0
+    return texts, reasons, copied
+
+
+def test_four_answers_copy_from_each_other_while_they_are_written(server: Server) -> None:
+    """Greedy texts are those without drafts, and the end of one answer ends no other."""
+    off = server.post("/v1/chat/completions", {**ASKED, **Hints(off=True).extra_body()})
+    plain = off["choices"][0]["message"]["content"]
+    for temperature in (0, 0.6):
+        texts, reasons, copied = four_answers(server, temperature)
+        assert [reason == "abort" for reason in reasons] == [False, False, True, False]
+        assert len(texts[2]) < len(plain)
+        if temperature:
+            assert copied > 0
+        else:
+            assert [text == plain for text in texts] == [True, True, False, True]
+            assert plain.startswith(texts[2])
+    assert server.get("/whiflash/state")["memory"]["lookup_groups"] == 0, "the group ends with its answers"
+
+
+def test_a_hostile_tenant_gets_what_it_gets_beside_nobody(server: Server) -> None:
+    """It sends another tenant's text, task and session as its own: drafts, rounds and cached tokens are equal."""
+
+    def ask(tenant: str, *turns: str, **hints: Any) -> tuple[str, int, int, dict[str, int]]:
+        said = [{"role": role, "content": text} for role, text in zip(("assistant", "user"), turns, strict=False)]
+        asked = {**ASKED, "messages": [*ASKED["messages"], *said], "cache_salt": tenant, "session_id": "line:s"}
+        given = Hints(trace=True, task="t", spans=(COPIES,), **hints).extra_body()
+        answer = server.post("/v1/chat/completions", {**asked, **given})
+        trace = routing(answer)
+        assert trace is not None
+        accepted = {name: source.accepted for name, source in trace.sources.items()}
+        return answer["choices"][0]["message"]["content"], trace.rounds, sum(trace.cached.values()), accepted
+
+    worlds = []
+    for left in ({}, {"lookup": "context"}):  # the second leaves nothing, and teaches chances as the first
+        httpx.post(f"{server.url}/flush_cache", timeout=None).raise_for_status()
+        server.post("/whiflash/forget", {"all": True})
+        text = ask("victim", **left)[0]
+        worlds.append([ask("hostile"), ask("villain", text, "Count again.")])
+        if not left:
+            assert ask("victim")[3]["group"] > 0
+    assert worlds[0] == worlds[1]
+    assert all(cached == 0 and "group" not in sources for _, _, cached, sources in worlds[0])
+    metrics = httpx.get(f"{server.url}/metrics", timeout=None).text
+    assert "whiflash_draft_tokens_total" in metrics
+    assert not any(name in metrics for name in ("victim", "hostile", "villain", 'tenant="'))

@@ -46,14 +46,10 @@ def workers(server: Server) -> Iterator[list[httpx.Client]]:
         yield list(found.values())
 
 
-def post(client: httpx.Client, path: str, body: dict[str, Any]) -> httpx.Response:
-    return client.post(path, json=body)
-
-
 def test_every_worker_answers_with_traces(workers: list[httpx.Client]) -> None:
     texts = []
     for client in workers:
-        answer = post(client, "/v1/chat/completions", CHAT).raise_for_status().json()
+        answer = client.post("/v1/chat/completions", json=CHAT).raise_for_status().json()
         texts.append(answer["choices"][0]["message"]["content"])
         trace = answer["sglext"]["whiflash"]
         assert (trace["tokens"], trace["policy"]) == (23, "auto")
@@ -65,23 +61,23 @@ def test_every_worker_answers_with_traces(workers: list[httpx.Client]) -> None:
 
 def test_the_cache_is_reported(workers: list[httpx.Client]) -> None:
     """A second time all of a prompt is cached but the last token, and one more where a key of the tree is two."""
-    usages = [post(client, "/v1/chat/completions", CHAT).json()["usage"] for client in (*workers, *workers)]
+    usages = [client.post("/v1/chat/completions", json=CHAT).json()["usage"] for client in (*workers, *workers)]
     cached = usages[-1]["prompt_tokens_details"]["cached_tokens"]
     assert usages[-1]["prompt_tokens"] - cached in (1, 2)
 
 
 def test_every_worker_checks_hints(workers: list[httpx.Client]) -> None:
     wrong = {**CHAT, "custom_params": {"whiflash": '{"trace": "loud"}'}}
-    assert [post(client, "/v1/chat/completions", wrong).status_code for client in workers] == [400] * WORKERS
+    assert [client.post("/v1/chat/completions", json=wrong).status_code for client in workers] == [400] * WORKERS
 
 
 def test_a_change_through_one_worker_is_every_workers(workers: list[httpx.Client]) -> None:
     for changer, policy in zip(workers, ("lookup", "ar"), strict=True):
-        post(changer, "/whiflash/policy", {"router": policy}).raise_for_status()
+        changer.post("/whiflash/policy", json={"router": policy}).raise_for_status()
         for client in workers:
             assert client.get("/whiflash/state").json()["policy"] == policy
             assert client.get("/whiflash/capabilities").json()["policy"] == policy
-            answer = post(client, "/v1/chat/completions", CHAT).raise_for_status().json()
+            answer = client.post("/v1/chat/completions", json=CHAT).raise_for_status().json()
             assert answer["sglext"]["whiflash"]["policy"] == policy
-        assert post(changer, "/whiflash/policy", {"router": "fastest"}).status_code == 400
-        assert post(changer, "/whiflash/forget", {"all": True}).status_code == 200
+        assert changer.post("/whiflash/policy", json={"router": "fastest"}).status_code == 400
+        assert changer.post("/whiflash/forget", json={"all": True}).status_code == 200
