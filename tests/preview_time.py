@@ -11,9 +11,10 @@ Brackets are 95 % bootstrap intervals of the ratio over pairs.
 """
 
 import argparse
-import itertools
 import json
 import random
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,8 +24,8 @@ from typing import Any
 import httpx
 
 from whiflash_lab.servers import Server
-from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.embedded import TARGET_NAME, ensure_target
+from whiflash_sglang.cli.serve import server_arguments
+from whiflash_sglang.embedded import TARGET_NAME
 
 LINES, BESIDE, OTHERS, TOKENS, MARKER = 24, 4, 8, 192, "PreviewEnd"
 
@@ -32,20 +33,20 @@ LINES, BESIDE, OTHERS, TOKENS, MARKER = 24, 4, 8, 192, "PreviewEnd"
 def log(lines: int) -> str:
     """Return a tool's result that no request has brought before, some 25 tokens a line."""
     said = "step {} of job {} took {} ms and read {} rows\n"
-    return "".join(said.format(n, *(random.randrange(10_000) for _ in range(3))) for n in range(lines))
+    return "".join(said.format(*random.sample(range(10_000), 4)) for _ in range(lines))
 
 
 def chat(url: str, session: str, texts: Sequence[str], **fields: Any) -> dict[str, Any]:
-    roles = itertools.cycle(("user", "assistant"))
-    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    """Return what httpx needs for a chat completion. texts: the user's and the assistant's by turns."""
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
     body = {"model": TARGET_NAME, "temperature": 0, "session_id": session, "messages": messages, **fields}
     return {"method": "POST", "url": f"{url}/v1/chat/completions", "json": body, "timeout": None}
 
 
-def preview(url: str, session: str, texts: Sequence[str]) -> None:
+def preview(url: str, session: str, *texts: str) -> None:
     """Send a preview and wait until the server has prefilled or dropped it."""
     params = {"whiflash": json.dumps({"preview": MARKER})}
-    httpx.request(**chat(url, session, [*texts[:-1], f"{texts[-1]} {MARKER}"], custom_params=params, max_tokens=1))
+    httpx.request(**chat(url, session, [*texts[:-1], f"{texts[-1]} {MARKER}"], custom_params=params))
 
 
 def next_turn(url: str, number: int, ahead: bool) -> list[float]:
@@ -54,7 +55,7 @@ def next_turn(url: str, number: int, ahead: bool) -> list[float]:
     answer = httpx.request(**chat(url, session, [asked], max_tokens=24)).raise_for_status().json()
     texts = [asked, answer["choices"][0]["message"]["content"], log(LINES)]
     if ahead:
-        preview(url, session, texts)
+        preview(url, session, *texts)
     stream = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     started, seen = time.perf_counter(), list[tuple[float, int]]()
     with httpx.stream(**chat(url, session, texts, max_tokens=64, ignore_eos=True, **stream)) as response:
@@ -73,7 +74,7 @@ def others(url: str, number: int, ahead: bool) -> list[float]:
     def previews() -> None:
         while ahead and not over.is_set():
             sessions.append(f"line:{number}-{len(sessions)}")
-            preview(url, sessions[-1], [log(BESIDE)])
+            preview(url, sessions[-1], log(BESIDE))
 
     def ask(request: int) -> None:
         params = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
@@ -97,11 +98,8 @@ def others(url: str, number: int, ahead: bool) -> list[float]:
 def ratio(pairs: Sequence[Sequence[float]], of: Callable[[list[float]], float]) -> str:
     """Say a figure without and with previews, and their ratio with its interval over pairs."""
 
-    def figures(some: Sequence[Sequence[float]]) -> list[float]:
-        return [of(list(values)) for values in zip(*some, strict=True)]
-
-    without, with_ = figures(pairs)
-    drawn = (figures(random.choices(pairs, k=len(pairs))) for _ in range(2000))
+    draws = [pairs, *(random.choices(pairs, k=len(pairs)) for _ in range(2000))]
+    (without, with_), *drawn = [[of(list(values)) for values in zip(*draw, strict=True)] for draw in draws]
     ratios = sorted(b / a for a, b in drawn)
     return f"{without:.4g} without, {with_:.4g} with: {with_ / without:.3f} [{ratios[50]:.3f}, {ratios[1949]:.3f}]"
 
@@ -110,12 +108,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=OTHERS + 2, help="most requests that run at a time")
     parser.add_argument("--pairs", type=int, default=6, help="pairs of windows, and half the pairs of turns")
-    said, target, bundle = parser.parse_args(), str(ensure_target()), str(embedded_bundle())
-    arguments = ["--model-path", target, "--served-model-name", TARGET_NAME, "--device", "cpu"]
-    arguments += ["--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", bundle]
-    arguments += ["--enable-session-radix-cache", "--max-running-requests", str(said.rows)]
+    said = parser.parse_args()
+    arguments = server_arguments(
+        ["--device", "cpu", "--enable-session-radix-cache", "--max-running-requests", str(said.rows)]
+    )
     turn = dict.fromkeys(("seconds to the first token", "seconds of five rounds", "tokens of five rounds"), median)
     rate = {f"tokens a second of {OTHERS} others": lambda seconds: OTHERS * TOKENS / fmean(seconds)}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends, too
     with Server(arguments) as server:
         for run, count, printed in ((next_turn, 2 * said.pairs, turn), (others, said.pairs, rate)):
             pairs = [[run(server.url, 2 * pair + mode, bool(mode)) for mode in (0, 1)] for pair in range(1 + count)]

@@ -148,9 +148,9 @@ class AskedServer:
         self.was_alone = last and known is not None and self.found == known
         self.alone = None
         if self.found is None:
-            self._ask_again("answered with something else than this SDK reads")
+            self._note("answered with something else than this SDK reads", self.failures + 1)
         else:
-            self._keep(f"routes: {self.found!r}")
+            self._note(f"routes: {self.found!r}")
 
     def failed(self, error: Exception) -> None:
         """Note a question's error, and when to ask again. Only its type is stored: its message may quote a key."""
@@ -158,20 +158,20 @@ class AskedServer:
         kinds = {kind.__name__ for kind in type(error).__mro__}  # by name, for four libraries
         if status == 404:
             self.found = None
-            self._keep("answered 404")
+            self._note("answered 404")
         elif status is not None:
-            self._ask_again(f"answered {status}")
+            self._note(f"answered {status}", self.failures + 1)
         elif kinds & {"APITimeoutError", "TimeoutException", "TimeoutError"}:
-            self._ask_again("gave no answer in time")
+            self._note("gave no answer in time", self.failures + 1)
         elif kinds & {"APIConnectionError", "TransportError"}:
-            self._ask_again("could not be reached")
+            self._note("could not be reached", self.failures + 1)
         else:
-            self._ask_again(f"could not be asked ({type(error).__name__})")
+            self._note(f"could not be asked ({type(error).__name__})", self.failures + 1)
 
     def refused(self, name: str) -> None:
         """Note that a request was refused for our field `name` and served without it, so another server answers now."""
         self.found = None
-        self._keep(f"answered, but {name} was refused")
+        self._note(f"answered, but {name} was refused")
 
     def require(self, model: str | None, *, strict: bool) -> Capabilities | None:
         """Return the capabilities if they are for this model; else warn once per URL and trouble and return None.
@@ -199,15 +199,10 @@ class AskedServer:
             warn_unsupported(f"{reason}. Requests go out without hints")
         return None
 
-    def _keep(self, trouble: str) -> None:
-        self._note(trouble, 0, KEPT_SECONDS)
-
-    def _ask_again(self, trouble: str) -> None:
-        self._note(trouble, self.failures + 1, _wait(self.failures))
-
-    def _note(self, trouble: str, failures: int, seconds: float) -> None:
-        self.trouble, self.failures = trouble, failures
-        self.next_probe = now() + seconds
+    def _note(self, trouble: str, failures: int = 0) -> None:
+        """Note how the question ended, and ask again when an answer is old, or sooner after `failures` in a row."""
+        seconds = _wait(failures - 1) if failures else KEPT_SECONDS
+        self.trouble, self.failures, self.next_probe = trouble, failures, now() + seconds
         _LOG.debug("%s %s; asked again in %g s", self.url, trouble, seconds)
 
 

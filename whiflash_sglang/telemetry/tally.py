@@ -107,6 +107,7 @@ class Tally:
 
     def snapshot(self) -> dict[str, Any]:
         """Return the totals for `GET /whiflash/state`."""
+        sums = ("timed_seconds", "timed_tokens", "priced_seconds", "priced_tokens", "plain_seconds")
         return {
             "by_arm": {arm: asdict(counts) for arm, counts in self.by_arm.items()},
             "loaded": {arm: asdict(counts) for arm, counts in self.loaded.items()},
@@ -114,11 +115,7 @@ class Tally:
             "reasons": dict(self.reasons),
             "hints": dict(self.requests),
             "previews": {**self.previews, "tokens": self.preview_tokens},
-            "timed_seconds": self.timed_seconds,
-            "timed_tokens": self.timed_tokens,
-            "priced_seconds": self.priced_seconds,
-            "priced_tokens": self.priced_tokens,
-            "plain_seconds": self.plain_seconds,
+            **{name: getattr(self, name) for name in sums},
         }
 
     def ended(self, request: dict[str, ArmCounts], cached: Mapping[str, int] | None = None) -> None:

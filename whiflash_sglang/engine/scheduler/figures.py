@@ -26,9 +26,7 @@ def accept_rate(accepted: int, proposed: int) -> float:
 class MetricsReporter(SchedulerMetricsReporter):  # type: ignore[misc]
     """SGLang's reporter of counts, log lines and Prometheus metrics, in a scheduler of ours."""
 
-    spec_num_correct_drafts: Any
-
-    def report_decode_stats(self, *args: Any, **named: Any) -> None:
+    def report_decode_stats(self: Any, *args: Any, **named: Any) -> None:
         """Report accepted over proposed drafts as SGLang's accept rate. Upstream divides accepted drafts by forwards
         times the widest block in the middle of its report, so the dividend is scaled during the call.
         """

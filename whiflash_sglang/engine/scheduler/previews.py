@@ -44,7 +44,6 @@ class PreviewQueue:
     """Waiting requests by the scheduler's id of their sessions; the first runs next."""
     rounds_to_wait: float
     """Rounds of running requests before the next preview beside them."""
-    draft_worker: Any
 
     def init_request_receiver(self) -> None:
         super().init_request_receiver()  # type: ignore[misc]
@@ -140,7 +139,7 @@ class PreviewQueue:
         self.chunked_prefill_size = size
         return plan
 
-    def _rounds(self, tokens: int, cached: int, running: list[Any]) -> float:
+    def _rounds(self: Any, tokens: int, cached: int, running: list[Any]) -> float:
         """Return how many plain rounds take 1 / `SHARE` times as long as a prefill (`tokens` after `cached`)."""
         tables, context = self.draft_worker.controller.costs.tables, sum(req.seqlen for req in running)
         prefill = tables.verify(tokens, 1, cached) + sum(tables.catch(arm, tokens) for arm in tables.catch_up)

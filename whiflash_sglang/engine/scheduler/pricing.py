@@ -131,14 +131,9 @@ class Start:
         self._time = partial(measure, clock=clock, repeats=repeats, of=of)
 
     @property
-    def captured(self) -> bool:
-        """Whether verifications are captured, and therefore padded to the sizes of graphs."""
-        return self._graphs is not None
-
-    @property
     def keeps(self) -> bool:
         """Whether prices are kept for later starts of the same server."""
-        return self.captured and self.target.peers.size == 1
+        return self._graphs is not None and self.target.peers.size == 1
 
     def key(self, size: int) -> dict[str, str]:
         """Return all that prices depend on, as text by name. size: number of processes that serve the model."""
@@ -167,7 +162,7 @@ class Start:
 
     def tables(self) -> CostTables:
         """Measure the prices of all work. Waits for the device."""
-        (sizes, most), (short, long), steps = self._rows(), self._contexts(), self.captured
+        (sizes, most), (short, long), steps = self._rows(), self._contexts(), self._graphs is not None
         verification = partial(self._verification, most)
         verifications = Verifications.measured(short, long, sizes, verification, steps=steps)
         wider, plain = dict[int, Verifications](), None

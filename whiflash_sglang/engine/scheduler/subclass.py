@@ -57,45 +57,39 @@ def _becoming(original: Any, self: Any) -> None:
 class WhiflashScheduler(PreviewQueue):
     """Our additions to SGLang's scheduler, whose class follows this one among the bases."""
 
-    metrics_reporter: Any
-    request_receiver: Any
-    batch_result_processor: Any
-    internal_state: Any
-    disagg_decode_prealloc_queue: Any
-    draft_worker: Any
     has_run = False
     """Whether a batch has run since the scheduler was idle."""
 
-    def init_metrics_reporter(self) -> None:
+    def init_metrics_reporter(self: Any) -> None:
         super().init_metrics_reporter()  # type: ignore[misc]
         become(self.metrics_reporter, MetricsReporter)
 
-    def init_request_receiver(self) -> None:
+    def init_request_receiver(self: Any) -> None:
         super().init_request_receiver()  # type: ignore[misc]
         become(self.request_receiver, RequestReceiver)
 
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
         return OutputStreamer
 
-    def init_batch_result_processor(self) -> None:
+    def init_batch_result_processor(self: Any) -> None:
         super().init_batch_result_processor()  # type: ignore[misc]
         become(self.batch_result_processor, BatchResultProcessor)
 
-    def init_disaggregation(self) -> None:
+    def init_disaggregation(self: Any) -> None:
         super().init_disaggregation()  # type: ignore[misc]
         if self.disagg_decode_prealloc_queue is not None:
             become(self.disagg_decode_prealloc_queue, PreallocQueue)
 
-    def init_internal_state(self) -> None:
+    def init_internal_state(self: Any) -> None:
         super().init_internal_state()  # type: ignore[misc]
         self.internal_state = InternalState(self, self.internal_state.record_step_time)
 
-    def init_req_max_new_tokens(self, req: Any) -> None:
+    def init_req_max_new_tokens(self: Any, req: Any) -> None:
         """Report an arriving request to the worker. SGLang calls this once a request, which has its session by then."""
         super().init_req_max_new_tokens(req)  # type: ignore[misc]
         self.draft_worker.stages.lifecycle.arrived(req)
 
-    def process_input_requests(self, recv_reqs: Any) -> None:
+    def process_input_requests(self: Any, recv_reqs: Any) -> None:
         """Report writes of the target's weights to the worker. Every process calls this in each pass of its loop."""
         super().process_input_requests(recv_reqs)  # type: ignore[misc]
         if any(isinstance(request, WRITES) for request in recv_reqs):
@@ -155,7 +149,7 @@ class WhiflashScheduler(PreviewQueue):
             penalties.is_required = False
         return super().update_running_batch(batch)  # type: ignore[misc]
 
-    def process_batch_result(self, *args: Any, **named: Any) -> None:
+    def process_batch_result(self: Any, *args: Any, **named: Any) -> None:
         """Flush all requests that end here together: until the next batch is made nothing writes to their rows."""
         self.has_run = True
         self.draft_worker.flushes_later = True
@@ -165,7 +159,7 @@ class WhiflashScheduler(PreviewQueue):
             self.draft_worker.flushes_later = False
             releases.flush(self.draft_worker)
 
-    def on_idle(self) -> None:
+    def on_idle(self: Any) -> None:
         """Check our caches where SGLang checks its pools, but only once after the last batch."""
         if self.has_run and self.is_fully_idle():
             self.has_run = False
