@@ -89,11 +89,11 @@ class Spending:
         if self._questions <= 0.0:
             self._waiting = self._waiting or rid
             return
-        began = self._wall()
+        began = self._clock()  # not wall time: other processes would take this round's questions
         try:
             self._run(rid, question, LOOKING * REQUEST_SECONDS)
         finally:
-            self._questions -= self._wall() - began
+            self._questions -= self._clock() - began
 
     def _run(self, rid: str, work: Callable[[], ResultT], limit: float) -> ResultT:
         request = self._current = self._requests.setdefault(rid, _Request())
