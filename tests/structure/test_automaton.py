@@ -22,7 +22,7 @@ from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, text_of
 from whiflash_sglang.structure import automaton
-from whiflash_sglang.structure.automaton import MOST_NODES
+from whiflash_sglang.structure.automaton import MOST_NODES, Automaton
 from whiflash_sglang.structure.spending import Spending
 from whiflash_sglang.structure.tools import carried_tools
 
@@ -195,6 +195,32 @@ def test_a_look_whose_time_ends_leaves_nothing_to_others(grammars: Grammars, voc
         before = looks_at(arm, grammars, keys, '{"m": "Paris \\n \\u001f city"}')[1]
         asked.append(looks_at(arm, grammars, keys, '{"m": "user ids \\n \\u001f numbers"}')[1] - before)
     assert not any(asked), asked
+
+
+def test_a_restart_that_fails_ends_the_walk(
+    grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All nodes are gone by then, and compiled code must not read the walk's old one."""
+    arm, written = (
+        StructureArm(Structure(max_width=8), vocabulary, Spending(float, float)),
+        Written("counted", grammars),
+    )
+    request, tokens, failed = written.begin(arm), vocabulary.encode(DOCUMENTS["counted"]), False
+
+    def fail(*_: Any) -> int:
+        raise ZeroDivisionError
+
+    for place in range(0, 40, 2):
+        with monkeypatch.context() as patch:
+            if place == 20:
+                patch.setattr(Automaton, "_add", fail)
+            try:
+                said, _ = written.look(arm, request, Candidate())
+                assert not (failed and said.tokens)
+            except ZeroDivisionError:
+                failed, arm.raised = True, []
+        written.write(tokens[place : place + 2])
+    assert failed
 
 
 def test_calls_without_places_and_prompts_are_in_no_automaton_of_others(vocabulary: Vocabulary) -> None:

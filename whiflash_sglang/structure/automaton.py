@@ -176,10 +176,12 @@ class Automaton:
         while left and origin.move(left[0], written=True):
             left = left[1:]
         origin.text, origin.parts, origin.begun, origin.split = "", (), "", bool(origin.open)
+        free = origin.free  # before the nodes go, since it may raise
         self._nodes.clear()
         self._numbers.clear()
         self.table.clear()
-        self.begin(origin)
+        with suppress(LostError):  # then there is a node, and no token is known to stay at it
+            self._add(origin, origin, free)
         return left
 
     @contextmanager
@@ -196,8 +198,14 @@ class Automaton:
             yield state
 
     def _node(self, origin: State, state: State) -> int:
-        """Return the number of a state's node, which is new if no text was there before."""
-        free = state.free
+        """Return the number of a state's node, which is new if no text was there before.
+
+        Raises LostError as `State.free`.
+        """
+        return self._add(origin, state, state.free)
+
+    def _add(self, origin: State, state: State, free: Free | None) -> int:
+        """Return the number of the node of a state that ends in the text `free`, as `_node` does."""
         if free is not None or bytes_of(self._vocabulary, state.tail[-1:]).isdigit():
             state.tail = ()  # nothing is known to follow, or a number, which is cut by itself
         key = state.place

@@ -271,6 +271,7 @@ struct Walk {
         known += count;
         const auto lost = [&] { return !unfollowed.empty() || !automaton->nodes[node].asked || automaton->is_full(); };
         if (!shared && !ended && lost()) automaton->asked.restart(this);
+        ended = ended || size_t(node) >= automaton->nodes.size();  // an error ended the restart
     }
 
     // Cuts `drafts` to those that may follow the text, and continues them with tokens that follow, up to `room` in all, as
