@@ -87,34 +87,34 @@ class OverlappedAgents(Agents):
     def step(self) -> HostRound:
         from whiflash_sglang.engine.forward.masks import Masks, constrained
 
-        turn, planning = self.plan()
+        round_, planning = self.plan()
         began = time.process_time()
         learning = self.learn(*self.last) if self.last else 0.0
         accepting = time.process_time() - began - learning  # by grammars, which come before masks in the loop
-        drafts = [self.verified(turn, index) for index in range(self.size)]
+        drafts = [self.verified(round_, index) for index in range(self.size)]
         # Nothing reads a bonus token.
         rows = [(token, i) for i, each in enumerate(drafts) for token in (0, *each)]
         ids = torch.tensor(rows).T
         began = time.process_time() - accepting
-        grammars = constrained(self.served, turn.most, 0)
+        grammars = constrained(self.served, round_.most, 0)
         if grammars:
             masks = Masks(SimpleNamespace(ids_and_requests=ids), grammars)
             masks.build(self.served, self.planner.sources.spending)
         masking = time.process_time() - began if grammars else 0.0
         wanted = list(map(len, drafts))
-        results = self.results(turn)._replace(wanted=wanted, widths=[1 + count for count in wanted])
-        self.last = turn, results
-        return HostRound(0.0, planning, learning, masking, self._drafting(turn))
+        results = self.results(round_)._replace(wanted=wanted, widths=[1 + count for count in wanted])
+        self.last = round_, results
+        return HostRound(0.0, planning, learning, masking, self._drafting(round_))
 
-    def _drafting(self, turn: Round) -> float:
+    def _drafting(self, round_: Round) -> float:
         """Seconds of the drafters' passes."""
-        return sum(self.tables.draft(arm, len(members)) for arm, members in turn.members.items())
+        return sum(self.tables.draft(arm, len(members)) for arm, members in round_.members.items())
 
-    def _time(self, turn: Round, results: Results) -> RoundTime:
+    def _time(self, round_: Round, results: Results) -> RoundTime:
         """The round as the card takes it, whose forward is the recorded one."""
         rows, context = sum(results.widths), sum(self._lengths())
-        drafted = {arm: len(members) for arm, members in turn.members.items()}
-        seconds = self._drafting(turn) + self.tables.verifications.at(rows, context)
+        drafted = {arm: len(members) for arm, members in round_.members.items()}
+        seconds = self._drafting(round_) + self.tables.verifications.at(rows, context)
         tokens = sum(results.accept_lens)
         return RoundTime(rows, self.size, context, drafted, tokens=tokens, seconds=seconds)
 

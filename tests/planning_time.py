@@ -138,14 +138,14 @@ class Batch:
 
     def round(self) -> float:
         """CPU seconds of planning a round and of learning from it."""
-        turn, spent = self.plan()
-        return spent + self.learn(turn, self.results(turn))
+        round_, spent = self.plan()
+        return spent + self.learn(round_, self.results(round_))
 
     def plan(self) -> tuple[Round, float]:
         """A round as it is planned while those before it run that were not learned, and its CPU seconds."""
         known, rows = self._lengths(), list(range(1, self.size + 1))
         under_way = list(map(self.planner.under_way, rows))
-        turn = Round(
+        round_ = Round(
             rows=torch.tensor(rows),
             row_ids=rows,
             starts=torch.tensor(known),
@@ -156,52 +156,52 @@ class Batch:
             budgets=[CONTEXT] * self.size,
         )
         began = time.process_time()
-        self.planner.plan(turn)
+        self.planner.plan(round_)
         spent = time.process_time() - began
-        self._note(turn)
-        return turn, spent
+        self._note(round_)
+        return round_, spent
 
     def _lengths(self) -> list[int]:
         return [len(req.origin_input_ids) + len(req.output_ids) - 1 for req in self.requests]
 
-    def learn(self, turn: Round, results: Results) -> float:
+    def learn(self, round_: Round, results: Results) -> float:
         """CPU seconds of learning from a round."""
         began = time.process_time()
-        tokens = self.learner.learn(turn, results)
-        self.learner.timed(self._time(turn, results))
+        tokens = self.learner.learn(round_, results)
+        self.learner.timed(self._time(round_, results))
         spent = time.process_time() - began
         for req, new in zip(self.requests, tokens, strict=True):
             self._committed(req, new)
         return spent
 
-    def _time(self, turn: Round, results: Results) -> RoundTime:
+    def _time(self, round_: Round, results: Results) -> RoundTime:
         """Return the time of a round that prices learn from."""
         return RoundTime(4 * self.size, self.size, tokens=NEW * self.size, seconds=0.01)
 
-    def _note(self, turn: Round) -> None:
+    def _note(self, round_: Round) -> None:
         """Add what was planned to the digest."""
-        for index, (route, decision) in enumerate(zip(turn.plan.routes, turn.decisions, strict=True)):
+        for index, (route, decision) in enumerate(zip(round_.plan.routes, round_.decisions, strict=True)):
             candidates = [
                 (arm, list(each.tokens), list(each.alive), list(map(tuple, each.parts)), each.at)
-                for arm, each in self.candidates(turn, index).items()
+                for arm, each in self.candidates(round_, index).items()
             ]
             self.planned.update(repr((route, dict(decision.expected), candidates)).encode())
 
-    def candidates(self, turn: Round, index: int) -> dict[str, Candidate]:
+    def candidates(self, round_: Round, index: int) -> dict[str, Candidate]:
         """A request's candidates that may be verified, by arm."""
-        found, proposing = turn.plan.candidates, self.planner.sources.proposers[1:]
+        found, proposing = round_.plan.candidates, self.planner.sources.proposers[1:]
         columns = () if found is None else [column for column, size in enumerate(found.sizes[index]) if size]
         return {proposing[column]: candidate_of(found, index, column, proposing) for column in columns}
 
-    def _brought(self, turn: Round, index: int) -> int:
+    def _brought(self, round_: Round, index: int) -> int:
         """Tokens that the round commits of a request."""
         return NEW
 
-    def results(self, turn: Round) -> Results:
+    def results(self, round_: Round) -> Results:
         """The results of such a round: three drafts each."""
         many, lengths = self.size, self._lengths()
         copies = [self._following(req, COPIED) for req in self.requests]
-        new = [copy[: self._brought(turn, index)] for index, copy in enumerate(copies)]
+        new = [copy[: self._brought(round_, index)] for index, copy in enumerate(copies)]
         self.rounds, self.tokens = self.rounds + 1, self.tokens + sum(map(len, new))
         return Results(
             starts=lengths,
@@ -330,13 +330,13 @@ class Agents(Batch):
         at = len(req.output_ids)
         return list(req.answer[at : at + count])
 
-    def verified(self, turn: Round, index: int) -> Sequence[int]:
+    def verified(self, round_: Round, index: int) -> Sequence[int]:
         """The drafts of the host's candidate that has most of them right; none of one that the text has left, and none
         that do not pay (`choose_drafts`).
         """
         req, now, most = self.requests[index], len(self.requests[index].output_ids), widest_of(self.drafters)
-        drafts, price = list[Sequence[int]]([()]), turn.plan.worth.least_chance
-        for each in self.candidates(turn, index).values():
+        drafts, price = list[Sequence[int]]([()]), round_.plan.worth.least_chance
+        for each in self.candidates(round_, index).values():
             at = each.at - len(req.origin_input_ids)
             if list(each.tokens[: now - at]) == req.answer[at:now]:
                 least = each.least_chance(price, now - at)
@@ -344,8 +344,8 @@ class Agents(Batch):
                 drafts.append(each.tokens[now - at : pays][:most])
         return max(drafts, key=lambda tokens: common_prefix(tokens, self._following(req, most)))
 
-    def _brought(self, turn: Round, index: int) -> int:
-        drafts = self.verified(turn, index)
+    def _brought(self, round_: Round, index: int) -> int:
+        drafts = self.verified(round_, index)
         return 1 + common_prefix(drafts, self._following(self.requests[index], len(drafts)))
 
     def _committed(self, req: Any, tokens: list[int]) -> None:

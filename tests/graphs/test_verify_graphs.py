@@ -59,9 +59,9 @@ def learned(started: tuple[Engine, OracleArm], stops: Sequence[Sequence[int]]) -
     """Return the results of every round of all prompts, each with its stop tokens."""
     (e, oracle), found, learn = started, list[Results](), Learner.learn
 
-    def noted(learner: Learner, turn: Any, results: Results) -> None:
+    def noted(learner: Learner, round_: Any, results: Results) -> None:
         found.append(results)
-        learn(learner, turn, results)
+        learn(learner, round_, results)
 
     e.start_over("none")
     e.worker.controller.policy, oracle._random = Pinned(ARM, needs=NEEDS), random.Random(3)

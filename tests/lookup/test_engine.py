@@ -255,9 +255,9 @@ def test_nothing_is_drafted_after_the_end_of_a_turn(
     end, verified = next(news), list[int]()  # the first of three drafts
     learn = Learner.learn
 
-    def noting(self: Learner, turn: Any, results: Any, *given: Any) -> Any:
+    def noting(self: Learner, round_: Any, results: Any, *given: Any) -> Any:
         verified.extend(map(sum, zip(results.starts, results.widths, strict=True)))
-        return learn(self, turn, results, *given)
+        return learn(self, round_, results, *given)
 
     monkeypatch.setattr(Learner, "learn", noting)
     custom: dict[str, Any] = {"whiflash_prediction": cold.tokens}

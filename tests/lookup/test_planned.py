@@ -18,9 +18,9 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Round]:
     """Rounds that are planned from now on."""
     made, plan = list[Round](), Planner.plan
 
-    def noting(self: Planner, turn: Round) -> None:
-        plan(self, turn)
-        made.append(turn)
+    def noting(self: Planner, round_: Round) -> None:
+        plan(self, round_)
+        made.append(round_)
 
     monkeypatch.setattr(Planner, "plan", noting)
     return made
@@ -30,10 +30,10 @@ def test_what_the_device_copies_itself_is_not_sent(plans: list[Round]) -> None:
     batch = Batch(3)
     for _ in range(ROUNDS):
         batch.round()
-    for turn in plans:
-        assert all(turn.plan.limits.copied)
-        assert turn.plan.candidates is None
-        assert turn.host_drafts is None
+    for round_ in plans:
+        assert all(round_.plan.limits.copied)
+        assert round_.plan.candidates is None
+        assert round_.host_drafts is None
     assert batch.drafters[arms.LOOKUP].host_bytes(batch.running.values())["index"] == 0, (
         "no text is indexed on the host"
     )
@@ -74,12 +74,12 @@ def test_what_the_device_cannot_find_is_sent(plans: list[Round]) -> None:
     batch.drafters[arms.LOOKUP].begin(batch.running[row])
     text.output_ids = predicted[:1]
     batch.round()
-    (turn,) = plans
-    assert [list(batch.candidates(turn, index)) for index in range(3)] == [[], [arms.LOOKUP], []]
-    candidate = batch.candidates(turn, 1)[arms.LOOKUP]
+    (round_,) = plans
+    assert [list(batch.candidates(round_, index)) for index in range(3)] == [[], [arms.LOOKUP], []]
+    candidate = batch.candidates(round_, 1)[arms.LOOKUP]
     assert {part.source for part in candidate.parts} == {"prediction"}
-    assert turn.host_drafts is not None
-    sent, _ = turn.host_drafts
+    assert round_.host_drafts is not None
+    sent, _ = round_.host_drafts
     count = len(candidate.tokens)
     assert sent.counts.flatten().tolist() == [0, count, 0]
     assert sent.tokens[1, 0, :count].tolist() == list(candidate.tokens) == predicted[1 : 1 + count]

@@ -98,13 +98,13 @@ def play_ours(
     proposers: set[str] = set()
     original = DraftStage.draft
 
-    def noting(self: DraftStage, turn: Round) -> None:
-        original(self, turn)
+    def noting(self: DraftStage, round_: Round) -> None:
+        original(self, round_)
         with unwatched():
-            tokens, widths = turn.chosen.tokens.tolist(), turn.chosen.widths.tolist()
+            tokens, widths = round_.chosen.tokens.tolist(), round_.chosen.widths.tolist()
         drafts = [each[: width - 1] for each, width in zip(tokens, widths, strict=True)]
-        rounds.append((turn.plan.routes, turn.due, drafts))
-        proposers.update(arm for by_arm in turn.plan.candidates for arm in by_arm)
+        rounds.append((round_.plan.routes, round_.due, drafts))
+        proposers.update(arm for by_arm in round_.plan.candidates for arm in by_arm)
 
     oracle = OracleArm(0.93, seed=3).knowing((a for a in arrivals if a.rid in known), known)
     with (

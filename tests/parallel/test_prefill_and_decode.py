@@ -249,9 +249,9 @@ def test_as_many_drafts_are_right_as_in_one_server(models: Models, prefills: dic
         rounds = [one.rounds(rid) for rid in one.requests]
     plan, first = Planner.plan, dict[str, str]()
 
-    def noted(planner: Planner, turn: Any) -> None:
-        plan(planner, turn)
-        for req, route in zip(turn.reqs, turn.plan.routes, strict=True):
+    def noted(planner: Planner, round_: Any) -> None:
+        plan(planner, round_)
+        for req, route in zip(round_.reqs, round_.plan.routes, strict=True):
             first.setdefault(req.rid, route)
 
     with decoding(models, models.whiflash("diffusion")) as e:

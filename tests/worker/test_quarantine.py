@@ -215,7 +215,7 @@ def test_drafts_that_the_device_took_were_sound() -> None:
     for request in requests:
         request.under_way.append(3)
     learner = Learner({}, MagicMock(), MagicMock(), MagicMock(), held, ("", "structure", "lookup", "lookup"))
-    turn: Any = SimpleNamespace(
+    round_: Any = SimpleNamespace(
         requests=requests,
         decisions=[None] * 2,
         plan=SimpleNamespace(routes=["none"] * 2, limits=Limits([0] * 2, [0] * 2, [0] * 2, [0] * 2)),
@@ -223,7 +223,7 @@ def test_drafts_that_the_device_took_were_sound() -> None:
     results = Results(*[None] * 12)._replace(
         starts=[9] * 2, widths=[3] * 2, faults=[0] * 2, first_drafts=[0] * 2, source=[-1, 0]
     )
-    learner.learn(turn, results, kept=[[], []])
+    learner.learn(round_, results, kept=[[], []])
     assert requests[0].faults == {"lookup": 0}
 
 

@@ -142,12 +142,12 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
     learner, seen, observed, lost = running.worker.stages.learner, [], list[int](), 0
     learn, drafter = type(learner).learn, running.worker.drafters["ar"]
 
-    def noting(self: Any, turn: Any, found: Any) -> Any:
+    def noting(self: Any, round_: Any, found: Any) -> Any:
         nonlocal lost
         seen.append(found)
         observed.clear()
-        tokens = learn(self, turn, found)
-        for i, request in enumerate(turn.requests):
+        tokens = learn(self, round_, found)
+        for i, request in enumerate(round_.requests):
             if found.source[i] and found.drafted[i] and request.running:
                 assert request.row in observed, "its drafts lost, and nobody learned how right they were"
                 lost += 1
@@ -204,9 +204,9 @@ def test_rows_are_those_of_a_graph(running: Engine, plain: list[list[int]], monk
     monkeypatch.setattr(running.worker, "stages", replace(stages, drafting=stage))
     draft = type(stage).draft
 
-    def noting(self: Any, turn: Any) -> None:
-        draft(self, turn)
-        rows.append((turn.packed_rows, int(turn.chosen.widths.sum()), len(turn)))
+    def noting(self: Any, round_: Any) -> None:
+        draft(self, round_)
+        rows.append((round_.packed_rows, int(round_.chosen.widths.sum()), len(round_)))
 
     monkeypatch.setattr(type(stage), "draft", noting)
     running.worker.reconfigure({"router": "random"})

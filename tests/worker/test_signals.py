@@ -46,11 +46,11 @@ def test_entropy_is_read_seldom_where_nothing_is_drafted(
 def test_a_pass_counts_by_its_own_drafts_behind_which_a_copy_was_verified() -> None:
     controller, other = MagicMock(), MagicMock()
     learner = learning.Learner({}, controller, other, other, other, ["", "lookup"])
-    turn = MagicMock(requests=[MagicMock(recording=None)])
-    turn.plan.routes = ["ar"]
+    round_ = MagicMock(requests=[MagicMock(recording=None)])
+    round_.plan.routes = ["ar"]
     told: dict[str, Any] = dict.fromkeys(("starts", "widths", "faults", "first_drafts", "source"), 1)
     told |= {"tokens": [7, 8, 9, 1], "accept_lens": 4, "drafts": [7, 8, 3], "drafted": 3}
-    learner.learn(turn, Results(*[None] * 12)._replace(**{name: [value] for name, value in told.items()}))
+    learner.learn(round_, Results(*[None] * 12)._replace(**{name: [value] for name, value in told.items()}))
     assert controller.committed.call_args.args[-1] == {"lookup": 4, "ar": 3}
 
 

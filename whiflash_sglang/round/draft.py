@@ -72,73 +72,73 @@ class DraftStage:
             drafter.capture(recorder, inputs)
         self.sync.capture(recorder, requests, requests * (widest_of(self.drafters) + 1))
 
-    def draft(self, turn: Round) -> None:
+    def draft(self, round_: Round) -> None:
         """Have each arm draft for its requests, then choose the drafts that are verified."""
-        if not any(turn.plan.limits.drafts):
-            turn.draft_nothing()
+        if not any(round_.plan.limits.drafts):
+            round_.draft_nothing()
             return
         parts = []
-        for arm, members in turn.members.items():
-            drafted_for, drafts = self._drafted(turn, arm, members)
+        for arm, members in round_.members.items():
+            drafted_for, drafts = self._drafted(round_, arm, members)
             if drafts is not None:  # else the arm failed: its requests verify only their bonus tokens
-                parts.append((_index(turn, arm, drafted_for), drafts))
-        self._choose(turn, parts)
+                parts.append((_index(round_, arm, drafted_for), drafts))
+        self._choose(round_, parts)
 
-    def _drafted(self, turn: Round, arm: str, members: Sequence[int]) -> tuple[Sequence[int], Drafts | None]:
+    def _drafted(self, round_: Round, arm: str, members: Sequence[int]) -> tuple[Sequence[int], Drafts | None]:
         """Return the members for which `arm` drafted without an error, and their drafts, None if there are none."""
         if arm in self.quarantine:
             return (), None
 
         def draft(some: Sequence[int]) -> Drafts:
-            return self.drafters[arm].draft(self._batch(turn, arm, some))
+            return self.drafters[arm].draft(self._batch(round_, arm, some))
 
-        return self.quarantine.attempt(arm, {i: turn.requests[i] for i in members}, draft)
+        return self.quarantine.attempt(arm, {i: round_.requests[i] for i in members}, draft)
 
-    def _choose(self, turn: Round, parts: Sequence[tuple[torch.Tensor, Drafts]]) -> None:
+    def _choose(self, round_: Round, parts: Sequence[tuple[torch.Tensor, Drafts]]) -> None:
         """Choose the drafts that are verified among the passes' (`parts`), the host's candidates and the device's
         copies: the likeliest first, as many as there are rows for.
         """
-        plan, limits, size = turn.plan, turn.plan.limits, len(turn)
+        plan, limits, size = round_.plan, round_.plan.limits, len(round_)
         most, graph = self._room(plan, size)
-        if not (self.overlaps or graph or turn.members or turn.host_drafts):
+        if not (self.overlaps or graph or round_.members or round_.host_drafts):
             # The host waits for the rows' number anyway. Mostly there is no copy, or it does not pay for its first row.
-            copies = turn.copies = self._copies(turn)
+            copies = round_.copies = self._copies(round_)
             if copies is None or copies.alive is None or not (copies.alive[:, 0] > plan.worth.row).any():
-                turn.draft_nothing()
+                round_.draft_nothing()
                 return
         # To copy what follows a request's drafts, the device needs them written after its text.
         behind = any(limits.joined)
-        turn.drafts = lay_drafts(
+        round_.drafts = lay_drafts(
             parts,
-            turn.rows,
-            turn.starts,
+            round_.rows,
+            round_.starts,
             width=max(limits.drafts),
             confidences=max(limits.passes),
             vocabulary=self.sources.vocabulary,
             text=self.text if behind else None,
         )
-        appended = self._copies(turn, turn.drafts) if behind else None
-        copies = turn.copies = turn.copies or (self._copies(turn) if any(limits.copied) else None)
+        appended = self._copies(round_, round_.drafts) if behind else None
+        copies = round_.copies = round_.copies or (self._copies(round_) if any(limits.copied) else None)
         # Rows that a graph has to spare are filled; without a graph each row costs.
-        fills = graph and all(self.drafters[arm].fills for arm in turn.members)
-        from_host, at = turn.host_drafts or (None, None)
-        turn.chosen = choose_drafts(
-            turn.drafts,
-            turn.rows,
-            turn.starts,
+        fills = graph and all(self.drafters[arm].fills for arm in round_.members)
+        from_host, at = round_.host_drafts or (None, None)
+        round_.chosen = choose_drafts(
+            round_.drafts,
+            round_.rows,
+            round_.starts,
             self.text,
             appended=appended,
             from_host=from_host,
             at=at,
             copies=copies,
-            limits=turn.limits.drafts,
+            limits=round_.limits.drafts,
             worth=plan.worth.row,
             least=plan.worth.least_chance,
             most_drafts=most,
             stops=self.stops,
-            drawn=turn.limits.passes if fills else turn.drafts.counts,
+            drawn=round_.limits.passes if fills else round_.drafts.counts,
         )
-        turn.packed_rows, turn.stride = size + most, 1 + max(limits.drafts) if most else 1
+        round_.packed_rows, round_.stride = size + most, 1 + max(limits.drafts) if most else 1
 
     def _room(self, plan: Plan, size: int) -> tuple[int, bool]:
         """Return the most drafts that a round of `size` requests verifies, and whether a graph verifies them.
@@ -154,24 +154,24 @@ class DraftStage:
         # If no drafts are expected, a graph of one row per request is enough.
         return rows - size if usual else 0, True
 
-    def _copies(self, turn: Round, drafts: Drafts | None = None) -> Drafts | None:
+    def _copies(self, round_: Round, drafts: Drafts | None = None) -> Drafts | None:
         """Return the drafts that the device copies after each request's text or `drafts`; None if no arm copies."""
         for arm, drafter in self.sources.on_device.items():
-            if arm in turn.calibration and arm not in self.quarantine:  # the plan's, on which all ranks agree
+            if arm in round_.calibration and arm not in self.quarantine:  # the plan's, on which all ranks agree
                 with self.quarantine.guard(arm):
-                    return drafter.copy(self._whole_batch(turn, arm, drafts is not None), drafts)
+                    return drafter.copy(self._whole_batch(round_, arm, drafts is not None), drafts)
         return None
 
-    def _batch(self, turn: Round, arm: str, members: Sequence[int]) -> DraftBatch:
+    def _batch(self, round_: Round, arm: str, members: Sequence[int]) -> DraftBatch:
         """Return the inputs of a pass of `arm` for `members` of the batch."""
-        drafter, caps = self.drafters[arm], turn.limits.passes
+        drafter, caps = self.drafters[arm], round_.limits.passes
         rows, starts, bonus, caps, tail, calibration = self.sync.rings.inputs(
-            _index(turn, arm, members) if len(members) < len(turn) else None,
-            turn.rows,
-            turn.starts,
-            turn.bonus,
+            _index(round_, arm, members) if len(members) < len(round_) else None,
+            round_.rows,
+            round_.starts,
+            round_.bonus,
             caps,
-            turn.calibration[arm],
+            round_.calibration[arm],
             wanted=drafter.features,
             tail=drafter.tail_width > 0,
             into=drafter.place(len(members)),
@@ -182,32 +182,32 @@ class DraftStage:
             bonus,
             tail,
             self.slot_table,
-            longest=max(turn.most[i] for i in members),
+            longest=max(round_.most[i] for i in members),
             caps=caps,
-            limits=[turn.plan.limits.passes[i] for i in members],
-            row_ids=[turn.row_ids[i] for i in members],
+            limits=[round_.plan.limits.passes[i] for i in members],
+            row_ids=[round_.row_ids[i] for i in members],
             calibration=calibration,
-            worth=turn.plan.worth,
+            worth=round_.plan.worth,
         )
 
-    def _whole_batch(self, turn: Round, arm: str, behind: bool) -> DraftBatch:
+    def _whole_batch(self, round_: Round, arm: str, behind: bool) -> DraftBatch:
         """Return the inputs of an arm that copies for all requests. behind: whether it copies after drafts."""
-        limits = turn.limits
+        limits = round_.limits
         return DraftBatch(
-            turn.rows,
-            turn.starts,
-            turn.bonus,
-            turn.bonus.new_empty((len(turn), 0)),
+            round_.rows,
+            round_.starts,
+            round_.bonus,
+            round_.bonus.new_empty((len(round_), 0)),
             self.slot_table,
-            longest=max(turn.most),
+            longest=max(round_.most),
             caps=limits.joined if behind else limits.copied,
-            calibration=turn.calibration[arm],
-            worth=turn.plan.worth,
+            calibration=round_.calibration[arm],
+            worth=round_.plan.worth,
             text=self.text,
         )
 
 
-def _index(turn: Round, arm: str, members: Sequence[int]) -> torch.Tensor:
+def _index(round_: Round, arm: str, members: Sequence[int]) -> torch.Tensor:
     """Return the batch indices `members` of `arm` on the device, [M] int64."""
-    every = turn.member_indices[arm]
+    every = round_.member_indices[arm]
     return every if len(members) == len(every) else sent(members, every.device)

@@ -50,13 +50,13 @@ class Learner:
             seconds = previous.seconds + previous.gap
             self.tally.priced(previous.tokens, seconds, plain_seconds=previous.tokens / requests * plain)
 
-    def needs(self, turn: Round) -> Collection[str]:
+    def needs(self, round_: Round) -> Collection[str]:
         """Return the names of the signals that the policy reads after this round."""
         needs = self.controller.policy.needs
-        often = turn.plan.speculates or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
+        often = round_.plan.speculates or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
         return needs if often else needs - {"entropy"}
 
-    def learn(self, turn: Round, results: Results, kept: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
+    def learn(self, round_: Round, results: Results, kept: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
         """Learn from a round's results. Return the tokens that each request committed.
 
         Args:
@@ -69,36 +69,36 @@ class Learner:
             kept = [run[:count] for run, count in zip(results.tokens, results.accept_lens, strict=True)]
         tokens = [list(run) for run in kept]
         self.ranks.note(results.starts, results.widths, results.faults, tokens)
-        recorded = any(request.recording for request in turn.requests)
+        recorded = any(request.recording for request in round_.requests)
         rows = sum(results.widths)
-        prices = round_prices(self.controller.costs, turn.plan.routes, rows) if recorded else None
-        for i, request in enumerate(turn.requests):
+        prices = round_prices(self.controller.costs, round_.plan.routes, rows) if recorded else None
+        for i, request in enumerate(round_.requests):
             request.under_way.pop(0)
-            parts = () if request.recording is None else self._chosen_parts(turn, results, i)
-            arm, drafted = self._first_arm(turn, results, i)
+            parts = () if request.recording is None else self._chosen_parts(round_, results, i)
+            arm, drafted = self._first_arm(round_, results, i)
             if tokens[i] and self.ranks.leads:
-                self._learn(turn, results, i, arm, drafted, tokens[i], prices, parts)
+                self._learn(round_, results, i, arm, drafted, tokens[i], prices, parts)
         self.clock.learned(sum(map(len, tokens)))
         return tokens
 
-    def _first_arm(self, turn: Round, results: Results, i: int) -> tuple[str, int]:
+    def _first_arm(self, round_: Round, results: Results, i: int) -> tuple[str, int]:
         """Return the arm of a request's first verified drafts and how many are its own; the quarantine judges it."""
-        request, arm = turn.requests[i], turn.plan.routes[i]
+        request, arm = round_.requests[i], round_.plan.routes[i]
         source, drafted = results.source[i], results.first_drafts[i]
-        if turn.plan.limits.passes[i]:
+        if round_.plan.limits.passes[i]:
             if results.drafted[i] or results.faults[i]:
                 self.quarantine.judge(arm, request, faulty=bool(results.faults[i]))
             elif not source:
                 return arms.NONE, 0  # the pass raised, so the round shows nothing of the arm
         if source:
             arm, drafted = self.proposers[source], results.widths[i] - 1
-        if arm != turn.plan.routes[i]:
+        if arm != round_.plan.routes[i]:
             self.quarantine.judge(arm, request, faulty=False)
         return arm, drafted
 
     def _learn(
         self,
-        turn: Round,
+        round_: Round,
         results: Results,
         i: int,
         arm: str,
@@ -113,10 +113,10 @@ class Learner:
             arm, first_drafts: the arm of the first verified drafts, and how many are its own (`_first_arm`). prices:
                 `round_prices`, None if no request is recorded. parts: the sources of the verified drafts.
         """
-        request, decision, route = turn.requests[i], turn.decisions[i], turn.plan.routes[i]
+        request, decision, route = round_.requests[i], round_.decisions[i], round_.plan.routes[i]
         width = results.widths[i]
         if results.wanted is not None:
-            self.controller.wanted(request, decision, turn.plan.priced_as[i], results.wanted[i])
+            self.controller.wanted(request, decision, round_.plan.priced_as[i], results.wanted[i])
         drafts = results.drafts[i][: results.drafted[i]]
         agreed = common_prefix(drafts, tokens)
         lengths = {arm: len(tokens)}
@@ -160,16 +160,16 @@ class Learner:
         except Exception as error:
             self.quarantine.raised(arm, error, request)
 
-    def _chosen_parts(self, turn: Round, results: Results, i: int) -> Sequence[Part]:
+    def _chosen_parts(self, round_: Round, results: Results, i: int) -> Sequence[Part]:
         """Return the sources of the drafts that the device chose for a request."""
         drafts, source = results.widths[i] - 1, results.source[i]
         if source > 0:
-            candidates, place = turn.plan.candidates, (i, source - 1)
+            candidates, place = round_.plan.candidates, (i, source - 1)
             assert candidates is not None
             begin = max(results.starts[i] + 1 - int(candidates.at[place]), 0)
             return parts_of(candidates.names[place][begin : begin + drafts].tolist(), self.proposers[1:])
         first_drafts = 0 if source else results.first_drafts[i]
-        parts = [Part(turn.plan.routes[i], first_drafts), Part(CONTEXT, drafts - first_drafts)]
+        parts = [Part(round_.plan.routes[i], first_drafts), Part(CONTEXT, drafts - first_drafts)]
         return [part for part in parts if part.drafts]
 
 
@@ -183,17 +183,17 @@ def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float,
     return costs.lasts(drafting + costs.verify(rows, len(routes))), plain
 
 
-def results_of(turn: Round, committed: Committed, signals: Mapping[str, torch.Tensor]) -> Results:
+def results_of(round_: Round, committed: Committed, signals: Mapping[str, torch.Tensor]) -> Results:
     """Return the results of a round as tensors on the device. signals: from `SignalReader.read`."""
-    chosen, drafts = turn.chosen, turn.drafts
+    chosen, drafts = round_.chosen, round_.drafts
     assert drafts.confidences is not None
     assert drafts.faults is not None
     copied: dict[str, torch.Tensor | None] = {}
-    if (copies := turn.copies) is not None:
+    if (copies := round_.copies) is not None:
         copied = {"copies": copies.tokens, "copied": copies.counts, "copy_alive": copies.alive}
         copied |= {"copy_matched": copies.matched, "copy_agreements": copies.agreements}
     return Results(
-        starts=turn.starts,
+        starts=round_.starts,
         widths=chosen.widths,
         first_drafts=chosen.first_drafts,
         drafts=drafts.tokens,
@@ -205,7 +205,7 @@ def results_of(turn: Round, committed: Committed, signals: Mapping[str, torch.Te
         accept_lens=committed.accept_lens,
         confidences=drafts.confidences,
         faults=drafts.faults,
-        wanted=chosen.wanted if any(turn.plan.limits.drafts) else None,
+        wanted=chosen.wanted if any(round_.plan.limits.drafts) else None,
         **copied,
         **signals,
     )

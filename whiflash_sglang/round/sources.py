@@ -50,19 +50,19 @@ class DraftSources:
         self._columns = {arm: column for column, arm in enumerate(self.proposing)}
         self._compiled = {arm: each for arm in COMPILED if (each := proposing.get(arm)) and each.library is not None}
 
-    def propose(self, turn: Round, *, joins: bool) -> tuple[list[Forecasts], Batch | None]:
+    def propose(self, round_: Round, *, joins: bool) -> tuple[list[Forecasts], Batch | None]:
         """Fill the plan's candidates from the arms that it asked. Return each request's forecasts, and the texts that
         `extend` needs. joins: whether the policy lets the device's copies compete with other drafts.
         """
-        turn.plan.candidates = candidates = Candidates.of(len(turn), len(self.proposing), self.width)
-        ahead = [round(len(request.under_way) * request.usual_rows) for request in turn.requests]
-        forecasts = [self._forecasts(turn, index, each, joins=joins) for index, each in enumerate(ahead)]
-        handles = [[self._handle(turn, i, arm, each) for i, each in enumerate(forecasts)] for arm in COMPILED]
+        round_.plan.candidates = candidates = Candidates.of(len(round_), len(self.proposing), self.width)
+        ahead = [round(len(request.under_way) * request.usual_rows) for request in round_.requests]
+        forecasts = [self._forecasts(round_, index, each, joins=joins) for index, each in enumerate(ahead)]
+        handles = [[self._handle(round_, i, arm, each) for i, each in enumerate(forecasts)] for arm in COMPILED]
         if not any(map(any, handles)):
             return forecasts, None
-        batch = self._batch(turn, handles, ahead)
-        found = batch.propose(*self._written(turn, handles))
-        self._judge(turn, batch)
+        batch = self._batch(round_, handles, ahead)
+        found = batch.propose(*self._written(round_, handles))
+        self._judge(round_, batch)
         sizes = candidates.sizes.tolist()
         for number, arm in enumerate(COMPILED):
             for index in (index for index, handle in enumerate(handles[number]) if handle):
@@ -72,44 +72,44 @@ class DraftSources:
                     del forecasts[index][arm]
         return forecasts, batch
 
-    def extend(self, turn: Round, batch: Batch | None) -> None:
+    def extend(self, round_: Round, batch: Batch | None) -> None:
         """Drop candidates that may not be verified, and continue the others by other arms' drafts, such as forced text
         by a copy, or cut them before what a grammar forbids. A candidate then ends with the first token that ends its
         request. Those that the device makes itself, as copies from a request's own text, are dropped.
         """
-        candidates = turn.plan.candidates
+        candidates = round_.plan.candidates
         if candidates is None or not candidates.sizes.any():
-            turn.plan.candidates = None
+            round_.plan.candidates = None
             return
         modes = [
             [2 if request.may_join else int(request.may_verify(arm)) for arm in self.proposing]
-            for request in turn.requests
+            for request in round_.requests
         ]
         if batch is None:
             candidates.sizes[np.array(modes) == 0] = 0
         else:
-            batch.extend(modes, [self.widest + sum(request.under_way) for request in turn.requests])
-            self._judge(turn, batch)
+            batch.extend(modes, [self.widest + sum(request.under_way) for request in round_.requests])
+            self._judge(round_, batch)
         if not candidates.sizes.any():
-            turn.plan.candidates = None
+            round_.plan.candidates = None
 
-    def ask(self, turn: Round, index: int, drafter: TextDrafter, ahead: int = 0) -> Candidate | None:
+    def ask(self, round_: Round, index: int, drafter: TextDrafter, ahead: int = 0) -> Candidate | None:
         """Return what `propose` of a drafter proposes, cut before its first invalid token or chance; None: nothing, or
         it raised. Faults go to the quarantine.
         """
-        request, worth = turn.requests[index], turn.plan.worth
+        request, worth = round_.requests[index], round_.plan.worth
         with self._quarantine.guard(drafter.arm, request):
-            found = drafter.propose(request, turn.most[index], partial(turn.history, index), worth, ahead)
+            found = drafter.propose(request, round_.most[index], partial(round_.history, index), worth, ahead)
             valid = found and found.valid(self.vocabulary)
             if found and valid and len(valid.tokens) < len(found.tokens):
                 self._quarantine.judge(drafter.arm, request, faulty=True)
             return valid
         return None
 
-    def _forecasts(self, turn: Round, index: int, ahead: int, *, joins: bool) -> Forecasts:
+    def _forecasts(self, round_: Round, index: int, ahead: int, *, joins: bool) -> Forecasts:
         """Return a request's forecasts; `PLAIN` for arms for which compiled code has to look first."""
-        request, expected = turn.requests[index], Forecasts()
-        for arm in turn.plan.asked[index]:
+        request, expected = round_.requests[index], Forecasts()
+        for arm in round_.plan.asked[index]:
             drafter = self.of_text.get(arm)
             if arm in self._quarantine.reasons:
                 continue  # quarantined when it was asked for an earlier request of this batch
@@ -121,55 +121,55 @@ class DraftSources:
                     expected[arm] = promised
             elif arm in self._compiled:
                 expected[arm] = PLAIN
-            elif (candidate := self.ask(turn, index, drafter, ahead)) and candidate.tokens:
-                assert turn.plan.candidates is not None
+            elif (candidate := self.ask(round_, index, drafter, ahead)) and candidate.tokens:
+                assert round_.plan.candidates is not None
                 column = self._columns[arm]
-                turn.plan.candidates.enter(index, column, len(SOURCES) + column, candidate)
-                price = turn.plan.worth.least_chance if ahead else 0.0  # else `propose` cut it by price
+                round_.plan.candidates.enter(index, column, len(SOURCES) + column, candidate)
+                price = round_.plan.worth.least_chance if ahead else 0.0  # else `propose` cut it by price
                 expected[arm] = candidate.outlook(drafter.max_drafts, ahead, price)
             elif not drafter.proposes and self._quarantine.serves(arm, request):
                 expected[arm] = None
         return expected
 
-    def _handle(self, turn: Round, index: int, arm: str, expected: Forecasts) -> int:
+    def _handle(self, round_: Round, index: int, arm: str, expected: Forecasts) -> int:
         """Return the address of a request's object for a compiled arm; 0: it has none, and no forecast either."""
         if expected.get(arm) is not PLAIN:
             return 0
         try:  # not `guard`, which takes a microsecond for each request and arm
-            if handle := self._compiled[arm].handle(turn.requests[index], partial(turn.history, index)):
+            if handle := self._compiled[arm].handle(round_.requests[index], partial(round_.history, index)):
                 return handle
         except Exception as error:
-            self._quarantine.raised(arm, error, turn.requests[index])
+            self._quarantine.raised(arm, error, round_.requests[index])
         del expected[arm]
         return 0
 
-    def _batch(self, turn: Round, handles: Sequence[Sequence[int]], ahead: Sequence[int]) -> Batch:
+    def _batch(self, round_: Round, handles: Sequence[Sequence[int]], ahead: Sequence[int]) -> Batch:
         (library, *_) = (drafter.library for drafter in self._compiled.values())
         widest = [self._compiled[arm].max_drafts if arm in self._compiled else 0 for arm in COMPILED]
         columns = [self._columns.get(arm, NONE) for arm in COMPILED]
-        late = (index for index, request in enumerate(turn.requests) if request.rid == self.spending.late)
+        late = (index for index, request in enumerate(round_.requests) if request.rid == self.spending.late)
         assert library is not None
-        assert turn.plan.candidates is not None
-        least = turn.plan.worth.least_chance
-        return Batch(library, turn.plan.candidates, handles, ahead, columns, widest, least, next(late, 0))
+        assert round_.plan.candidates is not None
+        least = round_.plan.worth.least_chance
+        return Batch(library, round_.plan.candidates, handles, ahead, columns, widest, least, next(late, 0))
 
-    def _written(self, turn: Round, handles: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int]]:
+    def _written(self, round_: Round, handles: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int]]:
         """Return the tokens that compiled code was not shown yet: those of request i up to the i-th end, and the
         position of each request's first one.
         """
         tokens, ends, starts = list[int](), list[int](), list[int]()
-        for index, (request, *at) in enumerate(zip(turn.requests, *handles, strict=True)):
+        for index, (request, *at) in enumerate(zip(round_.requests, *handles, strict=True)):
             starts.append(request.known or request.prompt)
             if any(at):
-                tokens += turn.history(index, starts[-1])
+                tokens += round_.history(index, starts[-1])
             ends.append(len(tokens))
             request.known = starts[-1] + ends[-1] - (ends[-2] if index else 0)
         return tokens, ends, starts
 
-    def _judge(self, turn: Round, batch: Batch) -> None:
+    def _judge(self, round_: Round, batch: Batch) -> None:
         """Pass errors to the quarantine that answers to compiled code's questions raised."""
         for arm, drafter in self._compiled.items():
             while drafter.raised:
                 request, error = drafter.raised.pop()
-                batch.drop(turn.requests.index(request), self._columns[arm])
+                batch.drop(round_.requests.index(request), self._columns[arm])
                 self._quarantine.raised(arm, error, request)

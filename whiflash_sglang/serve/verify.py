@@ -57,22 +57,22 @@ class VerifyStage:
         self._target, self._epilogue, self._ends = target, epilogue, ends
         self._forcing, self._spending, self._checks = forcing, spending, sampling.checks_numbers()
 
-    def verify(self, batch: Any, turn: Round, barrier: Any) -> Verified:
+    def verify(self, batch: Any, round_: Round, barrier: Any) -> Verified:
         """Run the target over bonus tokens and drafts, and commit them if a graph may.
 
         Args:
             barrier: SGLang's function that gives grammars the tokens of the last round, whose results the scheduler has
                 not processed yet; called before masks are made. None: the grammars have them.
         """
-        widths, requests = turn.chosen.widths, len(turn)
-        rows = self._target.agreed_rows(turn.packed_rows, requests, widths if turn.stride > 1 else None)
-        turn.packed_rows = min(turn.packed_rows, rows)
-        packed = turn.bonus, turn.chosen.tokens, widths, turn.starts, turn.rows
+        widths, requests = round_.chosen.widths, len(round_)
+        rows = self._target.agreed_rows(round_.packed_rows, requests, widths if round_.stride > 1 else None)
+        round_.packed_rows = min(round_.packed_rows, rows)
+        packed = round_.bonus, round_.chosen.tokens, widths, round_.starts, round_.rows
         block = prepare_mixed_block(*packed, self._target.slot_table, rows=rows)
-        plan = self._plan(batch, turn, block)
+        plan = self._plan(batch, round_, block)
         self._ends.let_commit(plan.place is Place.GRAPH)
-        verified = self._target.verify(batch, block, widths, turn.stride)
-        verified = verified._replace(starts=turn.starts, request_rows=turn.rows, rated=plan.rated)
+        verified = self._target.verify(batch, block, widths, round_.stride)
+        verified = verified._replace(starts=round_.starts, request_rows=round_.rows, rated=plan.rated)
         if plan.masks is not None:
             if barrier is not None:
                 barrier()
@@ -84,19 +84,19 @@ class VerifyStage:
         masks = None if plan.masks is None else plan.masks.packed
         return self._ends.in_second_graph(verified, requests, plan.kind, masks)
 
-    def _plan(self, batch: Any, turn: Round, block: MixedBlock) -> CommitPlan:
-        grammars, asked = constrained(batch, turn.most, turn.stride), sampling.asked_rates(batch)
+    def _plan(self, batch: Any, round_: Round, block: MixedBlock) -> CommitPlan:
+        grammars, asked = constrained(batch, round_.most, round_.stride), sampling.asked_rates(batch)
         seeded = sampling.is_seeded(batch)
         plan = CommitPlan(
             place=Place.BEHIND,
             masks=Masks(block, grammars) if grammars else None,
-            penalised=self._epilogue.penalties.any(turn.row_ids),
+            penalised=self._epilogue.penalties.any(round_.row_ids),
             rated=self._ends.rated(asked) if asked else None,
             seeded=seeded,
             reads_logits=seeded or batch.sampling_info.has_custom_logit_processor,
             shared=sends_tokens(bool(grammars)),
         )
-        beyond_graphs = self._epilogue.penalties.exceed_few(turn.row_ids)
+        beyond_graphs = self._epilogue.penalties.exceed_few(round_.row_ids)
         if plan.reads_logits or plan.shared or self._checks or beyond_graphs:
             return plan
         return plan._replace(place=Place.SECOND_GRAPH if any(plan.kind) else Place.GRAPH)

@@ -194,35 +194,35 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
 
     def _round(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> Any:
         """Run one round of a decode batch, and return SGLang's record of it (`round_result`)."""
-        turn = round_batch(batch, self.target.context_len, self.stages.planner.under_way)
+        round_ = round_batch(batch, self.target.context_len, self.stages.planner.under_way)
         clock, stages = self.clock, self.stages
         for previous in clock.begin():
             stages.learner.timed(previous)
         with clock.stage("route"):
-            stages.planner.plan(turn)
+            stages.planner.plan(round_)
         clock.planned()
         with clock.stage("catch_up"):
-            self.sync.catch_up(turn.due, turn.catches_up, turn.rows, turn.starts)
-            clock.extra_catch_up_seconds += self.sync.beyond_usual(turn.due, turn.row_ids, turn.plan.routes)
+            self.sync.catch_up(round_.due, round_.catches_up, round_.rows, round_.starts)
+            clock.extra_catch_up_seconds += self.sync.beyond_usual(round_.due, round_.row_ids, round_.plan.routes)
         with clock.stage("draft"):
-            stages.drafting.draft(turn)
-            self.sync.verifying.append(turn.packed_rows)
+            stages.drafting.draft(round_)
+            self.sync.verifying.append(round_.packed_rows)
         with clock.stage("verify"):
-            verified = stages.verifier.verify(batch, turn, grammar_barrier)
+            verified = stages.verifier.verify(batch, round_, grammar_barrier)
         with clock.stage("commit"):
-            committed = stages.epilogue.commit(verified, turn.stride)
-            self.target.commit(batch, turn.starts, committed.accept_lens)
+            committed = stages.epilogue.commit(verified, round_.stride)
+            self.target.commit(batch, round_.starts, committed.accept_lens)
             overlap.attach(batch, verified, committed.tokens.shape[1])
         with clock.stage("park"):
             stages.epilogue.park(verified, committed)
-            signals = stages.signals.read(verified, committed, stages.learner.needs(turn))
-            results = Download(results_of(turn, committed, signals))
+            signals = stages.signals.read(verified, committed, stages.learner.needs(round_))
+            results = Download(results_of(round_, committed, signals))
             if on_publish is None:
-                stages.learner.learn(turn, results.read())
+                stages.learner.learn(round_, results.read())
             else:
                 on_publish(results[results.at.seq_lens])
-                overlap.carry(verified.output, results, partial(stages.learner.learn, turn))
-        self.tally.round_seconds.append(clock.end(turn.timed()))
+                overlap.carry(verified.output, results, partial(stages.learner.learn, round_))
+        self.tally.round_seconds.append(clock.end(round_.timed()))
         self.publisher.tick()
         return round_result(verified, results)
 
