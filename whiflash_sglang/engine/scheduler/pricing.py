@@ -38,6 +38,7 @@ from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.engine import supported
 from whiflash_sglang.engine.forward.graphs import VerifyGraphs, most_rows
 from whiflash_sglang.engine.forward.target import Target
+from whiflash_sglang.engine.scheduler.disaggregation import prefills_only
 from whiflash_sglang.prices import kept
 from whiflash_sglang.prices.costs import FULL_LENGTH, Costs
 from whiflash_sglang.prices.tables import CostTables, Sizes, Verifications
@@ -75,8 +76,8 @@ TIMINGS = 3
 """Measurements without graphs, of which the fastest counts: other processes on the same cores slow single ones down."""
 
 PRICED = re.compile(
-    "attention|backend|compile|context|deepep|determin|dtype|eager|expert|fp32|fp8|fus|graph|layers|lm_head|lora|moe|nvls|"
-    "offload|overlap|page|quant|reduce|size|symm|tf32"
+    "attention|backend|compile|context|deepep|determin|disaggregation_mode|dtype|eager|expert|fp32|fp8|fus|graph|layers|"
+    "lm_head|lora|moe|nvls|offload|overlap|page|quant|reduce|size|symm|tf32"
 )
 """Names of server arguments that may change how long work takes. A price of another server would stay wrong; measuring
 once more takes seconds.
@@ -262,6 +263,8 @@ class Start:
 
         plain: in the graph of rounds without drafts, with one row for each request; else in a verification's graph.
         """
+        if prefills_only():  # SGLang gives recurrent layers no room for a verification there
+            return 0.0
         target, device = self.target, self.target.device
         count = min(rows, requests)
         widths = [1 if plain else rows // count + (i < rows % count) for i in range(count)]
