@@ -44,7 +44,7 @@ AUTOMATA = 32
 
 
 class _Uses(dict[str, int]):
-    """Text → its count in a prompt: of words in quotes in all of it, of others in its end, when asked for."""
+    """Text → its count in a prompt: words in quotes in all of it, other texts in its last characters, at first use."""
 
     def __init__(self, prompt: str, words: Sequence[str]) -> None:
         super().__init__((f'"{word}"', 0) for word in words)

@@ -81,7 +81,7 @@ class Member:
 
     @property
     def has_others(self) -> bool:
-        """Whether the group has another answer, or one that is about to begin, and is searched."""
+        """Whether the group has another answer or expects one, and its copies are taken often enough to be searched."""
         group = self.group
         taken, weight = group.taken
         is_searched = self.looks[0] < PROBES or taken >= FEWEST_TAKEN * weight

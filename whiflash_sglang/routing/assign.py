@@ -182,7 +182,7 @@ class _Batch:
         return self._rate((arm, (index,)) for index, arm in enumerate(routes))
 
     def _rate(self, parts: Iterable[tuple[str, Sequence[int]]]) -> tuple[float, dict[str, int]]:
-        """Return the most expected tokens per second of the batch with these `parts`, and the lengths of passes."""
+        """Return the most tokens a second if the arms of `parts` draft for their requests, and lengths of passes."""
         expected, rows, gained, drafted = 0.0, 0.0, defaultdict[str, float](float), Counter[str]()
         for arm, indices in parts:
             score = sum([self.weights[index] * self.scores[index][arm] for index in indices])

@@ -52,7 +52,7 @@ class Controller:
         return route(self.policy, requests, forecasts, self.costs)
 
     def named(self, request: Request, names: Iterable[str]) -> list[str]:
-        """Return the arms of `names` that the request's next round may be routed to; others need not be asked."""
+        """Return the arms of `names` that the request's next round may be routed to; others need not draft for it."""
         if request.hints.off:
             return []
         candidates, span = self.policy.candidates, request.span

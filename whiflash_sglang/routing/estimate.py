@@ -181,7 +181,7 @@ class AcceptanceEstimator:
         return believed + moved * trust
 
     def _split(self, arm: str, known: Signals | Decision, place: Place) -> tuple[float, float]:
-        """Return the shared estimate, and how far the request's own recent rounds would move it at full trust."""
+        """Return the shared estimate, and how far the request's own recent rounds would move it if fully trusted."""
         if arm in known.predicted:
             believed, weight = 1 + (known.predicted[arm] - 1) * self._level(arm), PREDICTED_WEIGHT
         else:

@@ -269,7 +269,7 @@ class AutoPolicy:
     def __init__(
         self, *, heads: bool = False, passes: bool = True, measured: Mapping[str, Sequence[float]] | None = None
     ) -> None:
-        """measured: by arm, prior chances that its drafts are accepted, by place in the pass (`AcceptanceByPlace`)."""
+        """Take the prior chances of `AcceptanceByPlace`. measured: by arm, the chance of each place in the pass."""
         self.needs = frozenset({"delta"} if heads else {"entropy"} if passes else ())
         places = AcceptanceByPlace(measured or {})
         self.judge, self.accepted = places.observe, places.accepted

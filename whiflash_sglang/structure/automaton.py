@@ -157,16 +157,16 @@ class Automaton:
         self.table = Table(walks, weakref.proxy(answers), MOST_NODES)
 
     def begin(self, state: State) -> int:
-        """Return the node of a text that begins in `state`, which nobody moves from now on."""
+        """Return the node of a text that begins in `state`; nobody may advance the state afterwards."""
         return self._node(state, state)
 
     def adopt(self, other: "Automaton", node: int) -> int:
-        """Return the node here for the texts at `node` of another automaton. Raises LostError as `State.write`."""
+        """Return this automaton's node for the texts at `node` of another one. Raises LostError as `State.write`."""
         with other.at(node) as state:
             return self._node(other._nodes[node].origin, state)
 
     def begin_at(self, node: int, tokens: Sequence[int]) -> list[int]:
-        """Drop all nodes; begin at a node's text and the first `tokens` that may follow. Returns those that are left.
+        """Drop all nodes; begin at a node's text and the first `tokens` that may follow. Returns the later tokens.
 
         The node that they begin at is 0. Raises LostError as `State.write`; then nothing has changed.
         """

@@ -139,7 +139,7 @@ class JsonCall:
     def follow(self, text: str) -> str | None:
         """Advance by `text`.
 
-        Returns the text after the call and its end, or after its last match; None while it is open.
+        Returns the text after the call and its end, or from where it stops being one; None while it is open.
         """
         rest: str | None = text
         if self._state is _State.LEAD and rest:
@@ -171,7 +171,7 @@ class JsonCall:
         return stripped
 
     def _inside(self, text: str) -> str:
-        """Follow the call. Returns the text after it, or `text` from its mismatch with calls of these tools on."""
+        """Follow the call. Returns the text after it, or from the first character that no call of these tools has."""
         if self.matcher.accept_text(text):
             self._layout.follow(text)
             return ""
@@ -301,13 +301,13 @@ class Calls:
             self._blanks = None
 
     def _begun(self) -> tuple[Span, str] | None:
-        """Return the span whose marker the last line has begun with, and the marker's rest; None if there is none."""
+        """Return the span whose marker the last line begins, and the marker's rest; None if there is none."""
         line = self._waiting[self._waiting.rfind("\n") + 1 :]
         pairs = [(span, begin) for span, begin in zip(self._spans, self._begins, strict=True) if line]
         return next(((span, begin[len(line) :]) for span, begin in pairs if begin.startswith(line)), None)
 
     def _outside(self, text: str) -> str:
-        """Look for the beginning of a call. Returns the text after its marker."""
+        """Look for the beginning of a call. Returns the text after its marker; empty if there is none."""
         self._note_blanks(text)
         text = self._waiting + text
         places = [(text.find(begin), span, begin) for span, begin in zip(self._spans, self._begins, strict=True)]

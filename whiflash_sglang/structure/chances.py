@@ -48,8 +48,8 @@ DECAY = 0.995
 
 
 class LikelyText(NamedTuple):
-    """A piece of text that is likely to follow. text: never empty. kind: why it is likely. among: the words of which
-    the conversation's most used one was taken here; empty: no such choice.
+    """A piece of text that is likely to follow. text: never empty. kind: why it is likely. among: the words among
+    which the one that the conversation used most was chosen; empty: nothing was chosen.
     """
 
     text: str

@@ -33,7 +33,7 @@ class Guesses:
         self._words, self._uses = words, uses
 
     def next(self, matcher: Matcher, layout: Layout) -> Sequence[LikelyText]:
-        """Guess what follows where nothing is forced; empty if all is as likely."""
+        """Guess what follows where nothing is forced; empty if no continuation is likelier than others."""
         if matcher.allows(FREE):
             return []
         if layout.inside:
@@ -69,7 +69,7 @@ def of_words(rests: Mapping[str, str], uses: Uses) -> list[LikelyText]:
 
 
 def parted(text: str, others: Sequence[str], kind: Kind) -> list[LikelyText]:
-    """Cut `text` into pieces: where it differs from `others`, or its first character, is of `kind`; the rest forced."""
+    """Cut `text` into pieces: characters where others part from it, or the first, are of `kind`; others are FORCED."""
     places = sorted({common_prefix(text, other) for other in others} - {len(text)}) or [0]
     pieces, done = [], 0
     for place in places if text else ():

@@ -72,7 +72,7 @@ class MarkupCall:
     def follow(self, text: str) -> str | None:
         """Advance by `text`.
 
-        Returns None while the span is open, else the text after it, or `text` from its mismatch with these calls on.
+        Returns None while the span is open, else the text after it, or from the first character that no such call has.
         """
         self._pending += text
         while self._place is not _Place.DONE:
@@ -117,7 +117,7 @@ class MarkupCall:
     def _step(self) -> list[LikelyText] | None:
         """Advance by the probable rest of one part of the call, and return its pieces; None if nothing is probable.
 
-        Empty: the part was complete without more.
+        It is empty if the part was complete already.
         """
         if self._place is _Place.DONE:
             return None
@@ -172,7 +172,7 @@ class MarkupCall:
 
     @property
     def _around(self) -> tuple[str, str]:
-        """Return the texts that begin and end a value."""
+        """Return the texts before and after an argument's value."""
         begin, end = self._form.value.split("{value}")
         return begin.strip(BLANKS), end.lstrip(BLANKS).replace("{key}", self._key)
 

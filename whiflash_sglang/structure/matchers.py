@@ -151,7 +151,7 @@ class XGrammarMatcher(Matcher):
             return ""
 
     def _endless(self) -> bytes | None:
-        """Return the text of `FORCED_TOKENS` forced tokens; None if a choice comes first, where searches end."""
+        """Return the text of `FORCED_TOKENS` forced tokens; None if there is a choice among them."""
         if self._vocabulary is None:
             return None
         text = b""
@@ -166,7 +166,7 @@ class XGrammarMatcher(Matcher):
     def _only(self, vocabulary: Vocabulary) -> int | None:
         """Return the shortest token that may follow, if all others begin with its text; None if there is a choice.
 
-        More of the others' text need not follow: after `"` a `]` may, though `",` is a token and `"]` is not.
+        The text need not go on as they do: after `"` a `]` may follow, though `",` is a token and `"]` is not.
         """
         mask = _scratch(self._size)
         self._matcher.fill_next_token_bitmask(mask)

@@ -47,8 +47,8 @@ def sketch(
 
     If a tool call is open, the continuation that its tools expect is taken if more of its tokens are expected right.
 
-    Work for each of the two: at most `STEPS` pieces are asked for; `limit` times `CHARS_PER_TOKEN` characters and the
-    tail are cut; `limit` tokens are accepted and taken back.
+    For the grammar and for the calls, each: at most `STEPS` pieces are asked for; `limit` times `CHARS_PER_TOKEN`
+    characters and the tail are cut; `limit` tokens are accepted and taken back.
 
     Args:
         tail: the text's last tokens. matcher, layout: of its grammar, after it. calls: of its request's tools, which

@@ -27,7 +27,7 @@ class Form(NamedTuple):
 
 
 def _invoke(prefix: str = "", name: str = "invoke", parameter: str = "parameter", string: str = "") -> Form:
-    """Make the form of calls like `<invoke name="…"><parameter name="…">`."""
+    """Make the form of calls like `<invoke name="…"><parameter name="…">`. prefix: of tags. string: an attribute."""
     return Form(
         f'\n<{prefix}{name} name="{{name}}">',
         f'\n<{prefix}{parameter} name="{{key}}"{string}>',

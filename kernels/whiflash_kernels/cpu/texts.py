@@ -128,9 +128,9 @@ class Table(Native):
     """The nodes and edges of an automaton, as far as they are known.
 
     Args:
-        answers: called for unknown parts, with the address of the walk that needs them: `edges` sets those of
-            successive tokens, drafted or written, from a node on, `step` the likely tokens after a node; `uses` returns
-            how often a request's conversation has a word; `restart` begins the automaton again. None may raise.
+        answers: called where nothing is known, with the address of the walk: `edges` sets the edges of successive
+            tokens, drafted or written, from a node on; `step` sets the likely tokens after a node; `uses` returns how
+            often a request's conversation has a word; `restart` begins the automaton again. They may not raise.
         most: number of nodes and edges from which on it is full.
     """
 
@@ -150,7 +150,7 @@ class Table(Native):
         return int(self.words(texts, len(words)))
 
     def choose(self, node: int, words: Sequence[int], token: int, kinds: int) -> None:
-        """Set a node's next token for requests whose most used one of `words` is that of the present request."""
+        """Set a node's next token for requests that use the same one of `words` most as the present request."""
         ids = array("i", words)
         self.choice(node, *ids.buffer_info(), token, kinds)
 
@@ -170,12 +170,12 @@ class Walk(Native):
         super().__init__(table.library, "walk", table.at, node, last, known, name, shared, *ids.buffer_info())
 
     def move(self, table: Table, node: int) -> None:
-        """Put it at another node, of whichever table."""
+        """Place the request at a node of this or another table, after a restart or a change of automaton."""
         self.table = table
         self.place(table.at, node)
 
     def unfollowed(self) -> list[int]:
-        """Return the last tokens, whose edges were not known, and count them as followed."""
+        """Return and remove the last tokens, which were not followed since their edges were unknown."""
         ids = array("i", [0]) * self.take(None)
         self.take(ids.buffer_info()[0])
         return ids.tolist()
