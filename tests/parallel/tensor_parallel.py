@@ -104,7 +104,9 @@ def play_ours(
             tokens, widths = round_.chosen.tokens.tolist(), round_.chosen.widths.tolist()
         drafts = [each[: width - 1] for each, width in zip(tokens, widths, strict=True)]
         rounds.append((round_.plan.routes, round_.due, drafts))
-        proposers.update(arm for by_arm in round_.plan.candidates for arm in by_arm)
+        if (found := round_.plan.candidates) is not None:
+            by_arm = zip(self.sources.proposing, found.sizes.T, strict=True)
+            proposers.update(arm for arm, sizes in by_arm if sizes.any())
 
     oracle = OracleArm(0.93, seed=3).knowing((a for a in arrivals if a.rid in known), known)
     with (
