@@ -90,9 +90,8 @@ def play_ours(
     flags: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Played:
-    """The same with all arms, and one that knows most of the answers `known`. Raises where slots or rows are lost.
-
-    start: the engine.
+    """The same on an engine that `start` starts, with all arms, and one that knows most of the answers `known`. Raises
+    where slots or rows are lost.
     """
     rounds: list[tuple[Any, ...]] = []
     proposers: set[str] = set()
@@ -104,9 +103,8 @@ def play_ours(
             tokens, widths = round_.chosen.tokens.tolist(), round_.chosen.widths.tolist()
         drafts = [each[: width - 1] for each, width in zip(tokens, widths, strict=True)]
         rounds.append((round_.plan.routes, round_.due, drafts))
-        if (found := round_.plan.candidates) is not None:
-            by_arm = zip(self.sources.proposing, found.sizes.T, strict=True)
-            proposers.update(arm for arm, sizes in by_arm if sizes.any())
+        if found := round_.plan.candidates:
+            proposers.update(arm for i, arm in enumerate(self.sources.proposing) if found.sizes[:, i].any())
 
     oracle = OracleArm(0.93, seed=3).knowing((a for a in arrivals if a.rid in known), known)
     with (
