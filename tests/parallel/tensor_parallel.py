@@ -90,8 +90,8 @@ def play_ours(
     flags: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Played:
-    """The same on an engine that `start` starts, with all arms, and one that knows most of the answers `known`. Raises
-    where slots or rows are lost.
+    """The same on an engine that `start` starts, with all arms, and one that knows most of the answers `known`. It
+    raises if slots or rows are lost.
     """
     rounds: list[tuple[Any, ...]] = []
     proposers: set[str] = set()

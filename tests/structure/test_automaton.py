@@ -95,9 +95,9 @@ def test_walks_are_those_of_the_reference_and_say_what_is_found_from_nothing(
                 (each.tokens, each.alive, each.at) for each in looks[1]
             ]
             late += len(looks[0][0].tokens) if 3 * len(rest) < len(tokens) else 0
-            anew = StructureArm(Structure(max_width=8), vocabulary, Spending(float, float))
-            anew.forget()
-            own = written.look(anew, written.begin(anew), drafts)
+            fresh = StructureArm(Structure(max_width=8), vocabulary, Spending(float, float))
+            fresh.forget()
+            own = written.look(fresh, written.begin(fresh), drafts)
             # A special token that a text had may be drafted there, which nothing says from nothing.
             for now, once in zip(looks[0], own, strict=True) if vocabulary.special.isdisjoint(ids) else ():
                 texts = [bytes_of(vocabulary, each.tokens) for each in (now, once)]
