@@ -53,7 +53,8 @@ void extend(const Batch& batch, int64_t request, int64_t column, int64_t room) {
         if (drafts.count > std::mismatch(before.begin(), most, drafts.tokens).first - before.begin()) last = arm;
         seen[arm] = version;
     }
-    const auto& stops = copies ? copies->stops : walk ? walk->stops : std::vector<int32_t>();
+    static const std::vector<int32_t> none;  // in place of a temporary, for which all are copied
+    const auto& stops = copies ? copies->stops : walk ? walk->stops : none;
     const auto end = std::find_first_of(drafts.tokens, drafts.tokens + drafts.count, stops.begin(), stops.end());
     batch.size(request, column) = std::min<int64_t>(drafts.count, end - drafts.tokens + 1);
 }
