@@ -45,9 +45,9 @@ def sample_rows(
     position p = seq_lens[b] + t - qo_indptr[b]. If top_k <= 1 its token is the first v of the largest
     x = logits[t, v]. Else it is the v that maximises x / temperature - ln E(seed of s, p, v) among those kept, with E
     independent and exponentially distributed: a draw from softmax(x / temperature) over what is kept (the Gumbel-max
-    trick). Kept is v if fewer than top_k tokens are likelier, if these have at most the mass top_p of the whole
-    distribution, and if its chance is at least |min_p| of the likeliest's. With min_p < 0 it is the mass top_p of those
-    with fewer than top_k likelier ones. So equally likely tokens are kept or left out together.
+    trick). Token v is kept if fewer than top_k tokens are likelier, if the likelier ones have at most the share top_p
+    of the mass, and if its chance is at least |min_p| of the likeliest's. The mass is that of all tokens, or with
+    min_p < 0 that of the tokens that top_k keeps. So equally likely tokens are kept or left out together.
 
     Args:
         logits: [T, V] bf16, fp16 or fp32, last dimension contiguous; read only. A row with NaN or +inf may give any
@@ -66,10 +66,10 @@ def sample_rows(
         ValueError: ``logits`` is not two-dimensional, is not contiguous along the vocabulary, or V is 0; a mask is too
             short.
 
-    Grid: (T, splits), each program reads one slice of a row once; then (T), which merges the slices and, if tokens may
-    be left out, reads the row again until the best token so far is a kept one: what is no likelier than one left out is
-    left out, too. With min_p < 0, top_k and top_p it first bisects for the mass of what top_k keeps. Rows of no request
-    are not read. Graph-capturable.
+    Grid: (T, splits), each program reads one slice of a row once; then (T), which merges the slices. If tokens may be
+    left out, it reads the row again for its token: while that is not kept, the best of the likelier ones replaces it.
+    With min_p < 0, top_k and top_p it first bisects for the mass of what top_k keeps. Rows of no request are not read.
+    Graph-capturable.
     Numerics: float32; noise of 31 bits, dense near 0.
     Fallback: torch (a sort of the likeliest columns).
     Compared: SGLang samples in some 10 launches, sorts whole rows or draws with a state of the host

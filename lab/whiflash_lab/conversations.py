@@ -490,8 +490,8 @@ def _joined(records: Iterable[Record]) -> Iterator[Record]:
         {"timestamp": 1760428436442742, "input": "…", "output": "…", "session_id": "…"}
 
     An input is a whole prompt as text. It continues the call whose input it begins with, or opens a conversation; the
-    session's later conversations are subagents of its first. The time to a session's next call includes the recorded
-    model's. Source: LMCache/lmcache-agent-trace, which orders no lines and leaves answers out of some inputs.
+    session's later conversations are subagents of its first. The time to a session's next call includes that of the
+    recorded answer. Source: LMCache/lmcache-agent-trace, which orders no lines and leaves answers out of some inputs.
     """
     sessions = defaultdict[str, list[Record]](list)
     for where, name, record in records:

@@ -160,8 +160,8 @@ class Walk:
         return sums
 
     def _drafted(self, request: Request, history: History) -> tuple[Batch, Candidate]:
-        """Return the request's batch, and the draft of the arm that expects most accepted tokens, as extended by the
-        other arm.
+        """Return the request's texts for `_extended`, and its draft: copied or forced text, whichever expects more
+        accepted tokens, continued by the other.
         """
         handles = [[arm.handle(request, history) if arm.serves(request) else 0] for arm in self._arms]
         begin = request.known or request.prompt
@@ -176,7 +176,7 @@ class Walk:
         return batch, self._extended(batch, self._width)
 
     def _extended(self, batch: Batch, room: int) -> Candidate:
-        """Extend the one candidate of a batch that is left."""
+        """Return the only candidate that is left in the batch, extended to at most `room` tokens."""
         column = int(batch.candidates.sizes[0].argmax())
         batch.extend([[3, 3]], [room])
         tokens, alive, names, size, at = (each[0, column] for each in batch.candidates)

@@ -83,8 +83,8 @@ class OfClient:
     def fingerprint(self, url: str) -> bytes:
         """Return a digest of address and authentication; a digest, so that no secret is stored.
 
-        It leaves out the cookie jar, since balancers set new cookies at any time, and keys that are made for every
-        request, whose maker is in it instead. Clients that differ only in their TLS certificates share an answer.
+        It leaves out the cookie jar, since balancers set new cookies at any time. For keys that are made for every
+        request it has their maker. Clients that differ only in their TLS certificates have equal digests.
         """
         client = self._client
         http: Any = client._client

@@ -226,7 +226,7 @@ def _with_hints(
 ) -> Mapping[str, Any]:
     """Return the body with its final hints, prediction and tenant; without hints if `capabilities` are falsy.
 
-    capabilities: True if the server's parsers are not known.
+    told: the wrapped client's settings. capabilities: True if the server's parsers are not known.
     """
     params = body.get("custom_params")
     if params is not None and not isinstance(params, Mapping):

@@ -77,7 +77,7 @@ class MatchCalibration:
 
     @property
     def addresses(self) -> tuple[int, int]:
-        """Return the addresses of its rates, for compiled code."""
+        """Return `Rates.addresses` of its rates, for compiled code."""
         return self._rates.addresses
 
     @property

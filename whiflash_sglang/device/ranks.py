@@ -46,7 +46,7 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this process decides."""
+        """Whether this process is rank 0, which decides each round for all."""
         return self.rank == 0
 
     def broadcast(self, decide: Callable[[], T]) -> T:

@@ -119,7 +119,7 @@ class DraftHead:
     bias: Tensor | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Compute the logits of `hidden`, [..., H] → [..., K], for this process's rows."""
+        """Compute the logits of `hidden`, [..., H] → [..., K], for the K tokens whose rows this process has."""
         # Flattened, because for rows [B, D, H] that are not contiguous (a block without its first row) torch would copy
         # the matrix B times: 88 ms instead of 2 for four requests and 12,288 rows.
         flat = hidden.flatten(0, -2)
@@ -249,7 +249,7 @@ class TargetsParts(nn.Module):
         return DraftHead(rows, None, shard=shared.shard)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Compute the head's logits, [T, H] → [T, K], for this process's rows."""
+        """Compute the logits of `hidden`, [T, H] → [T, K], for the K tokens whose rows this process has."""
         return self.head.logits(hidden)
 
     def choose(self, hidden: Tensor) -> Choice:

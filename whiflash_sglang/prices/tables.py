@@ -96,7 +96,7 @@ class Verifications:
     def measured(
         cls, short: int, long: int, sizes: Collection[int], price: Callable[[int, int], float], *, steps: bool = True
     ) -> "Verifications":
-        """Measure `price(rows, context)` for each of `sizes` at both contexts."""
+        """Measure the seconds `price(rows, context)` of all `sizes` (rows) at both contexts. steps: as in `Sizes`."""
         near = Sizes.measured(sizes, lambda rows: price(rows, short), steps=steps)
         far = Sizes.measured(sizes, lambda rows: price(rows, long), steps=steps)
         return cls(short, long, near, far)

@@ -154,7 +154,7 @@ class AcceptanceEstimator:
             shown.predicted.add(decision.predicted[arm] - 1, LEVEL_MEMORY, weight)
 
     def forget_asked(self) -> None:
-        """Clear the cache of all adapters: its keys would keep the means of a dropped adapter in memory."""
+        """Empty the cache that the target and its LoRA adapters share: its keys keep a dropped adapter in memory."""
         self._shared.clear()
 
     def rounds(self, arm: str) -> float:

@@ -100,7 +100,7 @@ class RoundMs(BaseModel, frozen=True, extra="forbid"):
 
 
 def round_ms_of(gained: Mapping[str, float]) -> RoundMs:
-    """Compute the milliseconds per stage. gained: differences of `RoundClock.snapshot` over at least one round."""
+    """Compute the mean milliseconds per stage. gained: differences of `RoundClock.snapshot` over at least one round."""
     stages = {name: 1000 * gained[f"{name}_seconds"] / gained["rounds"] for name in STAGES}
     return RoundMs(**stages, other=1000 * gained["round_seconds"] / gained["rounds"] - sum(stages.values()))
 

@@ -29,7 +29,7 @@ class Turn(NamedTuple):
     """One response of a recorded conversation.
 
     title: what to call it, such as the request's last message.
-    text: the response's text; a full trace that has its own needs none.
+    text: the response's text; not read if the trace is a full one, which has it.
     trace: its routing.
     model: which one answered, if that is known.
     """

@@ -124,7 +124,7 @@ def _facts(config: TrainConfig) -> dict[str, Any]:
 def answer_rows(
     rows: Sequence[dict[str, Any]], target: ServedTarget, store: FeatureStore, *, keep_loops: bool = False
 ) -> DataSummary:
-    """Generate the answers to `rows` that `store` lacks, and append them. keep_loops: do not cut a closing loop."""
+    """Generate the answers to `rows` that `store` lacks, and append them. keep_loops: as in `target.answers`."""
     stored = {record.id for record in store.records}
     settings, summary = target.settings, DataSummary(sequences=len(stored))
 

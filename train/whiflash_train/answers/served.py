@@ -58,7 +58,7 @@ class ServedTarget:
     ) -> Iterator[GeneratedAnswer]:
         """Yield answers as they finish. `on_skip` receives the prompts that SGLang refuses, such as too long ones.
 
-        A closing loop is cut off unless `keep_loops`.
+        A repetition at an answer's end (`loop_start`) is cut off unless `keep_loops`.
         """
         requests = (self._answer(prompt, keep_loops) for prompt in prompts)
         for done in self.engine.completed(requests, self.settings.at_once):

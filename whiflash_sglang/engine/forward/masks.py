@@ -20,7 +20,7 @@ def constrained(batch: Any, lengths: Sequence[int], stride: int) -> dict[int, An
     """Return the grammars that may constrain a row of this round, by the indices of their requests.
 
     Args:
-        lengths: n per request, at most. stride: rows of a request, at most.
+        lengths: most tokens with KV of each request before the round. stride: most rows of a request.
     """
     found = {i: req.grammar for i, req in enumerate(batch.reqs) if req.grammar is not None}
     return {i: each for i, each in found.items() if lengths[i] + stride >= getattr(each, "free_until", 0)}

@@ -75,7 +75,7 @@ def commit(attention: Any, model: Any, batch: Any, starts: torch.Tensor, accept_
 
     Args:
         attention: SGLang's attention backend, as it verified. batch: SGLang's, whose verification this was.
-        starts: [B] int, n per request. accept_lens: [B] int, rows that were accepted, the bonus token's row included.
+        starts: [B] int, tokens with KV before the round. accept_lens: [B] int, accepted rows, bonus token's included.
     """
     if not hasattr(attention, "linear_attn_backend"):
         return
@@ -99,7 +99,7 @@ def tracked_rows(starts: torch.Tensor, accept_lens: torch.Tensor, every: int) ->
     """Return each request's last accepted row after which its length is a multiple of `every` tokens.
 
     Args:
-        starts: [B] int, n per request. accept_lens: [B] int.
+        starts, accept_lens: [B] int, as in `commit`.
 
     Returns:
         [B] int64; -1 for a request without such a row.

@@ -48,7 +48,7 @@ def parameters(req: Any) -> tuple[float, float, float, float]:
     """Return temperature, top_k, top_p and min_p of a request in the form of `SamplingTable`.
 
     If any request of a batch has min_p, SGLang's FlashInfer sampler takes top_p of what top_k keeps, for all of them.
-    Here it is the request's own min_p, so that its text does not depend on its neighbours.
+    Here only the request's own min_p decides that, so that its text does not depend on its neighbours.
     """
     p, sequential = req.sampling_params, get_exec().kernel.sampling_backend == "flashinfer"
     return p.temperature, p.top_k, p.top_p, -p.min_p if sequential else p.min_p

@@ -208,7 +208,7 @@ class Target(LoadedTarget):
     def commit(self, batch: Any, starts: torch.Tensor, accept_lens: torch.Tensor) -> None:
         """Commit the target's recurrent states, if any, after each request's last row that `verify`'s result accepts.
 
-        starts: [B] int, n per request. accept_lens: [B] int, rows that were accepted of each, the first included.
+        starts, accept_lens: [B] int, as in `recurrent.commit`.
         """
         recurrent.commit(self.runner.attn_backend, self.model, batch, starts, accept_lens)
 

@@ -27,9 +27,9 @@ def is_on() -> bool:
 
 @contextmanager
 def behind_forward(runner: Any) -> Iterator[None]:
-    """Order the work that is issued in this context after the current forward and before the scheduler's next work.
+    """Run the device work of the `with` block after the current forward and before the scheduler's next work.
 
-    The scheduler's stream, on which it processes results, is ahead of the forward's. Without overlap there is only one.
+    The scheduler processes results on a stream that is ahead of the forward's. Without overlap both are one stream.
     """
     if not is_on():
         yield

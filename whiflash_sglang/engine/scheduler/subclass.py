@@ -105,7 +105,7 @@ class WhiflashScheduler(PreviewQueue):
         super().handle_generate_request(recv_req)  # type: ignore[misc]
 
     def close_session(self: Any, recv_req: Any) -> None:
-        """Close a tenant's session, and one that was opened, whose id has no tenant."""
+        """Close the session of this id in the radix tree, and that of `/open_session`, whose id lacks the tenant."""
         tenant, _, session = recv_req.session_id.rpartition(MARK)
         if self.enable_session_radix_cache:
             self.tree_cache.release_radix_session(f"{tenant}{MARK}{session}")
