@@ -48,7 +48,7 @@ class Limits(NamedTuple, Generic[NumbersT]):
 class Plan:
     """The first rank's decisions about a round, made from data that only that rank reads; the other ranks adopt them.
 
-    Lists have a value per request, but for undrafted: indices of the requests whose grammar is too dear for drafts.
+    Lists have a value per request, except undrafted: indices of the requests whose grammar is too slow for drafts.
     asked: arms that were asked for a candidate. routes: the arm whose pass drafts, or `none`. candidates: those that
     may be verified without a pass; None: there are none. priced_as: the key under which the round's drafts are learned,
     its route or `promised`.
@@ -295,10 +295,10 @@ the likeliest tokens at each position, and ids of further tokens.
 
 
 class Rated(NamedTuple):
-    """The requests of a round that asked for log-probabilities, with the ids that they name on the device.
+    """The requests of a round that asked for log-probabilities. The ids that they name are on the device.
 
     ids: [A, 1 + I] int64, each request's index and ids, padded with 0. likeliest: upper bound of the likeliest tokens
-    that one asked for. captured: whether a second graph rates them.
+    that a request asked for. captured: whether a second graph rates them.
     """
 
     requests: RatesAsked

@@ -35,7 +35,7 @@ class Request(Signals):
     `Signals.recent` per kind of span, None outside spans, since what an arm accepts in prose says little of tool calls.
     wanted: mean number of drafts before requests compete for rows, by `Plan.priced_as` (`Costs.wanted`).
     decision: of its newest round. under_way: by round without results yet, an upper bound of its rows. usual_rows: rows
-    that its newest round is expected to verify. known: tokens of its text that compiled code has; 0: the prompt's.
+    that its newest round is expected to verify. known: tokens of its text that compiled code has; 0: only the prompt's.
     """
 
     rid: str

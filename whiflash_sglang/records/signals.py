@@ -19,7 +19,7 @@ class Decision:
 
     reason: why it was routed as it was (`apply_hints`). only: the one draft source whose candidates may be verified, or
         `none`; None: all. promised: whether a round without a pass is expected to verify a candidate. keeps: the choice
-        that the margin of the next round favours; None after a probe, and before the first round.
+        that the next round's margin favours; None after a probe and at first. limit: most drafts of its pass, or 0.
     """
 
     entropy: float = math.nan
@@ -40,8 +40,8 @@ class Decision:
         """Whether the request's caller left this round to the policy: nothing is off, pinned or biased.
 
         Only such a round may be a probe, and only such a round is evidence for other requests: a caller may order
-        drafts where no policy would make them, and as often as it likes. A preference is no order: it counts for one
-        round.
+        drafts where no policy would make them, and as often as it likes. A preference is no order: it weighs as one
+        round of the request.
         """
         return self.reason not in ("pin", "off") and not (self.span and any(self.span.bias.values()))
 

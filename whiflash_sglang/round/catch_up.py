@@ -55,7 +55,7 @@ class DraftSync:
         self._tailless: set[int] = set()
         """Request rows without a parked feature n-1 (another server computed the prompt), until their first round."""
         self.verifying: deque[int] = deque()
-        """Verified rows of each round whose results the host does not know yet."""
+        """Number of verified rows of each round whose results the host does not know yet."""
         self._routed: dict[int, int] = {}
         """By request row, the largest possible n when the newest round was planned."""
         self._last: dict[int, int] = {}

@@ -52,7 +52,7 @@ class GraphEnds:
 
     @staticmethod
     def bytes_for(widest: int) -> int:
-        """Return the bytes that a graph and its second graphs keep per request, or at most per row, for results."""
+        """Return the bytes of results that a graph and its second graphs keep per request; no row needs more."""
         committed = (widest + 3) * torch.int64.itemsize + torch.int32.itemsize
         return 6 * (committed + (1 + 3) * torch.float32.itemsize)  # an entropy and a router's three outputs
 
@@ -159,6 +159,6 @@ def _committed(rows: Verified, requests: int, outcome: Outcome) -> Verified:
 
 
 def _masks_of(rows: int, vocabulary: int) -> tuple[int, int]:
-    """Return the largest shape of `Masks.packed` for `rows` rows: masks, their places included, and words of a mask."""
+    """Return the largest shape of `Masks.packed` for `rows` rows: masks, `mask_places` included, and words of each."""
     words = -(-vocabulary // 32)
     return masks_of_places(rows, words) + 1 + rows, words

@@ -29,7 +29,7 @@ class Learner:
     """Passes a round's results to the controller and the drafters, on the first rank, which decides for all.
 
     On every rank it reports arms with invalid drafts to the quarantine. proposers: arm by `Chosen.source`
-    (`DraftSources`). verifying: verified rows of each round whose results have not been read yet.
+    (`DraftSources`). verifying: number of verified rows of each round without results yet.
     """
 
     drafters: Mapping[str, Drafter]

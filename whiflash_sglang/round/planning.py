@@ -138,7 +138,7 @@ class Planner:
         return [arm for arm in able if arm not in texts or texts[arm].serves(request)]
 
     def _route(self, round_: Round) -> tuple[list[str], Batch | None]:
-        """Return the route (arm or `none`) of each request, and the texts that `DraftSources.extend` needs. A request
+        """Return the route (arm or `none`) of each request, and the batch for `DraftSources.extend`. A request
         that ended after the scheduler put it into the batch gets `none` and no candidates.
         """
         routes = [arms.NONE] * len(round_)

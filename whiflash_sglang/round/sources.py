@@ -51,8 +51,8 @@ class DraftSources:
         self._compiled = {arm: each for arm in COMPILED if (each := proposing.get(arm)) and each.library is not None}
 
     def propose(self, round_: Round, *, joins: bool) -> tuple[list[Forecasts], Batch | None]:
-        """Fill the plan's candidates from the arms that it asked. Return each request's forecasts, and the texts that
-        `extend` needs. joins: whether the policy lets the device's copies compete with other drafts.
+        """Fill the plan's candidates from its `asked` arms. Return each request's forecasts, and the batch of compiled
+        code for `extend`. joins: whether the policy lets the device's copies compete with other drafts.
         """
         round_.plan.candidates = candidates = Candidates.of(len(round_), len(self.proposing), self.width)
         ahead = [round(len(request.under_way) * request.usual_rows) for request in round_.requests]
@@ -73,9 +73,9 @@ class DraftSources:
         return forecasts, batch
 
     def extend(self, round_: Round, batch: Batch | None) -> None:
-        """Drop candidates that may not be verified, and continue the others by other arms' drafts, such as forced text
-        by a copy, or cut them before what a grammar forbids. A candidate then ends with the first token that ends its
-        request. Those that the device makes itself, as copies from a request's own text, are dropped.
+        """Drop the candidates that may not be verified. Continue the others by other arms' drafts, such as a copy by
+        forced text, and cut them before what a grammar forbids and after a token that ends the request. Drop those that
+        are then only a copy of the request's own text, since the device makes such copies itself.
         """
         candidates = round_.plan.candidates
         if candidates is None or not candidates.sizes.any():
@@ -94,8 +94,8 @@ class DraftSources:
             round_.plan.candidates = None
 
     def ask(self, round_: Round, index: int, drafter: TextDrafter, ahead: int = 0) -> Candidate | None:
-        """Return what `propose` of a drafter proposes, cut before its first invalid token or chance; None: nothing, or
-        it raised. Faults go to the quarantine.
+        """Return a drafter's candidate, cut before its first invalid token or chance; None if it has none or raised.
+        Faults go to the quarantine. ahead: `under_way` of `TextDrafter.propose`.
         """
         request, worth = round_.requests[index], round_.plan.worth
         with self._quarantine.guard(drafter.arm, request):
@@ -132,7 +132,7 @@ class DraftSources:
         return expected
 
     def _handle(self, round_: Round, index: int, arm: str, expected: Forecasts) -> int:
-        """Return the address of a request's object for a compiled arm; 0: it has none, and no forecast either."""
+        """Return the address of a request's object in compiled code; 0, and no `PLAIN` forecast, if `arm` has none."""
         if expected.get(arm) is not PLAIN:
             return 0
         try:  # not `guard`, which takes a microsecond for each request and arm
@@ -154,8 +154,8 @@ class DraftSources:
         return Batch(library, round_.plan.candidates, handles, ahead, columns, widest, least, next(late, 0))
 
     def _written(self, round_: Round, handles: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int]]:
-        """Return the tokens that compiled code was not shown yet: those of request i up to the i-th end, and the
-        position of each request's first one.
+        """Return the tokens that compiled code does not have yet, request after request; where each request's tokens
+        end among these; and the position of each request's first one.
         """
         tokens, ends, starts = list[int](), list[int](), list[int]()
         for index, (request, *at) in enumerate(zip(round_.requests, *handles, strict=True)):
@@ -167,7 +167,7 @@ class DraftSources:
         return tokens, ends, starts
 
     def _judge(self, round_: Round, batch: Batch) -> None:
-        """Pass errors to the quarantine that answers to compiled code's questions raised."""
+        """Pass to the quarantine the errors that arms raised when compiled code asked them, and drop their drafts."""
         for arm, drafter in self._compiled.items():
             while drafter.raised:
                 request, error = drafter.raised.pop()

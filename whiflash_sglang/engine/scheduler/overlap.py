@@ -44,7 +44,7 @@ def behind_forward(runner: Any) -> Iterator[None]:
 
 
 def attach(batch: Any, verified: Verified, stride: int) -> None:
-    """Arrange the packed rows' hidden states as SGLang expects the tokens': `stride` columns a request.
+    """Arrange the packed rows' hidden states as SGLang expects its tokens: in `stride` columns for each request.
 
     If a request has fewer rows, other rows fill its columns, which nobody reads.
     """

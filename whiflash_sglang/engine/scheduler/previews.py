@@ -58,7 +58,7 @@ class PreviewQueue:
             super().handle_generate_request(recv_req)  # type: ignore[misc]
 
     def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> None:
-        """Set a preview apart. For another request drop its session's preview, and end one that is prefilled."""
+        """Set a preview apart. For another request drop its session's preview, and abort the one being prefilled."""
         session, waits = req.session_id, req.session_id is not None and is_preview(req)
         self.drop_preview(session)
         if not waits and is_preview(self.chunked_req):

@@ -53,7 +53,7 @@ the sum of contexts, however it is divided, and larger sums are on the line (`re
 """
 
 WALKED = 16384
-"""Largest sum for latent attention: Triton's kernel walks a prefix in one program, up to fifty times as long."""
+"""Largest sum for latent attention: Triton's kernel does not split a prefix, which takes up to 50 times as long."""
 
 FLAT = 8192
 """The shorter sum of contexts that is timed, if the longer one is at least twice as long. Up to it a split prefix takes
@@ -61,7 +61,7 @@ no time: each program of an H200 has a share of the smallest size until eight KV
 """
 
 SHORTER = 16
-"""Otherwise the shorter sum is the longer one divided by this."""
+"""Ratio of the longer to the shorter sum of contexts where `FLAT` does not apply."""
 
 EAGER = 4096
 """Largest sum of contexts, in tokens, that is timed without graphs: a CPU takes seconds for a longer one."""
@@ -99,7 +99,7 @@ def price(costs: Costs, start: "Start", ranks: Ranks) -> None:
     """Give `costs` the prices that it needs before the first request: kept by an earlier start, or measured now.
 
     Only the first process reads and writes kept prices; either all processes measure or none does. All of them take
-    the first one's prices, by which they count rounds (`previews.py`): each clock shows others. Nothing is kept
+    the first one's prices, by which they count rounds (`previews.py`), since their clocks differ. Nothing is kept
     without graphs, since such prices show how busy the host was, nor with DP attention, whose ranks measure together
     and might find different files.
     """
@@ -187,7 +187,7 @@ class Start:
         return widest_of(self.drafters) + 1
 
     def _rows(self) -> tuple[list[int], int]:
-        """Return the numbers of rows to time verifications with, and the most requests of one; the graphs' if any."""
+        """Return the row counts to time verifications with, and the most requests of one; the graphs' own if any."""
         if self._graphs is not None:
             return self._graphs.capture_num_tokens, self._graphs.requests
         return self._grid(most_rows(self.requests, self._widest)), self.requests
@@ -213,7 +213,7 @@ class Start:
         return [rows] if 0 < rows < self._widest and config.attention_arch != AttentionArch.MLA else []
 
     def _wider(self, narrow: Verifications, above: int, sizes: Sequence[int], most: int) -> Verifications:
-        """Price verifications in which each request has more than `above` rows.
+        """Return prices of verifications with more than `above` rows a request. narrow: of the others. most: requests.
 
         They are timed at the longer context only: the extra time of the larger tile is proportional to the context.
         """
@@ -259,7 +259,7 @@ class Start:
         return self._time(self.sync.idle(arm, tokens))
 
     def _verification(self, requests: int, rows: int, context: int, *, plain: bool = False) -> float:
-        """Time a verification of `rows` rows of up to `requests` requests, with `context` tokens together: seconds.
+        """Return the seconds of a verification: `rows` rows of up to `requests` requests with `context` tokens in all.
 
         plain: in the graph of rounds without drafts, with one row for each request; else in a verification's graph.
         """

@@ -89,9 +89,9 @@ def _keeping_what_was_computed(original: Any, self: StreamingSession, req: Any) 
 
 
 def clear_turns(turns: dict[str, Any], rid: str | None) -> None:
-    """End a session's turns after that of `rid`, all if that is None, and remove them from `turns`.
+    """Abort a session's turns that follow the turn `rid`, or all if it is None, and remove them from `turns`.
 
-    SGLang deletes from the dictionary that it iterates over, and twice if two turns have one id: its scheduler ends.
+    SGLang deletes from the dictionary that it iterates over, and twice if two turns have one id, so its scheduler ends.
     """
     waiting = list(turns.values()) if rid is None else []
     if rid is not None and rid in turns:

@@ -14,7 +14,7 @@ MARK = "\x1f"
 LINE = f"{MARK}line:"
 """Beginning of a client's id, after the mark, of a session in which each request continues the conversation."""
 AGE = 2.0**40
-"""Accesses by which a superseded node counts as older. Differences among these nodes stay, so ranks agree on them."""
+"""Subtracted from a superseded node's last access, to make it the oldest. Ranks agree on the order of such nodes."""
 
 
 class SessionTree(UnifiedRadixCache):  # type: ignore[misc]

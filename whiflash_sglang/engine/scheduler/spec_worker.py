@@ -104,8 +104,8 @@ def prefill_rows(
     """Describe an extend batch to the drafters. Facts that the device does not know go there with `upload`.
 
     At a chunk's end the next token is the prompt's, not the sampled one, which SGLang throws away; it is a token of the
-    output if a request begins again after a retraction. Before an image's position it is token 0, and `read` [tokens,
-    H], the rows that the target read, has the position itself, unless that is in the next chunk.
+    output if a request begins again after a retraction. If an image's position follows, the next token is 0, and the
+    position's embedding is taken from `read` [tokens, H], the target's input, unless it is in the next chunk.
 
     Returns the packed prompt tokens, each request's number of tokens with KV after this batch, its last packed row [B]
     and the token after that row [B], as `core.readable` has it.
