@@ -16,6 +16,7 @@ from whiflash_lab.recipes import judge as judge_module
 from whiflash_lab.recipes.files import Recipe, read
 from whiflash_lab.recipes.judge import judge
 from whiflash_lab.recipes.rewrite import judged
+from whiflash_lab.recipes.verdicts import verdicts_in
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError, UsageError
 
@@ -227,6 +228,8 @@ def test_reading_shell(write: Write) -> None:
     assert found.flags == {"model-path": "owner/name", "tp": "2", "lora-paths": ["a=b", "c=d"]}
     assert found.environment == {"SGLANG_RUST_SERVER": "1"}
     assert read(write("flags", "--tp=2\n--enable-metrics"))[0].flags == {"tp": "2", "enable-metrics": ""}
+    (variable,) = read(write("a.env", "HF_TOKEN=x\nSGLANG_RUST_SERVER=1\nSGLANG_ARGS='--model-path a/b --tp 2'\n"))
+    assert (variable.flags, variable.environment) == ({"model-path": "a/b", "tp": "2"}, {"SGLANG_RUST_SERVER": "1"})
     two = read(write("two", "sglang serve a/b --tp 1\nwhiflash serve --tp 2\n"))
     assert [recipe.flags.get("tp") for recipe in two] == ["1", "2"]
     begun = 'echo "it\'s up"; sglang serve a/b --tp 2'
@@ -245,10 +248,11 @@ def test_reading_containers(write: Write) -> None:
     words = (
         "{name: s, command: [python3, -m, sglang.launch_server], args: [--model-path, a/b, --tp=2, --api-key, $(K)]}"
     )
-    pod = write("pod.yaml", f"apiVersion: v1\nspec: {{containers: [{words}, {{name: other, command: [ls]}}]}}")
+    text = f"apiVersion: v1\nspec: {{containers: [{words}, {{name: other, command: [ls]}}]}}"
     start, keys = "python3 -m sglang.launch_server", ("command", "args")
     flags = {"model-path": "a/b", "tp": "2", "api-key": "$(K)"}
-    assert read(pod) == [Recipe(f"{pod}: s", flags, {}, start, keys)]
+    for pod in (write("pod.yaml", text), write("apply.sh", f"kubectl apply -f - <<EOF\n{text}\nEOF\n")):
+        assert read(pod) == [Recipe(f"{pod}: s", flags, {}, start, keys)]
     whole = "services:\n  s:\n    environment: [SGLANG_RUST_SERVER=1, A=b]\n    command: sglang serve a/b --tp 2"
     compose = write("compose.yaml", whole)
     words_of = {"model-path": "a/b", "tp": "2"}
@@ -258,6 +262,12 @@ def test_reading_containers(write: Write) -> None:
         "shell.yaml", "apiVersion: v1\nspec: {command: [bash, -c], args: ['cd x; sglang serve a/b --tp 2 | tee log']}"
     )
     assert [(recipe.flags, recipe.name, recipe.keys) for recipe in read(shell)] == [(words_of, f"{shell}: spec", ())]
+    script = "set -e\nP=1\nexec sglang serve a/b --tp $(TP) --port ${P:-2} \\\n --host $P | tee log"
+    of_env = {"command": ["sh", "-c", script], "env": [{"name": "SGLANG_ENABLE_SPEC_V2", "value": "1"}]}
+    inside, said = command(write, f"apiVersion: v1\nspec: {json.dumps(of_env)}", "pod.yaml")
+    words_of_it = "--model-path a/b --tp $(TP) --port ${P:-2} --host $P --speculative-algorithm WHIFLASH"
+    assert inside == f"exec sglang serve {words_of_it}", "one line, with the container's variables"
+    assert "takes the place of the launch in the container's script" in "".join(said)
     for text, said in (
         ("services: {a: {command: 7}}", "holds no launch"),
         ("services: {a: {image: lmsysorg/sglang, args: [--model-path, a/b]}}", "a has no command"),
@@ -411,7 +421,13 @@ MODEL = "sglang serve a/b"
         ('bash -c "x && sglang serve a/b --served-model-name \\"a b\\" --tp 2"', "", '"a b"'),
         (f"[Service]\nExecStart=/bin/{MODEL}", "/bin/sglang serve", "a/b"),
         (f"P=1\nP=2\n{MODEL} --port $P", "", "# set before, as in your file: P"),
-        (f"{MODEL} --speculative-algorithm STANDALONE --speculative-draft-model-path c/d", "", "is left out: WHIFLASH"),
+        (f"cat > a.sh <<EOF\n{MODEL} --tp \\$TP \\\\\n --port 1\nEOF\n", "", "--tp $TP \\\n    --port 1"),
+        (f"cat > a.sh <<'EOF'\n{MODEL} --api-key a\\$b\nEOF\n", "", "--api-key a\\$b"),
+        (
+            f"{MODEL} --speculative-algorithm STANDALONE --speculative-draft-model-path c/d",
+            "",
+            "WHIFLASH reads no drafter",
+        ),
     ],
 )
 def test_a_word_is_printed_as_it_was_written(write: Write, text: str, start: str, words: str) -> None:
@@ -419,6 +435,18 @@ def test_a_word_is_printed_as_it_was_written(write: Write, text: str, start: str
     assert new.startswith(f"{start} " if start else "")
     assert words in "\n".join([new, *said])
     assert ("--model-path a/b" in new, "c/d" in new) == (True, False)
+
+
+def test_the_flags_of_a_config_file_count(write: Write) -> None:
+    """They are written out, and the command line's own come first."""
+    script = write("serve.sh", "sglang serve --config flags.yaml --tp 4\n")
+    ((name, alone),) = verdicts_in(script, None)
+    assert "the flags in flags.yaml: whiflash check --recipe flags.yaml judges them" in alone.command
+    flags = write("flags.yaml", "model-path: a/b\ntp: 2\nspeculative-algorithm: EAGLE3\nspeculative-num-steps: 3\n")
+    ((name, verdict),) = verdicts_in(script, None)
+    assert name == f"{script} with {flags}"
+    words = ["sglang serve", "--model-path a/b", "--tp 4", "--speculative-algorithm WHIFLASH"]
+    assert [line for line in verdict.command.splitlines() if line[0] != "#"] == " \\\n    ".join(words).splitlines()
 
 
 @pytest.mark.parametrize("text", ["sglang serve --port 1", f"{MODEL} --tp two"])

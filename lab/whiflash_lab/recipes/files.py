@@ -31,7 +31,11 @@ ASSIGNED = re.compile(
     re.MULTILINE,
 )
 USED = re.compile(r"'[^']*'|\$(?:(\w+)|\{(\w+)(?::-([^{}$]*))?\})")
-VARIABLE = re.compile(r"\b(SGLANG_\w+)=(\S+)")
+VARIABLE = re.compile(r"\b(SGLANG_\w+)=(?![\"']?-)(\S+)")
+OF_FLAGS = re.compile(r"^(?:export[ \t]+)?(\w+)=(['\"]?)(--.*)\2$", re.MULTILINE)
+"""A variable that holds flags, as in an environment file."""
+HEREDOC = re.compile(r"(?<!<)<<-?[ \t]*(['\"\\]?)([A-Za-z_]\w*)")
+ESCAPED = re.compile(r"\\([\\$`])")
 MOST_RECIPES, MOST_LINE, DEEPEST_ARRAY = 1000, 1 << 16, 16
 """Most launches of a file; most characters of one after its arrays are filled in; deepest nesting of arrays."""
 ROLES = "sglang_config"
@@ -113,7 +117,8 @@ def _containers(document: Any, path: Path, name: str = "") -> Iterator[Recipe]:
         every = [word for key in words for word in key]
         who = f"{path}: {document.get('name', document.get('container_name', name))}".rstrip(": ")
         if script := next((word for word in every if LAUNCH.search(word) and " " in word), None):
-            yield from (replace(recipe, keys=()) for recipe in _shell(script, path, who))
+            for recipe in _shell(script, path, who):
+                yield replace(recipe, keys=(), environment={**_of_container(document), **recipe.environment})
             return
         at = next((at for at, word in enumerate(every) if LAUNCH.search(" ".join(every[: at + 1]))), None)
         if at is not None:
@@ -193,10 +198,16 @@ def _text(value: Any) -> str | list[str]:
 
 
 def _shell(text: str, path: Path, who: str = "") -> Iterator[Recipe]:
-    """Yield the flags of each server that a shell script launches; a text without a launch is flags only. Arrays get
-    all words that they may hold, and variables the only value that is assigned to them before.
+    """Yield the flags of each server that a shell script launches. A text without a launch is flags only, or has
+    variables that hold flags. Arrays get all words that they may hold, and variables the only value that is assigned
+    to them before, else their default. who: name of the container whose script this is; its variables stay.
     """
-    text = re.sub(r"^[ \t]*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
+    text, documents = _heredocs(re.sub(r"^[ \t]*#.*\n", "", text, flags=re.MULTILINE))
+    for document in documents:
+        if "\napiVersion:" in f"\n{document}":  # as in `kubectl apply -f - <<EOF`
+            yield from _yaml(document, path)
+            return
+    text = text.replace("\\\n", " ")
     computed = [found[0] for found in COMPUTED.finditer(text)]
     numbers = count()
     text = COMPUTED.sub(lambda _: f"$computed{next(numbers)}_", text)
@@ -206,11 +217,13 @@ def _shell(text: str, path: Path, who: str = "") -> Iterator[Recipe]:
     launches = list(islice(LAUNCH.finditer(text), MOST_RECIPES + 1))
     if not launches and text.lstrip().startswith("-"):
         yield Recipe(str(path), _of_words(text.replace("\n", " "), arrays, {}, computed, path))
+    for name, _, line in [] if launches else OF_FLAGS.findall(text):
+        yield Recipe(f"{path}: {name}", _of_words(line, arrays, {}, computed, path), _variables_in(text))
     for number, launch in enumerate(launches, 1):
         before, rest = text[: launch.start()], text[launch.end() :]
         in_array = OPEN_ARRAY.search(before)
         line = rest.split("\n)" if in_array else "\n", 1)[0]
-        variables = _assigned(before)
+        variables = None if who else _assigned(before)
         start = _filled(before.rpartition("\n")[2], variables)
         outer: list[str] = []
         if opened := next((q for q in QUOTED.finditer(start) if not (q[1] or q[2])), None):
@@ -223,13 +236,33 @@ def _shell(text: str, path: Path, who: str = "") -> Iterator[Recipe]:
         words = _last_command(start)
         if {*outer[:1], *words[:1]} & {"echo", "printf"}:
             continue  # as in `echo "Usage: sglang serve MODEL"`
-        who = who or str(path)
-        environment = {key: value.strip("\"'") for key, value in VARIABLE.findall(before)}
         flags = _of_words(line, arrays, variables, computed, path)
-        name = who if len(launches) == 1 else f"{who}: {number}"
+        name = (who or str(path)) + (f": {number}" if len(launches) > 1 else "")
         path_of_it = words.pop() if words and not before[-1:].isspace() else ""
         command = " ".join([*words, path_of_it + " ".join(launch[0].split())])
-        yield Recipe(name, flags, environment, _restored(command, computed))
+        yield Recipe(name, flags, _variables_in(before), _restored(command, computed))
+
+
+def _heredocs(text: str) -> tuple[str, list[str]]:
+    """Return the text with its here-documents as they are read or written, and these documents."""
+    lines: list[str] = []
+    documents: list[list[str]] = []
+    end = quote = ""
+    for line in text.splitlines(keepends=True):
+        if end and line.strip() == end:
+            end = ""
+        elif end:
+            documents[-1].append(line := line if quote else ESCAPED.sub(r"\1", line))
+        elif opened := HEREDOC.search(line):
+            quote, end = opened.groups()
+            documents.append([])
+        lines.append(line)
+    return "".join(lines), ["".join(document) for document in documents]
+
+
+def _variables_in(text: str) -> dict[str, str]:
+    """Return SGLang's variables that a script sets, but for those that hold flags."""
+    return {name: value.strip("\"'") for name, value in VARIABLE.findall(text)}
 
 
 def _last_command(text: str) -> list[str]:
@@ -254,10 +287,10 @@ def _assigned(text: str) -> dict[str, str]:
     return {name: found.pop() for name, found in values.items() if len(found) == 1}
 
 
-def _filled(line: str, variables: Mapping[str, str]) -> str:
-    """Return a line with the variables' values in their places; others stay, or take their default."""
+def _filled(line: str, variables: Mapping[str, str] | None) -> str:
+    """Return a line with the variables' values in their places; others stay, or take their default. None: all stay."""
     for _ in range(DEEPEST_ARRAY):
-        if len(line) > MOST_LINE or not USED.search(line):
+        if variables is None or len(line) > MOST_LINE or not USED.search(line):
             return line
         line = USED.sub(lambda found: variables.get(found[1] or found[2], found[3] or found[0]), line)
     return line
@@ -268,7 +301,7 @@ def _restored(text: str, computed: Sequence[str]) -> str:
 
 
 def _of_words(
-    line: str, arrays: Mapping[str, str], variables: Mapping[str, str], computed: Sequence[str], path: Path
+    line: str, arrays: Mapping[str, str], variables: Mapping[str, str] | None, computed: Sequence[str], path: Path
 ) -> dict[str, str | list[str]]:
     for _ in range(DEEPEST_ARRAY):
         filled = len(line) + sum(len(arrays.get(name, " ")) for name in REFERENCE.findall(line))

@@ -108,7 +108,7 @@ def judge(
             target = named
     if target is None:
         model = read.fields.get("model_path") or "TARGET"
-        read.unread.append(f"the target's layers, without its config.json: add --model-path {model}")
+        read.unread.append(f"the target's layers, without its config.json: add --model-path {model} to this check")
     own_code = read.fields.pop("trust_remote_code", False)
     try:
         launch, chosen = _launch(read.fields, environment or {}, target)
@@ -154,8 +154,8 @@ def _read(flags: Mapping[str, Flag]) -> _Read:
                 read.fields |= parser.fields(_words(option, value, is_switch=action.nargs == 0))
         except ConfigError as error:
             read.wrong[option] = str(error)
-    if read.fields.pop("config", None):
-        read.unread.append("the file of --config")
+    if config := read.fields.pop("config", None):
+        read.unread.append(f"the flags in {config}: whiflash check --recipe {config} judges them")
     return read
 
 
@@ -268,7 +268,7 @@ def _replace(fields: dict[str, Any]) -> list[str]:
         why = (
             "stays: the drafter's format says what it is"
             if kept
-            else f"is left out: WHIFLASH reads none of {algorithm}"
+            else f"is left out: WHIFLASH reads no drafter of {algorithm}"
         )
         sentences.append(f"--speculative-draft-model-path {why}")
     return sentences

@@ -79,7 +79,8 @@ def _without(flags: Mapping[str, Flag], option: str) -> dict[str, Flag]:
 def _advice(recipe: Recipe, flags: Mapping[str, Flag]) -> Iterator[str]:
     """Yield what changes with WHIFLASH, and published drafters if the launch names none."""
     named = flags.get("--model-path", flags.get("--model", ""))
-    if DRAFT not in flags and NO_DRAFTERS not in flags:
+    fields = {_field(option_of(name)) for name in recipe.flags}
+    if not flags.keys() & {DRAFT, NO_DRAFTERS} and "config" not in fields:
         target = known(named) if isinstance(named, str) else None
         pair = [] if target is None else [("--eagle3", target.eagle3), ("--dflash", target.block)]
         parts = " ".join(f"{flag} {names[0]}" for flag, names in pair if names)
@@ -88,11 +89,12 @@ def _advice(recipe: Recipe, flags: Mapping[str, Flag]) -> Iterator[str]:
             if parts
             else f"; add {DRAFT} with a drafter made for exactly this model"
         )
-    fields = {_field(option_of(name)) for name in recipe.flags}
-    if not fields & {"speculative_algorithm", "max_running_requests"}:
+    if not fields & {"speculative_algorithm", "max_running_requests", "config"}:
         yield "at most 48 requests at a time on each replica now; --max-running-requests sets another bound"
     if isinstance(draft := flags.get(DRAFT), str) and named:
         yield f"drafters take memory: whiflash check --model-path {named} --draft {draft} says how much"
+    if recipe.keys == ():
+        yield "this takes the place of the launch in the container's script, where $(NAME) is the container's variable"
     if recipe.keys is not None or "docker" in recipe.start:
         yield "the image must hold WhiFlash: deploy/container/sglang.Containerfile adds it to SGLang's"
 
@@ -109,11 +111,12 @@ def _command(recipe: Recipe, flags: Mapping[str, Flag], environment: Mapping[str
         return
     start = recipe.start or "sglang serve"
     start = re.sub(r"\b(\w+)=\S*\s*", lambda found: "" if found[1] in gone else found[0], start)
-    set_before = [f"{name}={shlex.quote(value)}" for name, value in environment.items() if f"{name}=" not in start]
-    yield " ".join([*set_before, start]) + " \\"
     lines = [" ".join(_quoted(word) for word in line) for line in words]
-    yield from (f"    {line} \\" for line in lines[:-1])
-    yield f"    {lines[-1]}"
+    if recipe.keys is not None:  # YAML would read a line's last backslash by rules of its own
+        yield " ".join([start, *lines])
+        return
+    set_before = [f"{name}={shlex.quote(value)}" for name, value in environment.items() if f"{name}=" not in start]
+    yield " \\\n    ".join([" ".join([*set_before, start]), *lines])
 
 
 def _words(name: str, value: Flag) -> list[str]:
