@@ -426,7 +426,7 @@ def figures_table() -> str:
             report["provenance"]["revision"][:8],
         )
         rows.append(row)
-    header = ("prompts", "answers", "over plain decoding at 1", "4", "8", "over the better single drafter")
+    header = ("prompts", "answers", "over plain decoding at 1", "4", "8", "over the better single drafter at 1 / 4 / 8")
     return table((*header, "minutes", "revision"), iter(rows))
 
 
@@ -465,7 +465,7 @@ def published_blocks() -> str:
         spread = f"--tp-size {cards}" if (cards := cards_for(one, "h100")) > 1 else ""
         served = " ".join(filter(None, (f"--speculative-draft-model-path {bundle}", spread, one.parsers)))
         lines = f"whiflash bundle create --target {one.name} {pair} --out {bundle}\nwhiflash serve {one.name} {served}"
-        block = f"### {bundle}\n\n{one.shape.parameters / 1e9:.0f} B parameters.\n\n```console\n{lines}\n```"
+        block = f"### {bundle}\n\n{one.shape.parameters / 1e9:.3g} B parameters.\n\n```console\n{lines}\n```"
         parts.append(block + (f"\n\nOther drafters: {', '.join(f'`{name}`' for name in more)}." if more else ""))
     return "\n\n".join(parts)
 

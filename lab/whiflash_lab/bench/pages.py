@@ -38,15 +38,25 @@ def _setting(report: BenchReport) -> str:
     repetitions = "1 repetition" if p["repetitions"] == 1 else several
     order = "interleaved" if p["interleaved"] else "one arm after the other"
     return (
-        f"{p['hardware']['cpu']}, {p['hardware']['cores']} cores, {p['threads']} threads a server, {p['dtype']}, "
-        f"SGLang {p['packages']['sglang']}, torch {p['packages']['torch']}. {repetitions}, {order}. "
+        f"{_origin(p)}. {p['hardware']['cpu']}, {p['hardware']['cores']} cores, {p['threads']} threads a server, "
+        f"{p['dtype']}, SGLang {p['packages']['sglang']}, torch {p['packages']['torch']}. {repetitions}, {order}. "
         f"Prompts: {prompts}; answers of at most {p['max_tokens']} tokens. Load of the machine before "
         f"{p['busy_before']['load_1min']:.1f}, after {p['busy_after']['load_1min']:.1f}."
         f"{_asked_with(p)}\n\n"
         "Rates include prefill and are medians of a prompt's repetitions. Brackets: 95 % paired bootstrap intervals. "
-        "*loops*: prompts whose plain answer ends in a repetition loop; only mismatches and ties hold them, too. "
+        "*loops*: prompts whose plain answer ends in a repetition loop. They count as mismatches or ties, in no rate. "
         "Acceptance length: tokens per target forward."
     )
+
+
+def _origin(provenance: Mapping[str, Any]) -> str:
+    """Return the model, this project's revision and the day of a run, as text."""
+    words = [part for word in provenance["command"] for part in word.split("=", 1)]
+    named = words.index("--model-path") + 1 if "--model-path" in words else None
+    model = "SmolLM2-135M-Instruct, the embedded model" if named is None else words[named]
+    changes = " with uncommitted changes" if provenance.get("uncommitted_changes") else ""
+    revision = f"revision {provenance['revision'][:8]}{changes}" if provenance.get("revision") else ""
+    return ", ".join(filter(None, (model, revision, provenance.get("date"))))
 
 
 def _asked_with(provenance: Mapping[str, Any]) -> str:
@@ -198,7 +208,8 @@ def _differences(report: BenchReport) -> str:
     parts = ["## Answers that differ from plain decoding's", *filter(None, [sampled.strip()])]
     if ties:
         gap = max(d["gap"] for d in ties)
-        parts += [f"Ties: {len(ties)}, listed in the JSON. Plain decoding's widest gap at one is {gap:.4f}."]
+        apart = f"Plain decoding's two best logits are at most {gap:.4f} apart there."
+        parts += [f"Ties: {len(ties)}, listed in the JSON. {apart}"]
     others = [d for d in report.differences if d["verdict"] != Verdict.TIE]
     own = [d for d in others if d.get("of_plain")]
     if own:
@@ -207,7 +218,11 @@ def _differences(report: BenchReport) -> str:
         (d["arm"], d["load"], d["prompt"], str(d["position"]), _number(d["gap"], 4)) for d in others if d not in own
     ]
     if mismatches:
-        parts += [table(("arm", "load", "mismatch", "first difference", "plain decoding's gap"), mismatches)]
+        parts += [
+            table(
+                ("arm", "load", "mismatch", "first difference", "gap of plain decoding's two best logits"), mismatches
+            )
+        ]
     return "\n\n".join(parts)
 
 

@@ -343,6 +343,7 @@ class Runner:
         plan = self._plan
         return {
             "dtype": plan.subject.dtype,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "busy_after": provenance.busy(),
             "seconds": round(time.monotonic() - self._began, 1),
             "interleaved": plan.interleave,
