@@ -150,7 +150,7 @@ class Estimate(NamedTuple):
 @dataclass
 class Advice:
     """An answer of `advise`. verdict: a line for each load. choices: `Estimate.choice` of each
-    row. assumed: the assumptions, in a line. published: figures that others measured. copies: gains of copies,
+    row. assumed: an assumption a line. published: figures that others measured. copies: gains of copies,
     which the rows lack. lost: costs of WHIFLASH. obstacles: facts on what does not fit.
     """
 
@@ -314,10 +314,10 @@ def _assumed(target: PublishedTarget, question: Question, prices: str, source: s
     if question.context + question.prompt + question.answer > target.shape.positions:
         load += f"; beyond {target.shape.positions:,} positions SGLang needs YaRN, and drafters accept less"
     return (
-        f"Nothing was measured here. {target.name}, prices of {prices}. Acceptance: {source}, "
-        f"{rounds or 'no'} tokens a round in the mean; yours may differ, and a temperature of "
-        f"{question.temperature:g} changes no row. Prompts of {question.prompt}, answers of {question.answer} "
-        f"{load}. {chains}NGRAM has 1.20 tokens a round, as once measured here. Ways are called level if an error as "
+        f"Nothing was measured here. {target.name}, prices of {prices}.\nAcceptance: {source}, "
+        f"{rounds or 'no'} tokens a round in the mean; yours may differ. A temperature of "
+        f"{question.temperature:g} changes no row.\nPrompts of {question.prompt}, answers of {question.answer} "
+        f"{load}.\n{chains}NGRAM has 1.20 tokens a round, as once measured here.\nServers are level if an error as "
         f"large as those of earlier estimates could turn their order: {100 * BETWEEN:.0f} % between two drafters."
     )
 

@@ -79,8 +79,6 @@ def _show(advice: "Advice") -> None:
     ]
     typer.echo()
     show_table(["", *ways, "over plain"], lines, f"Tokens a second, estimated; {OURS} over plain, and by text")
-    typer.echo()
-    say_prose(advice.assumed)
     for row in advice.rows[-1:]:
         lines = [
             [
@@ -95,6 +93,7 @@ def _show(advice: "Advice") -> None:
             title = f"An agent that returns pays, at {row.load}: tokens a second, estimated"
             show_table(["", *row.rates, "over plain"], lines, title)
     lists = {
+        "Assumed": advice.assumed.split("\n"),
         "Not in the rows: tokens a round by copies and forced text": advice.copies,
         "As measured on cards, and how far an estimate of the same is off": advice.published,
         "Drafters (read their licences; some have none)": [f"EAGLE-3: {name}" for name in advice.eagle3]
