@@ -68,12 +68,20 @@ def test_the_least_manifest_is_one() -> None:
     assert Manifest.model_validate_json(block.body).name == "my-bundle"
 
 
+RUN = re.compile(r"(?:nice -n \d+ )?((?:whiflash|make|pip|sglang|python) .*)")
+
+
 def commands(page: Path) -> Iterator[list[str]]:
-    """Command lines of console blocks, as words; comments, and variables that are set for a command, left out."""
+    """Command lines of console blocks, those of bash blocks that `RUN` knows, and pip's in sentences, as words.
+    Comments, and variables that are set for a command, are left out."""
+    yield from map(shlex.split, re.findall(r"`(pip install \S[^`]*)`", page.read_text(encoding="utf-8")))
     for block in blocks(page):
-        if block.language == "console":
+        if block.language in ("console", "bash"):
             for line in block.body.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
+                called = RUN.match(line)
+                if block.language == "bash" and not called:
+                    continue
+                words = shlex.split(called[1] if called else line, comments=True)
                 words = list(dropwhile(re.compile(r"[A-Z_]+=").match, words))
                 if words:
                     yield words
@@ -139,8 +147,14 @@ def test_an_install_that_cannot_work_is_found() -> None:
 
 def wrong(words: list[str], known: dict[str, set[str]]) -> str | None:
     """Fault of a command line; None if it has none, or is not one of ours."""
-    if words[:2] == ["pip", "install"] and "dist/" in words[-1]:
-        return wrong_install(words[2:])
+    if words[:2] == ["pip", "install"]:
+        braces = re.compile(r"(.*)\{(.*)\}(.*)")  # as a shell expands them
+        spread = (braces.fullmatch(word) for word in words[2:])
+        words += [found[1] + part + found[3] for found in spread if found for part in found[2].split(",")]
+        files = [word for word in words[2:] if word.startswith("dist/") and not braces.match(word)]
+        folders = [word for word in words[2:] if word.startswith(".") and not (ROOT / word / "pyproject.toml").exists()]
+        named = [word for word in words[2:] if word.startswith("whiflash")]  # which no index has
+        return wrong_install(files) if files else f"{folders + named} cannot be installed" if folders + named else None
     if words[0] == "python" and words[1:2] != ["-m"]:
         script = ROOT / words[1] if (ROOT / words[1]).exists() else ROOT / "examples" / "agents" / words[1]
         if not script.is_file():
