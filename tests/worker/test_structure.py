@@ -88,7 +88,7 @@ def test_wherever_a_forced_draft_is_rejected(
     """
     propose = Batch.propose
     wrong: Counter[int] = Counter()
-    spoilt = set[int]()
+    walking, spoilt = running.worker.drafters["structure"]._walking, set[str]()
 
     def spoil(batch: Batch, *asked: Any) -> Any:
         found = propose(batch, *asked)
@@ -97,7 +97,7 @@ def test_wherever_a_forced_draft_is_rejected(
             at = min(reversed(range(sizes[request])), key=wrong.__getitem__)
             tokens[request, at] = ord("~")
             wrong[at] += 1
-            spoilt.add(int(batch._arrays[1][request]))
+            spoilt.add(walking[int(batch._arrays[1][request])].rid)
         return found
 
     monkeypatch.setattr(Batch, "propose", spoil)

@@ -11,8 +11,8 @@ import codecs
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from whiflash_kernels.cpu.texts import LOST, NONE, REFUSED, Table, Walks
 
@@ -38,10 +38,10 @@ class LostError(Exception):
 class State:
     """The end of a text, as far as its continuation depends on it.
 
-    matcher, layout: of its grammar; None without one. calls: of its tools; None without any. text: since its origin, up
-    to the last token that ends a character; parts: the tokens after it, begun: their text, open: its last bytes, which
-    begin a character. split: whether its origin is inside a character, so that all its tokens are parts. tail: tokens
-    of the word that may be open.
+    matcher, layout: of its grammar; None without one. Nodes share the matcher, whose place is their origin. calls: of
+    its tools; None without any. text: since its origin, up to the last token that ends a character; parts: the tokens
+    after it, begun: their text, open: its last bytes, which begin a character. split: whether its origin is inside a
+    character, so that all its tokens are parts. tail: tokens of the word that may be open.
     """
 
     vocabulary: Vocabulary
@@ -55,12 +55,24 @@ class State:
     open: bytes = b""
     split: bool = False
 
+    def copy(self) -> "State":
+        """Return a copy; it advances the same matcher."""
+        layout, calls = self.layout and self.layout.copy(), self.calls and self.calls.copy()
+        ends = self.tail, self.text, self.parts, self.begun, self.open, self.split
+        return State(self.vocabulary, self.matcher, layout, calls, *ends)
+
     @contextmanager
     def ahead(self) -> Iterator["State"]:
-        """Yield a copy to advance; at the end of the block the grammars are back at their states."""
-        matcher, layout, calls = self.matcher, self.layout, self.calls
-        with matcher.trying() if matcher else nullcontext(), calls.trying() if calls else nullcontext():
-            yield replace(self, layout=layout and layout.copy(), calls=calls and calls.copy())
+        """Yield a copy to advance; at the end of the block the matcher is back where it was."""
+        with self.matcher.trying() if self.matcher else nullcontext():
+            yield self.copy()
+
+    def resume(self) -> None:
+        """Advance the matcher from the origin to the end of this text. Raises LostError if no time is left."""
+        if (matcher := self.matcher) is not None:
+            whole = not self.text or matcher.accept_text(self.text)
+            if not whole or not all(map(matcher.accept_token, self.parts)):
+                raise LostError
 
     @property
     def place(self) -> Hashable:
@@ -117,15 +129,6 @@ class State:
                 part.follow(text)
 
 
-class Node(NamedTuple):
-    """A node, described by the first text that led to it, from its origin. The fields are as in `State`."""
-
-    origin: State
-    text: str
-    parts: tuple[int, ...]
-    tail: tuple[int, ...]
-
-
 class Automaton:
     """The continuations of all texts with the same tools and schema.
 
@@ -152,59 +155,56 @@ class Automaton:
         if matcher is not None:
             matcher.exhausted = exhausted
         self._guesses = Guesses(words, uses)
-        self._nodes, self._numbers = list[Node](), dict[Hashable, int]()
+        self._nodes, self._numbers = list[State](), dict[Hashable, int]()
+        """The first text that led to each node; by its place, a node's number."""
         self.texts, self._words, self._begins = list[str](), dict[str, int](), dict[tuple[str, ...], int]()
         self.table = Table(walks, weakref.proxy(answers), MOST_NODES)
 
     def begin(self, state: State) -> int:
-        """Return the node of a text that begins in `state`; nobody may advance the state afterwards."""
-        return self._node(state, state)
+        """Return the node of a text that begins in `state`."""
+        return self._node(state)
 
     def adopt(self, other: "Automaton", node: int) -> int:
         """Return this automaton's node for the texts at `node` of another one. Raises LostError as `State.write`."""
         with other.at(node) as state:
-            return self._node(other._nodes[node].origin, state)
+            return self._node(state)
 
     def begin_at(self, node: int, tokens: Sequence[int]) -> list[int]:
         """Drop all nodes; begin at a node's text and the first `tokens` that may follow. Returns the later tokens.
 
         The node that they begin at is 0. Raises LostError as `State.write`; then nothing has changed.
         """
-        origin, text, parts, tail = self._nodes[node]
-        origin.write(text)
-        origin.tail, left = tail[: len(tail) - len(parts)], [*parts, *tokens]
-        while left and origin.move(left[0], written=True):
-            left = left[1:]
+        origin, left = self._nodes[node].copy(), list(tokens)
+        with self.matcher.trying(keeps=True) if self.matcher else nullcontext():
+            origin.resume()
+            while left and origin.move(left[0], written=True):
+                left = left[1:]
+            free = origin.free  # before the nodes go, since it may raise
         origin.text, origin.parts, origin.begun, origin.split = "", (), "", bool(origin.open)
-        free = origin.free  # before the nodes go, since it may raise
         self._nodes.clear()
         self._numbers.clear()
         self.table.clear()
         with suppress(LostError):  # then there is a node, and no token is known to stay at it
-            self._add(origin, origin, free)
+            self._add(origin, free)
         return left
 
     @contextmanager
     def at(self, node: int) -> Iterator[State]:
-        """Yield a copy of the state at a node, to advance. Raises LostError as `State.write`."""
+        """Yield a copy of the state at a node, to advance. Raises LostError as `State.resume`."""
         if self._exhausted():
             raise LostError  # also for calls, whose matchers do not look at the time
-        origin, text, parts, tail = self._nodes[node]
-        with origin.ahead() as state:
-            state.write(text)
-            if not all(state.move(token, written=True) for token in parts):
-                raise LostError
-            state.tail = tail
+        with self._nodes[node].ahead() as state:
+            state.resume()
             yield state
 
-    def _node(self, origin: State, state: State) -> int:
+    def _node(self, state: State) -> int:
         """Return the number of a state's node, which is new if no text was there before.
 
         Raises LostError as `State.free`.
         """
-        return self._add(origin, state, state.free)
+        return self._add(state, state.free)
 
-    def _add(self, origin: State, state: State, free: Free | None) -> int:
+    def _add(self, state: State, free: Free | None) -> int:
         """Return the number of the node of a state that ends in the text `free`, as `_node` does."""
         if free is not None or bytes_of(self._vocabulary, state.tail[-1:]).isdigit():
             state.tail = ()  # nothing is known to follow, or a number, which is cut by itself
@@ -213,14 +213,14 @@ class Automaton:
         if number is not None:
             return number
         number = int(self.table.node())
-        self._nodes.append(Node(origin, state.text, state.parts, state.tail))
+        self._nodes.append(state.copy())
         if key is not None:
             self._numbers[key] = number
         if free is not None:
             try:
                 with state.ahead() as inside:
                     inside.write(FREE)
-                    to = self._node(origin, inside)
+                    to = self._node(inside)
             except LostError:  # others must not find it without the tokens that stay there
                 self._numbers.pop(key, None)
                 raise
@@ -235,13 +235,12 @@ class Automaton:
 
         written: whether they are committed.
         """
-        origin = self._nodes[node].origin
         with suppress(LostError), self.at(node) as state:
             for token in tokens:
                 moved, known = state.move(token, written=written), len(self._nodes)
                 if not moved and self._exhausted():
                     return
-                after = self._node(origin, state) if moved else REFUSED
+                after = self._node(state) if moved else REFUSED
                 self.table.edge(node, token, after)
                 if after < known:
                     return
@@ -254,7 +253,6 @@ class Automaton:
             self._tell(node, state)
 
     def _tell(self, node: int, state: State) -> None:
-        origin = self._nodes[node].origin
         grammar: dict[str, Any] = {"matcher": state.matcher, "layout": state.layout, "calls": state.calls}
         grammar |= {"guesses": self._guesses, "end": self.end}
         tokens = [] if state.open else sketch(self._vocabulary, state.tail, AHEAD, **grammar)
@@ -274,7 +272,7 @@ class Automaton:
             if after == REFUSED or not state.move(token):
                 return
             if after == LOST:
-                after = self._node(origin, state)
+                after = self._node(state)
                 self.table.edge(node, token, after)
             node = after
 

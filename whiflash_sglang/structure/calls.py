@@ -7,9 +7,8 @@ A call that is one JSON object follows a grammar of its probable form.
 """
 
 import json
+from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from copy import copy
 from enum import Enum, auto
 from functools import lru_cache
 from typing import Any, Final
@@ -95,20 +94,44 @@ class _State(Enum):
     """After a complete call, before the text that closes it."""
 
 
+class _CallMatcher(XGrammarMatcher):
+    """A matcher that moves from one text of a call to another by their difference.
+
+    Its `_ends` are the length of its text after each step.
+    """
+
+    def __init__(self, grammar: xgrammar.CompiledGrammar) -> None:
+        super().__init__(xgrammar.GrammarMatcher(grammar))
+        self._text, self._ends = "", [0]
+
+    def move(self, text: str) -> bool:
+        """Go to the end of a text; not inside `trying`. Returns False, before its end, if the grammar forbids it."""
+        while not text.startswith(self._text):
+            self._ends.pop()
+            self._rollback(self._steps.pop())
+            self._text, self._goes_on = self._text[: self._ends[-1]], None
+        rest = text[len(self._text) :]
+        if not rest or not self.accept_text(rest):
+            return not rest
+        self._text = text
+        self._ends.append(len(text))
+        return True
+
+
 class JsonCall:
     """A tool call in JSON, from the end of its marker on.
 
     Args:
-        matcher: over the grammar of a probable call, at its beginning. seen: layout of earlier calls, with the blanks
-            before them (`LEAD`). end: text that marks its end; empty: nothing does. tools: of the request.
+        matcher: over the grammar of a probable call, shared by this call's copies. seen: layout of earlier calls, with
+            the blanks before them (`LEAD`). end: text that marks its end; empty: nothing does. tools: of the request.
     """
 
-    def __init__(self, matcher: Matcher, seen: dict[str, str], end: str, tools: str) -> None:
-        self.matcher, self._end = matcher, end
+    def __init__(self, matcher: _CallMatcher, seen: dict[str, str], end: str, tools: str) -> None:
+        self._matcher, self._end = matcher, end
         schema = schema_of(tools) or ""
-        self._layout = Layout(seen=dict(seen), words=words_of_places(schema), decides=has_alternatives(schema))
+        self._layout = Layout(seen=seen, words=words_of_places(schema), decides=has_alternatives(schema))
         self._state = _State.LEAD
-        self._waiting = ""
+        self._text = self._waiting = ""
 
     @property
     def seen(self) -> dict[str, str]:
@@ -119,9 +142,16 @@ class JsonCall:
     def _lead(self) -> str:
         return self.seen.get(LEAD, USUAL_LEAD)
 
+    @property
+    def matcher(self) -> Matcher:
+        """Return the matcher at the end of the call's text."""
+        self._matcher.move(self._text)
+        return self._matcher
+
     def copy(self) -> "JsonCall":
-        """Return a copy to look ahead with, which is valid inside `trying` only."""
-        ahead = copy(self)
+        """Return a copy to look ahead with."""
+        ahead = JsonCall.__new__(JsonCall)
+        ahead.__dict__.update(self.__dict__)
         ahead._layout = self._layout.copy()
         return ahead
 
@@ -167,22 +197,20 @@ class JsonCall:
         stripped = text.lstrip(BLANKS)
         self._waiting += text[: len(text) - len(stripped)]
         if stripped:
-            self.seen[LEAD], self._waiting, self._state = self._waiting, "", _State.INSIDE
+            self._layout.seen = {**self.seen, LEAD: self._waiting}
+            self._waiting, self._state = "", _State.INSIDE
         return stripped
 
     def _inside(self, text: str) -> str:
         """Follow the call. Returns the text after it, or from the first character that no call of these tools has."""
-        if self.matcher.accept_text(text):
-            self._layout.follow(text)
-            return ""
-        for at, character in enumerate(text):
-            complete = self.matcher.may_end
-            if not self.matcher.accept_text(character):
-                if complete and self._end:
-                    self._state = _State.CLOSING
-                return text[at:]
-            self._layout.follow(character)
-        return ""
+        matcher, before, size = self._matcher, self._text, len(text)
+        if not matcher.move(before + text):
+            size = bisect_left(range(1, size), True, key=lambda count: not matcher.move(before + text[:count]))
+        self._text += text[:size]
+        self._layout.follow(text[:size])
+        if size < len(text) and self._end and self.matcher.may_end:
+            self._state = _State.CLOSING
+        return text[size:]
 
     def _closing(self, text: str) -> str | None:
         """Skip the text that closes the call. Returns what follows it, or the whole text if nothing closes it."""
@@ -261,14 +289,11 @@ class Calls:
         return Free("".join(self._firsts) + "\n") if self._blanks is None and self._waiting in ("\n", OTHER) else None
 
     def copy(self) -> "Calls":
-        """Return a copy to look ahead with; valid inside `trying` only."""
-        ahead = copy(self)
+        """Return a copy to look ahead with."""
+        ahead = Calls.__new__(Calls)
+        ahead.__dict__.update(self.__dict__)
         ahead._call = self._call and self._call.copy()
         return ahead
-
-    def trying(self) -> AbstractContextManager[None]:
-        """Return a context to look ahead in: on exit the open call is back at its state on entry."""
-        return self._call.matcher.trying() if isinstance(self._call, JsonCall) else nullcontext()
 
     def pieces(self, limit: int, guesses: Guesses | None) -> list[LikelyText]:
         """Return the probable continuation, at most `limit` characters; empty if nothing is known."""
@@ -297,7 +322,7 @@ class Calls:
             rest = self._call.follow(text)
             if rest is None:
                 return
-            self._seen, self._call, text = dict(self._call.seen), None, rest
+            self._seen, self._call, text = self._call.seen, None, rest
             self._blanks = None
 
     def _begun(self) -> tuple[Span, str] | None:
@@ -345,11 +370,11 @@ class Calls:
             return None
         seen = self._before[span.begin] if self._seen is None else self._seen
         if (form := PARSERS.get(read.form)) is not None:
-            return MarkupCall(read, form, end, dict(seen), self._uses)
+            return MarkupCall(read, form, end, seen, self._uses)
         grammar = compiled(self._tools)
         if grammar is None:
             return None
-        matcher = XGrammarMatcher(xgrammar.GrammarMatcher(grammar))
+        matcher = _CallMatcher(grammar)
         if not span.begin.startswith("{"):
             return JsonCall(matcher, seen, end, self._tools)
         call = JsonCall(matcher, {**(self._seen or {}), LEAD: ""}, end, self._tools)
@@ -363,9 +388,11 @@ class Calls:
         form = PARSERS.get(read.form) if read else None
         for text in _earlier(prompt, span.begin or ""):
             if read is not None and form is not None:
-                MarkupCall(read, form, span.end or "", seen, self._uses).follow(text)
+                written = MarkupCall(read, form, span.end or "", seen, self._uses)
+                written.follow(text)
+                seen = written.seen
             elif (call := text.lstrip(BLANKS)).startswith("{"):
-                seen[LEAD] = text[: len(text) - len(call)]
+                seen = {**seen, LEAD: text[: len(text) - len(call)]}
         return seen
 
 

@@ -2,7 +2,6 @@
 
 from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -62,8 +61,8 @@ class Layout:
     places that were not seen yet.
     inside: whether the text ends inside a string; partial: this string so far. last: the last character that is neither
     blank nor inside a string, closing quotes included. blanks: those after it so far. seen: newest blanks after each
-    character; those before a closing bracket are recorded apart (`_place`). depth: open brackets. unit: blanks of
-    indentation per bracket.
+    character; those before a closing bracket are recorded apart (`_place`). It is replaced, never changed in place.
+    depth: open brackets. unit: blanks of indentation per bracket.
     words: names and listed values of its schema, sorted, if `place` determines what may follow; else None. decides:
     whether the values in a container decide what may follow, beside its names.
     """
@@ -91,10 +90,10 @@ class Layout:
     _within: dict[str, str] = field(default_factory=dict)
 
     def copy(self) -> "Layout":
-        """Return a copy to look ahead with."""
-        ahead = copy(self)
-        ahead.seen = dict(self.seen)
-        return ahead
+        """Return a copy; it shares what no text changes in place."""
+        other = Layout.__new__(Layout)
+        other.__dict__.update(self.__dict__)
+        return other
 
     @property
     def place(self) -> Hashable:
@@ -136,10 +135,10 @@ class Layout:
             self._follow(whole[done:place])
             done = place
             if place in begins:
-                self.seen, self.inside, self.last, self.blanks = dict(self._within), False, "", ""
+                self.seen, self.inside, self.last, self.blanks = self._within, False, "", ""
                 self.depth = 0
             else:
-                self._within = dict(self.seen)
+                self._within = self.seen
         self._follow(whole[done:])
         self._tail = whole[-max(map(len, self.frames.begins + self.frames.ends)) :]
 
@@ -185,7 +184,7 @@ class Layout:
                 self.depth -= character in "]}" and self.depth > 0
                 place, blanks = _place(self.last, character), self._indented()
                 if self.seen.get(place) != blanks:
-                    self.seen[place], self._seen_so = blanks, None
+                    self.seen, self._seen_so = {**self.seen, place: blanks}, None
                 self.depth += character in "[{"
                 self.inside, self.partial = character == '"', ""
                 self.last, self.blanks = character, ""

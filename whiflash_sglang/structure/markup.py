@@ -5,7 +5,6 @@ them that were written before.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from copy import copy
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -49,7 +48,8 @@ class MarkupCall:
 
     Args:
         tools: of the request. form: of its parser's calls. end: text that ends the span. seen: newest blanks before
-            each part of a call; this call adds its own. used: returns how often a text occurs in the conversation.
+            each part of earlier calls, which this call does not change. used: returns how often a text occurs in the
+            conversation.
     """
 
     def __init__(self, tools: Tools, form: Form, end: str, seen: dict[str, str], used: Uses) -> None:
@@ -65,8 +65,8 @@ class MarkupCall:
 
     def copy(self) -> "MarkupCall":
         """Return a copy to look ahead with."""
-        ahead = copy(self)
-        ahead.seen = dict(self.seen)
+        ahead = MarkupCall.__new__(MarkupCall)
+        ahead.__dict__.update(self.__dict__)
         return ahead
 
     def follow(self, text: str) -> str | None:
@@ -90,7 +90,7 @@ class MarkupCall:
             if not fitting:
                 return self._pending
             option = max(fitting, key=lambda spelling: len(spelling.text))
-            self.seen[option.part] = self._pending[: len(self._pending) - len(body)]
+            self.seen = {**self.seen, option.part: self._pending[: len(self._pending) - len(body)]}
             self._take(option)
             self._pending = body[len(option.text) :]
         return self._pending
@@ -204,8 +204,8 @@ class MarkupCall:
             self._shorten()
             return False
         if value.strip(BLANKS):
-            self.seen["inside"] = value[: len(value) - len(value.lstrip(BLANKS))]
-            self.seen["behind"] = value[len(value.rstrip(BLANKS)) :]
+            first, last = len(value) - len(value.lstrip(BLANKS)), len(value.rstrip(BLANKS))
+            self.seen = {**self.seen, "inside": value[:first], "behind": value[last:]}
         self._pending, self._place = behind, _Place.ARGUMENT
         return True
 

@@ -43,11 +43,15 @@ class Matcher(ABC):
         self.exhausted: Callable[[], bool] = lambda: False
 
     @contextmanager
-    def trying(self) -> Iterator[None]:
-        """Return a context to look ahead in: on exit the matcher is back at its state on entry. May be nested."""
+    def trying(self, *, keeps: bool = False) -> Iterator[None]:
+        """Return a context to look ahead in: on exit the matcher is back at its state on entry. May be nested.
+
+        keeps: whether it is back after an error only.
+        """
         before = len(self._steps)
         try:
             yield
+            before = len(self._steps) if keeps else before
         finally:
             if steps := sum(self._steps[before:]):
                 del self._steps[before:]
