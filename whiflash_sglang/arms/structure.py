@@ -44,7 +44,9 @@ AUTOMATA = 32
 
 
 class _Uses(dict[str, int]):
-    """Text → its count in a prompt: words in quotes in all of it, other texts in its last characters, at first use."""
+    """Text → its count in a prompt. Words of the schemas, in quotes, are counted in all of it at once. Another text is
+    counted in its last `PROMPT_CHARS` characters when it is first asked for.
+    """
 
     def __init__(self, prompt: str, words: Sequence[str]) -> None:
         super().__init__((f'"{word}"', 0) for word in words)

@@ -26,7 +26,7 @@ from whiflash_sglang.structure.sketch import TAIL, open_word, sketch
 AHEAD = 24
 """Largest number of tokens of an answer. Further ones are asked for where a walk comes so far."""
 
-MOST_NODES = 1 << 15
+MOST_NODES = 1 << 14
 """Number of nodes and edges from which on an automaton is replaced by a new one."""
 
 

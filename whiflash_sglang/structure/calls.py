@@ -202,7 +202,7 @@ class JsonCall:
         return stripped
 
     def _inside(self, text: str) -> str:
-        """Follow the call. Returns the text after it, or from the first character that no call of these tools has."""
+        """Advance by the call's text. Returns the rest: after the call, or from what the schemas do not allow."""
         matcher, before, size = self._matcher, self._text, len(text)
         if not matcher.move(before + text):
             size = bisect_left(range(1, size), True, key=lambda count: not matcher.move(before + text[:count]))
@@ -402,7 +402,7 @@ def _habit(seen: Mapping[str, str]) -> frozenset[tuple[str, str]]:
 
 
 def _earlier(prompt: str, begin: str) -> list[str]:
-    """Return the texts after the prompt's newest markers, the newest one last."""
+    """Return the text after each of the newest `LOOKED_AT` markers, `LOOKED_AT_CHARS` at most, the newest last."""
     end, texts = len(prompt), list[str]()
     while len(texts) < LOOKED_AT and (end := prompt.rfind(begin, 0, end)) >= 0:
         texts.append(prompt[end + len(begin) :][:LOOKED_AT_CHARS])

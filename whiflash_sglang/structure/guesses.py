@@ -97,7 +97,7 @@ def _opening(matcher: Matcher, layout: Layout) -> list[LikelyText]:
 
 
 def _closing(matcher: Matcher, layout: Layout) -> list[LikelyText]:
-    """Guess the mark after a key or a value that has ended."""
+    """Guess which of `: , } ]` follows a key or a value that has ended."""
     possible = [mark for mark in ":,}]" if matcher.allows(mark)]
     if not possible:
         return []

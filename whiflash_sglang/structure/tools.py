@@ -98,8 +98,8 @@ KEPT = 128
 
 
 class Tools(NamedTuple):
-    """A request's tools. form: for calls in JSON the name of their arguments, else a key of `PARSERS`. functions: name
-    and parameters' schema of each tool, as the caller gave it.
+    """A request's tools. form: the JSON key that holds a call's arguments, if calls are JSON; else a key of `PARSERS`.
+    functions: name and parameters' schema of each tool, as the caller gave it.
     """
 
     form: str
