@@ -46,5 +46,6 @@ def transfer_kv_all_layer_direct_lf_pf(
 
 
 def _by_page(pool: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
-    """Return a host pool as [pages, layers, page_size, ...]. A pool of states lacks the page_size axis."""
+    """View a host pool as [pages, layers, page_size, ...]. One of recurrent states has no page_size axis, and therefore
+    only one axis more than `layer`, a layer of the device's pool."""
     return pool if pool.dim() == layer.dim() + 2 else pool.unsqueeze(2)

@@ -302,8 +302,8 @@ def drafter_cause(
 def compare_served(bundle: Path, prompts: Path, asks: Asks, arm: Arm, settings: EvaluationSettings) -> dict[str, Any]:
     """Compare a server's accepted drafts with the bundle's replay of the same answers.
 
-    Returns `positions`, by place in a draft the number of `drafts` and the accepted share with its bounds, `served` and
-    `offline` (None if prompts or target differ); `cause` of the difference, None without one; and its `sentence`.
+    Returns `positions`, a list by place in a draft: `drafts`, their number; `served` and `offline` (None if prompts or
+    target differ), each the accepted share and its bounds. `cause`: why they differ, else None; `sentence` says so.
 
     Raises ServerRefusedError if the server does not answer or draft with `arm`, and the errors of `evaluate_bundle`.
     """

@@ -195,7 +195,8 @@ def exchange(
 
 
 def _found(told: Told, server: AskedServer | None, model: str | None) -> Capabilities | bool | None:
-    """Return the capabilities that apply to a request for this model; None if hints must not be sent."""
+    """Return the capabilities for a request for this model. True: only the caller says that the server takes hints.
+    None or False: hints must not be sent."""
     capabilities = told.capabilities
     if server is not None:
         return server.require(model, strict=told.strict)

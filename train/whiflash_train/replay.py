@@ -116,7 +116,7 @@ def replay_drafters(pair: Pair, sequence: Stored, capture: Sequence[int]) -> dic
 
 
 def _unrolled(drafter: Eagle3Drafter, batch: Batch, capture: Sequence[int], steps: int) -> Tensor:
-    """Return whether each draft of the chains equals the text, [P, steps] bool."""
+    """Return whether each draft of the chain after each of P positions equals the text, [P, steps] bool."""
     layers = drafter.config.target_layer_ids
     if not layers:
         raise ValueError(
@@ -135,7 +135,7 @@ def _unrolled(drafter: Eagle3Drafter, batch: Batch, capture: Sequence[int], step
 
 
 def _blocks(drafter: DFlashDrafter, head: DraftHead, batch: Batch, capture: Sequence[int]) -> Tensor:
-    """Return whether each draft of the blocks equals the text, [P, drafts] bool."""
+    """Return whether each draft of the block after each of P positions equals the text, [P, drafts] bool."""
     blocks = choose_anchors(batch, per_token=1.0)
     columns = [list(capture).index(layer) for layer in drafter.config.target_layer_ids]
     states = run_blocks(drafter, batch, blocks, columns)

@@ -51,8 +51,8 @@ class DraftSources:
         self._compiled = {arm: each for arm in COMPILED if (each := proposing.get(arm)) and each.library is not None}
 
     def propose(self, round_: Round, *, joins: bool) -> tuple[list[Forecasts], Batch | None]:
-        """Fill the plan's candidates from its `asked` arms. Return each request's forecasts, and the batch of compiled
-        code for `extend`. joins: whether the policy lets the device's copies compete with other drafts.
+        """Fill the plan's candidates from its `asked` arms. Return each request's forecasts, and what `extend` needs of
+        the requests for which compiled code drafts. joins: whether the device's copies may compete with other drafts.
         """
         round_.plan.candidates = candidates = Candidates.of(len(round_), len(self.proposing), self.width)
         ahead = [round(len(request.under_way) * request.usual_rows) for request in round_.requests]

@@ -102,7 +102,8 @@ class Controller:
         return length + (self.policy.accepted(arm, most, limit) if 0 < length - 1 == limit < most else 0.0)
 
     def wanted(self, request: Request, decision: Decision, priced_as: str, drafts: int) -> None:
-        """Learn how many drafts a round had before some were left out. A full limited pass counts as unlimited."""
+        """Learn how many drafts a round had before some were left out. A pass that ends at its limit counts with the
+        arm's full length, since it might have been longer."""
         most = self.costs.longest(priced_as)
         drafts = most if 0 < drafts == decision.limit < most else drafts
         self.costs.wanted(priced_as, drafts, request.wanted[priced_as])

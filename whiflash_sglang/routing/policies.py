@@ -269,7 +269,7 @@ class AutoPolicy:
     def __init__(
         self, *, heads: bool = False, passes: bool = True, measured: Mapping[str, Sequence[float]] | None = None
     ) -> None:
-        """Take the prior chances of `AcceptanceByPlace`. measured: by arm, the chance of each place in the pass."""
+        """Set the priors of the means. heads, passes: see the class. measured: see `AcceptanceByPlace`."""
         self.needs = frozenset({"delta"} if heads else {"entropy"} if passes else ())
         places = AcceptanceByPlace(measured or {})
         self.judge, self.accepted = places.observe, places.accepted

@@ -347,7 +347,8 @@ class Calls:
         return text[at + len(begin) :]
 
     def _open_end(self, text: str) -> str:
-        """Return the end of `text` in which a mark may have begun: its last line, or a beginning of a mark."""
+        """Return the end of `text` in which a marker may have begun: its last line if the opener of a call begins with
+        that, else the longest beginning of a marker."""
         line = text[text.rfind("\n") + 1 :]
         if any(begin.startswith(line) for begin in self._begins):
             return "\n" + line

@@ -75,7 +75,7 @@ def _expected(tokens: Sequence[Token]) -> float:
 
 
 def _allowed(matcher: Matcher, vocabulary: Vocabulary, tokens: list[Token], end: int | None) -> list[Token]:
-    """Return the first of `tokens` that may follow, and `end` after them if the text is complete then."""
+    """Return the longest allowed beginning of `tokens`, and `end` after it if that is all and the text may end."""
     with matcher.trying():
         for number, (token, *_) in enumerate(tokens):
             if not (is_text(vocabulary, token) and matcher.accept_token(token)):

@@ -114,10 +114,9 @@ class CompiledLayers:
             raise ValueError(f"positions reach beyond the table's {len(table)} rows")
 
     def keep(self, k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor) -> None:
-        """Write rows k, v [T, ...] to `slots` [T] int64 of pools [S, ...], contiguous, with slots of a row's size.
+        """Write rows k, v [T, ...] to `slots` [T] int64 of contiguous pools [S, ...].
 
-        Raises:
-            ValueError: also for a slot that the pools have not.
+        Raises ValueError if a row does not fill a slot, a pool is not contiguous, or a slot is outside the pools.
         """
         k, v = k.reshape(len(slots), -1), v.reshape(len(slots), -1)
         k_size, v_size = (pool.stride(0) * pool.element_size() for pool in (k_pool, v_pool))

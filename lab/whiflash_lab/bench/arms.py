@@ -115,8 +115,8 @@ class Arm:
     """A way to serve that a benchmark compares with others.
 
     server: key of the server that answers; router: to be set there, if any. request: fields of every request. means:
-    the suffixes of its name, keys of `MEANS`; only in a recorded run. python: the interpreter of another checkout's
-    environment, which serves the arm; None: this one.
+    its additions (`auto+lpm`: `lpm`), keys of `MEANS`; only in a recorded run. python: the interpreter of another
+    checkout's environment, which serves the arm; None: this one.
     """
 
     name: str

@@ -197,7 +197,7 @@ def with_pool(subject: Subject, talks: Sequence[Talk], agents: int, share: float
 @dataclass(frozen=True, slots=True)
 class Player(Asker):
     """Replays recorded agents' conversations on one server. is_stock: whether it runs without WHIFLASH. means: as in
-    `Arm`. longest_wait: seconds of a tool at most."""
+    `Arm`. longest_wait: the most seconds that a tool takes."""
 
     is_stock: bool = False
     means: tuple[str, ...] = ()

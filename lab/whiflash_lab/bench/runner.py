@@ -72,8 +72,8 @@ class Plan:
     """The plan of a benchmark.
 
     interleave: run all servers at once and send each prompt to each arm in turn; otherwise one server at a time.
-    recorded: files of conversations, if these are the prompts. longest_wait: seconds of a tool at most. left_out: by
-    name, why a prompt is not asked.
+    recorded: files of conversations, if these are the prompts. longest_wait: the most seconds that a tool takes.
+    left_out: by name, why a prompt is not asked.
     """
 
     subject: Subject

@@ -128,7 +128,7 @@ def _gather(part: torch.Tensor) -> torch.Tensor:
 
 
 class RequestReceiver(SchedulerRequestReceiver):  # type: ignore[misc]
-    """SGLang's receiver of requests, in a scheduler of ours."""
+    """SGLang's receiver of requests, which raises an error once ranks no longer serve the same requests."""
 
     __slots__ = ()
 

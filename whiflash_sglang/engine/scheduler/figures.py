@@ -24,7 +24,7 @@ def accept_rate(accepted: int, proposed: int) -> float:
 
 
 class MetricsReporter(SchedulerMetricsReporter):  # type: ignore[misc]
-    """SGLang's reporter of counts, log lines and Prometheus metrics, in a scheduler of ours."""
+    """SGLang's reporter of counts, log lines and Prometheus metrics, with a corrected accept rate."""
 
     def report_decode_stats(self: Any, *args: Any, **named: Any) -> None:
         """Report accepted over proposed drafts as SGLang's accept rate. Upstream divides accepted drafts by forwards

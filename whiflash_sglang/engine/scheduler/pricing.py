@@ -187,7 +187,8 @@ class Start:
         return widest_of(self.drafters) + 1
 
     def _rows(self) -> tuple[list[int], int]:
-        """Return the row counts to time verifications with, and the most requests of one; the graphs' own if any."""
+        """Return the row counts to time verifications with, and the most requests of a verification. With graphs, both
+        are the graphs' own."""
         if self._graphs is not None:
             return self._graphs.capture_num_tokens, self._graphs.requests
         return self._grid(most_rows(self.requests, self._widest)), self.requests

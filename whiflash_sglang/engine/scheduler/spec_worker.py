@@ -103,12 +103,12 @@ def prefill_rows(
 ) -> tuple[FeatureRows, list[int], torch.Tensor, torch.Tensor]:
     """Describe an extend batch to the drafters. Facts that the device does not know go there with `upload`.
 
-    At a chunk's end the next token is the prompt's, not the sampled one, which SGLang throws away; it is a token of the
-    output if a request begins again after a retraction. If an image's position follows, the next token is 0, and the
-    position's embedding is taken from `read` [tokens, H], the target's input, unless it is in the next chunk.
+    Each row has the token that follows it. The last row of a chunk takes it from the text if that goes on (prompt, or
+    output before a retraction), else the sampled one. Before a position of an image it is 0, and the position's
+    embedding comes from `read` [tokens, H], the target's input, unless it is in the next chunk.
 
-    Returns the packed prompt tokens, each request's number of tokens with KV after this batch, its last packed row [B]
-    and the token after that row [B], as `core.readable` has it.
+    Returns the packed rows, each request's number of tokens with KV after this batch, its last packed row [B] and the
+    token after that row [B], below 0 for a position of an image (`core.readable`).
     """
     lens, prefixes = list(batch.extend_lens), list(batch.prefix_lens)
     lengths = [prefix + length for prefix, length in zip(prefixes, lens, strict=True)]

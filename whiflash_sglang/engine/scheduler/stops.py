@@ -21,7 +21,7 @@ from whiflash_sglang.engine.patching import around
 
 
 class BatchResultProcessor(SchedulerBatchResultProcessor):  # type: ignore[misc]
-    """SGLang's processor of results, in a scheduler of ours."""
+    """SGLang's processor of results, which ends accepted runs where plain decoding would end."""
 
     __slots__ = ()
 
