@@ -185,7 +185,7 @@ def advise(question: Question) -> Advice:
     fitting = [size for size in sizes if sum(_split(target.shape)) < USABLE * gpu.memory * size]
     if not fitting or fitting[0] > question.cards:
         return _too_large(target, question, fitting)
-    if not _fitting(target.shape, question, 1):
+    if not _fitting(target.shape, question, 1, layers_of(target)):
         question = question._replace(cards=max(size for size in sizes if size <= question.cards))
     pair = PublishedPair(lengths, published, {arm: min(FULL[arm], n) for arm, n in published.items()})
     rows = [_fastest(target, gpu, pair, question, n) for n in tracked(question.requests, TASK)]
@@ -202,7 +202,7 @@ def advise(question: Question) -> Advice:
         block=target.block,
         settings=list(_settings(target, question, rows[-1], choices[-1])),
         lost=[_memory(target, question, rows[-1].replicas), *FACTS.lost],
-        obstacles=list(_obstacles(target.shape, question, rows[-1].replicas)),
+        obstacles=list(_obstacles(target, question, rows[-1].replicas)),
     )
 
 
@@ -212,8 +212,19 @@ def sizes_of(shape: Shape) -> list[int]:
 
 
 def cards_for(target: PublishedTarget, gpu: str) -> int:
-    """Return the fewest cards that hold the target, two drafters and a request."""
-    return next(size for size in sizes_of(target.shape) if _fitting(target.shape, Question(target.name, gpu), size))
+    """Return the fewest cards that hold the target, its drafters and a request of 32,768 tokens."""
+    asked, layers = Question(target.name, gpu, prompt=32768 - Question("").answer), layers_of(target)
+    return next(size for size in sizes_of(target.shape) if _fitting(target.shape, asked, size, layers))
+
+
+def layers_of(target: PublishedTarget) -> int:
+    """Return the number of layers of the target's drafters; of one drafter of each kind if none is known."""
+    known_layers = bool(target.eagle3) + BLOCK_LAYERS * bool(target.block)
+    return known_layers or 1 + BLOCK_LAYERS
+
+
+def _drafters(target: PublishedTarget) -> str:
+    return "one drafter" if bool(target.eagle3) != bool(target.block) else "two drafters"
 
 
 def _too_large(target: PublishedTarget, question: Question, fitting: Sequence[int]) -> Advice:
@@ -282,17 +293,17 @@ def _without_host(row: Estimate, error: float) -> str:
 
 
 def _memory(target: PublishedTarget, question: Question, replicas: int) -> str:
-    """Return a sentence: how many fewer tokens fit beside two drafters, and the seconds to prefill a prefix again."""
+    """Return a sentence: how many fewer tokens fit beside the drafters, and the seconds to prefill a prefix again."""
     shape, gpu, cards = target.shape, _gpu(question.gpu), question.cards // replicas
-    layers, one, prefix = BLOCK_LAYERS + 1, question._replace(context=0, prompt=1, answer=0), 32768
+    layers, one, prefix = layers_of(target), question._replace(context=0, prompt=1, answer=0), 32768
     plain, ours = (_fitting(shape, one, cards, each) for each in (0, layers))
     fewer = f"hold {100 * (1 - ours / plain):.0f} % fewer tokens" if plain else "hold no token"
     weights = DRAFTER * layers / shape.layers * _split(shape)[0] / 1e9
-    seconds = _returns(shape, question._replace(context=prefix), cards)[-1]
+    seconds = _returns(shape, question._replace(context=prefix), cards, layers)[-1]
     return (
-        f"Memory: with two drafters {cards} × {gpu.name} {fewer} of {target.name} (their KV, and {weights:.1f} GB a "
-        f"card), and a prefix of {prefix:,} that falls out takes {seconds:.1f} seconds to prefill (computed at the "
-        "card's peak); `whiflash check --draft` names a drafter's."
+        f"Memory: with {_drafters(target)} {cards} × {gpu.name} {fewer} of {target.name} (draft KV, and {weights:.1f} "
+        f"GB a card), and a prefix of {prefix:,} that falls out takes {seconds:.1f} seconds to prefill (computed at "
+        "the card's peak); `whiflash check --draft` names a drafter's."
     )
 
 
@@ -307,8 +318,8 @@ def _assumed(target: PublishedTarget, question: Question, prices: str, source: s
         "Triton kernel takes up to 33 times as long, FA3 was not measured: gains over plain may be less)"
     )
     tools = (
-        f"; {question.tools:.0%} of requests write calls of twenty tools under grammars, of which the host knows "
-        "what it was measured to"
+        f"; {question.tools:.0%} of requests write calls of twenty tools under grammars, which force the share of "
+        "their tokens that was once measured"
     )
     load = f"tokens{behind if question.context else ''}{tools if question.tools else ''}"
     if question.context + question.prompt + question.answer > target.shape.positions:
@@ -357,21 +368,20 @@ def _prices(target: PublishedTarget, gpu: Gpu, question: Question, rows: Sequenc
     return f"{cards}; {error if shown else 'no table shows their error'}"
 
 
-def _obstacles(shape: Shape, question: Question, replicas: int) -> Iterator[str]:
-    most, cards = max(question.requests), question.cards // replicas
+def _obstacles(target: PublishedTarget, question: Question, replicas: int) -> Iterator[str]:
+    most, cards, shape = max(question.requests), question.cards // replicas, target.shape
     tokens = question.context + question.prompt + question.answer
-    layers = 0, BLOCK_LAYERS, BLOCK_LAYERS + 1
-    plain, one, two = (replicas * _fitting(shape, question, cards, each) for each in layers)
-    if most > two:
+    plain, ours = (replicas * _fitting(shape, question, cards, each) for each in (0, layers_of(target)))
+    if most > ours:
         on, needed = f" on {replicas} replicas" if replicas > 1 else "", most * tokens * shape.kv / 1e9
         yield (
-            f"KV for {most} × {tokens:,} tokens takes {needed:.0f} GB: {plain} requests fit{on}, {one} beside a block "
-            f"drafter, {two} beside two. Rows assume that the others wait"
+            f"KV for {most} × {tokens:,} tokens takes {needed:.0f} GB: {plain} requests fit{on}, {ours} beside "
+            f"{_drafters(target)}. Rows assume that the others wait"
             f"{', in host memory' * bool(question.context)}; more fit if they share a prefix"
         )
 
 
-def _fitting(shape: Shape, question: Question, cards: int, layers: int = BLOCK_LAYERS + 1) -> int:
+def _fitting(shape: Shape, question: Question, cards: int, layers: int) -> int:
     """Return the number of requests whose KV fits beside drafters of `layers` layers, whole copies on each card."""
     always, experts = _split(shape)
     drafters = layers * cards / shape.layers
@@ -380,12 +390,12 @@ def _fitting(shape: Shape, question: Question, cards: int, layers: int = BLOCK_L
     return max(int(room / each), 0)
 
 
-def _slot(shape: Shape, cards: int, layers: int = BLOCK_LAYERS + 1) -> float:
+def _slot(shape: Shape, cards: int, layers: int) -> float:
     """Return the bytes of a token's KV on all cards together, with that of drafters of `layers` layers."""
     return shape.kv * (1 + layers * cards / shape.layers)
 
 
-def _returns(shape: Shape, question: Question, cards: int, layers: int = BLOCK_LAYERS + 1) -> list[float]:
+def _returns(shape: Shape, question: Question, cards: int, layers: int) -> list[float]:
     """Return the seconds that a server needs to bring back one returning agent's KV, for each of `PAYS`."""
     gpu, tokens = _gpu(question.gpu), question.context
     copied = tokens * _slot(shape, cards, layers) / (gpu.host * cards)
@@ -449,7 +459,7 @@ def _fastest(target: PublishedTarget, gpu: Gpu, pair: PublishedPair, question: Q
         sizes = target.shape, question, cards
         eager = EAGER if cards > 1 else 0.0
         server = Server(prices, partial(_fitting, *sizes), partial(_returns, *sizes), replicas, eager)
-        row = _row(server, pair, question, requests, _block(target))
+        row = _row(server, pair, question, requests, target)
         name, size = ("dp", replicas) if replicas > 1 else ("tp", cards)
         return row._replace(
             load=count(requests, "request") + (f", {name} {size}" if whole > 1 else ""),
@@ -457,15 +467,16 @@ def _fastest(target: PublishedTarget, gpu: Gpu, pair: PublishedPair, question: Q
             replicas=replicas,
         )
 
-    replicas = [on(1, whole)] if whole > 1 and _fitting(target.shape, question, 1) else []
+    replicas = [on(1, whole)] if whole > 1 and _fitting(target.shape, question, 1, layers_of(target)) else []
     together = [on(whole, 1)] if whole in sizes_of(target.shape) else []
     return max([*replicas, *together], key=lambda row: max(row.rates.values()) * (SURE if row in replicas else 1))
 
 
-def _row(server: Server, pair: PublishedPair, question: Question, requests: int, block: str) -> Estimate:
-    """Estimate the tokens per second of each way to serve a load. block: SGLang's algorithm for block drafters."""
+def _row(server: Server, pair: PublishedPair, question: Question, requests: int, target: PublishedTarget) -> Estimate:
+    """Estimate the tokens per second of each way to serve a load."""
+    block = _block(target)
     tools = max(question.tools, 1e-9)  # above 0, so that the host's time counts
-    layers = {"EAGLE3": 1, block: BLOCK_LAYERS, OURS: BLOCK_LAYERS + 1}
+    layers = {"EAGLE3": 1, block: BLOCK_LAYERS, OURS: layers_of(target)}
     each = -(-requests // server.replicas)
 
     def rate(way: str, pair: PublishedPair) -> float:
@@ -515,21 +526,21 @@ def _settings(target: PublishedTarget, question: Question, row: Estimate, choice
         cards = question.cards // row.replicas
         agents = -(-max(question.requests) // row.replicas)
         tokens = question.context + question.prompt + question.answer
-        host = -int(-agents * tokens * _slot(target.shape, cards) // (1e9 * cards))
+        host = -int(-agents * tokens * _slot(target.shape, cards, layers_of(target)) // (1e9 * cards))
         parsers += f" --enable-session-radix-cache --enable-hierarchical-cache --hicache-size {host}"
         narrow = target.shape._replace(kv=target.shape.kv // 2)
-        plain, ours = (row.replicas * _fitting(narrow, question, cards, n) for n in (0, BLOCK_LAYERS + 1))
+        plain, ours = (row.replicas * _fitting(narrow, question, cards, n) for n in (0, layers_of(target)))
         yield (
             f"Host memory: {host} GB a card hold all agents' KV. Requests carry session_id (the SDK's Session sends "
             "it), so that agents' KV outlives other requests'; --radix-eviction-policy priority orders among them."
         )
         yield (
-            f"--kv-cache-dtype fp8_e4m3: {plain} agents fit, {ours} beside two drafters. Its text differs from that of "
-            "16-bit KV."
+            f"--kv-cache-dtype fp8_e4m3: {plain} agents fit, {ours} beside {_drafters(target)}. Its text differs from "
+            "that of 16-bit KV."
         )
     ways = _ways(target)
     if choice != OURS:
-        drafter = ways.get(choice, ())[:1]
+        drafter = ways.get(choice, () if choice in (PLAIN, "NGRAM") else ("DRAFTER",))[:1]
         flags = "" if choice == PLAIN else f" --speculative-algorithm {choice}"
         flags += "".join(f" --speculative-draft-model-path {name}" for name in drafter)
         yield f"sglang serve {target.name}{flags}{spread}{parsers}"
@@ -542,7 +553,7 @@ def _settings(target: PublishedTarget, question: Question, row: Estimate, choice
     bound = f" --max-running-requests {max(question.requests)}" if max(question.requests) > 48 else ""
     yield f"whiflash serve {target.name} --speculative-draft-model-path my-bundle{spread}{parsers}{bound}"
     stock = ",".join((*ways, "NGRAM"))  # every drafter of the bundle, also one without published acceptance
-    most = max(_fitting(target.shape, question, question.cards // row.replicas), 1)
+    most = max(_fitting(target.shape, question, question.cards // row.replicas, layers_of(target)), 1)
     loads = ",".join(dict.fromkeys(str(min(-(-load // row.replicas), most)) for load in question.requests))
     arguments = f"--no-interleave --arms none,{stock},auto --concurrency {loads}"
     arguments += f' --server-args="{row.spread}"' if row.spread.startswith("--tp") else ""
