@@ -234,8 +234,8 @@ def fused_gate_sigmoid_mul_add(
 
 
 def experts_of_kimi(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Replace the forward of Kimi Linear's `KimiMoE`: it expects the experts' kernel to multiply by the routed scaling
-    factor, which SGLang's torch experts do not. hidden_states: [T, H]. Returns [T, H]."""
+    """Compute Kimi Linear's `KimiMoE`, routed scaling factor included. Its own forward leaves that to the experts'
+    kernel, but SGLang's torch experts do not apply it. hidden_states: [T, H]. Returns [T, H]."""
     routed = self.experts(hidden_states, self.topk(hidden_states, self.gate(hidden_states)[0]))
     routed = routed * self.routed_scaling_factor
     return routed if self.num_shared_experts is None else routed + self.shared_experts(hidden_states)

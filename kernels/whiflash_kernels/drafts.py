@@ -287,7 +287,8 @@ def _aligned(
     limits: Tensor,
     least: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens, counts and chances of one candidate per request, cut to the part after the present text."""
+    """Return tokens, counts and chances of one candidate per request, without its beginning that is in the text by now
+    and without tokens of a chance below `least`. The count is 0 if the text differs from that beginning."""
     columns = tokens.shape[1]
     column = torch.arange(columns, device=seq_lens.device)
     passed = seq_lens + 1 - at

@@ -94,7 +94,7 @@ class ServedOrigin:
         """Read a target's embedding and head, which SGLang wrote to `told`, and its sizes from its `config.json`.
 
         Args:
-            target: its directory. name: in the configuration. told: directory of `ORIGIN`. final_norm: [H].
+            target: its directory. name: the configuration's `target`. told: holds the file `ORIGIN`. final_norm: [H].
             layers: a drafter's `num_attention_heads`, `num_key_value_heads`, `head_dim` and `intermediate_size`; they
                 replace the target's.
 

@@ -62,7 +62,7 @@ class Drafter:
     def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
         """Learn that the target accepted `accepted` of `proposed` drafts, which had these `confidences`, in a round.
 
-        Not called for drafts that a caller ordered.
+        Not called for rounds whose route a client's hint decided.
         """
 
 
@@ -116,10 +116,10 @@ class TextDrafter(Drafter):
     Lifecycle per request: `begin` → `propose` in every round in which it may draft → `answered` if it finishes → `end`.
     Between these its state is in `Request.kept`, by its name.
 
-    proposes: whether its candidates are made before the round is planned and without a pass: by the compiled code of
-    `library`, at `handle`; else by `propose`. Without, it drafts by `draft`. on_device: whether the device also drafts
-    for it, for all requests, by `copy`, since the host knows texts a round late. raised: errors of answers to compiled
-    code, by request, until they are judged.
+    proposes: whether it makes candidates on the host before the round is planned: if it has a `library`, by compiled
+    code at `handle`, else by `propose`. If not, it drafts by `draft`. on_device: whether the device also drafts for it,
+    for all requests, by `copy`, since the host knows texts a round late. raised: errors raised while it answered
+    compiled code, with the request, until they are judged.
     """
 
     proposes: bool = True

@@ -64,7 +64,7 @@ class DFlashArm(PagedArm):
         self._copy(self._head.bias, self.model.head.bias)
 
     def _copy(self, held: torch.Tensor | Projection | None, whole: torch.Tensor | Projection | None) -> None:
-        """Renew `held` after `whole` was written: copy the drafter's vocabulary rows, or requantise the same matrix."""
+        """Renew the head's `held` after `whole` was written: copy the rows of its smaller vocabulary, or requantise."""
         kept = self._head.kept
         if kept is not None and isinstance(held, torch.Tensor) and isinstance(whole, torch.Tensor):
             held.copy_(whole[kept])

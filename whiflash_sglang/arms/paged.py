@@ -213,7 +213,7 @@ def blocks_of(rows: int, runs: Sequence[int] | None) -> Iterator[tuple[int, int,
 
 
 def _without_gradients(weight: torch.Tensor) -> torch.Tensor:
-    """Return `weight` without gradients, unchanged if it needs none: a packed copy belongs to one tensor object."""
+    """Return `weight` without gradients; the same object if it has none, since a packed copy belongs to an object."""
     return weight.detach() if weight.requires_grad else weight
 
 

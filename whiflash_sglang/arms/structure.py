@@ -62,9 +62,10 @@ class _Uses(dict[str, int]):
 class _Kept:
     """The arm's state of a request.
 
-    grammar: its constraint, None without one. tools: of the calls that are expected; empty: none are. words: of its
-    schemas and tools. tail: the prompt's last tokens. source: of its drafts now. walk: its place in its `automaton`;
-    None: it has none. shared: whether requests with the same `key` walk there, too.
+    grammar: its constraint, None without one. tools: those that it may call, as text; empty: none. words, uses: words
+    of schemas and tools, and their counts in the prompt. tail: the prompt's last tokens. source: TOOLS or GRAMMAR, from
+    which it drafts now. walk: its place in `automaton`, None without one. shared: whether requests with its `key` use
+    the same automaton.
     """
 
     grammar: Grammar | None
@@ -83,7 +84,7 @@ class StructureArm(TextDrafter):
     """Proposes tokens that the request's grammar forces.
 
     Args:
-        settings: widths. vocabulary: the target's. spending: bounds the time for questions.
+        settings: widths. vocabulary: the target's. spending: bounds the time that requests' grammars take.
     """
 
     arm = arms.STRUCTURE
@@ -106,7 +107,7 @@ class StructureArm(TextDrafter):
 
     def forget(self) -> None:
         self._rates, self._habits = Rates(SEED, SEED_WEIGHT, DECAY), dict[bool, Layout]()
-        """How often reasons were right; the newest layout of JSON, in marks and blanks, by whether it was in a tag."""
+        """Learned chances of guesses by their kind; the newest answer's layout of JSON, by whether it had a tag."""
         self._automata.clear()  # they hold words of requests' schemas
         if self._walks is not None:
             self._walks.lessons.learn(*self._rates.addresses)

@@ -53,9 +53,7 @@ class Watermarks:
     host keeps lower bounds, which are exact as long as it knows every n, so that no ring overflows.
 
     Args:
-        arms: names of the drafters that have KV.
-        capacity: tokens a ring holds per request.
-        rows: of the request table.
+        arms: names of the drafters that have KV. capacity: tokens a ring holds per request. rows: of the request table.
     """
 
     def __init__(self, arms: Iterable[str], capacity: int, rows: int, device: torch.device | str = "cpu") -> None:
@@ -110,11 +108,11 @@ class Watermarks:
         """Choose the requests that `arm` has to catch up before this round. Returns their indices, and how many tokens
         they ingest together: at most, or exactly if n is known. The host's watermarks advance here.
 
-        Requests that chose the arm catch up to n. Another request catches up only if its ring could overflow after this
-        round's verification commits up to `width` more tokens: its features are ingested, never dropped. If a pass runs
-        for such requests only, those with half a ring join it, which spares them a pass of their own. Feature n-1 stays
-        parked through any flush. Requests that have ended are skipped. verifying: rows that earlier rounds still
-        verify, which bounds the tokens that requests have committed without the host's knowledge.
+        Requests that chose the arm catch up to n. Another request catches up only if its ring could overflow when this
+        round commits its share of `widths`: its features are ingested, never dropped. If a pass runs for such requests
+        only, those with half a ring join it, which spares them a pass of their own. Feature n-1 stays parked through
+        any flush. Requests that have ended are skipped. verifying: rows that earlier rounds still verify, which bounds
+        the tokens that requests have committed without the host's knowledge.
         """
         lower = self._lower
         behind = [high - lower[row][arm] if row in lower else 0 for row, high in zip(rows, most, strict=True)]
@@ -159,9 +157,8 @@ class FeatureRows:
         return self if columns is None else replace(self, features=columns(self.features))
 
     def embedded(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Embed the token after each row for a drafter, [N, H']: tokens by its `embed`, images as the target read them
-        if both are as wide.
-        """
+        """Embed the token after each row for a drafter, [N, H'], by its `embed`. A position of an image is embedded as
+        the target read it if H' is the target's width."""
         tokens = embed(self.next_tokens)
         if self.images is None or self.images[1].shape[1] != tokens.shape[1]:
             return tokens

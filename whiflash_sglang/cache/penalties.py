@@ -10,7 +10,7 @@ from whiflash_kernels import PenaltyTable
 from whiflash_sglang.device.transfers import Upload
 
 MOST_PENALISED, MORE = 128, 16
-"""Largest number of places that graphs read, since more would take memory from KV; number by which the table grows."""
+"""Most biases that graphs read, since more would take memory from KV; number by which the table grows."""
 
 
 class Penalties(NamedTuple):

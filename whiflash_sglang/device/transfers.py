@@ -76,7 +76,7 @@ def masks_of_places(rows: int, words: int) -> int:
 def mask_places(masks: torch.Tensor, rows: int) -> torch.Tensor:
     """Return the index of each packed row's mask, [rows] int64, as a view of the first bytes of `masks`.
 
-    masks: [M, words] int32, contiguous. Indices and masks share a tensor, so that one transfer brings both.
+    masks: [M, words] int32, contiguous. It begins with the indices in place of masks, so one transfer brings both.
     """
     return masks.view(-1)[: 2 * rows].view(torch.int64)
 

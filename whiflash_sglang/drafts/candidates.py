@@ -48,10 +48,9 @@ PLAIN = Forecast(1.0, 1)
 
 class Candidate(NamedTuple):
     """Tokens that may follow a request's text. alive: for each token, the chance that it and all before it are
-    accepted; never increasing. parts: sources of the tokens. at: position of the first token, if the text was known up
-    to it. matched, agreements: for a copy only, how many tokens before it match, and by token how far the matching
-    places agree on it. under_way: rows that earlier rounds are expected to verify: only the tokens after those must be
-    worth a row."""
+    accepted; never increasing. parts: sources of the tokens. at: position of the first token in the request's text.
+    matched, agreements: for a copy only, how many tokens before it match, and by token how far the matching places
+    agree on it. under_way: rows that earlier rounds are expected to verify; only later tokens must be worth a row."""
 
     tokens: Sequence[int] = ()
     alive: Sequence[float] = ()

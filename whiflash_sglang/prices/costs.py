@@ -213,20 +213,19 @@ class Costs:
         return self.correction.factor * self._filled(requests, rows)[1]
 
     def packed(self, requests: int, drafts: int, drawn: float = math.inf) -> int:
-        """Return the number of drafts that a round of `requests` requests verifies. drafts: number that is worth its
-        rows. drawn: largest number that passes make.
-        """
+        """Return the number of drafts that a round of `requests` requests verifies. drafts: how many are worth their
+        rows. drawn: how many its passes make at most."""
         return self._filled(requests, requests + drafts, requests + drawn)[0] - requests if drafts else 0
 
     def worth(self) -> Worth:
         """Return the accepted tokens that a further draft must bring; `FULL_LENGTH` until a rate was measured.
 
-        A pass drafts the length that was chosen with its route, so only the row has a price.
+        Only its row is priced: the length of a pass was chosen with the route.
         """
         return Worth(self._rate * self._busy.value * self._row(self._verified)) if self._rate else FULL_LENGTH
 
     def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
-        """Return prices in seconds by (kind of work, arm); the arm is "" for work that no drafter does."""
+        """Return seconds by (kind of work, arm), for one request or one more; the arm is "" if no drafter does it."""
         prices = {
             ("verify", ""): self.correction.factor * self.tables.verify(1, 1, self._context),
             ("verify_row", ""): self._row(1),

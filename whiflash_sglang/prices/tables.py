@@ -118,10 +118,10 @@ class Verifications:
 class CostTables:
     """Prices in seconds of a round's work, measured at the start.
 
-    verifications: with the largest batch's number of requests. drafts: by arm, passes by number of requests. catch_up:
-    by arm, by number of rows. shorter: by arm and number of drafts, limited passes. wider: number of rows →
-    verifications in which each request has more rows than that, with a larger tile of attention. plain: rounds without
-    drafts, if they have graphs of their own.
+    verifications: timed with as many requests as the largest batch. drafts: arm → passes, by number of requests.
+    shorter: arm → number of drafts → passes limited to it. catch_up: arm → catch-ups, by number of tokens. wider:
+    number of rows → verifications in which each request has more, with a larger tile of attention. plain: rounds
+    without drafts, if they have graphs of their own.
     """
 
     verifications: Verifications

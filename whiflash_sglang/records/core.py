@@ -34,8 +34,8 @@ NumbersT = TypeVar("NumbersT")
 class Limits(NamedTuple, Generic[NumbersT]):
     """Largest number of drafts of each request of a round: a list on the host, [B] int64 on the device.
 
-    passes: of its drafter's pass, 0 without one. joined: of the pass and the drafts with which other arms continue it,
-    0 if none may. copied: that the device may copy instead of a pass. drafts: of any source.
+    passes: made by a drafter's pass, 0 without one. joined: made by the pass and by arms that continue it, together; 0
+    if no arm may. copied: copied by the device in place of a pass. drafts: from all sources.
     """
 
     passes: NumbersT

@@ -65,7 +65,7 @@ def build_drafters(settings: Settings, target: Target, spending: Spending, *, la
     tokenizer there are no grammars, and text is copied unchanged.
 
     Raises:
-        CheckpointError: a file is missing or damaged. ConfigError: it is not its bundle's, or this GPU has no fp8.
+        CheckpointError: a file is missing or damaged. ConfigError: a file is not the bundle's, or this GPU has no fp8.
     """
     verify(settings.checksums)
     drafts = {arm: read_draft(path, arm) for arm, path in settings.drafters.items()}

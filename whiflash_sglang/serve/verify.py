@@ -16,7 +16,7 @@ from whiflash_sglang.round.forcing import Forcing
 from whiflash_sglang.structure.spending import Spending
 
 Place = Enum("Place", ["GRAPH", "SECOND_GRAPH", "BEHIND"])
-"""Places where rows are committed: at the end of their graph, in a second graph, or eagerly behind their forward."""
+"""Places where rows are committed: at the end of their graph, in a second graph, or eagerly after their forward."""
 
 
 class CommitPlan(NamedTuple):

@@ -108,7 +108,7 @@ class Matcher(ABC):
 
     @abstractmethod
     def _forced(self) -> str:
-        """Return the text that must follow in a grammar that has not ended; empty in the same cases as `forced`."""
+        """Return the text that must follow, for `forced`. The grammar has not ended, and time is left."""
 
     @abstractmethod
     def _accept_token(self, token: int) -> int:

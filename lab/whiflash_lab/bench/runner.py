@@ -89,7 +89,7 @@ class Plan:
 
     @property
     def over(self) -> str | None:
-        """`auto`, if one of its variants (`auto-no-hints`, `auto+prediction`) is compared with it; else None."""
+        """Arm that others are compared with: `auto`, if the plan has it and a variant (`auto-no-hints`); else None."""
         names = [arm.name for arm in self.arms]
         varied = any(name.startswith(("auto-", "auto+", "auto@")) for name in names)
         return "auto" if varied and "auto" in names else None

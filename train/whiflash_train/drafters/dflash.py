@@ -88,7 +88,8 @@ class BlockTraining(nn.Module):
         gamma: float,
     ) -> None:
         """Set up the loss. columns: indices of the captured layers that the drafter reads. frequent: [K] token ids that
-        are always in the loss; sampled: number of random others. Position k of a block weighs exp(-(k-1)/`gamma`)."""
+        are always in the loss; sampled: number of random others. anchors_per_token: share of the answer tokens that
+        start a block, whose position k weighs exp(-(k-1)/`gamma`)."""
         super().__init__()
         self.drafter, self.columns = drafter, list(columns)
         self.frequent: Tensor

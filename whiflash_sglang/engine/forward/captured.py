@@ -31,7 +31,7 @@ from whiflash_sglang.formats.choice import SharedVocabulary
 SETTERS = ("set_dflash_layers_to_capture", "set_eagle3_layers_to_capture", "set_dspark_layers_to_capture")
 """Methods that set the layers to capture, in the order in which a loaded model is asked for them."""
 _DSPARK_ALONE = ("KimiLinearForCausalLM",)
-"""Classes that have only the last one and capture layers' outputs by it. DeepSeek-V4's captures no layer's output."""
+"""Classes that capture layers' outputs and have only the last of `SETTERS`. DeepSeek-V4's has it and captures none."""
 
 
 def may_capture(architecture: str) -> bool:

@@ -102,13 +102,9 @@ def fill_masks(grammar: Any, drafts: Sequence[int], bits: torch.Tensor, vocabula
 
     After a draft that the grammar forbids, and after its end, nothing is accepted, so no mask is needed there.
 
-    Args:
-        bits: [1 + drafts, words].
+    bits: [1 + drafts, words]. Raises ValueError if the grammar allows no token; it cannot be used any more then.
 
-    Raises ValueError if the grammar allows no token; it cannot be used any more then.
-
-    Returns:
-        Rows whose drafts may be accepted: all, or those for which there was time.
+    Returns the number of rows whose drafts may be accepted: all, or those for which there was time.
     """
     taken = 0
     try:

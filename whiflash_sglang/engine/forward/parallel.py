@@ -34,7 +34,7 @@ def ranks_of_model() -> Ranks:
 
 
 def sends_tokens(grammars: bool) -> bool:
-    """Whether ranks take the first rank's tokens, as SGLang's sampler lets them: other draws would end the server."""
+    """Whether ranks take the first rank's tokens, by the rule of SGLang's sampler. Differing tokens end the server."""
     return get_parallel().attn_tp_group.world_size > 1 and (grammars or SYNC_TOKEN_IDS_ACROSS_TP)
 
 
@@ -47,8 +47,7 @@ def first_ranks(tokens: torch.Tensor) -> torch.Tensor:
 def shared_vocabulary(model: Any, size: int) -> SharedVocabulary | None:
     """Return the target's embedding and head if they are split or quantised; None if both are plain matrices.
 
-    Args:
-        model: SGLang's. size: tokens of its vocabulary.
+    model: SGLang's. size: tokens of its vocabulary.
     """
     split = get_parallel().attn_tp_group.world_size > 1
     embedding, head = input_embedding(model), output_head(model)

@@ -96,14 +96,8 @@ def tracks_every(batch: Any) -> int | None:
 
 
 def tracked_rows(starts: torch.Tensor, accept_lens: torch.Tensor, every: int) -> torch.Tensor:
-    """Return each request's last accepted row after which its length is a multiple of `every` tokens.
-
-    Args:
-        starts, accept_lens: [B] int, as in `commit`.
-
-    Returns:
-        [B] int64; -1 for a request without such a row.
-    """
+    """Return each request's last accepted row after which its length is a multiple of `every` tokens, [B] int64; -1
+    without one. starts, accept_lens: [B] int, as in `commit`."""
     before = starts.long()
     reached = (before + accept_lens) // every * every
     return torch.where(reached > before, reached - before - 1, -1)
@@ -147,7 +141,7 @@ def rows_counted(runner: Any, widest: int) -> int:
 
     TRT-LLM's MLA ends each request's keys one widest block (the server's) after its context, and takes its query rows
     for the last positions of that block. With fewer rows each would get a later position than its own. If layers keep a
-    state, SGLang gives no slot of a graph more rows than are counted, nor a slot that holds a graph's unused rows.
+    state, SGLang gives every slot of a graph, also those with its unused rows, at most the declared rows.
     """
     names = {runner.prefill_attention_backend_str, runner.decode_attention_backend_str}
     if names & PADDED_ATTENTIONS or has_state(runner.model_config):

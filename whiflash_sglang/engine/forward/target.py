@@ -100,9 +100,8 @@ class Target(LoadedTarget):
         return result, features
 
     def rows_for(self, rows: int, requests: int) -> int | None:
-        """Return the rows of a verification that has room for `rows` rows: those of the smallest graph that holds them.
-        None if there is no such graph and the host counts the rows (`agreed_rows`).
-        """
+        """Return the rows of a verification with room for `rows` rows: those of the smallest graph that holds them. If
+        none does, `rows` with several ranks, else None: then the host counts them (`agreed_rows`)."""
         graph = self._graph_for(rows, requests)
         return rows if graph is None and get_parallel().tp_size > 1 else graph
 
