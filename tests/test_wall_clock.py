@@ -10,6 +10,7 @@ PACKAGES = [
 WALL = re.compile(r"\btime\.time(_ns)?\(|\bdatetime\.(now|utcnow|today)\(|\bdate\.today\(|\btime\.(localtime|gmtime)\(")
 
 DATES = {
+    "lab/whiflash_lab/bench/runner.py",
     "sdk/whiflash_sdk/collecting.py",
     "train/whiflash_train/learner/once.py",
     "whiflash_sglang/prices/kept.py",
