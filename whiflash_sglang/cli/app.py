@@ -99,7 +99,7 @@ def main() -> None:
         if "socks" in str(error):
             code = _complain(f"the environment names a SOCKS proxy: {error}", 1)
         elif installed() is None:
-            code = _complain(f"SGLang is not installed here, and this command needs it ({error}): {elsewhere.WHOLE}", 1)
+            code = _complain(f"this command needs {error.name or error}, which is not installed: {elsewhere.WHOLE}", 1)
         else:
             raise
     except OSError as error:
