@@ -420,6 +420,7 @@ MODEL = "sglang serve a/b"
         (f"echo 'Usage: sglang serve MODEL'; {MODEL} --tp 2", "sglang serve", "--tp 2"),
         ('bash -c "x && sglang serve a/b --served-model-name \\"a b\\" --tp 2"', "", '"a b"'),
         (f"[Service]\nExecStart=/bin/{MODEL}", "/bin/sglang serve", "a/b"),
+        (f'docker run image bash -c "x && {MODEL}"', "sglang serve", "the image must hold WhiFlash"),
         (f"P=1\nP=2\n{MODEL} --port $P", "", "# set before, as in your file: P"),
         (f"cat > a.sh <<EOF\n{MODEL} --tp \\$TP \\\\\n --port 1\nEOF\n", "", "--tp $TP \\\n    --port 1"),
         (f"cat > a.sh <<'EOF'\n{MODEL} --api-key a\\$b\nEOF\n", "", "--api-key a\\$b"),

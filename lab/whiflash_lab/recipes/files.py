@@ -240,7 +240,8 @@ def _shell(text: str, path: Path, who: str = "") -> Iterator[Recipe]:
         name = (who or str(path)) + (f": {number}" if len(launches) > 1 else "")
         path_of_it = words.pop() if words and not before[-1:].isspace() else ""
         command = " ".join([*words, path_of_it + " ".join(launch[0].split())])
-        yield Recipe(name, flags, _variables_in(before), _restored(command, computed))
+        keys = () if "docker" in outer else None
+        yield Recipe(name, flags, _variables_in(before), _restored(command, computed), keys)
 
 
 def _heredocs(text: str) -> tuple[str, list[str]]:

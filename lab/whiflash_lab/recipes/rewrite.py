@@ -94,7 +94,7 @@ def _advice(recipe: Recipe, flags: Mapping[str, Flag]) -> Iterator[str]:
     if isinstance(draft := flags.get(DRAFT), str) and named:
         yield f"drafters take memory: whiflash check --model-path {named} --draft {draft} says how much"
     if recipe.keys == ():
-        yield "this takes the place of the launch in the container's script, where $(NAME) is the container's variable"
+        yield "this takes the place of the launch in the container's script"
     if recipe.keys is not None or "docker" in recipe.start:
         yield "the image must hold WhiFlash: deploy/container/sglang.Containerfile adds it to SGLang's"
 
