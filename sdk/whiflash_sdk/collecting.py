@@ -41,7 +41,7 @@ class CollectedCall:
     """
 
     agent: str | None
-    started: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    started: datetime = field(default_factory=lambda: datetime.now(timezone.utc))  # noqa: TID251 (a date)
     began: float = field(default_factory=time.monotonic)
     ended: datetime | None = None
     response_id: str | None = None

@@ -1,41 +1,15 @@
-"""Only `engine/` imports SGLang for a server, and what is used of it is checked."""
+"""Names of SGLang's that are used are checked."""
 
-import ast
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-import whiflash_sglang
 from whiflash_sglang.engine import algorithm, patches, patching
 from whiflash_sglang.engine.supported import UNTESTED
 from whiflash_sglang.http import command_line
 from whiflash_sglang.serve import plugin
-
-PACKAGE = Path(whiflash_sglang.__file__).parent
-
-
-def imports(path: Path) -> set[str]:
-    """`module:name` of every import from SGLang in a file."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang"):
-            found |= {f"{node.module}:{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {f"{alias.name}:" for alias in node.names if alias.name.split(".")[0] == "sglang"}
-    return found
-
-
-def test_two_folders_import_the_engine() -> None:
-    allowed = {"engine", "http"}
-    offenders = [
-        str(path.relative_to(PACKAGE))
-        for path in PACKAGE.rglob("*.py")
-        if path.relative_to(PACKAGE).parts[0] not in allowed and imports(path)
-    ]
-    assert offenders == []
 
 
 def test_every_name_exists_with_the_expected_parameters() -> None:

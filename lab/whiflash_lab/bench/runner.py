@@ -343,7 +343,7 @@ class Runner:
         plan = self._plan
         return {
             "dtype": plan.subject.dtype,
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),  # noqa: TID251 (a date)
             "busy_after": provenance.busy(),
             "seconds": round(time.monotonic() - self._began, 1),
             "interleaved": plan.interleave,

@@ -58,7 +58,7 @@ def train_drafter(name: str, config: TrainConfig, target_path: Path, start_from:
         resumed = last_checkpoint(run / "trainer")
         facts = _facts(name, config, stores, start_from)
         check_same_run(run / "trainer", facts, begun=resumed is not None)
-        began, record = time.time(), begun(config, stores)
+        began, record = time.monotonic(), begun(config, stores)
         model: Any = BUILDERS[name](config, settings, target, stores, start_from)
         model.train()
         trainer = _LoggingTrainer(
@@ -70,7 +70,7 @@ def train_drafter(name: str, config: TrainConfig, target_path: Path, start_from:
         trainer.train(resume_from_checkpoint=resumed)
         out = run / "checkpoint"
         model.drafter.save(out)
-        record |= {"wall_seconds": round(time.time() - began, 1), "log": trainer.state.log_history}
+        record |= {"wall_seconds": round(time.monotonic() - began, 1), "log": trainer.state.log_history}
         record["answer_tokens"] = batches.answer_tokens
         (out / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
         return out

@@ -260,7 +260,7 @@ def newest_learned(bundle: Path) -> float:
         until = float(read_json_file(bundle / LEARNED)["until"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0
-    return until if until <= time.time() else 0.0
+    return until if until <= time.time() else 0.0  # noqa: TID251 (a date)
 
 
 def _chosen(learning: Learning, served: str) -> ChosenTexts:
@@ -270,7 +270,7 @@ def _chosen(learning: Learning, served: str) -> ChosenTexts:
     longest = min(LONGEST, integer(shape, "max_position_embeddings", target, default=LONGEST))
     vocabulary = integer(shape, "vocab_size", target)
     samples = texts_of(samples_of(learning.directory), served, vocabulary, longest)
-    now = time.time()
+    now = time.time()  # noqa: TID251 (a date)
     texts = [text for text in samples if text.written <= now]  # a date in the future means a wrong clock
     return choose(texts, newest_learned(learning.bundle), learning.tokens, learning.judged)
 
