@@ -38,9 +38,9 @@ def kept(e: Engine) -> list[Sample]:
     spool.flush()
     assert (spool.counts["dropped"], spool.counts["failed"]) == (0, 0), spool.counts
     files = files_of(spool._directory)
-    found = [sample for file in files for sample in read_samples(file.path, spool._target)]
+    found = [sample for file in files for sample in read_samples(file, spool._target)]
     for file in files:
-        file.path.unlink()
+        file.unlink()
     return found
 
 

@@ -49,7 +49,7 @@ def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Spool:
 
 
 def kept(directory: Path) -> list[Sample]:
-    return [sample for file in files_of(directory) for sample in read_samples(file.path, TARGET)]
+    return [sample for file in files_of(directory) for sample in read_samples(file, TARGET)]
 
 
 def directory_of(spool: Spool) -> Path:
@@ -62,7 +62,7 @@ def test_a_finished_request_is_read_back(spool: Spool) -> None:
     spool.flush()
     assert kept(directory_of(spool)) == [Sample([1, 2], [3], [7, 5]), Sample([4], [5, 6], [])]
     assert spool.counts["written"] == 2
-    assert spool.size == sum(file.size for file in files_of(directory_of(spool)))
+    assert spool.size == sum(files_of(directory_of(spool)).values())
 
 
 def test_its_thread_writes_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_who_is_forgotten_leaves_nothing(spool: Spool, handle: int | None, left:
     found = [sample.prompt[0] for sample in kept(directory_of(spool))]
     assert sorted(set(found)) == left
     for file in files_of(directory_of(spool)):
-        assert handle not in json.loads(file.path.read_text().splitlines()[0])["handles"]
+        assert handle not in json.loads(file.read_text().splitlines()[0])["handles"]
 
 
 @pytest.mark.parametrize("handle", [7, None])
@@ -181,7 +181,7 @@ def test_forgetting_drops_what_nobody_can_read(spool: Spool, handle: int | None)
     for handles in ("[[1], 7]", '["7", 3]', "[null]"):
         spool.offer([1], [1], {7, 8})
         spool.flush()
-        with files_of(directory_of(spool))[-1].path.open("a") as file:
+        with [*files_of(directory_of(spool))][-1].open("a") as file:
             file.write(f'{{"prompt":[1],"answer":[1],"handles":{handles}}}\n')
     forget_samples(directory_of(spool), handle)
     assert [path.name for path in directory_of(spool).iterdir()] == [".lock"]
@@ -215,7 +215,7 @@ def test_forgetting_waits_for_no_disk_and_the_writer_drops_what_was_forgotten(sp
 
 
 def test_nobody_writes_while_samples_are_forgotten(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def files(directory: Path) -> list[Any]:
+    def files(directory: Path) -> dict[Path, int]:
         with pytest.raises(Timeout):
             samples.locked(directory).acquire(blocking=False)
         return files_of(directory)
@@ -239,12 +239,12 @@ def test_samples_of_another_target_are_not_read(spool: Spool) -> None:
     spool.offer([1], [2])
     spool.flush()
     [file] = files_of(directory_of(spool))
-    assert read_samples(file.path, "another") == []
-    file.path.write_text("{")
+    assert read_samples(file, "another") == []
+    file.write_text("{")
     with pytest.raises(ConfigError, match="holds no samples"):
-        read_samples(file.path, TARGET)
-    file.path.unlink()
-    assert read_samples(file.path, TARGET) == []
+        read_samples(file, TARGET)
+    file.unlink()
+    assert read_samples(file, TARGET) == []
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
@@ -317,12 +317,12 @@ def test_files_of_others_are_refused(spool: Spool, tmp_path: Path) -> None:
     elsewhere.touch(0o600)
     elsewhere.write_text(f"{HEADER}\n{LINE}\n")
     planted.symlink_to(elsewhere)
-    assert files_of(directory_of(spool)) == []
+    assert files_of(directory_of(spool)) == {}
     with pytest.raises(OSError, match="symbolic link"):
         read_samples(planted, TARGET)
     planted.unlink()
     os.mkfifo(planted, 0o600)
-    assert files_of(directory_of(spool)) == []
+    assert files_of(directory_of(spool)) == {}
     with pytest.raises(ConfigError, match="no regular file"):
         read_samples(planted, TARGET)
     planted.unlink()

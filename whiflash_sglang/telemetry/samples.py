@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from whiflash_sglang.copying.tenants import HANDLES
 from whiflash_sglang.errors import ConfigError
@@ -38,7 +38,7 @@ PRUNED: Final = 3600.0
 WAITING: Final = 1 << 20
 """Most tokens of requests that wait to be written; further requests are dropped."""
 
-_NAME: Final = re.compile(r"([0-9]{20})-[0-9]+\.jsonl", re.ASCII)
+_NAME: Final = re.compile(r"[0-9]{20}-[0-9]+\.jsonl", re.ASCII)
 _HANDLES_KEY: Final = b'"handles":'
 
 Outcome = Literal["written", "declined", "dropped", "failed"]
@@ -57,14 +57,18 @@ class Spooling(BaseModel):
     hours: Annotated[int, Field(ge=1)] = 168
 
 
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Handle = Annotated[int, Field(ge=0, lt=HANDLES)]
+
+
 class Sample(NamedTuple):
-    """Token ids of a finished request. handles: numbers by which its tenant can have it deleted
-    (`copying.tenants.handle_of`), the tenant's own first.
+    """Token ids of a finished request, a line of a file. handles: numbers by which its tenant can have it deleted
+    (`copying.tenants.handle_of`), the tenant's own first; the last field of the line.
     """
 
-    prompt: list[int]
-    answer: list[int]
-    handles: list[int]
+    prompt: list[Token]
+    answer: list[Token]
+    handles: list[Handle]
 
     @property
     def tokens(self) -> int:
@@ -72,38 +76,17 @@ class Sample(NamedTuple):
         return len(self.prompt) + len(self.answer)
 
 
-Token = Annotated[int, Field(ge=0, lt=2**31)]
-Handle = Annotated[int, Field(ge=0, lt=HANDLES)]
+_SAMPLE, _HANDLES = TypeAdapter(Sample), TypeAdapter(list[Handle])
 
 
-class _Named(BaseModel):
-    """Base of the lines of a file, header and samples: `handles` is the last field of each."""
+class _Header(BaseModel):
+    """First line of a file. handles: those of all samples in the file."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    handles: list[Handle]
-
-
-class _Header(_Named):
-    """First line of a file. handles: those of all samples in the file."""
-
     format: int
     target: str
-
-
-class _Line(_Named):
-    """Line of a file after the header: a `Sample`."""
-
-    prompt: list[Token]
-    answer: list[Token]
-
-
-class SampleFile(NamedTuple):
-    """A file of samples. written: seconds since the epoch. size: bytes."""
-
-    path: Path
-    written: float
-    size: int
+    handles: list[Handle]
 
 
 def samples_of(learning: Path) -> Path:
@@ -126,18 +109,20 @@ def check_spool(directory: Path) -> None:
         raise ConfigError(f"--whiflash-learn: samples cannot be written to {directory}: {error.strerror}") from None
 
 
-def files_of(directory: Path) -> list[SampleFile]:
-    """Return the files of samples, oldest first, without links; empty if the directory does not exist."""
-    files = []
+def files_of(directory: Path) -> dict[Path, int]:
+    """Return the bytes of each file of samples, oldest first, without links; empty if there is no such directory."""
+    sizes = {}
     for path in sorted(directory.glob(f"[0-9]*{SUFFIX}")):
-        name = _NAME.fullmatch(path.name)
-        try:
+        with suppress(FileNotFoundError):  # dropped meanwhile
             status = path.lstat()
-        except FileNotFoundError:  # dropped meanwhile
-            continue
-        if name is not None and stat.S_ISREG(status.st_mode):
-            files.append(SampleFile(path, int(name[1]) / 1e9, status.st_size))
-    return files
+            if _NAME.fullmatch(path.name) and stat.S_ISREG(status.st_mode):
+                sizes[path] = status.st_size
+    return sizes
+
+
+def written(path: Path) -> float:
+    """Return when a file of samples was written, in seconds since the epoch, by its name."""
+    return int(path.name.partition("-")[0]) / 1e9
 
 
 def read_samples(path: Path, target: str) -> list[Sample]:
@@ -151,11 +136,11 @@ def read_samples(path: Path, target: str) -> list[Sample]:
             header = _Header.model_validate_json(file.readline())
             if (header.format, header.target) != (FORMAT, target):
                 return []
-            lines = [_Line.model_validate_json(line) for line in file]
+            samples = [_SAMPLE.validate_json(line, strict=True) for line in file]
         handles_of_file = set(header.handles)
-        if not all(handles_of_file.issuperset(line.handles) for line in lines):
+        if not all(handles_of_file.issuperset(sample.handles) for sample in samples):
             raise ValueError("a handle is not in the header")
-        return [Sample(line.prompt, line.answer, line.handles) for line in lines]
+        return samples
     except FileNotFoundError:
         return []
     except ConfigError:
@@ -178,7 +163,12 @@ class Spool:
             files after the last write.
     """
 
-    def __init__(self, settings: Spooling, target: str, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        settings: Spooling,
+        target: str,
+        now: Callable[[], float] = time.time,  # noqa: TID251 (files are named by date)
+    ) -> None:
         if settings.directory is None:
             raise ValueError("a spool needs a directory")
         self.counts: dict[str, int] = dict.fromkeys(get_args(Outcome), 0)
@@ -295,12 +285,12 @@ def prune(directory: Path, settings: Spooling, now: float) -> int:
     The caller has `locked` the directory. Raises OSError.
     """
     drop_staged(directory)
-    files = files_of(directory)
-    total = sum(file.size for file in files)
-    for file in sorted(files, key=lambda file: file.written <= now):
-        if now - file.written > settings.hours * 3600 or total > settings.mib << 20:
-            file.path.unlink(missing_ok=True)
-            total -= file.size
+    sizes = files_of(directory)
+    total = sum(sizes.values())
+    for path in sorted(sizes, key=lambda path: written(path) <= now):
+        if now - written(path) > settings.hours * 3600 or total > settings.mib << 20:
+            path.unlink(missing_ok=True)
+            total -= sizes[path]
     return total
 
 
@@ -311,12 +301,12 @@ def forget_samples(directory: Path, handle: int | None) -> None:
     """
     with locked(directory):
         drop_staged(directory)
-        for file in files_of(directory):
+        for path in files_of(directory):
             kept = False
             with suppress(OSError):  # another user's file, or a full disk
-                kept = handle is not None and _without(file.path, handle)
+                kept = handle is not None and _without(path, handle)
             if not kept:
-                file.path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
 
 def _without(path: Path, handle: int) -> bool:
@@ -338,4 +328,4 @@ def _without(path: Path, handle: int) -> bool:
 
 def _handles(line: bytes) -> list[int]:
     """Parse the handles at the end of a `Sample`'s line. Raises ValueError."""
-    return _Named.model_validate_json(b"{" + _HANDLES_KEY + line.rpartition(_HANDLES_KEY)[2]).handles
+    return _HANDLES.validate_json(line.rpartition(_HANDLES_KEY)[2].removesuffix(b"}\n"), strict=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.telemetry.samples import files_of, read_samples
+from whiflash_sglang.telemetry.samples import files_of, read_samples, written
 from whiflash_train.rounds import loop_start
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def texts_of(directory: Path, target: str, vocabulary: int, longest: int = LONGE
     """
     for file in files_of(directory):
         try:
-            samples = read_samples(file.path, target)
+            samples = read_samples(file, target)
         except (ConfigError, OSError) as error:
             logger.warning("samples are passed over: %s", error)
             continue
@@ -76,7 +76,7 @@ def texts_of(directory: Path, target: str, vocabulary: int, longest: int = LONGE
             if is_known and fits and sample.prompt:
                 name = sha256(json.dumps([sample.prompt, answer]).encode()).hexdigest()[:24]
                 tenant = next(iter(sample.handles), None)
-                yield Text(name, file.written, tuple(sample.prompt), tuple(answer), tenant)
+                yield Text(name, written(file), tuple(sample.prompt), tuple(answer), tenant)
 
 
 def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> ChosenTexts:
