@@ -10,7 +10,6 @@ process that serves HTTP.
 
 from array import array
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -94,14 +93,8 @@ def holder_of(tokenizer: Any, parameters: dict[str, Any]) -> Req:
     return holder
 
 
-@dataclass(slots=True)
-class _Piece:
-    """Tokens that are sent together. end: of their text, in characters of the answer. words: whether they begin with a
-    word and have no `MARK`."""
-
-    size: int
-    end: int
-    words: bool
+Place = tuple[int, int]
+"""A place in an answer at which it is cut: tokens before it, and characters before it."""
 
 
 class Cutter:
@@ -116,7 +109,9 @@ class Cutter:
 
     def __init__(self, decoder: Decoder, holder: Req, *, increments: bool, cuts: Cuts) -> None:
         self._decoder, self._holder, self._increments, self._at_marks = decoder, holder, increments, cuts == "marks"
-        self._waiting: list[_Piece] = []
+        self._waiting: list[Place] = []
+        self._grows = False
+        """Ends of the pieces that wait, and whether the last one begins with a word and has no `MARK`."""
         self._end = self._seen = 0
         """End of the text in whole characters; number of tokens that arrived."""
         self._kinds: list[int] = []
@@ -145,15 +140,13 @@ class Cutter:
         if not self._decoder.begun and not is_last and self._end != arrived:  # some tokenizers join texts otherwise
             self._end = arrived
             if self._waiting and not self._kinds:
-                self._waiting[-1].end = arrived
-        ready = list(takewhile(lambda piece: piece.end <= arrived, self._waiting))
-        if is_last:
-            if sum(piece.size for piece in ready) == self._seen - self._sent:
-                ready = ready[:-1]  # the piece that ends the answer has all that is left
-            ready.append(_Piece(self._seen - self._sent - sum(piece.size for piece in ready), arrived, False))
+                self._waiting[-1] = self._seen, arrived
+        ready = list(takewhile(lambda place: place[1] <= arrived, self._waiting))
+        if is_last:  # the piece that ends the answer has all that is left
+            ready = [*(place for place in ready if place[0] < self._seen), (self._seen, arrived)]
         else:
             del self._waiting[: len(ready)]
-        return [self._cut(output, piece) for piece in ready]
+        return [self._cut(output, *place) for place in ready]
 
     def _take(self, token: int, joins: bool) -> None:
         """Add the next token, and a piece if plain decoding would send it now. joins: a waiting piece may grow."""
@@ -168,16 +161,18 @@ class Cutter:
         if not enough or holder.check_match_stop_str_prefix():
             return
         is_plain = MARK not in kinds
-        if joins and is_plain and self._waiting and (last := self._waiting[-1]).words:
-            last.size, last.end = last.size + len(kinds), end
+        if joins and is_plain and self._waiting and self._grows:
+            self._waiting.pop()
         else:
-            self._waiting.append(_Piece(len(kinds), end, is_plain and kinds[0] == WORD))
+            self._grows = is_plain and kinds[0] == WORD
+        self._waiting.append((len(holder.output_ids), end))
         kinds.clear()
 
-    def _cut(self, output: dict[str, Any], piece: _Piece) -> dict[str, Any]:
-        """Return an output of the next tokens, with the text up to the piece's end."""
+    def _cut(self, output: dict[str, Any], tokens_end: int, end: int) -> dict[str, Any]:
+        """Return an output of the next tokens, up to `tokens_end`, with the text up to `end`."""
+        size = tokens_end - self._sent
         sent, shown = (self._sent, self._shown) if self._increments else (0, 0)
-        self._sent, self._shown = self._sent + piece.size, max(self._shown, piece.end)
+        self._sent, self._shown = tokens_end, max(self._shown, end)
         ends = self._sent == self._seen
         if ends and self._shown == len(self._text) and not self._increments:
             return output
@@ -187,7 +182,7 @@ class Cutter:
             meta |= {key: min(self._sent, meta[key]) for key in _COUNTS if key in meta}
         for key in meta.keys() & self._records.keys():
             records = self._records[key]
-            meta[key], self._records[key] = (records, []) if ends else (records[: piece.size], records[piece.size :])
+            meta[key], self._records[key] = (records, []) if ends else (records[:size], records[size:])
         text, tokens = self._text[shown : self._shown], self._tokens
         if self._increments or not self._at_marks:  # parsers read no tokens; SGLang's outputs share a growing list, too
             tokens = tokens[sent : self._sent]
