@@ -201,7 +201,7 @@ def test_rows_are_those_of_a_graph(running: Engine, plain: list[list[int]], monk
     rows, grid = [], (3, 5, 7, 9)
     stages = running.worker.stages
     stage = replace(stages.drafting, rows_for=lambda rows, _: next(n for n in grid if n >= rows))
-    monkeypatch.setattr(running.worker, "stages", replace(stages, drafting=stage))
+    monkeypatch.setattr(stages, "drafting", stage)
     draft = type(stage).draft
 
     def noting(self: Any, round_: Any) -> None:

@@ -1,7 +1,6 @@
 """Builds the parts of a worker from settings: drafters, router, policy, and the stages of a round."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -206,39 +205,27 @@ class Parts(Observed, Protocol):
     overlaps: bool
 
 
-@dataclass(frozen=True, slots=True)
 class Stages:
-    """The stages of a worker's rounds, and the lifecycle of its requests. forcing: as in `build_forcing`."""
+    """The stages of a worker's rounds, and the lifecycle of its requests.
 
-    forcing: Forcing | None
-    lifecycle: Lifecycle
-    planner: Planner
-    drafting: DraftStage
-    verifier: VerifyStage
-    epilogue: Epilogue
-    signals: SignalReader
-    ends: GraphEnds
-    learner: Learner
+    They are built before graphs are captured: verification graphs commit their rows, unless texts are forced.
+    """
 
-
-def build_stages(parts: Parts) -> Stages:
-    """Build the stages before graphs are captured: verification graphs commit their rows, unless texts are forced."""
-    target, tokens, widest = parts.target, parts.tokens, widest_of(parts.drafters) + 1
-    stops = StopTable(len(tokens.data), target.device)
-    forcing = build_forcing(parts.settings, tokens, target)
-    rows = SamplingRows(len(tokens.data), target.random_seed, target.device)
-    places = min(max_running_requests(), MOST_PENALISED) * graphs.captures_passes(target.device)
-    penalties = PenaltyRows(len(tokens.data), target.shape.vocab_size, places, target.device)
-    epilogue = Epilogue(parts.sync.rings, tokens.data, stops, rows.data, penalties)
-    signals = SignalReader(parts.router, rows.data, scales_rates)
-    ends = GraphEnds(epilogue, signals, widest, lambda: parts.controller.policy.needs)
-    if forcing is None:
-        target.end_graphs_with(ends)
-    sources = DraftSources(parts.drafters, parts.quarantine, target.shape.vocab_size, parts.spending)
-    return Stages(
-        forcing=forcing,
-        lifecycle=_lifecycle(parts, stops, rows, penalties, forcing),
-        planner=Planner(
+    def __init__(self, parts: Parts) -> None:
+        target, tokens, widest = parts.target, parts.tokens, widest_of(parts.drafters) + 1
+        stops = StopTable(len(tokens.data), target.device)
+        rows = SamplingRows(len(tokens.data), target.random_seed, target.device)
+        places = min(max_running_requests(), MOST_PENALISED) * graphs.captures_passes(target.device)
+        penalties = PenaltyRows(len(tokens.data), target.shape.vocab_size, places, target.device)
+        self.forcing = build_forcing(parts.settings, tokens, target)
+        self.epilogue = Epilogue(parts.sync.rings, tokens.data, stops, rows.data, penalties)
+        self.signals = SignalReader(parts.router, rows.data, scales_rates)
+        self.ends = GraphEnds(self.epilogue, self.signals, widest, lambda: parts.controller.policy.needs)
+        if self.forcing is None:
+            target.end_graphs_with(self.ends)
+        sources = DraftSources(parts.drafters, parts.quarantine, target.shape.vocab_size, parts.spending)
+        self.lifecycle = _lifecycle(parts, stops, rows, penalties, self.forcing)
+        self.planner = Planner(
             drafters=parts.drafters,
             sync=parts.sync,
             controller=parts.controller,
@@ -246,8 +233,8 @@ def build_stages(parts: Parts) -> Stages:
             quarantine=parts.quarantine,
             sources=sources,
             ranks=parts.ranks,
-        ),
-        drafting=DraftStage(
+        )
+        self.drafting = DraftStage(
             drafters=parts.drafters,
             sync=parts.sync,
             slot_table=target.slot_table,
@@ -258,12 +245,9 @@ def build_stages(parts: Parts) -> Stages:
             quarantine=parts.quarantine,
             rows_for=target.rows_for,
             overlaps=parts.overlaps,
-        ),
-        verifier=VerifyStage(target, epilogue, ends, forcing, parts.spending),
-        epilogue=epilogue,
-        signals=signals,
-        ends=ends,
-        learner=Learner(
+        )
+        self.verifier = VerifyStage(target, self.epilogue, self.ends, self.forcing, parts.spending)
+        self.learner = Learner(
             drafters=parts.drafters,
             controller=parts.controller,
             clock=parts.clock,
@@ -272,8 +256,7 @@ def build_stages(parts: Parts) -> Stages:
             proposers=sources.proposers,
             ranks=parts.ranks,
             verifying=parts.sync.verifying,
-        ),
-    )
+        )
 
 
 def _lifecycle(

@@ -31,10 +31,10 @@ from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.learning import results_of
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.serve.assemble import (
+    Stages,
     build_controller,
     build_drafters,
     build_policy,
-    build_stages,
     load_router,
     reserve,
     spool_of,
@@ -101,7 +101,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.sync.allocate(self.target.slot_table)
         rows, context = self.target.slot_table.shape
         self.tokens = TokenTable(rows, context, widest_of(self.drafters) + 1, self.target.device)
-        self.stages = build_stages(self)
+        self.stages = Stages(self)
 
     def init_hicache_draft_plan(self) -> None:
         """Plan how draft KV follows the target's to host memory, and from a prefill to a decode server. The scheduler
