@@ -154,20 +154,11 @@ POSITIONS, EPS = 32768, 1e-6
 """Defaults of `max_position_embeddings` and `rms_norm_eps`, for targets that name none."""
 
 
-class Names(NamedTuple):
-    """Tensor names of a head's parts outside its decoder layer, without the prefix. hidden_first: the projection's
-    input is [state; embedding], not [embedding; state].
-    """
-
-    embedding_norm: str
-    hidden_norm: str
-    projection: str
-    norm: str
-    hidden_first: bool
-
-
-DEEPSEEK = Names("enorm", "hnorm", "eh_proj", "shared_head.norm", hidden_first=False)
-MIMO = Names("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm", hidden_first=True)
+PARTS = ("embedding_norm", "hidden_norm", "projection", "norm")
+"""A head's modules outside its decoder layer."""
+DEEPSEEK = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
+MIMO = ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
+"""Names of `PARTS` in a target's files, without the prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,14 +166,15 @@ class MTPConfig:
     """Sizes and variants of a target's own next-token head.
 
     Attributes:
-        prefix: beginning of its tensors' names in the target's files.
+        prefix: beginning of its tensors' names in the target's files. names: those of its `PARTS`.
+        hidden_first: the projection's input is [state; embedding] in files, not [embedding; state].
         attention: head counts and head size.
         routed: its experts; None: it has one MLP of `intermediate_size`.
         head_norms: queries and keys are normed. blank_first: at position 0 no embedding is read.
     """
 
     prefix: str
-    names: Names
+    names: tuple[str, ...]
     hidden_size: int
     intermediate_size: int
     attention: AttentionShape
@@ -194,6 +186,7 @@ class MTPConfig:
     attention_bias: bool = False
     head_norms: bool = False
     blank_first: bool = False
+    hidden_first: bool = False
 
     @property
     def target_hidden_size(self) -> int:
@@ -220,6 +213,7 @@ def parse_mimo(path: Path, config: Mapping[str, Any]) -> MTPConfig:
         routed=None,
         attention_bias=True,
         blank_first=True,
+        hidden_first=True,
         **trunk(config, path, positions=POSITIONS, eps=EPS),
     )
 
@@ -342,12 +336,12 @@ class MTPDrafter(TargetsParts):
         return drafter.eval()
 
     def _fill(self, reader: WeightReader) -> None:
-        prefix, names = self.config.prefix, self.config.names
-        own = {name: (getattr(names, name),) for name in ("embedding_norm", "hidden_norm", "projection", "norm")}
+        prefix = self.config.prefix
+        own = {part: (name,) for part, name in zip(PARTS, self.config.names, strict=True)}
         experts = isinstance(self.mlp, Experts)
         plain = {name: p for name, p in self.named_parameters() if not (experts and name.startswith("mlp."))}
         reader.fill_layer(plain, prefix, {**IN_FILES, **own})
-        if names.hidden_first:
+        if self.config.hidden_first:
             with torch.no_grad():
                 self.projection.weight.copy_(torch.cat(self.projection.weight.chunk(2, 1)[::-1], 1))
         if isinstance(self.mlp, Experts):
