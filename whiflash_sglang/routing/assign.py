@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations, product
-from typing import NamedTuple
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import PLAIN, Forecast
@@ -38,13 +37,6 @@ def best_each(scores: Sequence[Scores]) -> list[str]:
     return [max(s, key=lambda arm: s[arm]) if s else arms.NONE for s in scores]
 
 
-class Assignment(NamedTuple):
-    """The arm or `none` of each request (routes), and by arm the number of drafts that its pass is limited to."""
-
-    routes: list[str]
-    lengths: Mapping[str, int]
-
-
 def assign(
     scores: Sequence[Scores],
     costs: Costs | None = None,
@@ -53,7 +45,7 @@ def assign(
     promised: Sequence[Forecast] = (),
     accepted: Accepted = lambda _, drafts: drafts,
     weights: Sequence[float] = (),
-) -> Assignment:
+) -> tuple[list[str], Mapping[str, int]]:
     """Choose for each request a drafter's pass, a candidate without a pass (`arms.PROMISED`) or plain decoding.
 
     Args:
@@ -66,11 +58,11 @@ def assign(
         weights: worth of a token of each request (`weights_of`); empty: all are worth the same.
 
     Returns:
-        The routes with the most expected tokens per second, or the previous ones if these are within the margin; and
-        the best lengths of passes for the routes returned.
+        The arm or `none` of each request: the routes with the most expected tokens per second, or the previous ones if
+        these are within the margin. And by arm, the number of drafts that its pass is limited to.
     """
     if costs is None or not scores:
-        return Assignment(best_each(scores), {})
+        return best_each(scores), {}
     batch = _Batch(scores, costs, promised, accepted, weights)
     best, (best_rate, lengths) = batch.best()
     if best_rate <= 0.0:
@@ -80,8 +72,8 @@ def assign(
         if kept != best:
             rate, shorter = batch.rate_of(kept)
             if rate * (1 + margin) >= best_rate:
-                return Assignment(kept, shorter)
-    return Assignment(best, lengths)
+                return kept, shorter
+    return best, lengths
 
 
 def best_rate(
