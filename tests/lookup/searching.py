@@ -11,7 +11,7 @@ from whiflash_kernels.cpu.texts import compiled_texts
 
 from whiflash_sglang.copying.calibration import MatchCalibration
 from whiflash_sglang.copying.copier import Copier
-from whiflash_sglang.drafts.candidates import NOTHING, Candidate
+from whiflash_sglang.drafts.candidates import NOTHING, Candidate, Part
 from whiflash_sglang.embedded import cache_root
 
 
@@ -51,6 +51,6 @@ class Looking(Copier):
         """Up to `limit` tokens to copy after `drafts`, which are accepted with a chance of `alive`."""
         ahead = len(drafts) + paid if paid else 0
         asked = Asked(SEARCH, (self.at, 0), 1, limit, worth, ahead)
-        longer = asked.continued(Candidate().followed_by(drafts, [alive] * len(drafts), "tools"), 150)
+        longer = asked.continued(Candidate(drafts, [alive] * len(drafts), [Part("tools", len(drafts))]), 150)
         more = longer.tokens[len(drafts) :]
-        return NOTHING.followed_by(more, longer.alive[len(drafts) :], longer.parts[-1].source) if more else NOTHING
+        return Candidate(more, longer.alive[len(drafts) :], longer.parts[-1:]) if more else NOTHING

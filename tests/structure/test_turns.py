@@ -12,7 +12,7 @@ from whiflash_sglang.arms.structure import StructureArm
 from whiflash_sglang.checkpoints.manifest import Structure
 from whiflash_sglang.copying.calibration import MatchCalibration
 from whiflash_sglang.copying.copier import Copier
-from whiflash_sglang.drafts.candidates import SOURCES, Candidate, common_prefix
+from whiflash_sglang.drafts.candidates import SOURCES, Candidate, Part, common_prefix
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.hints import RequestHints
@@ -55,7 +55,7 @@ def test_each_goes_on_behind_the_other(seed: int, grammars: Grammars, vocabulary
     expected, forbidden = [], 0
     for column in range(3):
         drafts = words[written:][: random.randint(1, 5)] + random.choices([*words, *others], k=random.randrange(2))
-        first = Candidate().followed_by(drafts, [0.9] * len(drafts), "tools")
+        first = Candidate(drafts, [0.9] * len(drafts), [Part("tools", len(drafts))])
         candidates.enter(0, column, SOURCES.index("tools"), first)
         expected.append(in_turns(alone, first, column, ROOM, stops))
         forbidden += len(drafts) - common_prefix(drafts, expected[-1].tokens)

@@ -9,7 +9,7 @@ from typing import Any
 from whiflash_kernels.cpu import texts
 from whiflash_kernels.cpu.texts import LOST, NONE, REFUSED
 
-from whiflash_sglang.drafts.candidates import SOURCES, Candidate
+from whiflash_sglang.drafts.candidates import SOURCES, Candidate, Part
 from whiflash_sglang.structure.chances import DECAY, SEED
 
 NOT, KNOWN, CHOICE = range(3)
@@ -218,7 +218,10 @@ class Walk:
             tokens.append(last := token)
             alive.append(chance)
             node = on.follow(node, [token]) if place < room else node
-        return drafts.followed_by(tokens, alive, self.source)
+        if not tokens:
+            return drafts
+        parts = [*drafts.parts, Part(self.source, len(tokens))]
+        return drafts._replace(tokens=[*drafts.tokens, *tokens], alive=[*drafts.alive, *alive], parts=parts)
 
     def learn(self, token: int) -> bool:
         on, walks = self.table, self.table.walks

@@ -20,7 +20,7 @@ from whiflash_sglang.records.request import Request
 
 
 def candidate(tokens: list[int], alive: list[float]) -> Candidate:
-    return Candidate().followed_by(tokens, alive, "free")
+    return Candidate(tokens, alive, [Part("free", len(tokens))])
 
 
 def test_only_what_could_be_drafts_is_verified() -> None:

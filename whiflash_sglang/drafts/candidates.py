@@ -72,14 +72,6 @@ class Candidate(NamedTuple):
         ends = (number for number, token in enumerate(self.tokens, 1) if token in stops)
         return self.first(next(ends, len(self.tokens)))
 
-    def followed_by(self, tokens: Sequence[int], alive: Sequence[float], source: str) -> "Candidate":
-        """Return the candidate with these tokens appended, which were taken from `source`."""
-        if not tokens:
-            return self
-        parts = [*self.parts, Part(source, len(tokens))]
-        tokens, alive = [*self.tokens, *tokens], [*self.alive, *alive]
-        return Candidate(tokens, alive, parts, self.at, under_way=self.under_way)
-
     def least_chance(self, price: float, passed: int) -> float:
         """Return the value of `alive` below which a token's row costs more than it brings. price: tokens that a row
         must bring if the first `passed` tokens are committed."""
