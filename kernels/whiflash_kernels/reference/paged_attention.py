@@ -21,20 +21,14 @@ ROWS = 32
 """Query rows per block: few, so that the scores stay in the CPU's caches."""
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Rows ``[row_start, row_end)`` of the plan's q against entries ``[kv_start, kv_end)`` of its request."""
-
-    row_start: int
-    row_end: int
-    kv_start: int
-    kv_end: int
-    mask: torch.Tensor | None  # [rows, entries or the last few of them] fp32, additive; None: all are seen
+Block = tuple[slice, slice, torch.Tensor | None]
+"""Rows of the plan's q, the entries of their request's ``slots`` that they may see, and a mask that is added to their
+scores: [rows, entries or the last few of them] fp32, or None if all are seen."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request: its slots from ``kv_base`` on, and the blocks its rows are cut into.
+    """One request: the slots that any of its rows sees, and the blocks its rows are cut into.
 
     Products of matrices instead of torch's fused attention, which takes no sinks and has no fast product in bf16 on a
     CPU without matrix units: 1,000 causal rows of 9 heads took 12 ms a layer on one thread, fused 19 to 22. All of them
@@ -42,7 +36,6 @@ class Request:
     """
 
     slots: torch.Tensor  # [entries] int64
-    kv_base: int
     blocks: tuple[Block, ...]
 
     def run_into(
@@ -60,21 +53,20 @@ class Request:
         # `embedding` is the fastest row gather on a CPU.
         k, v = (embedding(self.slots, cache.flatten(1)).float() for cache in (k_cache, v_cache))
         k, v = k.view(-1, kv_heads, dim).permute(1, 2, 0), v.view(-1, kv_heads, v_dim).transpose(0, 1)
-        for block in self.blocks:
-            rows = block.row_end - block.row_start
-            entries = slice(block.kv_start - self.kv_base, block.kv_end - self.kv_base)
-            by_head = q[block.row_start : block.row_end].reshape(rows, kv_heads, groups, dim).permute(1, 2, 0, 3)
+        for own, entries, mask in self.blocks:
+            rows = own.stop - own.start
+            by_head = q[own].reshape(rows, kv_heads, groups, dim).permute(1, 2, 0, 3)
             scaled = by_head.reshape(kv_heads, groups * rows, dim).float() * scale
             scores = torch.bmm(scaled, k[:, :, entries])
-            if block.mask is not None:
-                scores.view(kv_heads, groups, rows, -1)[..., -block.mask.shape[1] :] += block.mask
+            if mask is not None:
+                scores.view(kv_heads, groups, rows, -1)[..., -mask.shape[1] :] += mask
             if sinks is None:
                 weights = scores.softmax(-1)
             else:
                 by_row = sinks.view(kv_heads, groups, 1).expand(-1, -1, rows).reshape(kv_heads, -1)
                 weights = softmax_beside(scores, by_row)
             attended = torch.bmm(weights, v[:, entries]).view(kv_heads, groups, rows, v_dim)
-            out[block.row_start : block.row_end] = attended.permute(2, 0, 1, 3).reshape(rows, heads, v_dim)
+            out[own] = attended.permute(2, 0, 1, 3).reshape(rows, heads, v_dim)
 
 
 def softmax_beside(scores: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
@@ -167,7 +159,8 @@ def _planned(
     prefix, device = kv_len - q_len, table_row.device
     widest = min(q_len, ROWS)
     square = _additive_mask(widest, widest, 0, None, device)
-    blocks = []
+    seen = 0 if window is None else max(0, prefix - window)
+    blocks = list[Block]()
     for first in range(0, q_len, ROWS):
         last = min(first + ROWS, q_len)
         rows = last - first
@@ -178,9 +171,9 @@ def _planned(
             mask = square[:rows, :rows]
             if window is not None:
                 mask = _additive_mask(rows, kv_end - kv_start, prefix + first - kv_start, window, device)
-        blocks.append(Block(row_start + first, row_start + last, kv_start, kv_end, mask))
-    kv_base = blocks[0].kv_start
-    return Request(table_row[kv_base:kv_len].to(torch.int64), kv_base, tuple(blocks))
+        own, entries = slice(row_start + first, row_start + last), slice(kv_start - seen, kv_end - seen)
+        blocks.append((own, entries, mask))
+    return Request(table_row[seen:kv_len].to(torch.int64), tuple(blocks))
 
 
 def _additive_mask(rows: int, entries: int, own: int, window: int | None, device: torch.device) -> torch.Tensor:
