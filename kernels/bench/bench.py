@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from cases import KERNELS, Bench, Case, CaseSizes, backlog_cases, catch_up_cases, layer_cases, routing_cases
 from measure import Call, Ceilings, Timing, ceilings, time_call
-from provenance import cpu_name, provenance
+from provenance import provenance
 from shapes import SHAPES
 
 RESULTS = Path(__file__).parent / "results"
@@ -125,7 +125,7 @@ def main() -> int:
     for case in all_cases(bench, only):
         print(f"{case.op}, {case.label}", file=sys.stderr, flush=True)
         rows += measure(case, device, limits, compiled=not arguments.no_compile, budget_ms=arguments.budget_ms)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    name = origin["gpu"] if device.type == "cuda" else origin["cpu"].partition(", ")[0]
     document = {
         "shape": shape.name,
         "device": name,

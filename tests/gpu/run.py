@@ -122,7 +122,7 @@ def real(name: str, shows: str, *options: str) -> Part:
 def bench(name: str, shows: str, *options: str) -> Part:
     command = ("kernels/bench/bench.py", "--device", "{device}", "--output", "{records}", "--json", *options)
     rehearsal = ("--shape", "smollm2-135m", "--budget-ms", "1") if options else None
-    return Part(f"bench-{name}", shows, command, ("torch", "triton"), rehearsal=rehearsal)
+    return Part(f"bench-{name}", shows, command, ("torch", "triton", "psutil"), rehearsal=rehearsal)
 
 
 def serving(attention: str, rehearsed: bool) -> Part:
