@@ -1,14 +1,17 @@
 """Find checkpoints and bundles: a local directory, or a hub id at a revision."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from whiflash_sglang.checkpoints.manifest import EMBEDDED_BUNDLE, embedded_bundle
 from whiflash_sglang.errors import ConfigError
 
 
-def fetch(path: str, *, revision: str | None = None, download_dir: str | None = None) -> Path:
+def fetch(
+    path: str, *, revision: str | None = None, download_dir: str | None = None, files: Sequence[str] | None = None
+) -> Path:
     """Return the local directory of `path`: an existing directory, the bundle `embedded:NAME`, or a hub download.
 
     Hub ids go to huggingface_hub, or to ModelScope if `SGLANG_USE_MODELSCOPE` is set, as in SGLang.
@@ -16,6 +19,7 @@ def fetch(path: str, *, revision: str | None = None, download_dir: str | None = 
     Args:
         revision: branch, tag or commit of a hub id; None: its main branch.
         download_dir: where downloads are kept; None: the hub's own cache.
+        files: patterns of those that are downloaded; None: all.
 
     Raises:
         ConfigError: neither a directory nor something the hub (or its offline cache) knows.
@@ -23,7 +27,8 @@ def fetch(path: str, *, revision: str | None = None, download_dir: str | None = 
     if (local := check_place(path)) is not None:
         return local
     download = _from_modelscope if _uses_modelscope() else _from_hugging_face
-    return Path(download(path, revision, download_dir))
+    chosen: dict[str, Any] = {"allow_patterns": files} if files else {}
+    return Path(download(path, revision=revision, cache_dir=download_dir, **chosen))
 
 
 class Found(NamedTuple):
@@ -54,7 +59,7 @@ def look_up(place: str, *, config: bool = True) -> Found:
         return Found(str(local.resolve()), local.resolve() / "config.json", False, None)
     name, _, revision = place.partition("@")
     if config and not _uses_modelscope():
-        found = Path(_from_hugging_face(name, revision or None, file="config.json"))
+        found = Path(_from_hugging_face(name, revision=revision or None, file="config.json"))
     else:
         found = fetch(name, revision=revision or None) / "config.json"
     return Found(name, found, True, found.parent.name)
@@ -81,9 +86,7 @@ def _uses_modelscope() -> bool:
     return os.environ.get("SGLANG_USE_MODELSCOPE", "").lower() in ("1", "true", "yes", "y", "t", "on")
 
 
-def _from_hugging_face(
-    path: str, revision: str | None, download_dir: str | None = None, file: str | None = None
-) -> str:
+def _from_hugging_face(path: str, *, revision: str | None, file: str | None = None, **chosen: Any) -> str:
     from httpx import HTTPError
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -91,12 +94,12 @@ def _from_hugging_face(
     try:
         if file is not None:
             return str(hf_hub_download(path, file, revision=revision))
-        return str(snapshot_download(path, revision=revision, cache_dir=download_dir))
+        return str(snapshot_download(path, revision=revision, **chosen))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise _gave_nothing(path, revision, error) from None
 
 
-def _from_modelscope(path: str, revision: str | None, download_dir: str | None) -> str:
+def _from_modelscope(path: str, *, revision: str | None, **chosen: Any) -> str:
     try:
         from modelscope.hub.snapshot_download import snapshot_download
     except ImportError:
@@ -104,7 +107,7 @@ def _from_modelscope(path: str, revision: str | None, download_dir: str | None) 
             f"{path}: SGLANG_USE_MODELSCOPE is set, but modelscope is not installed; install it or unset the variable"
         ) from None
     try:
-        return str(snapshot_download(path, revision=revision, cache_dir=download_dir))
+        return str(snapshot_download(path, revision=revision, **chosen))
     except Exception as error:  # ModelScope's errors have no common base class
         raise _gave_nothing(path, revision, error) from None
 

@@ -9,9 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -26,7 +24,7 @@ from whiflash_lab.evaluation import EvaluationSettings, Hardware, evaluate_bundl
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError
 from whiflash_train.answers import store
-from whiflash_train.answers.data import SHARD, generate_data, shard_of, target_path
+from whiflash_train.answers.data import SHARD, generate_data, shard_of
 from whiflash_train.answers.store import open_stores
 from whiflash_train.answers.tokens import Exported, export_tokens, rebuild_features
 from whiflash_train.config import TrainConfig, load_config
@@ -224,13 +222,6 @@ def test_a_damaged_file_of_tokens_is_named(config: TrainConfig, tmp_path: Path, 
     spoil(tmp_path / "tokens.npz")
     with pytest.raises(ConfigError, match=r"tokens\.npz holds no answers' token ids"):
         Exported(tmp_path / "tokens.npz")
-
-
-def test_a_hub_that_gives_nothing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuses = Mock(side_effect=httpx.ProxyError("403 Forbidden"))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refuses)
-    with pytest.raises(ConfigError, match=r"owner/name: .* the hub gave nothing \(403 Forbidden\)"):
-        target_path("owner/name")
 
 
 def test_prompts_that_share_an_id_are_refused(config: TrainConfig, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from whiflash_sglang.checkpoints.hub import fetch
 from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.progress import progress
@@ -21,6 +22,8 @@ from whiflash_train.config import Data, TrainConfig
 _MIN_ANSWER = 4
 SHARD = "shard0of1"
 """Name of the store. It dates from when several processes could share the prompts, so that older runs continue."""
+FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+"""Those of a target that are read."""
 _RESERVE = 2**30  # bytes left free on the disk
 
 
@@ -43,21 +46,7 @@ def is_embedded(target: str) -> bool:
 
 def target_path(name: str) -> Path:
     """Return the local directory of `embedded`, a directory or a hub id. Raises ConfigError if the hub fails."""
-    if is_embedded(name):
-        return ensure_target()
-    if Path(name).is_dir():
-        return Path(name)
-    from httpx import HTTPError
-    from huggingface_hub import snapshot_download
-
-    files = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=files))
-    except (HTTPError, OSError, ValueError) as error:  # the hub's own errors are subclasses of these
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(
-            f"{name}: no directory here, and the hub gave nothing ({why}): check the name, the network, HF_TOKEN"
-        ) from None
+    return ensure_target() if is_embedded(name) else fetch(name, files=FILES)
 
 
 @contextmanager
