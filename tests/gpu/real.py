@@ -11,8 +11,8 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import chain
@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "worker"))
 
 from checks import Checks
 from pace import twice
-from served import Served, on_device
+from served import Served, on_device, started
 
 STOCK: dict[str, dict[str, Any]] = {
     "none": {},
@@ -63,26 +63,17 @@ def served(chosen: argparse.Namespace, scratch: Path) -> tuple[Path, Path]:
     return wide / "target", wide / "bundle"
 
 
-@contextmanager
-def started(chosen: argparse.Namespace, pair: tuple[Path, Path], arm: str, most: int) -> Iterator[Any]:
-    """An engine on one arm, in SGLang's overlap loop where there is a card."""
-    from engine import engine
-    from overlap_loop import OverlapLoop
-
+def options_of(chosen: argparse.Namespace, bundle: Path, arm: str, most: int) -> dict[str, Any]:
+    """Options of an engine on one arm."""
     from whiflash_lab.bench.arms import block_arm
     from whiflash_sglang.checkpoints.manifest import load_manifest
     from whiflash_sglang.formats.table import read_draft
 
-    card, (target, bundle) = chosen.device == "cuda", pair
-    options: dict[str, Any] = {"device": chosen.device, "max_running_requests": most, "random_seed": 0}
-    options |= {"dtype": "bfloat16" if card else "float32", "disable_overlap_schedule": not card}
+    options: dict[str, Any] = {"max_running_requests": most, "attention": chosen.attention}
     options["max_total_tokens"] = 4096 + most * (PROMPT[chosen.device] + 3 * chosen.tokens)
     options |= {"skip_tokenizer_init": not chosen.agents, "constrained_json_disable_any_whitespace": True}
-    if card:  # prompts are cached where passes are timed
-        options |= {"cuda_graph_backend_prefill": "disabled", "mem_fraction_static": 0.75}
-        options["attention_backend"] = chosen.attention
-        if find_spec("flashinfer") is None:
-            options["sampling_backend"] = "pytorch"
+    if chosen.device == "cuda":
+        options["mem_fraction_static"] = 0.75
     if arm in STOCK:
         options |= STOCK[arm]
         if arm in DRAFTERS:
@@ -93,8 +84,7 @@ def started(chosen: argparse.Namespace, pair: tuple[Path, Path], arm: str, most:
     else:
         copies = {} if chosen.agents else {"whiflash_lookup": "off", "whiflash_structure": "off"}
         options["whiflash"] = {"draft": bundle, "whiflash_router": OURS[arm], **copies}
-    with engine(target, **options) as e:
-        yield OverlapLoop(e.scheduler) if card else e
+    return options
 
 
 class Load:
@@ -171,7 +161,8 @@ def measure(chosen: argparse.Namespace, checks: Checks, scratch: Path) -> None:
     prompts = prompts_of(pair[0], chosen.device, chosen.agents, bool(chosen.bundle))
     for arm in chosen.arms.split(","):
         with checks.check(arm) as figures, ExitStack() as stack:
-            e = stack.enter_context(started(chosen, pair, arm, max(loads)))
+            options = options_of(chosen, pair[1], arm, max(loads))
+            e = stack.enter_context(started(pair[0], chosen.device, **options))
             for number in loads:
                 asked = [prompts[at % len(prompts)] for at in range(number)]
                 found = figures[str(number)] = {}

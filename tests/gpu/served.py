@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,23 @@ def on_device(device: str, scratch: Path) -> Iterator[None]:
 
             stack.enter_context(getattr(sgl_kernel, "standing_in", ExitStack)())
         yield
+
+
+@contextmanager
+def started(target: Path, device: str, *, attention: str, **options: Any) -> Iterator[Any]:
+    """An engine whose passes are timed, in SGLang's overlap loop where there is a card.
+
+    attention: its backend on a card; SGLang's own choice if empty.
+    """
+    from engine import engine
+    from overlap_loop import OverlapLoop
+
+    card = device != "cpu"
+    options |= {"device": "cuda" if card else "cpu", "dtype": "bfloat16" if device == "cuda" else "float32"}
+    options |= {"disable_overlap_schedule": not card, "random_seed": 0}
+    if card:
+        options["cuda_graph_backend_prefill"] = "disabled"  # prompts are cached
+        options |= {"attention_backend": attention} if attention else {}
+        options |= {} if find_spec("flashinfer") else {"sampling_backend": "pytorch"}
+    with engine(target, **options) as e:
+        yield OverlapLoop(e.scheduler) if card else e

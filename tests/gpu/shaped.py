@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +26,7 @@ import torch
 from checks import Checks
 from pace import twice
 from safetensors.torch import save_file
-from served import on_device
+from served import on_device, started
 from watched import Memory, Trace, Waits, stepping, watching
 
 from whiflash_sglang.drafts.rates import continuing
@@ -167,24 +166,12 @@ CARD, REHEARSAL = Load((8, 32, 48, 1), (1024,), 192, 300_000), Load((1, 2), (24,
 """One request comes last on a card: the first rounds of a server go to learning what its text accepts."""
 
 
-@contextmanager
-def started(made: dict[str, Any], arm: str, device: str, load: Load, attention: str) -> Iterator[Any]:
-    """An engine on one arm, overlapped where there is a card."""
-    from engine import engine
-    from overlap_loop import OverlapLoop
-
-    most, card = max(load.requests), device != "cpu"
+def options_of(made: dict[str, Any], arm: str, load: Load) -> dict[str, Any]:
+    """Options of an engine on one arm."""
+    most = max(load.requests)
     longest = max(context + (requests - 1) * load.ends(context, requests) for context, requests in load)
-    options: dict[str, Any] = {"device": "cuda" if card else "cpu", "load_format": "dummy", "random_seed": 0}
-    options |= {"dtype": "bfloat16" if device == "cuda" else "float32", "max_running_requests": most}
-    options |= {"max_total_tokens": 4096 + longest + 2 * most * load.tokens}
-    options["disable_overlap_schedule"] = not card
-    if card:  # prompts are cached where passes are timed
-        options["cuda_graph_backend_prefill"] = "disabled"
-    if card and attention:
-        options["attention_backend"] = attention
-    if card and find_spec("flashinfer") is None:
-        options["sampling_backend"] = "pytorch"
+    options: dict[str, Any] = {"load_format": "dummy", "max_running_requests": most}
+    options["max_total_tokens"] = 4096 + longest + 2 * most * load.tokens
     if arm.startswith("DFLASH"):
         options |= {"speculative_algorithm": "DFLASH", "speculative_draft_model_path": str(made["dflash"])}
         if rows := arm.partition("-")[2]:
@@ -193,8 +180,7 @@ def started(made: dict[str, Any], arm: str, device: str, load: Load, attention: 
         router = "none" if arm == "plain" else arm
         flags = {"draft": made["dflash"], "whiflash_eagle_draft": str(made["eagle3"]), "whiflash_router": router}
         options["whiflash"] = flags | {"whiflash_lookup": "off", "whiflash_structure": "off"}
-    with engine(made["model"], **options) as e:
-        yield OverlapLoop(e.scheduler) if card else e
+    return options
 
 
 def timed(e: Any, context: int, requests: int, load: Load, figures: dict[str, Any]) -> None:
@@ -246,7 +232,8 @@ def measure(checks: Checks, chosen: argparse.Namespace, load: Load, shape: Shape
             with checks.check(arm) as figures:
                 figures["acceptance_length_wanted"] = mean
                 stack.enter_context(accepting(mean, int(arm.partition("-")[2] or QWEN3_8B.block)))
-                e = stack.enter_context(started(made, arm, chosen.device, load, chosen.attention))
+                options = options_of(made, arm, load) | {"attention": chosen.attention}
+                e = stack.enter_context(started(made["model"], chosen.device, **options))
                 if arm == "auto" and card:
                     figures["prices"] = asdict(e.worker.controller.costs.tables)
                 for context, requests in load:
