@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 PACKAGES = ("whiflash_sglang/", "whiflash_cpu/", "whiflash_kernels/", "sglang/srt/", "sglang/kernels/")
-OWN = ("sites.py", "streams.py", "host_reads.py", "watching.py", "card.py", "graphs.py", "op_tape.py")
+OWN = ("sites.py", "streams.py", "watching.py", "card.py", "graphs.py", "op_tape.py")
 
 
 def site() -> str:

@@ -152,7 +152,8 @@ class Event(Awaited):
 
 class Streams:
     """The model. `races`: what was not ordered. `stalls`: where the host waited for the device to read from it.
-    `pageable`: where it waited to write to it. `waits_of_host`: where it was made to wait for a stream or an event.
+    `pageable`: where it waited to write to it. `uploads`: where it sent pinned memory, for which it does not wait.
+    `waits_of_host`: where it was made to wait for a stream or an event. `read_by_kernels`: where stand-ins read.
 
     forget: says of a wait, by who waits and for what (`"host"`, a `Stream` or an `Event`), whether to leave it out: a
     planted fault.
@@ -164,6 +165,8 @@ class Streams:
         self.races: Counter[str] = Counter()
         self.stalls: Counter[str] = Counter()
         self.pageable: Counter[str] = Counter()
+        self.uploads: Counter[str] = Counter()
+        self.read_by_kernels: Counter[str] = Counter()
         self.waits_of_host: Counter[str] = Counter()
         self.forget: Callable[[Any, Any], bool] = lambda waiting, on: False
         self.tape: Any = None  # a graph that is being captured has one (`phantom/graphs.py`)
@@ -291,7 +294,9 @@ class Streams:
             self.on_host([tensor], ())
             return
         self.on_stream([tensor], ())
-        if not _stands_in(reader):
+        if _stands_in(reader):
+            self.read_by_kernels[reader] += 1
+        else:
             self.stalls[reader] += 1
             self.host_waits(self.clock_of(torch.cpu.current_stream()))
 

@@ -8,14 +8,19 @@ from types import CodeType
 from typing import Any
 
 import torch
-from host_reads import READS, UPLOADS, depends_on_values
 from sites import calling_frame, site
 from streams import HOST, PINNED, Streams
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-FACTORIES = frozenset({"tensor", "as_tensor", "from_numpy", "asarray", "frombuffer", "arange", "empty", "zeros"})
-FACTORIES |= {"ones", "full", "linspace", "empty_strided", "rand", "randint", "randn"}
+READS = {"tolist", "item", "cpu", "numpy", "equal", "allclose", "nonzero", "argwhere", "masked_select", "bincount"}
+READS |= {"unique", "unique_consecutive", "__bool__", "__int__", "__float__", "__index__", "__contains__"}
+"""Functions and methods whose result, or its shape, is known only when the device is done. `tolist` and `item` do not
+dispatch on CPU tensors, so a dispatch mode cannot see them; a function mode can.
+"""
+UPLOADS = {"tensor", "as_tensor", "from_numpy", "asarray"}
+FACTORIES = UPLOADS | {"frombuffer", "arange", "empty", "zeros", "ones", "full", "linspace", "empty_strided", "rand"}
+FACTORIES |= {"randint", "randn"}
 SHAPE_ONLY = ("empty", "new_empty", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 """Operators that read the shape of their arguments only."""
 
@@ -31,7 +36,7 @@ def noting_births(world: Streams) -> Iterator[None]:
 def watching(world: Streams) -> Iterator[None]:
     """Operators and reads by the host are noted."""
     world.prune()
-    with Operators(world), _Functions(world):
+    with Operators(world), Functions(world):
         yield
 
 
@@ -109,7 +114,7 @@ GRAMMARS = "sglang/srt/constrained/"
 """Modules that write masks on the host, in memory that is the device of a CPU."""
 
 
-class _Functions(OfStreams, TorchFunctionMode):
+class Functions(OfStreams, TorchFunctionMode):
     """Factories of memory, and calls that do not dispatch: reads by the host, and moves between one device."""
 
     def __torch_function__(
@@ -122,24 +127,28 @@ class _Functions(OfStreams, TorchFunctionMode):
             if name in FACTORIES and isinstance(out, torch.Tensor):
                 if "pin_memory" in kwargs:
                     self.world.made_by_host(out, PINNED)
-                elif kwargs.get("device") is None or _says_cpu() or site().startswith(GRAMMARS):
+                elif kwargs.get("device") is None or _says('"cpu"') or site().startswith(GRAMMARS):
                     self.world.made_by_host(out, HOST)
                 elif name in UPLOADS:
                     self.world.sent_pageable()
             return out
         if name == "cpu" or (name == "to" and _names_device(args, kwargs)):
             return self._moved(func, name, tensor, args, kwargs)
-        if name in READS or depends_on_values(name, args):
+        if (name in READS or _depends_on_values(name, args)) and not _says("_cpu."):  # so SGLang calls the host's
             self.world.read_by_host(tensor, f"{site()} {name}")
+        elif _assigns_number(name, args) and self.world.cell(tensor).place is None:
+            self.world.sent_pageable()
         return func(*args, **kwargs)
 
     def _moved(self, func: Any, name: str, tensor: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Make a copy if a GPU would make one."""
-        world, to_host = self.world, name == "cpu" or _says_cpu()
+        world, to_host = self.world, name == "cpu" or _says('"cpu"')
         if to_host == (world.cell(tensor).place is not None):
             return func(*args, **kwargs)
         if to_host:
             world.read_by_host(tensor, f"{site()} {name}")
+        elif world.cell(tensor).place == PINNED:
+            world.uploads[site()] += 1
         moved = func(*args, **kwargs)
         moved = torch.empty(tensor.shape, dtype=moved.dtype, device=tensor.device).copy_(tensor)
         if to_host:
@@ -147,7 +156,7 @@ class _Functions(OfStreams, TorchFunctionMode):
         return moved
 
 
-class _Births(_Functions):
+class _Births(Functions):
     """Before the loop runs: which buffers are the host's, as far as that is said."""
 
     def __torch_function__(
@@ -158,7 +167,7 @@ class _Births(_Functions):
         if getattr(func, "__name__", "") in FACTORIES and isinstance(out, torch.Tensor):
             if "pin_memory" in kwargs:
                 self.world.made_by_host(out, PINNED)
-            elif kwargs.get("device") is not None and _says_cpu():
+            elif kwargs.get("device") is not None and _says('"cpu"'):
                 self.world.made_by_host(out, HOST)
         return out
 
@@ -195,14 +204,32 @@ def _names_device(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return kwargs.get("device") is not None or any(isinstance(a, str | torch.device) for a in args[1:])
 
 
-def _says_cpu() -> bool:
-    """Whether the call that made a tensor names the CPU by a literal: of SGLang's code only what is the host's does."""
+def _depends_on_values(name: str, args: Sequence[Any]) -> bool:
+    """Whether the result has as many elements as a mask has true values: an index, or `where` with a condition only."""
+    if name == "where":
+        return len(args) == 1
+    if name not in ("__getitem__", "__setitem__"):
+        return False
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in index)
+
+
+def _assigns_number(name: str, args: Sequence[Any]) -> bool:
+    """Whether one element becomes a number of Python's: torch copies it, where it fills what has any dimension."""
+    if name != "__setitem__" or not isinstance(args[2], int | float):
+        return False
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return len(index) == args[0].dim() and all(isinstance(part, int) for part in index)
+
+
+def _says(words: str) -> bool:
+    """Whether the call has these words. SGLang's code names the CPU by a literal for the host's tensors only."""
     frame = calling_frame()
-    return _names_cpu(frame.f_code, frame.f_lasti)
+    return words in _call(frame.f_code, frame.f_lasti)
 
 
 @cache
-def _names_cpu(code: CodeType, instruction: int) -> bool:
+def _call(code: CodeType, instruction: int) -> str:
     positions = list(code.co_positions())[instruction // 2]
     first, last = positions[0] or code.co_firstlineno, positions[1] or code.co_firstlineno
-    return '"cpu"' in "".join(linecache.getline(code.co_filename, line) for line in range(first, last + 1))
+    return "".join(linecache.getline(code.co_filename, line) for line in range(first, last + 1))

@@ -12,9 +12,10 @@ from unittest.mock import patch
 
 import psutil
 import torch
-from host_reads import HostReads
 from sites import site
+from streams import Streams
 from torch.overrides import TorchFunctionMode
+from watching import Functions
 
 STEADY = 6
 """Rounds of a run before those that are watched: by then every drafter has drafted and nothing is new."""
@@ -125,10 +126,11 @@ class Waits:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         if self._device == "cpu":
-            with HostReads() as seen:
+            world = Streams()
+            with Functions(world):
                 yield
             # SGLang's copies of lengths and rows on the host are tensors of this device, too.
-            for found in (seen.reads, seen.pageable):
+            for found in (world.stalls, world.pageable):
                 ours = (site for site in found if site.startswith("whiflash") and not site.startswith(ROWS_ON_HOST))
                 self.found.update({site: found[site] for site in ours})
             return

@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
-from host_reads import HostReads
+from streams import Streams
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from watching import tensors_of, unwatched
+from watching import Functions, tensors_of, unwatched
 
 T = TypeVar("T")
 
@@ -139,7 +139,7 @@ class Tape(TorchDispatchMode):
 @contextmanager
 def recording(launches: bool = False) -> Iterator[Tape]:
     """Record what runs inside. Raises NotCapturableError where the host reads from the device, or sends to it."""
-    tape, reads = Tape(), HostReads()
+    tape, world = Tape(), Streams()
     with contextlib.ExitStack() as stack:
         for name in KERNELS:
             module, function = name.rsplit(".", 1)
@@ -147,11 +147,11 @@ def recording(launches: bool = False) -> Iterator[Tape]:
             stack.enter_context(patch(name, partial(tape.call, kernel)))
         if launches:
             stack.enter_context(_interpreted_launches(tape))
-        stack.enter_context(reads)
+        stack.enter_context(Functions(world))
         stack.enter_context(tape)
         yield tape
-    if reads.reads or reads.uploads or reads.of_kernels:
-        raise NotCapturableError(f"reads {dict(reads.reads + reads.of_kernels)}, uploads {dict(reads.uploads)}")
+    if reads := world.stalls + world.read_by_kernels + world.uploads:
+        raise NotCapturableError(f"reads, or sends to it: {dict(reads)}")
 
 
 class TapeRecorder:

@@ -19,12 +19,11 @@ from unittest.mock import patch
 import torch
 from graphs import graphs
 from h100 import answers
-from host_reads import READS
 from sites import site
 from streams import HOST, PINNED, Streams
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from watching import Mode, OfStreams, Operators, tensors_of
+from watching import READS, Mode, OfStreams, Operators, tensors_of
 from whiflash_kernels.attention import _draft_attention
 
 DEVICE = torch.device("cuda", 0)

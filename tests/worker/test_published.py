@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 from engine import Engine, engine
-from host_reads import HostReads
 from model_set import Models
+from streams import Streams
+from watching import Functions
 
 from whiflash_sglang.arms.base import KVDrafter
 from whiflash_sglang.prices.costs import FULL_LENGTH, Costs
@@ -44,9 +45,9 @@ def full_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Costs, "worth", lambda *_: FULL_LENGTH)
 
 
-def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter[str], HostReads]:
+def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter[str], Streams]:
     """Records written while requests ran, counts of their rounds, and the device reads of writing."""
-    found, own, reads = Recorded(), Counter[str](), HostReads()
+    found, own, reads = Recorded(), Counter[str](), Streams()
     e.worker.publisher.start(found)
     run = e.worker._round
 
@@ -54,7 +55,7 @@ def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter
         done = run(*args)
         widths = done.cap_lens.tolist()
         own.update(rounds=len(widths), rows=sum(widths), batches=1, accepted=int(done.accept_lens.sum()))
-        with reads:
+        with Functions(reads):
             e.worker.publisher.flush()
         return done
 
@@ -85,7 +86,7 @@ def test_figures_are_those_of_the_rounds(
         check_prices(e, {labels: value for (name, labels), value in found.values.items() if name == "cost_seconds"})
         bytes_of = {labels[0]: value for (name, labels), value in found.values.items() if name == "memory_bytes"}
         check_memory(e, bytes_of)
-    assert reads.reads.total() == reads.uploads.total() == 0
+    assert not reads.stalls + reads.pageable + reads.uploads
     assert found.total("rounds_total") == found.total("routes_total") == own["rounds"]
     assert found.total("tokens_total") == own["tokens"]
     assert clock.rows == own["rows"], "without graphs no row is padding"
