@@ -1,9 +1,8 @@
 # ruff: noqa: E402  (the clock is replaced before anyone takes it)
-"""The golden set: answers, p-values, names and figures of one revision, which later ones are compared with.
+"""The golden set: answers, p-values and names of one revision, which later ones are compared with.
 
     python tests/golden.py                              # compare answers, p-values and names, bit for bit
     python tests/golden.py --only greedy/auto names     # parts that begin so
-    python tests/golden.py --figures                    # also print planning time and speed beside those recorded
     python tests/golden.py --record --only names        # record a part after a change that is meant
 
 Tiny models answer in this process (`engine.py`), on a clock that counts calls of their modules, so no part depends on
@@ -17,7 +16,6 @@ import argparse
 import json
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -53,7 +51,6 @@ from expected import goodness_of_fit, joint
 from model_set import Models, build_models
 from oracle_arm import OracleArm
 from overlap import overlapped
-from planning_time import Batch
 from pydantic import BaseModel
 from request_sets import GRAMMARS, OPTIONS
 from test_sampling import BASE, PARAMETERS, PROMPT, WINDOW, sample, sampling_engine
@@ -65,8 +62,6 @@ from whiflash_sdk.trace import Trace
 from whiflash_sglang.serve.metrics import SERIES
 
 RECORD = HERE.parent / "results" / "golden.json"
-FIGURES = ("planning", "speed")
-"""Parts that are printed beside the recorded ones, and never differ."""
 ENTROPY = {"entropy": {"tau": 2.0, "min_dwell": 1}}  # nats; about the tiny target's median
 SMALL = {"max_total_tokens": 448}
 EACH = 160
@@ -157,10 +152,10 @@ def launched(models: Models, name: str) -> AbstractContextManager[Engine]:
 
 
 class Measured:
-    """Behaviour of this revision, part by part: `greedy/NAME`, `sampling/NAME`, `names`, `planning`, `speed`."""
+    """Behaviour of this revision, part by part: `greedy/NAME`, `sampling/NAME`, `names`."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.models = root, build_models(root)
+        self.models = build_models(root)
         self.peaked = build_models(root / "peaked", peaked=True)
         self._plain: dict[Path, dict[str, list[int]]] = {}
 
@@ -170,8 +165,6 @@ class Measured:
             **{f"greedy/{name}": partial(self.greedy, name) for name in LAUNCHES},
             **{f"sampling/{name}": partial(self.sampling, name) for name in SAMPLING},
             "names": self.names,
-            "planning": self.planning,
-            "speed": self.speed,
         }
 
     def plain(self, models: Models) -> dict[str, list[int]]:
@@ -229,27 +222,6 @@ class Measured:
             found[f"state {key}"] = f"{type(value).__name__} {inner}"
         return found
 
-    def planning(self) -> dict[str, str]:
-        """The least CPU time of 300 rounds."""
-        batches = {size: Batch(size) for size in (1, 8, 48)}
-        least = {size: min(batch.round() for _ in range(300)) for size, batch in batches.items()}
-        return {f"{size} requests": f"{1000 * seconds:.2f} ms a round" for size, seconds in least.items()}
-
-    def speed(self) -> dict[str, str]:
-        """Tokens a second of `auto` over plain decoding's, of the embedded model."""
-        out = self.root / "report.json"
-        command = "from whiflash_sglang.cli.app import main; main()"
-        bench = "bench --arms none,auto --concurrency 1,4,8 --per-category 3 --max-tokens 64 --repetitions 1 --out"
-        subprocess.run([sys.executable, "-c", command, *bench.split(), str(out)], check=True)
-        ratios = {
-            load["load"]["value"]: load["ratios"]["auto"]["none"]["overall"]
-            for load in json.loads(out.read_text("utf-8"))["loads"]
-        }
-        return {
-            f"{load:.0f} in flight": "{ratio:.2f} [{low:.2f}, {high:.2f}]".format(**ratio)
-            for load, ratio in ratios.items()
-        }
-
 
 def fields(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
     """Every field of a model and of the models inside, with its JSON schema."""
@@ -294,7 +266,6 @@ def made_on() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help="write results/golden.json")
-    parser.add_argument("--figures", action="store_true", help="planning time and speed, too")
     parser.add_argument("--only", nargs="+", default=[""], metavar="PART", help="parts whose names begin so")
     given = parser.parse_args()
     record = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
@@ -306,16 +277,16 @@ def main() -> int:
             del record[part]
             count += 1
         for part, measure in measured.parts.items():
-            if not part.startswith(tuple(given.only)) or (part in FIGURES and not given.figures):
+            if not part.startswith(tuple(given.only)):
                 continue
             began, found = time.monotonic(), measure()
             known = record.get(part, {"made": "never", "found": {}})
             lines = list(differences(part, found, known["found"]))
-            state = "measured" if part in FIGURES else f"{len(lines)} of {len(found)} differ"
-            print(f"{part}: {state} ({time.monotonic() - began:.0f} s)", *lines, sep="\n  ", flush=True)
+            differ = f"{len(lines)} of {len(found)} differ ({time.monotonic() - began:.0f} s)"
+            print(f"{part}: {differ}", *lines, sep="\n  ", flush=True)
             if lines and not given.record:
                 print(f"  recorded at {known['made']}\n  measured at {here}")
-            count += 0 if part in FIGURES else len(lines)
+            count += len(lines)
             record[part] = {"made": here, "found": found}
     if given.record:
         RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
