@@ -45,7 +45,7 @@ class Rounds:
         with self._watch() if steady else nullcontext():
             done = self._round(batch, *rest)
         self.watched += steady
-        self.replayed += bool(done[0].can_run_cuda_graph)
+        self.replayed += bool(done.can_run_cuda_graph)
         return done
 
     def figures(self) -> dict[str, int]:
