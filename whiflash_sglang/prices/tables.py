@@ -9,7 +9,7 @@ context lengths, and a line through these gives other lengths.
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property
 from itertools import accumulate
 from typing import Annotated
 
@@ -22,7 +22,7 @@ LONGEST = 60.0
 """Upper bound in seconds of a price in a file: no pass takes as long."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sizes:
     """Prices in seconds by size. Above the last size the price grows in proportion to the size.
 
@@ -62,21 +62,19 @@ class Sizes:
 
         The step to the next size may be free or expensive by chance, and edges without a rise are skipped.
         """
-        edges = _rising(self)
-        place = bisect_left(edges, (size,))
-        return edges[place][1] if place < len(edges) else self.seconds[-1] / self.sizes[-1]
+        place = bisect_left(self._rising, (size,))
+        return self._rising[place][1] if place < len(self._rising) else self.seconds[-1] / self.sizes[-1]
 
-
-@lru_cache
-def _rising(prices: Sizes) -> list[tuple[float, ...]]:
-    """Return the rising edges of the prices' lower convex hull: the size at each one's end, and its slope."""
-    sizes, seconds, place, edges = prices.sizes, prices.seconds, 0, list[tuple[float, ...]]()
-    while place < len(sizes) - 1:
-        later = range(place + 1, len(sizes))
-        slope, place = min(((seconds[i] - seconds[place]) / (sizes[i] - sizes[place]), i) for i in later)
-        if slope > 0.0:
-            edges.append((sizes[place], slope))
-    return edges
+    @cached_property
+    def _rising(self) -> list[tuple[float, ...]]:
+        """Return the rising edges of the prices' lower convex hull: the size at each one's end, and its slope."""
+        sizes, seconds, place, edges = self.sizes, self.seconds, 0, list[tuple[float, ...]]()
+        while place < len(sizes) - 1:
+            later = range(place + 1, len(sizes))
+            slope, place = min(((seconds[i] - seconds[place]) / (sizes[i] - sizes[place]), i) for i in later)
+            if slope > 0.0:
+                edges.append((sizes[place], slope))
+        return edges
 
 
 @dataclass(frozen=True, slots=True)
