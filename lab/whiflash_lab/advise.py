@@ -219,8 +219,7 @@ def cards_for(target: PublishedTarget, gpu: str) -> int:
 
 def layers_of(target: PublishedTarget) -> int:
     """Return the number of layers of the target's drafters; of one drafter of each kind if none is known."""
-    known_layers = bool(target.eagle3) + BLOCK_LAYERS * bool(target.block)
-    return known_layers or 1 + BLOCK_LAYERS
+    return bool(target.eagle3) + BLOCK_LAYERS * bool(target.block) or 1 + BLOCK_LAYERS
 
 
 def _drafters(target: PublishedTarget) -> str:
@@ -384,8 +383,7 @@ def _obstacles(target: PublishedTarget, question: Question, replicas: int) -> It
 def _fitting(shape: Shape, question: Question, cards: int, layers: int) -> int:
     """Return the number of requests whose KV fits beside drafters of `layers` layers, whole copies on each card."""
     always, experts = _split(shape)
-    drafters = layers * cards / shape.layers
-    room = USABLE * _gpu(question.gpu).memory * cards - experts - always * (1 + DRAFTER * drafters)
+    room = USABLE * _gpu(question.gpu).memory * cards - experts - always * (1 + DRAFTER * layers * cards / shape.layers)
     each = _slot(shape, cards, layers) * (question.context + question.prompt + question.answer)
     return max(int(room / each), 0)
 
@@ -472,18 +470,17 @@ def _fastest(target: PublishedTarget, gpu: Gpu, pair: PublishedPair, question: Q
     return max([*replicas, *together], key=lambda row: max(row.rates.values()) * (SURE if row in replicas else 1))
 
 
-def _row(server: Server, pair: PublishedPair, question: Question, requests: int, target: PublishedTarget) -> Estimate:
+def _row(server: Server, pair: PublishedPair, question: Question, n: int, target: PublishedTarget) -> Estimate:
     """Estimate the tokens per second of each way to serve a load."""
     block = _block(target)
     tools = max(question.tools, 1e-9)  # above 0, so that the host's time counts
     layers = {"EAGLE3": 1, block: BLOCK_LAYERS, OURS: layers_of(target)}
-    each = -(-requests // server.replicas)
+    each = -(-n // server.replicas)
 
     def rate(way: str, pair: PublishedPair) -> float:
         at_once = max(min(each, server.fitting(layers.get(way, 0))), 1)
-        load = SimulatedLoad(
-            at_once, 4 * at_once + 40, question.prompt, question.answer, tools=tools, cached=question.context
-        )
+        sizes = question.prompt, question.answer
+        load = SimulatedLoad(at_once, 4 * at_once + 40, *sizes, tools=tools, cached=question.context)
         card, method = server.prices(at_once), methods.get(way)
         if way == OURS:
             eager = server.eager
@@ -491,7 +488,7 @@ def _row(server: Server, pair: PublishedPair, question: Question, requests: int,
         if method is None:  # NGRAM's drafting is free
             card, method = replace(card, block=0.0), "dflash"
         rate = Simulation(card, load, method, pair=pair).run().rate
-        return rate * min(server.replicas, requests / at_once)
+        return rate * min(server.replicas, n / at_once)
 
     def paying(way: str, rate: float, pays: int = HOST_TIER) -> float:
         beside = layers.get(way, 0)
@@ -512,13 +509,12 @@ def _row(server: Server, pair: PublishedPair, question: Question, requests: int,
         for at, (pays, seconds) in enumerate(zip(PAYS, server.returns(layers[OURS]), strict=True))
         if question.context and server.fitting(layers[OURS]) < each
     ]
-    return Estimate(count(requests, "request"), "", rates, min(over), max(over), returning=returning)
+    return Estimate(count(n, "request"), "", rates, min(over), max(over), returning=returning)
 
 
 def _settings(target: PublishedTarget, question: Question, row: Estimate, choice: str) -> Iterator[str]:
     """Yield commands to serve and to bench the target, with remarks on memory. row, choice: of the last load."""
-    spread = f" {row.spread}" if row.spread else ""
-    parsers = f" {target.parsers}" if target.parsers else ""
+    spread, parsers = (f" {text}" if text else "" for text in (row.spread, target.parsers))
     if question.context and row.replicas > 1:
         spread = ""
         yield "One server on each card, behind SGLang's router (cache_aware): it keeps prefixes, and drops cache_salt."

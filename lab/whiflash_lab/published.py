@@ -150,11 +150,9 @@ def of_directory(directory: Path) -> PublishedTarget | None:
     if not isinstance(config, dict):
         raise UsageError(f"{file} holds no JSON object: is it a language model's?")
     try:
-        return PublishedTarget(
-            str(directory), _Config.model_validate(config.get("text_config", config)).shape(), (), ()
-        )
+        shape = _Config.model_validate(config.get("text_config", config)).shape()
     except ValidationError as error:
         said = error.errors()[0]
-        raise UsageError(
-            f"{file}: {'.'.join(map(str, said['loc'])) or 'text_config'}: {said['msg']}: is it a language model's?"
-        ) from None
+        key = ".".join(map(str, said["loc"])) or "text_config"
+        raise UsageError(f"{file}: {key}: {said['msg']}: is it a language model's?") from None
+    return PublishedTarget(str(directory), shape, (), ())

@@ -219,15 +219,8 @@ def _check_recipes(path: Path, model_path: str | None, *, as_json: bool, verbose
 
 
 def _as_json(name: str, verdict: Any) -> dict[str, Any]:
-    return {
-        "recipe": name,
-        "starts": verdict.starts,
-        "obstacles": verdict.obstacles,
-        "replaced": verdict.replaced,
-        "unread": verdict.unread,
-        "notes": verdict.notes,
-        "command": verdict.command,
-    }
+    fields = ("starts", "obstacles", "replaced", "unread", "notes", "command")
+    return {"recipe": name, **{key: getattr(verdict, key) for key in fields}}
 
 
 def _lines(name: str, verdict: Any, *, full: bool) -> list[str]:

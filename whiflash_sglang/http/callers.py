@@ -15,10 +15,7 @@ from whiflash_sdk.hints import MAX_NAME_CHARS
 from whiflash_sglang.spans.hints import HintError
 
 AGENT, TENANT = "X-WhiFlash-Agent", "X-WhiFlash-Tenant"
-SESSIONS = (
-    *("X-WhiFlash-Session", "x-dynamo-session-id", "x-claude-code-session-id", "X-Session-ID"),
-    *("session-id", "session_id"),  # Codex's, of newer and of older releases
-)
+SESSIONS = ("X-WhiFlash-Session", "x-dynamo-session-id", "x-claude-code-session-id", "X-Session-ID", "session-id")
 """Headers that name a session, for requests whose body names none; the first that is there counts."""
 SESSION_CHARS = 256
 """Most characters of a session's id in a header; longer ones are not read."""

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import compress, takewhile
+from itertools import compress, pairwise, takewhile
 from typing import Any
 
 from whiflash_lab.bench.arms import NONE
@@ -52,10 +52,9 @@ def _setting(report: BenchReport) -> str:
 def _origin(provenance: Mapping[str, Any]) -> str:
     """Return the model, this project's revision and the day of a run, as text."""
     words = [part for word in provenance["command"] for part in word.split("=", 1)]
-    named = words.index("--model-path") + 1 if "--model-path" in words else None
-    model = "SmolLM2-135M-Instruct, the embedded model" if named is None else words[named]
-    changes = " with uncommitted changes" if provenance.get("uncommitted_changes") else ""
-    revision = f"revision {provenance['revision'][:8]}{changes}" if provenance.get("revision") else ""
+    model = dict(pairwise(words)).get("--model-path", "SmolLM2-135M-Instruct, the embedded model")
+    changes = " with uncommitted changes" * provenance.get("uncommitted_changes", False)
+    revision = f"revision {short}{changes}" if (short := provenance.get("revision", "")[:8]) else ""
     return ", ".join(filter(None, (model, revision, provenance.get("date"))))
 
 
@@ -85,18 +84,17 @@ def _overview(load: LoadReport, over: str | None) -> str:
         if figures is None:
             continue
         ratios = load.ratios.get(arm, Ratios(none={}, static={}, static_arm={}))
-        rows.append(
-            (
-                arm,
-                _number(figures.output_tokens_per_s),
-                *(_interval(by.get(OVERALL)) for by in (ratios.none, ratios.over, ratios.static)),
-                f"{figures.acceptance_length:.2f}",
-                _percentiles(figures.ttft_ms, 0),
-                _percentiles(figures.tpot_ms, 1),
-                _number(figures.switches_per_100_tokens),
-                _mismatches(groups),
-            )
+        row = (
+            arm,
+            _number(figures.output_tokens_per_s),
+            *(_interval(by.get(OVERALL)) for by in (ratios.none, ratios.over, ratios.static)),
+            f"{figures.acceptance_length:.2f}",
+            _percentiles(figures.ttft_ms, 0),
+            _percentiles(figures.tpot_ms, 1),
+            _number(figures.switches_per_100_tokens),
+            _mismatches(groups),
         )
+        rows.append(row)
     filled = [any(row[column] for row in rows) for column in range(len(header))]
     return table(list(compress(header, filled)), [tuple(compress(row, filled)) for row in rows])
 
@@ -109,16 +107,15 @@ def _jobs(load: LoadReport, servers: Mapping[str, Mapping[str, Any]]) -> str:
     for arm, jobs in load.jobs.items():
         seconds = Percentiles(**{name: ms / 1000 for name, ms in jobs.ms.model_dump().items()})
         counts = (jobs.again, jobs.evicted, jobs.retracted, servers.get(arm, {}).get("max_total_num_tokens"))
-        rows.append(
-            (
-                arm,
-                _percentiles(seconds, 1),
-                _interval(jobs.faster),
-                _percentiles(jobs.ttft_ms, 0),
-                f"{jobs.cached / jobs.prompt:.1%} of {jobs.prompt:,}",
-                *("" if count is None else f"{count:,}" for count in counts),
-            )
+        row = (
+            arm,
+            _percentiles(seconds, 1),
+            _interval(jobs.faster),
+            _percentiles(jobs.ttft_ms, 0),
+            f"{jobs.cached / jobs.prompt:.1%} of {jobs.prompt:,}",
+            *("" if count is None else f"{count:,}" for count in counts),
         )
+        rows.append(row)
     return f"### Jobs\n\n{table(header, rows)}" if rows else ""
 
 
@@ -238,8 +235,8 @@ def _reproduce(report: BenchReport) -> str:
     shared = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
     while shared and shared[-1].startswith("--"):
         shared.pop()  # a flag whose value differs between arms
-    lines = ["## How to reproduce", "", f"`{' '.join(report.provenance['command'])}`", ""]
     backends = ", ".join(dict.fromkeys(server["attention_backend"] for server in servers.values()))
+    lines = ["## How to reproduce", "", f"`{' '.join(report.provenance['command'])}`", ""]
     lines += [f"Every server (attention backend {backends}):", ""]
     lines += [f"`{first} python -m sglang.launch_server {' '.join(shared)}`", "", "Each arm adds:", ""]
     for arm, server in servers.items():

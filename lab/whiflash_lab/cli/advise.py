@@ -73,25 +73,17 @@ def _show(advice: "Advice") -> None:
     if not advice.rows:
         return
     ways = list(advice.rows[-1].rates)
-    lines = [
-        [row.load, *(f"{row.rates[way]:,.0f}" if way in row.rates else "" for way in ways), row.over_plain]
-        for row in advice.rows
-    ]
+    lines = [[row.load, *(f"{row.rates[way]:,.0f}" for way in ways), row.over_plain] for row in advice.rows]
     typer.echo()
     show_table(["", *ways, "over plain"], lines, f"Tokens a second, estimated; {OURS} over plain, and by text")
-    for row in advice.rows[-1:]:
-        lines = [
-            [
-                f"{each.pays}: {each.seconds:.1f} s",
-                *(f"{each.rates[way]:,.0f}" for way in row.rates),
-                f"{each.rates[OURS] / each.rates[PLAIN]:.2f}",
-            ]
-            for each in row.returning
-        ]
-        if lines:
-            typer.echo()
-            title = f"An agent that returns pays, at {row.load}: tokens a second, estimated"
-            show_table(["", *row.rates, "over plain"], lines, title)
+    row, lines = advice.rows[-1], []
+    for each in row.returning:
+        rates, over = (f"{each.rates[way]:,.0f}" for way in ways), each.rates[OURS] / each.rates[PLAIN]
+        lines.append([f"{each.pays}: {each.seconds:.1f} s", *rates, f"{over:.2f}"])
+    if lines:
+        typer.echo()
+        title = f"An agent that returns pays, at {row.load}: tokens a second, estimated"
+        show_table(["", *ways, "over plain"], lines, title)
     lists = {
         "Assumed": advice.assumed.split("\n"),
         "Not in the rows: tokens a round by copies and forced text": advice.copies,

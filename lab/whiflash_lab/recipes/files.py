@@ -133,9 +133,8 @@ def _containers(document: Any, path: Path, name: str = "") -> Iterator[Recipe]:
 
 
 def _words_of(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return shlex.split(value)
-    return [str(word) for word in value] if isinstance(value, list) else []
+    words = shlex.split(value) if isinstance(value, str) else value
+    return [str(word) for word in words] if isinstance(words, list) else []
 
 
 def _of_container(document: Mapping[str, Any]) -> dict[str, str]:
@@ -181,8 +180,7 @@ def _mapping(document: Any, path: Path) -> dict[Any, Any]:
 
 
 def _environment(document: Any, path: Path) -> dict[str, str]:
-    variables = {} if document is None else _mapping(document, path)
-    return {str(name): str(value) for name, value in variables.items()}
+    return {str(name): str(value) for name, value in _mapping({} if document is None else document, path).items()}
 
 
 def _flags(document: Any, path: Path) -> dict[str, str | list[str]]:
@@ -202,12 +200,11 @@ def _shell(text: str, path: Path, who: str = "") -> Iterator[Recipe]:
     variables that hold flags. Arrays get all words that they may hold, and variables the only value that is assigned
     to them before, else their default. who: name of the container whose script this is; its variables stay.
     """
-    text, documents = _heredocs(re.sub(r"^[ \t]*#.*\n", "", text, flags=re.MULTILINE))
-    for document in documents:
-        if "\napiVersion:" in f"\n{document}":  # as in `kubectl apply -f - <<EOF`
-            yield from _yaml(document, path)
-            return
-    text = text.replace("\\\n", " ")
+    before, begins, after = f"\n{text}".partition("\napiVersion:")
+    if begins and (opened_by := HEREDOC.findall(before)):  # as in `kubectl apply -f - <<EOF`
+        yield from _yaml(begins + after.split(f"\n{opened_by[-1][1]}\n")[0], path)
+        return
+    text = _as_written(re.sub(r"^[ \t]*#.*\n", "", text, flags=re.MULTILINE)).replace("\\\n", " ")
     computed = [found[0] for found in COMPUTED.finditer(text)]
     numbers = count()
     text = COMPUTED.sub(lambda _: f"$computed{next(numbers)}_", text)
@@ -244,21 +241,16 @@ def _shell(text: str, path: Path, who: str = "") -> Iterator[Recipe]:
         yield Recipe(name, flags, _variables_in(before), _restored(command, computed), keys)
 
 
-def _heredocs(text: str) -> tuple[str, list[str]]:
-    """Return the text with its here-documents as they are read or written, and these documents."""
-    lines: list[str] = []
-    documents: list[list[str]] = []
-    end = quote = ""
+def _as_written(text: str) -> str:
+    """Return the text with its here-documents as a shell writes them."""
+    lines, end = [], ""
     for line in text.splitlines(keepends=True):
-        if end and line.strip() == end:
+        lines.append(ESCAPED.sub(r"\1", line) if end else line)
+        if line.strip() == end:
             end = ""
-        elif end:
-            documents[-1].append(line := line if quote else ESCAPED.sub(r"\1", line))
-        elif opened := HEREDOC.search(line):
-            quote, end = opened.groups()
-            documents.append([])
-        lines.append(line)
-    return "".join(lines), ["".join(document) for document in documents]
+        elif not end and (opened := HEREDOC.search(line)) and not opened[1]:
+            end = opened[2]
+    return "".join(lines)
 
 
 def _variables_in(text: str) -> dict[str, str]:

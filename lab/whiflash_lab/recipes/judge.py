@@ -264,12 +264,8 @@ def _replace(fields: dict[str, Any]) -> list[str]:
             change = f"replaced by {by}" if by else "left out: WHIFLASH has no use for it"
             sentences.append(f"--{name.replace('_', '-')} is {change}")
     if "speculative_draft_model_path" in fields:
-        kept = algorithm.upper() in ALGORITHMS
-        why = (
-            "stays: the drafter's format says what it is"
-            if kept
-            else f"is left out: WHIFLASH reads no drafter of {algorithm}"
-        )
+        stays = "stays: the drafter's format says what it is"
+        why = stays if algorithm.upper() in ALGORITHMS else f"is left out: WHIFLASH reads no drafter of {algorithm}"
         sentences.append(f"--speculative-draft-model-path {why}")
     return sentences
 

@@ -24,7 +24,7 @@ def _with_config(recipe: Recipe, folder: Path) -> Recipe:
     """Return the launch with the flags of its `--config` file in place of that, if it is here or in `folder`."""
     flags = dict(recipe.flags)
     named = str(flags.pop("config", ""))
-    file = next((file for file in (Path(named), folder / named) if os.path.isfile(file)), None)
-    if file is None or file.suffix not in (".yaml", ".yml"):
-        return recipe
-    return replace(recipe, name=f"{recipe.name} with {file}", flags={**read(file)[0].flags, **flags})
+    for file in (Path(named), folder / named):
+        if file.suffix in (".yaml", ".yml") and os.path.isfile(file):
+            return replace(recipe, name=f"{recipe.name} with {file}", flags={**read(file)[0].flags, **flags})
+    return recipe
