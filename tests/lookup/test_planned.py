@@ -72,6 +72,7 @@ def test_what_the_device_cannot_find_is_sent(plans: list[Round]) -> None:
     predicted = list(range(500, 520))
     batch.running[row].prediction = predicted
     batch.drafters[arms.LOOKUP].begin(batch.running[row])
+    assert batch.drafters[arms.LOOKUP].host_bytes([batch.running[row]])["index"] > 0, "no round waits for its prompt"
     text.output_ids = predicted[:1]
     batch.round()
     (round_,) = plans

@@ -77,6 +77,7 @@ def test_a_request_that_it_does_not_serve_gets_nothing(arm: StructureArm) -> Non
     request = begun(arm)
     assert not arm.serves(request)
     assert propose(arm, request, lambda start: [], FULL_LENGTH) is None
+    assert arm.host_bytes([request]) == {}, "metrics add it up"
 
 
 def test_what_is_said_while_rounds_are_under_way_follows_what_is_known(
