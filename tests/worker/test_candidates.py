@@ -5,6 +5,7 @@ from functools import partial
 from itertools import accumulate
 from operator import mul
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from engine import engine
@@ -14,9 +15,11 @@ from plain import compare, plain_texts
 from traffic import mixed, play, without_a_pass
 
 from whiflash_sglang.drafts.candidates import Candidate, Part
-from whiflash_sglang.prices.costs import Worth
+from whiflash_sglang.prices.costs import FULL_LENGTH, Worth
 from whiflash_sglang.records.core import History
 from whiflash_sglang.records.request import Request
+from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_sglang.round.sources import DraftSources
 
 
 def candidate(tokens: list[int], alive: list[float]) -> Candidate:
@@ -29,6 +32,12 @@ def test_only_what_could_be_drafts_is_verified() -> None:
     assert candidate([4, -1], [0.6, 0.5]).valid(99).tokens == [4]
     right = candidate([5, 6, 7], [0.8, 0.4, 0.2])
     assert right.valid(8) == right
+    held, request = Quarantine(["free"]), Request("r", running=True)
+    round_ = Mock(requests=[request], most=[0], plan=Mock(worth=FULL_LENGTH))
+    for vocabulary, faults in ((8, 0), (7, 1)):
+        sources = DraftSources({}, held, vocabulary, Mock())
+        assert sources.ask(round_, 0, Mock(arm="free", propose=Mock(return_value=right))) == right.valid(vocabulary)
+        assert held.faults == {"free": faults}
 
 
 class Free(OracleArm):
