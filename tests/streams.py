@@ -178,9 +178,10 @@ class Streams:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """`torch.cpu` has this model's streams and events, and a copy to the host is one."""
+        places = [(importlib.import_module(module), name) for module, name in D2H]  # none imports what is replaced
         with self.in_place_of(torch.cpu), ExitStack() as stack:
-            for module, name in D2H:
-                stack.enter_context(patch.object(importlib.import_module(module), name, self.async_d2h))
+            for place, name in places:
+                stack.enter_context(patch.object(place, name, self.async_d2h))
             stack.enter_context(patch.object(torch.Tensor, "record_stream", self.record_stream()))
             yield
 
