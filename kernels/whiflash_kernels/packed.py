@@ -154,9 +154,9 @@ def is_packed(weight: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `torch.nn.functional.linear` with the weight's packed copy, or by the kernel set with :func:`use`.
 
-    Numerics of a copy in blocks: oneDNN's sums in float32, rounded once; bit by bit those of
-    `torch.nn.functional.linear`, which rounds once more before it adds a bias to rows of more than two dimensions that
-    are not contiguous. In float8: `whiflash_kernels.float8.product`.
+    Numerics of a copy in blocks: oneDNN's sums in float32, rounded once, bit by bit as in
+    `torch.nn.functional.linear`. One exception: torch rounds once more before it adds a bias to rows of more than two
+    dimensions that are not contiguous. In float8: `whiflash_kernels.float8.product`.
     Fallback: that of torch, for other dtypes than bfloat16, a bias that is not N contiguous numbers (kernels would
     read beyond it), where gradients are wanted, and for a weight without a copy where no kernel is set.
 

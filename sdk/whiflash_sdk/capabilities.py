@@ -200,7 +200,7 @@ class AskedServer:
         return None
 
     def _note(self, trouble: str, failures: int = 0) -> None:
-        """Note how the question ended, and ask again when an answer is old, or sooner after `failures` in a row."""
+        """Store how the question ended, and set when to ask next, which is sooner after `failures` in a row."""
         seconds = _wait(failures - 1) if failures else KEPT_SECONDS
         self.trouble, self.failures, self.next_probe = trouble, failures, now() + seconds
         _LOG.debug("%s %s; asked again in %g s", self.url, trouble, seconds)

@@ -117,7 +117,7 @@ class PagedArm(KVDrafter):
         self.kv = DraftKV(self._layers, slots, shape.kv_heads, shape.head_dim, self.kv_dtype, self._device)
 
     def calibration(self, requests: Sequence[Request], worth: Worth) -> Sequence[float]:
-        """Return the calibration of `DraftLength`."""
+        """Return `DraftLength.calibration(worth)`."""
         return self.length.calibration(worth)
 
     def cut(self, tokens: torch.Tensor, confidences: torch.Tensor, batch: DraftBatch) -> Drafts:

@@ -82,7 +82,7 @@ class MatchCalibration:
 
     @property
     def chances(self) -> list[float]:
-        """Return the chance of every bucket and agreement, bucket by bucket."""
+        """Return all chances in one list, by bucket, then by `Agreement`."""
         return self._rates.all
 
     def observe(self, length: int, agreement: int, right: bool) -> None:

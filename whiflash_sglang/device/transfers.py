@@ -137,7 +137,7 @@ _NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float3
 
 
 def _sent(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a tensor of `dtype` is sent."""
+    """Return float32 for floats, int64 for int64, else int32: the dtype in which such a tensor is sent."""
     if dtype.is_floating_point:
         return torch.float32
     return torch.int64 if dtype == torch.int64 else torch.int32

@@ -116,7 +116,7 @@ def _wrapping(function: Function) -> Callable[[Any], Any]:
 
 
 def install(*modules: ModuleType) -> None:
-    """Replace the names that these modules of ours entered. Idempotent: a process may start one server after another.
+    """Apply to SGLang what these modules have in `PATCHES`. Idempotent: a process may start one server after another.
 
     Raises:
         IncompatibleEngineError: a name is missing or has changed; nothing is replaced then.

@@ -50,8 +50,8 @@ class Plan:
 
     Lists have a value per request, except undrafted: indices of the requests whose grammar is too slow for drafts.
     asked: arms that were asked for a candidate. routes: the arm whose pass drafts, or `none`. candidates: those that
-    may be verified without a pass; None: there are none. priced_as: the key under which the round's drafts are learned,
-    its route or `promised`.
+    may be verified without a pass; None: there are none. priced_as: the route, or `promised` for a candidate; numbers
+    of drafts are learned by it.
 
     worth: accepted tokens that a further draft must bring. usual_drafts: drafts that the round has rows for.
     calibration: by arm, `Drafter.calibration` of every arm that drafts.

@@ -82,9 +82,9 @@ class State:
 
     @property
     def free(self) -> Free | None:
-        """Return the tokens that continue the free text in which it ends; None: it ends in none, or that is unknown.
+        """Return the tokens that continue the text if it ends in free text; None if it does not, or if that is unknown.
 
-        Raises LostError if no time is left to know it.
+        Raises LostError if the grammar has no time left.
         """
         found = [self.calls.free] if self.calls is not None else []
         if self.layout is not None and self.matcher is not None:

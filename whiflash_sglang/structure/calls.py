@@ -169,7 +169,7 @@ class JsonCall:
 
     @property
     def free(self) -> Free | None:
-        """Return the tokens that continue the free text in which it ends, as `Layout.free` does."""
+        """Return the tokens that continue the text if it ends in free text, as `Layout.free` does."""
         return self._layout.free(self.matcher) if self._state is _State.INSIDE else None
 
     def follow(self, text: str) -> str | None:
@@ -289,7 +289,7 @@ class Calls:
 
     @property
     def free(self) -> Free | None:
-        """Return the tokens that continue the free text in which it ends, as `Layout.free` does."""
+        """Return the tokens that continue the text if it ends in free text, as `Layout.free` does."""
         if self._call is not None:
             return self._call.free
         return Free("".join(self._firsts) + "\n") if self._blanks is None and self._waiting in ("\n", OTHER) else None

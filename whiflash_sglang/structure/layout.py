@@ -113,8 +113,8 @@ class Layout:
         return self._open, self._key, self._value, *state
 
     def free(self, matcher: Matcher) -> Free | None:
-        """Return the tokens that continue the free text in which this text ends; None: it ends in none, or that is
-        unknown. matcher: of its grammar, after it.
+        """Return the tokens that continue the text if it ends in free text; None if it does not, or if that is unknown.
+        matcher: of its grammar, after it.
         """
         if self.words is None or not self.inside or self._escaped:
             return None

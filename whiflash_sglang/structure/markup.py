@@ -102,7 +102,7 @@ class MarkupCall:
 
     @property
     def free(self) -> Free | None:
-        """Return the tokens that continue the free text in which it ends, as `Layout.free` does."""
+        """Return the tokens that continue the text if it ends in free text, as `Layout.free` does."""
         if self._place is not _Place.VALUE or self._fitting():
             return None
         if self._pending.endswith(OTHER):

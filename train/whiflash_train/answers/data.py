@@ -40,7 +40,7 @@ class DataSummary:
 
 
 def is_embedded(target: str) -> bool:
-    """Whether a configuration or a manifest names the embedded target."""
+    """Whether a target's name is `embedded` or begins with `embedded:`."""
     return target == "embedded" or target.startswith("embedded:")
 
 

@@ -26,7 +26,7 @@ NEVER = 1 << 62
 
 
 class _Row:
-    """A row of logits as SGLang's processors write to it: minus infinity forbids. words: its mask, uint32."""
+    """A row of logits for SGLang's processors: writing -inf clears a token's bit of its mask `words`, uint32."""
 
     def __init__(self, words: np.ndarray, vocabulary: int) -> None:
         self._words, self._vocabulary = words, vocabulary

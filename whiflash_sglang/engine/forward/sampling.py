@@ -40,7 +40,7 @@ def checks_numbers() -> bool:
 
 
 def check_numbers(logits: torch.Tensor) -> None:
-    """Find or replace NaN among logits in place, as SGLang's verifications do."""
+    """Apply SGLang's settings for NaN to logits in place: raise an error, replace it, or both."""
     sanitize_nan_logits(logits, "verify: target model logits")
 
 

@@ -54,7 +54,7 @@ class DraftInput(SpecInput):  # type: ignore[misc]
 
 
 def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int]) -> Round:
-    """Make a round of SGLang's decode batch. under_way: for a row id, rows that unfinished rounds verify for it."""
+    """Make a round of SGLang's decode batch. under_way: by row id, the most tokens that unfinished rounds add."""
     row_ids = row_ids_of(batch)
     least, most = _lengths(batch, row_ids, under_way)
     budgets = [
