@@ -195,7 +195,7 @@ def build_forcing(settings: Settings, tokens: TokenTable, target: Target) -> For
 
 
 class Parts(Observed, Protocol):
-    """The members of a worker that `build_stages` reads. They exist once the KV pools do."""
+    """The members of a worker that `Stages` reads. They exist once the KV pools do."""
 
     target: Target
     ranks: Ranks
