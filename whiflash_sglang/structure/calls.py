@@ -11,14 +11,14 @@ from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
 from enum import Enum, auto
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import xgrammar
 from whiflash_sdk.hints import Span
 
 from whiflash_sglang.structure.chances import Kind, LikelyText
 from whiflash_sglang.structure.guesses import Ahead, Guesses, Uses, likely
-from whiflash_sglang.structure.layout import ASKED, BLANKS, Free, Layout
+from whiflash_sglang.structure.layout import ASKED, BLANKS, Copied, Free, Layout
 from whiflash_sglang.structure.markup import OTHER, MarkupCall, begun
 from whiflash_sglang.structure.matchers import Matcher, XGrammarMatcher
 from whiflash_sglang.structure.schemas import Essence, has_alternatives, words_of_places
@@ -124,7 +124,7 @@ def _common_matcher(tools: str) -> _CallMatcher:
     return _CallMatcher(grammar)
 
 
-class JsonCall:
+class JsonCall(Copied):
     """A tool call in JSON, from the end of its marker on.
 
     Args:
@@ -154,10 +154,9 @@ class JsonCall:
         self._matcher.move(self._text)
         return self._matcher
 
-    def copy(self) -> "JsonCall":
-        """Return a copy to look ahead with."""
-        ahead = JsonCall.__new__(JsonCall)
-        ahead.__dict__.update(self.__dict__)
+    def copy(self) -> Self:
+        """Return a copy, and a copy of its layout."""
+        ahead = super().copy()
         ahead._layout = self._layout.copy()
         return ahead
 
@@ -244,7 +243,7 @@ OpenCall = JsonCall | MarkupCall
 """A call that has begun, from the end of its marker on."""
 
 
-class Calls:
+class Calls(Copied):
     """Follows an output, and the call in it that is open.
 
     Args:
@@ -294,10 +293,9 @@ class Calls:
             return self._call.free
         return Free("".join(self._firsts) + "\n") if self._blanks is None and self._waiting in ("\n", OTHER) else None
 
-    def copy(self) -> "Calls":
-        """Return a copy to look ahead with."""
-        ahead = Calls.__new__(Calls)
-        ahead.__dict__.update(self.__dict__)
+    def copy(self) -> Self:
+        """Return a copy, and a copy of its open call."""
+        ahead = super().copy()
         ahead._call = self._call and self._call.copy()
         return ahead
 

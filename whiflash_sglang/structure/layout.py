@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 from whiflash_sglang.structure.matchers import Matcher
 
@@ -53,8 +53,18 @@ class Frames(NamedTuple):
 NO_FRAMES = Frames()
 
 
+class Copied:
+    """A part of a state that is copied to look ahead. Copies share values, so these are replaced, not changed."""
+
+    def copy(self) -> Self:
+        """Return a copy with the same values, in a fraction of the time of `copy.copy`."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+
 @dataclass
-class Layout:
+class Layout(Copied):
     """Follows a JSON text character by character and records its blanks.
 
     frames: texts around the JSON; they are fixed, so their blanks are not recorded. habit: layout of earlier texts, for
@@ -88,12 +98,6 @@ class Layout:
     """Characters of an escape that are still to come; -1: it has only begun."""
     _tail: str = ""
     _within: dict[str, str] = field(default_factory=dict)
-
-    def copy(self) -> "Layout":
-        """Return a copy; it shares what no text changes in place."""
-        other = Layout.__new__(Layout)
-        other.__dict__.update(self.__dict__)
-        return other
 
     @property
     def place(self) -> Hashable:

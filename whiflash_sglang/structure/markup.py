@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from whiflash_sglang.structure.chances import Kind, LikelyText
 from whiflash_sglang.structure.guesses import Guesses, Uses, gather, of_words, parted
-from whiflash_sglang.structure.layout import BLANKS, Free
+from whiflash_sglang.structure.layout import BLANKS, Copied, Free
 from whiflash_sglang.structure.schemas import MOST_WORDS
 from whiflash_sglang.structure.tools import Form, Tools, listed_of, properties_of, required_of
 
@@ -43,7 +43,7 @@ class _Option(NamedTuple):
     name: str = ""
 
 
-class MarkupCall:
+class MarkupCall(Copied):
     """A span of calls, from the end of its marker on.
 
     Args:
@@ -62,12 +62,6 @@ class MarkupCall:
         self._tool = ""
         self._key = ""
         self._written: frozenset[str] = frozenset()
-
-    def copy(self) -> "MarkupCall":
-        """Return a copy to look ahead with."""
-        ahead = MarkupCall.__new__(MarkupCall)
-        ahead.__dict__.update(self.__dict__)
-        return ahead
 
     def follow(self, text: str) -> str | None:
         """Advance by `text`.
