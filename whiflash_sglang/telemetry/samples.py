@@ -80,7 +80,7 @@ _SAMPLE, _HANDLES = TypeAdapter(Sample), TypeAdapter(list[Handle])
 
 
 class _Header(BaseModel):
-    """First line of a file. handles: those of all samples in the file."""
+    """First line of a file. handles: of all its samples."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -128,18 +128,18 @@ def written(path: Path) -> float:
 def read_samples(path: Path, target: str) -> list[Sample]:
     """Read the samples of a file; empty if the file is gone by now, or has another format or target.
 
-    Raises:
-        ConfigError: other users can access the file, or it holds something else.
+    Raises ConfigError: other users can access the file, or it holds something else.
     """
     try:
         with open_own(path) as file:
             header = _Header.model_validate_json(file.readline())
             if (header.format, header.target) != (FORMAT, target):
                 return []
-            samples = [_SAMPLE.validate_json(line, strict=True) for line in file]
-        handles_of_file = set(header.handles)
-        if not all(handles_of_file.issuperset(sample.handles) for sample in samples):
-            raise ValueError("a handle is not in the header")
+            lines = file.readlines()
+        samples = [_SAMPLE.validate_json(line, strict=True) for line in lines]
+        known = set(header.handles).issuperset
+        if not all(line.lstrip()[:1] == b"{" and known(s.handles) for line, s in zip(lines, samples, strict=True)):
+            raise ValueError("a line is a list, or a handle is not in the header")
         return samples
     except FileNotFoundError:
         return []
@@ -328,4 +328,4 @@ def _without(path: Path, handle: int) -> bool:
 
 def _handles(line: bytes) -> list[int]:
     """Parse the handles at the end of a `Sample`'s line. Raises ValueError."""
-    return _HANDLES.validate_json(line.rpartition(_HANDLES_KEY)[2].removesuffix(b"}\n"), strict=True)
+    return _HANDLES.validate_json(line.rpartition(_HANDLES_KEY)[2].rstrip().removesuffix(b"}"), strict=True)
