@@ -72,7 +72,7 @@ RUN = re.compile(r"(?:nice -n \d+ )?((?:whiflash|make|pip|sglang|python) .*)")
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """Command lines of console blocks, those of bash blocks that `RUN` knows, and pip's in sentences, as words.
+    """Command lines, as words: of console blocks, of bash blocks if `RUN` knows them, and pip's in sentences.
     Comments, and variables that are set for a command, are left out."""
     yield from map(shlex.split, re.findall(r"`(pip install \S[^`]*)`", page.read_text(encoding="utf-8")))
     for block in blocks(page):

@@ -166,7 +166,7 @@ class MTPConfig:
     """Sizes and variants of a target's own next-token head.
 
     Attributes:
-        prefix: beginning of its tensors' names in the target's files. names: those of its `PARTS`.
+        prefix: beginning of its tensors' names in the target's files. names: of its `PARTS`.
         hidden_first: the projection's input is [state; embedding] in files, not [embedding; state].
         attention: head counts and head size.
         routed: its experts; None: it has one MLP of `intermediate_size`.

@@ -23,7 +23,7 @@ _MIN_ANSWER = 4
 SHARD = "shard0of1"
 """Name of the store. It dates from when several processes could share the prompts, so that older runs continue."""
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-"""Those of a target that are read."""
+"""Files of a target that training reads."""
 _RESERVE = 2**30  # bytes left free on the disk
 
 
