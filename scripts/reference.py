@@ -39,12 +39,12 @@ from whiflash_sglang.cli.app import app
 from whiflash_sglang.engine.names import PRIVATE_NAMES
 from whiflash_sglang.engine.patches import replaced
 from whiflash_sglang.files.jsonl import read_json_file
+from whiflash_sglang.files.provenance import environment
 from whiflash_sglang.prices.round_clock import RoundClock
 from whiflash_sglang.serve.metrics import SERIES
 from whiflash_sglang.settings.config import PolicyChange, RouterName
 from whiflash_sglang.settings.flags import flags
 from whiflash_sglang.telemetry.tally import Tally
-from whiflash_train.provenance import environment
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -31,7 +31,7 @@ from typing import Any
 
 from whiflash_lab.servers import Server, ServerHost, runs
 from whiflash_sglang.engine.supported import installed
-from whiflash_train import provenance
+from whiflash_sglang.files import provenance
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

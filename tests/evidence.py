@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.files.jsonl import write_whole
-from whiflash_train.provenance import made_by
+from whiflash_sglang.files.provenance import made_by
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "evidence" / "records"

@@ -22,10 +22,10 @@ import torch
 from planning_time import Agents
 from pydantic import TypeAdapter
 
+from whiflash_sglang.files.provenance import busy, made_by
 from whiflash_sglang.prices.round_clock import RoundTime
 from whiflash_sglang.prices.tables import CostTables
 from whiflash_sglang.records.core import Results, Round
-from whiflash_train.provenance import busy, made_by
 
 RESULTS = Path(__file__).parents[1] / "results"
 NEVER, FORWARDS = 0.01, (0.5, 1, 2, 4, 8, 16)

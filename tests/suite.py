@@ -219,7 +219,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def page_of_seconds(status: int) -> str:
     """Return the page that `--seconds` writes, in Markdown."""
-    from whiflash_train.provenance import busy, made_by
+    from whiflash_sglang.files.provenance import busy, made_by
 
     made = made_by(("sglang", "torch")) | busy()
     long = sorted((seconds, file) for file, seconds in SECONDS.items() if seconds >= 1)[::-1]

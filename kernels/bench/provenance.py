@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from whiflash_train.provenance import busy, made_by
+from whiflash_sglang.files.provenance import busy, made_by
 
 
 def provenance() -> dict[str, str]:

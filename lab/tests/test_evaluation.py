@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from whiflash_lab.evaluation import Drafted, figures_table, tabulate
-from whiflash_train.rounds import RoundTally
+from whiflash_sglang.drafts.rounds import RoundTally
 
 LOOPING = ["loop", "2.00", "1.00", "50%", "0%"]
 

@@ -18,12 +18,12 @@ from transformers import AutoTokenizer
 
 from whiflash_lab import evaluation
 from whiflash_lab.evaluation import EvaluationSettings, Hardware, compare_served
+from whiflash_sglang.drafts.rounds import rounds
 from whiflash_sglang.files.hosts import Answer
 from whiflash_train.answers.store import FeatureStore, SequenceRecord
 from whiflash_train.answers.store import Sequence as Stored
 from whiflash_train.origin import VocabularyMatrices
 from whiflash_train.replay import Pair, PairParts, replay_drafters
-from whiflash_train.rounds import rounds
 from whiflash_train.target import TargetModel
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}

@@ -22,9 +22,11 @@ from whiflash_sdk import Arm, Hints, Span, TraceError, routing
 from whiflash_sglang.checkpoints.fit import TargetShape
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.drafts import arms
+from whiflash_sglang.drafts.rounds import RoundTally, acceptance_length, agreed, loop_start
 from whiflash_sglang.errors import ServerRefusedError
 from whiflash_sglang.files.hosts import Answer, ServedArms, TokenIds, Tokenized
 from whiflash_sglang.files.progress import tracked
+from whiflash_sglang.telemetry.statistics import DRAWS
 from whiflash_train.answers.data import answer_rows, target_path
 from whiflash_train.answers.prompts import balanced, prepare, read_rows
 from whiflash_train.answers.served import ServedTarget, serve
@@ -33,8 +35,6 @@ from whiflash_train.answers.store import Sequence as Stored
 from whiflash_train.config import Data, Hardware
 from whiflash_train.origin import VocabularyMatrices
 from whiflash_train.replay import Pair, PairParts, replay_drafters
-from whiflash_train.rounds import RoundTally, acceptance_length, agreed, loop_start
-from whiflash_train.statistics import DRAWS
 
 LOOP = "loop"
 """Key of the figures of text that repeats itself."""

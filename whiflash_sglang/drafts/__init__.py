@@ -1,1 +1,1 @@
-"""Names of arms, the types of drafts and candidates, and the rates at which drafts are right."""
+"""Names of arms, types of drafts and candidates, rates at which drafts are right, and rounds of a replay."""

@@ -1,1 +1,1 @@
-"""Reading and writing files that others may have made, and asking servers over HTTP."""
+"""Reading and writing files that others may have made, asking servers over HTTP, and where a result comes from."""

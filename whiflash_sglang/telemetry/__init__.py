@@ -1,1 +1,1 @@
-"""Counts of a running worker, traces of its requests, and samples of their tokens on disk. Imports no SGLang."""
+"""Counts of a running worker, its traces and samples, and the statistics of measurements. Imports no SGLang."""

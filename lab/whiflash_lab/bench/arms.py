@@ -18,8 +18,8 @@ from typing import Any
 from whiflash_sglang.checkpoints.manifest import NEEDED, PARTS, check_arms
 from whiflash_sglang.drafts.arms import AR, DIFFUSION
 from whiflash_sglang.errors import ConfigError, UsageError
+from whiflash_sglang.files.provenance import without_secrets
 from whiflash_sglang.formats.draft_format import DraftFormat
-from whiflash_train.provenance import without_secrets
 
 NONE = "none"
 STATIC = ("EAGLE3", "DFLASH", "DSPARK")

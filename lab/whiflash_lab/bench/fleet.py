@@ -17,7 +17,7 @@ from whiflash_lab.servers import Closing, Server, ServerHost
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.files.cpu import serves_here
 from whiflash_sglang.files.hosts import LIMITS
-from whiflash_train.provenance import threads
+from whiflash_sglang.files.provenance import threads
 
 Make = Callable[[Sequence[str], Path | None, Path | None], Server]
 """Makes a server that is not started yet, from arguments, log file and interpreter (None: this one)."""

@@ -9,7 +9,7 @@ from whiflash_lab.bench.arms import NONE
 from whiflash_lab.bench.cells import RoundMs, Turn
 from whiflash_lab.bench.report import LOOPS, OVERALL, BenchReport, Figures, LoadReport, Ratios
 from whiflash_sglang.files.equality import Verdict
-from whiflash_train.statistics import Interval, Percentiles
+from whiflash_sglang.telemetry.statistics import Interval, Percentiles
 
 
 def render(report: BenchReport) -> str:

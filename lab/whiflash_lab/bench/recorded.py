@@ -40,12 +40,12 @@ from whiflash_lab.bench.prompts import Prompt
 from whiflash_lab.bench.reference import Reference
 from whiflash_lab.bench.runner import METRICS, Runner
 from whiflash_lab.conversations import Conversation, RecordedTurn, Renderer, read_recorded, renderer_of
+from whiflash_sglang.drafts.rounds import agreed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.jsonl import read_json
 from whiflash_sglang.formats.checkpoint import integer
 from whiflash_sglang.formats.config_json import read_json_config
 from whiflash_sglang.formats.draft_format import merged
-from whiflash_train.rounds import agreed
 
 MARGIN = 128
 """Positions of a context that conversations leave free, for the widest drafts after the text."""

@@ -14,8 +14,8 @@ from whiflash_lab.bench.arms import NONE
 from whiflash_lab.bench.cells import Cell
 from whiflash_lab.bench.load import RefusedError, RequestError, chat_body
 from whiflash_lab.bench.prompts import Prompt
+from whiflash_sglang.drafts.rounds import agreed, loop_start
 from whiflash_sglang.files.equality import TopTwo, Verdict, is_tie
-from whiflash_train.rounds import agreed, loop_start
 
 logger = logging.getLogger("whiflash_sglang")
 

@@ -17,7 +17,7 @@ from whiflash_lab.bench.arms import NONE, PINNED, STATIC
 from whiflash_lab.bench.cells import Cell, Load, RoundMs, Turn, round_ms_of, switch_share_of
 from whiflash_lab.bench.reference import Difference
 from whiflash_sglang.files.equality import Verdict
-from whiflash_train.statistics import Floats, Interval, Percentiles, paired_ratio, percentiles_ms, rate
+from whiflash_sglang.telemetry.statistics import Floats, Interval, Percentiles, paired_ratio, percentiles_ms, rate
 
 OVERALL, LOOPS = "overall", "loops"
 

@@ -23,8 +23,8 @@ from whiflash_lab.bench.prompts import Prompt, digest_of
 from whiflash_lab.bench.reference import BestLogit, Difference, Reference, ask_reference, differences
 from whiflash_lab.bench.report import LOOPS, BenchReport, build_report
 from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.files import provenance
 from whiflash_sglang.files.hosts import LIMITS
-from whiflash_train import provenance
 
 
 class Step(NamedTuple):

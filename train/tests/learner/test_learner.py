@@ -21,6 +21,7 @@ from whiflash_sglang.checkpoints.bundle import verify
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files.provenance import weights_of
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_sglang.settings.config import Flags, resolve
 from whiflash_sglang.telemetry.samples import Sample, check_spool, samples_of, write_file
@@ -43,7 +44,6 @@ from whiflash_train.learner.texts import (
     choose,
     texts_of,
 )
-from whiflash_train.provenance import weights_of
 from whiflash_train.target import TargetModel
 
 FAVOURITE = 71

@@ -15,9 +15,9 @@ import torch
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import sha256
 from whiflash_sglang.files.jsonl import read_json, read_json_file, write_whole
+from whiflash_sglang.files.provenance import made_by
 from whiflash_train.answers.store import FeatureStore
 from whiflash_train.config import TrainConfig
-from whiflash_train.provenance import made_by
 
 _PACKAGES = ("torch", "transformers", "xgrammar", "safetensors", "sglang", "whiflash-sglang")
 

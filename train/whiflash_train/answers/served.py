@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from whiflash_sglang.checkpoints.fit import TargetShape
+from whiflash_sglang.drafts.rounds import loop_start
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_train.answers.prompts import PromptRow
 from whiflash_train.config import Data, Hardware
-from whiflash_train.rounds import loop_start
 
 if TYPE_CHECKING:
     from whiflash_train.engine.offline import OfflineEngine

@@ -22,10 +22,12 @@ from pydantic import BaseModel
 from whiflash_sglang.checkpoints.bundle import Bundle, verify
 from whiflash_sglang.checkpoints.manifest import PARTS
 from whiflash_sglang.drafts import arms
+from whiflash_sglang.drafts.rounds import RoundTally, acceptance_length
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import check_own
 from whiflash_sglang.files.jsonl import read_json_file
 from whiflash_sglang.files.progress import tracked
+from whiflash_sglang.files.provenance import environment
 from whiflash_sglang.formats.checkpoint import integer
 from whiflash_sglang.formats.config_json import read_json_config
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
@@ -33,6 +35,7 @@ from whiflash_sglang.formats.dflash.dspark import DSparkDrafter
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_sglang.formats.table import read_draft
 from whiflash_sglang.telemetry.samples import samples_of
+from whiflash_sglang.telemetry.statistics import Interval, paired_ratio
 from whiflash_train.answers.data import is_embedded, target_path
 from whiflash_train.answers.store import FeatureStore, SequenceRecord, alone
 from whiflash_train.answers.tokens import Exported
@@ -40,10 +43,7 @@ from whiflash_train.bundle import with_drafters
 from whiflash_train.config import TrainConfig
 from whiflash_train.drafters.runner import train_drafter
 from whiflash_train.learner.texts import LONGEST, ChosenTexts, Text, answer_tokens, choose, texts_of
-from whiflash_train.provenance import environment
 from whiflash_train.replay import Pair, PairParts, replay_drafters
-from whiflash_train.rounds import RoundTally, acceptance_length
-from whiflash_train.statistics import Interval, paired_ratio
 from whiflash_train.target import TargetModel, unknown
 
 EPOCHS = 3.0

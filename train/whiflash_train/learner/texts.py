@@ -9,9 +9,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+from whiflash_sglang.drafts.rounds import loop_start
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.telemetry.samples import files_of, read_samples, written
-from whiflash_train.rounds import loop_start
 
 logger = logging.getLogger(__name__)
 

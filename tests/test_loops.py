@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_train.rounds import MAX_PERIOD, MIN_REPEATS, MIN_SPAN, loop_start
+from whiflash_sglang.drafts.rounds import MAX_PERIOD, MIN_REPEATS, MIN_SPAN, loop_start
 
 
 def test_three_passes_and_a_short_run_of_one_token_are_no_loops() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from whiflash_train.provenance import made_by
+from whiflash_sglang.files.provenance import made_by
 
 
 def test_a_key_or_a_password_is_blank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_train.statistics import paired_ratio, percentiles_ms, rate
+from whiflash_sglang.telemetry.statistics import paired_ratio, percentiles_ms, rate
 
 
 def test_percentiles() -> None:
