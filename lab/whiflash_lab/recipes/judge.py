@@ -45,9 +45,26 @@ RENAMED = {
     "--mamba-scheduler-strategy": "--mamba-radix-cache-strategy",
     "--cuda-graph-max-bs": "--cuda-graph-max-bs-decode",
     "--cuda-graph-bs": "--cuda-graph-bs-decode",
+    "--piecewise-cuda-graph-max-tokens": "--cuda-graph-max-bs-prefill",
+    "--piecewise-cuda-graph-tokens": "--cuda-graph-bs-prefill",
+    "--disable-piecewise-cuda-graph": "--cuda-graph-backend-prefill disabled",
+    "--enable-breakable-cuda-graph": "--cuda-graph-backend-prefill breakable",
     "--speculative-dflash-draft-window-size": "--speculative-draft-window-size",
+    "--stream-output": "--incremental-streaming-output",
+    "--enable-gdn-replayssm-spec": "--enable-linear-replayssm-spec",
+    **{f"--nsa-{phase}-backend": f"--dsa-{phase}-backend" for phase in ("prefill", "decode")},
+    **dict.fromkeys(
+        ("--enable-nsa-prefill-context-parallel", "--enable-prefill-context-parallel"), "--enable-prefill-cp"
+    ),
+    "--enable-ep-moe": "--ep-size <tp-size>",
+    "--enable-deepep-moe": "--moe-a2a-backend deepep",
+    "--enable-triton-kernel-moe": "--moe-runner-backend triton_kernel",
+    **{
+        f"--enable-flashinfer-{name}-moe": f"--moe-runner-backend flashinfer_{name}"
+        for name in ("cutedsl", "cutlass", "mxfp4", "trtllm")
+    },
 }
-"""Flags of earlier releases of SGLang → their names today."""
+"""Flags of earlier releases of SGLang → their names today, of some switches with a value."""
 CHOICES = re.compile(r"invalid choice: '(.{0,200}?)' \((choose from [^()]*)\)$", re.DOTALL)
 UNKEPT = (
     "session ids have no effect: agents' prompts are evicted as anybody's; add --enable-session-radix-cache, and leave "

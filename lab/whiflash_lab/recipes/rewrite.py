@@ -32,9 +32,9 @@ def judged(recipe: Recipe, target: Path | None = None) -> LaunchVerdict:
     for sentence in verdict.replaced:
         if not sentence.startswith(f"{DRAFT} stays"):
             flags = _without(flags, sentence.split()[0])
-    for old in flags.keys() & RENAMED.keys():
+    for old in [name for name in flags if name in RENAMED]:
         comments.append(f"{old} is {RENAMED[old]} now")
-        flags = {RENAMED.get(name, name) if name == old else name: value for name, value in flags.items()}
+        flags = _renamed(flags, old)
     flags = {**flags, ALGORITHM_FLAG: ALGORITHM}
     now = judge(flags, environment, target)
     while not now.starts:
@@ -58,12 +58,22 @@ def _remedied(flags: Mapping[str, Flag], name: str, sentence: str) -> Mapping[st
     """Return the flags without one: the obstacle's own, else one that its `sentence` says to remove. If neither is
     given, add the flag for no drafters if the sentence names that, or return the same flags."""
     remedy = sentence.rpartition(";")[2]
-    if "without" in remedy or "give another value" in remedy:  # "serve it without WHIFLASH"
+    if re.search("serve without|without WHIFLASH|give another value", remedy):
         return flags
     for option in (option_of(name), *FLAG.findall(remedy), *FLAG.findall(sentence)[:1]):
         if len(fewer := _without(flags, option)) < len(flags):
             return fewer
     return {**flags, NO_DRAFTERS: "none"} if f"{NO_DRAFTERS} none" in sentence else flags
+
+
+def _renamed(flags: Mapping[str, Flag], old: str) -> dict[str, Flag]:
+    """Return the flags with one of an earlier release under its name of today; a switch may have a value now."""
+    new, _, value = RENAMED[old].partition(" ")
+    if value and flags[old] == "false":
+        return _without(flags, old)
+    size = next((size for name, size in flags.items() if _field(name) == "tp_size"), "1")
+    meant = (size if value == "<tp-size>" else value) or flags[old]
+    return {new if name == old else name: meant if name == old else given for name, given in flags.items()}
 
 
 def _field(option: str) -> str:
