@@ -17,7 +17,7 @@ from whiflash_sdk.trace import ArmTotals, Trace, routing
 
 from whiflash_lab.bench.fleet import fleet_of
 from whiflash_lab.bench.prompts import Prompt
-from whiflash_lab.bench.reference import BestLogit, Comparison, ask_reference, compare
+from whiflash_lab.bench.reference import GAPS, BestLogit, Comparison, ask_reference, compare
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.cli.options import show_table
 from whiflash_sglang.embedded import STRICT_TOOLS, TARGET_NAME, embedded_arguments, ensure_target
@@ -122,7 +122,7 @@ def ask(
     request = {"model": TARGET_NAME, "temperature": 0, "max_tokens": MAX_TOKENS, **question}
     prompt = Prompt(name, name, tuple(question["messages"]))
     whole = {**request, "no_stop_trim": True}
-    reference = ask_reference(plain, prompt, MAX_TOKENS, whole)
+    reference = ask_reference(plain, prompt, MAX_TOKENS, {**GAPS, **whole})
     traced = {**Hints(trace="full").extra_body(), "return_output_ids_in_sglext": True}
     answer = _ask(ours, {**whole, **traced})
     trace = routing(answer)

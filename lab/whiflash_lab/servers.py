@@ -38,6 +38,16 @@ class Closing:
         self.close()
 
 
+class Running(Closing):
+    """A server that runs already, at `url`: entering starts nothing, and leaving ends nothing."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def close(self) -> None:
+        pass
+
+
 class ServerHostError(WhiflashError):
     """The process that forks servers ended. The message ends with the last lines of its output."""
 

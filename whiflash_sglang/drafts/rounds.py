@@ -26,7 +26,7 @@ def acceptance_length(tallies: Sequence[RoundTally]) -> float:
     return sum(one.tokens for one in tallies) / sum(one.rounds for one in tallies)
 
 
-def agreed(drafts: Iterable[int], text: Iterable[int]) -> int:
+def agreed(drafts: Iterable[object], text: Iterable[object]) -> int:
     """Count the accepted drafts: the length of the common prefix of `drafts` and `text`."""
     return sum(takewhile(bool, map(eq, drafts, text)))
 
@@ -48,7 +48,7 @@ MIN_REPEATS = 4
 MIN_SPAN = 24
 
 
-def loop_start(tokens: Sequence[int]) -> int | None:
+def loop_start(tokens: Sequence[object]) -> int | None:
     """Return the index where the closing loop's second repetition begins; None if the text does not end in a loop.
 
     A loop repeats a period of at most 48 tokens at least four times, over at least 24 tokens at the text's end.

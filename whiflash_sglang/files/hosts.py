@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from whiflash_sglang.errors import ServerRefusedError, WhiflashError
 from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, read_json
 
-LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=2.0)
+LIMITS = httpx.Limits(max_keepalive_connections=20, keepalive_expiry=2.0)
 """Connections close after two idle seconds: SGLang closes them after five, which is httpx's default too, so that a
 request could meet a connection that is just being closed."""
 MOST_ANSWER: Final = 16 << 20

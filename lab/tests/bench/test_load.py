@@ -23,6 +23,9 @@ def choice(text: str) -> dict[str, object]:
     return {"choices": [{"delta": {"content": text}}]}
 
 
+END: dict[str, object] = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
+
+
 def ids(*tokens: int, **details: object) -> dict[str, object]:
     return {"choices": [], "sglext": {"output_ids": [list(tokens)], **details}}
 
@@ -32,7 +35,7 @@ def test_times_and_forwards_of_a_stream() -> None:
         (0.10, data(choice(""))),
         (0.10, ""),
         (0.30, data(choice("ab"))),
-        (0.50, data({"choices": [{"delta": {}, "finish_reason": "stop"}]})),
+        (0.50, data(END)),
         (0.60, data(ids(5, 6, 7, 8, 9, spec_tokens_details={"spec_verify_ct": 2}))),
         (0.70, "data: [DONE]"),
     ]
@@ -42,13 +45,15 @@ def test_times_and_forwards_of_a_stream() -> None:
 
 
 def test_plain_decoding_makes_a_forward_a_token() -> None:
-    answer = parse_stream("p", [(0.1, data(choice("a"))), (0.2, data(ids(1, 2, 3)))])
+    answer = parse_stream("p", [(0.1, data(END)), (0.2, data(ids(1, 2, 3)))])
     assert answer.forwards == 2
-    single = parse_stream("p", [(0.1, data(choice("a"))), (0.2, data(ids(1)))])
+    single = parse_stream("p", [(0.1, data(END)), (0.2, data(ids(1)))])
     assert (single.forwards, single.tpot) == (0, None)
 
 
-@pytest.mark.parametrize("lines", [[], [(0.1, data(choice("a")))], [(0.1, data({"error": {"message": "no"}}))]])
+@pytest.mark.parametrize(
+    "lines", [[], [(0.1, data(choice("a")))], [(0.1, data(END))], [(0.1, data({"error": {"message": "no"}}))]]
+)
 def test_a_broken_stream_is_an_error(lines: list[tuple[float, str]]) -> None:
     with pytest.raises(RequestError, match="prompt p"):
         parse_stream("p", lines)
@@ -77,7 +82,7 @@ class Held:
         text = json.loads(request.content)["messages"][0]["content"]
         if text == "refused":
             return httpx.Response(400, text="too long")
-        body = "\n\n".join([data(choice(text)), data(ids(int(text), 0)), "data: [DONE]"])
+        body = "\n\n".join([data(choice(text)), data(END), data(ids(int(text), 0)), "data: [DONE]"])
         return httpx.Response(200, text=body + "\n\n")
 
 

@@ -214,7 +214,7 @@ def test_a_recorded_run(talks: list[Talk], subject: Subject, fleet: Fleet, tmp_p
     assert f"| arm | seconds a job p50/p95 | faster than {NONE} |" in page
     assert "Every answer is the recorded one" in page
 
-    url = fleet.url("lookup+prediction+group")
+    url = fleet.reach("lookup+prediction+group")["base_url"]
     task = talks[0].tasks[0].turn
     params = {"max_new_tokens": 4, "custom_params": {"whiflash_forced": [1, 100_000]}}
     body = {"input_ids": list(task.prompt), "sampling_params": params}

@@ -1,13 +1,16 @@
 """A whole benchmark run on tiny models: real servers, real requests, every part of the report."""
 
 import io
+import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.progress import Progress
 from server_host import Forked, Server, ServerHost
 from tiny_models import tiny_bundle, tiny_target
+from typer.testing import CliRunner
 
 from whiflash_lab.bench.arms import build_arms
 from whiflash_lab.bench.cells import Load
@@ -17,6 +20,7 @@ from whiflash_lab.bench.prompts import Prompt
 from whiflash_lab.bench.report import BenchReport
 from whiflash_lab.bench.runner import Plan, Runner
 from whiflash_lab.bench.subject import build_subject
+from whiflash_sglang.cli.app import app
 
 pytestmark = pytest.mark.server
 
@@ -57,9 +61,17 @@ def started() -> list[Sequence[str]]:
 
 
 @pytest.fixture(scope="module")
-def fleet(host: ServerHost) -> Iterator[Callable[..., Fleet]]:
+def kept() -> Iterator[dict[tuple[str, ...], Server]]:
+    """Servers that run, by their arguments."""
+    servers: dict[tuple[str, ...], Server] = {}
+    yield servers
+    for server in servers.values():
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def fleet(host: ServerHost, kept: dict[tuple[str, ...], Server]) -> Callable[..., Fleet]:
     """Fleets that note the arguments of each server they start. Starting one again gives the one that runs."""
-    kept: dict[tuple[str, ...], Server] = {}
 
     def make(started: list[Sequence[str]], server: type[Forked] = Forked) -> Fleet:
         def start(arguments: Sequence[str], log: object, checkout: object) -> Forked:
@@ -68,9 +80,7 @@ def fleet(host: ServerHost) -> Iterator[Callable[..., Fleet]]:
 
         return Fleet(start)
 
-    yield make
-    for server in kept.values():
-        server.close()
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +141,21 @@ def test_ratios_and_page(report: BenchReport) -> None:
     assert "| auto |" in page
     assert "/tmp" not in page, "no directory of this machine in a report"
     assert BenchReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_servers_that_run_already(report: BenchReport, kept: dict[tuple[str, ...], Server], tmp_path: Path) -> None:
+    rows = [{"id": p.id, "turns": [p.messages[0]["content"], *p.follow_ups], **p.fields} for p in prompts()]
+    (tmp_path / "prompts.json").write_text(json.dumps(rows))
+    plain = next(server.url for flags, server in kept.items() if "--speculative-algorithm" not in flags)
+    auto = next(server.url for flags, server in kept.items() if flags[-2:] == ("--whiflash-router", "auto"))
+    urls = [f"--url={name}={url}" for name, url in {"plain": plain, "again": plain, "auto": auto}.items()]
+    options = ["--prompts", tmp_path / "prompts.json", "--out", tmp_path / "r.json", "--concurrency", "1,3"]
+    done = CliRunner().invoke(app, ["bench", *urls, *map(str, options), "--max-tokens", "16", "--repetitions", "1"])
+    assert done.exit_code == 0, done.output
+    found = BenchReport.model_validate_json((tmp_path / "r.json").read_text())
+    assert {name: figures["overall"].mismatches for name, figures in found.arms.items()}["again"] == 0
+    assert found.ratios.keys() == {"again", "auto"}
+    assert (found.arms["auto"]["overall"].acceptance_length or 0) >= 1.0
+    server = found.provenance["servers"]["auto"]
+    assert (server["model"], server["speculative_algorithm"]) == ("bench", "WHIFLASH")
+    assert "# Benchmark\n\nbench, " in done.output

@@ -44,23 +44,31 @@ class Answer(BaseModel, frozen=True, extra="forbid"):
     """One timed answer, or all answers of a conversation together.
 
     seconds: from the request to its last token. ttft: seconds to the first token, for a single answer. tokens: output
-    ids. forwards: target forwards after the prefills. prefills: each gave one token. turns: of a conversation.
+    ids, or the text's characters if the server gives no ids; then count is the number of output tokens. forwards:
+    target forwards after the prefills, None if the server does not say. prefills: each gave one token. turns: of a
+    conversation.
     """
 
     prompt: str
     seconds: float
     ttft: float | None
     tokens: tuple[int, ...]
-    forwards: int
+    forwards: int | None
     prefills: int = 1
     turns: tuple[Turn, ...] = ()
+    count: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of output tokens."""
+        return len(self.tokens) if self.count is None else self.count
 
     @property
     def tpot(self) -> float | None:
         """Seconds per output token after the first."""
-        if self.ttft is None or len(self.tokens) < 2:
+        if self.ttft is None or self.length < 2:
             return None
-        return (self.seconds - self.ttft) / (len(self.tokens) - 1)
+        return (self.seconds - self.ttft) / (self.length - 1)
 
 
 class Cell(BaseModel, frozen=True, extra="forbid"):

@@ -1,14 +1,17 @@
 """Carries out `whiflash bench` and publishes its report."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
 
-from whiflash_lab.bench.fleet import fleet_of
+from whiflash_lab.bench.fleet import Fleet, fleet_of
 from whiflash_lab.bench.pages import render
 from whiflash_lab.bench.report import BenchReport
 from whiflash_lab.bench.runner import Plan, Runner
+from whiflash_lab.bench.running import Visitor
+from whiflash_lab.servers import Running
 from whiflash_sglang.cli.options import show_table
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.files.equality import Verdict
@@ -34,8 +37,11 @@ def publish(report: BenchReport, out: Path | None) -> None:
         print(text)
 
 
-def run(plan: Plan) -> BenchReport:
-    """Carry out `plan` and show how far it is; the servers end with it."""
+def run(plan: Plan, headers: Mapping[str, str]) -> BenchReport:
+    """Carry out `plan` and show how far it is; servers that it starts end with it. headers: for those that run."""
+    if plan.subject is None:
+        with progress() as bar, Fleet(lambda url, *_: Running(*url), headers=headers) as running:
+            return Visitor(plan, running, bar).run()
     from whiflash_lab.bench.recorded import Replayer  # imports torch, which wrong options need not wait for
 
     with progress() as bar, fleet_of(bar, None) as fleet:
@@ -46,7 +52,7 @@ def judge(report: BenchReport) -> None:
     """Raise WhiflashError if an arm could not be measured, if the run ended early, or if an arm of WHIFLASH differs
     from plain decoding at a position where plain decoding at the same load does not differ from its reference.
     """
-    ours = [arm for arm, server in report.provenance["servers"].items() if "WHIFLASH" in server["arguments"]]
+    ours = [arm for arm, server in report.provenance["servers"].items() if "WHIFLASH" in server.get("arguments", ())]
     wrong = [d for d in report.differences if d["arm"] in ours and d["verdict"] == Verdict.DIFFERENT]
     wrong = [d for d in wrong if not d.get("of_plain")]
     problems = [f"{arm}: {reason}" for arm, reason in report.unavailable.items()]

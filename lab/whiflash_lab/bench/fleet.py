@@ -7,19 +7,20 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import httpx
 from rich.progress import Progress
 
 from whiflash_lab.bench.arms import ISOLATED
 from whiflash_lab.bench.load import ANSWER_SECONDS
-from whiflash_lab.servers import Closing, Server, ServerHost
+from whiflash_lab.servers import Closing, Running, Server, ServerHost
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.files.cpu import serves_here
 from whiflash_sglang.files.hosts import LIMITS
 from whiflash_sglang.files.provenance import threads
 
-Make = Callable[[Sequence[str], Path | None, Path | None], Server]
+Make = Callable[[Sequence[str], Path | None, Path | None], Server | Running]
 """Makes a server that is not started yet, from arguments, log file and interpreter (None: this one)."""
 
 SEVERAL = ("--tp-size", "--dp-size")
@@ -55,12 +56,14 @@ class Fleet(Closing):
     """The running servers by key, with a client for each.
 
     Args:
-        log_dir: keep the servers' logs there.
+        log_dir: keep the servers' logs there. headers: of every request.
     """
 
-    def __init__(self, make: Make = launcher, log_dir: Path | None = None) -> None:
-        self._make, self._log_dir = make, log_dir
-        self._servers: dict[str, Server] = {}
+    def __init__(
+        self, make: Make = launcher, log_dir: Path | None = None, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self._make, self._log_dir, self._headers = make, log_dir, headers
+        self._servers: dict[str, Server | Running] = {}
         self.clients: dict[str, httpx.Client] = {}
 
     def start(
@@ -98,11 +101,13 @@ class Fleet(Closing):
         for key in failed:
             del self._servers[key]
         for key in arguments_by_key.keys() - failed.keys():
-            self.clients[key] = httpx.Client(base_url=self.url(key), timeout=ANSWER_SECONDS, limits=LIMITS)
+            self.clients[key] = httpx.Client(**self.reach(key))
         return failed
 
-    def url(self, key: str) -> str:
-        return self._servers[key].url
+    def reach(self, key: str) -> dict[str, Any]:
+        """Return the arguments of a client of this server."""
+        url = self._servers[key].url
+        return {"base_url": url, "headers": self._headers, "timeout": ANSWER_SECONDS, "limits": LIMITS}
 
     def stop(self, key: str) -> None:
         self.clients.pop(key).close()

@@ -12,7 +12,7 @@ import httpx
 from whiflash_lab.bench.cells import Answer, Load
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.files.jsonl import read_json
+from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, read_json
 
 MODEL = "bench"
 ANSWER_SECONDS = 3600.0
@@ -27,10 +27,15 @@ class RefusedError(RequestError):
     """The server does not accept a request, which is too long for the context, or malformed."""
 
 
+TOKEN_IDS = {"return_output_ids_in_sglext": True}
+ROUNDS = {"return_spec_tokens_details": True}
+"""Fields with which SGLang adds an answer's token ids, and the number of its verifications."""
+
+
 def chat_body(prompt: Prompt, max_tokens: int, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the body of a chat completion request that asks for token ids, greedy unless the prompt is sampled."""
+    """Return the body of a chat completion request, greedy unless the prompt is sampled."""
     body = {"model": MODEL, "temperature": 0, "seed": prompt.seed, "max_tokens": max_tokens}
-    return {**body, "return_output_ids_in_sglext": True, **prompt.request(), **fields}
+    return {**body, **prompt.request(), **fields}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +50,17 @@ class Asker:
         """Ask for one answer and time it.
 
         Raises:
-            RequestError: the server answered with an error.
+            RequestError: the server answered with an error, or with something else than a streamed answer.
         """
-        streamed = {"stream": True, "return_spec_tokens_details": True, **self.request}
-        body = chat_body(prompt, self.max_tokens, streamed)
+        body = chat_body(prompt, self.max_tokens, {"stream": True, **self.request})
         arrived = await self.streamed(prompt.id, "/v1/chat/completions", body)
         # Parsed only now, so that parsing takes no time from the server that is measured on the same cores.
-        return parse_stream(prompt.id, arrived)
+        try:
+            return parse_stream(prompt.id, arrived)
+        except RequestError:
+            raise
+        except NOT_AS_WRITTEN as error:
+            raise RequestError(f"prompt {prompt.id}: this is no streamed chat completion: {error!r:.200}") from None
 
     async def streamed(self, prompt: str, path: str, body: Mapping[str, Any]) -> list[tuple[float, str]]:
         """Send a request and return the lines of its event stream as (seconds after the request, line).
@@ -91,26 +100,43 @@ def parse_stream(prompt: str, arrived: Sequence[tuple[float, str]]) -> Answer:
     """Parse an answer from the lines of an event stream. arrived: (seconds after the request, line).
 
     Raises:
-        RequestError: the stream holds an error, or ends without the tokens that were asked for.
+        RequestError: the stream holds an error, is no event stream, or ends before the answer does.
     """
-    first = last = None
+    first = last = reason = None
+    written = ""
     extension: dict[str, Any] = {}
     for at, line in arrived:
-        if not line.startswith("data: ") or line == "data: [DONE]":
+        text = line.removeprefix("data:").strip()
+        if not line.startswith("data:") or text == "[DONE]":
             continue
-        event = read_json(line.removeprefix("data: "))
+        event = read_json(text)
         if "error" in event:
             raise RequestError(f"prompt {prompt}: {event['error']}")
-        extension |= {key: value for key, value in (event.get("sglext") or {}).items() if value is not None}
-        if event.get("choices"):
+        told = (event.get("sglext") or {}) | (event.get("usage") or {})
+        extension |= {key: value for key, value in told.items() if value is not None}
+        for choice in event.get("choices") or ():
             first, last = (at if first is None else first), at
-    if first is None or last is None or "output_ids" not in extension:
-        raise RequestError(f"prompt {prompt}: the stream ended without output tokens")
+            written += text_of(choice.get("delta") or {})
+            reason = choice.get("finish_reason") or reason
+    if first is None or last is None or reason is None:
+        raise RequestError(f"prompt {prompt}: the answer ended early, after {len(written)} characters")
+    verified = extension.get("spec_tokens_details", {}).get("spec_verify_ct")
+    if "output_ids" not in extension:
+        if not (count := extension.get("completion_tokens")):
+            raise RequestError(f"prompt {prompt}: the server does not say how many tokens it wrote (`usage`)")
+        tokens = tuple(map(ord, written))
+        return Answer(prompt=prompt, seconds=last, ttft=first, tokens=tokens, forwards=verified, count=count)
     tokens = tuple(extension["output_ids"][0])
-    details = extension.get("spec_tokens_details") or {}
     # Plain decoding reports no verifications: every token after the first is a forward.
-    forwards = details.get("spec_verify_ct") or len(tokens) - 1
+    forwards = verified or len(tokens) - 1
     return Answer(prompt=prompt, seconds=last, ttft=first, tokens=tokens, forwards=forwards)
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """Return the text of an answer or of a part of it: content, reasoning, names and arguments of calls."""
+    called = [call.get("function") or {} for call in message.get("tool_calls") or ()]
+    said = [message.get(name) for name in ("reasoning_content", "reasoning", "content")]
+    return "".join(filter(None, [*said, *(one.get(name) for one in called for name in ("name", "arguments"))]))
 
 
 def flush(client: httpx.Client) -> None:

@@ -18,12 +18,12 @@ def render(report: BenchReport) -> str:
     for load in report.loads:
         parts += [
             f"## Closed loop, concurrency {load.load.value}",
-            _overview(load, report.over),
+            _overview(load, report.over, report.base),
             _jobs(load, report.provenance["servers"]),
             _turns(load),
         ]
         if load.load.is_alone:
-            parts += [_by_category(load), _over(report, load)]
+            parts += [_by_category(load, _name(report.base)), _over(report, load)]
     lacking = "".join(f"\n- {arm}: {reason}" for arm, reason in report.unavailable.items())
     lacking += f"\n- The run {ended}" if (ended := report.provenance.get("ended")) else ""
     lacking = lacking and f"## Not available\n{lacking}"
@@ -34,25 +34,38 @@ def render(report: BenchReport) -> str:
 def _setting(report: BenchReport) -> str:
     p = report.provenance
     prompts = ", ".join(f"{count} {name}" for name, count in report.categories.items())
-    several = f"{p['repetitions']} repetitions" + (", new servers for each" if p["interleaved"] else "")
+    renewed = p["interleaved"] and report.base == NONE
+    several = f"{p['repetitions']} repetitions" + (", new servers for each" if renewed else "")
     repetitions = "1 repetition" if p["repetitions"] == 1 else several
     order = "interleaved" if p["interleaved"] else "one arm after the other"
+    plain, counted = "whose plain answer", "as mismatches or ties, in no rate"
+    machine = f"{p['hardware']['cpu']}, {p['hardware']['cores']} cores"
+    if report.base == NONE:
+        machine += f", {p['threads']} threads a server, {p['dtype']}, SGLang {p['packages']['sglang']}, "
+        machine += f"torch {p['packages']['torch']}"
+    else:
+        plain, counted = f"to which the first answer of {report.base}", "in no rate"
+        machine = f"Servers that ran already, asked from {machine}"
     return (
-        f"{_origin(p)}. {p['hardware']['cpu']}, {p['hardware']['cores']} cores, {p['threads']} threads a server, "
-        f"{p['dtype']}, SGLang {p['packages']['sglang']}, torch {p['packages']['torch']}. {repetitions}, {order}. "
+        f"{_origin(p)}. {machine}. {repetitions}, {order}. "
         f"Prompts: {prompts}; answers of at most {p['max_tokens']} tokens. Load of the machine before "
         f"{p['busy_before']['load_1min']:.1f}, after {p['busy_after']['load_1min']:.1f}."
         f"{_asked_with(p)}\n\n"
         "Rates include prefill and are medians of a prompt's repetitions. Brackets: 95 % paired bootstrap intervals. "
-        "*loops*: prompts whose plain answer ends in a repetition loop. They count as mismatches or ties, in no rate. "
+        f"*loops*: prompts {plain} ends in a repetition loop. They count {counted}. "
         "Acceptance length: tokens per target forward."
     )
+
+
+def _name(base: str) -> str:
+    return "plain decoding" if base == NONE else base
 
 
 def _origin(provenance: Mapping[str, Any]) -> str:
     """Return the model, this project's revision and the day of a run, as text."""
     words = [part for word in provenance["command"] for part in word.split("=", 1)]
-    model = dict(pairwise(words)).get("--model-path", "SmolLM2-135M-Instruct, the embedded model")
+    own = dict(pairwise(words)).get("--model-path", "SmolLM2-135M-Instruct, the embedded model")
+    model = next((server["model"] for server in provenance["servers"].values() if "model" in server), own)
     changes = " with uncommitted changes" * provenance.get("uncommitted_changes", False)
     revision = f"revision {short}{changes}" if (short := provenance.get("revision", "")[:8]) else ""
     return ", ".join(filter(None, (model, revision, provenance.get("date"))))
@@ -69,15 +82,18 @@ def _asked_with(provenance: Mapping[str, Any]) -> str:
         if longest := provenance.get("longest_wait"):
             sentences += f" Tools take the time that was recorded, at most {longest:g} s; rates include it."
         what = "answers of conversations, which had no room"
+    cached = ", ".join(name for name, server in provenance["servers"].items() if not server.get("salted", True))
+    sentences += f" Prompts may have been in the prefix cache of {cached}." if cached else ""
     left_out = len(provenance.get("left_out", ()))
     return sentences + (f" Left out: {left_out} {what}." if left_out else "")
 
 
-def _overview(load: LoadReport, over: str | None) -> str:
+def _overview(load: LoadReport, over: str | None, base: str = NONE) -> str:
     """Return a table with a row per arm, without columns that no arm fills. The JSON has more figures."""
-    base = NONE if NONE in load.arms else next(arm for arm in load.arms if arm not in load.ratios)
+    differing = "mismatches" if base == NONE else "texts that differ"
+    base = base if base in load.arms else next(arm for arm in load.arms if arm not in load.ratios)
     header = ["arm", "tokens/s", f"over {base}", f"over `{over}`", "over faster static", "acceptance length"]
-    header += ["TTFT ms p50/p95", "TPOT ms p50/p95", "switches/100", "mismatches"]
+    header += ["answer s p50/p95", "TTFT ms p50/p95", "TPOT ms p50/p95", "switches/100", differing]
     rows = []
     for arm, groups in load.arms.items():
         figures = groups.get(OVERALL)
@@ -88,7 +104,8 @@ def _overview(load: LoadReport, over: str | None) -> str:
             arm,
             _number(figures.output_tokens_per_s),
             *(_interval(by.get(OVERALL)) for by in (ratios.none, ratios.over, ratios.static)),
-            f"{figures.acceptance_length:.2f}",
+            _number(figures.acceptance_length, 2),
+            _percentiles(figures.answer_ms, 2, 1000),
             _percentiles(figures.ttft_ms, 0),
             _percentiles(figures.tpot_ms, 1),
             _number(figures.switches_per_100_tokens),
@@ -105,11 +122,10 @@ def _jobs(load: LoadReport, servers: Mapping[str, Mapping[str, Any]]) -> str:
     header += ["computed again", "evicted", "retracted", "KV pool"]
     rows = []
     for arm, jobs in load.jobs.items():
-        seconds = Percentiles(**{name: ms / 1000 for name, ms in jobs.ms.model_dump().items()})
         counts = (jobs.again, jobs.evicted, jobs.retracted, servers.get(arm, {}).get("max_total_num_tokens"))
         row = (
             arm,
-            _percentiles(seconds, 1),
+            _percentiles(jobs.ms, 1, 1000),
             _interval(jobs.faster),
             _percentiles(jobs.ttft_ms, 0),
             f"{jobs.cached / jobs.prompt:.1%} of {jobs.prompt:,}",
@@ -146,7 +162,7 @@ def _mismatches(groups: Mapping[str, Figures]) -> str:
     return "" if None in counted else str(sum(filter(None, counted)))
 
 
-def _by_category(load: LoadReport) -> str:
+def _by_category(load: LoadReport, base: str) -> str:
     """Return a table of speed-up and acceptance length by category, if there are several."""
     names = _categories(load)
     if len(names) < 2:
@@ -154,9 +170,12 @@ def _by_category(load: LoadReport) -> str:
     rows = []
     for arm, ratios in load.ratios.items():
         groups = load.arms[arm]
-        pairs = [(ratios.none[name], groups[name].acceptance_length) if name in ratios.none else None for name in names]
-        rows.append((arm, *(f"{_interval(pair[0])}; {pair[1]:.2f}" if pair else "" for pair in pairs)))
-    title = "### Speed-up over plain decoding; acceptance length"
+        pairs = [
+            (_interval(ratios.none[name]), _number(groups[name].acceptance_length, 2)) if name in ratios.none else ()
+            for name in names
+        ]
+        rows.append((arm, *("; ".join(filter(None, pair)) for pair in pairs)))
+    title = f"### Speed-up over {base}; acceptance length"
     return f"{title}\n\n{table(('arm', *names), rows)}" if rows else ""
 
 
@@ -199,10 +218,12 @@ def _differences(report: BenchReport) -> str:
     if not report.differences:
         counted = any(OVERALL in of and of[OVERALL].mismatches is not None for of in report.arms.values())
         which = "greedy answer" if sampled else "answer"
-        equal = f"Every {which} of every arm equals plain decoding's, token for token." if counted else ""
+        by = "token for token" if report.base == NONE else "character for character"
+        equal = f"Every {which} of every arm equals {_name(report.base)}'s, {by}." if counted else ""
         return f"{sampled}{equal}".strip()
     ties = [d for d in report.differences if d["verdict"] == Verdict.TIE]
-    parts = ["## Answers that differ from plain decoding's", *filter(None, [sampled.strip()])]
+    base = _name(report.base)
+    parts = [f"## Answers that differ from {base}'s", *filter(None, [sampled.strip()])]
     if ties:
         gap = max(d["gap"] for d in ties)
         apart = f"Plain decoding's two best logits are at most {gap:.4f} apart there."
@@ -210,22 +231,29 @@ def _differences(report: BenchReport) -> str:
     others = [d for d in report.differences if d["verdict"] != Verdict.TIE]
     own = [d for d in others if d.get("of_plain")]
     if own:
-        parts += [f"Left out: {len(own)} that plain decoding at the same load has in the same place, in the JSON."]
+        parts += [f"Left out: {len(own)} that {base} at the same load has in the same place, in the JSON."]
+    header = ["arm", "load", "mismatch", "first difference", "gap of plain decoding's two best logits"]
     mismatches = [
-        (d["arm"], d["load"], d["prompt"], str(d["position"]), _number(d["gap"], 4)) for d in others if d not in own
+        [d["arm"], d["load"], d["prompt"], str(d["position"]), _number(d["gap"], 4)] for d in others if d not in own
     ]
+    if report.base != NONE:
+        parts += ["Whether rounding is the cause is not known: servers give no logits."]
+        header = [*header[:2], "prompt", "first other character"]
     if mismatches:
-        parts += [
-            table(
-                ("arm", "load", "mismatch", "first difference", "gap of plain decoding's two best logits"), mismatches
-            )
-        ]
+        parts += [table(header, [row[: len(header)] for row in mismatches])]
     return "\n\n".join(parts)
 
 
 def _reproduce(report: BenchReport) -> str:
     """Return a section with the command, the arguments that all servers share, and each arm's own."""
     servers = report.provenance["servers"]
+    lines = ["## How to reproduce", "", f"`{' '.join(report.provenance['command'])}`", ""]
+    if report.base != NONE:
+        told = {
+            arm: ", ".join(f"{key} {value}" for key, value in of.items() if value not in (None, True, False))
+            for arm, of in servers.items()
+        }
+        return "\n".join([*lines, *(f"- {arm}: {facts}" for arm, facts in told.items())])
     variables = {
         arm: " ".join(f"{name}={shlex.quote(value)}" for name, value in server["environment"].items())
         for arm, server in servers.items()
@@ -236,7 +264,6 @@ def _reproduce(report: BenchReport) -> str:
     while shared and shared[-1].startswith("--"):
         shared.pop()  # a flag whose value differs between arms
     backends = ", ".join(dict.fromkeys(server["attention_backend"] for server in servers.values()))
-    lines = ["## How to reproduce", "", f"`{' '.join(report.provenance['command'])}`", ""]
     lines += [f"Every server (attention backend {backends}):", ""]
     lines += [f"`{first} python -m sglang.launch_server {' '.join(shared)}`", "", "Each arm adds:", ""]
     for arm, server in servers.items():
@@ -259,8 +286,8 @@ def _interval(interval: Interval | None) -> str:
     return f"{interval.ratio:.2f}{width}"
 
 
-def _percentiles(values: Percentiles | None, digits: int) -> str:
-    return "/".join(f"{v:.{digits}f}" for v in (values.p50, values.p95)) if values else ""
+def _percentiles(values: Percentiles | None, digits: int, unit: int = 1) -> str:
+    return "/".join(f"{v / unit:.{digits}f}" for v in (values.p50, values.p95)) if values else ""
 
 
 def _number(value: float | None, digits: int = 1) -> str:

@@ -5,14 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import httpx
 
 from whiflash_lab.bench.arms import NONE
 from whiflash_lab.bench.cells import Cell
-from whiflash_lab.bench.load import RefusedError, RequestError, chat_body
+from whiflash_lab.bench.load import TOKEN_IDS, RefusedError, RequestError, chat_body, text_of
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_sglang.drafts.rounds import agreed, loop_start
 from whiflash_sglang.files.equality import TopTwo, Verdict, is_tie
@@ -30,16 +29,19 @@ class Comparison:
     top_two: TopTwo | None = None
 
 
-def compare(plain: Sequence[int], other: Sequence[int], top_two_at: Callable[[int], TopTwo], dtype: str) -> Comparison:
+def compare(
+    plain: Sequence[int], other: Sequence[int], top_two_at: Callable[[int], TopTwo] | None, dtype: str
+) -> Comparison:
     """Compare output tokens with plain decoding's.
 
     Args:
         top_two_at: returns plain decoding's two best logits for output token i; called only at the first difference.
+            None: they are unknown, and there are no ties.
     """
     if list(plain) == list(other):
         return Comparison(Verdict.IDENTICAL)
     position = agreed(plain, other)
-    if position >= len(plain) or position >= len(other):
+    if top_two_at is None or position >= len(plain) or position >= len(other):
         return Comparison(Verdict.DIFFERENT, position)
     top_two = top_two_at(position)
     verdict = Verdict.TIE if is_tie(top_two, dtype) else Verdict.DIFFERENT
@@ -48,10 +50,10 @@ def compare(plain: Sequence[int], other: Sequence[int], top_two_at: Callable[[in
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Plain decoding's answer to one prompt.
+    """Plain decoding's answer to one prompt, or that of the first of several running servers.
 
-    input_ids, tokens: of the prompt and the answer. gaps: best minus second-best log-probability per token, which
-    is the gap of their logits. text, calls: the answer's content and its tool calls.
+    input_ids, tokens: of the prompt, empty if unknown, and of the answer, as in `Answer`. gaps: best minus second-best
+    log-probability per token, which is the gap of their logits. text, calls: the answer's content and its tool calls.
     """
 
     prompt: Prompt
@@ -64,30 +66,34 @@ class Reference:
     @property
     def loops(self) -> bool:
         """Whether the answer ends in a repetition loop, which flatters every drafter."""
-        return loop_start(self.tokens) is not None
+        return loop_start(self.tokens if self.input_ids else self.text.split()) is not None
+
+
+GAPS = {**TOKEN_IDS, "return_input_ids_in_sglext": True, "logprobs": True, "top_logprobs": 2}
+"""Fields with which SGLang adds token ids and the log-probabilities of each position's two best tokens."""
 
 
 def ask_reference(
-    client: httpx.Client, prompt: Prompt, max_tokens: int, request: Mapping[str, Any] = MappingProxyType({})
+    client: httpx.Client, prompt: Prompt, max_tokens: int, request: Mapping[str, Any] = GAPS
 ) -> Reference:
-    """Ask plain decoding for an answer with the gaps between its two best tokens. request: further fields.
+    """Ask plain decoding for an answer. request: further fields of the body; without `GAPS` only its text is known.
 
     Raises:
         RefusedError: the server does not take the request. RequestError: it could not answer it.
     """
-    gaps = {"logprobs": True, "top_logprobs": 2, "return_input_ids_in_sglext": True}
-    body = chat_body(prompt, max_tokens, {**gaps, **request})
+    body = chat_body(prompt, max_tokens, request)
     response = client.post("/v1/chat/completions", json=body)
     if response.status_code != 200:
         failed = RefusedError if response.status_code == 400 else RequestError
         raise failed(f"prompt {prompt.id}: {response.text[:500]}")
     answer = response.json()
-    choice = answer["choices"][0]
+    choice, known = answer["choices"][0], answer.get("sglext") or {}
+    rated, text = (choice.get("logprobs") or {}).get("content") or (), text_of(choice["message"])
     return Reference(
         prompt=prompt,
-        input_ids=tuple(answer["sglext"]["input_ids"]),
-        tokens=tuple(answer["sglext"]["output_ids"][0]),
-        gaps=tuple(_gap(entry["top_logprobs"]) for entry in choice["logprobs"]["content"]),
+        input_ids=tuple(known.get("input_ids", ())),
+        tokens=tuple(known["output_ids"][0] if "output_ids" in known else map(ord, text)),
+        gaps=tuple(_gap(entry["top_logprobs"]) for entry in rated),
         text=choice["message"].get("content") or "",
         calls=tuple(choice["message"].get("tool_calls") or ()),
     )
@@ -118,8 +124,9 @@ class Difference:
 def differences(
     cells: Sequence[Cell],
     references: Mapping[str, Reference],
-    best_logit: Callable[[Reference, int], float],
+    best_logit: Callable[[Reference, int], float] | None,
     dtype: str,
+    base: str = NONE,
 ) -> list[Difference]:
     """Compare the measured answers to greedy prompts with their references. Equal answers of an arm under a load count
     once.
@@ -128,12 +135,12 @@ def differences(
     every arm may.
 
     Args:
-        references: by prompt. best_logit: returns the logit of a reference's own token at a position. dtype: decides
-            what counts as a tie.
+        references: by prompt. best_logit: returns the logit of a reference's own token at a position; None if logits
+            are unknown. dtype: decides what counts as a tie. base: arm that gave the references.
     """
     judged_by_answer: dict[tuple[str, str, str, tuple[int, ...]], Difference] = {}
     by_plain: set[tuple[str, str, int]] = set()
-    for cell in sorted(cells, key=lambda cell: cell.arm != NONE):
+    for cell in sorted(cells, key=lambda cell: cell.arm != base):
         for answer in cell.answers:
             reference = references[answer.prompt]
             key = (cell.arm, cell.load.label, answer.prompt, answer.tokens)
@@ -141,15 +148,16 @@ def differences(
                 continue
 
             def top_two_at(position: int, reference: Reference = reference) -> TopTwo:
+                assert best_logit is not None
                 return TopTwo(best_logit(reference, position), reference.gaps[position])
 
-            judged = compare(reference.tokens, answer.tokens, top_two_at, dtype)
+            judged = compare(reference.tokens, answer.tokens, best_logit and top_two_at, dtype)
             assert judged.position is not None  # the tokens differ
             gap = None if judged.top_two is None else judged.top_two.gap
             place = (cell.load.label, answer.prompt, judged.position)
-            if cell.arm == NONE:
+            if cell.arm == base:
                 by_plain.add(place)
-            of_plain = place in by_plain and cell.arm != NONE
+            of_plain = place in by_plain and cell.arm != base
             judged_by_answer[key] = Difference(*key[:3], judged.verdict, judged.position, gap, of_plain)
     return list(judged_by_answer.values())
 

@@ -34,13 +34,27 @@ def belongs(group: str, name: str) -> bool:
     return group == name or (name == OVERALL and group != LOOPS)
 
 
+def whole(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells of each arm's whole repetitions under a load, or all of its first one."""
+    counted = Counter((cell.load.label, cell.arm, cell.prompts) for cell in cells)
+    least = {key[:2]: min(n for other, n in counted.items() if other[:2] == key[:2]) for key in counted}
+    return [cell for cell in cells if cell.repetition < least[cell.load.label, cell.arm]]
+
+
+def common(cells: Sequence[Cell], others: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
+    """Return the cells of both whose prompts and repetition the other has, too: an arm may fail in the middle."""
+    mine, theirs = ({(cell.prompts, cell.repetition) for cell in one} for one in (cells, others))
+    kept = ([cell for cell in one if (cell.prompts, cell.repetition) in mine & theirs] for one in (cells, others))
+    return next(kept), next(kept)
+
+
 def samples(cells: Sequence[Cell]) -> tuple[Floats, Floats]:
     """Return tokens and seconds, [units, repetitions]. A unit is the prompts of a cell, asked in each repetition."""
     units: dict[tuple[str, ...], dict[int, Cell]] = defaultdict(dict)
     for cell in cells:
         units[cell.prompts][cell.repetition] = cell
     rows = [list(by_repetition.values()) for _, by_repetition in sorted(units.items())]
-    tokens = [[sum(len(answer.tokens) for answer in cell.answers) for cell in row] for row in rows]
+    tokens = [[sum(answer.length for answer in cell.answers) for cell in row] for row in rows]
     seconds = [[c.answers[0].seconds if len(c.answers) == 1 else c.seconds for c in row] for row in rows]
     return np.array(tokens, dtype=np.float64), np.array(seconds, dtype=np.float64)
 
@@ -50,8 +64,12 @@ def within(cells: Sequence[Cell], groups: Mapping[str, str], name: str) -> list[
     return [cell for cell in cells if all(belongs(groups[a.prompt], name) for a in cell.answers)]
 
 
-def paired(cells: Sequence[Cell], others: Sequence[Cell], groups: Mapping[str, str]) -> Interval:
-    """Return the rate of `cells` over that of `others` with the same prompts; the bootstrap draws within groups."""
+def paired(cells: Sequence[Cell], others: Sequence[Cell], groups: Mapping[str, str]) -> Interval | None:
+    """Return the rate of `cells` over that of `others` with the same prompts; the bootstrap draws within groups. None
+    if there are no such prompts."""
+    cells, others = common(cells, others)
+    if not cells:
+        return None
     strata = [groups[prompts[0]] for prompts in sorted({cell.prompts for cell in cells})]
     return paired_ratio(*samples(cells), *samples(others), strata)
 
@@ -61,17 +79,19 @@ class Figures(BaseModel, frozen=True, extra="forbid"):
 
     answers: timed ones, over all repetitions. output_tokens_per_s: of the whole exchange, prefill included; None
     where requests of several categories ran at the same time. acceptance_length: tokens per target forward.
-    target_forwards: of one repetition. switches_per_100_tokens, round_ms, switch_share: WHIFLASH only, if its
-    clock distinguishes categories. switch_share: route, park and the catch-up beyond one round's tokens, of the
-    round. mismatches: distinct answers that are not plain decoding's; ties: those where rounding decided; both None
-    where sampled answers were not compared.
+    target_forwards: of one repetition; both None if the server does not say. answer_ms: of whole answers.
+    switches_per_100_tokens, round_ms, switch_share: WHIFLASH only, if its clock distinguishes categories.
+    switch_share: route, park and the catch-up beyond one round's tokens, of the round. mismatches: distinct answers
+    that are not plain decoding's, or answers whose text is not the first server's; ties: those where rounding decided;
+    both None where sampled answers were not compared.
     """
 
     answers: int
     output_tokens: int
-    target_forwards: int
+    target_forwards: int | None
     output_tokens_per_s: float | None
-    acceptance_length: float
+    acceptance_length: float | None
+    answer_ms: Percentiles | None = None
     ttft_ms: Percentiles | None
     tpot_ms: Percentiles | None
     switches_per_100_tokens: float | None
@@ -82,10 +102,10 @@ class Figures(BaseModel, frozen=True, extra="forbid"):
 
 
 class Ratios(BaseModel, frozen=True, extra="forbid"):
-    """An arm's rates over those of other arms, by category. none: over plain decoding. static: over the fastest arm of
-    one drafter in that category (`static_arm`): upstream's EAGLE3 and DFLASH, or WHIFLASH pinned to one.
+    """An arm's rates over those of other arms, by category.
 
-    over: over `BenchReport.over`.
+    none: over `BenchReport.base`. over: over `BenchReport.over`. static: over the fastest arm of one drafter in that
+    category (`static_arm`): upstream's EAGLE3 and DFLASH, or WHIFLASH pinned to one.
     """
 
     none: dict[str, Interval]
@@ -126,8 +146,8 @@ class LoadReport(BaseModel, frozen=True, extra="forbid"):
 class BenchReport(BaseModel, frozen=True, extra="forbid"):
     """Report that `--json` prints and `--out` writes.
 
-    unavailable: arms that did not start, and why. differences: every mismatch and tie. over: an arm that all others are
-    compared with too, or None.
+    unavailable: arms that could not be asked to the end, and why. differences: every mismatch and tie. base: arm that
+    all others are compared with, plain decoding or the first of running servers. over: another one, or None.
     """
 
     schema_version: Literal[1] = 1
@@ -139,6 +159,7 @@ class BenchReport(BaseModel, frozen=True, extra="forbid"):
     differences: list[dict[str, Any]]
     categories: dict[str, int]
     over: str | None = None
+    base: str = NONE
 
 
 def build_report(
@@ -148,13 +169,14 @@ def build_report(
     provenance: dict[str, Any],
     unavailable: Mapping[str, str],
     over: str | None = None,
+    base: str = NONE,
 ) -> BenchReport:
     """Compute the report of all cells.
 
     Args:
         groups: prompt id → category, or `loops` for prompts whose plain answer ends in a loop.
         compared: differences of answers; None: answers were not compared.
-        over: as in `BenchReport`.
+        over, base: as in `BenchReport`.
     """
 
     def of_load(cells: Sequence[Cell]) -> LoadReport:
@@ -166,7 +188,7 @@ def build_report(
         for arm, mine in own.items():
             differs = compared and [d for d in compared if (d.load, d.arm) == (load.label, arm)]
             arms[arm] = {name: _figures(mine, groups, differs, name) for name in names_of(mine, groups)}
-        ratios = {arm: _ratios(arm, own, groups, over) for arm in own if NONE in own and arm != NONE}
+        ratios = {arm: _ratios(arm, own, groups, over, base) for arm in own if base in own and arm != base}
         played = {arm: mine for arm, mine in own.items() if any(a.turns for c in mine for a in c.answers)}
         turns = {arm: _turns(mine) for arm, mine in played.items()}
         jobs = {arm: _jobs(mine, played.get(NONE), groups) for arm, mine in played.items()}
@@ -185,6 +207,7 @@ def build_report(
         differences=[asdict(difference) for difference in compared or ()],
         categories=dict(Counter(groups.values())),
         over=over,
+        base=base,
     )
 
 
@@ -210,9 +233,11 @@ def _jobs(cells: Sequence[Cell], plain: Sequence[Cell] | None, groups: Mapping[s
     assert ms is not None
     assert ttft is not None  # a conversation has an answer
     faster = None
-    if plain is not None and plain is not cells:
-        once = np.ones_like(mine)
-        faster = paired_ratio(once, mine, once, seconds(plain), [groups[name] for name in names])
+    if plain is not None and plain is not cells and all(both := common(cells, plain)):
+        names = sorted({answer.prompt for cell in both[0] for answer in cell.answers})
+        own, theirs = map(seconds, both)
+        once = np.ones_like(own)
+        faster = paired_ratio(once, own, once, theirs, [groups[name] for name in names])
     counted = {name: round(count / repetitions) for name, count in _counters(cells).items()}
     return Jobs(
         ms=ms,
@@ -231,20 +256,22 @@ def _figures(
 ) -> Figures:
     answers = [a for cell in cells for a in cell.answers if belongs(groups[a.prompt], name)]
     repetitions = len({cell.repetition for cell in cells})
-    forwards = sum(answer.forwards for answer in answers)
-    drafted = sum(len(answer.tokens) - answer.prefills for answer in answers)
-    whole = within(cells, groups, name)
-    counted = _counters(whole)
+    counts = [answer.forwards for answer in answers if answer.forwards is not None]
+    forwards = sum(counts) if len(counts) == len(answers) else None
+    drafted = sum(answer.length - answer.prefills for answer in answers)
+    own = within(cells, groups, name)
+    counted = _counters(own)
     rounds = counted if counted.get("rounds") else {}
-    tokens = sum(len(answer.tokens) for cell in whole for answer in cell.answers)
+    tokens = sum(answer.length for cell in own for answer in cell.answers)
     here = [d for d in differing or () if belongs(groups[d.prompt], name)]
     verdicts = [d.verdict for d in here if not d.of_plain]
     return Figures(
         answers=len(answers),
-        output_tokens=sum(len(answer.tokens) for answer in answers) // repetitions,
-        target_forwards=forwards // repetitions,
-        output_tokens_per_s=rate(*samples(whole)) if cells[0].load.is_alone or name == OVERALL else None,
-        acceptance_length=drafted / forwards if forwards else 1.0,
+        output_tokens=sum(answer.length for answer in answers) // repetitions,
+        target_forwards=None if forwards is None else forwards // repetitions,
+        output_tokens_per_s=rate(*samples(own)) if cells[0].load.is_alone or name == OVERALL else None,
+        acceptance_length=None if forwards is None else drafted / forwards if forwards else 1.0,
+        answer_ms=percentiles_ms([a.seconds for a in answers if not a.turns]),
         ttft_ms=percentiles_ms([a.ttft for a in answers if a.ttft is not None]),
         tpot_ms=percentiles_ms([a.tpot for a in answers if a.tpot is not None]),
         switches_per_100_tokens=100 * rounds["switches"] / tokens if rounds else None,
@@ -264,18 +291,21 @@ def _counters(cells: Sequence[Cell]) -> dict[str, float]:
     return dict(total)
 
 
-def _ratios(arm: str, cells: Mapping[str, Sequence[Cell]], groups: Mapping[str, str], over: str | None) -> Ratios:
+def _ratios(
+    arm: str, cells: Mapping[str, Sequence[Cell]], groups: Mapping[str, str], over: str | None, base: str
+) -> Ratios:
     ratios = Ratios(none={}, static={}, static_arm={})
     statics = [key for key in cells if "@" not in key and key.split(":")[0] in (*STATIC, *PINNED)]
     for name in names_of(cells[arm], groups):
         if not cells[arm][0].load.is_alone and name != OVERALL:
             continue
-        chosen = {key: within(own, groups, name) for key, own in cells.items()}
-        ratios.none[name] = paired(chosen[arm], chosen[NONE], groups)
-        if over is not None and over in cells and over != arm:
-            ratios.over[name] = paired(chosen[arm], chosen[over], groups)
-        if statics and arm not in statics:
-            best = max(statics, key=lambda key: rate(*samples(chosen[key])))
+        chosen = {key: own for key in cells if (own := within(cells[key], groups, name))}
+        rates = {key: rate(*samples(chosen[key])) for key in statics if key in chosen and arm not in statics}
+        best = max(rates, key=lambda key: rates[key], default=None)
+        compared = ((ratios.none, base), (ratios.over, over if over != arm else None), (ratios.static, best))
+        for found, other in compared:
+            if other in chosen and (ratio := paired(chosen[arm], chosen[other], groups)):
+                found[name] = ratio
+        if best is not None:
             ratios.static_arm[name] = best
-            ratios.static[name] = paired(chosen[arm], chosen[best], groups)
     return ratios

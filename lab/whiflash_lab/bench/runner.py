@@ -8,6 +8,7 @@ new servers, because two equal processes may differ by 1 % as long as they run.
 import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -18,13 +19,12 @@ from rich.progress import Progress
 from whiflash_lab.bench.arms import NONE, Arm, Subject
 from whiflash_lab.bench.cells import Cell, Load
 from whiflash_lab.bench.fleet import Fleet, environment
-from whiflash_lab.bench.load import ANSWER_SECONDS, Asker, RefusedError, RequestError, flush
+from whiflash_lab.bench.load import ROUNDS, TOKEN_IDS, Asker, RefusedError, RequestError, flush
 from whiflash_lab.bench.prompts import Prompt, digest_of
 from whiflash_lab.bench.reference import BestLogit, Difference, Reference, ask_reference, differences
-from whiflash_lab.bench.report import LOOPS, BenchReport, build_report
+from whiflash_lab.bench.report import LOOPS, BenchReport, build_report, whole
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.files import provenance
-from whiflash_sglang.files.hosts import LIMITS
 
 
 class Step(NamedTuple):
@@ -71,12 +71,13 @@ CLOSED_ALONE = Load(value=1)
 class Plan:
     """The plan of a benchmark.
 
-    interleave: run all servers at once and send each prompt to each arm in turn; otherwise one server at a time.
-    recorded: files of conversations, if these are the prompts. longest_wait: the most seconds that a tool takes.
-    left_out: by name, why a prompt is not asked.
+    subject: None if the servers run already. interleave: run all servers at once and send each prompt to each arm in
+    turn; otherwise one server at a time. recorded: files of conversations, if these are the prompts. longest_wait: the
+    most seconds that a tool takes. left_out: by name, why a prompt is not asked. base: name of the arm that the others
+    are compared with.
     """
 
-    subject: Subject
+    subject: Subject | None
     arms: tuple[Arm, ...]
     prompts: tuple[Prompt, ...]
     loads: tuple[Load, ...] = (CLOSED_ALONE,)
@@ -86,6 +87,7 @@ class Plan:
     recorded: tuple[str, ...] = ()
     longest_wait: float = 0.0
     left_out: Mapping[str, str] = field(default_factory=dict)
+    base: str = NONE
 
     @property
     def over(self) -> str | None:
@@ -96,12 +98,15 @@ class Plan:
 
 
 class Runner:
-    """Carries out a plan and builds the report.
+    """Carries out a plan on servers that it starts, and builds the report.
 
     Args:
         fleet: starts the servers; the caller closes it.
         progress: shows what is going on and how long it will take.
     """
+
+    _at_once = 1
+    """Reference answers asked for at a time."""
 
     def __init__(self, plan: Plan, fleet: Fleet, progress: Progress) -> None:
         self._plan, self._fleet, self._progress = plan, fleet, progress
@@ -119,26 +124,40 @@ class Runner:
         """Measure all steps, compare the answers, and build the report.
 
         Raises:
-            WhiflashError: plain decoding could not be measured.
+            WhiflashError: the arm that others are compared with could not be measured.
         """
         plan = self._plan
-        record = {**provenance.environment(plan.subject.bundle), "busy_before": provenance.busy()}
+        record = {**self._origin(), "busy_before": provenance.busy()}
         if plan.interleave:
             self._interleaved()
         else:
             self._in_turn()
-        cells = [cell for cell in self.cells if cell.arm not in self.unavailable]
-        judging = self._progress.add_task("comparing answers with plain decoding", total=None)
-        best = BestLogit(plan.subject.target, plan.subject.dtype)
+        self.cells = whole(self.cells)
+        judging = self._progress.add_task(f"comparing answers with those of {self._base}", total=None)
         sampled = [reference.prompt.sampling for reference in self._references.values()]
-        compared: Sequence[Difference] | None = None
-        if plan.recorded:
-            compared = []  # each answer was compared with the recorded one when it came
-        elif not all(sampled):
-            compared = differences(cells, self._references, best, plan.subject.dtype)
+        compared, lost = (None, "") if all(sampled) else self._compare()
         self._progress.remove_task(judging)
-        record |= {**self._provenance(cells), "compared": not any(sampled), "unjudged": best.lost}
-        return build_report(cells, self._groups(), compared, record, self.unavailable, plan.over)
+        record |= {**self._provenance(), "compared": not any(sampled), "unjudged": lost}
+        return build_report(self.cells, self._groups(), compared, record, self.unavailable, plan.over, plan.base)
+
+    @property
+    def _base(self) -> str:
+        """Return the name that a user knows of the arm that others are compared with."""
+        return "plain decoding" if self._plan.base == NONE else self._plan.base
+
+    @property
+    def _subject(self) -> Subject:
+        assert self._plan.subject is not None  # it starts the servers
+        return self._plan.subject
+
+    def _origin(self) -> dict[str, Any]:
+        """Return what the report says of this process and of the models."""
+        return {**provenance.environment(self._subject.bundle), "dtype": self._subject.dtype}
+
+    def _compare(self) -> tuple[Sequence[Difference], str]:
+        """Return how answers differ from plain decoding's, and the reason if no tie could be judged."""
+        best = BestLogit(self._subject.target, self._subject.dtype)
+        return differences(self.cells, self._references, best, self._subject.dtype), best.lost
 
     # ---------------------------------------------------------------- the two orders
 
@@ -148,7 +167,6 @@ class Runner:
         self._warm_up(self._available())
         task = self._progress.add_task("measuring", total=None)
         for done in range(self._plan.repetitions):
-            before = dict(self.unavailable)
             try:
                 if done:
                     self._renew()
@@ -156,18 +174,13 @@ class Runner:
                 self._progress.update(task, total=self._plan.repetitions * len(steps), completed=done * len(steps))
                 asyncio.run(self._measure(steps, task))
             except (WhiflashError, httpx.HTTPError, KeyboardInterrupt) as error:
-                if not done:
+                if not self.cells:
                     raise
-                self._end(done, str(error) or "interrupted", before)
+                self.unavailable.pop(self._plan.base, None)
+                reason = str(error) or "interrupted"
+                self._ended = f"ended after {done} of {self._plan.repetitions} repetitions: {reason}"
+                self._progress.console.print(self._ended, markup=False, highlight=False, soft_wrap=True)
                 break
-
-    def _end(self, whole: int, reason: str, unavailable: dict[str, str]) -> None:
-        """End the run with `reason`, keeping the first `whole` repetitions. unavailable: arms that were lost before the
-        repetition that failed."""
-        self.unavailable = unavailable
-        self.cells = [cell for cell in self.cells if cell.repetition < whole]
-        self._ended = f"ended after {whole} of {self._plan.repetitions} repetitions: {reason}"
-        self._progress.console.print(self._ended, markup=False, highlight=False, soft_wrap=True)
 
     def _renew(self) -> None:
         """Start new servers of all arms. An arm whose server does not start is lost."""
@@ -177,7 +190,7 @@ class Runner:
         self._warm_up(self._available())
 
     def _in_turn(self) -> None:
-        plain = [arm for arm in self._plan.arms if arm.name == NONE]
+        plain = [arm for arm in self._plan.arms if arm.name == self._plan.base]
         for server in dict.fromkeys(arm.server for arm in (*plain, *self._plan.arms)):
             group = [arm for arm in self._plan.arms if arm.server == server]
             self._start(group)
@@ -216,46 +229,53 @@ class Runner:
             if arm.name not in self.unavailable:
                 info = self._fleet.clients[arm.server].get("/server_info").json()
                 self._servers[arm.name] = {
-                    "arguments": self._plan.subject.hide_paths(_alone(arm)),
+                    "arguments": self._subject.hide_paths(_alone(arm)),
                     "environment": environment(_alone(arm)),
                     # This checkout's provenance is in the report's own.
                     **({} if arm.python is None else provenance.checkout(arm.python.parent)),
                     **{key: info.get(key) for key in TOLD},
                 }
-        if NONE in self.unavailable:
-            raise WhiflashError(f"plain decoding: {self.unavailable[NONE]}")
+        if self._plan.base in self.unavailable:
+            raise WhiflashError(f"{self._base}: {self.unavailable[self._plan.base]}")
 
     def _lose(self, name: str, reason: str) -> None:
-        """Drop an arm and print the reason at once, since the run may last for hours."""
+        """Ask an arm no more, and print the reason at once, since the run may last for hours."""
         self.unavailable[name] = reason
         self._progress.console.print(f"{name}: {reason}", markup=False, highlight=False, soft_wrap=True)
 
     def _ask_references(self) -> None:
-        """Ask plain decoding for reference answers. A row of several turns becomes one prompt per turn, with plain
-        decoding's answers between the turns."""
+        """Ask for reference answers. A row of several turns becomes one prompt per turn, with these answers between the
+        turns."""
         pending = list(self._plan.prompts)
-        task = self._progress.add_task("asking plain decoding", total=len(pending))
-        client = self._fleet.clients[NONE]
-        while pending:
-            prompt = pending.pop(0)
-            flush(client)  # Every measured answer begins without a cached prefix, which rounds differently.
-            self._progress.advance(task)
-            try:
-                reference = ask_reference(client, prompt, self._plan.max_tokens)
-            except RefusedError as refused:
-                self.left_out[prompt.id] = str(refused)
-                self._progress.console.print(f"left out: {refused}", markup=False, highlight=False)
-                continue
-            self._references[prompt.id] = replace(reference, prompt=replace(prompt, follow_ups=()))
-            follow_up = prompt.next_turn(reference.text, reference.calls)
-            if follow_up is not None:
-                pending.append(follow_up)
-                self._progress.update(task, total=len(self._references) + len(self.left_out) + len(pending))
+        task = self._progress.add_task(f"asking {self._base}", total=len(pending))
+        with ThreadPoolExecutor(self._at_once) as pool:
+            while pending:
+                asked, pending = pending[: self._at_once], pending[self._at_once :]
+                for prompt, reference in zip(asked, pool.map(self._reference, asked), strict=True):
+                    if isinstance(reference, RefusedError):
+                        self.left_out[prompt.id] = str(reference)
+                        self._progress.console.print(f"left out: {reference}", markup=False, highlight=False)
+                        continue
+                    self._references[prompt.id] = replace(reference, prompt=replace(prompt, follow_ups=()))
+                    if follow_up := prompt.next_turn(reference.text, reference.calls):
+                        pending.append(follow_up)
+                done = len(self._references) + len(self.left_out)
+                self._progress.update(task, completed=done, total=done + len(pending))
         self._progress.remove_task(task)
         if not self._references:
-            raise WhiflashError(
-                f"plain decoding took no prompt: {next(iter(self.left_out.values()), 'there are none')}"
-            )
+            first = next(iter(self.left_out.values()), "there are none")
+            raise WhiflashError(f"{self._base} took no prompt: {first}")
+
+    def _reference(self, prompt: Prompt) -> Reference | RefusedError:
+        try:
+            return self._ask_reference(prompt)
+        except RefusedError as refused:
+            return refused
+
+    def _ask_reference(self, prompt: Prompt) -> Reference:
+        client = self._fleet.clients[NONE]
+        flush(client)  # Every measured answer begins without a cached prefix, which rounds differently.
+        return ask_reference(client, prompt, self._plan.max_tokens)
 
     def _groups(self) -> dict[str, str]:
         return {key: LOOPS if r.loops else r.prompt.category for key, r in self._references.items()}
@@ -286,9 +306,7 @@ class Runner:
         async with AsyncExitStack() as stack:
             clients = {}
             for key in self._fleet.clients:
-                url = self._fleet.url(key)
-                client = httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS, limits=LIMITS)
-                clients[key] = await stack.enter_async_context(client)
+                clients[key] = await stack.enter_async_context(httpx.AsyncClient(**self._fleet.reach(key)))
             for step in steps:
                 if step.arm in self.unavailable:
                     continue
@@ -296,8 +314,8 @@ class Runner:
                 try:
                     cell = await self._cell(step, self._asker(clients[arm.server], arm))
                 except (RequestError, httpx.HTTPError) as error:
-                    if step.arm == NONE:
-                        raise WhiflashError(f"plain decoding: a request failed: {error}") from error
+                    if step.arm == self._plan.base:
+                        raise WhiflashError(f"{self._base}: a request failed: {error}") from error
                     self._lose(step.arm, f"a request failed: {error}")
                     continue
                 if task is not None:
@@ -305,7 +323,7 @@ class Runner:
                     self._progress.advance(task)
 
     def _asker(self, client: httpx.AsyncClient, arm: Arm) -> Asker:
-        return Asker(client, self._plan.max_tokens, arm.request)
+        return Asker(client, self._plan.max_tokens, {**TOKEN_IDS, **ROUNDS, **arm.request})
 
     def _prompt(self, key: str, *, is_warm_up: bool) -> Prompt:
         return self._references[key].prompt
@@ -313,8 +331,7 @@ class Runner:
     async def _cell(self, step: Step, asker: Asker) -> Cell:
         arm = self._arms[step.arm]
         client = self._fleet.clients[arm.server]
-        self._route(arm, client)
-        flush(client)
+        self._prepare(arm, client)
         before = _state(arm, client)
         prompts = [self._prompt(key, is_warm_up=step.repetition < 0) for key in step.prompts]
         began = time.perf_counter()
@@ -331,23 +348,23 @@ class Runner:
             counters=counters,
         )
 
-    def _route(self, arm: Arm, client: httpx.Client) -> None:
-        if arm.router is None or self._routers[arm.server] == arm.router:
-            return
-        response = client.post("/whiflash/policy", json={"router": arm.router})
-        if response.status_code != 200:
-            raise RequestError(f"router {arm.router}: {response.json()['error']['message']}")
-        self._routers[arm.server] = arm.router
+    def _prepare(self, arm: Arm, client: httpx.Client) -> None:
+        """Set the arm's router and empty the prefix cache."""
+        if arm.router is not None and self._routers[arm.server] != arm.router:
+            response = client.post("/whiflash/policy", json={"router": arm.router})
+            if response.status_code != 200:
+                raise RequestError(f"router {arm.router}: {response.json()['error']['message']}")
+            self._routers[arm.server] = arm.router
+        flush(client)
 
-    def _provenance(self, cells: Sequence[Cell]) -> dict[str, Any]:
+    def _provenance(self) -> dict[str, Any]:
         plan = self._plan
         return {
-            "dtype": plan.subject.dtype,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),  # noqa: TID251 (a date)
             "busy_after": provenance.busy(),
             "seconds": round(time.monotonic() - self._began, 1),
             "interleaved": plan.interleave,
-            "repetitions": len({cell.repetition for cell in cells}),
+            "repetitions": len({cell.repetition for cell in self.cells}),
             "max_tokens": plan.max_tokens,
             "prompts_sha256": digest_of(plan.prompts),
             "left_out": self.left_out,

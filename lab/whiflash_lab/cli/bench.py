@@ -1,18 +1,30 @@
-"""`whiflash bench`: measures WHIFLASH beside plain decoding and SGLang's own speculative arms."""
+"""`whiflash bench`: measures WHIFLASH beside plain decoding and SGLang's own speculative arms, or servers that run."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from whiflash_lab.bench import prompts as sources
-from whiflash_lab.bench.arms import DEFAULT, KNOWN, build_arms, check_names, dtype_of, server_words, those_with_drafters
+from whiflash_lab.bench.arms import (
+    DEFAULT,
+    KNOWN,
+    NONE,
+    build_arms,
+    check_names,
+    dtype_of,
+    server_words,
+    those_with_drafters,
+)
 from whiflash_lab.cli.replay import replay
 from whiflash_lab.cli.simulate import simulate
 from whiflash_lab.cli.widen import widen
 from whiflash_sglang.cli import DECIDE
-from whiflash_sglang.cli.options import MOST, make_place, whole_numbers
+from whiflash_sglang.cli.options import MOST, authorization, make_place, whole_numbers
 from whiflash_sglang.errors import UsageError
+
+RUNNING = "Servers that run already"
 
 
 def bench(
@@ -43,10 +55,29 @@ def bench(
     model_path: Annotated[str | None, typer.Option(help="Target: directory or hub id.")] = None,
     bundle: Annotated[str | None, typer.Option(help="Drafters: directory or hub id.")] = None,
     server_args: Annotated[str, typer.Option(help="Further arguments for every server.")] = "",
+    url: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=URL",
+            help="Measure this server in place of starting one; may be repeated. Others are compared with the first.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="WHIFLASH_API_KEY",
+            help="Key of these servers. Prefer WHIFLASH_API_KEY, which other users cannot read.",
+            show_default=False,
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
 ) -> None:
     """Measure WHIFLASH beside plain decoding, EAGLE3, DFLASH and NGRAM on this machine.
 
     Every greedy answer is compared with plain decoding's. Without --prompts a sample of 42 prompts is used.
+    With --url it asks servers that run already, SGLang's or another's chat completions. That needs neither torch nor
+    SGLang here.
 
     \b
     Examples:
@@ -54,24 +85,38 @@ def bench(
     whiflash bench --concurrency 1,4,8 --out report.json
     whiflash bench --prompts bodies.jsonl --model-path MODEL --bundle BUNDLE --no-interleave
     whiflash bench --recorded log.jsonl --agents 8 --kv-share 0.5 --arms none+sessions,auto,auto+sessions
+    whiflash bench --url plain=http://127.0.0.1:30000 --url ours=http://127.0.0.1:30008 --prompts bodies.jsonl
     """
     import tempfile
 
     from whiflash_lab.bench.cells import Load
     from whiflash_lab.bench.command import judge, publish, run
     from whiflash_lab.bench.runner import Plan
+    from whiflash_lab.bench.running import arms_of
 
     loads = [Load(value=number) for number in whole_numbers("--concurrency", concurrency or str(agents or 1))]
     names = [name.strip() for name in (arms or "").split(",") if name.strip()]
     check_names(names, recorded=bool(recorded))
     others = {"--prompts": prompts, "--per-category": per_category, "--concurrency": concurrency}
-    if recorded and (refused := [name for name, value in others.items() if value]):
-        raise UsageError(
-            f"--recorded plays whole files, --agents at a time, and takes no {', '.join(refused)}: remove it"
-        )
     own = {"--agents": agents, "--longest-wait": longest_wait, "--kv-share": kv_share}
-    if not recorded and (refused := [name for name, value in own.items() if value is not None]):
-        raise UsageError(f"{', '.join(refused)}: for --recorded FILE only, which is missing")
+    if recorded:
+        _refuse("--recorded plays whole files, --agents at a time, and takes no {}: remove it", others)
+    else:
+        _refuse("{}: for --recorded FILE only, which is missing", own)
+    if url:
+        started: dict[str, object] = {
+            "--arms": arms,
+            "--recorded": recorded or None,
+            "--model-path": model_path,
+            "--bundle": bundle,
+        }
+        started |= {"--server-args": server_args or None, "--no-interleave": None if interleave else True}
+        _refuse(
+            "--url measures servers that run already, with their own models and flags, each prompt in turn; it takes "
+            "no {}: remove it",
+            started,
+        )
+    measured, headers = arms_of(url or ()), authorization(api_key)
     chosen = [] if recorded else sources.sample(sources.load_prompts(prompts or str(sources.shipped())), per_category)
     extra = server_words(server_args)
     dtype_of(extra)
@@ -86,26 +131,26 @@ def bench(
             )
         for file in (out, out.with_suffix(".md")) if out.suffix else (out,):
             make_place("--out", file)
-    from whiflash_lab.bench.recorded import read_talks, recorded_arms, with_pool
-    from whiflash_lab.bench.subject import build_subject
-
     with tempfile.TemporaryDirectory(prefix="whiflash-bench-") as scratch:
-        served = [name.partition("+")[0] for name in names] or list(DEFAULT)
-        subject = build_subject(model_path, bundle, extra, Path(scratch), served)
-        left_out: dict[str, str] = {}
-        longest = max_tokens or 160
-        if recorded:
+        subject, left_out, longest = None, dict[str, str](), max_tokens or 160
+        if not url:
+            from whiflash_lab.bench.recorded import read_talks, recorded_arms, with_pool
+            from whiflash_lab.bench.subject import build_subject
+
+            served = [name.partition("+")[0] for name in names] or list(DEFAULT)
+            subject = build_subject(model_path, bundle, extra, Path(scratch), served)
+            measured = [] if recorded else build_arms(names or those_with_drafters(DEFAULT, subject), subject)
+        if subject and recorded:
             talks, left_out = read_talks(recorded, subject, max_tokens)
             if kv_share is not None:
                 subject = with_pool(subject, talks, loads[0].value, kv_share)
             chosen, measured = list(talks), recorded_arms(names or ["auto"], subject, talks)
             longest = max(len(one.turn.answer) or one.turn.free for talk in talks for one in talk.tasks)
-        else:
-            measured = build_arms(names or those_with_drafters(DEFAULT, subject), subject)
         plan = Plan(
             subject=subject,
             arms=tuple(measured),
             prompts=tuple(chosen),
+            base=measured[0].name if url else NONE,
             loads=tuple(loads),
             repetitions=repetitions,
             max_tokens=longest,
@@ -114,9 +159,15 @@ def bench(
             longest_wait=0 if not recorded else 30 if longest_wait is None else longest_wait,
             left_out=left_out,
         )
-        report = run(plan)
+        report = run(plan, headers)
     publish(report, out)
     judge(report)
+
+
+def _refuse(sentence: str, options: Mapping[str, object]) -> None:
+    """Raise UsageError if one of these options is given. sentence: names them in place of its braces."""
+    if given := [name for name, value in options.items() if value is not None]:
+        raise UsageError(sentence.format(", ".join(given)))
 
 
 def register(app: typer.Typer, lab: typer.Typer) -> None:

@@ -1,0 +1,144 @@
+"""`whiflash bench --url`: servers that run already, of one protocol and any kind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_app import ChatApp, serving
+from typer.testing import CliRunner, Result
+
+from whiflash_lab.bench.report import BenchReport
+from whiflash_sglang.cli.app import app as whiflash
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    rows: list[dict[str, Any]] = [
+        {"id": "a", "messages": [{"role": "user", "content": "a"}], "category": "one"},
+        {"request": {"input": "b"}, "response": {}, "id": "b", "category": "two"},
+        {"id": "c", "turns": ["c", "d"], "category": "one"},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def bench(prompts: Path, *arguments: str) -> tuple[Result, BenchReport | None]:
+    out = prompts.with_name("out.json")
+    result = CliRunner().invoke(whiflash, ["bench", "--prompts", str(prompts), "--out", str(out), *arguments])
+    return result, BenchReport.model_validate_json(out.read_text()) if out.exists() else None
+
+
+def differing(app: ChatApp, text: str) -> list[str]:
+    return ["You said ", "it" if text == "a" else text, ". Bye."]
+
+
+def test_two_servers_are_compared(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHIFLASH_API_KEY", "SECRET")
+    ours_models = [{"id": "other", "owned_by": "sglang"}, {"id": "/models/m", "owned_by": "sglang"}]
+    with serving(key="SECRET") as plain, serving(reply=differing, models=ours_models, verifications=1) as ours:
+        given = ("--url", f"plain={plain.url}/v1", "--url", f"ours={ours.url}")
+        result, report = bench(prompts, *given, "--concurrency", "1,3", "--repetitions", "2")
+        assert result.exit_code == 0, result.output
+    assert report is not None
+    assert (list(report.arms), report.base, report.unavailable) == (["plain", "ours"], "plain", {})
+    for load in report.loads:
+        overall = load.ratios["ours"].none["overall"]
+        assert 0 < overall.low <= overall.ratio <= overall.high
+        assert [load.arms[name]["overall"].mismatches for name in report.arms] == [0, 1]
+    figures = report.arms["ours"]["overall"]
+    assert (figures.answers, figures.output_tokens, figures.acceptance_length) == (8, 12, 2.0)
+    assert figures.answer_ms is not None
+    assert report.arms["plain"]["overall"].acceptance_length is None
+    assert [(d["arm"], d["prompt"], d["position"]) for d in report.differences] == [("ours", "a", 9)] * 2
+    page = prompts.with_name("out.md").read_text()
+    assert "| ours | closed-1 | a | 9 |" in page
+    assert "- ours: url http://127.0.0.1:" in page
+    assert "model /models/m, server sglang, version 0.5.23" in page
+    assert "SECRET" not in page + report.model_dump_json() + result.output
+    assert plain.paths == ours.paths == {"/v1/models", "/server_info", "/v1/chat/completions"}, "nothing is emptied"
+    assert {body["model"] for body in ours.asked} == {"/models/m"}
+    assert len({body["cache_salt"] for body in plain.asked if len(body["messages"]) == 3}) > 4
+
+
+def test_one_server_of_another_kind_has_figures_of_its_own(prompts: Path) -> None:
+    with serving(models=[{"id": "m", "owned_by": "somebody"}]) as server:
+        result, report = bench(prompts, "--url", server.url.replace("//", "//user:PASS@"), "--repetitions", "1")
+        assert {key for body in server.asked for key in body} == {
+            *("model", "messages", "temperature", "seed", "max_tokens", "stream", "stream_options")
+        }
+    name = server.url.removeprefix("http://")
+    assert result.exit_code == 0, result.output
+    assert report is not None
+    assert (list(report.arms), report.ratios) == ([name], {})
+    assert "PASS" not in result.output + report.model_dump_json()
+    assert f"Prompts may have been in the prefix cache of {name}." in result.output
+
+
+@pytest.mark.parametrize("dying", ["plain", "ours"])
+def test_what_was_measured_before_a_server_dies_stays(dying: str, prompts: Path) -> None:
+    def reply(app: ChatApp, text: str) -> list[str] | None:
+        measured = [body for body in app.asked if body.get("stream")]
+        return None if len(measured) > 3 + 4 + 2 else ["You said ", text, "."]
+
+    with serving(**({"reply": reply} if dying == "plain" else {})) as plain, serving(reply=reply) as ours:
+        result, report = bench(prompts, "--url", f"plain={plain.url}", "--url", f"ours={ours.url}")
+    assert result.exit_code == 1
+    assert report is not None
+    assert "the answer ended early, after 2 characters" in result.output
+    assert report.arms[dying]["overall"].answers == 4, "its whole repetition"
+    assert report.ratios["ours"].none["overall"].ratio > 0
+    if dying == "plain":
+        assert "ended after 1 of 3 repetitions: plain: a request failed" in report.provenance["ended"]
+    else:
+        assert list(report.unavailable) == ["ours"]
+        assert report.arms["plain"]["overall"].answers == 12
+
+
+def test_a_server_that_dies_in_its_first_repetition_keeps_its_prompts(prompts: Path) -> None:
+    def reply(app: ChatApp, text: str) -> list[str] | None:
+        return None if len([body for body in app.asked if body.get("stream")]) > 3 + 2 else ["Yes."]
+
+    with serving() as plain, serving(reply=reply) as ours:
+        _, report = bench(prompts, "--url", f"plain={plain.url}", "--url", f"ours={ours.url}", "--repetitions", "1")
+    assert report is not None
+    assert (report.arms["ours"]["overall"].answers, report.arms["plain"]["overall"].answers) == (2, 4)
+    assert set(report.ratios["ours"].none) == {"one", "two", "overall"}
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"models": [{"id": "org/N"}]}, "ours serves org/N, and plain org/M: figures of different models"),
+        ({"models": None}, "/v1/models answered 200 without the expected JSON"),
+        ({"models": []}, "/v1/models answered 200 without the expected JSON"),
+        ({"key": "K3Y"}, "refused the key for /v1/models"),
+        (None, "http://127.0.0.1:1 does not answer"),
+    ],
+)
+def test_a_server_that_cannot_be_compared_ends_the_run(other: Any, said: str, prompts: Path) -> None:
+    with serving() as plain, serving(**(other or {})) as ours:
+        url = "http://user:PASS@127.0.0.1:1" if other is None else ours.url
+        result, report = bench(prompts, "--url", f"plain={plain.url}", "--url", f"ours={url}")
+        assert not plain.asked
+    assert (result.exit_code, report) == (1, None)
+    assert said in str(result.exception) + result.output
+    assert "PASS" not in str(result.exception) + result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--arms", "auto"], "takes no --arms: remove it"),
+        (["--no-interleave", "--server-args", "--tp 2"], "takes no --server-args, --no-interleave: remove it"),
+        (["--url", "a=http://host"], "--url a=http://host: the name is given twice"),
+        (["--url", "b=host:1"], "--url b=host:1: give NAME=URL"),
+        (["--url", "a table|b=http://host"], "give NAME=URL"),
+        (["--url", "b=http://u:PASS@host:x"], "--url b=http://host:x: give NAME=URL"),
+    ],
+)
+def test_options_of_servers_that_it_starts_are_refused(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(whiflash, ["bench", "--url", "a=http://127.0.0.1:1", *arguments])
+    assert said in str(result.exception) + result.output
+    assert "PASS" not in str(result.exception) + result.output
