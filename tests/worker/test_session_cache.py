@@ -11,6 +11,7 @@ from engine import Engine, engine
 from model_set import Models
 from trees import assert_tree_is_true, matched_slots
 
+from whiflash_sglang.engine.scheduler import session_tree
 from whiflash_sglang.engine.scheduler.session_tree import LINE, MARK
 
 AGENTS, TURNS, SAID = 4, 6, 16
@@ -113,4 +114,21 @@ def test_what_a_compacted_turn_left_goes_first(models: Models, flags: dict[str, 
             assert left[2] >= 48
             e.close_session(session)
             e.scheduler.tree_cache.sanity_check()
+        e.check_leaks()
+
+
+def test_sessions_that_nobody_closes_are_bounded(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tenant that has the most loses the one that it used longest ago, if that is answered, too; a request opens it
+    again."""
+    monkeypatch.setattr(session_tree, "MOST_OPEN", 3)
+    with engine(models.target, whiflash=models.whiflash("random"), **FLAGS) as e:
+        e.submit("running", range(60, 90), max_new_tokens=40, session_id=f"b{LINE}1")
+        e.step()
+        for number, name in enumerate(("a1", "b2", "b3", "b2", "b1")):
+            e.ask(f"{number}.", range(50 + number, 90), max_new_tokens=4, session_id=f"{name[0]}{LINE}{name[1]}")
+        refs, left = e.scheduler.tree_cache.session_refs, [f"a{LINE}1", f"b{LINE}2", f"b{LINE}1"]
+        assert [*refs._session_generations] == left
+        assert all(component._session_leaves.keys() <= set(left) for component in refs.components)
+        assert len(e.output("running")) == 40
+        e.scheduler.tree_cache.sanity_check()
         e.check_leaks()

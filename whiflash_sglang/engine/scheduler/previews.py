@@ -14,7 +14,7 @@ from typing import Any
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.mem_cache.common import match_kv_cache
 
-from whiflash_sglang.engine.scheduler.session_tree import MARK
+from whiflash_sglang.engine.scheduler.session_tree import surplus
 from whiflash_sglang.spans.hints import HintError, parse_hints
 
 SHARE = 0.01
@@ -68,9 +68,8 @@ class PreviewQueue:
             return
         self.waiting_queue.remove(req)
         req.session_id, self.previews[session] = None, req
-        if len(self.previews) > MOST_WAITING:  # the oldest of the tenant that has the most
-            tenants = [name.rpartition(MARK)[0] for name in self.previews]
-            self.drop_preview([*self.previews][tenants.index(max(tenants, key=tenants.count))])
+        if len(self.previews) > MOST_WAITING:
+            self.drop_preview(surplus([*self.previews]))
 
     def _arm_prefill_decode_interval(self: Any, batch: Any) -> None:
         """Count the tokens of a preview's prefill, after which `--prefill-decode-interval` makes no prompt wait."""

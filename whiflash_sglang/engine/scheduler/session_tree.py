@@ -4,6 +4,7 @@ With `--enable-session-radix-cache` SGLang keeps a session's KV longer than a st
 the session closes, whether or not a later turn continues it.
 """
 
+from collections import Counter
 from typing import Any
 
 from sglang.srt.mem_cache.unified_cache.session_ref_tracker import UnifiedSessionRefTracker
@@ -15,6 +16,16 @@ LINE = f"{MARK}line:"
 """Beginning of a client's id, after the mark, of a session in which each request continues the conversation."""
 AGE = 2.0**40
 """Subtracted from a superseded node's last access, to make it the oldest. Ranks agree on the order of such nodes."""
+
+MOST_OPEN = 1024
+"""Most open sessions, many more than have room in a KV pool. SGLang bounds only the closed ones."""
+
+
+def surplus(sessions: list[str]) -> str:
+    """Return the session to give up, of the scheduler's ids: the first one of the tenant that has the most."""
+    tenants = [session.rpartition(MARK)[0] for session in sessions]
+    [(largest, _)] = Counter(tenants).most_common(1)
+    return sessions[tenants.index(largest)]
 
 
 class SessionTree(UnifiedRadixCache):  # type: ignore[misc]
@@ -29,6 +40,15 @@ class SessionTree(UnifiedRadixCache):  # type: ignore[misc]
 
 class SessionTracker(UnifiedSessionRefTracker):  # type: ignore[misc]
     """A tracker that keeps only the KV that the newest turn continues, if a session is one conversation."""
+
+    def ensure_session_generation(self, session_id: str) -> int:
+        """Return the generation of a session that is used now. Too many open sessions: the one that its client has
+        probably left is closed, until its next request."""
+        generation, opened = super().ensure_session_generation(session_id), self._session_generations
+        opened[session_id] = opened.pop(session_id)
+        if len(opened) > MOST_OPEN:
+            self.release_radix_session(surplus([*opened]))
+        return int(generation)
 
     def register_session_ref(self, req: Any, leaf: Any) -> None:
         """Release the KV that only a session's older turns use, and make it the first to be evicted."""
