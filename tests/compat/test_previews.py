@@ -46,7 +46,7 @@ def test_many_special_tokens_are_decoded_together(tokenizer: PreTrainedTokenizer
 
 
 def test_a_preview_is_no_request_that_is_answered(tokenizer: PreTrainedTokenizerFast) -> None:
-    flags = SimpleNamespace(dp_size=1, pp_size=1, disaggregation_mode="null", enable_session_radix_cache=True)
+    flags = SimpleNamespace(attn_dp_size=1, pp_size=1, disaggregation_mode="null", enable_session_radix_cache=True)
     manager = SimpleNamespace(server_args=flags, tokenizer=tokenizer, context_len=64)
 
     def prepared(**fields: Any) -> GenerateReqInput:

@@ -2,11 +2,13 @@
 does not answer is named."""
 
 import random
+import re
 from typing import Any
 
 import httpx
 import pytest
 from openai import OpenAI
+from patience import wait_until
 from scrape import scraped, total, values
 from server_host import Server, ServerHost
 from tensor_parallel import ENDS_AT_ONCE, Checkpoints
@@ -52,7 +54,7 @@ def assert_both_count_and_forget(server: Server) -> None:
 
 
 def test_replicas(host: ServerHost, checkpoints: Checkpoints) -> None:
-    flags = ("--dp-size", "2", "--enable-cache-report")
+    flags = ("--dp-size", "2", "--enable-cache-report", "--enable-session-radix-cache")
     with host.running(*checkpoints.served("none"), *flags, env=ENDS_AT_ONCE) as server:
         assert_policies_keep_texts(server)
         state = server.get("/whiflash/state")
@@ -65,30 +67,36 @@ def test_replicas(host: ServerHost, checkpoints: Checkpoints) -> None:
 
 
 def conversations_stay_where_they_say(server: Server) -> None:
-    """With OpenAI's client: the next turn finds its prefix on the replica that its request names."""
+    """With OpenAI's client: the next turn finds its prefix on the replica that its request or session names, which
+    takes previews, too. Closing a session reaches both."""
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=None)
-    for replica in (1, 0, 1):
-        messages = [{"role": "user", "content": f"replica {replica}, please"}]
+
+    def ask(messages: list[Any], **more: Any) -> Any:
+        return client.chat.completions.create(
+            model="any", messages=messages, max_tokens=8, temperature=0, extra_body={"ignore_eos": True, **more}
+        )
+
+    sessions: list[dict[str, Any]] = [{"session_id": "one"}, {"session_id": "two"}]
+    for replica, place in enumerate([{"routed_dp_rank": 0}, {"routed_dp_rank": 1}, *sessions]):
+        messages = [{"role": "user", "content": f"on {place}, please"}]
         rounds = [own["rounds"] for own in server.get("/whiflash/state")["replicas"]]
         before = 0
         for _ in range(3):
-            answer = client.chat.completions.create(
-                model="any",
-                messages=messages,  # type: ignore[arg-type]
-                max_tokens=8,
-                temperature=0,
-                extra_body={"ignore_eos": True, "routed_dp_rank": replica},
-            )
-            assert answer.usage
-            assert answer.usage.prompt_tokens_details
-            assert (answer.usage.prompt_tokens_details.cached_tokens or 0) >= before - 1
+            if place in sessions:
+                marked = {"role": "user", "content": f"{messages[-1]['content']} END"}
+                hints = {"whiflash": '{"preview": "END"}'}
+                before = ask([*messages[:-1], marked], custom_params=hints, **place).usage.prompt_tokens
+            answer = ask(messages, **place)
+            assert answer.usage.prompt_tokens_details.cached_tokens >= before - 1
             before = answer.usage.prompt_tokens
             messages += [
                 {"role": "assistant", "content": answer.choices[0].message.content or ""},
                 {"role": "user", "content": "and then?"},
             ]
         after = [own["rounds"] for own in server.get("/whiflash/state")["replicas"]]
-        assert [number for number in (0, 1) if after[number] > rounds[number]] == [replica]
+        assert [number for number in (0, 1) if after[number] > rounds[number]] == [replica % 2]
+    httpx.post(f"{server.url}/close_session", json=sessions[0], timeout=None).raise_for_status()
+    wait_until(lambda: re.findall("release_session \x1fone: indexed (.)", server.log.read_text())[1:2])
 
 
 def a_replica_that_stands_still_is_named(server: Server) -> None:

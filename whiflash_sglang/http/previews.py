@@ -20,8 +20,8 @@ FIELD = "custom_params.whiflash.preview"
 
 
 def serves_previews(server_args: Any) -> bool:
-    """Whether a server takes previews: it needs sessions, and one scheduler that prefills and decodes."""
-    one = server_args.dp_size == server_args.pp_size == 1 and server_args.disaggregation_mode == "null"
+    """Whether a server takes previews: it needs sessions, and schedulers that each prefill and decode by themselves."""
+    one = server_args.attn_dp_size == server_args.pp_size == 1 and server_args.disaggregation_mode == "null"
     return bool(one and server_args.enable_session_radix_cache)
 
 
@@ -32,7 +32,7 @@ async def prepare(manager: Any, obj: Any, marker: str) -> None:
         HintError: the server takes no previews, or this request cannot be one.
     """
     if not serves_previews(manager.server_args) or manager.tokenizer is None:
-        why = "needs --enable-session-radix-cache, a tokenizer, and a server without replicas, stages or disaggregation"
+        why = "needs --enable-session-radix-cache, a tokenizer, and no DP attention, pipeline stages or disaggregation"
         raise HintError(FIELD, f"{why}; leave it out")
     prompt = obj.text if obj.input_ids is None else obj.input_ids
     ids = isinstance(prompt, list) and all(type(one) is int and 0 <= one < 1 << 31 for one in prompt)

@@ -179,7 +179,7 @@ async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Fields]:
     for name, value in keys.items():
         setattr(obj, name, value)
     if manager.server_args.enable_session_radix_cache:
-        scope(obj, caller.session)
+        scope(obj, caller.session, manager.server_args)
     if any(one.params is not None for one in fields):
         filled = [_filled(entry, one.params) for entry, one in zip(entries, fields, strict=True)]
         obj.sampling_params = filled if isinstance(obj.sampling_params, list) else filled[0]

@@ -6,6 +6,9 @@ The scheduler gets an id that begins with the tenant, and no client can give one
 
 from collections.abc import Mapping
 from typing import Any
+from zlib import crc32
+
+from sglang.srt.runtime_context import num_dp_ranks_of
 
 from whiflash_sglang.engine.scheduler.session_tree import MARK
 from whiflash_sglang.http.callers import Caller
@@ -15,9 +18,9 @@ OPEN, CLOSE = "/open_session", "/close_session"
 """SGLang's routes that take a session's id."""
 
 
-def scope(obj: Any, header: str | None) -> None:
-    """Give SGLang's internal request the scheduler's id of its session. header: the id in the headers, which a body's
-    id overrules.
+def scope(obj: Any, header: str | None, server_args: Any) -> None:
+    """Give SGLang's internal request the scheduler's id of its session, and the replica that holds the session's KV,
+    unless it names one. header: the id in the headers, which a body's id overrules.
 
     Raises:
         HintError: the id has the character that separates tenants.
@@ -27,6 +30,9 @@ def scope(obj: Any, header: str | None) -> None:
         given = header
     if isinstance(given, str) and given:  # SGLang refuses other types
         obj.session_id = _scoped(given, getattr(obj, "cache_salt", None))  # embeddings have no salt
+        replicas = num_dp_ranks_of(server_args)  # servers with disaggregation must agree on one, and choose themselves
+        if replicas > 1 and obj.routed_dp_rank is None and server_args.disaggregation_mode == "null":
+            obj.routed_dp_rank = crc32(obj.session_id.encode(errors="surrogatepass")) % replicas
 
 
 def scoped_body(path: str, body: Mapping[str, Any], caller: Caller, *, trusted: bool) -> Mapping[str, Any]:
