@@ -1,5 +1,6 @@
 """Engines of two ranks, what is asked of them, and what a rank tells of its rounds."""
 
+import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,8 +9,9 @@ from pathlib import Path
 from typing import Any, Self
 from unittest.mock import patch
 
-from engine import engine
+from engine import Engine, engine
 from oracle_arm import OracleArm
+from previewed import talk
 from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import Arrival, mixed, play
 from watching import unwatched
@@ -75,7 +77,7 @@ def play_plain(
 ) -> Outputs:
     """Without drafts and aborts."""
     with engine(checkpoints.target, **of_rank(rank, port, **arguments)) as e:
-        return play(e, [replace(arrival, abort_after=None) for arrival in arrivals])
+        return play(e, [replace(arrival, abort_after=None) for arrival in arrivals]) | jobs(e)
 
 
 def play_ours(
@@ -116,7 +118,7 @@ def play_ours(
             **of_rank(rank, port, **arguments),
         ) as e,
     ):
-        outputs = play(e, arrivals)
+        outputs = play(e, arrivals) | jobs(e)
         requests = e.requests.values()
         return Played(
             outputs,
@@ -125,6 +127,28 @@ def play_ours(
             sum(req.retraction_count for req in requests),
             sum(req.spec_num_correct_drafts for req in requests),
         )
+
+
+def jobs(e: Engine) -> Outputs:
+    """If the engine has sessions: turns with a preview between them beside another request; then tries of a task, also
+    of another tenant, once after an answer that nobody may copy. `cached` of the second turn, `rounds` of the tries.
+    """
+    if not e.scheduler.enable_session_radix_cache:
+        return {}
+    from sglang.srt.managers import scheduler
+
+    scheduler.TEST_RETRACT = False  # `engine` puts back what was before
+    ours = e.scheduler.draft_worker is not None
+    outputs, cached, *_ = talk(e, ahead=ours, beside=120)
+    tries = [("a", "task", "t"), ("b", "task", "t"), ("a", "task", "t"), ("a", "lookup", "context"), ("b", "task", "t")]
+    for number, (tenant, name, value) in enumerate(tries):
+        if ours and number in (0, 3):
+            e.start_over("lookup")
+        said = {"cache_salt": tenant, "custom_params": {"whiflash": json.dumps({name: value})}}
+        outputs[f"try{number}"] = e.ask(f"try{number}", range(40, 64), max_new_tokens=60, **said)
+    e.check_leaks()
+    counts = {"cached": [cached], "rounds": [e.rounds(f"try{number}")[0] for number in range(len(tries))]}
+    return outputs | (counts if ours else {})
 
 
 def go_wild(rank: int) -> None:

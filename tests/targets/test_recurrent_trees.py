@@ -17,6 +17,7 @@ from engine import Engine, engine
 from families import FAMILIES, Family, HuggingFace, tiny_family
 from matrix import chosen, sampled
 from oracle_arm import OracleArm
+from previewed import talk
 from reference import Comparison
 from tiny_models import tiny_pair
 from traffic import Arrival, mixed, play
@@ -159,8 +160,9 @@ def kept_of(s: Served, rid: str) -> int:
 
 @pytest.mark.parametrize("case", sampled(CASES, "delta rule, intervals"))
 def test_turns_go_on_from_kept_states(case: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    """Under random routing, then under every policy; each turn that continues another one finds its state."""
-    with serving(case, tmp_path) as s:
+    """Under random routing, then under every policy; each turn that continues another one finds its state, and one that
+    was previewed beside another request finds the preview's."""
+    with serving(case, tmp_path, enable_session_radix_cache=True) as s:
         e = s.engine
         for number, arrivals in enumerate(s.turns):
             turn(s, arrivals)
@@ -178,6 +180,14 @@ def test_turns_go_on_from_kept_states(case: str, tmp_path: Path, pytestconfig: p
                 turn(s, arrivals[1:3], f"{policy} ")
             hits = [e.requests[f"{policy} {a.rid}"].cached_tokens for a in s.turns[2][1:3]]
             assert min(hits) > 30
+        talks = []
+        for policy, ahead in (("none", False), ("random", True)):
+            e.requests.clear()
+            e.start_over(policy)
+            talks.append(talk(e, ahead=ahead, beside=60))
+        (plain, without, *_), (texts, cached, *_) = talks
+        assert (texts, without, cached) == (plain, 48, 97 if s.every is None else 96)
+        assert check_states(e, s.model) > 6
 
 
 def test_plain_decoding_keeps_states_at_intervals(tmp_path: Path) -> None:

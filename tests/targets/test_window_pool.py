@@ -20,8 +20,10 @@ from model_set import Models
 from oracle_arm import OracleArm
 from overlap import overlapped
 from plain import plain_texts
+from previewed import talk
 from reference import CPU, Comparison, ReferenceDrafters
-from test_hicache import HOST, came_back, fetched, settle, stored, talk
+from test_hicache import HOST, came_back, fetched, settle, stored
+from test_hicache import talk as talk_of
 from tiny_models import HEAD_DIM, tiny_dflash, tiny_eagle3
 from traffic import mixed, play
 from trees import assert_tree_is_true
@@ -108,18 +110,20 @@ def lost(model: HuggingFace, prompt: Sequence[int], text: Sequence[int]) -> floa
 @pytest.mark.parametrize("case", sampled(CASES, "two shapes"))
 def test_text_is_plain_decodings(case: str, tmp_path: Path) -> None:
     """Plain SGLang's with the same pools is Hugging Face's, and WHIFLASH's is that: longer than the window, of prompts
-    with a common prefix."""
+    with a common prefix, and of a turn that was previewed."""
     name, flags = CASES[case]
     family = FAMILIES[name]
     if case == "two shapes":
         family = replace(family, changes={**family.changes, **TWO_SHAPES})
     models = build(tmp_path, family)
     flags = {"max_running_requests": 4, "max_total_tokens": 1024, "swa_full_tokens_ratio": 0.25, **flags}
+    flags |= {"enable_session_radix_cache": True}
     arrivals = mixed(seed=5, count=12, shared=40, longest=50, stops=0.1, tokens=48)
     with engine(models.target, **flags) as e:
         pools = Pools(e, 0.25)
         expected = play(e, arrivals, pools.note)
         assert pools.evicted > WINDOW
+        talked = talk(e, ahead=False)
     for a in arrivals:
         assert lost(models.reference.target, a.prompt, expected[a.rid]) < 1e-3, a.rid  # type: ignore[arg-type]
     oracle = OracleArm(0.95, seed=3).knowing(arrivals, expected)
@@ -127,6 +131,7 @@ def test_text_is_plain_decodings(case: str, tmp_path: Path) -> None:
         pools = Pools(e, 0.25)
         found = play(e, arrivals, pools.note)
         assert pools.evicted > WINDOW
+        assert talk(e, ahead=True)[:2] == (talked[0], 96)
     Comparison(models.reference.target).check_all(arrivals, expected, found)
     assert oracle.accepted
     assert oracle.rejected > 0
@@ -168,7 +173,7 @@ def test_after_traffic(laguna: Models, case: str) -> None:
 def test_the_host_gives_both_pools_back(laguna: Models) -> None:
     flags = HOST | {"hicache_write_policy": "write_through", "swa_full_tokens_ratio": 0.5}
     with engine(laguna.target, **flags) as e:
-        expected = talk(e)
+        expected = talk_of(e)
     assert expected.host >= 64
     with engine(laguna.target, whiflash=laguna.whiflash("random"), **flags) as e:
         came_back(e, laguna, expected)
@@ -185,13 +190,13 @@ def test_storage_of_one_pool_is_not_read_into_two(
     if drafters == "none":
         ours = {"whiflash_drafters": "none"}
     with engine(laguna.target, whiflash=ours, **flags) as e:
-        first = talk(e)
+        first = talk_of(e)
         settle(e)
     for _ in range(2):
         with engine(laguna.target, whiflash=ours, **flags, swa_full_tokens_ratio=0.5) as e:
             came = fetched(e, first.text, "after")
             settle(e)
-            again = talk(e)
+            again = talk_of(e)
             assert again.answers == first.answers
             settle(e)
     assert came >= 64

@@ -1,13 +1,13 @@
 """Previews of a session's next prompt: what they leave cached, and that no other request waits for one."""
 
-import random
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from engine import Engine, engine
+from engine import engine
 from model_set import Models
 from overlap import overlapped
+from previewed import preview, talk, words
 from trees import assert_tree_is_true, matched_slots
 
 from whiflash_sglang.device.ranks import Ranks
@@ -15,44 +15,35 @@ from whiflash_sglang.engine.scheduler import previews, pricing
 from whiflash_sglang.engine.scheduler.session_tree import LINE
 
 FLAGS: dict[str, Any] = {"enable_session_radix_cache": True}
-PREVIEW: dict[str, Any] = {"max_new_tokens": 0, "custom_params": {"whiflash": '{"preview": "X"}'}}
+HOST = {"enable_hierarchical_cache": True, "hicache_ratio": 6.0, "hicache_write_policy": "write_through"}
+CASES: list[tuple[dict[str, Any], dict[str, int], list[int]]] = [
+    ({}, {}, [47, 96]),
+    ({"page_size": 16}, {"beside": 60}, [32, 96]),
+    ({"chunked_prefill_size": 32}, {}, [47, 96]),
+    ({"overlap": True}, {"beside": 60}, [47, 96]),
+    (HOST | {"max_total_tokens": 448}, {"strangers": 6}, [47, 96]),
+]
+"""Flags, who else is there, and the cached tokens without and with a preview; keys of two tokens leave out the last
+one."""
 
 
-def words(seed: int, length: int) -> list[int]:
-    return random.Random(seed).choices(range(32, 127), k=length)
-
-
-def preview(e: Engine, rid: str, tokens: list[int], session: str = f"{LINE}a") -> Any:
-    e.submit(rid, tokens, session_id=session, **PREVIEW)
-    return e.scheduler.previews.get(session)
-
-
-SHORT: dict[str, Any] = {"chunked_prefill_size": 32}
-CASES = [({}, [47, 96]), ({"page_size": 16}, [32, 96]), (SHORT, [47, 96]), ({"overlap": True}, [47, 96])]
-"""Flags, and the cached tokens without and with a preview; keys of two tokens leave out the last one."""
-
-
-@pytest.mark.parametrize(("flags", "found"), CASES, ids=str)
-def test_the_next_turn_finds_its_preview_cached(models: Models, flags: dict[str, Any], found: list[int]) -> None:
-    """With its drafters' KV. The first turn's answer stands shorter in the history, as without its thinking."""
-    first, history, result = words(1, 48), [*words(1, 48), *words(2, 48)], words(3, 20)
+@pytest.mark.parametrize(("flags", "others", "found"), CASES, ids=str)
+def test_the_next_turn_finds_its_preview_cached(
+    models: Models, flags: dict[str, Any], others: dict[str, int], found: list[int]
+) -> None:
+    """With its drafters' KV, from the host, too."""
+    flags = dict(flags)
     starts = overlapped if flags.pop("overlap", False) else engine
     with engine(models.target, **FLAGS, **flags) as e:
-        plain = e.ask("turn", [*history, *result], session_id=f"{LINE}a")
-    rounds = []
+        plain = talk(e, ahead=False, **others)
+    drafted = []
     for ahead in (False, True):
         with starts(models.target, whiflash=models.whiflash("ar"), **FLAGS, **flags) as e:
-            e.ask("first", first, max_new_tokens=16, session_id=f"{LINE}a")
-            if ahead:
-                preview(e, "ahead", [*history, *result[:1]])
-                e.run()
-                assert not any(e.worker.stages.lifecycle._tally.cached.values())
-            assert e.ask("turn", [*history, *result], session_id=f"{LINE}a") == plain
-            rounds.append(e.rounds("turn"))
-            assert e.requests["turn"].cached_tokens == found[ahead]
+            texts, cached, host, rounds = talk(e, ahead=ahead, **others)
+            assert (texts, cached, host > 0) == (plain[0], found[ahead], ahead and "strangers" in others)
+            drafted.append(rounds)
             assert_tree_is_true(e, models)
-            e.check_leaks()
-    assert rounds[0] == rounds[1], "the first rounds draft as without a preview"
+    assert drafted[0] == drafted[1], "the first rounds draft as without a preview"
 
 
 def test_ranks_wait_alike() -> None:
