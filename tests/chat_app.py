@@ -14,12 +14,14 @@ Reply = Callable[["ChatApp", str], list[str] | None]
 
 @dataclass
 class ChatApp:
-    """A running server. models: lists them; None: it answers with a page. key: it wants. asked: bodies, in order."""
+    """A running server. models: lists them; None: it answers with a page. key: it wants. refused: message that is too
+    long for it. asked: bodies, in order."""
 
     reply: Reply = lambda app, text: [f"You said {text}", ".", " Bye."]
     models: list[dict[str, Any]] | None = field(default_factory=lambda: [{"id": "org/M", "owned_by": "sglang"}])
     key: str = ""
     verifications: int | None = None
+    refused: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
     paths: set[str] = field(default_factory=set)
     url: str = ""
@@ -55,11 +57,13 @@ def serving(**fields: Any) -> Iterator[ChatApp]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             app.paths.add(self.path)
             app.asked.append(body)
-            if not body.get("stream"):
+            if body["messages"][-1]["content"] == app.refused:
+                self.send_error(400)
+            elif not body.get("stream"):
                 text = "".join(app.reply(app, body["messages"][-1]["content"]) or [])
                 self._send(200, json.dumps({"choices": [{"message": {"content": text}}]}))
-                return
-            self._send(200, "".join(f"data: {json.dumps(event)}\n\n" for event in app.events(body)))
+            else:
+                self._send(200, "".join(f"data: {json.dumps(event)}\n\n" for event in app.events(body)))
 
         def _send(self, status: int, text: str) -> None:
             self.send_response(status)
@@ -69,7 +73,10 @@ def serving(**fields: Any) -> Iterator[ChatApp]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128
+
+    with Server(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         app.url = f"http://127.0.0.1:{server.server_port}"
         yield app

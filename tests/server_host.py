@@ -11,11 +11,8 @@ import itertools
 import os
 import signal
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, Self
 
@@ -110,26 +107,6 @@ def answers(url: str) -> bool:
         return httpx.get(url, timeout=None).is_success
     except httpx.TransportError:
         return False
-
-
-class _Alike(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", "2")
-        self.end_headers()
-        self.wfile.write(b"{}")
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Quiet."""
-
-
-@contextmanager
-def stand_in() -> Iterator[str]:
-    """The URL of what answers everything with an empty record."""
-    with HTTPServer(("127.0.0.1", 0), _Alike) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 class Forked:

@@ -17,7 +17,7 @@ BROUGHT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "demo": ("lab", ("demo",)),
     "bundle": ("train", ("bundle",)),
     "advise": ("lab", ("advise",)),
-    "bench": ("lab", ("bench", "lab replay", "lab simulate", "lab widen")),
+    "bench": ("lab", ("bench", "lab replay", "lab simulate")),
     "learn": ("train", ("learn",)),
     "train": ("train", ("train", "lab split", "lab features", "lab export")),
     "judge": ("lab", ("lab evaluate",)),

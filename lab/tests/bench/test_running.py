@@ -1,6 +1,7 @@
 """`whiflash bench --url`: servers that run already, of one protocol and any kind."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from chat_app import ChatApp, serving
 from typer.testing import CliRunner, Result
 
 from whiflash_lab.bench.report import BenchReport
+from whiflash_lab.bench.runner import WARM_UP_PROMPTS
 from whiflash_sglang.cli.app import app as whiflash
 
 
@@ -37,7 +39,10 @@ def differing(app: ChatApp, text: str) -> list[str]:
 def test_two_servers_are_compared(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHIFLASH_API_KEY", "SECRET")
     ours_models = [{"id": "other", "owned_by": "sglang"}, {"id": "/models/m", "owned_by": "sglang"}]
-    with serving(key="SECRET") as plain, serving(reply=differing, models=ours_models, verifications=1) as ours:
+    with prompts.open("a") as file:
+        file.write(json.dumps({"id": "long", "turns": ["too long", "more"]}))
+    plain_has: dict[str, Any] = {"key": "SECRET", "refused": "too long"}
+    with serving(**plain_has) as plain, serving(reply=differing, models=ours_models, verifications=1) as ours:
         given = ("--url", f"plain={plain.url}/v1", "--url", f"ours={ours.url}")
         result, report = bench(prompts, *given, "--concurrency", "1,3", "--repetitions", "2")
         assert result.exit_code == 0, result.output
@@ -52,6 +57,7 @@ def test_two_servers_are_compared(prompts: Path, monkeypatch: pytest.MonkeyPatch
     assert figures.answer_ms is not None
     assert report.arms["plain"]["overall"].acceptance_length is None
     assert [(d["arm"], d["prompt"], d["position"]) for d in report.differences] == [("ours", "a", 9)] * 2
+    assert list(report.provenance["left_out"]) == ["long"]
     page = prompts.with_name("out.md").read_text()
     assert "| ours | closed-1 | a | 9 |" in page
     assert "- ours: url http://127.0.0.1:" in page
@@ -74,6 +80,21 @@ def test_one_server_of_another_kind_has_figures_of_its_own(prompts: Path) -> Non
     assert (list(report.arms), report.ratios) == ([name], {})
     assert "PASS" not in result.output + report.model_dump_json()
     assert f"Prompts may have been in the prefix cache of {name}." in result.output
+
+
+def test_as_many_requests_are_in_flight_as_asked_for(prompts: Path) -> None:
+    """Also more than the connections that a client keeps by default."""
+    together = threading.Barrier(120)
+
+    def reply(app: ChatApp, text: str) -> list[str]:
+        if len([body for body in app.asked if body.get("stream")]) > WARM_UP_PROMPTS:
+            together.wait(timeout=60)
+        return ["Yes."]
+
+    prompts.write_text("".join(json.dumps({"id": str(n), "turns": [str(n)]}) + "\n" for n in range(120)))
+    with serving(reply=reply) as server:
+        result, _ = bench(prompts, "--url", server.url, "--concurrency", "120", "--repetitions", "1")
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("dying", ["plain", "ours"])
@@ -132,7 +153,8 @@ def test_a_server_that_cannot_be_compared_ends_the_run(other: Any, said: str, pr
     [
         (["--arms", "auto"], "takes no --arms: remove it"),
         (["--no-interleave", "--server-args", "--tp 2"], "takes no --server-args, --no-interleave: remove it"),
-        (["--url", "a=http://host"], "--url a=http://host: the name is given twice"),
+        (["--url", "a=http://host"], "--url a=http://host: this name is taken"),
+        (["--url", "none=http://host"], "--url none=http://host: this name is taken"),
         (["--url", "b=host:1"], "--url b=host:1: give NAME=URL"),
         (["--url", "a table|b=http://host"], "give NAME=URL"),
         (["--url", "b=http://u:PASS@host:x"], "--url b=http://host:x: give NAME=URL"),

@@ -82,11 +82,14 @@ def ask_reference(
         RefusedError: the server does not take the request. RequestError: it could not answer it.
     """
     body = chat_body(prompt, max_tokens, request)
-    response = client.post("/v1/chat/completions", json=body)
+    try:
+        response = client.post("/v1/chat/completions", json=body)
+        answer = response.json() if response.status_code == 200 else {}
+    except (httpx.HTTPError, ValueError) as error:
+        raise RequestError(f"prompt {prompt.id}: {type(error).__name__} {error}") from None
     if response.status_code != 200:
         failed = RefusedError if response.status_code == 400 else RequestError
         raise failed(f"prompt {prompt.id}: {response.text[:500]}")
-    answer = response.json()
     choice, known = answer["choices"][0], answer.get("sglext") or {}
     rated, text = (choice.get("logprobs") or {}).get("content") or (), text_of(choice["message"])
     return Reference(

@@ -251,10 +251,12 @@ class Runner:
         with ThreadPoolExecutor(self._at_once) as pool:
             while pending:
                 asked, pending = pending[: self._at_once], pending[self._at_once :]
-                for prompt, reference in zip(asked, pool.map(self._reference, asked), strict=True):
-                    if isinstance(reference, RefusedError):
-                        self.left_out[prompt.id] = str(reference)
-                        self._progress.console.print(f"left out: {reference}", markup=False, highlight=False)
+                for prompt, answer in [(prompt, pool.submit(self._ask_reference, prompt)) for prompt in asked]:
+                    try:
+                        reference = answer.result()
+                    except RefusedError as refused:
+                        self.left_out[prompt.id] = str(refused)
+                        self._progress.console.print(f"left out: {refused}", markup=False, highlight=False)
                         continue
                     self._references[prompt.id] = replace(reference, prompt=replace(prompt, follow_ups=()))
                     if follow_up := prompt.next_turn(reference.text, reference.calls):
@@ -265,12 +267,6 @@ class Runner:
         if not self._references:
             first = next(iter(self.left_out.values()), "there are none")
             raise WhiflashError(f"{self._base} took no prompt: {first}")
-
-    def _reference(self, prompt: Prompt) -> Reference | RefusedError:
-        try:
-            return self._ask_reference(prompt)
-        except RefusedError as refused:
-            return refused
 
     def _ask_reference(self, prompt: Prompt) -> Reference:
         client = self._fleet.clients[NONE]

@@ -13,7 +13,7 @@ from uuid import uuid4
 import httpx
 from pydantic import Field
 
-from whiflash_lab.bench.arms import Arm
+from whiflash_lab.bench.arms import NONE, Arm
 from whiflash_lab.bench.load import ROUNDS, Asker
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_lab.bench.reference import Difference, Reference, ask_reference, differences
@@ -38,7 +38,7 @@ def arms_of(given: Sequence[str]) -> list[Arm]:
     """Return the arms of `NAME=URL`, whose arguments are the URL. A URL without a name is named by its host.
 
     Raises:
-        UsageError: one is no URL, or two have the same name.
+        UsageError: one is no URL, or a name is that of plain decoding which `bench` starts, or is given twice.
     """
     arms: dict[str, Arm] = {}
     for each in given:
@@ -49,8 +49,9 @@ def arms_of(given: Sequence[str]) -> list[Arm]:
             valid = httpx.URL(url).host and url.startswith(("http://", "https://")) and _NAME.issuperset(name)
         except httpx.InvalidURL:  # its text may hold a password
             valid = False
-        if not valid or name in arms:
-            why = "the name is given twice" if name in arms else "give NAME=URL, such as plain=http://127.0.0.1:30000"
+        taken = name in (NONE, *arms)
+        if not valid or taken:
+            why = "this name is taken, give another" if taken else "give NAME=URL, such as plain=http://127.0.0.1:30000"
             raise UsageError(f"--url {name}={shown}: {why}")
         arms[name] = Arm(name, name, (url.rstrip("/").removesuffix("/v1"),))
     return list(arms.values())

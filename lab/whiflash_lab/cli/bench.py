@@ -19,7 +19,6 @@ from whiflash_lab.bench.arms import (
 )
 from whiflash_lab.cli.replay import replay
 from whiflash_lab.cli.simulate import simulate
-from whiflash_lab.cli.widen import widen
 from whiflash_sglang.cli import DECIDE
 from whiflash_sglang.cli.options import MOST, authorization, make_place, whole_numbers
 from whiflash_sglang.errors import UsageError
@@ -174,4 +173,3 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
     app.command(rich_help_panel=DECIDE)(bench)
     lab.command()(replay)
     lab.command()(simulate)
-    lab.command()(widen)
