@@ -28,6 +28,8 @@ class ChatApp:
 
     def answer(self, path: str, headers: Any) -> tuple[int, str]:
         self.paths.add(path)
+        if path not in ("/v1/models", "/server_info"):
+            return 404, ""
         if self.key and headers.get("Authorization") != f"Bearer {self.key}":
             return 401, "{}"
         if self.models is None:

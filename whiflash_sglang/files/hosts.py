@@ -152,9 +152,8 @@ def ask(
             "to its API key where that opens the route"
         )
     if status == 404:
-        raise ServerRefusedError(
-            f"{named} has no {path} (404): it is no SGLang server with --speculative-algorithm WHIFLASH; check the URL"
-        )
+        ours = "it is no SGLang server with --speculative-algorithm WHIFLASH; " * path.startswith("/whiflash")
+        raise ServerRefusedError(f"{named} has no {path} (404): {ours}check the URL")
     why: object = None
     with suppress(*NOT_AS_WRITTEN):
         content = read_json(raw)

@@ -136,11 +136,13 @@ def test_a_server_that_dies_in_its_first_repetition_keeps_its_prompts(prompts: P
         ({"models": []}, "/v1/models answered 200 without the expected JSON"),
         ({"key": "K3Y"}, "refused the key for /v1/models"),
         (None, "http://127.0.0.1:1 does not answer"),
+        ("/v2", "/v2 has no /v1/models (404): check the URL"),
     ],
 )
 def test_a_server_that_cannot_be_compared_ends_the_run(other: Any, said: str, prompts: Path) -> None:
-    with serving() as plain, serving(**(other or {})) as ours:
-        url = "http://user:PASS@127.0.0.1:1" if other is None else ours.url
+    fields, path = (other, "") if isinstance(other, dict) else ({}, other)
+    with serving() as plain, serving(**fields) as ours:
+        url = "http://user:PASS@127.0.0.1:1" if other is None else f"{ours.url}{path}"
         result, report = bench(prompts, "--url", f"plain={plain.url}", "--url", f"ours={url}")
         assert not plain.asked
     assert (result.exit_code, report) == (1, None)
