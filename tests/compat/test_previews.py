@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from whiflash_sglang.engine.scheduler.session_tree import LINE
-from whiflash_sglang.http.previews import known_tokens, prepare
+from whiflash_sglang.http.previews import known_tokens, prepare, serves_previews
 from whiflash_sglang.spans.hints import HintError
 
 MERGES = [("a", "b"), ("ab", "c"), ("\n", "\n"), (";", "\n\n"), (" ", "x")]
@@ -46,7 +46,8 @@ def test_many_special_tokens_are_decoded_together(tokenizer: PreTrainedTokenizer
 
 
 def test_a_preview_is_no_request_that_is_answered(tokenizer: PreTrainedTokenizerFast) -> None:
-    flags = SimpleNamespace(attn_dp_size=1, pp_size=1, disaggregation_mode="null", enable_session_radix_cache=True)
+    flags = SimpleNamespace(pp_size=1, disaggregation_mode="null", enable_session_radix_cache=True)
+    flags.attn_dp_size, flags.enable_dp_attention = 1, False
     manager = SimpleNamespace(server_args=flags, tokenizer=tokenizer, context_len=64)
 
     def prepared(**fields: Any) -> GenerateReqInput:
@@ -55,6 +56,8 @@ def test_a_preview_is_no_request_that_is_answered(tokenizer: PreTrainedTokenizer
         return asked
 
     assert not prepared(text="z y; END").log_metrics
+    for spelling in ({"attn_dp_size": 2}, {"enable_dp_attention": True}):
+        assert not serves_previews(SimpleNamespace(**{**vars(flags), **spelling}))
     refused: list[dict[str, Any]] = [{"text": text} for text in ("no marker", "END first", "y; " * 64 + "END")]
     refused += [{"text": "z y; END", "return_logprob": True}, {"input_ids": [-1]}, {"input_embeds": [[0.5]]}]
     for fields in refused:

@@ -144,12 +144,13 @@ def test_an_idle_rank_that_stays_away_is_found(moe: Made, plain: Sequence[Output
 @pytest.mark.server
 def test_a_server_of_two_ranks(host: ServerHost, moe: Made) -> None:
     """Both draft, answer controls and count for themselves, and one answers while the other has nothing to do."""
-    flags = ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention")
+    flags = ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention", "--enable-session-radix-cache")
     with host.running(*moe[1].served("none"), *flags, env=ENDS_AT_ONCE) as server:
         assert_policies_keep_texts(server)
         before = server.get("/whiflash/state")["replicas"]
         assert [own["replica"] for own in before] == [0, 1]
-        server.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 24}, routed_dp_rank=1)
+        server.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 24}, session_id="two")
+        assert not server.get("/whiflash/capabilities")["previews"]
         after = server.get("/whiflash/state")["replicas"]
         assert after[0]["rounds"] == before[0]["rounds"]
         assert after[1]["rounds"] > before[1]["rounds"]

@@ -21,8 +21,9 @@ FIELD = "custom_params.whiflash.preview"
 
 def serves_previews(server_args: Any) -> bool:
     """Whether a server takes previews: it needs sessions, and schedulers that each prefill and decode by themselves."""
-    one = server_args.attn_dp_size == server_args.pp_size == 1 and server_args.disaggregation_mode == "null"
-    return bool(one and server_args.enable_session_radix_cache)
+    peers = server_args.enable_dp_attention or server_args.attn_dp_size > 1  # two spellings, as they were given
+    alone = server_args.pp_size == 1 and server_args.disaggregation_mode == "null" and not peers
+    return bool(alone and server_args.enable_session_radix_cache)
 
 
 async def prepare(manager: Any, obj: Any, marker: str) -> None:
