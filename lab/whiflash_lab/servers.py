@@ -189,7 +189,6 @@ class Server(Closing):
         host: fork the server from there, with SGLang imported; None: start a new interpreter.
         env: additions to the environment.
         log: where its output goes; None: a temporary file that is removed at the end.
-        python: the interpreter of a new process; None: this one's.
     """
 
     ends_by = signal.SIGTERM
@@ -201,13 +200,11 @@ class Server(Closing):
         host: ServerHost | None = None,
         env: Mapping[str, str] | None = None,
         log: Path | None = None,
-        python: Path | None = None,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._arguments = ["--host", "127.0.0.1", "--port", str(self.port), *arguments]
         self._host = host
-        self._python = python or sys.executable
         self._env = dict(env or {})
         self._keep_log = log is not None
         self.log = log or Path(tempfile.mkstemp(prefix="whiflash-server-", suffix=".log")[1])
@@ -226,7 +223,7 @@ class Server(Closing):
         with self.log.open("ab") as log:
             # A session of its own, so that Ctrl-C reaches the owner alone and the owner ends the tree.
             return psutil.Popen(
-                [self._python, "-m", "sglang.launch_server", *self._arguments],
+                [sys.executable, "-m", "sglang.launch_server", *self._arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

@@ -58,7 +58,7 @@ def started(names: Sequence[str], broken: Sequence[str], url: str) -> tuple[dict
     subject: Any = SimpleNamespace(hide_paths=list)
     bar = Lines(Console(file=said, width=200))
 
-    def make(arguments: Sequence[str], log: Path | None, python: Path | None) -> Starting:
+    def make(arguments: Sequence[str], log: Path | None) -> Starting:
         return Starting(arguments, url, said)
 
     with Fleet(make) as fleet:

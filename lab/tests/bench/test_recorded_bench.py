@@ -173,7 +173,7 @@ def test_a_conversation_s_answers_are_figures_of_one_prompt(talks: list[Talk]) -
 
 @pytest.fixture(scope="module")
 def fleet(host: ServerHost) -> Iterator[Fleet]:
-    with Fleet(lambda arguments, log, python: host.running(*arguments)) as made:
+    with Fleet(lambda arguments, log: host.running(*arguments)) as made:
         yield made
 
 

@@ -74,7 +74,7 @@ def fleet(host: ServerHost, kept: dict[tuple[str, ...], Server]) -> Callable[...
     """Fleets that note the arguments of each server they start. Starting one again gives the one that runs."""
 
     def make(started: list[Sequence[str]], server: type[Forked] = Forked) -> Fleet:
-        def start(arguments: Sequence[str], log: object, checkout: object) -> Forked:
+        def start(arguments: Sequence[str], log: object) -> Forked:
             started.append(tuple(arguments))
             return server(host, arguments, kept)
 

@@ -4,12 +4,10 @@ WHIFLASH's router can be changed while it serves, so routers that learn nothing 
 it serves and has a server of its own, so that other routers' rounds do not teach it.
 """
 
-import os
 import re
 import shlex
-import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
@@ -57,13 +55,9 @@ MEANS: dict[str, tuple[str, ...]] = {
 """Suffixes of a recorded run's arms, each after a plus → flags of the server. Requests of the first two bring the
 recorded or another conversation's prediction; with sessions each conversation has a `session_id`, with group the name
 of its task."""
-_SPELLED = re.compile(rf"(?:{'|'.join(KNOWN)}|(?:{'|'.join(WITH_WIDTH)}):0*[1-9]\d*)(?:@.+)?")
+_SPELLED = re.compile(rf"(?:{'|'.join(KNOWN)}|(?:{'|'.join(WITH_WIDTH)}):0*[1-9]\d*)")
 
 _PINNED_INSTEAD = "the arm `diffusion` is WHIFLASH with only this drafter"
-
-ISOLATED = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
-"""Environment of another checkout's interpreter: neither the working directory nor PYTHONPATH may bring this one's
-sources."""
 
 EAGLE_STEPS = 5
 """Chain length of SGLang's EAGLE3, the same as WHIFLASH's default."""
@@ -115,8 +109,7 @@ class Arm:
     """A way to serve that a benchmark compares with others.
 
     server: key of the server that answers; router: to be set there, if any. request: fields of every request. means:
-    its additions (`auto+lpm`: `lpm`), keys of `MEANS`; only in a recorded run. python: the interpreter of another
-    checkout's environment, which serves the arm; None: this one.
+    its additions (`auto+lpm`: `lpm`), keys of `MEANS`; only in a recorded run.
     """
 
     name: str
@@ -125,7 +118,6 @@ class Arm:
     router: str | None = None
     request: Mapping[str, Any] = field(default_factory=dict)
     means: tuple[str, ...] = ()
-    python: Path | None = field(default=None, repr=False)
 
 
 def server_words(text: str) -> list[str]:
@@ -169,24 +161,20 @@ def check_names(names: Sequence[str], *, recorded: bool = False) -> None:
         else:
             names_known = KNOWN
             right = _SPELLED.fullmatch(name) is not None
-            more = "; also EAGLE3:STEPS, DFLASH:BLOCK, and each with @CHECKOUT"
+            more = "; also EAGLE3:STEPS, DFLASH:BLOCK"
         if not right:
             raise UsageError(f"--arms: {name!r} is not one of {', '.join(names_known)}{more}")
 
 
 def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
-    """Build arms by name. `EAGLE3:3` is a chain of 3 steps, `DFLASH:4` a block of 4, `auto@../older` is `auto` of the
-    checkout in that directory, served in its own `.venv`. Plain decoding is always among them.
+    """Build arms by name. `EAGLE3:3` is a chain of 3 steps, `DFLASH:4` a block of 4. Plain decoding is always one.
 
     Raises:
-        ConfigError: a name is unknown or given twice, needs a drafter that the bundle lacks, or names a directory
-            without an environment that serves this directory's sources.
+        ConfigError: a name is unknown or given twice, or needs a drafter that the bundle lacks.
     """
     chosen = list(names) if NONE in names else [NONE, *names]
     check_names(chosen)
-    arms = [_arm(name, subject) for name in chosen]
-    check_names([arm.name for arm in arms])  # two checkouts may have the same name
-    return arms
+    return [_arm(name, subject) for name in chosen]
 
 
 def _needed(kind: str) -> tuple[str, ...]:
@@ -208,14 +196,6 @@ def those_with_drafters(names: Sequence[str], subject: Subject) -> list[str]:
 
 
 def _arm(name: str, subject: Subject) -> Arm:
-    kind, at, checkout = name.partition("@")
-    if at:
-        python = Path(checkout).expanduser().absolute() / ".venv" / "bin" / "python"
-        if not python.is_file():
-            raise ConfigError(f"--arms {name}: no {python}: name a checkout of this project with its environment")
-        _check_sources(f"--arms {name}", python)
-        arm, suffix = _arm(kind, subject), f"@{python.parents[2].name}"
-        return replace(arm, name=kind + suffix, server=arm.server + suffix, python=python)
     kind, _, width = name.partition(":")
     check_arms(f"--arms {kind}", _needed(kind), subject.drafters)
     common = ("--model-path", str(subject.target), "--dtype", subject.dtype, *subject.common)
@@ -234,19 +214,6 @@ def _arm(name: str, subject: Subject) -> Arm:
         return Arm(name, server, (*common, *drafted, *FLAGS.get(kind, ())), ROUTERS.get(kind, AUTO), request)
     algorithm = "EAGLE3" if kind == ADAPTIVE else kind
     return Arm(name, name, (*common, "--speculative-algorithm", algorithm, *_upstream(kind, width, subject)))
-
-
-def _check_sources(option: str, python: Path) -> None:
-    """Raise ConfigError unless `python`, of a checkout's environment, imports that checkout's sources."""
-    checkout = python.parents[2].resolve()
-    command = [str(python), "-c", "import whiflash_sglang; print(whiflash_sglang.__file__)"]
-    asked = subprocess.run(
-        command, env={**os.environ, **ISOLATED}, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
-    *_, found = ["", *asked.stdout.splitlines()]
-    if asked.returncode or not Path(found).resolve().is_relative_to(checkout):
-        what = f"imports {found}" if not asked.returncode else "does not import whiflash_sglang"
-        raise ConfigError(f"{option}: {python} {what}, not this checkout's sources: run `uv sync` in {checkout}")
 
 
 def _upstream(kind: str, width: str, subject: Subject) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 from rich.progress import Progress
 
-from whiflash_lab.bench.arms import ISOLATED
 from whiflash_lab.bench.load import ANSWER_SECONDS
 from whiflash_lab.servers import Closing, Running, Server, ServerHost
 from whiflash_sglang.errors import WhiflashError
@@ -20,8 +19,8 @@ from whiflash_sglang.files.cpu import serves_here
 from whiflash_sglang.files.hosts import LIMITS
 from whiflash_sglang.files.provenance import threads
 
-Make = Callable[[Sequence[str], Path | None, Path | None], Server | Running]
-"""Makes a server that is not started yet, from arguments, log file and interpreter (None: this one)."""
+Make = Callable[[Sequence[str], Path | None], Server | Running]
+"""Makes a server that is not started yet, from arguments and log file."""
 
 SEVERAL = ("--tp-size", "--dp-size")
 """Flags that start several ranks or replicas."""
@@ -36,20 +35,15 @@ def environment(arguments: Sequence[str]) -> dict[str, str]:
 def launcher(
     arguments: Sequence[str],
     log: Path | None,
-    python: Path | None = None,
     *,
     host: ServerHost | None = None,
     more: Mapping[str, str] = MappingProxyType({}),
 ) -> Server:
     """Make a server, forked by `host` if given. All servers have the same number of threads, shared by their ranks.
 
-    more: variables of its environment. python: the interpreter of another environment, for a new process that finds
-    only that environment's packages.
+    more: variables of its environment.
     """
-    env = {**environment(arguments), **more}
-    if python is None:
-        return Server(arguments, host=host, log=log, env=env)
-    return Server(arguments, log=log, env={**env, **ISOLATED}, python=python)
+    return Server(arguments, host=host, log=log, env={**environment(arguments), **more})
 
 
 class Fleet(Closing):
@@ -70,17 +64,16 @@ class Fleet(Closing):
         self,
         arguments_by_key: Mapping[str, Sequence[str]],
         on_start: Callable[[str, str | None], None] = lambda key, reason: None,
-        pythons: Mapping[str, Path] | None = None,
     ) -> dict[str, str]:
         """Start servers at the same time. Return by key why a server did not start.
 
         Args:
             on_start: called in another thread when a server is ready or has failed, with its key and the reason why it
-                did not start, or None. pythons: by key, the interpreter of another environment that runs the server.
+                did not start, or None.
         """
         for key, arguments in arguments_by_key.items():
             log = None if self._log_dir is None else self._log_dir / f"{key.replace(' ', '-')}.log"
-            self._servers[key] = self._make(arguments, log, (pythons or {}).get(key))
+            self._servers[key] = self._make(arguments, log)
         failed: dict[str, str] = {}
 
         def start(key: str) -> None:

@@ -295,7 +295,7 @@ def _ratios(
     arm: str, cells: Mapping[str, Sequence[Cell]], groups: Mapping[str, str], over: str | None, base: str
 ) -> Ratios:
     ratios = Ratios(none={}, static={}, static_arm={})
-    statics = [key for key in cells if "@" not in key and key.split(":")[0] in (*STATIC, *PINNED)]
+    statics = [key for key in cells if key.split(":")[0] in (*STATIC, *PINNED)]
     for name in names_of(cells[arm], groups):
         if not cells[arm][0].load.is_alone and name != OVERALL:
             continue

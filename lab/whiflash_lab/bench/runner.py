@@ -93,7 +93,7 @@ class Plan:
     def over(self) -> str | None:
         """Arm that others are compared with: `auto`, if the plan has it and a variant (`auto-no-hints`); else None."""
         names = [arm.name for arm in self.arms]
-        varied = any(name.startswith(("auto-", "auto+", "auto@")) for name in names)
+        varied = any(name.startswith(("auto-", "auto+")) for name in names)
         return "auto" if varied and "auto" in names else None
 
 
@@ -214,7 +214,6 @@ class Runner:
                 self._routers[arm.server] = arm.router or ""
                 servers[arm.server] = _alone(arm)
         task = self._progress.add_task("starting servers", total=len(servers))
-        pythons = {arm.server: arm.python for arm in arms if arm.python is not None}
 
         def on_start(server: str, reason: str | None) -> None:
             if reason is not None:
@@ -223,7 +222,7 @@ class Runner:
                         self._lose(arm.name, f"the server did not start: {reason}")
             self._progress.advance(task)
 
-        self._fleet.start(servers, on_start, pythons)
+        self._fleet.start(servers, on_start)
         self._progress.remove_task(task)
         for arm in arms:
             if arm.name not in self.unavailable:
@@ -231,8 +230,6 @@ class Runner:
                 self._servers[arm.name] = {
                     "arguments": self._subject.hide_paths(_alone(arm)),
                     "environment": environment(_alone(arm)),
-                    # This checkout's provenance is in the report's own.
-                    **({} if arm.python is None else provenance.checkout(arm.python.parent)),
                     **{key: info.get(key) for key in TOLD},
                 }
         if self._plan.base in self.unavailable:

@@ -100,7 +100,7 @@ def build_subject(
     opened = Bundle(bundle, manifest)
     dflash, eagle3 = (opened.fetch(part) if part in opened.parts else None for part in ("dflash", "eagle3"))
     chain = read_draft(eagle3, AR) if eagle3 else None
-    changed = VARIANTS.keys() & {name.partition("@")[0] for name in arms}
+    changed = VARIANTS.keys() & set(arms)
     return Subject(
         target=target,
         bundle=bundle,
