@@ -1,7 +1,6 @@
 """Previews of a session's next prompt: what they leave cached, and that no other request waits for one."""
 
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from engine import engine
@@ -10,8 +9,7 @@ from overlap import overlapped
 from previewed import preview, talk, words
 from trees import assert_tree_is_true, matched_slots
 
-from whiflash_sglang.device.ranks import Ranks
-from whiflash_sglang.engine.scheduler import previews, pricing
+from whiflash_sglang.engine.scheduler import previews
 from whiflash_sglang.engine.scheduler.session_tree import LINE
 
 FLAGS: dict[str, Any] = {"enable_session_radix_cache": True}
@@ -44,16 +42,6 @@ def test_the_next_turn_finds_its_preview_cached(
             drafted.append(rounds)
             assert_tree_is_true(e, models)
     assert drafted[0] == drafted[1], "the first rounds draft as without a preview"
-
-
-def test_ranks_wait_alike() -> None:
-    """Each rank's clock shows other prices, and a rank that prefills while another decodes waits for ever."""
-    sent, costs = list[Any](), SimpleNamespace()
-    for rank in range(2):
-        start = SimpleNamespace(keeps=False, tables=lambda rank=rank: f"of {rank}")
-        ranks = Ranks(rank, 2, lambda message: sent.append(message) or message if message else sent.pop(0))
-        pricing.price(cast("Any", costs), cast("Any", start), ranks)
-        assert costs.tables == "of 0"
 
 
 def test_no_other_request_waits_for_a_preview(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
