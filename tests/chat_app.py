@@ -1,4 +1,4 @@
-"""A small HTTP server of OpenAI's chat completions, which says what a test wants it to."""
+"""A small HTTP server that answers as a test says, also OpenAI's chat completions."""
 
 import json
 import threading
@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+Answer = Callable[[str, Any, bytes], tuple[int, bytes]]
+"""Returns status and body of the answer to a path, headers and a body, empty for GET."""
 Reply = Callable[["ChatApp", str], list[str] | None]
 """Returns the pieces of an answer to a prompt's last message; None: the server breaks off after a first piece."""
 
@@ -26,18 +28,31 @@ class ChatApp:
     paths: set[str] = field(default_factory=set)
     url: str = ""
 
-    def answer(self, path: str, headers: Any) -> tuple[int, str]:
+    def answer(self, path: str, headers: Any, body: bytes) -> tuple[int, bytes]:
         self.paths.add(path)
+        if body:
+            return self._chat(json.loads(body))
         if path not in ("/v1/models", "/server_info"):
-            return 404, ""
+            return 404, b""
         if self.key and headers.get("Authorization") != f"Bearer {self.key}":
-            return 401, "{}"
+            return 401, b"{}"
         if self.models is None:
-            return 200, "<html>"
-        return 200, json.dumps({"data": self.models} if path == "/v1/models" else {"version": "0.5.23", "api_key": "K"})
+            return 200, b"<html>"
+        info = {"data": self.models} if path == "/v1/models" else {"version": "0.5.23", "api_key": "K"}
+        return 200, json.dumps(info).encode()
 
-    def events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        pieces = self.reply(self, body["messages"][-1]["content"])
+    def _chat(self, body: dict[str, Any]) -> tuple[int, bytes]:
+        self.asked.append(body)
+        last = body["messages"][-1]["content"]
+        if last == self.refused:
+            return 400, b""
+        if body.get("stream"):
+            return 200, "".join(f"data: {json.dumps(event)}\n\n" for event in self.events(last)).encode()
+        text = "".join(self.reply(self, last) or [])
+        return 200, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+
+    def events(self, last: str) -> Iterator[dict[str, Any]]:
+        pieces = self.reply(self, last)
         for piece in pieces or ["Hm"]:
             yield {"choices": [{"delta": {"content": piece}}]}
         if pieces is not None:
@@ -49,28 +64,25 @@ class ChatApp:
 @contextmanager
 def serving(**fields: Any) -> Iterator[ChatApp]:
     app = ChatApp(**fields)
+    with answering(app.answer) as app.url:
+        yield app
+
+
+@contextmanager
+def answering(answer: Answer) -> Iterator[str]:
+    """Serve in a thread; yields the URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            status, text = app.answer(self.path, self.headers)
-            self._send(status, text)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status, text = answer(self.path, self.headers, body)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            app.paths.add(self.path)
-            app.asked.append(body)
-            if body["messages"][-1]["content"] == app.refused:
-                self.send_error(400)
-            elif not body.get("stream"):
-                text = "".join(app.reply(app, body["messages"][-1]["content"]) or [])
-                self._send(200, json.dumps({"choices": [{"message": {"content": text}}]}))
-            else:
-                self._send(200, "".join(f"data: {json.dumps(event)}\n\n" for event in app.events(body)))
-
-        def _send(self, status: int, text: str) -> None:
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(text.encode())
+            self.do_GET()
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -79,7 +91,6 @@ def serving(**fields: Any) -> Iterator[ChatApp]:
         request_queue_size = 128
 
     with Server(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        app.url = f"http://127.0.0.1:{server.server_port}"
-        yield app
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

@@ -7,11 +7,11 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
 import pytest
+from chat_app import answering
 from openai import OpenAI
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from patience import wait_until
@@ -32,26 +32,15 @@ class Collector:
 
     def __init__(self) -> None:
         self.spans: list[Attributes] = []
-        spans = self.spans
+        self.url = ""
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                sent = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["Content-Length"])))
-                for resource in sent.resource_spans:
-                    for scope in resource.scope_spans:
-                        spans.extend(map(_attributes, scope.spans))
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                """Says nothing."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}/v1/traces"
+    def answer(self, path: str, headers: Any, body: bytes) -> tuple[int, bytes]:
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            for scope in resource.scope_spans:
+                for span in scope.spans:
+                    named = {item.key: getattr(item.value, item.value.WhichOneof("value")) for item in span.attributes}
+                    self.spans.append(named)
+        return 200, b""
 
     def of(self, request: str) -> Attributes:
         """Attributes of the span that ended `request`, as soon as it is there."""
@@ -61,15 +50,11 @@ class Collector:
         return found[0]
 
 
-def _attributes(span: Any) -> Attributes:
-    return {item.key: getattr(item.value, item.value.WhichOneof("value")) for item in span.attributes}
-
-
 @pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
     made = Collector()
-    yield made
-    made.server.shutdown()
+    with answering(made.answer) as made.url:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +62,7 @@ def incremental(tmp_path_factory: pytest.TempPathFactory, host: ServerHost, coll
     """Streams of increments, prompts in small chunks; SGLang's own spans, which `collector` is sent."""
     flags = "--tool-call-parser hermes --incremental-streaming-output --chunked-prefill-size 64 --enable-trace"
     arguments = [*served_pair(tmp_path_factory.mktemp("checkpoints")), *flags.split()]
-    arguments += ["--otlp-traces-endpoint", collector.endpoint]
+    arguments += ["--otlp-traces-endpoint", f"{collector.url}/v1/traces"]
     with host.running(*arguments, env={"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}) as running:
         yield running
 
