@@ -56,46 +56,31 @@ def edit_weights(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], o
     save_file(weights, checkpoint / "model.safetensors")
 
 
-def test_a_good_pair_loads(pair: tuple[Path, Path]) -> None:
-    load(pair)
+def cut(checkpoint: Path, name: str, kept: float) -> None:
+    content = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(content[: int(kept * len(content))])
+
+
+WEIGHTS, CONFIG, FC = "model.safetensors", "config.json", "fc.weight"
+CUT = r"{}/model\.safetensors is damaged or truncated: .*; fetch it again"
+FAULTS: list[tuple[Callable[[Path], object], str]] = [
+    (lambda path: (path / WEIGHTS).unlink(), r"{} has no \.safetensors file"),
+    (lambda path: cut(path, WEIGHTS, 0.0), CUT),
+    (lambda path: cut(path, WEIGHTS, 0.3), CUT),
+    (lambda path: cut(path, WEIGHTS, 0.999), CUT),
+    (lambda path: (path / CONFIG).unlink(), r"{}/config\.json is missing"),
+    (lambda path: cut(path, CONFIG, 0.5), r"{}/config\.json cannot be read"),
+    (lambda path: edit_weights(path, lambda weights: weights.pop(FC)), r"{}: the weights lack fc\.weight"),
+    (lambda path: edit(path, lambda config: config.update(hidden_size=96)), "of hidden size 96, this one has 64"),
+    (lambda path: edit(path, lambda config: config.update(vocab_size=1000)), "of 1000, this target has 320"),
+]
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["eagle3", "dflash"])
-class TestFiles:
-    def test_no_weights(self, pair: tuple[Path, Path], which: int) -> None:
-        (pair[which] / "model.safetensors").unlink()
-        refused(pair, rf"{pair[which]} has no \.safetensors file")
-
-    @pytest.mark.parametrize("kept", [0.0, 0.3, 0.999])
-    def test_truncated_weights(self, pair: tuple[Path, Path], which: int, kept: float) -> None:
-        file = pair[which] / "model.safetensors"
-        content = file.read_bytes()
-        file.write_bytes(content[: int(kept * len(content))])
-        refused(pair, rf"{file} is damaged or truncated: .*; fetch it again")
-
-    def test_no_config(self, pair: tuple[Path, Path], which: int) -> None:
-        (pair[which] / "config.json").unlink()
-        refused(pair, rf"{pair[which]}/config\.json is missing")
-
-    def test_damaged_config(self, pair: tuple[Path, Path], which: int) -> None:
-        (pair[which] / "config.json").write_text('{"hidden_size": ')
-        refused(pair, rf"{pair[which]}/config\.json cannot be read")
-
-    def test_a_missing_tensor(self, pair: tuple[Path, Path], which: int) -> None:
-        edit_weights(pair[which], lambda weights: weights.pop("fc.weight"))
-        refused(pair, rf"{pair[which]}: the weights lack fc\.weight")
-
-    def test_wrong_hidden_size(self, pair: tuple[Path, Path], which: int) -> None:
-        edit(pair[which], lambda config: config.update(hidden_size=96))
-        refused(pair, r"is for a target of hidden size 96, this one has 64")
-
-    def test_weights_of_another_size(self, pair: tuple[Path, Path], which: int) -> None:
-        edit_weights(pair[which], lambda weights: weights.update({"fc.weight": torch.zeros(64, 32)}))
-        refused(pair, r"fc\.weight \[64, 32\] does not fit \[64, 192\]")
-
-    def test_another_vocabulary(self, pair: tuple[Path, Path], which: int) -> None:
-        edit(pair[which], lambda config: config.update(vocab_size=1000))
-        refused(pair, r"is for a vocabulary of 1000, this target has 320")
+@pytest.mark.parametrize(("spoil", "message"), FAULTS)
+def test_files(pair: tuple[Path, Path], which: int, spoil: Callable[[Path], object], message: str) -> None:
+    spoil(pair[which])
+    refused(pair, message.format(pair[which]))
 
 
 LAYER_FIELDS = {0: ("eagle_config", "eagle_aux_hidden_state_layer_ids"), 1: ("dflash_config", "target_layer_ids")}

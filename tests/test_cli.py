@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from engine import engine
 from model_set import Models
-from tiny_models import tiny_eagle3, tiny_target
+from tiny_models import tiny_eagle3
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.errors import CheckpointError, ConfigError
@@ -93,7 +93,7 @@ def test_mixed_chunks_are_switched_off_with_a_warning(launch: Arguments, capsys:
 def test_what_cannot_be_served_stops_before_weights_are_read(launch: Arguments, models: Models, tmp_path: Path) -> None:
     """One line instead of a traceback, from the same call that a launcher makes: no directory holds weights."""
     falcon = {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"}
-    for name, changes in (("target", {}), ("falcon", falcon)):
+    for name, changes in (("target", {}), ("falcon", falcon), ("other", {"vocab_size": 400})):
         (tmp_path / name).mkdir()
         for file in models.target.iterdir():
             if file.suffix != ".safetensors":
@@ -105,23 +105,17 @@ def test_what_cannot_be_served_stops_before_weights_are_read(launch: Arguments, 
         ("target", ["--speculative-num-steps", "3"], "--speculative-num-steps belongs to .*; remove it"),
         ("target", ["--attention-backend", "torch_native"], "not torch_native; remove the flag"),
         ("falcon", [], "FalconH1ForCausalLM keeps a recurrent state .*without (it|WHIFLASH)"),
+        ("other", [], "the EAGLE-3 checkpoint .* vocabulary of 320, this target has 400"),
     ):
         with pytest.raises(SystemExit, match=rf"^whiflash: error: .*{message}$"):
             launch("--model-path", str(tmp_path / name), *arguments).resolve_once()  # type: ignore[attr-defined]
     launch("--model-path", str(tmp_path / "target")).resolve_once()  # type: ignore[attr-defined]
 
 
-def test_drafters_for_another_target_stop_there_too(launch: Arguments, tmp_path: Path) -> None:
-    other = tiny_target(tmp_path / "other", vocab_size=400)
-    with pytest.raises(SystemExit, match=r"whiflash: error: the EAGLE-3 checkpoint .* vocabulary of 320"):
-        launch("--model-path", str(other)).resolve_once()  # type: ignore[attr-defined]
-
-
+@pytest.mark.usefixtures("launch")
 def test_our_flags_without_our_algorithm_are_named() -> None:
-    from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
 
-    load_plugins()
     with pytest.raises(SystemExit, match=r"--whiflash-router has no effect without --speculative-algorithm"):
         prepare_server_args(["--model-path", "unused", "--whiflash-router", "ar"])
     assert not hasattr(prepare_server_args(["--model-path", "unused"]), "_whiflash")

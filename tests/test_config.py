@@ -52,12 +52,8 @@ def test_wrong_flags_are_named(given: dict[str, str], message: str) -> None:
 
 def test_flags_as_text_are_read() -> None:
     flags = parse_flags({"router": "entropy", "neural_router_threshold": "0.5", "block_size": "4", "eagle_draft": None})
-    assert (flags.router, flags.neural_router_threshold, flags.block_size, flags.eagle_draft) == (
-        "entropy",
-        0.5,
-        4,
-        None,
-    )
+    assert (flags.router, flags.neural_router_threshold, flags.block_size) == ("entropy", 0.5, 4)
+    assert flags.eagle_draft is None
 
 
 @pytest.mark.parametrize(
@@ -154,9 +150,6 @@ def test_a_damaged_manifest(bundle: Path, content: str) -> None:
     (bundle / "whiflash.json").write_text(content)
     with pytest.raises(ConfigError, match=r"whiflash\.json is not valid JSON: "):
         load_manifest(bundle)
-
-
-def test_a_manifest_that_is_no_object(bundle: Path) -> None:
     with pytest.raises(ConfigError, match=r"whiflash\.json: "):
         load_manifest(write(bundle, ["tiny"]))
 
@@ -179,6 +172,8 @@ def test_a_server_needs_no_drafter(bundle: Path) -> None:
 
 
 def test_what_a_start_needs(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--whiflash-router neural needs --whiflash-neural-router-path"):
+        resolve(parse_flags({"router": "neural"}), bundle)
     with pytest.raises(ConfigError, match=r"--speculative-draft-model-path .*nowhere: no such directory"):
         resolve(parse_flags({}), tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"d/config\.json: architectures None is no draft architecture"):
@@ -186,11 +181,6 @@ def test_what_a_start_needs(bundle: Path, tmp_path: Path) -> None:
     (bundle / "e" / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"the EAGLE-3 checkpoint .*e has no config\.json"):
         resolve(parse_flags({}), bundle)
-
-
-def test_a_neural_policy_needs_a_router(bundle: Path) -> None:
-    with pytest.raises(ConfigError, match="--whiflash-router neural needs --whiflash-neural-router-path"):
-        resolve(parse_flags({"router": "neural"}), bundle)
 
 
 def test_flags_win_over_the_manifest(bundle: Path) -> None:
@@ -213,22 +203,23 @@ def test_the_shipped_bundle_is_valid() -> None:
 ROUTER = {"path": "r", "threshold": 0.4, "delta_sign": "ar-minus-diffusion"}
 
 
-def test_a_bundles_router_and_what_flags_change(bundle: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "path", "threshold", "sign"),
+    [
+        ({}, "r", 0.4, "ar-minus-diffusion"),
+        ({"router": "neural", "neural_router_threshold": "1.5"}, "r", 1.5, "ar-minus-diffusion"),
+        ({"neural_router_path": "other.safetensors"}, "other.safetensors", 0.0, None),
+    ],
+)
+def test_flags_change_a_bundles_router(
+    bundle: Path, given: dict[str, str], path: str, threshold: float, sign: str | None
+) -> None:
+    """Another file takes nothing from the bundle's."""
     write(bundle, {**MANIFEST, "router": ROUTER})
-    neural = resolve(parse_flags({}), bundle).neural
-    assert neural is not None
-    assert (neural.path, neural.threshold, neural.min_dwell) == (str(bundle / "r"), 0.4, 1)
-    given = {"router": "neural", "neural_router_threshold": "1.5"}
     neural = resolve(parse_flags(given), bundle).neural
     assert neural is not None
-    assert (neural.threshold, neural.min_dwell) == (1.5, 1)
-
-
-def test_another_router_file_takes_nothing_from_the_bundles(bundle: Path) -> None:
-    write(bundle, {**MANIFEST, "router": ROUTER})
-    neural = resolve(parse_flags({"neural_router_path": "other.safetensors"}), bundle).neural
-    assert neural is not None
-    assert (neural.path, neural.threshold, neural.delta_sign) == ("other.safetensors", 0.0, None)
+    place = path if "neural_router_path" in given else str(bundle / path)
+    assert (neural.path, neural.threshold, neural.min_dwell, neural.delta_sign) == (place, threshold, 1, sign)
 
 
 def test_changes_while_serving(bundle: Path) -> None:

@@ -27,7 +27,6 @@ from torch import Tensor
 from upstream_drafts import UpstreamBlocks, blocks, load, one_rank, upstream_states
 
 from whiflash_sglang.checkpoints.fit import block_size_of
-from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.checkpoint import read_weights
 from whiflash_sglang.formats.table import read_draft
 
@@ -221,10 +220,3 @@ def test_a_dspark_speculator_drafts_by_its_formula(tmp_path: Path) -> None:
 )
 def test_a_block_drafter_that_cannot_be_served(config: dict[str, Any], message: str, tmp_path: Path) -> None:
     refused(tmp_path / "draft", config, f".*{message}")
-
-
-def test_a_checkpoint_without_its_markov_head_is_incomplete(tmp_path: Path) -> None:
-    weights = tensors()
-    del weights["markov_head.markov_w2.weight"]
-    with pytest.raises(CheckpointError, match=r"the weights lack markov_head\.markov_w2\.weight"):
-        serve(write(tmp_path / "draft", DEEPSPEC, weights))
