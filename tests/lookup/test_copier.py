@@ -65,13 +65,11 @@ def test_drafts_lead_into_a_copy() -> None:
     copier = copier_of(5, 6, 1, 2, 9, 8, 7, 3, 4, 6)
     committed = tokens_of(copier.look(2, 0.0))
     assert tokens_of(copier.look_beyond([1, 2], 1.0, 3, 0.0)) == [9, 8, 7]
-    assert tokens_of(copier.look_beyond([1, 2], 1.0, 9, 0.0)) == [9, 8, 7, 3, 4, 6, 1, 2, 9], (
-        "the text goes on with the drafts"
-    )
+    longer = tokens_of(copier.look_beyond([1, 2], 1.0, 9, 0.0))
+    assert longer == [9, 8, 7, 3, 4, 6, 1, 2, 9], "the text goes on with the drafts"
     assert not tokens_of(copier.look_beyond([11, 12], 1.0, 3, 0.0))
-    assert tokens_of(copier.last_copy(Candidate(committed))) == committed, (
-        "what the text's end says is still what is learned from"
-    )
+    learned = tokens_of(copier.last_copy(Candidate(committed)))
+    assert learned == committed, "what the text's end says is still what is learned from"
 
 
 def test_a_late_copy_is_cut_by_the_chance_after_the_rows_that_are_paid() -> None:

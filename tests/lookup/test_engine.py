@@ -188,19 +188,6 @@ def test_a_later_try_copies_from_the_first_until_it_is_forgotten(running: Engine
     assert ask(running, "a", task="t") == cold
 
 
-@pytest.mark.parametrize(("salt", "task"), [("b", "t"), (None, "t"), ("a", "u")])
-def test_another_tenant_and_another_task_get_what_they_get_beside_nobody(
-    running: Engine, salt: str | None, task: str
-) -> None:
-    """In rounds, too. The first request teaches the same of copies from its own text in both cases."""
-    found = []
-    for first in ({"task": "t"}, {"lookup": "context"}):
-        running.start_over("lookup")
-        ask(running, "a", **first)
-        found.append(ask(running, salt, task=task))
-    assert found[0] == found[1]
-
-
 def test_a_neighbour_that_is_aborted_or_retracted_changes_no_text(
     running: Engine, cold: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,19 +56,12 @@ def test_any_rounds(seed: int) -> None:
     for _ in range(25):
         for each in (copies, twin):
             each.read(written[-1])
-        most, paid, worth = (
-            random.choice([1, 5, 24, 33]),
-            random.choice([0, 0, 1, 7]),
-            random.choice([0.0, 0.1, 0.3, 0.6]),
-        )
+        most, paid = random.choice([1, 5, 24, 33]), random.choice([0, 0, 1, 7])
+        worth = random.choice([0.0, 0.1, 0.3, 0.6])
         most = max(most, paid)
         said, right = copies.look(most, worth, paid), twin.look(most, worth, paid)
-        assert (said.tokens, said.alive, said.parts, said.matched) == (
-            right.tokens,
-            right.alive,
-            right.parts,
-            right.matched,
-        )
+        for name in ("tokens", "alive", "parts", "matched"):
+            assert getattr(said, name) == getattr(right, name), name
         assert list(said.agreements) == list(right.agreements)
         drafts = some(random, ids, random.choice([1, 3, 40]))
         if others and random.random() < 0.5:

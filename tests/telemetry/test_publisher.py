@@ -55,13 +55,6 @@ def test_counters_grow_by_differences_and_what_has_not_changed_is_not_written(ma
     assert sink.take() == [("level", (), 0.0), ("seen", (), 3.0)]
 
 
-def test_what_is_still_zero_is_there_from_the_start(made: Any) -> None:
-    worker, published, sink, _ = made
-    worker.done, worker.level = 0, 0.0
-    published.start(sink)
-    assert sink.take()[:2] == [("done_total", ("a",), 0), ("level", (), 0.0)]
-
-
 def test_rounds_write_once_an_interval(made: Any) -> None:
     worker, published, sink, now = made
     published.start(sink)
