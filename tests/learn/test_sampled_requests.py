@@ -19,13 +19,6 @@ def handle(salt: str) -> int:
     return handle_of(tenant_of(None, salt) or b"")
 
 
-def test_without_the_flag_nothing_is_kept(models: Models) -> None:
-    with engine(models.target, whiflash=models.whiflash("auto")) as e:
-        e.ask("plain", [1, 2, 3])
-        assert e.worker.spool is None
-        assert "samples" not in e.worker.snapshot()
-
-
 @pytest.fixture(scope="module")
 def e(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     learning = str(tmp_path_factory.mktemp("learning"))
@@ -51,6 +44,8 @@ def test_a_finished_request_is_kept_as_it_was(e: Engine) -> None:
     salted = Sample([4, 5, 6], e.output("salted"), [handle("s")])
     found = sorted(kept(e), key=lambda sample: sample.prompt)
     assert found == [Sample([1, 2, 3], e.output("plain"), []), salted]
+    state = e.worker.snapshot()["samples"]
+    assert (state["written"], state["failing"]) == (2, False)
 
 
 @pytest.mark.parametrize(
@@ -84,12 +79,6 @@ def test_forgetting_reaches_who_waits_runs_or_has_ended(e: Engine, steps: int) -
     e.worker.forget(handle("a"))
     e.run()
     assert [sample.prompt for sample in kept(e)] == ([] if steps < 1000 else [[3, 2, 1]])
-
-
-def test_the_state_and_metrics_say_what_was_kept(e: Engine) -> None:
-    state = e.worker.snapshot()["samples"]
-    assert state["written"] > 0
-    assert state["failing"] is False
 
 
 @pytest.mark.parametrize("streaming", [True, False])

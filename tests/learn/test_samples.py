@@ -57,12 +57,14 @@ def directory_of(spool: Spool) -> Path:
 
 
 def test_a_finished_request_is_read_back(spool: Spool) -> None:
+    (directory_of(spool) / ".writing-killed").mkdir()  # its writer was killed
     spool.offer([1, 2], [3], [7, 5])
     spool.offer([4], [5, 6])
     spool.flush()
     assert kept(directory_of(spool)) == [Sample([1, 2], [3], [7, 5]), Sample([4], [5, 6], [])]
     assert spool.counts["written"] == 2
     assert spool.size == sum(files_of(directory_of(spool)).values())
+    assert not list(directory_of(spool).glob(".writing-*"))
 
 
 def test_its_thread_writes_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,13 +146,6 @@ def test_a_full_disk_leaves_whole_files_one_line_and_a_server(
     spool.flush()
     assert not spool.failing
     assert [sample.prompt for sample in kept(directory_of(spool))] == [[1], [5]]
-
-
-def test_what_a_killed_writer_left_goes(spool: Spool) -> None:
-    (directory_of(spool) / ".writing-killed").mkdir()
-    spool.offer([1], [2])
-    spool.flush()
-    assert not list(directory_of(spool).glob(".writing-*"))
 
 
 @pytest.mark.parametrize(("handle", "left"), [(7, [2, 3, 4]), (8, [1, 3, 4]), (9, [1, 2, 3, 4]), (None, [])])

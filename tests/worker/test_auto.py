@@ -29,6 +29,8 @@ def test_nothing_that_the_worker_keeps_is_on_a_graph(running: Engine) -> None:
     assert any(tensor is running.worker.tokens.data for tensor in found.values())
     assert [p for p, t in found.items() if t.requires_grad or t.grad_fn is not None] == []
     assert [p for p, t in found.items() if t.is_inference()] == [], "such a tensor could not be written at a start"
+    assert "delta" not in running.worker.controller.policy.needs, "no router says it"
+    assert running.worker.spool is None, "nobody asked for samples"
 
 
 def arms_of(running: Engine, rid: str) -> set[str | None]:

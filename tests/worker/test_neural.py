@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from traffic import Arrival, play
 from whiflash_kernels import router_mlp
 
-from whiflash_sglang.errors import CheckpointError, ConfigError
+from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.router import AR_MINUS_DIFFUSION, read_router
 
 ROUTER = "neural"
@@ -31,13 +31,6 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("router") / "router.safetensors"
     save_file(tensors, path, metadata={"delta_sign": AR_MINUS_DIFFUSION})
     return path
-
-
-def test_without_a_router_there_is_no_neural_policy(models: Models) -> None:
-    with engine(models.target, whiflash=models.whiflash("auto")) as e:
-        assert "delta" not in e.worker.controller.policy.needs
-        with pytest.raises(ConfigError, match="has no neural router"):
-            e.worker.settings_with({"router": "neural"})
 
 
 def test_a_router_of_another_target_stops_the_start(models: Models, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from engine import Engine, engine
 from model_set import Models
+from previewed import words
 from trees import assert_tree_is_true, matched_slots
 
 from whiflash_sglang.engine.scheduler import session_tree
@@ -98,10 +99,7 @@ def test_what_a_compacted_turn_left_goes_first(models: Models, flags: dict[str, 
         for begins in (MARK, LINE):
             e.scheduler.flush_cache()
             e.requests.clear()
-            system, old, summary, live, more = (
-                random.Random(seed).choices(range(32, 127), k=length)
-                for seed, length in enumerate((32, 112, 32, 80, 200))
-            )
+            system, old, summary, live, more = map(words, range(5), (32, 112, 32, 80, 200))
             session = f"{begins}agent"
             e.ask("old", [*system, *old], max_new_tokens=16, session_id=session)
             e.ask("live", live, max_new_tokens=16)
