@@ -35,7 +35,8 @@ class Manager:
             model_path="tiny",
             tokenizer_worker_num=1,
             enable_session_radix_cache=True,
-            dp_size=1,
+            attn_dp_size=1,
+            enable_dp_attention=False,
             pp_size=1,
             disaggregation_mode="null",
         )
