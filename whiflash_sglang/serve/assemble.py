@@ -14,7 +14,7 @@ from whiflash_sglang.arms.lookup import LookupArm
 from whiflash_sglang.arms.structure import StructureArm
 from whiflash_sglang.arms.uno import UnoArm
 from whiflash_sglang.cache.penalties import MOST_PENALISED, PenaltyRows
-from whiflash_sglang.cache.tokens import SamplingRows, StopTable, TokenTable
+from whiflash_sglang.cache.tokens import SamplingRows, StopTable
 from whiflash_sglang.checkpoints.bundle import verify
 from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
 from whiflash_sglang.checkpoints.manifest import NeuralRouter
@@ -52,7 +52,6 @@ from whiflash_sglang.settings.config import NO_ROUTER, Settings
 from whiflash_sglang.spans.prediction import prediction_reader
 from whiflash_sglang.spans.vocabulary import token_bytes, vocabulary_of
 from whiflash_sglang.structure.spending import Spending
-from whiflash_sglang.telemetry.samples import Spool
 
 
 def build_drafters(settings: Settings, target: Target, spending: Spending, *, late: bool) -> dict[str, Drafter]:
@@ -128,13 +127,6 @@ def load_router(settings: NeuralRouter | None, target: Target) -> Layers | None:
     return read_router(Path(settings.path), target.shape.hidden_size, target.device, settings.delta_sign)
 
 
-def spool_of(settings: Settings, model: str) -> Spool | None:
-    """Make the spool of finished requests for a learner; None unless the operator asked. model: the served model."""
-    if settings.samples.directory is None:
-        return None
-    return Spool(settings.samples, settings.target or model)
-
-
 def reserve(drafters: Mapping[str, Drafter], sync: DraftSync, target: Target, requests: int) -> kv_budget.Reservation:
     """Return the memory that a worker of `requests` requests will allocate, before SGLang sizes its pools."""
     widest, kv = widest_of(drafters) + 1, with_kv(drafters).values()
@@ -186,14 +178,6 @@ def build_policy(settings: Settings, *, heads: bool = False) -> Policy:
             return NeuralPolicy(settings.neural.threshold, settings.neural.min_dwell)
 
 
-def build_forcing(settings: Settings, tokens: TokenTable, target: Target) -> Forcing | None:
-    """Make the table of recorded answers, for benchmarks; None on other servers."""
-    if not settings.force_recorded:
-        return None
-    rows, width = tokens.data.shape
-    return Forcing(rows, width, target.shape.vocab_size, target.device)
-
-
 class Parts(Observed, Protocol):
     """The members of a worker that `Stages` reads. They exist once the KV pools do."""
 
@@ -217,7 +201,9 @@ class Stages:
         rows = SamplingRows(len(tokens.data), target.random_seed, target.device)
         places = min(max_running_requests(), MOST_PENALISED) * graphs.captures_passes(target.device)
         penalties = PenaltyRows(len(tokens.data), target.shape.vocab_size, places, target.device)
-        self.forcing = build_forcing(parts.settings, tokens, target)
+        self.forcing: Forcing | None = None
+        if parts.settings.force_recorded:
+            self.forcing = Forcing(*tokens.data.shape, target.shape.vocab_size, target.device)
         self.epilogue = Epilogue(parts.sync.rings, tokens.data, stops, rows.data, penalties)
         self.signals = SignalReader(parts.router, rows.data, scales_rates)
         self.ends = GraphEnds(self.epilogue, self.signals, widest, lambda: parts.controller.policy.needs)

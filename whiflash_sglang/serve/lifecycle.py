@@ -175,7 +175,7 @@ class Lifecycle:
         finished = req.finished_reason.to_json()["type"] in FINISHED
         answer = req.output_ids_through_stop
         if handles is None or not (text and finished and answer) or self._forcing:
-            spool.decline()
+            spool.counts["declined"] += 1
             return
         spool.offer(req.origin_input_ids, answer, handles)
 

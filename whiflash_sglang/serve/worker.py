@@ -30,19 +30,12 @@ from whiflash_sglang.prices.round_clock import RoundClock
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.learning import results_of
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.serve.assemble import (
-    Stages,
-    build_controller,
-    build_drafters,
-    build_policy,
-    load_router,
-    reserve,
-    spool_of,
-)
+from whiflash_sglang.serve.assemble import Stages, build_controller, build_drafters, build_policy, load_router, reserve
 from whiflash_sglang.serve.metrics import Publisher, log_start, state_of
 from whiflash_sglang.serve.prometheus import Prometheus
 from whiflash_sglang.settings.config import Settings, changed
 from whiflash_sglang.structure.spending import Spending
+from whiflash_sglang.telemetry.samples import Spool
 from whiflash_sglang.telemetry.tally import Tally
 
 
@@ -70,8 +63,9 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.clock, self.tally = RoundClock(clock_of(self.target.device)), Tally.of(self.drafters)
         self.quarantine = Quarantine(self.drafters, alone=self.ranks.size == 1, from_text=self.text_arms)
         # A prefill server sees only one token of an answer, so it has nothing to learn from.
-        learns = self.ranks.leads and not disaggregation.prefills_only()
-        self.spool = spool_of(self.settings, server_args.model_path) if learns else None
+        samples, sees_answers = self.settings.samples, self.ranks.leads and not disaggregation.prefills_only()
+        learns = samples.directory is not None and sees_answers
+        self.spool = Spool(samples, self.settings.target or server_args.model_path) if learns else None
         self.publisher = Publisher(self)
         self.controller = build_controller(
             self.settings, self.target, self.drafters, heads=self._has_heads, overlaps=self.overlaps

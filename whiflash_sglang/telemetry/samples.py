@@ -193,10 +193,6 @@ class Spool:
             self._tokens += sample.tokens
             self._changed.notify()
 
-    def decline(self) -> None:
-        """Count a finished request that must not be written."""
-        self.counts["declined"] += 1
-
     def snapshot(self) -> dict[str, Any]:
         """Return the counts by outcome, `bytes` and `failing` for `GET /whiflash/state`."""
         return {**self.counts, "bytes": self.size, "failing": self.failing}

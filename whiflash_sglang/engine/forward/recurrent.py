@@ -79,20 +79,14 @@ def commit(attention: Any, model: Any, batch: Any, starts: torch.Tensor, accept_
     """
     if not hasattr(attention, "linear_attn_backend"):
         return
-    every = tracks_every(batch)
+    # The interval in tokens at which the radix tree stores states.
+    every = None if batch.mamba_track_indices is None else int(mamba_track_grid(batch.tree_cache.page_size))
     attention.update_mamba_state_after_mtp_verify(
         last_correct_step_indices=accept_lens.long() - 1,
         mamba_track_indices=None if every is None else batch.mamba_track_indices,
         mamba_steps_to_track=None if every is None else tracked_rows(starts, accept_lens, every),
         model=model,
     )
-
-
-def tracks_every(batch: Any) -> int | None:
-    """Return the interval in tokens at which the radix tree stores states of a `batch`; None if it stores none."""
-    if batch.mamba_track_indices is None:
-        return None
-    return int(mamba_track_grid(batch.tree_cache.page_size))
 
 
 def tracked_rows(starts: torch.Tensor, accept_lens: torch.Tensor, every: int) -> torch.Tensor:

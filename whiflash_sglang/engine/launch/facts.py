@@ -89,14 +89,13 @@ def fill_in_for_cuda(arguments: Any, *, hopper: bool) -> list[str]:
 
     Returns: a sentence for each of the user's choices that is replaced.
     """
-    # FA3 is SGLang's default on Hopper. Elsewhere its default is FlashInfer, for whose plan every round would wait.
-    attention = "fa3" if hopper else "triton"
     replaced = [name for name in ATTENTION_FIELDS if getattr(arguments, name) == "flashinfer"]
     for name in replaced:
         # A prefill or decode backend that is None follows --attention-backend, which is filled in next.
         setattr(arguments, name, None)
     if arguments.attention_backend is None:
-        arguments.attention_backend = attention
+        # FA3 is SGLang's default on Hopper. Elsewhere its default is FlashInfer, for whose plan every round would wait.
+        arguments.attention_backend = "fa3" if hopper else "triton"
     attention = arguments.attention_backend
     if arguments.lora_backend == "csgmv":  # SGLang's default, which lays rows out for drafts of one length
         arguments.lora_backend = "triton"

@@ -24,8 +24,7 @@ MOST_OPEN = 1024
 def surplus(sessions: list[str]) -> str:
     """Return the session to give up, of the scheduler's ids: the first one of the tenant that has the most."""
     tenants = [session.rpartition(MARK)[0] for session in sessions]
-    [(largest, _)] = Counter(tenants).most_common(1)
-    return sessions[tenants.index(largest)]
+    return sessions[tenants.index(Counter(tenants).most_common(1)[0][0])]
 
 
 class SessionTree(UnifiedRadixCache):  # type: ignore[misc]
