@@ -167,7 +167,7 @@ def judge(checkpoint: str, target: TargetFit | None) -> Iterator[tuple[str, bool
     try:
         parts = _parts(checkpoint)
     except WhiflashError as error:
-        yield checkpoint, False, _reason(error, checkpoint)
+        yield checkpoint, False, str(error).removeprefix(f"{checkpoint}: ")  # the printed line names it already
         return
     for name, place in parts.items():
         try:
@@ -176,12 +176,7 @@ def judge(checkpoint: str, target: TargetFit | None) -> Iterator[tuple[str, bool
             else:
                 yield name, True, _describe(read_draft(look_up(place).config.parent), target)
         except WhiflashError as error:
-            yield name, False, _reason(error, place)
-
-
-def _reason(error: WhiflashError, place: str) -> str:
-    """Return the text of `error` without the leading `place`, because the printed line names the place already."""
-    return str(error).removeprefix(f"{place}: ")
+            yield name, False, str(error).removeprefix(f"{place}: ")
 
 
 def _parts(place: str) -> dict[str, str]:

@@ -30,17 +30,12 @@ class TopTwo:
     gap: float
 
 
-def bf16_ulp(value: float) -> float:
-    """Return the distance between neighbouring bfloat16 numbers at `value`."""
-    if value == 0:
-        return 0.0
-    return float(2.0 ** (math.floor(math.log2(abs(value))) - _BF16_FRACTION_BITS))
-
-
 def is_tie(top_two: TopTwo, dtype: str) -> bool:
     """Whether rounding may decide between the two best tokens; `dtype`: float32 or bfloat16."""
     if dtype == "float32":
         return top_two.gap <= FP32_GAP
     if dtype == "bfloat16":
-        return top_two.gap <= BF16_ULPS * bf16_ulp(top_two.best)
+        best = abs(top_two.best)
+        ulp = 2.0 ** (math.floor(math.log2(best)) - _BF16_FRACTION_BITS) if best else 0.0
+        return top_two.gap <= BF16_ULPS * ulp
     raise ValueError(f"no tie rule for dtype {dtype!r}; known: float32, bfloat16")

@@ -137,8 +137,7 @@ def ask(
     try:
         status, raw = _read(client, f"{url.rstrip('/').removesuffix('/v1')}{path}", body, headers)
     except httpx.ReadTimeout:
-        hint = "it may be busy with a long step; ask again"
-        raise ServerRefusedError(f"{named} has not answered: {hint}") from None
+        raise ServerRefusedError(f"{named} has not answered: it may be busy with a long step; ask again") from None
     except httpx.HTTPError as error:
         raise ServerRefusedError(
             f"{named} does not answer ({error}): check the URL, and whether the server has started"

@@ -311,10 +311,9 @@ class Eagle3Drafter(TargetsParts):
         shared: SharedVocabulary | None = None,
         config: Eagle3Config | None = None,
     ) -> "Eagle3Drafter":
-        """Read a checkpoint directory. config: of another format than `LlamaForCausalLMEagle3`; None: read here.
+        """Read a checkpoint directory. Raises CheckpointError naming what is missing or does not fit.
 
-        Raises:
-            CheckpointError: naming what is missing or does not fit.
+        config: of another format than `LlamaForCausalLMEagle3`; None: read here.
         """
         config = config or parse(path, read_config_of(path, (ARCHITECTURE,)))
         reader = WeightReader.of(path, _names(config))

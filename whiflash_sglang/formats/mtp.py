@@ -323,11 +323,7 @@ class MTPDrafter(TargetsParts):
         shared: SharedVocabulary | None = None,
         config: MTPConfig,
     ) -> "MTPDrafter":
-        """Read the head from the target's own directory.
-
-        Raises:
-            CheckpointError: naming what is missing or does not fit.
-        """
+        """Read the head from the target's own directory. Raises CheckpointError naming what does not fit."""
         reader = WeightReader(path, read_weights(path, config.prefix))
         with reader.modules(dtype):
             drafter = cls(config, target_embedding, target_lm_head, shared)

@@ -118,11 +118,7 @@ def of_choice(values: Sequence[T], obj: Any, choice: int) -> T:
 
 
 async def read(form: Form, body: object, manager: Any) -> Call:
-    """Read and check the body of a request of a route that SGLang converts.
-
-    Raises:
-        HintError: naming the field that is wrong.
-    """
+    """Read and check the body of a request of a route that SGLang converts. Raises HintError naming the wrong field."""
     if not isinstance(body, dict):  # SGLang refuses it
         return Call(form)
     params = body.get("custom_params")
@@ -198,11 +194,7 @@ def _filled(entry: Any, params: dict[str, Any] | None) -> Any:
 
 async def fields_of(manager: Any, custom_params: Any) -> Fields:
     """Read `custom_params`, with the header's agent if they name none. A thread tokenises a predicted text, so that the
-    event loop goes on.
-
-    Raises:
-        HintError: naming the field that is wrong.
-    """
+    event loop goes on. Raises HintError naming the wrong field."""
     hints, agent = validate_custom_params(custom_params), CALLER.get().agent
     if agent is not None and hints.agent is None:
         # They stay as they are if they have no room for it.

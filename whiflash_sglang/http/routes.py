@@ -91,18 +91,13 @@ async def _capabilities() -> dict[str, object]:
     manager = http_server._global_state.tokenizer_manager
     server_args = manager.server_args
     settings = settings_of(server_args)
+    others = {"uno": settings.uno, "structure": settings.structure.enabled, "lookup": settings.lookup.enabled}
     return {
         "version": WIRE_VERSION,
         "server_version": __version__,
         "model": server_args.served_model_name or server_args.model_path,
         "policy": await _policy(manager),
-        "arms": [
-            *settings.drafters,
-            *(["uno"] if settings.uno else []),
-            *(["structure"] if settings.structure.enabled else []),
-            *(["lookup"] if settings.lookup.enabled else []),
-            "none",
-        ],
+        "arms": [*settings.drafters, *(arm for arm, loaded in others.items() if loaded), "none"],
         "kinds": get_args(Kind),
         "routes": middleware.routes(),
         "prediction_tokens": settings.lookup.prediction_tokens if settings.lookup.enabled else 0,
@@ -184,16 +179,11 @@ def _steering(name: str, change: Change) -> Callable[..., Awaitable[JSONResponse
     return steer
 
 
-def _loggable(change: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a policy change that may be logged: known names with short values; `...` for a long one."""
-    fields = {name: change[name] for name in PolicyChange.model_fields if name in change}
-    scalar = (bool, int, float, str, type(None))
-    return {n: v if isinstance(v, scalar) and len(repr(v)) <= 32 else "..." for n, v in fields.items()}
-
-
 async def _set_policy(change: dict[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
     """Change router, thresholds or dwell while serving."""
-    logged.update(_loggable(change))
+    known = {name: change[name] for name in PolicyChange.model_fields if name in change}
+    scalar = (bool, int, float, str, type(None))  # a long value is not logged
+    logged.update({n: v if isinstance(v, scalar) and len(repr(v)) <= 32 else "..." for n, v in known.items()})
     server_args = http_server._global_state.tokenizer_manager.server_args
     settings = changed(settings_of(server_args), change)
     state = await _send(change_request(encode(change)))

@@ -5,7 +5,7 @@ own `--speculative-draft-model-path`. Without it, that path is a DFlash checkpoi
 the EAGLE-3 one; or it is the only drafter. Without any drafter, rounds draft from texts only: copies and structure.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -129,11 +129,7 @@ class Settings(Strict):
 
 
 def parse_flags(given: dict[str, Any]) -> Flags:
-    """Validate the values of flags, as the command line or `Engine(...)` gave them.
-
-    Raises:
-        ConfigError: naming the flag and what it takes.
-    """
+    """Validate the flags' values. Raises ConfigError naming the flag and what it takes."""
     try:
         return Flags(**{key: value for key, value in given.items() if value is not None})
     except ValidationError as error:
@@ -260,11 +256,7 @@ class PolicyChange(Strict):
 
 
 def changed(settings: Settings, change: Any) -> Settings:
-    """Return `settings` with a `PolicyChange`, given as a dictionary, applied.
-
-    Raises:
-        ConfigError: naming the field that is wrong.
-    """
+    """Return `settings` after a `PolicyChange`, given as a dictionary. Raises ConfigError naming the wrong field."""
     try:
         wanted = PolicyChange.model_validate(change)
     except ValidationError as error:
@@ -304,15 +296,11 @@ def _neural(flags: Flags, manifest: Manifest, path: Path | None) -> NeuralRouter
     return _updated(base, threshold=flags.neural_router_threshold)
 
 
-def _require_none(flags: Flags, fields: Iterable[str], why: str) -> None:
-    for field in fields:
-        if getattr(flags, field) is not None:
-            raise ConfigError(f"{flag_of(field)} {why}")
-
-
 def _samples(flags: Flags) -> Spooling:
     if flags.learn is None:
-        _require_none(flags, ("learn_mib", "learn_hours"), "does something only with --whiflash-learn")
+        for field in ("learn_mib", "learn_hours"):
+            if getattr(flags, field) is not None:
+                raise ConfigError(f"{flag_of(field)} does something only with --whiflash-learn")
         return Spooling()
     if flags.force_recorded == "on":
         raise ConfigError(

@@ -265,10 +265,9 @@ class DFlashDrafter(TargetsParts):
         shared: SharedVocabulary | None = None,
         config: DFlashConfig | None = None,
     ) -> "DFlashDrafter":
-        """Read a checkpoint directory. config: of another format than `DFlashDraftModel`; None: read here.
+        """Read a checkpoint directory. Raises CheckpointError naming what is missing or does not fit.
 
-        Raises:
-            CheckpointError: naming what is missing or does not fit.
+        config: of another format than `DFlashDraftModel`; None: read here.
         """
         config = config or parse(path, read_config_of(path, (ARCHITECTURE, *ALIASES)), DFlashConfig)
         vocab = shared.size if shared else len(target_embedding)
