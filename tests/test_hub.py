@@ -1,4 +1,4 @@
-"""Hub ids of ModelScope, and a hub that has nothing. What reaches Hugging Face's: `test_cli.py`."""
+"""Hub ids of ModelScope, and a hub that has nothing. `test_cli.py` asks for those of Hugging Face."""
 
 import sys
 from pathlib import Path
