@@ -195,18 +195,11 @@ def _show_answers(answers: Sequence[DemoAnswer], console: Console) -> None:
 
 
 def _show_figures(answers: Sequence[DemoAnswer], console: Console) -> None:
-    speeds = [
-        [
-            a.question,
-            f"{a.plain_tokens_per_s:.1f}",
-            f"{a.whiflash_tokens_per_s:.1f}",
-            f"{a.speedup:.2f}",
-            f"{a.trace.acceptance_length:.2f}",
-            str(a.trace.switches),
-            _verdict(a.comparison),
-        ]
-        for a in answers
-    ]
+    speeds = []
+    for a in answers:
+        rates = (f"{rate:.1f}" for rate in (a.plain_tokens_per_s, a.whiflash_tokens_per_s))
+        lengths = (f"{a.speedup:.2f}", f"{a.trace.acceptance_length:.2f}")
+        speeds.append([a.question, *rates, *lengths, str(a.trace.switches), _verdict(a.comparison)])
     show_table(
         ("question", "plain", "WHIFLASH", "ratio", "acceptance length", "switches", "answer"),
         speeds,

@@ -233,15 +233,9 @@ def curve(guesses: Sequence[Guess]) -> list[dict[str, float]]:
     for least, below in zip((0.0, *BINS), (*BINS, 2.0), strict=True):
         found = [guess for guess in guesses if least <= guess.chance < below]
         if found:
-            rows.append(
-                {
-                    "least": least,
-                    "rounds": len(found),
-                    "chance": fmean(guess.chance for guess in found),
-                    "right": fmean(guess.right for guess in found),
-                    "left": median(guess.left for guess in found),
-                }
-            )
+            chance, right = (fmean(getattr(guess, name) for guess in found) for name in ("chance", "right"))
+            left = median(guess.left for guess in found)
+            rows.append({"least": least, "rounds": len(found), "chance": chance, "right": right, "left": left})
     return rows
 
 

@@ -92,26 +92,6 @@ class Widening:
     model: Model
     noise: torch.Generator = field(repr=False)
 
-    def __post_init__(self) -> None:
-        wide, config = self.shape, self.model.config
-        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        if wide.heads % wide.kv_heads or wide.kv_heads < kv_heads:
-            raise UsageError(f"{wide.heads} heads on {wide.kv_heads} KV heads cannot hold {heads} on {kv_heads}")
-        if wide.heads // wide.kv_heads < heads // kv_heads:
-            raise UsageError(
-                f"{wide.heads} heads on {wide.kv_heads} are {wide.heads // wide.kv_heads} a KV head, fewer than "
-                f"the small model's {heads // kv_heads}: give more heads, or fewer KV heads"
-            )
-        if self.hidden * wide.copies % wide.heads:
-            raise UsageError(
-                f"{wide.copies} copies of {self.hidden} are no multiple of {wide.heads} heads, which transformers "
-                "asks for: change one of them"
-            )
-        if wide.intermediate < config["intermediate_size"]:
-            raise UsageError(
-                f"{wide.intermediate} neurons cannot hold a model with {config['intermediate_size']}: give more"
-            )
-
     @property
     def hidden(self) -> int:
         """Width of the small residual stream."""
@@ -247,7 +227,7 @@ def widen_pair(target: Path, bundle: Path, out: Path, shape: Shape) -> None:
     The manifest has no digests of the small files, and no neural router, which would read a small stream.
 
     Raises:
-        UsageError: the shape cannot hold a small model, or a layer has biases.
+        UsageError: a layer has biases.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     noise = torch.Generator(device).manual_seed(0)

@@ -39,10 +39,9 @@ KNOWN = (NONE, *STATIC, ADAPTIVE, "NGRAM", *ROUTERS, *VARIANTS, *FLAGS, NO_HINTS
 DRAFTERS = {"EAGLE3": (AR,), ADAPTIVE: (AR,), "DFLASH": (DIFFUSION,), "DSPARK": (DIFFUSION,)}
 """SGLang's own arms → the drafters of a bundle that they serve."""
 DEFAULT = (NONE, "EAGLE3", "DFLASH", "auto")
-PREDICTION, USELESS, SESSIONS, GROUP = "prediction", "useless", "sessions", "group"
+PREDICTED, SESSIONS, GROUP = ("prediction", "useless"), "sessions", "group"
 MEANS: dict[str, tuple[str, ...]] = {
-    PREDICTION: (),
-    USELESS: (),
+    **dict.fromkeys(PREDICTED, ()),
     SESSIONS: ("--enable-session-radix-cache",),
     GROUP: (),
     "tlru": (

@@ -7,7 +7,7 @@ from typing import Any
 
 from whiflash_lab.bench.arms import NONE
 from whiflash_lab.bench.cells import RoundMs, Turn
-from whiflash_lab.bench.report import LOOPS, OVERALL, BenchReport, Figures, LoadReport, Ratios
+from whiflash_lab.bench.report import LOOPS, OVERALL, BenchReport, Figures, LoadReport, Ratios, name_of
 from whiflash_sglang.files.equality import Verdict
 from whiflash_sglang.telemetry.statistics import Interval, Percentiles
 
@@ -23,7 +23,7 @@ def render(report: BenchReport) -> str:
             _turns(load),
         ]
         if load.load.is_alone:
-            parts += [_by_category(load, _name(report.base)), _over(report, load)]
+            parts += [_by_category(load, name_of(report.base)), _over(report, load)]
     lacking = "".join(f"\n- {arm}: {reason}" for arm, reason in report.unavailable.items())
     lacking += f"\n- The run {ended}" if (ended := report.provenance.get("ended")) else ""
     lacking = lacking and f"## Not available\n{lacking}"
@@ -55,10 +55,6 @@ def _setting(report: BenchReport) -> str:
         f"*loops*: prompts {plain} ends in a repetition loop. They count {counted}. "
         "Acceptance length: tokens per target forward."
     )
-
-
-def _name(base: str) -> str:
-    return "plain decoding" if base == NONE else base
 
 
 def _origin(provenance: Mapping[str, Any]) -> str:
@@ -219,10 +215,10 @@ def _differences(report: BenchReport) -> str:
         counted = any(OVERALL in of and of[OVERALL].mismatches is not None for of in report.arms.values())
         which = "greedy answer" if sampled else "answer"
         by = "token for token" if report.base == NONE else "character for character"
-        equal = f"Every {which} of every arm equals {_name(report.base)}'s, {by}." if counted else ""
+        equal = f"Every {which} of every arm equals {name_of(report.base)}'s, {by}." if counted else ""
         return f"{sampled}{equal}".strip()
     ties = [d for d in report.differences if d["verdict"] == Verdict.TIE]
-    base = _name(report.base)
+    base = name_of(report.base)
     parts = [f"## Answers that differ from {base}'s", *filter(None, [sampled.strip()])]
     if ties:
         gap = max(d["gap"] for d in ties)

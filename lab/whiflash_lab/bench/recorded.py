@@ -21,18 +21,7 @@ from uuid import uuid4
 
 import httpx
 
-from whiflash_lab.bench.arms import (
-    GROUP,
-    MEANS,
-    NONE,
-    PREDICTION,
-    SESSIONS,
-    USELESS,
-    Arm,
-    Subject,
-    build_arms,
-    check_names,
-)
+from whiflash_lab.bench.arms import GROUP, MEANS, NONE, PREDICTED, SESSIONS, Arm, Subject, build_arms, check_names
 from whiflash_lab.bench.cells import Answer, Turn
 from whiflash_lab.bench.forcing import ANSWER, PROCESSOR
 from whiflash_lab.bench.load import Asker, RequestError
@@ -122,7 +111,7 @@ def talks_of(
         if own and expected[index] is not None:
             others = [tokens for i, tokens in enumerate(expected) if tokens is not None and i != index]
             useless = others[index % len(others)] if others else []
-            both = {PREDICTION: expected[index] or [], USELESS: useless}
+            both = dict(zip(PREDICTED, (expected[index] or [], useless), strict=True))
             own[-1] = replace(own[-1], predictions=both)
         sizes = list(enumerate(turn.context for turn in own))[begins[name] :]
         left_out |= {f"{name}, answer {at}": f"{n} tokens" for at, n in sizes if n > room}
@@ -146,7 +135,7 @@ def recorded_arms(names: Sequence[str], subject: Subject, talks: Iterable[Talk])
     arms = []
     for name in chosen:
         kind, *means = name.split("+")
-        if {PREDICTION, USELESS}.intersection(means) and not predicted:
+        if set(PREDICTED).intersection(means) and not predicted:
             raise ConfigError(f"--arms {name}: no record has a prediction")
         arm = build_arms([kind], subject)[-1]
         forcing = FORCING[arm.router is not None]

@@ -22,6 +22,11 @@ from whiflash_sglang.telemetry.statistics import Floats, Interval, Percentiles, 
 OVERALL, LOOPS = "overall", "loops"
 
 
+def name_of(base: str) -> str:
+    """Return the name that users know of the arm that others are compared with."""
+    return "plain decoding" if base == NONE else base
+
+
 def names_of(cells: Sequence[Cell], groups: Mapping[str, str]) -> list[str]:
     """Return the names of figures: the categories that occur, sorted, then `overall`, then `loops` if any."""
     occurring = {groups[answer.prompt] for cell in cells for answer in cell.answers}

@@ -22,7 +22,7 @@ from whiflash_lab.bench.fleet import Fleet, environment
 from whiflash_lab.bench.load import ROUNDS, TOKEN_IDS, Asker, RefusedError, RequestError, flush
 from whiflash_lab.bench.prompts import Prompt, digest_of
 from whiflash_lab.bench.reference import BestLogit, Difference, Reference, ask_reference, differences
-from whiflash_lab.bench.report import LOOPS, BenchReport, build_report, whole
+from whiflash_lab.bench.report import LOOPS, BenchReport, build_report, name_of, whole
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.files import provenance
 
@@ -110,7 +110,7 @@ class Runner:
 
     def __init__(self, plan: Plan, fleet: Fleet, progress: Progress) -> None:
         self._plan, self._fleet, self._progress = plan, fleet, progress
-        self._arms = {arm.name: arm for arm in plan.arms}
+        self._arms, self._base = {arm.name: arm for arm in plan.arms}, name_of(plan.base)
         self._references: dict[str, Reference] = {}
         self._routers: dict[str, str] = {}
         self._servers: dict[str, dict[str, Any]] = {}
@@ -139,11 +139,6 @@ class Runner:
         self._progress.remove_task(judging)
         record |= {**self._provenance(), "compared": not any(sampled), "unjudged": lost}
         return build_report(self.cells, self._groups(), compared, record, self.unavailable, plan.over, plan.base)
-
-    @property
-    def _base(self) -> str:
-        """Return the name that a user knows of the arm that others are compared with."""
-        return "plain decoding" if self._plan.base == NONE else self._plan.base
 
     @property
     def _subject(self) -> Subject:
@@ -328,17 +323,12 @@ class Runner:
         before = _state(arm, client)
         prompts = [self._prompt(key, is_warm_up=step.repetition < 0) for key in step.prompts]
         began = time.perf_counter()
-        answers = await asker.run(step.load, prompts)
+        answers = tuple(await asker.run(step.load, prompts))
         seconds = time.perf_counter() - began
         after = _state(arm, client)
-        counters = {key: after[key] - before[key] for key in after} if after else None
+        gained = {key: after[key] - before[key] for key in after} if after else None
         return Cell(
-            load=step.load,
-            arm=step.arm,
-            repetition=step.repetition,
-            seconds=seconds,
-            answers=tuple(answers),
-            counters=counters,
+            load=step.load, arm=step.arm, repetition=step.repetition, seconds=seconds, answers=answers, counters=gained
         )
 
     def _prepare(self, arm: Arm, client: httpx.Client) -> None:

@@ -6,17 +6,8 @@ from typing import Annotated
 
 import typer
 
+from whiflash_lab.bench import arms as ways
 from whiflash_lab.bench import prompts as sources
-from whiflash_lab.bench.arms import (
-    DEFAULT,
-    KNOWN,
-    NONE,
-    build_arms,
-    check_names,
-    dtype_of,
-    server_words,
-    those_with_drafters,
-)
 from whiflash_lab.cli.replay import replay
 from whiflash_lab.cli.simulate import simulate
 from whiflash_sglang.cli import DECIDE
@@ -28,7 +19,7 @@ RUNNING = "Servers that run already"
 
 def bench(
     arms: Annotated[
-        str | None, typer.Option(help=f"Comma-separated: {', '.join(KNOWN)}. Default: {', '.join(DEFAULT)}.")
+        str | None, typer.Option(help=f"Comma-separated: {', '.join(ways.KNOWN)}. Default: {', '.join(ways.DEFAULT)}.")
     ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="Bodies of chat completions, as JSON lines or a JSON list.")
@@ -95,7 +86,7 @@ def bench(
 
     loads = [Load(value=number) for number in whole_numbers("--concurrency", concurrency or str(agents or 1))]
     names = [name.strip() for name in (arms or "").split(",") if name.strip()]
-    check_names(names, recorded=bool(recorded))
+    ways.check_names(names, recorded=bool(recorded))
     others = {"--prompts": prompts, "--per-category": per_category, "--concurrency": concurrency}
     own = {"--agents": agents, "--longest-wait": longest_wait, "--kv-share": kv_share}
     if recorded:
@@ -103,13 +94,9 @@ def bench(
     else:
         _refuse("{}: for --recorded FILE only, which is missing", own)
     if url:
-        started: dict[str, object] = {
-            "--arms": arms,
-            "--recorded": recorded or None,
-            "--model-path": model_path,
-            "--bundle": bundle,
-        }
-        started |= {"--server-args": server_args or None, "--no-interleave": None if interleave else True}
+        started: dict[str, object] = {"--arms": arms, "--recorded": recorded or None, "--model-path": model_path}
+        started |= {"--bundle": bundle, "--server-args": server_args or None}
+        started |= {"--no-interleave": None if interleave else True}
         _refuse(
             "--url measures servers that run already, with their own models and flags, each prompt in turn; it takes "
             "no {}: remove it",
@@ -117,8 +104,8 @@ def bench(
         )
     measured, headers = arms_of(url or ()), authorization(api_key)
     chosen = [] if recorded else sources.sample(sources.load_prompts(prompts or str(sources.shipped())), per_category)
-    extra = server_words(server_args)
-    dtype_of(extra)
+    extra = ways.server_words(server_args)
+    ways.dtype_of(extra)
     from whiflash_sglang.checkpoints.hub import check_place
 
     for place in filter(None, (model_path, bundle, *(str(file.absolute()) for file in recorded or ()))):
@@ -136,9 +123,11 @@ def bench(
             from whiflash_lab.bench.recorded import read_talks, recorded_arms, with_pool
             from whiflash_lab.bench.subject import build_subject
 
-            served = [name.partition("+")[0] for name in names] or list(DEFAULT)
+            served = [name.partition("+")[0] for name in names] or list(ways.DEFAULT)
             subject = build_subject(model_path, bundle, extra, Path(scratch), served)
-            measured = [] if recorded else build_arms(names or those_with_drafters(DEFAULT, subject), subject)
+            measured = (
+                [] if recorded else ways.build_arms(names or ways.those_with_drafters(ways.DEFAULT, subject), subject)
+            )
         if subject and recorded:
             talks, left_out = read_talks(recorded, subject, max_tokens)
             if kv_share is not None:
@@ -149,7 +138,7 @@ def bench(
             subject=subject,
             arms=tuple(measured),
             prompts=tuple(chosen),
-            base=measured[0].name if url else NONE,
+            base=measured[0].name if url else ways.NONE,
             loads=tuple(loads),
             repetitions=repetitions,
             max_tokens=longest,

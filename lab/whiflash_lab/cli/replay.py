@@ -77,16 +77,11 @@ def replay(
     if not walk.guesses:
         return
     typer.echo()
-    lines = [
-        [
-            f"from {row['least']:.0%}" if row["least"] else "not known",
-            f"{row['rounds']:,}",
-            f"{row['chance']:.2f}",
-            f"{row['right']:.2f}",
-            f"{row['left']:.0f}",
-        ]
-        for row in chances
-    ]
+    lines = []
+    for row in chances:
+        least = f"from {row['least']:.0%}" if row["least"] else "not known"
+        shown = (f"{row[name]:.2f}" for name in ("chance", "right"))
+        lines.append([least, f"{row['rounds']:,}", *shown, f"{row['left']:.0f}"])
     title = f"The rest of a call, guessed whole in each round inside one of {walk.calls:,} calls"
     show_table(["chance", "rounds", "mean chance", "right", "tokens left"], lines, title)
     typer.echo()
