@@ -196,71 +196,51 @@ class Stages:
     """
 
     def __init__(self, parts: Parts) -> None:
-        target, tokens, widest = parts.target, parts.tokens, widest_of(parts.drafters) + 1
+        drafters, sync, quarantine = parts.drafters, parts.sync, parts.quarantine
+        target, tokens, widest = parts.target, parts.tokens, widest_of(drafters) + 1
         stops = StopTable(len(tokens.data), target.device)
         rows = SamplingRows(len(tokens.data), target.random_seed, target.device)
         places = min(max_running_requests(), MOST_PENALISED) * graphs.captures_passes(target.device)
         penalties = PenaltyRows(len(tokens.data), target.shape.vocab_size, places, target.device)
         self.forcing: Forcing | None = None
         if parts.settings.force_recorded:
-            self.forcing = Forcing(*tokens.data.shape, target.shape.vocab_size, target.device)
-        self.epilogue = Epilogue(parts.sync.rings, tokens.data, stops, rows.data, penalties)
+            width = tokens.data.shape[1]
+            self.forcing = Forcing(len(tokens.data), width, target.shape.vocab_size, target.device)
+        self.epilogue = Epilogue(sync.rings, tokens.data, stops, rows.data, penalties)
         self.signals = SignalReader(parts.router, rows.data, scales_rates)
         self.ends = GraphEnds(self.epilogue, self.signals, widest, lambda: parts.controller.policy.needs)
         if self.forcing is None:
             target.end_graphs_with(self.ends)
-        sources = DraftSources(parts.drafters, parts.quarantine, target.shape.vocab_size, parts.spending)
-        self.lifecycle = _lifecycle(parts, stops, rows, penalties, self.forcing)
-        self.planner = Planner(
-            drafters=parts.drafters,
-            sync=parts.sync,
-            controller=parts.controller,
-            clock=parts.clock,
-            quarantine=parts.quarantine,
-            sources=sources,
-            ranks=parts.ranks,
+        sources = DraftSources(drafters, quarantine, target.shape.vocab_size, parts.spending)
+        longest = parts.settings.lookup.prediction_tokens
+        self.lifecycle = Lifecycle(
+            of_text(drafters),
+            sync,
+            parts.controller,
+            tokens,
+            stops,
+            rows,
+            penalties,
+            prediction_reader(target.tokenizer, longest, target.shape.vocab_size),
+            self.forcing,
+            quarantine,
+            parts.tally,
+            parts.publisher,
+            parts.spool,
         )
+        self.planner = Planner(drafters, sync, parts.controller, parts.clock, quarantine, sources, parts.ranks)
         self.drafting = DraftStage(
-            drafters=parts.drafters,
-            sync=parts.sync,
+            drafters=drafters,
+            sync=sync,
             slot_table=target.slot_table,
             text=tokens.data,
             stops=stops.few,
             sampling=rows.data,
             sources=sources,
-            quarantine=parts.quarantine,
+            quarantine=quarantine,
             rows_for=target.rows_for,
             overlaps=parts.overlaps,
         )
         self.verifier = VerifyStage(target, self.epilogue, self.ends, self.forcing, parts.spending)
-        self.learner = Learner(
-            drafters=parts.drafters,
-            controller=parts.controller,
-            clock=parts.clock,
-            tally=parts.tally,
-            quarantine=parts.quarantine,
-            proposers=sources.proposers,
-            ranks=parts.ranks,
-            verifying=parts.sync.verifying,
-        )
-
-
-def _lifecycle(
-    parts: Parts, stops: StopTable, rows: SamplingRows, penalties: PenaltyRows, forcing: Forcing | None
-) -> Lifecycle:
-    longest, vocabulary = parts.settings.lookup.prediction_tokens, parts.target.shape.vocab_size
-    return Lifecycle(
-        of_text(parts.drafters),
-        parts.sync,
-        parts.controller,
-        parts.tokens,
-        stops,
-        rows,
-        penalties,
-        prediction_reader(parts.target.tokenizer, longest, vocabulary),
-        forcing,
-        parts.quarantine,
-        parts.tally,
-        parts.publisher,
-        parts.spool,
-    )
+        learns = drafters, parts.controller, parts.clock, parts.tally, quarantine, sources.proposers, parts.ranks
+        self.learner = Learner(*learns, sync.verifying)
