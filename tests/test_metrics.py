@@ -41,9 +41,8 @@ def test_rounds_on_a_device_are_timed_by_its_events_when_they_have_come() -> Non
         clock.end(RoundTime(number, 1))
     events.now, events.done = 60.0, 30.0
     first, second = clock.begin()
-    assert [(r.rows, r.tokens, r.seconds, r.gap) for r in (first, second)] == [(1, 1, 8.0, 2.0), (2, 2, 8.0, 8.0)], (
-        "a pause of 12 s says nothing of the engine"
-    )
+    found = [(r.rows, r.tokens, r.seconds, r.gap) for r in (first, second)]
+    assert found == [(1, 1, 8.0, 2.0), (2, 2, 8.0, 8.0)], "a pause of 12 s says nothing of the engine"
     events.now = 68.0
     clock.end(RoundTime(4, 1))
     clock.interrupt()
