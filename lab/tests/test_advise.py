@@ -177,12 +177,6 @@ def test_replicas_are_taken_if_they_are_faster() -> None:
     assert (large.spread, far.spread) == ("--tp-size 2", "--dp-size 2"), "one card has no room; nor have both"
 
 
-def test_ours_is_not_named_without_what_speaks_against_it() -> None:
-    few = advise(Question("Qwen3-8B", requests=(8,), tools=1.0, answer=64)).verdict
-    assert few.startswith("Estimate for 8 requests: ")
-    assert "No GPU has served trained weights with WHIFLASH yet." in few
-
-
 def test_every_drafter_of_the_bundle_is_measured_and_what_is_lost_is_the_targets(tmp_path: Path) -> None:
     found = advise(Question("Qwen3-Coder-30B-A3B-Instruct", cards=2, requests=(40,), answer=64, tools=0.3))
     assert "--dflash z-lab/Qwen3-Coder-30B-A3B-DFlash" in str(found.settings)

@@ -6,7 +6,7 @@ from rich.console import Console
 from whiflash_sdk.trace import Trace
 
 from whiflash_lab.bench.reference import Comparison
-from whiflash_lab.demo import QUESTIONS, DemoAnswer, show
+from whiflash_lab.demo import DemoAnswer, show
 from whiflash_sglang.files.equality import Verdict
 
 ARMS = {"ar": {"rounds": 2, "tokens": 5}, "lookup": {"rounds": 1, "tokens": 7}}
@@ -36,10 +36,3 @@ def test_answers_calls_and_figures_are_shown() -> None:
         assert shown in out.getvalue()
     for other in ("\x1b", "16.0", "tokens a second", "1.70"):
         assert other not in out.getvalue()
-
-
-def test_the_tool_is_strict_and_the_answer_ends_with_the_call() -> None:
-    """Without it so small a model copies the schema into the arguments, and invents what the tool said."""
-    question = QUESTIONS["tool call"]
-    assert question["tools"][0]["function"]["strict"] is True
-    assert question["stop"] == ["</tool_call>"]

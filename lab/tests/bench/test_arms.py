@@ -38,6 +38,7 @@ SUBJECT = Subject(
 
 
 def test_every_arm_gets_the_same_target_dtype_and_common_arguments() -> None:
+    """Routers that learn nothing share a server. Published arguments name no directory."""
     shared = ("--model-path", "/models/t", "--dtype", "bfloat16", "--device", "cpu")
     names = those_with_drafters(KNOWN, SUBJECT)
     arms = build_arms(names, SUBJECT)
@@ -50,13 +51,13 @@ def test_every_arm_gets_the_same_target_dtype_and_common_arguments() -> None:
     assert "--speculative-algorithm EAGLE3 " in adaptive
     assert adaptive.endswith("--speculative-draft-model-path /models/b/eagle3 --speculative-adaptive")
     assert {arm: by_name[arm].arguments[-1] for arm in VARIANTS} == {arm: f"/scratch/{arm}" for arm in VARIANTS}
-
-
-def test_routers_that_learn_nothing_share_a_server_and_auto_has_its_own() -> None:
-    servers = {arm.name: arm.server for arm in build_arms(those_with_drafters(KNOWN, SUBJECT), SUBJECT)}
-    shared = {"neural", "entropy", "ar", "diffusion", "lookup", "pinned-none"}
-    assert {name for name, server in servers.items() if server == servers["ar"]} == shared
-    assert len(set(servers.values())) == len(servers) - len(shared) + 1
+    servers = {arm.name: arm.server for arm in arms}
+    alike = {"neural", "entropy", "ar", "diffusion", "lookup", "pinned-none"}
+    assert {name for name, server in servers.items() if server == servers["ar"]} == alike
+    assert len(set(servers.values())) == len(servers) - len(alike) + 1, "auto has its own"
+    shown = " ".join(word for arm in arms for word in SUBJECT.hide_paths(arm.arguments))
+    assert "/models" not in shown
+    assert "/scratch" not in shown
 
 
 def test_ranks_and_replicas_share_the_threads_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,13 +176,6 @@ def test_widths_of_static_drafters() -> None:
 def test_unknown_arms_are_named(name: str) -> None:
     with pytest.raises(ConfigError, match=r"is not one of none, EAGLE3.*DFLASH:BLOCK"):
         build_arms([name], SUBJECT)
-
-
-def test_published_arguments_name_no_directory() -> None:
-    for arm in build_arms(those_with_drafters(KNOWN, SUBJECT), SUBJECT):
-        shown = " ".join(SUBJECT.hide_paths(arm.arguments))
-        assert "/models" not in shown
-        assert "/scratch" not in shown
 
 
 def test_why_a_server_did_not_start() -> None:

@@ -34,11 +34,8 @@ def test_times_and_forwards_of_a_stream() -> None:
     answer = parse_stream("p", lines)
     assert (answer.ttft, answer.seconds, answer.tokens, answer.forwards) == (0.1, 0.5, (5, 6, 7, 8, 9), 2)
     assert answer.tpot == pytest.approx(0.1)
-
-
-def test_plain_decoding_makes_a_forward_a_token() -> None:
-    answer = parse_stream("p", [(0.1, data(END)), (0.2, data(ids(1, 2, 3)))])
-    assert answer.forwards == 2
+    plain = parse_stream("p", [(0.1, data(END)), (0.2, data(ids(1, 2, 3)))])
+    assert plain.forwards == 2, "plain decoding makes a forward a token"
     single = parse_stream("p", [(0.1, data(END)), (0.2, data(ids(1)))])
     assert (single.forwards, single.tpot) == (0, None)
 

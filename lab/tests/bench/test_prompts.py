@@ -37,6 +37,7 @@ def test_spec_bench_and_speed_bench_rows(tmp_path: Path) -> None:
     spec = {"question_id": 81, "category": "writing", "turns": ["Write.", "Rewrite."], "reference": []}
     speed = {"question_id": "q-7", "category": "coding", "sub_category": "x", "turns": ["Code."], "multiturn": False}
     first, second = load_prompts(write(tmp_path / "rows.jsonl", spec, speed))
+    assert load_prompts(write(tmp_path / "list.json", [spec, speed])) == [first, second]
     assert (first.id, first.category, first.follow_ups) == ("81", "writing", ("Rewrite.",))
     assert (second.id, second.messages) == ("q-7", ({"role": "user", "content": "Code."},))
     turn = first.next_turn("Written.")
@@ -45,18 +46,11 @@ def test_spec_bench_and_speed_bench_rows(tmp_path: Path) -> None:
     assert [m["role"] for m in turn.messages] == ["user", "assistant", "user"]
     assert [m["content"] for m in turn.messages] == ["Write.", "Written.", "Rewrite."]
     assert turn.next_turn("RoundResult.") is None
-
-
-def test_three_turns_are_counted() -> None:
-    prompt = prompt_of({"id": "p", "turns": ["a", "b", "c"]}, "here")
-    second = prompt.next_turn("x")
-    assert second is not None
-    third = second.next_turn("y")
-    assert third is not None
-    assert third.id == "p#3"
-    odd = prompt_of({"id": "c#-x", "turns": ["a", "b"]}, "here").next_turn("x")
-    assert odd is not None
-    assert odd.id == "c#-x#2"
+    for name, last in (("p", "p#3"), ("c#-x", "c#-x#3")):
+        third = prompt_of({"id": name, "turns": ["a", "b", "c"]}, "here")
+        for _ in range(2):
+            third = third.next_turn("x") or third
+        assert third.id == last
 
 
 def test_logs_of_pairs_and_of_responses_are_read(tmp_path: Path) -> None:
@@ -81,12 +75,6 @@ def test_logs_of_pairs_and_of_responses_are_read(tmp_path: Path) -> None:
     assert [each["function"]["name"] for each in whole.fields["tools"]] == ["look"]
     assert whole.fields["tool_choice"]["function"] == {"name": "look"}
     assert whole.fields["response_format"]["json_schema"] == {"name": "f", "schema": {}}
-
-
-def test_a_json_list_reads_as_json_lines_do(tmp_path: Path) -> None:
-    row = {"id": "a", "category": "chat", "messages": MESSAGES}
-    (tmp_path / "list.json").write_text(json.dumps([row]))
-    assert load_prompts(str(tmp_path / "list.json")) == load_prompts(write(tmp_path / "lines.jsonl", row))
 
 
 @pytest.mark.parametrize(
@@ -141,11 +129,7 @@ def test_a_body_s_own_fields_are_sent() -> None:
     assert (prompt.sampling, prompt_of({**body, "temperature": 0}, "here").sampling) == (drawn, {})
     asked = [prompt_of({**body, key: value}, "") for key, value in (("temperature", 1), ("tool_choice", {}))]
     assert len({digest_of([prompt]) for prompt in (prompt, *asked)}) == 3
-
-
-def test_seeds_are_of_prompts() -> None:
-    first, again, other = (prompt_of({"id": name, "messages": MESSAGES}, "here") for name in "aab")
-    assert first.seed == again.seed != other.seed
+    assert asked[0].seed == prompt.seed != prompt_of({**body, "id": "b"}, "").seed
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")

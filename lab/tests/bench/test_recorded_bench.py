@@ -103,6 +103,8 @@ def test_conversations_become_tasks(talks: list[Talk], recorded: list[Conversati
     cut, left_out = talks_of(recorded, renderer, max_tokens=5, room=60)
     assert list(left_out) == ["t0, answer 1", "t1, answer 1", "t2, answer 1"]
     assert [[len(task.turn.answer) for task in talk.tasks] for talk in cut] == [[5]] * 3
+    with pytest.raises(ConfigError, match="no record has a prediction"):
+        recorded_arms(["auto+prediction"], subject, [])
     twice, _ = talks_of([recorded[0]] * 2, renderer, max_tokens=5, room=600)
     assert [talk.id for talk in twice] == ["t0", "t0-2"], "each is played and has figures of its own"
 
@@ -118,11 +120,6 @@ def test_a_subagent_s_answers_are_between_its_parent_s(subject: Subject, tmp_pat
             talks_of(agent_and_subagent(tmp_path / "a.jsonl", **fields), **sizes)
     with pytest.raises(ConfigError, match="line 2, after: 0 is no count of answers of 'agent'"):
         agent_and_subagent(tmp_path / "a.jsonl", after=0)
-
-
-def test_predictions_must_have_been_recorded(subject: Subject) -> None:
-    with pytest.raises(ConfigError, match="no record has a prediction"):
-        recorded_arms(["auto+prediction"], subject, [])
 
 
 @pytest.mark.parametrize("file", EDITS)
