@@ -196,14 +196,10 @@ def figures_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     groups = [*result["categories"].items(), ("overall", result["overall"]), (LOOP, result[LOOP])]
     groups = [(name, figures) for name, figures in groups if figures and figures["answers"]]
     names, compared = (list(groups[0][1][key]) for key in ("acceptance_length", "rounds_won"))
-    rows = [
-        [
-            category,
-            *(f"{figures['acceptance_length'][name]:.2f}" for name in names),
-            *(f"{figures['rounds_won'][arm]:.0%}" for arm in compared),
-        ]
-        for category, figures in groups
-    ]
+    rows = []
+    for category, figures in groups:
+        lengths = (f"{figures['acceptance_length'][name]:.2f}" for name in names)
+        rows.append([category, *lengths, *(f"{figures['rounds_won'][arm]:.0%}" for arm in compared)])
     title = f"acceptance length, {result['bundle']}, {result['prompts']} prompts"
     return ["category", *names, *(f"{arm} better" for arm in compared)], rows, title
 

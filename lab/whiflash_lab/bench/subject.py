@@ -23,13 +23,8 @@ def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
     `directory`, and return that.
 
     Unchanged files are links to the bundle's, if the file system allows.
-
-    Raises:
-        ValueError: an arm without a variant.
     """
     fields = load_manifest(bundle).model_dump(mode="json", exclude_none=True)
-    if arm not in (NO_LOOKUP, NO_STRUCTURE, BAD):
-        raise ValueError(f"{arm} serves the bundle as it is")
     if arm in (NO_LOOKUP, BAD):
         fields["lookup"] = {"enabled": False}
     if arm in (NO_STRUCTURE, BAD):
