@@ -30,9 +30,7 @@ Heads = Callable[[Path, Json], dict[str, Any]]
 
 def read_block(path: Path, config: Json, kind: type[C], heads: Heads | None = None, from_anchor: bool = False) -> C:
     """Read a block drafter's configuration as a `kind`. heads: reads further fields. from_anchor: its default value.
-
-    Raises:
-        CheckpointError: naming the field that does not fit.
+    Raises CheckpointError naming the field that does not fit.
     """
     settings = _decoder(path, config) | {key: value for key, value in config.items() if value is not None}
     if settings.get("sliding_window_non_causal") and "sliding_attention" in (settings.get("layer_types") or ()):

@@ -17,17 +17,8 @@ MOST_RANK, MOST_ALPHA = 1024, 65536
 _INITS = (True, "gaussian", "orthogonal", "eva")
 _PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _INITS}
 """Key of PEFT → its accepted values, with which the adapter is a plain product of its two factors."""
-_ELSEWHERE = {
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "lora_dropout",
-    "inference_mode",
-    "task_type",
-    "auto_mapping",
-    "eva_config",
-}
-_ELSEWHERE |= {"base_model_name_or_path", "revision", "peft_version", "megatron_core", "qalora_group_size"}
+_ELSEWHERE = {"lora_alpha", "target_modules", "lora_dropout", "inference_mode", "task_type", "auto_mapping", "revision"}
+_ELSEWHERE |= {"base_model_name_or_path", "r", "peft_version", "megatron_core", "qalora_group_size", "eva_config"}
 """Keys that change no product, and keys that are read here. Any other key that is set may change the product or its
 layers (PEFT adds keys in each release), and SGLang would ignore it or refuse it later.
 """
@@ -39,10 +30,8 @@ def adapter_in(path: Path) -> Path | None:
 
 
 def read_adapter(path: Path) -> dict[str, Any]:
-    """Read and check `adapter_config.json` in an adapter's directory (`adapter_in`).
-
-    Raises:
-        CheckpointError: naming the file and the key that is missing, unknown or does not fit.
+    """Read and check `adapter_config.json` in an adapter's directory (`adapter_in`). Raises CheckpointError naming the
+    key that is missing, unknown or does not fit.
     """
     config = read_json_config(path, CONFIG)
     others = {key: value for key, value in config.items() if value and key not in _ELSEWHERE}

@@ -16,7 +16,6 @@ request.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -215,7 +214,9 @@ def _accounting(original: Any, kvc: Any, *args: Any, **kwargs: Any) -> Any:
         configurator._draft_cell_size += reservation.per_token
         configurator._recompute_cell_size()
         calculate = configurator.calculate_pool_sizes
-        configurator.calculate_pool_sizes = partial(_beside, reservation.fixed, calculate)
+        configurator.calculate_pool_sizes = lambda available_bytes, page_size: calculate(
+            max(available_bytes - reservation.fixed, 0), page_size
+        )
     elif type(configurator) is pool_configurator.DefaultPoolConfigurator:
         configurator._cell_size += reservation.per_token
         configurator._fixed_overhead_bytes += reservation.fixed
@@ -232,7 +233,3 @@ def _accounting(original: Any, kvc: Any, *args: Any, **kwargs: Any) -> Any:
             reservation.whole,
         )
     return configurator
-
-
-def _beside(fixed: int, calculate: Any, available_bytes: int, page_size: int) -> Any:
-    return calculate(max(available_bytes - fixed, 0), page_size)

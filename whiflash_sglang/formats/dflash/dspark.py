@@ -62,10 +62,8 @@ class DSparkConfig(DFlashConfig):
 
 
 def read_dspark(path: Path, config: Mapping[str, Any]) -> DSparkConfig:
-    """Read DeepSpec's or SpecForge's `config.json`, whose `block_size` counts drafts.
-
-    Raises:
-        CheckpointError: naming the field that does not fit.
+    """Read DeepSpec's or SpecForge's `config.json`, whose `block_size` counts drafts. Raises CheckpointError naming the
+    field that does not fit.
     """
     settings = merged(path, config, "dflash_config", "dspark_config")
     from_anchor = bool(settings.get("sample_from_anchor", True))
