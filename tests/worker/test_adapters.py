@@ -160,12 +160,21 @@ def test_draft_kv_comes_back_from_the_host_by_adapter(
         e.check_leaks()
 
 
-def test_no_learner_keeps_text_of_an_adapter(models: Models, adapters: dict[str, Adapter], tmp_path: Path) -> None:
-    """SGLang appends an adapter's id to a request's key, which names a tenant all the same."""
-    options = {"whiflash_learn": str(tmp_path)}
-    one = adapters["one"]
-    with engine(models.target, whiflash=models.whiflash("auto", **options), **serving(one)) as e:
-        spool = e.worker.spool
+def test_what_is_learned_is_an_adapters(models: Models, adapters: dict[str, Adapter], tmp_path: Path) -> None:
+    """Its rounds teach `auto` nothing of others', and no sample is kept of it. SGLang appends an adapter's id to a
+    request's key, which names a tenant all the same."""
+    one, two, _ = adapters.values()
+    flags = models.whiflash("auto", whiflash_learn=str(tmp_path))
+    with engine(models.target, whiflash=flags, **serving(one, two)) as e:
+        for i in range(3):
+            e.submit(f"of one {i}", list(range(20 + i)), lora_id=one.id)
+        e.run()
+        policy, spool = e.worker.controller.policy, e.worker.spool
+        assert policy.estimator.rounds("ar") == policy.estimator.rounds("diffusion") == 0
+        assert list(policy._adapters) == [one.id]
+        assert policy._adapters[one.id].rounds("ar") > 0
+        e.ask("of two", list(range(20)), lora_id=two.id)
+        assert list(policy._adapters) == [one.id, two.id]
         for key in ("a", "b"):
             e.submit(f"{key} adapted", [4, 5, 6], lora_id=one.id, extra_key=key)
             e.submit(f"{key} itself", [4, 5, 6], extra_key=key)
@@ -173,22 +182,7 @@ def test_no_learner_keeps_text_of_an_adapter(models: Models, adapters: dict[str,
         assert {request.tenant for request in e.states.values()} == {tenant_of(key, None) for key in "ab"}
         e.run()
         spool.flush()
-        assert (spool.counts["declined"], spool.counts["written"]) == (2, 2)
-
-
-def test_means_are_an_adapters(models: Models, adapters: dict[str, Adapter]) -> None:
-    """Rounds of an adapter's requests teach `auto` nothing of others'."""
-    one, two, _ = adapters.values()
-    with engine(models.target, whiflash=models.whiflash("auto"), **serving(one, two)) as e:
-        for i in range(3):
-            e.submit(f"of one {i}", list(range(20 + i)), lora_id=one.id)
-        e.run()
-        policy = e.worker.controller.policy
-        assert policy.estimator.rounds("ar") == policy.estimator.rounds("diffusion") == 0
-        assert list(policy._adapters) == [one.id]
-        assert policy._adapters[one.id].rounds("ar") > 0
-        e.ask("of two", list(range(20)), lora_id=two.id)
-        assert list(policy._adapters) == [one.id, two.id]
+        assert (spool.counts["declined"], spool.counts["written"]) == (6, 2)
 
 
 def test_drafters_read_the_target_without_adapters(models: Models, adapters: dict[str, Adapter]) -> None:
