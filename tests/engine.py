@@ -20,25 +20,10 @@ import torch
 import zmq
 
 REQUEST_FIELDS = (
-    "bootstrap_host",
-    "bootstrap_port",
-    "bootstrap_room",
-    "cache_salt",
-    "custom_logit_processor",
-    "extra_key",
-    "images",
-    "logprob_start_len",
-    "lora_id",
-    "priority",
-    "require_reasoning",
-    "return_hidden_states",
-    "return_logprob",
-    "return_routed_experts",
-    "session",
-    "session_id",
-    "token_ids_logprob",
-    "token_indices_to_pool",
-    "top_logprobs_num",
+    *("bootstrap_host", "bootstrap_port", "bootstrap_room", "cache_salt", "custom_logit_processor", "extra_key"),
+    *("images", "logprob_start_len", "lora_id", "priority", "require_reasoning", "return_hidden_states"),
+    *("return_logprob", "return_routed_experts", "session", "session_id", "token_ids_logprob"),
+    *("token_indices_to_pool", "top_logprobs_num"),
 )
 """Arguments of `Engine.submit` beside sampling parameters."""
 

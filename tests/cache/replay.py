@@ -188,18 +188,8 @@ class Replay:
         rows, starts, bonus, caps, tail, calibration = self.sync.rings.inputs(
             None, rows, starts, bonus, caps, calibration, wanted=arm.features, tail=reads, into=place
         )
-        return DraftBatch(
-            rows,
-            starts,
-            bonus,
-            tail,
-            self.table,
-            int(starts.max()),
-            caps,
-            limits=limits,
-            row_ids=rows.tolist(),
-            calibration=calibration,
-        )
+        longest, ids = int(starts.max()), rows.tolist()
+        return DraftBatch(rows, starts, bonus, tail, self.table, longest, caps, limits, ids, calibration)
 
     def finish(self, row: int) -> None:
         """The request ends: its backlog is flushed, since its slots may enter the tree; another one begins."""

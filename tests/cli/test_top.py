@@ -33,18 +33,8 @@ def state(times: int = 1) -> dict[str, Any]:
     """A server's after so many times the same."""
     arm = {"rounds": 10, "tokens": 40, "proposed": 60, "accepted": 30, "joined": 0, "joined_accepted": 0}
     plain = {"rounds": 10, "tokens": 10, "proposed": 0, "accepted": 0, "joined": 0, "joined_accepted": 0}
-    counted = {
-        "rounds": 15,
-        "rows": 80,
-        "tokens": 50,
-        "switches": 4,
-        "round_seconds": 0.5,
-        "timed_seconds": 0.4,
-        "timed_tokens": 50,
-        "priced_seconds": 0.4,
-        "priced_tokens": 50,
-        "plain_seconds": 0.6,
-    }
+    counted = {"rounds": 15, "rows": 80, "tokens": 50, "switches": 4, "round_seconds": 0.5, "timed_seconds": 0.4}
+    counted |= {"timed_tokens": 50, "priced_seconds": 0.4, "priced_tokens": 50, "plain_seconds": 0.6}
     return {
         "policy": "auto",
         "arms": ["ar", "none"],

@@ -164,17 +164,8 @@ def captured(case: Verification, backend: Any) -> Any:
     nothing = torch.zeros(0, dtype=torch.int64)
     backend.init_forward_metadata_out_graph(view(graphs.get_spec_info(bucket), nothing, nothing), in_capture=True)
     metadata = backend.forward_metadata
-    for name in (
-        "cache_seqlens_int32",
-        "cu_seqlens_q",
-        "cu_seqlens_k",
-        "page_table",
-        "qo_indptr",
-        "kv_indptr",
-        "window_kv_indptr",
-        "window_kv_indices",
-        "window_kv_offsets",
-    ):
+    planned = "cache_seqlens_int32 cu_seqlens_q cu_seqlens_k page_table qo_indptr kv_indptr"
+    for name in f"{planned} window_kv_indptr window_kv_indices window_kv_offsets".split():
         if getattr(metadata, name, None) is not None:
             getattr(metadata, name)[1:].fill_(-1)
     replay = view(case.batch.spec_info, case.rows, case.batch.seq_lens)

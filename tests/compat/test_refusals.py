@@ -35,16 +35,8 @@ WINDOWS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_
 SECTIONS = {"rope_scaling": {"rope_type": "default", "type": "mrope", "mrope_section": [2, 3, 3]}}
 PACKED = {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["re:.*lm_head"]}}}
 MULTIMODAL = {"vision_config": {}, "text_config": {}}
-SPARSE = {
-    "index_topk": 16,
-    "index_head_dim": 16,
-    "index_n_heads": 2,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-}
+RANKS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+SPARSE = {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 2, **dict.fromkeys(RANKS, 16)}
 TARGETS: dict[str, dict[str, Any]] = {
     "recurrent": {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"},
     "compressed": {

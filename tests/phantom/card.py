@@ -33,19 +33,10 @@ INDEXED = ("index", "_unsafe_index", "index_put_", "index_put", "_index_put_impl
 
 COPIES = ("copy_", "_to_copy", "_foreign_copy_", "copy")
 
-OF_VALUES = frozenset(
-    {
-        "_local_scalar_dense",
-        "_unique2",
-        "bincount",
-        "equal",
-        "masked_select",
-        "multinomial",
-        "nonzero",
-        "unique_consecutive",
-        "unique_dim",
-    }
-)
+OF_VALUES = {
+    *("_local_scalar_dense", "_unique2", "bincount", "equal", "masked_select", "multinomial", "nonzero"),
+    *("unique_consecutive", "unique_dim"),
+}
 """Operators for whose results, or whose results' shapes, the host waits."""
 
 NO_LAUNCH = ("empty", "new_empty", "set_", "_local_scalar_dense", "draft_attention")
