@@ -147,11 +147,8 @@ def test_no_code_of_the_target_is_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_variable_that_no_rule_can_read_is_named() -> None:
+def test_variables_are_read_or_named() -> None:
     assert "--attention-backend, whose value is a variable" in judge({"attention-backend": ""}).unread
-
-
-def test_variables_of_the_environment() -> None:
     assert list(judge({}, {"SGLANG_RUST_SERVER": "1"}).obstacles) == ["rust_server"]
 
 

@@ -68,13 +68,10 @@ def started(names: Sequence[str], broken: Sequence[str], url: str) -> tuple[dict
     return runner.unavailable, said.getvalue()
 
 
-def test_it_is_named_while_the_others_still_start(url: str) -> None:
+def test_it_is_named_while_the_others_still_start_and_plain_decoding_must(url: str) -> None:
     lost, said = started(["none", "auto", "EAGLE3"], ["auto"], url)
     assert lost == {"auto": "the server did not start: ValueError: no such drafter"}
     assert "auto: the server did not start: ValueError: no such drafter\n" in said
-
-
-def test_nothing_is_measured_without_plain_decoding(url: str) -> None:
     with pytest.raises(WhiflashError, match="plain decoding: the server did not start"):
         started(["none", "auto"], ["none"], url)
 

@@ -154,6 +154,8 @@ def test_names_and_categories(write: Write) -> None:
     assert (found["tau-bench"].task, found["log"].task) == ("tau-bench task 3", "")
     categories = {"support", "log", "tau2 airline", "SWE-agent", "tau-bench"}
     assert {one.category for one in found.values()} == categories
+    (bare,) = read_recorded(write(json.dumps(MESSAGES)))
+    assert said(bare) == SAID
 
 
 def test_calls_of_a_session_become_conversations(write: Write) -> None:
@@ -189,11 +191,6 @@ def test_times_of_tools(write: Write) -> None:
         ({**FORMATS["swe-agent"], "trajectory": ran[:1]}, (0.0, 0.0)),
     ):
         assert read_recorded(write(json.dumps(record)))[0].waits == waits
-
-
-def test_a_bare_list_of_messages_is_a_conversation(write: Write) -> None:
-    (recorded,) = read_recorded(write(json.dumps(MESSAGES)))
-    assert said(recorded) == SAID
 
 
 BAD: list[tuple[str, Any, str]] = [
