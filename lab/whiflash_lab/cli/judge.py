@@ -10,16 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from whiflash_sglang.cli.options import (
-    MOST,
-    AdminKeyOption,
-    Dtype,
-    JsonFlag,
-    OutOption,
-    authorization,
-    make_place,
-    show_table,
-)
+from whiflash_sglang.cli import options
 from whiflash_sglang.files.jsonl import write_output
 from whiflash_train.cli.train import readable_errors
 
@@ -29,16 +20,16 @@ def evaluate_command(
     prompts: Annotated[Path, typer.Option(help="JSONL of {id, category, messages, tools?, response_format?}.")],
     served: Annotated[str | None, typer.Option(help="Server of this bundle: compare acceptance.")] = None,
     arm: Annotated[Literal["ar", "diffusion"], typer.Option(help="Drafter compared under --served.")] = "ar",
-    as_json: JsonFlag = False,
-    out: OutOption = None,
+    as_json: options.JsonFlag = False,
+    out: options.OutOption = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Most prompts, balanced over the categories.")
+        int | None, typer.Option(min=1, max=options.MOST, help="Most prompts, balanced over the categories.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=3, max=MOST, help="Answer tokens per prompt.")] = 160,
+    max_new_tokens: Annotated[int, typer.Option(min=3, max=options.MOST, help="Answer tokens per prompt.")] = 160,
     work: Annotated[Path | None, typer.Option(help="Keep answers in this directory.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Number format of target and drafters.")] = "bfloat16",
+    dtype: Annotated[options.Dtype, typer.Option(help="Number format of target and drafters.")] = "bfloat16",
     threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0 is torch's choice.")] = 0,
-    api_key: AdminKeyOption = None,
+    api_key: options.AdminKeyOption = None,
 ) -> None:
     """Measure acceptance lengths of a bundle's drafters on held-out prompts, without a server.
 
@@ -53,7 +44,7 @@ def evaluate_command(
     from whiflash_sglang.checkpoints.hub import check_place
     from whiflash_sglang.checkpoints.manifest import load_manifest
 
-    make_place("--out", out)
+    options.make_place("--out", out)
     with readable_errors():
         load_manifest(bundle)
         check_place(str(prompts.absolute()))
@@ -75,7 +66,7 @@ def evaluate_command(
         if served is None:
             result, table = evaluation.evaluate_bundle(bundle, prompts, settings), evaluation.figures_table
         else:
-            with httpx.Client(headers=authorization(api_key), timeout=3600.0) as client:
+            with httpx.Client(headers=options.authorization(api_key), timeout=3600.0) as client:
                 asks = partial(ask, client, served)
                 result = evaluation.compare_served(bundle, prompts, asks, arm, settings)
             table = evaluation.positions_table
@@ -84,7 +75,7 @@ def evaluate_command(
     if as_json:
         typer.echo(json.dumps(result))
     else:
-        show_table(*table(result))
+        options.show_table(*table(result))
         if sentence := result.get("sentence"):
             typer.echo(sentence)
     if result.get("cause"):
