@@ -14,6 +14,7 @@ import torch
 from interpreted_attention import CONFIGURED, CONTEXT, FULL_ATTENTION, REQUESTS, WIDTHS, Verification, graphs_of
 from sglang.srt.layers.attention import flashinfer_mla_backend, trtllm_mla_backend
 from sglang.srt.layers.attention.trtllm_mla_backend import TRTLLMMLABackend
+from whiflash_kernels import fill_slots
 
 from whiflash_sglang.device.capture import graded
 from whiflash_sglang.engine.forward import recurrent
@@ -131,7 +132,9 @@ def replayed(case: Verification, attention: str = "trtllm_mla") -> tuple[torch.T
     backend.init_forward_metadata_out_graph(captured, in_capture=True)
     captured.req_pool_indices[: len(case.widths)] = case.rows
     captured.seq_lens[: len(case.widths)] = case.batch.seq_lens
-    graphs._stage_ragged_verify_layout(case.batch.spec_info.ragged_verify_layout, bucket)
+    slots_of = captured.spec_info.ragged_verify_layout.slots
+    fill_slots(case.lens, case.batch.seq_lens, case.rows, slots_of, rows=bucket, empty=1)
+    captured.kv_loc_plan = case.translator.own_plan(captured)
     backend.init_forward_metadata_out_graph(captured)
     return forward(backend, captured, queries), expected(case, queries, keys)
 
