@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,25 +13,12 @@ from whiflash_sglang.drafts import arms
 from whiflash_sglang.formats.choice import Choice
 from whiflash_sglang.formats.dflash.dflash_config import LayerSpan
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
-from whiflash_sglang.formats.layers import Attend, AttentionShape
+from whiflash_sglang.formats.layers import AttentionShape
 from whiflash_sglang.formats.mtp import MTPDrafter
 from whiflash_sglang.records.core import DraftBatch
 
 SHORTER = (2, 3)
 """Numbers of drafts to which a chain may be limited, beside the longest."""
-
-
-class ChainModel(Protocol):
-    """A model that drafts token after token; shapes as in `Eagle3Drafter`."""
-
-    @property
-    def draft_vocab_size(self) -> int: ...
-
-    def fuse(self, features: Tensor) -> Tensor: ...
-
-    def __call__(self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]: ...
-
-    def choose(self, logits_hidden: Tensor) -> Choice: ...
 
 
 class ChainArm(PagedArm):
@@ -53,7 +39,7 @@ class ChainArm(PagedArm):
 
     def __init__(
         self,
-        model: ChainModel,
+        model: Eagle3Drafter | MTPDrafter,
         depth: int,
         shape: AttentionShape,
         weight: Tensor,

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.records.signals import Signals
-from whiflash_sglang.routing.policies import Blind, Scores, order_pair
+from whiflash_sglang.routing.policies import Policy, Scores, order_pair
 
 
 @dataclass(frozen=True, slots=True)
-class NeuralPolicy(Blind):
+class NeuralPolicy(Policy):
     """Chooses EAGLE-3 if the predicted ΔAL = AL(EAGLE-3) - AL(DFlash) exceeds a threshold, else DFlash (arXiv
     2606.07710).
 

@@ -8,7 +8,6 @@ import random
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from whiflash_sdk.hints import Span
 
@@ -131,73 +130,40 @@ PREFERRED, SECOND = 2.0, 1.0
 """Scores of policies that order arms without predicting lengths."""
 
 
-class Policy(Protocol):
-    """Scores the arms of one request. `needs` names the signals that it reads; no others are computed."""
+class Policy:
+    """Scores the arms of one request. The defaults are those of policies that only order arms and learn nothing.
 
-    @property
-    def name(self) -> str: ...
+    needs: the signals that it reads; no others are computed. candidates: the arms that it may choose, and that are
+    asked for candidates and forecasts; None: all. prices_batches: whether its scores are expected tokens, so that
+    routes may be priced against measured latencies. joins_arms: whether candidates compete with a pass for
+    verification, and other arms extend a pass's drafts.
+    """
 
-    @property
-    def needs(self) -> frozenset[str]: ...
-
-    @property
-    def candidates(self) -> frozenset[str] | None:
-        """The arms that it may choose; others are not asked for candidates or forecasts. None: all arms."""
-        ...
-
-    @property
-    def prices_batches(self) -> bool:
-        """Whether its scores are expected tokens, so that routes may be priced against measured latencies."""
-        ...
-
-    @property
-    def joins_arms(self) -> bool:
-        """Whether candidates compete with a pass for verification, and other arms extend a pass's drafts."""
-        ...
+    name: str
+    needs: frozenset[str] = frozenset()
+    candidates: frozenset[str] | None = frozenset(arms.PAIR)
+    prices_batches = False
+    joins_arms = False
 
     def score(self, signals: Signals) -> Scores:
         """Return the score of each allowed arm. `none` always has one, so that a route always exists."""
-        ...
+        raise NotImplementedError
 
     def probe(self, teachers: Sequence[Signals | None], loss: Loss) -> Mapping[int, str]:
         """Begin a round of the batch and return its probes: request index → arm that it tries regardless of scores.
 
         teachers: each request's signals, None if its caller ordered the route. loss: see `Loss`.
         """
-        ...
-
-    def observe(self, arm: str, decision: Decision, length: float) -> None:
-        """Learn that a round of `arm`, by a `decision` that is `free`, committed `length` tokens."""
-        ...
-
-    def judge(self, arm: str, drafts: int, right: int) -> None:
-        """Learn that the first `right` of `drafts` drafts of a pass were accepted and the next one was not."""
-        ...
-
-    def accepted(self, arm: str, drafts: float, after: int = 0) -> float:
-        """Return the mean number of accepted drafts in places [after, drafts) of a pass, if all drafts before were."""
-        ...
-
-
-class Blind:
-    """Base class of policies that only order arms and learn nothing while serving."""
-
-    candidates: frozenset[str] | None = frozenset(arms.PAIR)
-    prices_batches = False
-    joins_arms = False
-
-    def probe(self, teachers: Sequence[Signals | None], loss: Loss) -> Mapping[int, str]:
-        """Return no probes: these policies learn nothing."""
         return {}
 
     def observe(self, arm: str, decision: Decision, length: float) -> None:
-        """Ignore the round: these policies learn nothing."""
+        """Learn that a round of `arm`, by a `decision` that is `free`, committed `length` tokens."""
 
     def judge(self, arm: str, drafts: int, right: int) -> None:
-        """Ignore the drafts: these policies learn nothing."""
+        """Learn that the first `right` of `drafts` drafts of a pass were accepted and the next one was not."""
 
     def accepted(self, arm: str, drafts: float, after: int = 0) -> float:
-        """Return the number of drafts, as if all were accepted: these policies limit no pass."""
+        """Return the mean number of accepted drafts in places [after, drafts) of a pass, if all drafts before were."""
         return drafts - after
 
 
@@ -218,7 +184,7 @@ def in_order(order: Sequence[str], signals: Signals) -> Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class Pinned(Blind):
+class Pinned(Policy):
     """Always chooses one arm, or plain decoding if that arm may not draft for the request."""
 
     name: str
@@ -235,7 +201,7 @@ class Pinned(Blind):
 
 
 @dataclass(frozen=True, slots=True)
-class EntropyPolicy(Blind):
+class EntropyPolicy(Policy):
     """Chooses EAGLE-3 if the target's entropy exceeds τ, else DFlash (arXiv 2606.07710, entropy router).
 
     tau: nats. min_dwell: rounds that an arm is used before the next switch: switching every block was measured as a
@@ -252,7 +218,7 @@ class EntropyPolicy(Blind):
         return order_pair(signals, ar_first=signals.entropy > self.tau, min_dwell=self.min_dwell)
 
 
-class AutoPolicy:
+class AutoPolicy(Policy):
     """Scores every arm by its expected acceptance length: its own forecast, or running means, separate by adapter.
 
     It needs no calibration: means have a weak prior, are shared per context, and combine with the request's own recent
@@ -272,7 +238,7 @@ class AutoPolicy:
         """Set the priors of the means. heads, passes: see the class. measured: see `AcceptanceByPlace`."""
         self.needs = frozenset({"delta"} if heads else {"entropy"} if passes else ())
         places = AcceptanceByPlace(measured or {})
-        self.judge, self.accepted = places.observe, places.accepted
+        self.judge, self.accepted = places.observe, places.accepted  # type: ignore[method-assign]
         lengths = {arm: 1 + places.accepted(arm, len(chances)) for arm, chances in (measured or {}).items()}
         self.estimator = AcceptanceEstimator(measured=lengths)
         self._probes = Probes(self._known)
@@ -358,7 +324,7 @@ def _preference(arm: str, measured: Mapping[str, Mean] | None) -> float:
     return PREFERENCE / (1.0 + (mean.weight if mean else 0.0))
 
 
-class RandomPolicy(Blind):
+class RandomPolicy(Policy):
     """Chooses an arm at random every round, to test that switching never changes a text."""
 
     candidates = None

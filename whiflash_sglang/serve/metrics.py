@@ -19,26 +19,15 @@ from whiflash_sglang.prices.costs import Costs
 from whiflash_sglang.settings.config import RouterName, Settings
 
 if TYPE_CHECKING:
-    import torch
-
     from whiflash_sglang.arms.base import Drafter, KVDrafter, TextDrafter
     from whiflash_sglang.cache.tokens import TokenTable
+    from whiflash_sglang.engine.forward.target import Target
     from whiflash_sglang.prices.round_clock import RoundClock
     from whiflash_sglang.round.catch_up import DraftSync
     from whiflash_sglang.round.quarantine import Quarantine
     from whiflash_sglang.routing.controller import Controller
     from whiflash_sglang.telemetry.samples import Spool
     from whiflash_sglang.telemetry.tally import ArmCounts, Tally
-
-
-class Cached(Protocol):
-    """A target's KV cache: its slots, and the slot table [request rows, ctx] int32."""
-
-    @property
-    def kv_slots(self) -> int: ...
-
-    @property
-    def slot_table(self) -> "torch.Tensor": ...
 
 
 class Observed(Protocol):
@@ -53,7 +42,7 @@ class Observed(Protocol):
     drafters: Mapping[str, "Drafter"]
     kv_arms: Mapping[str, "KVDrafter"]
     text_arms: Mapping[str, "TextDrafter"]
-    target: Cached
+    target: "Target"
     tokens: "TokenTable"
     spool: "Spool | None"
 
