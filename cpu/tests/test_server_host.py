@@ -5,8 +5,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from chat_app import answering
 from patience import wait_until
-from server_host import ServerHost, answers, stand_in
+from server_host import ServerHost, answers
 
 from whiflash_lab import servers
 from whiflash_sglang.files.cpu import CHILD_ENVIRONMENT
@@ -24,7 +25,7 @@ def test_a_server_that_dies_is_reported_with_its_log(host: ServerHost, tmp_path:
 def test_another_server_on_the_port_is_not_ours(
     host: ServerHost, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with stand_in() as url:
+    with answering(lambda *_: (200, b"{}")) as url:
         monkeypatch.setattr(servers, "free_port", lambda: int(url.rpartition(":")[2]))
         assert answers(f"{url}/health")
         with pytest.raises(servers.ServerError, match="stopped"):
