@@ -49,8 +49,7 @@ def test_openmp_is_told_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch
 
 def test_a_host_that_cannot_import_says_why(tmp_path: Path) -> None:
     (tmp_path / "sglang.py").write_text("raise ImportError('no such engine')")
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    with servers.ServerHost({"PYTHONPATH": path}) as running:
+    with servers.ServerHost({"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}) as running:
         with pytest.raises(servers.ServerHostError, match="no such engine"):
             running.wait()
         with pytest.raises(servers.ServerHostError, match="no such engine"):
