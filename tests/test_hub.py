@@ -1,4 +1,4 @@
-"""Hub ids of ModelScope, and a hub that has nothing. `test_cli.py` asks for those of Hugging Face."""
+"""Hub ids of ModelScope, and a hub that has nothing. `test_cli.py` asks for Hugging Face's."""
 
 import sys
 from pathlib import Path

@@ -22,7 +22,8 @@ from whiflash_sdk import Arm, Hints, Span, TraceError, routing
 from whiflash_sglang.checkpoints.fit import TargetShape
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.drafts.rounds import RoundTally, acceptance_length, agreed, loop_start
+from whiflash_sglang.drafts.candidates import common_prefix
+from whiflash_sglang.drafts.rounds import RoundTally, acceptance_length, loop_start
 from whiflash_sglang.errors import ServerRefusedError
 from whiflash_sglang.files.hosts import Answer, ServedArms, TokenIds, Tokenized
 from whiflash_sglang.files.progress import tracked
@@ -242,7 +243,7 @@ def prompt_cause(own: list[int], served: list[int], tokenizer: PreTrainedTokeniz
     body = {"prompt": text, "add_special_tokens": False}
     if asks("/tokenize", Tokenized, body)["tokens"] != tokenizer.encode(text, add_special_tokens=False):
         return "tokenizer", f"The server's tokenizer is another: it splits {text[-60:]!r} otherwise."
-    place = agreed(map(ord, text), map(ord, theirs))
+    place = common_prefix(text, theirs)
     text, theirs = text[place:], theirs[place:]
     if not (text and theirs) and re.search("think|channel", text + theirs):
         who = "server" if theirs else "bundle"

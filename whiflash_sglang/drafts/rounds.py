@@ -2,9 +2,7 @@
 
 Small greedy models fall into repeated n-grams, which raise acceptance and so flatter a drafter."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import takewhile
-from operator import eq
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -24,11 +22,6 @@ class RoundTally(NamedTuple):
 def acceptance_length(tallies: Sequence[RoundTally]) -> float:
     """Return the tokens per round of all these answers together."""
     return sum(one.tokens for one in tallies) / sum(one.rounds for one in tallies)
-
-
-def agreed(drafts: Iterable[object], text: Iterable[object]) -> int:
-    """Count the accepted drafts: the length of the common prefix of `drafts` and `text`."""
-    return sum(takewhile(bool, map(eq, drafts, text)))
 
 
 def rounds(accepted: Sequence[int]) -> Iterator[int]:

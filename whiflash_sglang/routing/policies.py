@@ -131,7 +131,7 @@ PREFERRED, SECOND = 2.0, 1.0
 
 
 class Policy:
-    """Scores the arms of one request. The defaults are those of policies that only order arms and learn nothing.
+    """Scores the arms of one request. By default it only orders arms and learns nothing.
 
     needs: the signals that it reads; no others are computed. candidates: the arms that it may choose, and that are
     asked for candidates and forecasts; None: all. prices_batches: whether its scores are expected tokens, so that

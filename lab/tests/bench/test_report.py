@@ -111,7 +111,7 @@ def test_rounds_add_up_and_switching_has_its_share(report: BenchReport) -> None:
 
 
 def test_mismatches_and_ties_belong_to_their_arm_and_load(report: BenchReport) -> None:
-    """The page counts those of answers that end in a loop, too."""
+    """The page counts the answers that end in a loop, too."""
     assert (report.arms["auto"]["chat"].ties, report.arms["auto"]["overall"].mismatches) == (1, 0)
     assert report.arms["DFLASH"]["tool_call"].mismatches == 1
     assert report.loads[1].arms["auto"]["overall"].mismatches == 1

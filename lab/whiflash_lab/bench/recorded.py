@@ -29,7 +29,7 @@ from whiflash_lab.bench.prompts import Prompt
 from whiflash_lab.bench.reference import Difference, Reference
 from whiflash_lab.bench.runner import METRICS, Runner
 from whiflash_lab.conversations import Conversation, RecordedTurn, Renderer, read_recorded, renderer_of
-from whiflash_sglang.drafts.rounds import agreed
+from whiflash_sglang.drafts.candidates import common_prefix
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.jsonl import read_json
 from whiflash_sglang.formats.checkpoint import integer
@@ -89,7 +89,7 @@ def talks_of(
         computed: Sequence[int] = ()
         for number, turn in enumerate(turns[agent], start=1):
             if number > begins[agent] and turn.context <= room:
-                yield Task(turn, agent, agreed(turn.prompt, computed))
+                yield Task(turn, agent, common_prefix(turn.prompt, computed))
             if number <= begins[agent] or turn.context <= room:  # else no server computes it
                 computed = [*turn.prompt, *turn.answer[:-1]]
             for subagent in subagents[agent, number]:

@@ -13,7 +13,8 @@ from whiflash_lab.bench.arms import NONE
 from whiflash_lab.bench.cells import Cell
 from whiflash_lab.bench.load import TOKEN_IDS, RefusedError, RequestError, chat_body, text_of
 from whiflash_lab.bench.prompts import Prompt
-from whiflash_sglang.drafts.rounds import agreed, loop_start
+from whiflash_sglang.drafts.candidates import common_prefix
+from whiflash_sglang.drafts.rounds import loop_start
 from whiflash_sglang.files.equality import TopTwo, Verdict, is_tie
 
 logger = logging.getLogger("whiflash_sglang")
@@ -40,7 +41,7 @@ def compare(
     """
     if list(plain) == list(other):
         return Comparison(Verdict.IDENTICAL)
-    position = agreed(plain, other)
+    position = common_prefix(plain, other)
     if top_two_at is None or position >= len(plain) or position >= len(other):
         return Comparison(Verdict.DIFFERENT, position)
     top_two = top_two_at(position)

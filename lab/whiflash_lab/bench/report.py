@@ -107,7 +107,7 @@ class Figures(BaseModel, frozen=True, extra="forbid"):
 
 
 class Ratios(BaseModel, frozen=True, extra="forbid"):
-    """An arm's rates over those of other arms, by category.
+    """An arm's rates over other arms' rates, by category.
 
     none: over `BenchReport.base`. over: over `BenchReport.over`. static: over the fastest arm of one drafter in that
     category (`static_arm`): upstream's EAGLE3 and DFLASH, or WHIFLASH pinned to one.

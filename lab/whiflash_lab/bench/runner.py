@@ -133,7 +133,7 @@ class Runner:
         else:
             self._in_turn()
         self.cells = whole(self.cells)
-        judging = self._progress.add_task(f"comparing answers with those of {self._base}", total=None)
+        judging = self._progress.add_task(f"comparing answers with {self._base}'s", total=None)
         sampled = [reference.prompt.sampling for reference in self._references.values()]
         compared, lost = (None, "") if all(sampled) else self._compare()
         self._progress.remove_task(judging)

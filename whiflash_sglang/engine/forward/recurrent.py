@@ -31,8 +31,10 @@ from whiflash_sglang.engine import patching
 from whiflash_sglang.engine.forward.recurrences import Rows, packed_verification
 from whiflash_sglang.engine.patching import around
 
-KNOWN: tuple[type, ...] = (Lfm2Config, Lfm2MoeConfig, Lfm2VlConfig, Qwen3NextConfig, Qwen3_5TextConfig)
-KNOWN += (Qwen3_5MoeTextConfig, KimiLinearConfig, NemotronHConfig)
+KNOWN = (
+    *(Lfm2Config, Lfm2MoeConfig, Lfm2VlConfig, Qwen3NextConfig, Qwen3_5TextConfig),
+    *(Qwen3_5MoeTextConfig, KimiLinearConfig, NemotronHConfig),
+)
 """Configurations whose layers are known. Their subclasses are not, which may have further states (Qwen4-Exp)."""
 
 
