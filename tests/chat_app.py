@@ -16,14 +16,15 @@ Reply = Callable[["ChatApp", str], list[str] | None]
 
 @dataclass
 class ChatApp:
-    """A running server. models: lists them; None: it answers with a page. key: it wants. refused: message that is too
-    long for it. asked: bodies, in order."""
+    """A running server. models: lists them; None: it answers with a page. key: it wants. refused: messages that it does
+    not take, and its status. answers: raw ones, of any shape. asked: bodies, in order."""
 
     reply: Reply = lambda app, text: [f"You said {text}", ".", " Bye."]
     models: list[dict[str, Any]] | None = field(default_factory=lambda: [{"id": "org/M", "owned_by": "sglang"}])
     key: str = ""
     verifications: int | None = None
-    refused: str = ""
+    refused: dict[str, int] = field(default_factory=dict)
+    answers: tuple[int, bytes] | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
     paths: set[str] = field(default_factory=set)
     url: str = ""
@@ -44,12 +45,9 @@ class ChatApp:
     def _chat(self, body: dict[str, Any]) -> tuple[int, bytes]:
         self.asked.append(body)
         last = body["messages"][-1]["content"]
-        if last == self.refused:
-            return 400, b""
-        if body.get("stream"):
-            return 200, "".join(f"data: {json.dumps(event)}\n\n" for event in self.events(last)).encode()
-        text = "".join(self.reply(self, last) or [])
-        return 200, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+        if last in self.refused or self.answers:
+            return self.answers or (self.refused[last], b"")
+        return 200, "".join(f"data: {json.dumps(event)}\n\n" for event in self.events(last)).encode()
 
     def events(self, last: str) -> Iterator[dict[str, Any]]:
         pieces = self.reply(self, last)

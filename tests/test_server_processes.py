@@ -7,7 +7,7 @@ import sys
 import psutil
 import pytest
 
-from whiflash_lab.servers import free_port, listens
+from whiflash_lab.servers import Server, free_port, listens
 
 
 @pytest.mark.parametrize("error", [psutil.NoSuchProcess, psutil.AccessDenied])
@@ -29,3 +29,11 @@ def test_no_two_processes_are_given_the_same_port() -> None:
     random.seed(7)
     mine = free_port()
     assert int(subprocess.check_output([sys.executable, "-c", ask])) != mine
+
+
+def test_a_server_that_cannot_be_spawned_leaves_no_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/missing/python")
+    server = Server([])
+    with pytest.raises(FileNotFoundError), server:
+        pass
+    assert not server.log.exists()

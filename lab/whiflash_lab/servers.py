@@ -208,8 +208,8 @@ class Server(Closing):
         self._process: psutil.Process | None = None
 
     def __enter__(self) -> Self:
-        self._process = self._spawn() if self._host is None else self._fork(self._host)
         try:
+            self._process = self._spawn() if self._host is None else self._fork(self._host)
             self._wait_until_ready(self._process)
         except BaseException:
             self.close()
@@ -251,8 +251,12 @@ class Server(Closing):
     def close(self) -> None:
         """End the server and everything it started. Safe to call twice."""
         process, self._process = self._process, None
-        if process is None:
-            return
+        if process is not None:
+            self._end(process)
+        if not self._keep_log:
+            self.log.unlink(missing_ok=True)
+
+    def _end(self, process: psutil.Process) -> None:
         tree = [process]
         with contextlib.suppress(psutil.NoSuchProcess):
             tree += process.children(recursive=True)
@@ -265,8 +269,6 @@ class Server(Closing):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     survivor.kill()
         psutil.wait_procs(tree)
-        if not self._keep_log:
-            self.log.unlink(missing_ok=True)
 
     def _wait_until_ready(self, process: psutil.Process) -> None:
         """Wait without a limit until the server is ready or ends: a busy machine imports SGLang for minutes."""

@@ -18,10 +18,10 @@ from whiflash_lab.bench.arms import (
     those_with_drafters,
 )
 from whiflash_lab.bench.fleet import environment, reason_of
-from whiflash_lab.bench.subject import build_subject
+from whiflash_lab.bench.subject import build_subject, write_variant
 from whiflash_sglang.checkpoints.bundle import Bundle, verify
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
-from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.errors import ConfigError, UsageError
 from whiflash_sglang.formats.table import FORMATS
 
 BY_NAME = {one.name: one for one in FORMATS}
@@ -64,7 +64,10 @@ def test_ranks_and_replicas_share_the_threads_of_a_server(monkeypatch: pytest.Mo
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert environment(["--dtype", "float32"]) == {"OMP_NUM_THREADS": "4"}
     assert environment(["--tp-size", "2"]) == {"OMP_NUM_THREADS": "2"}
-    assert environment(["--tp-size", "2", "--dp-size", "2"]) == {"OMP_NUM_THREADS": "1"}
+    assert environment(["--tp", "2", "--data-parallel-size", "3", "--dp", "2"]) == {"OMP_NUM_THREADS": "1"}
+    for wrong in (["--tp-size", "two"], ["--dp-size", "0"], ["--tensor-parallel-size"]):
+        with pytest.raises(UsageError, match=f"--server-args {wrong[0]} .*: give a whole number from 1"):
+            environment(wrong)
 
 
 def test_a_value_after_an_equals_sign_is_seen() -> None:
@@ -134,22 +137,32 @@ def test_a_chain_that_upstream_does_not_read_is_whiflashs(tmp_path: Path) -> Non
         build_arms(["EAGLE3:3"], subject)
 
 
-def test_bad_drafters_cost_as_much_and_know_nothing(tmp_path: Path) -> None:
-    subject = build_subject(str(tmp_path), None, (), tmp_path, ["auto", "auto-bad-drafters"])
+def test_bad_drafters_cost_as_much_and_know_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that a hub has."""
+    bundle = Path(shutil.copytree(embedded_bundle(), tmp_path / "bundle"))
+    (bundle / "eagle3").rename(tmp_path / "hub")
+    fields = json.loads((bundle / "whiflash.json").read_text()) | {"eagle3": "hub:OWNER/NAME", "sources": {}}
+    (bundle / "whiflash.json").write_text(json.dumps(fields))
+    monkeypatch.setattr("whiflash_sglang.checkpoints.bundle.fetch", lambda *_, **more: tmp_path / "hub")
+    subject = build_subject(str(tmp_path), str(bundle), (), tmp_path, ["auto", "auto-bad-drafters"])
     bad = subject.variants["auto-bad-drafters"]
     manifest = load_manifest(bad)
     assert manifest.lookup is not None
     assert not manifest.lookup.enabled
     assert manifest.router is None
     verify(Bundle(bad, manifest).checksums(("eagle3", "dflash")))  # as a server does at its start
-    for good in (subject.eagle3, subject.dflash):
+    for good, shuffled in ((subject.eagle3, manifest.eagle3), (subject.dflash, manifest.dflash)):
         assert good is not None
+        assert shuffled is not None
         files = sorted(good.glob("*.safetensors"))
         assert files
         for file in files:
-            right, wrong = load_file(file), load_file(bad / good.name / file.name)
+            right, wrong = load_file(file), load_file(bad / shuffled / file.name)
             assert {k: v.shape for k, v in right.items()} == {k: v.shape for k, v in wrong.items()}
             assert not any(torch.equal(v, wrong[k]) for k, v in right.items() if v.ndim > 1)
+            file.unlink()
+    with pytest.raises(ConfigError, match=r"auto-bad-drafters: .* has no \*\.safetensors to shuffle"):
+        write_variant("auto-bad-drafters", bundle, tmp_path / "again")
 
 
 def test_an_arm_without_a_part_is_otherwise_the_bundle(tmp_path: Path) -> None:

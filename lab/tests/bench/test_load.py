@@ -5,6 +5,8 @@ import json
 import pytest
 
 from whiflash_lab.bench.load import RequestError, parse_stream
+from whiflash_lab.bench.prompts import Prompt
+from whiflash_lab.bench.reference import Reference
 
 
 def data(event: dict[str, object]) -> str:
@@ -38,6 +40,28 @@ def test_times_and_forwards_of_a_stream() -> None:
     assert plain.forwards == 2, "plain decoding makes a forward a token"
     single = parse_stream("p", [(0.1, data(END)), (0.2, data(ids(1)))])
     assert (single.forwards, single.tpot) == (0, None)
+
+
+def test_a_message_is_put_together_for_the_next_turn() -> None:
+    """Without its reasoning, whose loop is one of the answer."""
+    pieces: list[dict[str, object]] = [
+        {"reasoning_content": "so on " * 30},
+        {"content": "Lo"},
+        {"content": "ok", "tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{"}}]},
+        {"tool_calls": [{"index": 1, "id": "d", "function": {"name": "g", "arguments": "[]"}}]},
+        {"tool_calls": [{"index": 0, "function": {"name": None, "arguments": "}"}}]},
+    ]
+    lines = [
+        data({"choices": [{"delta": piece, "finish_reason": "stop"}], "usage": {"completion_tokens": 9}})
+        for piece in pieces
+    ]
+    whole = parse_stream("p", [(0.1, line) for line in lines])
+    functions = ({"name": "f", "arguments": "{}"}, {"name": "g", "arguments": "[]"})
+    calls = tuple({"id": id, "type": "function", "function": one} for id, one in zip("cd", functions, strict=True))
+    assert (whole.text, whole.calls) == ("Look", calls)
+    for count in (1, 2):
+        answer = parse_stream("p", [(0.1, line) for line in lines[:count]])
+        assert Reference(Prompt("p", "chat", ()), (), answer.tokens, (), "").loops is (count == 1)
 
 
 @pytest.mark.parametrize(

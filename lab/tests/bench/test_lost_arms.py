@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from chat_app import serving
 from patience import wait_until
@@ -76,20 +77,34 @@ def test_it_is_named_while_the_others_still_start_and_plain_decoding_must(url: s
         started(["none", "auto"], ["none"], url)
 
 
-@pytest.mark.parametrize("ending", [ServerError("OSError: no memory"), KeyboardInterrupt()])
+IN_TURN = {"none": 9, "auto": 9, "EAGLE3": 0}
+"""Starts of each arm's server that succeed."""
+AT_ONCE = {"auto": 1, "none": 2, "EAGLE3": 2}
+
+
+@pytest.mark.parametrize(
+    ("last", "ending", "why"),
+    [
+        (AT_ONCE, ServerError("OSError: no memory"), "2 of 4 repetitions: plain decoding: .*no memory"),
+        (AT_ONCE, KeyboardInterrupt(), "2 of 4 repetitions: interrupted"),
+        (IN_TURN, KeyboardInterrupt(), "2 of 3 servers: interrupted"),
+        (IN_TURN, SystemExit(143), "2 of 3 servers: interrupted"),
+        (IN_TURN, httpx.ReadError(""), "2 of 3 servers: ReadError"),
+    ],
+)
 def test_a_server_that_does_not_start_again_loses_no_measurement(
-    ending: BaseException, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    last: dict[str, int], ending: BaseException, why: str, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """One arm does not start for the second repetition; plain decoding and another do not for the third."""
+    """One arm does not start for the second repetition; plain decoding and another do not for the third. In turn it is
+    the last of three servers."""
     starts: Counter[str] = Counter()
-    last = {"auto": 1, "none": 2, "EAGLE3": 2}
 
     class Ending(Starting):
         def __enter__(self) -> object:
             (arm,) = self._arguments
             starts[arm] += 1
             if starts[arm] > last[arm]:
-                raise ending if arm == "none" else ServerError(LOG)
+                raise ending if arm == "none" or last is IN_TURN else ServerError(LOG)
             return self
 
     async def measured(running: Runner, step: Step, asker: object) -> Cell:
@@ -104,17 +119,17 @@ def test_a_server_that_does_not_start_again_loses_no_measurement(
     monkeypatch.setattr(Runner, "_cell", measured)
     subject = Subject(target=tmp_path, bundle=tmp_path, eagle3=None, dflash=None, dtype="float32")
     arms = tuple(Arm(name, name, (name,)) for name in last)
-    plan = Plan(subject, arms, (Prompt("p", "chat", ()),), repetitions=4)
+    plan = Plan(subject, arms, (Prompt("p", "chat", ()),), repetitions=4, interleave=last is AT_ONCE)
     said = io.StringIO()
     with Fleet(lambda arguments, *_: Ending(arguments, url, said)) as fleet:  # type: ignore[arg-type, return-value]
         report = Runner(plan, fleet, Lines(Console(file=said, width=200))).run()
-    ends = "plain decoding: .*no memory" if str(ending) else "interrupted"
-    why = f"ended after 2 of 4 repetitions: {ends}"
+    why = f"ended after {why}"
     for server in report.provenance["servers"].values():
         server["attention_backend"] = "torch_native"
     assert re.search(why, said.getvalue())
-    assert re.search(f"\n- auto: .*no such drafter\n(- EAGLE3: .*\n)?- The run {why}", render(report))
+    lost = "- auto: .*no such drafter\n(- EAGLE3: .*\n)?" * plan.interleave
+    assert re.search(f"\n{lost}- The run {why}", render(report))
     measured_of = {arm: figures["overall"].answers for arm, figures in report.arms.items()}
-    assert measured_of == {"none": 2, "EAGLE3": 2, "auto": 1}
+    assert measured_of == (AT_ONCE if plan.interleave else {"none": 4, "auto": 4})
     with pytest.raises(WhiflashError, match=why):
         judge(report)

@@ -85,6 +85,12 @@ def test_logs_of_pairs_and_of_responses_are_read(tmp_path: Path) -> None:
         ({"input": [{"type": "computer_call"}]}, "an item of type 'computer_call'"),
         ({"input": [{"role": "user"}]}, "not as /v1/responses takes it: KeyError\\('content'\\)"),
         ({"turns": "Hello"}, "list of strings"),
+        ({"messages": MESSAGES, "turns": 3}, "list of strings"),
+        ({"messages": MESSAGES, "turns": "abc"}, "list of strings"),
+        ({"messages": 5}, "'messages' must be a list"),
+        ({"input": "Hello", "text": {"format": "json"}}, "not as /v1/responses takes it"),
+        ({"turns": ["\ud800"]}, "a lone surrogate"),
+        ({"messages": MESSAGES, "category": "\ud800"}, "a lone surrogate"),
         ({"messages": ["Hello"]}, "an object with a 'role'"),
         ({"messages": MESSAGES, "temperature": "0.6"}, "'temperature' is '0.6': give a number"),
         ({"turns": ["Hello"], "top_p": True}, "'top_p' is True: give a number"),
@@ -110,11 +116,15 @@ def test_wrong_sources_are_named(tmp_path: Path) -> None:
         load_prompts(str(tmp_path / "pipe.jsonl"))
 
 
-def test_sample_takes_turns_between_categories() -> None:
+def test_sample_takes_turns_between_categories(tmp_path: Path) -> None:
+    """Rows without an id may be equal."""
     rows = [{"id": f"{c}{i}", "category": c, "messages": MESSAGES} for c in "ab" for i in range(3)]
     prompts = [prompt_of(row, "here") for row in rows]
     assert [p.id for p in sample(prompts, 2)] == ["a0", "b0", "a1", "b1"]
     assert len(sample(prompts, None)) == 6
+    logged = {"id": None, "category": None, "messages": MESSAGES}
+    twice = sample(load_prompts(write(tmp_path / "log.jsonl", logged, {"messages": MESSAGES}, *rows)), None)
+    assert [p.id for p in twice if p.category == "chat"] == ["row 1", "row 2"]
     with pytest.raises(ConfigError, match="id 'a0'"):
         sample([*prompts, prompts[0]], None)
 

@@ -83,7 +83,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 @pytest.fixture(scope="module")
 def talks(recorded: list[Conversation], subject: Subject) -> list[Talk]:
-    return talks_of(recorded, renderer_of(subject.target, subject.bundle), max_tokens=200, room=600)[0]
+    return talks_of([recorded], renderer_of(subject.target, subject.bundle), max_tokens=200, room=600)[0]
 
 
 def test_conversations_become_tasks(talks: list[Talk], recorded: list[Conversation], subject: Subject) -> None:
@@ -100,24 +100,26 @@ def test_conversations_become_tasks(talks: list[Talk], recorded: list[Conversati
     assert text(last.answer[:-1]) == TEXTS[0].replace("brown", "b0own")
     assert text(last.predictions["prediction"]) == TEXTS[0]
     assert text(last.predictions["useless"]) in TEXTS[1:]
-    cut, left_out = talks_of(recorded, renderer, max_tokens=5, room=60)
+    cut, left_out = talks_of([recorded], renderer, max_tokens=5, room=60)
     assert list(left_out) == ["t0, answer 1", "t1, answer 1", "t2, answer 1"]
     assert [[len(task.turn.answer) for task in talk.tasks] for talk in cut] == [[5]] * 3
     with pytest.raises(ConfigError, match="no record has a prediction"):
         recorded_arms(["auto+prediction"], subject, [])
-    twice, _ = talks_of([recorded[0]] * 2, renderer, max_tokens=5, room=600)
+    twice, _ = talks_of([[recorded[0]] * 2], renderer, max_tokens=5, room=600)
     assert [talk.id for talk in twice] == ["t0", "t0-2"], "each is played and has figures of its own"
 
 
 def test_a_subagent_s_answers_are_between_its_parent_s(subject: Subject, tmp_path: Path) -> None:
     sizes = {"renderer": renderer_of(subject.target, subject.bundle), "max_tokens": 200, "room": 600}
-    [talk], _ = talks_of(agent_and_subagent(tmp_path / "a.jsonl"), **sizes)
+    records = agent_and_subagent(tmp_path / "a.jsonl")
+    talk, *others = talks_of([records, records * 2], **sizes)[0]
+    assert [len(other.tasks) for other in others] == [len(talk.tasks)] * 2, "each has its own subagent"
     decode = AutoTokenizer.from_pretrained(subject.target).decode
     answers = [decode(list(task.turn.answer[:-1])) for task in talk.tasks]
     assert answers == ["Find it, you.", "A jump.", "On the lawn.", "There: the lawn."]
     for fields in ({"after": 3}, {"parent": "subagent"}):
         with pytest.raises(ConfigError, match=r"subagent: no '.*' with . answers is before it"):
-            talks_of(agent_and_subagent(tmp_path / "a.jsonl", **fields), **sizes)
+            talks_of([agent_and_subagent(tmp_path / "a.jsonl", **fields)], **sizes)
     with pytest.raises(ConfigError, match="line 2, after: 0 is no count of answers of 'agent'"):
         agent_and_subagent(tmp_path / "a.jsonl", after=0)
 
@@ -229,14 +231,14 @@ def test_a_recorded_run(talks: list[Talk], subject: Subject, fleet: Fleet, tmp_p
         asyncio.run(played(impossible))
 
     renderer = renderer_of(subject.target, subject.bundle)
-    [talk], _ = talks_of(agent_and_subagent(tmp_path / "a.jsonl"), renderer, max_tokens=200, room=600)
+    [talk], _ = talks_of([agent_and_subagent(tmp_path / "a.jsonl")], renderer, max_tokens=200, room=600)
     first, begun, _, last = asyncio.run(played(talk)).turns
     shared = first.prompt + first.tokens
     assert [turn.cached for turn in (begun, last)] == pytest.approx([shared, shared], abs=4)
 
 
 def test_a_tool_s_time_is_cut_and_goes_on_while_subagents_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each conversation has a session, which is closed after its last answer."""
+    """Each conversation has a session, which is closed after its last answer, in nobody's time."""
     clock, told = [0.0], list[Any]()
 
     async def sleep(seconds: float) -> None:
@@ -249,20 +251,21 @@ def test_a_tool_s_time_is_cut_and_goes_on_while_subagents_run(monkeypatch: pytes
             return Turn(prompt=1, cached=0, tokens=1, ttft=1, seconds=1), [], 0
 
     def closed(request: httpx.Request) -> httpx.Response:
+        clock[0] += 5
         told.append(("closed", json.loads(request.content)["session_id"]))
         return httpx.Response(200)
 
-    async def played() -> None:
+    async def played() -> Answer:
         async with httpx.AsyncClient(transport=httpx.MockTransport(closed), base_url="http://s") as client:
             waits = (("a", 0.0), ("sub", 0.0), ("a", 90.0))
             tasks = tuple(Task(RecordedTurn([], [], wait=wait), name, 0) for name, wait in waits)
-            await Fake(client, 8, means=("sessions",), longest_wait=30.0).ask(Talk("t", "", (), tasks=tasks))
+            return await Fake(client, 8, means=("sessions",), longest_wait=30.0).ask(Talk("t", "", (), tasks=tasks))
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    asyncio.run(played())
-    _, own, _, theirs, ended, waited, again, last = told
-    assert (own, ended, waited, last) == (again, ("closed", theirs), 20, ("closed", own))
+    assert asyncio.run(played()).seconds == 30
+    _, own, _, theirs, waited, again, *ended = told
+    assert (own, waited, ended) == (again, 20, [("closed", theirs), ("closed", own)])
     assert own != theirs
 
 
@@ -271,6 +274,8 @@ def test_options_of_other_runs_are_not_passed_over() -> None:
         (["--recorded", "log.jsonl", "--prompts", "p.jsonl", "--per-category", "2"], "--prompts, --per-category"),
         (["--recorded", "log.jsonl", "--concurrency", "2"], "--concurrency"),
         (["--agents", "2", "--kv-share", "0.5"], "--agents, --kv-share"),
+        (["--recorded", "log.jsonl", "--kv-share", "inf"], "--kv-share inf: give a number"),
+        (["--recorded", "log.jsonl", "--server-args", "--tp two"], "--server-args --tp two: give a whole number"),
     ):
         said = CliRunner().invoke(app, ["bench", *wrong])
         assert isinstance(said.exception, ConfigError)

@@ -265,13 +265,15 @@ def test_differences_follow_the_tie_rule() -> None:
 
 
 def test_a_narrow_terminal_shows_every_figure_whole(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    """Also if it can be written nowhere."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
     kept = Path(__file__).parents[3] / "results" / "benchmark" / "report.json"
     found = BenchReport.model_validate_json(kept.read_text("utf-8"))
-    publish(found, None)
+    with pytest.raises(FileNotFoundError):
+        publish(found, tmp_path / "removed" / "out.json")
     shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
     shown_of = [of.none.items() for of in found.loads[0].ratios.values()]

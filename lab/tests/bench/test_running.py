@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from whiflash_lab.bench.report import BenchReport
 from whiflash_lab.bench.runner import WARM_UP_PROMPTS
 from whiflash_sglang.cli.app import app as whiflash
+from whiflash_sglang.errors import WhiflashError
 
 
 @pytest.fixture
@@ -40,8 +41,9 @@ def test_two_servers_are_compared(prompts: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WHIFLASH_API_KEY", "SECRET")
     ours_models = [{"id": "other", "owned_by": "sglang"}, {"id": "/models/m", "owned_by": "sglang"}]
     with prompts.open("a") as file:
-        file.write(json.dumps({"id": "long", "turns": ["too long", "more"]}))
-    plain_has: dict[str, Any] = {"key": "SECRET", "refused": "too long"}
+        for name in ("long", "large"):
+            file.write(json.dumps({"id": name, "turns": [name, "more"]}) + "\n")
+    plain_has: dict[str, Any] = {"key": "SECRET", "refused": {"long": 400, "large": 413}}
     with serving(**plain_has) as plain, serving(reply=differing, models=ours_models, verifications=1) as ours:
         given = ("--url", f"plain={plain.url}/v1", "--url", f"ours={ours.url}")
         result, report = bench(prompts, *given, "--concurrency", "1,3", "--repetitions", "2")
@@ -57,7 +59,8 @@ def test_two_servers_are_compared(prompts: Path, monkeypatch: pytest.MonkeyPatch
     assert figures.answer_ms is not None
     assert report.arms["plain"]["overall"].acceptance_length is None
     assert [(d["arm"], d["prompt"], d["position"]) for d in report.differences] == [("ours", "a", 9)] * 2
-    assert list(report.provenance["left_out"]) == ["long"]
+    assert set(report.provenance["left_out"]) == {"long", "large"}
+    assert all(body["stream"] for body in plain.asked), "a whole answer's parser may write another text than a stream's"
     page = prompts.with_name("out.md").read_text()
     assert "| ours | closed-1 | a | 9 |" in page
     assert "- ours: url http://127.0.0.1:" in page
@@ -87,7 +90,7 @@ def test_as_many_requests_are_in_flight_as_asked_for(prompts: Path) -> None:
     together = threading.Barrier(120)
 
     def reply(app: ChatApp, text: str) -> list[str]:
-        if len([body for body in app.asked if body.get("stream")]) > WARM_UP_PROMPTS:
+        if len(app.asked) > 120 + WARM_UP_PROMPTS:
             together.wait(timeout=60)
         return ["Yes."]
 
@@ -100,8 +103,8 @@ def test_as_many_requests_are_in_flight_as_asked_for(prompts: Path) -> None:
 @pytest.mark.parametrize("dying", ["plain", "ours"])
 def test_what_was_measured_before_a_server_dies_stays(dying: str, prompts: Path) -> None:
     def reply(app: ChatApp, text: str) -> list[str] | None:
-        measured = [body for body in app.asked if body.get("stream")]
-        return None if len(measured) > 3 + 4 + 2 else ["You said ", text, "."]
+        references = 4 if dying == "plain" else 0
+        return None if len(app.asked) > references + 3 + 4 + 2 else ["You said ", text, "."]
 
     with serving(**({"reply": reply} if dying == "plain" else {})) as plain, serving(reply=reply) as ours:
         result, report = bench(prompts, "--url", f"plain={plain.url}", "--url", f"ours={ours.url}")
@@ -119,13 +122,34 @@ def test_what_was_measured_before_a_server_dies_stays(dying: str, prompts: Path)
 
 def test_a_server_that_dies_in_its_first_repetition_keeps_its_prompts(prompts: Path) -> None:
     def reply(app: ChatApp, text: str) -> list[str] | None:
-        return None if len([body for body in app.asked if body.get("stream")]) > 3 + 2 else ["Yes."]
+        return None if len(app.asked) > 3 + 2 else ["Yes."]
 
     with serving() as plain, serving(reply=reply) as ours:
         _, report = bench(prompts, "--url", f"plain={plain.url}", "--url", f"ours={ours.url}", "--repetitions", "1")
     assert report is not None
     assert (report.arms["ours"]["overall"].answers, report.arms["plain"]["overall"].answers) == (2, 4)
     assert set(report.ratios["ours"].none) == {"one", "two", "overall"}
+
+
+@pytest.mark.parametrize(
+    ("status", "answer"),
+    [
+        (500, b"\xff"),
+        (200, b"data: \xff\n\n"),
+        (200, b'{"error": {"message": "no"}}'),
+        (200, b'data: {"choices": []}\n\n'),
+        (200, b"data: []\n\n"),
+        (200, b'data: {"choices": [{"delta": {"tool_calls": [{"function": "f"}]}}]}\n\n'),
+    ],
+)
+def test_an_answer_of_another_shape_ends_no_more_than_its_arm(status: int, answer: bytes, prompts: Path) -> None:
+    with serving() as plain, serving(answers=(status, answer)) as ours:
+        given = ("--url", f"plain={plain.url}", "--url", f"ours={ours.url}", "--repetitions", "1")
+        result, report = bench(prompts, *given)
+        alone, _ = bench(prompts, *given[2:])
+    assert report is not None, result.exception
+    assert list(report.unavailable) == ["ours"]
+    assert isinstance(alone.exception, WhiflashError), alone.exception
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Measured cells: the answers of one arm under one load in one repetition. Needs no server."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -46,7 +46,7 @@ class Answer(BaseModel, frozen=True, extra="forbid"):
     seconds: from the request to its last token. ttft: seconds to the first token, for a single answer. tokens: output
     ids, or the text's characters if the server gives no ids; then count is the number of output tokens. forwards:
     target forwards after the prefills, None if the server does not say. prefills: each gave one token. turns: of a
-    conversation.
+    conversation. text, calls: content and tool calls of a single answer, for the turn after it.
     """
 
     prompt: str
@@ -57,6 +57,8 @@ class Answer(BaseModel, frozen=True, extra="forbid"):
     prefills: int = 1
     turns: tuple[Turn, ...] = ()
     count: int | None = None
+    text: str = ""
+    calls: tuple[dict[str, Any], ...] = ()
 
     @property
     def length(self) -> int:

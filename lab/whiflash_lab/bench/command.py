@@ -22,19 +22,21 @@ from whiflash_sglang.files.progress import progress
 def publish(report: BenchReport, out: Path | None) -> None:
     """Print the report as a page. Write it to `out` as JSON and beside it as Markdown, each whole or not at all."""
     text = render(report)
-    if out is not None:
-        write_output(out, report.model_dump_json(indent=1) + "\n")
-        write_output(out.with_suffix(".md"), text)
-    if (console := Console()).is_terminal:
-        for block in text.split("\n\n"):
-            console.print()
-            if block.startswith("| "):
-                header, _, *rows = (line[2:-2].split(" | ") for line in block.splitlines())
-                show_table(header, rows)
-            else:
-                console.print(Markdown(block))
-    else:
-        print(text)
+    try:
+        if out is not None:
+            write_output(out, report.model_dump_json(indent=1) + "\n")
+            write_output(out.with_suffix(".md"), text)
+    finally:  # a full disk takes no measurement away
+        if (console := Console()).is_terminal:
+            for block in text.split("\n\n"):
+                console.print()
+                if block.startswith("| "):
+                    header, _, *rows = (line[2:-2].split(" | ") for line in block.splitlines())
+                    show_table(header, rows)
+                else:
+                    console.print(Markdown(block))
+        else:
+            print(text)
 
 
 def run(plan: Plan, headers: Mapping[str, str]) -> BenchReport:

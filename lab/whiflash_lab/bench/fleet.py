@@ -1,9 +1,11 @@
 """Starts the servers of a run, at once or one by one, and stops them whatever happens."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +16,7 @@ from rich.progress import Progress
 
 from whiflash_lab.bench.load import ANSWER_SECONDS
 from whiflash_lab.servers import Closing, Running, Server, ServerHost
-from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.errors import UsageError, WhiflashError
 from whiflash_sglang.files.cpu import serves_here
 from whiflash_sglang.files.hosts import LIMITS
 from whiflash_sglang.files.provenance import threads
@@ -22,13 +24,24 @@ from whiflash_sglang.files.provenance import threads
 Make = Callable[[Sequence[str], Path | None], Server | Running]
 """Makes a server that is not started yet, from arguments and log file."""
 
-SEVERAL = ("--tp-size", "--dp-size")
+SEVERAL = (("--tp-size", "--tp", "--tensor-parallel-size"), ("--dp-size", "--dp", "--data-parallel-size"))
 """Flags that start several ranks or replicas."""
 
 
+def size_of(arguments: Sequence[str], *flags: str) -> int | None:
+    """Return the last number that these flags have in a server's arguments, None without one. Raises UsageError."""
+    size = None
+    for flag, value in pairwise([*arguments, ""]):
+        if flag in flags:
+            if not re.fullmatch(r"0*[1-9]\d{0,8}", value):
+                raise UsageError(f"--server-args {flag} {value}: give a whole number from 1")
+            size = int(value)
+    return size
+
+
 def environment(arguments: Sequence[str]) -> dict[str, str]:
-    """Return the environment of a server with `arguments`: its ranks and replicas share the server's threads."""
-    sizes = [int(arguments[arguments.index(flag) + 1]) for flag in SEVERAL if flag in arguments]
+    """Return a server's environment: its ranks and replicas share the server's threads. Raises as `size_of` does."""
+    sizes = [size_of(arguments, *flags) or 1 for flags in SEVERAL]
     return {"OMP_NUM_THREADS": str(max(threads() // prod(sizes), 1))}
 
 

@@ -12,6 +12,7 @@ import httpx
 from whiflash_lab.bench.cells import Answer, Load
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.files.disk import MOST_BYTES
 from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, read_json
 
 MODEL = "bench"
@@ -25,6 +26,12 @@ class RequestError(WhiflashError):
 
 class RefusedError(RequestError):
     """The server does not accept a request, which is too long for the context, or malformed."""
+
+
+def error_of(prompt: str, status: int, text: str) -> RequestError:
+    """Return the error of a request that a server answered with this status and text."""
+    kind = RefusedError if status in (400, 413, 422) else RequestError
+    return kind(f"prompt {prompt}: answered {status}: {text[:500]}")
 
 
 TOKEN_IDS = {"return_output_ids_in_sglext": True}
@@ -71,12 +78,13 @@ class Asker:
         began = time.perf_counter()
         try:
             async with self.client.stream("POST", path, json=body) as response:
-                if response.status_code != 200:
-                    raise RequestError(f"prompt {prompt}: {(await response.aread()).decode()[:500]}")
                 lines = stream_lines(response.aiter_bytes())
-                return [(time.perf_counter() - began, line) async for line in lines]
-        except httpx.HTTPError as error:
+                arrived = [(time.perf_counter() - began, line) async for line in lines]
+        except (httpx.HTTPError, UnicodeEncodeError) as error:  # half a character in an answer to a turn before
             raise RequestError(f"prompt {prompt}: {type(error).__name__} {error}") from None
+        if response.status_code != 200:
+            raise error_of(prompt, response.status_code, "\n".join(line for _, line in arrived))
+        return arrived
 
     async def run(self, load: Load, prompts: Sequence[Prompt]) -> list[Answer]:
         """Ask `prompts` under `load`; return answers in their order. Raises RequestError for the first that failed."""
@@ -103,7 +111,7 @@ def parse_stream(prompt: str, arrived: Sequence[tuple[float, str]]) -> Answer:
         RequestError: the stream holds an error, is no event stream, or ends before the answer does.
     """
     first = last = reason = None
-    written = ""
+    parts: list[Mapping[str, Any]] = []
     extension: dict[str, Any] = {}
     for at, line in arrived:
         text = line.removeprefix("data:").strip()
@@ -111,25 +119,37 @@ def parse_stream(prompt: str, arrived: Sequence[tuple[float, str]]) -> Answer:
             continue
         event = read_json(text)
         if "error" in event:
-            raise RequestError(f"prompt {prompt}: {event['error']}")
+            raise RequestError(f"prompt {prompt}: {event['error']!r:.500}")
         told = (event.get("sglext") or {}) | (event.get("usage") or {})
         extension |= {key: value for key, value in told.items() if value is not None}
         for choice in event.get("choices") or ():
             first, last = (at if first is None else first), at
-            written += text_of(choice.get("delta") or {})
+            parts.append(choice.get("delta") or {})
             reason = choice.get("finish_reason") or reason
+    written = "".join(map(text_of, parts))
     if first is None or last is None or reason is None:
         raise RequestError(f"prompt {prompt}: the answer ended early, after {len(written)} characters")
+    said: dict[str, Any] = {"text": "".join(part.get("content") or "" for part in parts), "calls": _calls(parts)}
     verified = extension.get("spec_tokens_details", {}).get("spec_verify_ct")
     if "output_ids" not in extension:
         if not (count := extension.get("completion_tokens")):
             raise RequestError(f"prompt {prompt}: the server does not say how many tokens it wrote (`usage`)")
         tokens = tuple(map(ord, written))
-        return Answer(prompt=prompt, seconds=last, ttft=first, tokens=tokens, forwards=verified, count=count)
+        return Answer(prompt=prompt, seconds=last, ttft=first, tokens=tokens, forwards=verified, count=count, **said)
     tokens = tuple(extension["output_ids"][0])
     # Plain decoding reports no verifications: every token after the first is a forward.
     forwards = verified or len(tokens) - 1
-    return Answer(prompt=prompt, seconds=last, ttft=first, tokens=tokens, forwards=forwards)
+    return Answer(prompt=prompt, seconds=last, ttft=first, tokens=tokens, forwards=forwards, **said)
+
+
+def _calls(parts: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Return the tool calls whose parts a stream brought: the first part of each has its id, the others its number."""
+    calls: dict[int, dict[str, Any]] = {}
+    for piece in (piece for part in parts for piece in part.get("tool_calls") or ()):
+        call = calls.setdefault(piece.get("index", 0), {"id": piece.get("id"), "type": "function", "function": {}})
+        for name, text in (piece.get("function") or {}).items():
+            call["function"][name] = call["function"].get(name, "") + (text or "")
+    return tuple(calls.values())
 
 
 def text_of(message: Mapping[str, Any]) -> str:
@@ -151,8 +171,10 @@ def flush(client: httpx.Client) -> None:
 
 async def stream_lines(parts: AsyncIterable[bytes]) -> AsyncIterator[str]:
     """Yield the lines of a UTF-8 stream, each as soon as it is whole; the last one when the stream ends."""
-    decode, rest = codecs.getincrementaldecoder("utf-8")(), ""
+    decode, rest, size = codecs.getincrementaldecoder("utf-8")("replace"), "", 0
     async for chunk in parts:
+        if (size := size + len(chunk)) > MOST_BYTES << 4:  # each event of SGLang's own route repeats the answer so far
+            raise httpx.DecodingError("the answer is longer than 1 GiB")
         *whole, rest = (rest + decode.decode(chunk)).split("\n")
         for line in whole:
             yield line.removesuffix("\r")

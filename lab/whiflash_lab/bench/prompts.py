@@ -78,14 +78,17 @@ def load_prompts(source: str) -> list[Prompt]:
     if not path.exists():
         raise ConfigError(f"{source}: no such file; give JSON lines or a JSON list")
     rows = enumerate(rows_of_file(path), start=1)
-    prompts = [prompt_of(row, f"{source}, row {number}") for number, row in rows]
+    prompts = [prompt_of(row, f"{source}, row {number}", f"row {number}") for number, row in rows]
     if not prompts:
         raise ConfigError(f"{source} holds no prompts")
     return prompts
 
 
-def prompt_of(row: Any, where: str) -> Prompt:
-    """Convert a row of a supported format to a prompt. Raises ConfigError naming `where` and the wrong field."""
+def prompt_of(row: Any, where: str, default: str = "") -> Prompt:
+    """Convert a row of a supported format to a prompt. Raises ConfigError naming `where` and the wrong field.
+
+    default: id of a row that has none.
+    """
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: a row is a JSON object, not {type(row).__name__}")
     for name in ("request", "body"):
@@ -93,30 +96,35 @@ def prompt_of(row: Any, where: str) -> Prompt:
             with suppress(ValueError):
                 body = read_json(body)
         if isinstance(body, dict):
-            row = {key: row[key] for key in ("id", "category") if key in row} | body
+            row = _only(row, "id", "category") | _only(body, *body)
+    row = _only(row, *row)
     if "input" in row:
         row = _of_responses(row, where)
-    turns, messages = row.get("turns"), row.get("messages")
+    turns, messages = row.get("turns") or [], row.get("messages") or []
+    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        raise ConfigError(f"{where}: 'turns' must be a list of strings")
+    if not isinstance(messages, list) or not all(isinstance(one, dict) and "role" in one for one in messages):
+        raise ConfigError(f"{where}: 'messages' must be a list, and every one an object with a 'role'")
     if not messages and not turns:
         raise ConfigError(f"{where}: neither 'messages' nor 'input' nor 'turns'")
     if not messages:
-        if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-            raise ConfigError(f"{where}: 'turns' must be a list of strings")
         messages, turns = [{"role": "user", "content": turns[0]}], turns[1:]
-    elif not all(isinstance(message, dict) and "role" in message for message in messages):
-        raise ConfigError(f"{where}: every one of 'messages' is an object with a 'role'")
     for name in ("temperature", "top_p"):
         value = row.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ConfigError(f"{where}: '{name}' is {value!r:.80}: give a number, or leave it out")
-    digest = hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    return Prompt(
-        id=str(row.get("id", row.get("question_id", digest))),
+    prompt = Prompt(
+        id=str(row.get("id", row.get("question_id", default))),
         category=str(row.get("category", "chat")),
         messages=tuple(messages),
-        follow_ups=tuple(turns or ()),
+        follow_ups=tuple(turns),
         fields={key: row[key] for key in SENT if row.get(key)},
     )
+    try:
+        json.dumps([prompt.id, prompt.category, prompt.request(), prompt.follow_ups], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: holds a lone surrogate, which is not text") from None
+    return prompt
 
 
 def _of_responses(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -148,9 +156,9 @@ def _of_responses(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         ]
         choice, form = row.get("tool_choice"), (row.get("text") or {}).get("format") or {}
         named = {"type": "function", "function": {"name": choice["name"]}} if isinstance(choice, dict) else choice
+        schema = {"type": "json_schema", "json_schema": _only(form, "name", "schema", "strict")}
     except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"{where}: 'input', 'tools' or 'text' is not as /v1/responses takes it: {error!r}") from None
-    schema = {"type": "json_schema", "json_schema": _only(form, "name", "schema", "strict")}
     changed = {"messages": messages, "tools": tools, "tool_choice": named if tools else None}
     return {**row, **changed, "response_format": schema if form.get("type") == "json_schema" else None}
 

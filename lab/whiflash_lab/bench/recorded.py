@@ -13,7 +13,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,6 +22,7 @@ import httpx
 
 from whiflash_lab.bench.arms import GROUP, MEANS, NONE, PREDICTED, SESSIONS, Arm, Subject, build_arms, check_names
 from whiflash_lab.bench.cells import Answer, Turn
+from whiflash_lab.bench.fleet import size_of
 from whiflash_lab.bench.forcing import ANSWER, PROCESSOR
 from whiflash_lab.bench.load import Asker, RequestError
 from whiflash_lab.bench.prompts import Prompt
@@ -70,19 +70,22 @@ class Talk(Prompt):
 
 
 def talks_of(
-    recorded: Sequence[Conversation], renderer: Renderer, *, max_tokens: int, room: int
+    files: Sequence[Sequence[Conversation]], renderer: Renderer, *, max_tokens: int, room: int
 ) -> tuple[list[Talk], dict[str, str]]:
     """Render conversations in a target's tokens. Return them, and the answers left out for lack of room, with reasons.
 
     Args:
+        files: conversations by file; a subagent's parent is the nearest one of that id before it in its file.
         max_tokens: most tokens of each answer; the rest is cut. room: most tokens of prompt and answer.
 
     Raises:
         ConfigError: a subagent's parent is not before it, or is shorter than it says.
     """
-    expected = [None if each.prediction is None else renderer.encode(each.prediction) for each in recorded]
+    recorded = [(number, each) for number, file in enumerate(files) for each in file]
+    expected = [None if each.prediction is None else renderer.encode(each.prediction) for _, each in recorded]
     turns, talks, left_out = dict[str, list[RecordedTurn]](), list[Talk](), dict[str, str]()
-    begins, subagents = dict[str, int](), defaultdict[tuple[str, int], list[str]](list)
+    names, begins = dict[tuple[int, str], str](), dict[str, int]()
+    subagents = defaultdict[tuple[str, int], list[str]](list)
 
     def played(agent: str) -> Iterator[Task]:
         """Yield every answer once; a subagent's before its parent continues, which needs the subagent's result."""
@@ -95,7 +98,7 @@ def talks_of(
             for subagent in subagents[agent, number]:
                 yield from played(subagent)
 
-    for index, record in enumerate(recorded):
+    for index, (file, record) in enumerate(recorded):
         name = record.id
         while name in turns:
             name = f"{name}-{index + 1}"
@@ -103,11 +106,13 @@ def talks_of(
             replace(turn, answer=turn.answer[:max_tokens], free=min(turn.free, max_tokens))
             for turn in renderer.turns(record)
         ]
-        theirs = turns.get(record.parent[0], []) if record.parent else []
-        if record.parent and len(theirs) < record.parent[1]:
-            raise ConfigError(f"{name}: no {record.parent[0]!r} with {record.parent[1]} answers is before it")
+        serves, after = record.parent or ("", 0)
+        parent = names.get((file, serves), "")
+        theirs = turns.get(parent, []) if after else []
+        if len(theirs) < after:
+            raise ConfigError(f"{name}: no {serves!r} with {after} answers is before it")
         same = [(a.prompt, a.answer) == (b.prompt, b.answer) for a, b in zip(own, theirs, strict=False)]
-        turns[name], begins[name] = own, [*same, False].index(False)
+        names[file, record.id], turns[name], begins[name] = name, own, [*same, False].index(False)
         if own and expected[index] is not None:
             others = [tokens for i, tokens in enumerate(expected) if tokens is not None and i != index]
             useless = others[index % len(others)] if others else []
@@ -115,8 +120,8 @@ def talks_of(
             own[-1] = replace(own[-1], predictions=both)
         sizes = list(enumerate(turn.context for turn in own))[begins[name] :]
         left_out |= {f"{name}, answer {at}": f"{n} tokens" for at, n in sizes if n > room}
-        if record.parent:
-            subagents[record.parent].append(name)
+        if after:
+            subagents[parent, after].append(name)
         else:
             talks.append(Talk(name, record.category, (), task=record.task))
     talks = [replace(talk, tasks=tuple(played(talk.id))) for talk in talks]
@@ -159,10 +164,9 @@ def read_talks(paths: Iterable[Path], subject: Subject, max_tokens: int | None) 
     """
     text = merged(subject.target, read_json_config(subject.target), "text_config")
     context = integer(text, "max_position_embeddings", subject.target)
-    pools = [int(value) for flag, value in pairwise(subject.common) if flag == POOL]
-    room = min(context, *pools[-1:]) - MARGIN if pools else context - MARGIN
+    room = min(context, size_of(subject.common, POOL) or context) - MARGIN
     talks, left_out = talks_of(
-        [conversation for path in paths for conversation in read_recorded(path)],
+        [read_recorded(path) for path in paths],
         renderer_of(subject.target, subject.bundle),
         max_tokens=max_tokens or context,
         room=room,
@@ -200,7 +204,7 @@ class Player(Asker):
         """
         assert isinstance(prompt, Talk)
         began = time.perf_counter()
-        answers, ended = [], defaultdict[str, float](lambda: began)
+        answers, closing, ended = [], [], defaultdict[str, float](lambda: began)
         sessions = {task.conversation: uuid4().hex for task in prompt.tasks if SESSIONS in self.means}
         last = {task.conversation: task for task in prompt.tasks}
         for task in prompt.tasks:
@@ -210,8 +214,9 @@ class Player(Asker):
             answers.append(await self._answer(prompt, task, sessions.get(task.conversation)))
             ended[task.conversation] = time.perf_counter()
             if sessions and last[task.conversation] is task:
-                await self.client.post("/close_session", json={"session_id": sessions[task.conversation]})
-        return Answer(
+                close = self.client.post("/close_session", json={"session_id": sessions[task.conversation]})
+                closing.append(asyncio.create_task(close))  # no agent waits for it
+        job = Answer(
             prompt=prompt.id,
             seconds=time.perf_counter() - began,
             ttft=None,
@@ -220,6 +225,8 @@ class Player(Asker):
             prefills=len(answers),
             turns=tuple(turn for turn, *_ in answers),
         )
+        await asyncio.gather(*closing)
+        return job
 
     async def _answer(self, talk: Talk, task: Task, session: str | None) -> tuple[Turn, list[int], int]:
         """Request a recorded turn's answer. Return its turn, its tokens, and the target forwards after its prefill."""

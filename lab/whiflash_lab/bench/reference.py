@@ -11,11 +11,12 @@ import httpx
 
 from whiflash_lab.bench.arms import NONE
 from whiflash_lab.bench.cells import Cell
-from whiflash_lab.bench.load import TOKEN_IDS, RefusedError, RequestError, chat_body, text_of
+from whiflash_lab.bench.load import TOKEN_IDS, RequestError, chat_body, error_of
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_sglang.drafts.candidates import common_prefix
 from whiflash_sglang.drafts.rounds import loop_start
 from whiflash_sglang.files.equality import TopTwo, Verdict, is_tie
+from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN
 
 logger = logging.getLogger("whiflash_sglang")
 
@@ -67,7 +68,8 @@ class Reference:
     @property
     def loops(self) -> bool:
         """Whether the answer ends in a repetition loop, which flatters every drafter."""
-        return loop_start(self.tokens if self.input_ids else self.text.split()) is not None
+        words = self.tokens if self.input_ids else "".join(map(chr, self.tokens)).split()
+        return loop_start(words) is not None
 
 
 GAPS = {**TOKEN_IDS, "return_input_ids_in_sglext": True, "logprobs": True, "top_logprobs": 2}
@@ -77,30 +79,29 @@ GAPS = {**TOKEN_IDS, "return_input_ids_in_sglext": True, "logprobs": True, "top_
 def ask_reference(
     client: httpx.Client, prompt: Prompt, max_tokens: int, request: Mapping[str, Any] = GAPS
 ) -> Reference:
-    """Ask plain decoding for an answer. request: further fields of the body; without `GAPS` only its text is known.
+    """Ask plain decoding for an answer. request: further fields of the body, `GAPS` among them.
 
     Raises:
         RefusedError: the server does not take the request. RequestError: it could not answer it.
     """
-    body = chat_body(prompt, max_tokens, request)
     try:
-        response = client.post("/v1/chat/completions", json=body)
-        answer = response.json() if response.status_code == 200 else {}
-    except (httpx.HTTPError, ValueError) as error:
+        response = client.post("/v1/chat/completions", json=chat_body(prompt, max_tokens, request))
+        if response.status_code != 200:
+            raise error_of(prompt.id, response.status_code, response.text)
+        answer = response.json()
+        choice, known = answer["choices"][0], answer["sglext"]
+        return Reference(
+            prompt=prompt,
+            input_ids=tuple(known["input_ids"]),
+            tokens=tuple(known["output_ids"][0]),
+            gaps=tuple(_gap(entry["top_logprobs"]) for entry in (choice.get("logprobs") or {}).get("content") or ()),
+            text=choice["message"].get("content") or "",
+            calls=tuple(choice["message"].get("tool_calls") or ()),
+        )
+    except RequestError:
+        raise
+    except (httpx.HTTPError, *NOT_AS_WRITTEN) as error:
         raise RequestError(f"prompt {prompt.id}: {type(error).__name__} {error}") from None
-    if response.status_code != 200:
-        failed = RefusedError if response.status_code == 400 else RequestError
-        raise failed(f"prompt {prompt.id}: {response.text[:500]}")
-    choice, known = answer["choices"][0], answer.get("sglext") or {}
-    rated, text = (choice.get("logprobs") or {}).get("content") or (), text_of(choice["message"])
-    return Reference(
-        prompt=prompt,
-        input_ids=tuple(known.get("input_ids", ())),
-        tokens=tuple(known["output_ids"][0] if "output_ids" in known else map(ord, text)),
-        gaps=tuple(_gap(entry["top_logprobs"]) for entry in rated),
-        text=choice["message"].get("content") or "",
-        calls=tuple(choice["message"].get("tool_calls") or ()),
-    )
 
 
 def _gap(best: Sequence[Mapping[str, Any]]) -> float:

@@ -54,15 +54,6 @@ def sweep(
             turn += 1
 
 
-def in_turn(
-    arms: Sequence[str], loads: Sequence[Load], repetitions: int, alone: Sequence[str], together: Sequence[str]
-) -> Iterator[Step]:
-    """Yield all steps of one arm, then all of the next, so that one server runs at a time."""
-    for arm in arms:
-        for repetition in range(repetitions):
-            yield from sweep([arm], loads, repetition, alone, together)
-
-
 WARM_UP_PROMPTS = 3
 CLOSED_ALONE = Load(value=1)
 
@@ -115,7 +106,7 @@ class Runner:
         self._routers: dict[str, str] = {}
         self._servers: dict[str, dict[str, Any]] = {}
         self.unavailable: dict[str, str] = {}
-        self._ended = ""
+        self._done = self._ended = ""
         self.left_out = dict(plan.left_out)
         self.cells: list[Cell] = []
         self._began = time.monotonic()
@@ -128,10 +119,18 @@ class Runner:
         """
         plan = self._plan
         record = {**self._origin(), "busy_before": provenance.busy()}
-        if plan.interleave:
-            self._interleaved()
-        else:
-            self._in_turn()
+        try:
+            if plan.interleave:
+                self._interleaved()
+            else:
+                self._in_turn()
+        except (WhiflashError, httpx.HTTPError, KeyboardInterrupt, SystemExit) as error:  # SIGTERM exits
+            if not self.cells:
+                raise
+            self.unavailable.pop(plan.base, None)
+            reason = (str(error) or type(error).__name__) if isinstance(error, Exception) else "interrupted"
+            self._ended = f"ended after {self._done}: {reason}"
+            self._progress.console.print(self._ended, markup=False, highlight=False, soft_wrap=True)
         self.cells = whole(self.cells)
         judging = self._progress.add_task(f"comparing answers with {self._base}'s", total=None)
         sampled = [reference.prompt.sampling for reference in self._references.values()]
@@ -162,20 +161,12 @@ class Runner:
         self._warm_up(self._available())
         task = self._progress.add_task("measuring", total=None)
         for done in range(self._plan.repetitions):
-            try:
-                if done:
-                    self._renew()
-                steps = list(sweep(self._available(), self._plan.loads, done, *self._prompt_ids()))
-                self._progress.update(task, total=self._plan.repetitions * len(steps), completed=done * len(steps))
-                asyncio.run(self._measure(steps, task))
-            except (WhiflashError, httpx.HTTPError, KeyboardInterrupt) as error:
-                if not self.cells:
-                    raise
-                self.unavailable.pop(self._plan.base, None)
-                reason = str(error) or "interrupted"
-                self._ended = f"ended after {done} of {self._plan.repetitions} repetitions: {reason}"
-                self._progress.console.print(self._ended, markup=False, highlight=False, soft_wrap=True)
-                break
+            self._done = f"{done} of {self._plan.repetitions} repetitions"
+            if done:
+                self._renew()
+            steps = list(sweep(self._available(), self._plan.loads, done, *self._prompt_ids()))
+            self._progress.update(task, total=self._plan.repetitions * len(steps), completed=done * len(steps))
+            asyncio.run(self._measure(steps, task))
 
     def _renew(self) -> None:
         """Start new servers of all arms. An arm whose server does not start is lost."""
@@ -186,14 +177,17 @@ class Runner:
 
     def _in_turn(self) -> None:
         plain = [arm for arm in self._plan.arms if arm.name == self._plan.base]
-        for server in dict.fromkeys(arm.server for arm in (*plain, *self._plan.arms)):
+        servers = dict.fromkeys(arm.server for arm in (*plain, *self._plan.arms))
+        for done, server in enumerate(servers):
+            self._done = f"{done} of {len(servers)} servers"
             group = [arm for arm in self._plan.arms if arm.server == server]
             self._start(group)
             if server == plain[0].server:
                 self._ask_references()
             names = [arm.name for arm in group if arm.name not in self.unavailable]
             self._warm_up(names)
-            steps = list(in_turn(names, self._plan.loads, self._plan.repetitions, *self._prompt_ids()))
+            ids, loads = self._prompt_ids(), self._plan.loads
+            steps = [s for name in names for r in range(self._plan.repetitions) for s in sweep([name], loads, r, *ids)]
             task = self._progress.add_task(f"measuring {', '.join(names)}", total=len(steps))
             asyncio.run(self._measure(steps, task))
             self._progress.remove_task(task)

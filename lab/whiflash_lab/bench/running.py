@@ -4,6 +4,7 @@ Any server of OpenAI's chat completions is asked; SGLang says more, such as the 
 their text, since a server gives no logits.
 """
 
+import asyncio
 import string
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,9 +15,10 @@ import httpx
 from pydantic import Field
 
 from whiflash_lab.bench.arms import NONE, Arm
+from whiflash_lab.bench.cells import Answer as Timed
 from whiflash_lab.bench.load import ROUNDS, Asker
 from whiflash_lab.bench.prompts import Prompt
-from whiflash_lab.bench.reference import Difference, Reference, ask_reference, differences
+from whiflash_lab.bench.reference import Difference, Reference, differences
 from whiflash_lab.bench.runner import TOLD, Runner
 from whiflash_sglang.errors import UsageError, WhiflashError
 from whiflash_sglang.files import provenance
@@ -98,17 +100,22 @@ class Visitor(Runner):
     def _prepare(self, arm: Arm, client: httpx.Client) -> None:
         """Leave the prefix cache as it is, which others may use; requests have a salt."""
 
-    def _fields(self, arm: str) -> dict[str, Any]:
-        more = {"cache_salt": uuid4().hex, **ROUNDS} if self._servers[arm]["salted"] else {}
-        return {"model": self._servers[arm]["model"], **more}
-
     def _asker(self, client: httpx.AsyncClient, arm: Arm) -> Asker:
-        fields = {**self._fields(arm.name), "stream_options": {"include_usage": True}}
+        server = self._servers[arm.name]
+        more = {"cache_salt": uuid4().hex, **ROUNDS} if server["salted"] else {}
+        fields = {"model": server["model"], **more, "stream_options": {"include_usage": True}}
         return Asker(client, self._plan.max_tokens, fields)
 
     def _ask_reference(self, prompt: Prompt) -> Reference:
-        client = self._fleet.clients[self._plan.base]
-        return ask_reference(client, prompt, self._plan.max_tokens, self._fields(self._plan.base))
+        """Ask as arms are asked: a server's parser of a whole answer and that of a stream may write another text."""
+        base = self._plan.base
+
+        async def ask() -> Timed:
+            async with httpx.AsyncClient(**self._fleet.reach(base)) as client:
+                return await self._asker(client, self._arms[base]).ask(prompt)
+
+        answer = asyncio.run(ask())
+        return Reference(prompt, (), answer.tokens, (), answer.text, answer.calls)
 
     def _origin(self) -> dict[str, Any]:
         return provenance.made_by(("whiflash-sglang",))

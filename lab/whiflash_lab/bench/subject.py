@@ -15,6 +15,7 @@ from whiflash_sglang.checkpoints.bundle import Bundle
 from whiflash_sglang.checkpoints.hub import fetch
 from whiflash_sglang.checkpoints.manifest import MANIFEST, embedded_bundle, load_manifest
 from whiflash_sglang.drafts.arms import AR, DIFFUSION
+from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.cpu import serves_here
 
 
@@ -24,7 +25,8 @@ def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
 
     Unchanged files are links to the bundle's, if the file system allows.
     """
-    fields = load_manifest(bundle).model_dump(mode="json", exclude_none=True)
+    opened = Bundle.load(bundle)
+    fields = opened.manifest.model_dump(mode="json", exclude_none=True)
     if arm in (NO_LOOKUP, BAD):
         fields["lookup"] = {"enabled": False}
     if arm in (NO_STRUCTURE, BAD):
@@ -33,8 +35,9 @@ def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
     if arm == BAD:
         for key in ("router", "sources"):  # they have checksums of the unshuffled drafters
             fields.pop(key, None)
-        for key in {"eagle3", "dflash"} & fields.keys():
-            _shuffle(directory / fields[key])
+        for part in opened.parts.keys() - {"router"}:
+            fields[part] = f"shuffled-{part}"
+            _shuffle(opened.fetch(part), directory / fields[part])
     (directory / MANIFEST).unlink()  # it may be a link to the bundle's file
     (directory / MANIFEST).write_text(json.dumps(fields), encoding="utf-8")
     return directory
@@ -48,10 +51,14 @@ def _link(source: str, target: str) -> str:
     return target
 
 
-def _shuffle(checkpoint: Path) -> None:
-    """Shuffle every matrix of a drafter, so that it is as slow as before and never right."""
+def _shuffle(checkpoint: Path, place: Path) -> None:
+    """Copy a drafter to `place` with every matrix shuffled: as slow as before, never right. ConfigError without one."""
     random = torch.Generator().manual_seed(0)
-    for file in checkpoint.glob("*.safetensors"):
+    shutil.copytree(checkpoint, place, copy_function=_link)
+    files = sorted(place.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"--arms {BAD}: {checkpoint} has no *.safetensors to shuffle; leave this arm out")
+    for file in files:
         tensors = load_file(file)
         for name, tensor in tensors.items():
             if tensor.ndim > 1:

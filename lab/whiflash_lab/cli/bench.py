@@ -81,6 +81,7 @@ def bench(
 
     from whiflash_lab.bench.cells import Load
     from whiflash_lab.bench.command import judge, publish, run
+    from whiflash_lab.bench.fleet import environment
     from whiflash_lab.bench.runner import Plan
     from whiflash_lab.bench.running import arms_of
 
@@ -102,10 +103,13 @@ def bench(
             "no {}: remove it",
             started,
         )
+    if kv_share is not None and not kv_share <= MOST:  # NaN is neither
+        raise UsageError(f"--kv-share {kv_share}: give a number, such as 0.5")
     measured, headers = arms_of(url or ()), authorization(api_key)
     chosen = [] if recorded else sources.sample(sources.load_prompts(prompts or str(sources.shipped())), per_category)
     extra = ways.server_words(server_args)
     ways.dtype_of(extra)
+    environment(extra)
     from whiflash_sglang.checkpoints.hub import check_place
 
     for place in filter(None, (model_path, bundle, *(str(file.absolute()) for file in recorded or ()))):

@@ -70,14 +70,14 @@ def evaluate_command(
                 asks = partial(ask, client, served)
                 result = evaluation.compare_served(bundle, prompts, asks, arm, settings)
             table = evaluation.positions_table
-        if out is not None:
-            write_output(out, json.dumps(result, indent=1) + "\n")
     if as_json:
         typer.echo(json.dumps(result))
     else:
         options.show_table(*table(result))
         if sentence := result.get("sentence"):
             typer.echo(sentence)
+    if out is not None:  # last, so that a full disk takes no result away
+        write_output(out, json.dumps(result, indent=1) + "\n")
     if result.get("cause"):
         raise typer.Exit(1)
 
