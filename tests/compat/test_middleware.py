@@ -207,6 +207,13 @@ def test_a_route_gets_its_body_and_its_call(monkeypatch: pytest.MonkeyPatch, pat
     assert (call.form, call.fields.hints.trace, call.fields.prediction) == (ROUTES[path], "full", [1, 2, 3])
     assert (nothing.body, nothing.fields) == ({}, None)
     assert CURRENT.get() is None
+    more = f'{body[:-1]}, "temperature": NaN, "user": "\\ud800"}}'.encode()
+    for sent in (body.encode("utf-8-sig"), body.encode("utf-16"), more):  # SGLang reads these, too
+        app.client.post(path, content=sent)
+        raw, call = app.seen[-1]
+        assert (raw, call and call.fields and call.fields.prediction) == (sent, [1, 2, 3])
+    answer = app.client.post(path, content=b"[" * 1500 + b"]" * 1500)
+    assert (answer.status_code, "body: JSON nests deeper" in answer.text) == (400, True)
 
 
 def test_other_routes_and_servers_without_us_have_no_call(monkeypatch: pytest.MonkeyPatch) -> None:

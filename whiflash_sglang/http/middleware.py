@@ -6,6 +6,7 @@ fields of a body before the route does, and refuses wrong ones in the route's ow
 Requests without our fields and their answers stay SGLang's own, and so do servers without WHIFLASH.
 """
 
+import json
 import os
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
@@ -16,6 +17,7 @@ from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 from sglang.srt.utils import auth
 from starlette.middleware import Middleware
+from whiflash_sdk.reading import TooDeepError, read_json
 
 from whiflash_sglang.engine.carried import asks_for_ours, settings_of
 from whiflash_sglang.engine.launch.keys import without_keys
@@ -94,10 +96,10 @@ class HintsMiddleware:
                 if path in (sessions.OPEN, sessions.CLOSE) and manager.server_args.enable_session_radix_cache:
                     trusted = settings_of(manager.server_args).trust_tenant_header
                     body, receive = await _parsed(receive)
-                    if not isinstance(body, dict):  # SGLang's parser reads more than ours, such as UTF-16 and NaN
-                        raise HintError("session_id", "is not in a JSON object in UTF-8; send one")
+                    if not isinstance(body, dict):
+                        raise HintError("session_id", "is not in a JSON object; send one")
                     body = sessions.scoped_body(path, body, caller, trusted=trusted)
-                    whole = {"type": "http.request", "body": orjson.dumps(body), "more_body": False}
+                    whole = {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
                     receive = _giving(whole, receive)
                 if path in INFO:
                     send = writer.rewriting(send, lambda info: without_keys(info, manager.server_args))
@@ -130,7 +132,8 @@ def _is_foreign(scope: Message) -> bool:
 
 
 async def _parsed(receive: Receive) -> tuple[object, Receive]:
-    """Return the parsed body, None if it is no JSON, and a `receive` that gives the body again, then later messages."""
+    """Return the parsed body, None if it is no JSON, and a `receive` that gives the body again, then later messages.
+    Raises HintError if it nests too deep."""
     parts: list[bytes] = []
     message = await receive()
     while message["type"] == "http.request":
@@ -139,11 +142,15 @@ async def _parsed(receive: Receive) -> tuple[object, Receive]:
             message = {"type": "http.request", "body": b"".join(parts), "more_body": False}
             break
         message = await receive()
-    receive = _giving(message, receive)
-    try:
-        return orjson.loads(message.get("body", b"")), receive
-    except orjson.JSONDecodeError:
-        return None, receive
+    receive, body = _giving(message, receive), message.get("body", b"")
+    for parse in (orjson.loads, read_json):  # SGLang's parser reads more than the first, such as UTF-16 and NaN
+        try:
+            return parse(body), receive
+        except TooDeepError as error:
+            raise HintError("body", str(error)) from None
+        except ValueError:
+            continue
+    return None, receive
 
 
 def _giving(message: Message, receive: Receive) -> Receive:
