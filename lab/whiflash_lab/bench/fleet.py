@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -45,20 +44,6 @@ def environment(arguments: Sequence[str]) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(threads() // prod(sizes), 1))}
 
 
-def launcher(
-    arguments: Sequence[str],
-    log: Path | None,
-    *,
-    host: ServerHost | None = None,
-    more: Mapping[str, str] = MappingProxyType({}),
-) -> Server:
-    """Make a server, forked by `host` if given. All servers have the same number of threads, shared by their ranks.
-
-    more: variables of its environment.
-    """
-    return Server(arguments, host=host, log=log, env={**environment(arguments), **more})
-
-
 class Fleet(Closing):
     """The running servers by key, with a client for each.
 
@@ -67,7 +52,7 @@ class Fleet(Closing):
     """
 
     def __init__(
-        self, make: Make = launcher, log_dir: Path | None = None, headers: Mapping[str, str] = MappingProxyType({})
+        self, make: Make, log_dir: Path | None = None, headers: Mapping[str, str] = MappingProxyType({})
     ) -> None:
         self._make, self._log_dir, self._headers = make, log_dir, headers
         self._servers: dict[str, Server | Running] = {}
@@ -136,8 +121,12 @@ def fleet_of(bar: Progress, log_dir: Path | None, more: Mapping[str, str] = Mapp
     Args:
         more: variables of the servers' environment.
     """
+    host: ServerHost | None = None
+
+    def make(arguments: Sequence[str], log: Path | None) -> Server:
+        return Server(arguments, host=host, log=log, env={**environment(arguments), **more})
+
     with ExitStack() as stack:
-        host = None
         if serves_here():
             importing = bar.add_task("importing SGLang, once for all servers", total=None)
             host = stack.enter_context(ServerHost({"OMP_NUM_THREADS": str(threads())}))
@@ -145,7 +134,7 @@ def fleet_of(bar: Progress, log_dir: Path | None, more: Mapping[str, str] = Mapp
             bar.remove_task(importing)
         if log_dir is not None:
             log_dir.mkdir(parents=True, exist_ok=True)
-        yield stack.enter_context(Fleet(partial(launcher, host=host, more=more), log_dir))
+        yield stack.enter_context(Fleet(make, log_dir))
 
 
 def reason_of(message: str) -> str:
