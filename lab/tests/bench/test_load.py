@@ -56,12 +56,11 @@ def test_a_message_is_put_together_for_the_next_turn() -> None:
         for piece in pieces
     ]
     whole = parse_stream("p", [(0.1, line) for line in lines])
-    functions = ({"name": "f", "arguments": "{}"}, {"name": "g", "arguments": "[]"})
-    calls = tuple({"id": id, "type": "function", "function": one} for id, one in zip("cd", functions, strict=True))
-    assert (whole.text, whole.calls) == ("Look", calls)
-    for count in (1, 2):
-        answer = parse_stream("p", [(0.1, line) for line in lines[:count]])
-        assert Reference(Prompt("p", "chat", ()), (), answer.tokens, (), "").loops is (count == 1)
+    functions = [{"name": "f", "arguments": "{}"}, {"name": "g", "arguments": "[]"}]
+    assert [(call["id"], call["function"]) for call in whole.calls] == [*zip("cd", functions, strict=True)]
+    looping = parse_stream("p", [(0.1, lines[0])])
+    found = [Reference(Prompt("p", "chat", ()), (), one.tokens, (), "").loops for one in (whole, looping)]
+    assert (whole.text, looping.text, found) == ("Look", "", [False, True])
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,6 @@ def test_a_server_that_dies_in_its_first_repetition_keeps_its_prompts(prompts: P
         (500, b"\xff"),
         (200, b"data: \xff\n\n"),
         (200, b'{"error": {"message": "no"}}'),
-        (200, b'data: {"choices": []}\n\n'),
         (200, b'data: {"choices": [{"delta": {"tool_calls": [{"function": "f"}]}}]}\n\n'),
     ],
 )

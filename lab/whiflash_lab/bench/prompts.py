@@ -85,10 +85,7 @@ def load_prompts(source: str) -> list[Prompt]:
 
 
 def prompt_of(row: Any, where: str, default: str = "") -> Prompt:
-    """Convert a row of a supported format to a prompt. Raises ConfigError naming `where` and the wrong field.
-
-    default: id of a row that has none.
-    """
+    """Convert a row to a prompt, by default with this id. Raises ConfigError naming `where` and the wrong field."""
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: a row is a JSON object, not {type(row).__name__}")
     for name in ("request", "body"):
