@@ -204,7 +204,7 @@ def test_any_target_is_read_from_its_directory(tmp_path: Path) -> None:
     assert (read.kv, read.layers, read.positions, read.width) == (known.kv, 36, 40960, 4096)
     mixture = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
     sizes = {"hidden_size": 2048, "num_hidden_layers": 48, "num_key_value_heads": 4}
-    experts = shape(text_config={**QWEN8, **sizes, **mixture})
+    experts = shape(text_config={**QWEN8, **sizes, **mixture}, time_step_limit=[0.0, float("inf")])
     assert (experts.parameters, experts.active) == (pytest.approx(30.5e9, rel=0.01), pytest.approx(3.3e9, rel=0.03))
     assert (experts.kv, experts.experts, experts.used) == (98304, 128, 8)
     linear = [*(["linear_attention"] * 27), *(["full_attention"] * 9)]
@@ -218,7 +218,10 @@ def test_any_target_is_read_from_its_directory(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="num_hidden_layers: Field required"):
         advise(Question(str(tmp_path)))
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(UsageError, match="holds no JSON object"):
+    with pytest.raises(UsageError, match=r"config\.json is damaged: a JSON object is expected"):
+        advise(Question(str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"hidden_size": 1')
+    with pytest.raises(UsageError, match=r"config\.json cannot be read: "):
         advise(Question(str(tmp_path)))
     with pytest.raises(UsageError, match=r"has no config\.json"):
         advise(Question(str(tmp_path.parent)))

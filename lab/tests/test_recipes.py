@@ -240,6 +240,72 @@ def test_reading_shell(write: Write) -> None:
     assert filled.start == "uv run sglang serve"
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        "pkill -f sglang.launch_server || true",
+        "sudo pkill -f 'python3 -m sglang.launch_server --port 1'",
+        "if pgrep -f 'sglang serve' >/dev/null; then exit; fi",
+        "trap 'pkill -f \"sglang serve m --tp\"' EXIT",
+        'log "starting sglang serve on $PORT"',
+        "banner 'Now sglang serve m --tp 1 runs'",
+        "true  # then sglang serve MODEL",
+        "cat >&2 <<EOF\nusage, if it's new:\n sglang serve m --tp 1\nEOF",
+        "USAGE=$(cat <<'EOF'\ndon't\nsglang serve m --tp 1\nEOF\n)",
+        'USAGE="usage: sglang serve m --tp 1"',
+        "sglang serve --help | head",
+    ],
+)
+def test_words_that_name_a_launch_start_none(write: Write, before: str) -> None:
+    (recipe,) = read(write("serve.sh", f"{before}\nsglang serve a/b --tp 2"))
+    assert (recipe.flags, recipe.start) == ({"model-path": "a/b", "tp": "2"}, "sglang serve")
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        "ID=$(docker run -d image {})",
+        "run_server '{}' >log",
+        "ssh host bash <<EOF\n{}\nEOF",
+        "COMMAND='nohup {}'\neval $COMMAND",
+        "echo 'a\nb'; ({}) &",
+        "sglang serve a/b >log --tp 2",
+        "TP=2\nsglang serve a/b --tp $TP",
+    ],
+)
+def test_launches_that_other_commands_start(write: Write, around: str) -> None:
+    (recipe,) = read(write("serve.sh", around.format("sglang serve a/b --tp 2")))
+    assert recipe.flags == {"model-path": "a/b", "tp": "2"}
+
+
+@pytest.mark.parametrize(
+    ("text", "environments", "start"),
+    [
+        ("export SGLANG_A=1; sglang serve a/b", [{"SGLANG_A": "1"}], "SGLANG_A=1 sglang serve"),
+        ("B=1\nexport SGLANG_A=$B C='x'\nsglang serve a/b", [{"SGLANG_A": "1"}], "SGLANG_A=1 sglang serve"),
+        ('export SGLANG_A="x y"\nsglang serve a/b', [{"SGLANG_A": "x y"}], "SGLANG_A='x y' sglang serve"),
+        ("export SGLANG_A=$(hostname -I)\nsglang serve a/b", [{"SGLANG_A": "$(hostname -I)"}], "sglang serve"),
+        ("SGLANG_A=$B sglang serve a/b", [{"SGLANG_A": "$B"}], "SGLANG_A=$B sglang serve"),
+        ("SGLANG_A=1 sglang serve m &\nsglang serve a/b", [{"SGLANG_A": "1"}, {}], "sglang serve"),
+        ("(export SGLANG_A=1; sglang serve m) &\nsglang serve a/b", [{"SGLANG_A": "1"}, {}], "sglang serve"),
+        ("export SGLANG_A=1\nunset SGLANG_A\nsglang serve a/b", [{}], "sglang serve"),
+        (
+            "docker run -e SGLANG_RUST_SERVER=1 i sglang serve a/b",
+            [{"SGLANG_RUST_SERVER": "1"}],
+            "docker run i sglang serve",
+        ),
+    ],
+)
+def test_a_launch_has_the_variables_that_reach_it(
+    write: Write, text: str, environments: list[dict[str, str]], start: str
+) -> None:
+    recipes = read(write("serve.sh", text))
+    assert [recipe.environment for recipe in recipes] == environments
+    lines = judged(recipes[-1]).command.splitlines()
+    assert lines[0] == f"{start} \\"
+    assert ("# set before, as in your file: SGLANG_A" in lines) == ("hostname" in text)
+
+
 def test_reading_containers(write: Write) -> None:
     with pytest.raises(UsageError, match="holds no launch"):
         read(write("compose.yaml", "services: {a: {image: b}}"))
@@ -272,6 +338,23 @@ def test_reading_containers(write: Write) -> None:
     ):
         with pytest.raises(UsageError, match=said):
             read(write("compose.yaml", text))
+    served = {
+        "image": "lmsysorg/sglang",
+        "entrypoint": "python3 -m sglang.launch_server",
+        "command": "--model-path a/b",
+    }
+    listed = {
+        "image": "lmsysorg/sglang",
+        "entrypoint": ["python3"],
+        "command": ["-m", "sglang.launch_server", "m", "--tp=2"],
+    }
+    compose = write(
+        "compose.yaml", json.dumps({"x-sglang": {**served, "command": None}, "services": {"a": served, "b": listed}})
+    )
+    assert [(recipe.name[-1], recipe.flags, recipe.keys) for recipe in read(compose)] == [
+        ("a", {"model-path": "a/b"}, ("entrypoint", "command")),
+        ("b", {"model-path": "m", "tp": "2"}, ("entrypoint", "command")),
+    ]
     named = "services: {a: {environment: SGLANG_X=1, command: sglang serve a/b --tp 2}}"
     assert read(write("compose.yaml", named))[0].environment == {"SGLANG_X": "1"}
 
@@ -327,7 +410,7 @@ def nested(value: str) -> str:
         ("a.yaml", f"a: &a {'x' * 100_000}\nb: [{'*a, ' * 2000}]", "comes to more than"),
         ("a.yaml", "a: 1" + ":1" * 3000 + ".5", "is not YAML"),
         ("a.yaml", "a: !!bool x", "is not YAML"),
-        ("a.sh", "A=(${A[@]} ${A[@]})\n" + "B=()\n" * 99 + "sglang serve m ${A[@]}", "a launch of more than"),
+        ("a.sh", f"A={'x' * 8000}\nsglang serve m {'$A ' * 9}", "a launch of more than"),
         ("a.sh", "\n" * 200_000, "holds no launch"),
         ("a.sh", "$((" * 80_000, "holds no launch"),
         ("a.sh", "sglang serve m\n" * 10_000, "more than 1000 launches"),
@@ -424,6 +507,9 @@ MODEL = "sglang serve a/b"
         (f"P=1\nP=2\n{MODEL} --port $P", "", "# set before, as in your file: P"),
         (f"cat > a.sh <<EOF\n{MODEL} --tp \\$TP \\\\\n --port 1\nEOF\n", "", "--tp $TP \\\n    --port 1"),
         (f"cat > a.sh <<'EOF'\n{MODEL} --api-key a\\$b\nEOF\n", "", "--api-key a\\$b"),
+        (f"{MODEL} --json-model-override-args '{{\n \"a\": 1}}' --tp 2", "", "'{\n \"a\": 1}' \\\n    --tp 2"),
+        (f"{MODEL} --chat-template $(dirname $(pwd))/t --tp 2", "", "$(dirname $(pwd))/t \\\n    --tp 2"),
+        (f'O=\'{{"a": 1}}\'\n{MODEL} --json-model-override-args "$O"', "", "'{\"a\": 1}'"),
         (
             f"{MODEL} --speculative-algorithm STANDALONE --speculative-draft-model-path c/d",
             "",

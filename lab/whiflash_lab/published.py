@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from pydantic import AliasChoices, BaseModel, Field, TypeAdapter, ValidationError
 
-from whiflash_sglang.errors import UsageError
+from whiflash_sglang.errors import CheckpointError, UsageError
 from whiflash_sglang.files.disk import read_yaml
-from whiflash_sglang.files.jsonl import read_json_file
+from whiflash_sglang.formats.config_json import read_json_config
 
 
 class Gpu(NamedTuple):
@@ -146,11 +146,11 @@ def of_directory(directory: Path) -> PublishedTarget | None:
     file = directory.expanduser() / "config.json"
     if not file.is_file():
         return None
-    config = read_json_file(file)
-    if not isinstance(config, dict):
-        raise UsageError(f"{file} holds no JSON object: is it a language model's?")
     try:
+        config = read_json_config(file.parent)
         shape = _Config.model_validate(config.get("text_config", config)).shape()
+    except CheckpointError as error:
+        raise UsageError(str(error)) from None
     except ValidationError as error:
         said = error.errors()[0]
         key = ".".join(map(str, said["loc"])) or "text_config"

@@ -5,7 +5,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, islice
+from itertools import dropwhile, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +14,46 @@ from whiflash_sglang.files.disk import MOST_SETTINGS, read_text, yaml_documents
 
 LAUNCH = re.compile(r"(?:sglang\.launch_server|(?:sglang|whiflash)\s+serve)(?=\s|$)")
 VLLM = re.compile(r"\bvllm(?: serve|\.entrypoints)\b")
-QUOTED = re.compile(r"\"(?:\\.|[^\"\\])*(?:(\")|\\?$)|'[^']*(?:(')|$)")
-WORDS = re.compile(r"\s*(?:#[^\n]*|([();<>|&]+)|((?:\\.|\"(?:\\.|[^\"\\])*\"|'[^']*'|[^\s\"'\\();<>|&])+))", re.DOTALL)
-"""A comment, an operator (group 1) or a word as written (group 2)."""
+OPERATOR = re.compile(
+    r"(?:[^\S\n]|\\\n)*(?:((?:\d+|&)?(?:>[>|&]?|<[<>&]*-?)(?!\()[^\S\n]*)|(?:#[^\n]*)?([;&|()\n]+|\Z))?"
+)
+"""Blanks, then a redirection (group 1), or a comment and what ends a command (group 2)."""
+MARK = re.compile(r"\\.|[$<>]?\(|\$\{|(?<!\S)#|[\"'`)}\s;&|<>]", re.DOTALL)
+"""Marks that mean something in a shell's word, or end it."""
+CLOSING = {'"': '"', "`": "`", "${": "}", "$(": ")", "<(": ")", ">(": ")"}
 MANY = re.compile(r"\$|\"\$([@*]|\{\w+\[)")
 """Start of a word that a shell may divide."""
 KEYWORDS = {"do", "then", "else", "if", "elif", "while", "until", "{", "!"}
-COMPUTED = re.compile(r"\$\(\(.{0,200}?\)\)|\$\([^()]*\)|`[^`]*`")
-KEPT = re.compile(r"\$computed(\d+)_")
-ARRAY = re.compile(r"^[ \t]*(\w+)\+?=\(((?:\"(?:\\.|[^\"\\])*\"|'[^']*'|(?<!\S)#[^\n]*|[^()\"'])*+)\)", re.MULTILINE)
-OPEN_ARRAY = re.compile(r"=\(((?:\"(?:\\.|[^\"\\])*\"|'[^']*'|(?<!\S)#[^\n]*|[^()\"'])*+)\Z")
-REFERENCE = re.compile(r"\"?\$\{(\w+)\[[@*]\]\}\"?")
-ASSIGNED = re.compile(
-    r"(?:^|[;&|]|\bthen\b|\bdo\b)[ \t]*(?:export[ \t]+|readonly[ \t]+)?(\w+)="
-    r"(\"[^\"\n]*\"|'[^'\n]*'|[^\s;&|()\"']*)(?=[ \t]*(?:$|[;&|#]))",
-    re.MULTILINE,
+SETTING, UNSETTING = {"", "export", "readonly", "declare", "local", "alias"}, {"unset", "for", "select", "read"}
+SAYING = re.compile(r"echo|printf|print|log|logger|info|warn|error|die|pkill|pgrep|killall|e?grep|sed|awk|curl")
+"""Commands that name a launch, and start none."""
+STARTING = re.compile(
+    r"sglang|whiflash|python[\d.]*|nohup|exec|eval|env|time|timeout|nice|numactl|taskset|setsid|stdbuf|sudo|srun|sbatch"
+    r"|mpirun|torchrun|docker|podman|kubectl|singularity|apptainer|ssh|tmux|screen|uv|conda|nsys|(?:ba|z)?sh"
 )
-USED = re.compile(r"'[^']*'|\$(?:(\w+)|\{(\w+)(?::-([^{}$]*))?\})")
-VARIABLE = re.compile(r"\b(SGLANG_\w+)=(?![\"']?-)(\S+)")
+"""Commands that start the command in their words."""
+READING = re.compile(r"\b(?:(?:ba|z)?sh|ssh|sbatch|tee|kubectl|docker|podman)\b|>(?!&|\s*/dev/)")
+"""Words of a line with a here-document that run it, or write it to a file."""
+ASSIGNED = re.compile(r"(?:Environment=)?(\w+)\+?=")
+USED = re.compile(r"'[^']*'|(\"?)\$(?:(\w+)|\{(\w+)(?:(\[[@*]\])|:?[-=]([^{}$]*))?\})\1")
+UNSAFE = re.compile(r"[\"'\\;&|<>()#\n`]")
+VARIABLE = re.compile(r"\b(SGLANG_\w+)=(.*)", re.DOTALL)
 OF_FLAGS = re.compile(r"^(?:export[ \t]+)?(\w+)=(['\"]?)(--.*)\2$", re.MULTILINE)
 """A variable that holds flags, as in an environment file."""
 HEREDOC = re.compile(r"(?<!<)<<-?[ \t]*(['\"\\]?)([A-Za-z_]\w*)")
+MANIFEST = re.compile(r"^(?:apiVersion|services):", re.MULTILINE)
 ESCAPED = re.compile(r"\\([\\$`])")
-MOST_RECIPES, MOST_LINE, DEEPEST_ARRAY = 1000, 1 << 16, 16
-"""Most launches of a file; most characters of one after its arrays are filled in; deepest nesting of arrays."""
+MOST_RECIPES, MOST_LINE, MOST_VALUE, DEEPEST = 1000, 1 << 16, 1 << 13, 16
+"""Most launches of a file, characters of one, and characters of a value that is filled in; deepest command in words."""
 ROLES = "sglang_config"
 """Key of srt-slurm's recipes: a mapping of flags for each role, `prefill`, `decode` or `aggregated`."""
-KEYS = (("command", "args"), ("entrypoint", "command"))
-"""Keys of a container's first and further words, in Kubernetes and in compose files."""
 
 
 class Word(str):
-    """A word's value, with its text in the shell that it was read from."""
+    """A word's value, with its text in the shell that it was read from, and where it ends there."""
 
     source: str
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,7 @@ def read(path: Path) -> list[Recipe]:
         raise UsageError(f"--recipe {path} cannot be read ({error}): flags are names and short values") from None
     if len(recipes) > MOST_RECIPES:
         raise UsageError(f"--recipe {path} has more than {MOST_RECIPES} launches: divide it")
-    if not recipes or (path.suffix.lower() in readers and not all(recipe.flags for recipe in recipes)):
+    if not recipes or (path.suffix.lower() in readers and not any(recipe.flags for recipe in recipes)):
         what = "launches vLLM" if VLLM.search(text) else "holds no launch that can be read"
         raise UsageError(f"--recipe {path} {what}: give a launch such as `sglang serve MODEL --tp-size 2`")
     return recipes
@@ -112,28 +118,26 @@ def _containers(document: Any, path: Path, name: str = "") -> Iterator[Recipe]:
             yield from _containers(each, path, name)
     if not isinstance(document, dict):
         return
-    for first, further in KEYS:
-        words = [_words_of(document.get(key)) for key in (first, further)]
-        every = [word for key in words for word in key]
-        who = f"{path}: {document.get('name', document.get('container_name', name))}".rstrip(": ")
-        if script := next((word for word in every if LAUNCH.search(word) and " " in word), None):
-            for recipe in _shell(script, path, who):
-                yield replace(recipe, keys=(), environment={**_of_container(document), **recipe.environment})
-            return
-        at = next((at for at, word in enumerate(every) if LAUNCH.search(" ".join(every[: at + 1]))), None)
-        if at is not None:
-            flags = _flags_in(every[at + 1 :])
-            keys = (first, further) if words[1] else (first, first) if words[0] else (further, further)
-            yield Recipe(who, flags, _of_container(document), shlex.join(every[: at + 1]), keys)
-            return
-        if every and every[0].startswith("--model") and "sglang" in str(document.get("image")):
-            raise UsageError(f"--recipe {who} has no command: add the one of its image, such as [sglang, serve]")
-    for key, value in document.items():
-        yield from _containers(value, path, str(key))
+    keys = ("entrypoint", "command") if "entrypoint" in document else ("command", "args")
+    words = {key: listed for key in keys if (listed := _words_of(document.get(key)))}
+    every = [word for listed in words.values() for word in listed]
+    who = f"{path}: {document.get('name', document.get('container_name', name))}".rstrip(": ")
+    if script := next((word for word in every if " " in word and LAUNCH.search(word)), None):
+        for recipe in _shell(script, path, who):
+            yield replace(recipe, keys=(), environment={**_of_container(document), **recipe.environment})
+    elif start := _start_of(every):
+        flags = _flags_in(every[len(start) :])
+        yield Recipe(who, flags, _of_container(document), shlex.join(start), (next(iter(words)), [*words][-1]))
+    elif every and every[0].startswith("--model") and "sglang" in str(document.get("image")):
+        raise UsageError(f"--recipe {who} has no command: add the one of its image, such as [sglang, serve]")
+    else:
+        for key, value in document.items():
+            if not str(key).startswith("x-"):  # compose's parts for others to merge
+                yield from _containers(value, path, str(key))
 
 
 def _words_of(value: Any) -> list[str]:
-    words = shlex.split(value) if isinstance(value, str) else value
+    words = shlex.split(value.replace("\\\n", " ")) if isinstance(value, str) else value
     return [str(word) for word in words] if isinstance(words, list) else []
 
 
@@ -200,119 +204,201 @@ def _shell(text: str, path: Path, who: str = "") -> Iterator[Recipe]:
     variables that hold flags. Arrays get all words that they may hold, and variables the only value that is assigned
     to them before, else their default. who: name of the container whose script this is; its variables stay.
     """
-    before, begins, after = f"\n{text}".partition("\napiVersion:")
-    if begins and (opened_by := HEREDOC.findall(before)):  # as in `kubectl apply -f - <<EOF`
-        yield from _yaml(begins + after.split(f"\n{opened_by[-1][1]}\n")[0], path)
-        return
-    text = _as_written(re.sub(r"^[ \t]*#.*\n", "", text, flags=re.MULTILINE)).replace("\\\n", " ")
-    computed = [found[0] for found in COMPUTED.finditer(text)]
-    numbers = count()
-    text = COMPUTED.sub(lambda _: f"$computed{next(numbers)}_", text)
-    arrays: dict[str, str] = {}
-    for name, words in ARRAY.findall(text):
-        arrays[name] = f"{arrays.get(name, '')} {words}"
-    launches = list(islice(LAUNCH.finditer(text), MOST_RECIPES + 1))
-    if not launches and text.lstrip().startswith("-"):
-        yield Recipe(str(path), _of_words(text.replace("\n", " "), arrays, {}, computed, path))
-    for name, _, line in [] if launches else OF_FLAGS.findall(text):
-        yield Recipe(f"{path}: {name}", _of_words(line, arrays, {}, computed, path), _variables_in(text))
-    for number, launch in enumerate(launches, 1):
-        before, rest = text[: launch.start()], text[launch.end() :]
-        in_array = OPEN_ARRAY.search(before)
-        line = rest.split("\n)" if in_array else "\n", 1)[0]
-        variables = None if who else _assigned(before)
-        start = _filled(before.rpartition("\n")[2], variables)
-        outer: list[str] = []
-        if opened := next((q for q in QUOTED.finditer(start) if not (q[1] or q[2])), None):
-            outer, start = _last_command(start[: opened.start()]), opened[0][1:]  # as in `bash -c "…"`
-            if opened[0][0] == "'":
-                line = line.partition("'")[0]
+    script = _Script(path, fills=not who)
+    text = re.sub(r"^(?:[ \t]*#.*\n|ExecStart=-?)", "", text, flags=re.MULTILINE)
+    recipes = list(islice(script.launches(text), MOST_RECIPES + 1))
+    if not recipes and text.lstrip().startswith("-"):
+        recipes = [Recipe("", _flags_in(script.words(text)))]
+    for name, _, line in [] if recipes else OF_FLAGS.findall(text):
+        yield Recipe(f"{path}: {name}", _flags_in(script.words(line)), script.environment)
+    for number, recipe in enumerate(recipes, 1):
+        name = (who or str(path)) + (f": {number}" if len(recipes) > 1 else "")
+        yield replace(recipe, name=recipe.name or name)
+
+
+@dataclass(slots=True)
+class _Script:
+    """A shell's script that is read in order. fills: whether variables get their values. values: all that each of them
+    may hold. environment: SGLang's variables. is_code: whether a shell runs it; else it may be prose, in which a launch
+    needs flags or a path, and has nothing but a known command before it. depth: of words in which it is."""
+
+    path: Path
+    fills: bool
+    values: dict[str, set[str]] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    is_code: bool = True
+    depth: int = 0
+
+    def launches(self, text: str) -> Iterator[Recipe]:
+        """Yield a text's launches, without names."""
+        outside: list[dict[str, str]] = []
+        code, documents = _documents(text)
+        for words, operators in self._commands(code):
+            yield from self._command(list(dropwhile(KEYWORDS.__contains__, words)))
+            for operator in operators:
+                if operator == "(":
+                    outside.append(dict(self.environment))
+                elif operator == ")" and outside:
+                    self.environment = outside.pop()
+        for line, document in documents:
+            if READING.search(line):
+                yield from _yaml(document, self.path) if MANIFEST.search(document) else self._inner(document)
+
+    def _inner(self, text: str, *, is_code: bool = True) -> Iterator[Recipe]:
+        inner = replace(self, environment=dict(self.environment), is_code=is_code, depth=self.depth + 1)
+        return inner.launches(text if inner.depth < DEEPEST else "")
+
+    def words(self, line: str) -> list[Word]:
+        """Return a line's words, with those of arrays and the values of variables in their places, as far as known."""
+        if len(line := USED.sub(self._value, line)) > MOST_LINE:
+            raise UsageError(f"--recipe {self.path}: a launch of more than {MOST_LINE} characters is not read")
+        return [word for words, _ in self._commands(line) for word in words]
+
+    def _commands(self, text: str) -> Iterator[tuple[list[Word], str]]:
+        """Yield the words of each command, without redirections and comments, and the operators after it."""
+        words: list[Word] = []
+        at = begun = 0
+        while at < len(text) and (found := OPERATOR.match(text, at)):
+            at = found.end()
+            if found[2] is not None:
+                yield words, found[2]
+                words, begun = [], at
+            elif (word := _word(text, at)) is not None:
+                at = word.end
+                words += [] if found[1] else [word]
+            elif self.is_code and LAUNCH.search(text, begun):
+                where = f"after {text[at : at + 40]!r}"
+                raise UsageError(f"--recipe {self.path} is not a shell line: No closing quotation {where}")
             else:
-                inner = re.match(r"(?:\\.|[^\"\\])*", line)
-                start, line = (re.sub(r"\\([\"\\$`])", r"\1", part) for part in (start, inner[0] if inner else ""))
-        words = _last_command(start)
-        if {*outer[:1], *words[:1]} & {"echo", "printf"}:
-            continue  # as in `echo "Usage: sglang serve MODEL"`
-        flags = _of_words(line, arrays, variables, computed, path)
-        name = (who or str(path)) + (f": {number}" if len(launches) > 1 else "")
-        path_of_it = words.pop() if words and not before[-1:].isspace() else ""
-        command = " ".join([*words, path_of_it + " ".join(launch[0].split())])
-        keys = () if "docker" in outer else None
-        yield Recipe(name, flags, _variables_in(before), _restored(command, computed), keys)
+                return
+        yield words, ""
+
+    def _command(self, words: list[Word]) -> Iterator[Recipe]:
+        """Yield a command's launches, and take what it sets."""
+        command = next((word for word in words if not ASSIGNED.match(word)), "")
+        if command not in SETTING and LAUNCH.search(" ".join(words)):
+            yield from self._launch(" ".join(word.source for word in words))
+        for word in words:
+            if command in UNSETTING:
+                self.environment.pop(word, None)
+                self.values[word] = {"", word}
+            elif command in SETTING and len(word) <= MOST_LINE and (found := ASSIGNED.match(word)):
+                is_array = word.source[found.end() :].startswith("(")
+                yield from self._set(found[1], USED.sub(self._value, word[found.end() :]), is_array=is_array)
+
+    def _set(self, name: str, value: str, *, is_array: bool) -> Iterator[Recipe]:
+        """Take a variable's value, and yield its launches."""
+        if is_array:
+            value = " ".join(word.source for word in self.words(value[1:-1]))
+            yield from replace(self, is_code=False)._launch(value) if LAUNCH.search(value) else ()
+            self.values[name] = {" ".join([*self.values.get(name, ()), value])}
+        else:
+            yield from self._inner(value, is_code=False) if LAUNCH.search(value) else ()
+            self.values.setdefault(name, set()).add(value)
+            if name.startswith("SGLANG_") and not value.startswith("--") and not LAUNCH.search(value):
+                self.environment[name] = value
+
+    def _launch(self, line: str) -> Iterator[Recipe]:
+        """Yield the launch that a command is, or those that a shell reads from its words."""
+        words = self.words(line)
+        start = _start_of(words)
+        first, last, inner = "", "", replace(self, environment=dict(self.environment))
+        for word in start or words:
+            if SAYING.fullmatch(word.rpartition("/")[2]) and last[:1] != "-":
+                return
+            first = first or ("" if ASSIGNED.match(word) else word)
+            is_known = first[:1] == "$" or "/" in first or STARTING.fullmatch(first) is not None
+            if not start and LAUNCH.search(text := word.removeprefix("--wrap=")):
+                is_command = text.startswith(("$(", "`"))
+                is_code = is_command or is_known or (last[:1] == "-" and last[-1:] == "c")  # as in `bash -lc "…"`
+                text = text[1:-1].removeprefix("(") if is_command else text
+                for recipe in inner._inner(text, is_code=is_code):
+                    yield replace(recipe, keys=() if "docker" in words else recipe.keys)
+            elif found := VARIABLE.search(word):
+                inner.environment[found[1]] = found[2]
+            last = word
+        rest = words[len(start) :]
+        is_told = any(word.startswith("--") for word in rest) or any(mark in "".join(rest[:1]) for mark in "/$")
+        accepts = any if self.is_code else all
+        if not (start and rest and accepts((is_known, is_told))) or {"-h", "--help"} & {*rest}:
+            return
+        if MANY.match(rest[0].source):
+            reason = "since it may hold any flags: write its words there"
+            raise UsageError(f"--recipe {self.path}: {rest[0]} is not read, {reason}")
+        yield Recipe("", _flags_in(rest), inner.environment, " ".join(word.source for word in start))
+
+    def _value(self, found: re.Match[str]) -> str:
+        """Return an array's words, or a variable's only value or its default, in place of its name; else that."""
+        name, default = found[2] or found[3], {found[5]} if found[5] else set()
+        values = [*self.values.get(name, default)] if self.fills or found[4] else []
+        if len(values) != 1 or len(values[0]) > MOST_VALUE:
+            return found[0]
+        if found[4] or not UNSAFE.search(values[0]):
+            return values[0] if found[4] else f"{found[1]}{values[0]}{found[1]}"
+        return shlex.quote(values[0]) if found[1] and "$" not in values[0] else found[0]
 
 
-def _as_written(text: str) -> str:
-    """Return the text with its here-documents as a shell writes them."""
-    lines, end = [], ""
-    for line in text.splitlines(keepends=True):
-        lines.append(ESCAPED.sub(r"\1", line) if end else line)
-        if line.strip() == end:
+def _start_of(words: Sequence[Any]) -> Sequence[Any]:
+    """Return a command's words up to SGLang's flags; none if it launches nothing."""
+    for end, (word, following) in enumerate(pairwise(words), 2):
+        is_program = word.rpartition("/")[2] in ("sglang", "whiflash")
+        if (is_program and following == "serve") or (word, following) == ("-m", "sglang.launch_server"):
+            return words[:end]
+    return ()
+
+
+def _word(text: str, begin: int) -> Word | None:
+    """Read the shell's word at `begin`, in which commands and arrays stay as written. None if one of them or a quote
+    stays open."""
+    pieces, at, opened = [], begin, [""]
+    while found := MARK.search(text, at):
+        mark, top, is_inner = found[0], opened[-1], opened not in ([""], ["", '"'])
+        pieces.append(text[at : found.start()])
+        is_array = mark == "(" and text[found.start() - 1] == "="
+        if not top and (mark.isspace() or (mark[0] in "();&|<>" and mark[1:] != "(" and not is_array)):
+            at = found.start()
+            break
+        at = found.end()
+        if mark[0] == "\\":
+            mark = mark if is_inner or (top and mark[1] not in '"\\$`\n') else mark[1:].strip("\n")
+        elif mark == top:
+            opened.pop()
+            mark = mark if is_inner else ""
+        elif (mark == "'" and top != '"') or (mark == "#" and top == ")"):
+            if (end := text.find("\n" if mark == "#" else mark, at)) < 0:
+                return None
+            mark, at = text[at - is_inner : end + is_inner], end + 1
+        elif mark in CLOSING and (top != '"' or mark[0] not in "<>"):
+            opened.append(CLOSING[mark])
+            mark = mark if mark != '"' or is_inner else ""
+        elif mark == "(" and top in ("", ")"):
+            opened.append(")")
+        pieces.append(mark)
+    else:
+        pieces.append(text[at:])
+        at = len(text)
+    word = Word("".join(pieces))
+    word.source, word.end = text[begin:at].replace("\\\n", ""), at
+    return None if opened[1:] else word
+
+
+def _documents(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """Return a script without its here-documents, and each of these as a shell writes it, after the line it is of."""
+    code: list[str] = []
+    documents: list[tuple[str, list[str]]] = []
+    lines, end, is_quoted = text.splitlines(keepends=True), "", False
+    last = {line.strip(): number for number, line in enumerate(lines)}
+    for number, line in enumerate(lines):
+        if end and line.strip() == end:
             end = ""
-        elif not end and (opened := HEREDOC.search(line)) and not opened[1]:
-            end = opened[2]
-    return "".join(lines)
-
-
-def _variables_in(text: str) -> dict[str, str]:
-    """Return SGLang's variables that a script sets, but for those that hold flags."""
-    return {name: value.strip("\"'") for name, value in VARIABLE.findall(text)}
-
-
-def _last_command(text: str) -> list[str]:
-    """Return the words, as written, after the last operator or keyword of a shell's line."""
-    words: list[str] = []
-    for found in WORDS.finditer(text):
-        word = found[2] or ""
-        if found[1]:
-            words = []
-        elif word and (words or word not in KEYWORDS):
-            words.append(word.removeprefix("ExecStart="))
-    return words
-
-
-def _assigned(text: str) -> dict[str, str]:
-    """Return the value of each variable that a script's text gives one value only."""
-    values: dict[str, set[str]] = {}
-    for name, value in ASSIGNED.findall(text):
-        value = value[1:-1] if value[:1] in ("'", '"') else value
-        own = USED.fullmatch(value)  # such as PORT=${PORT:-30000}
-        values.setdefault(name, set()).add(own[3] or value if own and own[2] == name else value)
-    return {name: found.pop() for name, found in values.items() if len(found) == 1}
-
-
-def _filled(line: str, variables: Mapping[str, str] | None) -> str:
-    """Return a line with the variables' values in their places; others stay, or take their default. None: all stay."""
-    for _ in range(DEEPEST_ARRAY):
-        if variables is None or len(line) > MOST_LINE or not USED.search(line):
-            return line
-        line = USED.sub(lambda found: variables.get(found[1] or found[2], found[3] or found[0]), line)
-    return line
-
-
-def _restored(text: str, computed: Sequence[str]) -> str:
-    return KEPT.sub(lambda found: computed[int(found[1])], text)
-
-
-def _of_words(
-    line: str, arrays: Mapping[str, str], variables: Mapping[str, str] | None, computed: Sequence[str], path: Path
-) -> dict[str, str | list[str]]:
-    for _ in range(DEEPEST_ARRAY):
-        filled = len(line) + sum(len(arrays.get(name, " ")) for name in REFERENCE.findall(line))
-        if filled > MOST_LINE:
-            raise UsageError(f"--recipe {path}: a launch of more than {MOST_LINE} characters is not read")
-        line = REFERENCE.sub(lambda reference: arrays.get(reference[1], reference[0]), line)
-    line = re.sub(r"(?<=\s)\d+(?=[<>])", "", _filled(line, variables))  # the 2 of 2>&1
-    words, place, line = [], 0, line.strip()
-    while place < len(line) and not ((found := WORDS.match(line, place)) and found[1]):
-        if found is None:
-            raise UsageError(f"--recipe {path} is not a shell line: No closing quotation")
-        place = found.end()
-        if found[2]:
-            words.append(word := Word(_restored(shlex.split(found[2])[0], computed)))
-            word.source = _restored(found[2], computed)
-    if words and MANY.match(words[0].source):
-        raise UsageError(f"--recipe {path}: {words[0]} is not read, since it may hold any flags: write its words there")
-    return _flags_in(words)
+        elif end:
+            documents[-1][1].append(line if is_quoted else ESCAPED.sub(r"\1", line))
+        else:
+            code.append(line)
+            if (opened := HEREDOC.search(line)) and last.get(opened[2], 0) > number:
+                end, is_quoted = opened[2], bool(opened[1])
+                documents.append((line, []))
+    return "".join(code), [(line, "".join(body)) for line, body in documents]
 
 
 def _flags_in(words: Iterable[str]) -> dict[str, str | list[str]]:

@@ -46,8 +46,10 @@ def judged(recipe: Recipe, target: Path | None = None) -> LaunchVerdict:
         comments.append(f"changed: {sentence}")
         flags, environment = fewer, left
         now = judge(flags, environment, target)
-    lines = list(_command(recipe, flags, environment))
-    if names := dict.fromkeys(re.findall(r"\$\{?([A-Za-z_]\w*)", re.sub("'[^']*'", "", "".join(lines)))):
+    computed = [name for name, value in environment.items() if {"$", "`"} & {*value} and f"{name}=" not in recipe.start]
+    lines = list(_command(recipe, flags, {name: environment[name] for name in environment if name not in computed}))
+    names = re.findall(r"\$\{?([A-Za-z_]\w*)", re.sub("'[^']*'", "", "".join(lines)))
+    if names := list(dict.fromkeys([*([] if recipe.keys else computed), *names])):
         comments.append(f"set before, as in your file: {', '.join(names)}")
     comments += [*_advice(recipe, flags), *(f"not judged: {what}" for what in now.unread), *now.notes]
     lines += (f"# {' '.join(comment.split())}" for comment in comments)
@@ -120,7 +122,8 @@ def _command(recipe: Recipe, flags: Mapping[str, Flag], environment: Mapping[str
         yield from (f"{key}: {json.dumps(value)}" for key, value in keys.items())
         return
     start = recipe.start or "sglang serve"
-    start = re.sub(r"\b(\w+)=\S*\s*", lambda found: "" if found[1] in gone else found[0], start)
+    option = re.compile(r"(?:(?:-e|--env)[ =]+)?[\"']?\b(\w+)=\S*\s*")
+    start = option.sub(lambda found: "" if found[1] in gone else found[0], start)
     lines = [" ".join(_quoted(word) for word in line) for line in words]
     if recipe.keys is not None:  # YAML would read a line's last backslash by rules of its own
         yield " ".join([start, *lines])
