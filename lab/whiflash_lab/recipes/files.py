@@ -12,29 +12,32 @@ from typing import Any
 from whiflash_sglang.errors import ConfigError, UsageError
 from whiflash_sglang.files.disk import MOST_SETTINGS, read_text, yaml_documents
 
+SERVER = re.compile(r"-m sglang\.launch_server|(?:.*/)?(?:sglang|whiflash) serve")
 LAUNCH = re.compile(r"(?:sglang\.launch_server|(?:sglang|whiflash)\s+serve)(?=\s|$)")
 VLLM = re.compile(r"\bvllm(?: serve|\.entrypoints)\b")
 OPERATOR = re.compile(
-    r"(?:[^\S\n]|\\\n)*(?:((?:\d+|&)?(?:>[>|&]?|<[<>&]*-?)(?!\()[^\S\n]*)|(?:#[^\n]*)?([;&|()\n]+|\Z))?"
+    r"(?:[^\S\n]|\\\n)*(?:((?:\d+|&)?(?:>[>|&]?|<[<>&]*-?)(?!\()[^\S\n]*)|(?:#[^\n]*)?((?:[;&|)\n]|\(\)|\{(?=\s))+|\Z))?"
 )
 """Blanks, then a redirection (group 1), or a comment and what ends a command (group 2)."""
-MARK = re.compile(r"\\.|[$<>]?\(|\$\{|(?<!\S)#|[\"'`)}\s;&|<>]", re.DOTALL)
-"""Marks that mean something in a shell's word, or end it."""
-CLOSING = {'"': '"', "`": "`", "${": "}", "$(": ")", "<(": ")", ">(": ")"}
+MARK = re.compile(
+    r"((?:[$<>]|(?<==))\(|\$\{|[\"`])|<<-?(?=[ \t]*[\"'\\]?([A-Za-z_]\w*)[^\n)<]*\n)|([\s();&|<>])|\\.|(?<!\S)#|['}]",
+    re.DOTALL,
+)
+"""Marks in a shell's word that open a part of it (group 1), begin a here-document (its name is group 2), end the word
+(group 3), or mean something else."""
 MANY = re.compile(r"\$|\"\$([@*]|\{\w+\[)")
 """Start of a word that a shell may divide."""
-KEYWORDS = {"do", "then", "else", "if", "elif", "while", "until", "{", "!"}
+KEYWORDS = {"do", "then", "else", "if", "elif", "while", "until", "!"}
 SETTING, UNSETTING = {"", "export", "readonly", "declare", "local", "alias"}, {"unset", "for", "select", "read"}
-SAYING = re.compile(r"echo|printf|print|log|logger|info|warn|error|die|pkill|pgrep|killall|e?grep|sed|awk|curl")
+SAYING = re.compile(r"echo|printf|print|log|logger|info|warn|error|die|pkill|pgrep|killall|e?grep|sed|awk|curl|git")
 """Commands that name a launch, and start none."""
 STARTING = re.compile(
-    r"sglang|whiflash|python[\d.]*|nohup|exec|eval|env|time|timeout|nice|numactl|taskset|setsid|stdbuf|sudo|srun|sbatch"
-    r"|mpirun|torchrun|docker|podman|kubectl|singularity|apptainer|ssh|tmux|screen|uv|conda|nsys|(?:ba|z)?sh"
+    r"sglang|whiflash|python[\d.]*|nohup|exec|eval|env|numactl|taskset|sudo|srun|docker|podman|ssh|tmux|uv|(?:ba|z)?sh"
 )
 """Commands that start the command in their words."""
 READING = re.compile(r"\b(?:(?:ba|z)?sh|ssh|sbatch|tee|kubectl|docker|podman)\b|>(?!&|\s*/dev/)")
 """Words of a line with a here-document that run it, or write it to a file."""
-ASSIGNED = re.compile(r"(?:Environment=)?(\w+)\+?=")
+ASSIGNED = re.compile(r"(?:Environment=)?(\w+)(\+?)=")
 USED = re.compile(r"'[^']*'|(\"?)\$(?:(\w+)|\{(\w+)(?:(\[[@*]\])|:?[-=]([^{}$]*))?\})\1")
 UNSAFE = re.compile(r"[\"'\\;&|<>()#\n`]")
 VARIABLE = re.compile(r"\b(SGLANG_\w+)=(.*)", re.DOTALL)
@@ -96,19 +99,15 @@ def _yaml(text: str, path: Path) -> Iterator[Recipe]:
         documents = yaml_documents(text)
     except ValueError as error:
         raise UsageError(f"--recipe {path} is not YAML: {error}") from None
-    for document in documents:
-        if document is None:
-            continue
-        backend = _backend(_mapping(document, path))
-        if backend is None:
-            if document.keys() & {"services", "apiVersion"}:
-                yield from _containers(document, path)
-            else:
-                yield Recipe(str(path), _flags(document, path))
-            continue
-        for role, flags in backend[ROLES].items():
-            variables = backend.get(f"{role}_environment")
-            yield Recipe(f"{path}: {role}", _flags(flags, path), _environment(variables, path))
+    for document in (document for document in documents if document is not None):
+        if backend := _backend(_mapping(document, path)):
+            for role, flags in backend[ROLES].items():
+                variables = backend.get(f"{role}_environment")
+                yield Recipe(f"{path}: {role}", _flags(flags, path), _environment(variables, path))
+        elif document.keys() & {"services", "apiVersion"}:
+            yield from _containers(document, path)
+        else:
+            yield Recipe(str(path), _flags(document, path))
 
 
 def _containers(document: Any, path: Path, name: str = "") -> Iterator[Recipe]:
@@ -126,8 +125,8 @@ def _containers(document: Any, path: Path, name: str = "") -> Iterator[Recipe]:
         for recipe in _shell(script, path, who):
             yield replace(recipe, keys=(), environment={**_of_container(document), **recipe.environment})
     elif start := _start_of(every):
-        flags = _flags_in(every[len(start) :])
-        yield Recipe(who, flags, _of_container(document), shlex.join(start), (next(iter(words)), [*words][-1]))
+        keys = (next(iter(words)), [*words][-1])
+        yield Recipe(who, _flags_in(every[start:]), _of_container(document), shlex.join(every[:start]), keys)
     elif every and every[0].startswith("--model") and "sglang" in str(document.get("image")):
         raise UsageError(f"--recipe {who} has no command: add the one of its image, such as [sglang, serve]")
     else:
@@ -224,27 +223,26 @@ class _Script:
 
     path: Path
     fills: bool
-    values: dict[str, set[str]] = field(default_factory=dict)
+    values: dict[str, dict[str, None]] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     is_code: bool = True
     depth: int = 0
 
     def launches(self, text: str) -> Iterator[Recipe]:
         """Yield a text's launches, without names."""
-        outside: list[dict[str, str]] = []
-        code, documents = _documents(text)
-        for words, operators in self._commands(code):
+        code, *documents = _documents(text)
+        for words in self._commands("".join(code)):
             yield from self._command(list(dropwhile(KEYWORDS.__contains__, words)))
-            for operator in operators:
-                if operator == "(":
-                    outside.append(dict(self.environment))
-                elif operator == ")" and outside:
-                    self.environment = outside.pop()
-        for line, document in documents:
+        for line, *lines in documents:
             if READING.search(line):
-                yield from _yaml(document, self.path) if MANIFEST.search(document) else self._inner(document)
+                document = "".join(lines)
+                is_manifest = MANIFEST.search(document)
+                yield from _yaml(document, self.path) if is_manifest else self._inner(document, is_code=False)
+        held = [] if self.depth else [value for values in self.values.values() for value in values]
+        for value in filter(LAUNCH.search, held):  # as in `eval "$COMMAND"`
+            yield from self._inner(value, is_code=False)
 
-    def _inner(self, text: str, *, is_code: bool = True) -> Iterator[Recipe]:
+    def _inner(self, text: str, *, is_code: bool) -> Iterator[Recipe]:
         inner = replace(self, environment=dict(self.environment), is_code=is_code, depth=self.depth + 1)
         return inner.launches(text if inner.depth < DEEPEST else "")
 
@@ -252,49 +250,47 @@ class _Script:
         """Return a line's words, with those of arrays and the values of variables in their places, as far as known."""
         if len(line := USED.sub(self._value, line)) > MOST_LINE:
             raise UsageError(f"--recipe {self.path}: a launch of more than {MOST_LINE} characters is not read")
-        return [word for words, _ in self._commands(line) for word in words]
+        return [word for words in self._commands(line) for word in words]
 
-    def _commands(self, text: str) -> Iterator[tuple[list[Word], str]]:
-        """Yield the words of each command, without redirections and comments, and the operators after it."""
+    def _commands(self, text: str) -> Iterator[list[Word]]:
+        """Yield the words of each command, without redirections and comments."""
         words: list[Word] = []
         at = begun = 0
         while at < len(text) and (found := OPERATOR.match(text, at)):
             at = found.end()
             if found[2] is not None:
-                yield words, found[2]
+                yield words
                 words, begun = [], at
             elif (word := _word(text, at)) is not None:
                 at = word.end
                 words += [] if found[1] else [word]
             elif self.is_code and LAUNCH.search(text, begun):
-                where = f"after {text[at : at + 40]!r}"
-                raise UsageError(f"--recipe {self.path} is not a shell line: No closing quotation {where}")
+                raise UsageError(f"--recipe {self.path} is not a shell line: No closing quotation: {text[at:]!r:.60}")
             else:
                 return
-        yield words, ""
+        yield words
 
     def _command(self, words: list[Word]) -> Iterator[Recipe]:
         """Yield a command's launches, and take what it sets."""
         command = next((word for word in words if not ASSIGNED.match(word)), "")
         if command not in SETTING and LAUNCH.search(" ".join(words)):
             yield from self._launch(" ".join(word.source for word in words))
-        for word in words:
-            if command in UNSETTING:
-                self.environment.pop(word, None)
-                self.values[word] = {"", word}
-            elif command in SETTING and len(word) <= MOST_LINE and (found := ASSIGNED.match(word)):
-                is_array = word.source[found.end() :].startswith("(")
-                yield from self._set(found[1], USED.sub(self._value, word[found.end() :]), is_array=is_array)
-
-    def _set(self, name: str, value: str, *, is_array: bool) -> Iterator[Recipe]:
-        """Take a variable's value, and yield its launches."""
-        if is_array:
-            value = " ".join(word.source for word in self.words(value[1:-1]))
-            yield from replace(self, is_code=False)._launch(value) if LAUNCH.search(value) else ()
-            self.values[name] = {" ".join([*self.values.get(name, ()), value])}
-        else:
-            yield from self._inner(value, is_code=False) if LAUNCH.search(value) else ()
-            self.values.setdefault(name, set()).add(value)
+        for word in words if command in UNSETTING else ():
+            self.environment.pop(word, None)
+            self.values[word] = dict.fromkeys(("", word))
+        for word in words if command in SETTING else ():
+            if len(word) > MOST_LINE or not (found := ASSIGNED.match(word)):
+                continue
+            name, value = found[1], USED.sub(self._value, word[found.end() :])
+            has_own = f"${name}" in word or f"${{{name}" in word
+            if is_array := word.source[found.end() :].startswith("("):
+                value = " ".join(each.source for each in self.words(value[1:-1]))
+            if has_own:
+                self.values[name] = {value: None}
+            elif is_array or found[2]:
+                self.values[name] = {old + " " * is_array + value: None for old in self.values.get(name) or ("",)}
+            else:
+                self.values.setdefault(name, {})[value] = None
             if name.startswith("SGLANG_") and not value.startswith("--") and not LAUNCH.search(value):
                 self.environment[name] = value
 
@@ -303,33 +299,32 @@ class _Script:
         words = self.words(line)
         start = _start_of(words)
         first, last, inner = "", "", replace(self, environment=dict(self.environment))
-        for word in start or words:
+        for word in words[:start] or words:
             if SAYING.fullmatch(word.rpartition("/")[2]) and last[:1] != "-":
                 return
             first = first or ("" if ASSIGNED.match(word) else word)
             is_known = first[:1] == "$" or "/" in first or STARTING.fullmatch(first) is not None
             if not start and LAUNCH.search(text := word.removeprefix("--wrap=")):
-                is_command = text.startswith(("$(", "`"))
+                is_command = text.startswith(("$(", "(", "`"))
                 is_code = is_command or is_known or (last[:1] == "-" and last[-1:] == "c")  # as in `bash -lc "…"`
-                text = text[1:-1].removeprefix("(") if is_command else text
+                text = text.removeprefix("$")[1:-1] if is_command else text
                 for recipe in inner._inner(text, is_code=is_code):
                     yield replace(recipe, keys=() if "docker" in words else recipe.keys)
             elif found := VARIABLE.search(word):
                 inner.environment[found[1]] = found[2]
             last = word
-        rest = words[len(start) :]
-        is_told = any(word.startswith("--") for word in rest) or any(mark in "".join(rest[:1]) for mark in "/$")
+        rest = words[start:]
+        is_told = any(word.startswith("--") for word in rest) or "/" in "".join(rest[:1])
         accepts = any if self.is_code else all
         if not (start and rest and accepts((is_known, is_told))) or {"-h", "--help"} & {*rest}:
             return
         if MANY.match(rest[0].source):
-            reason = "since it may hold any flags: write its words there"
-            raise UsageError(f"--recipe {self.path}: {rest[0]} is not read, {reason}")
-        yield Recipe("", _flags_in(rest), inner.environment, " ".join(word.source for word in start))
+            raise UsageError(f"--recipe {self.path}: {rest[0]} is not read: it may hold any flags; write them there")
+        yield Recipe("", _flags_in(rest), inner.environment, " ".join(word.source for word in words[:start]))
 
     def _value(self, found: re.Match[str]) -> str:
         """Return an array's words, or a variable's only value or its default, in place of its name; else that."""
-        name, default = found[2] or found[3], {found[5]} if found[5] else set()
+        name, default = found[2] or found[3], [found[5]] if found[5] else []
         values = [*self.values.get(name, default)] if self.fills or found[4] else []
         if len(values) != 1 or len(values[0]) > MOST_VALUE:
             return found[0]
@@ -338,26 +333,20 @@ class _Script:
         return shlex.quote(values[0]) if found[1] and "$" not in values[0] else found[0]
 
 
-def _start_of(words: Sequence[Any]) -> Sequence[Any]:
-    """Return a command's words up to SGLang's flags; none if it launches nothing."""
-    for end, (word, following) in enumerate(pairwise(words), 2):
-        is_program = word.rpartition("/")[2] in ("sglang", "whiflash")
-        if (is_program and following == "serve") or (word, following) == ("-m", "sglang.launch_server"):
-            return words[:end]
-    return ()
+def _start_of(words: Iterable[str]) -> int:
+    """Return the number of a command's words before SGLang's flags; 0 if it launches nothing."""
+    return next((end for end, pair in enumerate(pairwise(words), 2) if SERVER.fullmatch(" ".join(pair))), 0)
 
 
 def _word(text: str, begin: int) -> Word | None:
     """Read the shell's word at `begin`, in which commands and arrays stay as written. None if one of them or a quote
     stays open."""
-    pieces, at, opened = [], begin, [""]
+    pieces, opened, at = list[str](), list[str](), begin
     while found := MARK.search(text, at):
-        mark, top, is_inner = found[0], opened[-1], opened not in ([""], ["", '"'])
-        pieces.append(text[at : found.start()])
-        is_array = mark == "(" and text[found.start() - 1] == "="
-        if not top and (mark.isspace() or (mark[0] in "();&|<>" and mark[1:] != "(" and not is_array)):
-            at = found.start()
+        if not opened and (found[2] or found[3]) and (found[3], found.start()) != ("(", begin):
             break
+        mark, top, is_inner = found[0], opened[-1] if opened else "", opened not in ([], ['"'])
+        pieces.append(text[at : found.start()])
         at = found.end()
         if mark[0] == "\\":
             mark = mark if is_inner or (top and mark[1] not in '"\\$`\n') else mark[1:].strip("\n")
@@ -368,37 +357,37 @@ def _word(text: str, begin: int) -> Word | None:
             if (end := text.find("\n" if mark == "#" else mark, at)) < 0:
                 return None
             mark, at = text[at - is_inner : end + is_inner], end + 1
-        elif mark in CLOSING and (top != '"' or mark[0] not in "<>"):
-            opened.append(CLOSING[mark])
+        elif found[2] and top == ")":
+            if (end := text.find(f"\n{found[2]}\n", at)) < 0:
+                return None
+            mark, at = text[found.start() : end], end
+        elif (found[1] and (top != '"' or mark[0] not in "<>(")) or (mark == "(" and top in ("", ")")):
+            opened.append({"${": "}"}.get(mark, mark if mark in '"`' else ")"))
             mark = mark if mark != '"' or is_inner else ""
-        elif mark == "(" and top in ("", ")"):
-            opened.append(")")
         pieces.append(mark)
-    else:
-        pieces.append(text[at:])
-        at = len(text)
-    word = Word("".join(pieces))
-    word.source, word.end = text[begin:at].replace("\\\n", ""), at
-    return None if opened[1:] else word
+    end = found.start() if found else len(text)
+    word = Word("".join([*pieces, text[at:end]]))
+    word.source, word.end = text[begin:end].replace("\\\n", ""), end
+    return None if opened else word
 
 
-def _documents(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """Return a script without its here-documents, and each of these as a shell writes it, after the line it is of."""
-    code: list[str] = []
-    documents: list[tuple[str, list[str]]] = []
-    lines, end, is_quoted = text.splitlines(keepends=True), "", False
+def _documents(text: str) -> list[list[str]]:
+    """Return a script's lines, and those of each here-document as a shell writes it, after the line that has it."""
+    parts: list[list[str]] = [[]]
+    lines, end, quote = text.splitlines(keepends=True), "", ""
     last = {line.strip(): number for number, line in enumerate(lines)}
     for number, line in enumerate(lines):
-        if end and line.strip() == end:
-            end = ""
-        elif end:
-            documents[-1][1].append(line if is_quoted else ESCAPED.sub(r"\1", line))
+        if end:
+            parts[-1] += [] if line.strip() == end else [line if quote else ESCAPED.sub(r"\1", line)]
+            end = "" if line.strip() == end else end
         else:
-            code.append(line)
+            parts[0].append(line)
             if (opened := HEREDOC.search(line)) and last.get(opened[2], 0) > number:
-                end, is_quoted = opened[2], bool(opened[1])
-                documents.append((line, []))
-    return "".join(code), [(line, "".join(body)) for line, body in documents]
+                if line.count("$(", 0, opened.start()) > line.count(")", 0, opened.start()):
+                    continue
+                quote, end = opened.groups()
+                parts.append([line])
+    return parts
 
 
 def _flags_in(words: Iterable[str]) -> dict[str, str | list[str]]:

@@ -122,8 +122,7 @@ def _command(recipe: Recipe, flags: Mapping[str, Flag], environment: Mapping[str
         yield from (f"{key}: {json.dumps(value)}" for key, value in keys.items())
         return
     start = recipe.start or "sglang serve"
-    option = re.compile(r"(?:(?:-e|--env)[ =]+)?[\"']?\b(\w+)=\S*\s*")
-    start = option.sub(lambda found: "" if found[1] in gone else found[0], start)
+    start = re.sub(r"(?:(?:-e|--env)[ =]+)?[\"']?\b(\w+)=\S*\s*", lambda at: "" if at[1] in gone else at[0], start)
     lines = [" ".join(_quoted(word) for word in line) for line in words]
     if recipe.keys is not None:  # YAML would read a line's last backslash by rules of its own
         yield " ".join([start, *lines])
