@@ -214,6 +214,9 @@ def test_any_target_is_read_from_its_directory(tmp_path: Path) -> None:
     faster = advise(Question(str(tmp_path), requests=(1,), answer=64, acceptance=6.0))
     assert faster.rows[0].rates["EAGLE3"] > found.rows[0].rates["EAGLE3"]
     assert any(line.endswith("--speculative-draft-model-path DRAFTER") for line in faster.settings), faster.settings
+    for odd in ({"num_experts": 2, "num_experts_per_tok": 2}, {"num_attention_heads": 2 * QWEN8["hidden_size"]}):
+        shape(**{**QWEN8, "head_dim": None, **odd})
+        assert advise(Question(str(tmp_path), cards=4, requests=(1,), answer=16)).rows
     (tmp_path / "config.json").write_text('{"hidden_size": 1}')
     with pytest.raises(UsageError, match="num_hidden_layers: Field required"):
         advise(Question(str(tmp_path)))

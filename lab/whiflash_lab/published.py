@@ -127,7 +127,7 @@ class _Config(BaseModel):
     def shape(self) -> Shape:
         """Return the sizes of a model of 16-bit weights. Layers that do not see the whole context keep no KV."""
         layers, hidden, heads = self.num_hidden_layers, self.hidden_size, self.num_attention_heads
-        head, grouped = self.head_dim or hidden // heads, self.num_key_value_heads or heads
+        head, grouped = self.head_dim or -(-hidden // heads), self.num_key_value_heads or heads
         full = (self.layer_types or []).count("full_attention") or layers
         slot = self.kv_lora_rank + self.qk_rope_head_dim if self.kv_lora_rank else 2 * grouped * head
         expert = 3 * hidden * (self.moe_intermediate_size or self.intermediate_size)
@@ -137,7 +137,7 @@ class _Config(BaseModel):
         of_experts = layers * expert * self.experts
         active = always + layers * expert * self.num_experts_per_tok * bool(self.experts)
         used = self.num_experts_per_tok if self.experts else 0
-        sizes = full * slot * 2, self.max_position_embeddings, self.experts, used
+        sizes = full * slot * 2, self.max_position_embeddings, 0 if used == self.experts else self.experts, used
         return Shape(always + of_experts, active, layers, *sizes, width=heads * head * full // layers, heads=heads)
 
 
