@@ -219,7 +219,7 @@ class Layout(Copied):
                 held = frozenset((*held, value)) if self.decides and around and value != "" else ()
             elif value != "":
                 item = (self._key, value) if self.decides else self._key
-                held = held if item in held and not self.decides else (*held, item)
+                held = held if item in held else (*held, item)
             if character == ",":
                 self._open, self._key, self._value = (*around, (bracket, key, held)), "", ""
             else:
