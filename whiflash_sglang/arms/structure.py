@@ -146,7 +146,7 @@ class StructureArm(TextDrafter):
         if (walk := kept.walk) is None:
             return 0
         if kept.shared and walk.table.full():
-            self._renew(kept, walk)
+            self._spending.on(request.rid, lambda: self._renew(kept, walk))
         request.known = min(request.known or request.prompt, walk.known())
         return int(walk.at)
 
@@ -157,9 +157,9 @@ class StructureArm(TextDrafter):
         self._walking.pop(kept.walk.at, None)
         if kept.source != GRAMMAR:
             return
-        with suppress(LostError), kept.automaton.at(kept.walk.node_of()) as state:
-            if state.layout is not None and "{" in state.layout.seen:
-                self._habits[state.layout.frames is not NO_FRAMES] = state.layout.as_habit()
+        layout = kept.automaton.layout(kept.walk.node_of())
+        if layout is not None and "{" in layout.seen:
+            self._habits[layout.frames is not NO_FRAMES] = layout.as_habit()
 
     def _start(self, request: Request, kept: _Kept, written: Sequence[int]) -> None:
         """Begin to walk after the first `written` tokens of the answer."""

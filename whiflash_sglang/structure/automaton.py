@@ -188,6 +188,10 @@ class Automaton:
             self._add(origin, free)
         return left
 
+    def layout(self, node: int) -> Layout | None:
+        """Return the layout of the JSON of the text at a node; None without a grammar."""
+        return self._nodes[node].layout
+
     @contextmanager
     def at(self, node: int) -> Iterator[State]:
         """Yield a copy of the state at a node, to advance. Raises LostError as `State.resume`."""
