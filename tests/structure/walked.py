@@ -174,13 +174,16 @@ class Walk:
 
     def read(self, tokens: Sequence[int]) -> None:
         self.text += len(tokens)
-        self.follow(tokens, ask=self.shared)
+        self.commit(tokens, ask=self.shared, learns=True)
         lost = self.left or not self.table.asked(self.node) or self.table.full()
         if not self.shared and not self.ended and lost:
             self.table.answers.restart(self.at)
 
-    def follow(self, tokens: Sequence[int], ask: bool = False) -> None:
-        self.table.asking, learns = self.at, not self.left
+    def follow(self, tokens: Sequence[int]) -> None:
+        self.commit(tokens, ask=False, learns=False)
+
+    def commit(self, tokens: Sequence[int], *, ask: bool, learns: bool) -> None:
+        self.table.asking, learns = self.at, learns and not self.left
         self.left += tokens
         while self.left and not self.ended:
             token = self.left[0]

@@ -248,9 +248,9 @@ struct Walk {
             on.lessons->learn(pair(last, usual.token), usual.token, token);
         return false;
     }
-    void commit(const int32_t* tokens, int64_t count, bool ask) {
+    void commit(const int32_t* tokens, int64_t count, bool ask, bool learns) {
         size_t done = 0;
-        bool learns = unfollowed.empty();
+        learns = learns && unfollowed.empty();
         unfollowed.insert(unfollowed.end(), tokens, tokens + count);
         while (!ended && done < unfollowed.size()) {
             learns = learns && learn(unfollowed[done]);
@@ -267,7 +267,7 @@ struct Walk {
     // Advances by the text's next tokens.
     void read(const int32_t* tokens, int64_t count) {
         automaton->asking = this;
-        commit(tokens, count, shared);
+        commit(tokens, count, shared, true);
         known += count;
         const auto lost = [&] { return !unfollowed.empty() || !automaton->nodes[node].asked || automaton->is_full(); };
         if (!shared && !ended && lost()) automaton->asked.restart(this);
