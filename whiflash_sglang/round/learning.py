@@ -122,7 +122,8 @@ class Learner:
         lengths = {arm: len(tokens)}
         if arm != route and results.drafted[i]:
             lengths[route] = agreed + 1  # at least the length that the route's own drafts would have had
-        evidence = self.controller.committed(request, decision, arm, tokens, width, results.starts[i], lengths)
+        right = agreed if arm == route else 0
+        evidence = self.controller.committed(request, decision, arm, tokens, width, results.starts[i], lengths, right)
         self.tally.committed(
             request.counts, arm, decision.reason, tokens=len(tokens), proposed=width - 1, first=first_drafts
         )
@@ -151,7 +152,7 @@ class Learner:
         def copy() -> Candidate:
             count, matched, agreements = results.copied[i], results.copy_matched[i], results.copy_agreements[i]
             copied, alive = results.copies[i][:count], results.copy_alive[i][:count]
-            return Candidate(copied, alive, [Part(CONTEXT, count)], 0, matched, agreements)
+            return Candidate(copied, alive, (), 0, matched, agreements)
 
         drafter = self.drafters[arm]
         assert isinstance(drafter, TextDrafter)

@@ -74,13 +74,15 @@ class Controller:
         width: int,
         start: int = 0,
         lengths: Mapping[str, int] | None = None,
+        right: int = 0,
     ) -> bool:
         """Learn that a round of `arm` committed `tokens` of a request, the bonus token last.
 
         Args:
             decision: the round's own decision; the request may have a newer one by now.
             width: rows that it verified. start: n when it began. lengths: by arm that drafted, tokens that it would
-                have committed alone; None: `arm` committed `tokens`.
+                have committed alone; None: `arm` committed `tokens`. right: accepted drafts if more than all `tokens`
+                but the last: a stop token that was drafted has no bonus token after it.
 
         Returns whether the round is evidence for other requests too (`Decision.free`).
         """
@@ -90,7 +92,7 @@ class Controller:
             for each, length in whole.items():
                 self.policy.observe(each, decision, length)
             drafts = min(width - 1, decision.limit)
-            self.policy.judge(arm, drafts, min(len(tokens) - 1, drafts))
+            self.policy.judge(arm, drafts, min(max(right, len(tokens) - 1), drafts))
         request.committed(arm, tokens, width - 1, start=start, reason=decision.reason, lengths=whole)
         return free
 
@@ -98,14 +100,15 @@ class Controller:
         """Estimate the tokens that a round would have committed with a pass of full length: if all drafts of a limited
         pass were accepted, the mean of further accepted drafts is added.
         """
-        most = self.costs.longest(arm)
-        return length + (self.policy.accepted(arm, most, limit) if 0 < length - 1 == limit < most else 0.0)
+        if not 0 < length - 1 == limit < (most := self.costs.longest(arm)):
+            return length
+        return length + self.policy.accepted(arm, most, limit)
 
     def wanted(self, request: Request, decision: Decision, priced_as: str, drafts: int) -> None:
         """Learn how many drafts a round had before some were left out. A pass that ends at its limit counts with the
         arm's full length, since it might have been longer."""
-        most = self.costs.longest(priced_as)
-        drafts = most if 0 < drafts == decision.limit < most else drafts
+        if 0 < drafts == decision.limit:
+            drafts = max(drafts, self.costs.longest(priced_as))
         self.costs.wanted(priced_as, drafts, request.wanted[priced_as])
 
 
@@ -113,8 +116,11 @@ def route(
     policy: Policy, requests: Sequence[Request], forecasts: Sequence[Forecasts], costs: Costs | None
 ) -> list[str]:
     """Choose and record each request's arm, or `none`, for the next round. costs: None if nothing has a price."""
-    priced, scores, sources = policy.prices_batches, list[Scores](), list[str]()
-    promised, teachers = list[Forecast](), list[Signals | None]()
+    priced = policy.prices_batches
+    scores: list[Scores] = []
+    sources: list[str] = []
+    promised: list[Forecast] = []
+    teachers: list[Signals | None] = []
     previous = [request.decision.keeps for request in requests]
     weights = weights_of([request.priority for request in requests])
     for request, forecast, kept in zip(requests, forecasts, previous, strict=True):
