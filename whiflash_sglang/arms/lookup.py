@@ -130,10 +130,12 @@ class LookupArm(TextDrafter):
 
     def calibration(self, requests: Sequence[Request], worth: Worth) -> Floats:
         """Return one array: a factor for each request's copies, then a table of chances for each request."""
+        size, chances = len(requests), self._calibration.chances
         own: list[_Kept | None] = [request.kept.get(self.arm) for request in requests]
-        factors = [1.0 if kept is None else kept.copies.factor for kept in own]
-        chances = np.tile(np.array(self._calibration.chances, dtype=np.float32), len(own))
-        return np.concatenate([np.array(factors, dtype=np.float32), chances])
+        numbers = np.empty(size + size * len(chances), np.float32)
+        numbers[:size] = [1.0 if kept is None else kept.copies.factor for kept in own]
+        numbers[size:].reshape(size, -1)[:] = chances
+        return numbers
 
     def copy(self, batch: DraftBatch, drafts: Drafts | None = None) -> Drafts:
         behind = None

@@ -19,17 +19,18 @@ class Upload:
     """
 
     def __init__(self) -> None:
-        self._lists: list[np.ndarray[Any, Any]] = []
+        self._lists: list[tuple[Ints | Floats, bool]] = []
+        """Lists to send, and whether each is of floats."""
         self._then: list[tuple[int, Callable[[torch.Tensor], object]]] = []
 
     def ints(self, values: Ints) -> int:
         """Add integers; return the index of their int64 list in the result of `send`."""
-        self._lists.append(np.asarray(values, np.int64))
+        self._lists.append((values, False))
         return len(self._lists) - 1
 
     def floats(self, values: Floats) -> int:
         """Add floats; return the index of their float32 list in the result of `send`."""
-        self._lists.append(np.asarray(values, np.float32))
+        self._lists.append((values, True))
         return len(self._lists) - 1
 
     def then(self, at: int, use: Callable[[torch.Tensor], object]) -> None:
@@ -42,19 +43,25 @@ class Upload:
         On CUDA this is one transfer from pinned memory, in the order of the current stream, and the host does not wait
         for it: the allocator of pinned memory keeps the buffer until the transfer is done.
         """
+        begins, end = list[int](), 0
+        for values, are_floats in self._lists:
+            # Every list begins at a multiple of 16 bytes: Triton compiles a kernel again for an unaligned pointer.
+            begins.append(end)
+            end += -(-len(values) // (4 if are_floats else 2)) * 2
         # Indices must be int64. They are sent as such, because a conversion on the device would be a launch.
-        used = [-(-each.nbytes // 8) for each in self._lists]
-        # Every list begins at a multiple of 16 bytes, because Triton compiles a kernel again for an unaligned pointer.
-        lengths = [part for words in used for part in (words, words % 2)]
-        packed = torch.empty(sum(lengths), dtype=torch.int64, pin_memory=device.type == "cuda")
-        host, begin = packed.numpy(), 0
-        for values, words in zip(self._lists, used, strict=True):
-            host[begin : begin + words].view(values.dtype)[: len(values)] = values
-            begin += words + words % 2
-        parts = torch.split_with_sizes(packed.to(device, non_blocking=True), lengths)[::2]
+        packed = torch.empty(end, dtype=torch.int64, pin_memory=device.type == "cuda")
+        ints = packed.numpy()
+        floats = ints.view(np.float32)
+        for (values, are_floats), begin in zip(self._lists, begins, strict=True):
+            if are_floats:
+                floats[2 * begin : 2 * begin + len(values)] = values
+            else:
+                ints[begin : begin + len(values)] = values
+        there = packed.to(device, non_blocking=True)
+        halves = there.view(torch.float32)
         on_device = [
-            part if values.dtype == np.int64 else part.view(torch.float32)[: len(values)]
-            for part, values in zip(parts, self._lists, strict=True)
+            halves.narrow(0, 2 * begin, len(values)) if are_floats else there.narrow(0, begin, len(values))
+            for (values, are_floats), begin in zip(self._lists, begins, strict=True)
         ]
         for at, use in self._then:
             use(on_device[at])

@@ -69,6 +69,8 @@ class Candidate(NamedTuple):
 
     def until(self, stops: Collection[int]) -> "Candidate":
         """Return the candidate cut after its first token of `stops`: nothing is accepted after the end of a turn."""
+        if set(self.tokens).isdisjoint(stops):
+            return self
         ends = (number for number, token in enumerate(self.tokens, 1) if token in stops)
         return self.first(next(ends, len(self.tokens)))
 
@@ -90,6 +92,8 @@ class Candidate(NamedTuple):
         """Return the forecast of verifying at most `most` tokens after the first `passed`, as far as they are worth
         `price` tokens a row. It assumes that earlier rounds commit those first ones; else the candidate is wrong.
         """
+        if most is None and not passed and price <= 0.0:
+            return Forecast(1 + sum(self.alive), 1 + len(self.alive))
         least = self.least_chance(price, passed)
         alive = [chance for chance in self.alive[passed:][:most] if chance >= least]
         return Forecast(1 + sum(alive), 1 + len(alive))

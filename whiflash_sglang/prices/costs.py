@@ -105,7 +105,9 @@ class Costs:
         self._recent.append((previous.tokens, previous.seconds, previous.gap))
         tokens, seconds, gaps = zip(*self._recent, strict=True)
         longest = LIMIT * median(seconds)
-        paused, worked = (sum(map(min, each, repeat(longest))) for each in (gaps, seconds))
+        paused, worked = (
+            sum(each if max(each) <= longest else map(min, each, repeat(longest))) for each in (gaps, seconds)
+        )
         self._rate = sum(tokens) / max(paused + worked, SHORTEST)
         self._gap = paused / len(self._recent)
         self._verified = previous.rows
@@ -265,7 +267,7 @@ class Costs:
         if not self.tables.steps or not place or rows <= requests:
             return best
         price = self.tables.row(rows, requests, self._context)
-        most = min(most, requests * max((self._widest(arm) for arm in self.tables.drafts), default=1))
+        most = min(most, requests * max(map(self._widest, self.tables.drafts), default=1))
         others = [size for size in sizes[place + 1 : place + LARGER] if size <= most]
         if (smaller := sizes[place - 1]) > requests:
             others.append(smaller)

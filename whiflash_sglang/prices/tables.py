@@ -138,18 +138,20 @@ class CostTables:
         """Return the seconds of a verification of `rows` rows, for requests with `context` tokens in all."""
         if self.plain is not None and rows <= requests:
             return self.plain.at(rows, context)
-        return self._by_width(rows, requests, lambda prices: prices.at(rows, context))
+        return self._by_width(Verifications.at, rows, requests, context)
 
     def row(self, rows: float, requests: int, context: float) -> float:
         """Return the seconds of one more row, in the tile of attention that these rows take."""
-        return self._by_width(rows, requests, lambda prices: prices.slope(rows, context))
+        return self._by_width(Verifications.slope, rows, requests, context)
 
-    def _by_width(self, rows: float, requests: int, price: Callable[[Verifications], float]) -> float:
+    def _by_width(
+        self, price: Callable[[Verifications, float, float], float], rows: float, requests: int, context: float
+    ) -> float:
         """Return `price` of the table for a request's mean rows; just above a table's bound it blends two tables."""
-        seconds, each = price(self.verifications), rows / max(requests, 1)
+        seconds = price(self.verifications, rows, context)
         for above, prices in self.wider.items():
-            if each > above:
-                seconds += min(each - above, 1.0) * (price(prices) - seconds)
+            if (each := rows / max(requests, 1)) > above:
+                seconds += min(each - above, 1.0) * (price(prices, rows, context) - seconds)
         return seconds
 
     def draft(self, arm: str, requests: int, length: int = 0) -> float:

@@ -76,6 +76,8 @@ class Quarantine:
 
     def judge(self, arm: str, request: Request, *, faulty: bool) -> None:
         """Count a draft of `arm` for a request. faulty: it had invalid token ids or NaN."""
+        if not faulty and request.faults.get(arm) == 0:
+            return  # it was valid before, too
         self.faults[arm] += faulty
         # An arm that was left out after the round was planned has drafted nothing in it.
         if request.running and self.serves(arm, request):

@@ -54,20 +54,23 @@ class DraftSources:
         """Fill the plan's candidates from its `asked` arms. Return each request's forecasts, and what `extend` needs of
         the requests for which compiled code drafts. joins: whether the device's copies may compete with other drafts.
         """
-        round_.plan.candidates = candidates = Candidates.of(len(round_), len(self.proposing), self.width)
+        round_.plan.candidates = None
         ahead = [round(len(request.under_way) * request.usual_rows) for request in round_.requests]
         forecasts = [self._forecasts(round_, index, each, joins=joins) for index, each in enumerate(ahead)]
-        handles = [[self._handle(round_, i, arm, each) for i, each in enumerate(forecasts)] for arm in COMPILED]
+        handles = [
+            [self._handle(round_, i, arm, each) if each.get(arm) is PLAIN else 0 for i, each in enumerate(forecasts)]
+            for arm in COMPILED
+        ]
         if not any(map(any, handles)):
             return forecasts, None
         batch = self._batch(round_, handles, ahead)
         found = batch.propose(*self._written(round_, handles))
         self._judge(round_, batch)
-        sizes = candidates.sizes.tolist()
+        sizes = batch.candidates.sizes.tolist()
         for number, arm in enumerate(COMPILED):
             for index in (index for index, handle in enumerate(handles[number]) if handle):
-                length, rows = found[index][number]
-                forecasts[index][arm] = Forecast(length, int(rows))
+                at = 4 * index + 2 * number
+                forecasts[index][arm] = Forecast(found[at], int(found[at + 1]))
                 if not sizes[index][self._columns[arm]]:
                     del forecasts[index][arm]
         return forecasts, batch
@@ -108,7 +111,8 @@ class DraftSources:
 
     def _forecasts(self, round_: Round, index: int, ahead: int, *, joins: bool) -> Forecasts:
         """Return a request's forecasts; `PLAIN` for arms for which compiled code has to look first."""
-        request, expected = round_.requests[index], Forecasts()
+        request = round_.requests[index]
+        expected: Forecasts = {}
         for arm in round_.plan.asked[index]:
             drafter = self.of_text.get(arm)
             if arm in self._quarantine.reasons:
@@ -121,10 +125,9 @@ class DraftSources:
                     expected[arm] = promised
             elif arm in self._compiled:
                 expected[arm] = PLAIN
-            elif (candidate := self.ask(round_, index, drafter, ahead)) and candidate.tokens:
-                assert round_.plan.candidates is not None
+            elif (candidate := self.ask(round_, index, drafter, ahead if drafter.proposes else 0)) and candidate.tokens:
                 column = self._columns[arm]
-                round_.plan.candidates.enter(index, column, len(SOURCES) + column, candidate)
+                self._candidates(round_).enter(index, column, len(SOURCES) + column, candidate)
                 price = round_.plan.worth.least_chance if ahead else 0.0  # else `propose` cut it by price
                 expected[arm] = candidate.outlook(drafter.max_drafts, ahead, price)
             elif not drafter.proposes and self._quarantine.serves(arm, request):
@@ -133,8 +136,6 @@ class DraftSources:
 
     def _handle(self, round_: Round, index: int, arm: str, expected: Forecasts) -> int:
         """Return the address of a request's object in compiled code; 0, and no `PLAIN` forecast, if `arm` has none."""
-        if expected.get(arm) is not PLAIN:
-            return 0
         try:  # not `guard`, which takes a microsecond for each request and arm
             if handle := self._compiled[arm].handle(round_.requests[index], partial(round_.history, index)):
                 return handle
@@ -149,15 +150,22 @@ class DraftSources:
         columns = [self._columns.get(arm, NONE) for arm in COMPILED]
         late = (index for index, request in enumerate(round_.requests) if request.rid == self.spending.late)
         assert library is not None
-        assert round_.plan.candidates is not None
         least = round_.plan.worth.least_chance
-        return Batch(library, round_.plan.candidates, handles, ahead, columns, widest, least, next(late, 0))
+        return Batch(library, self._candidates(round_), handles, ahead, columns, widest, least, next(late, 0))
+
+    def _candidates(self, round_: Round) -> Candidates:
+        """Return the plan's candidates, which are made when the first one is found or looked for."""
+        if round_.plan.candidates is None:
+            round_.plan.candidates = Candidates.of(len(round_), len(self.proposing), self.width)
+        return round_.plan.candidates
 
     def _written(self, round_: Round, handles: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int]]:
         """Return the tokens that compiled code does not have yet, request after request; where each request's tokens
         end among these; and the position of each request's first one.
         """
-        tokens, ends, starts = list[int](), list[int](), list[int]()
+        tokens: list[int] = []
+        ends: list[int] = []
+        starts: list[int] = []
         for index, (request, *at) in enumerate(zip(round_.requests, *handles, strict=True)):
             starts.append(request.known or request.prompt)
             if any(at):

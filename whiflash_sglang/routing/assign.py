@@ -6,10 +6,10 @@ arms these are at most a few dozen sets.
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import chain, combinations, product
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import PLAIN, Forecast
@@ -90,7 +90,8 @@ def weights_of(priorities: Sequence[int]) -> list[float]:
     count alike.
     """
     classes = {priority: number for number, priority in enumerate(sorted(set(priorities), reverse=True))}
-    return [0.5 ** min(classes[priority], CLASSES - 1) for priority in priorities]
+    worth = {priority: 0.5 ** min(number, CLASSES - 1) for priority, number in classes.items()}
+    return [worth[priority] for priority in priorities]
 
 
 class _Batch:
@@ -110,7 +111,7 @@ class _Batch:
     ) -> None:
         self.scores, self.costs, self.promised = [each or UNSCORED for each in scores], costs, promised
         self.accepted, self.weights = accepted, weights or [1.0] * len(scores)
-        self.names = tuple(sorted({arm for each in self.scores for arm in each} - {arms.NONE}))
+        self.names = tuple(sorted({*chain.from_iterable(self.scores)} - {arms.NONE}))
         self.rows = {arm: costs.width(arm) for arm in self.names if arm != arms.PROMISED}
         self.limits = {arm: self._limited(arm, rows) for arm, rows in self.rows.items()}
         self.rows[arms.NONE] = PLAIN.rows
@@ -149,7 +150,9 @@ class _Batch:
         In a set of active arms every request takes its best one, or requests of a lower weight decode plainly where
         rows are scarce. Sets that lack a pinned request's arm are skipped.
         """
-        best, top, members = tuple[str, ...](), (-math.inf, dict[str, int]()), self.alike.values()
+        best: tuple[str, ...] = ()
+        top: tuple[float, dict[str, int]] = (-math.inf, {})
+        members = self.alike.values()
         choices = (
             tuple(
                 [
@@ -175,7 +178,7 @@ class _Batch:
 
     def _rate(self, parts: Iterable[tuple[str, Sequence[int]]]) -> tuple[float, dict[str, int]]:
         """Return the most tokens a second if the arms of `parts` draft for their requests, and lengths of passes."""
-        expected, rows, gained, drafted = 0.0, 0.0, defaultdict[str, float](float), Counter[str]()
+        expected, rows, gained, drafted = 0.0, 0.0, defaultdict(float), defaultdict(int)
         for arm, indices in parts:
             score = sum([self.weights[index] * self.scores[index][arm] for index in indices])
             expected += score
@@ -186,7 +189,8 @@ class _Batch:
             if arm not in WITHOUT_A_PASS:
                 drafted[arm] += len(indices)
                 gained[arm] += score - sum([self.weights[index] for index in indices])
-        names, best, lengths = sorted(drafted), -math.inf, dict[str, int]()
+        names, best = sorted(drafted), -math.inf
+        lengths: dict[str, int] = {}
         for limits in product(*(self.limits[arm] for arm in names)):
             tokens, verified, drafting = expected, rows, 0.0
             for arm, (drafts, width, share) in zip(names, limits, strict=True):

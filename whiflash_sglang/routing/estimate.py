@@ -80,7 +80,8 @@ class AcceptanceByPlace:
     def observe(self, arm: str, drafts: int, right: int) -> None:
         """Learn that the first `right` of `drafts` drafts of a pass were accepted and the next one was not."""
         means = self._right[arm]
-        means += [Mean() for _ in range(drafts - len(means))]
+        if drafts > len(means):
+            means += [Mean() for _ in range(drafts - len(means))]
         for place, mean in enumerate(means[: min(right + 1, drafts)]):
             mean.add(place < right, MEMORY)
         self._chances.pop(arm, None)
@@ -135,8 +136,9 @@ class AcceptanceEstimator:
     def __init__(self, base: "AcceptanceEstimator | None" = None, measured: Mapping[str, float] | None = None) -> None:
         self._base, self._measured = base, measured or {}
         self._shown: defaultdict[str, _Shown] = defaultdict(_Shown)
-        self._shared: dict[tuple[AcceptanceEstimator, str, Place | None], float] = base._shared if base else {}
-        """Cached lengths by arm and place, and trusts (place None), until the next round; shared by all adapters."""
+        self._shared: dict[tuple[AcceptanceEstimator, str, Place], tuple[float, float, float]]
+        self._shared = base._shared if base else {}
+        """Cached by arm and place until the next round, for all adapters: length, its weight, and trust (`_trust`)."""
 
     def observe(self, arm: str, decision: Decision, length: float) -> None:
         """Learn that a round of `arm`, decided by `decision`, committed `length` tokens."""
@@ -172,21 +174,24 @@ class AcceptanceEstimator:
 
     def expect(self, arm: str, signals: Signals, place: Place | None = None) -> float:
         """Return the expected acceptance length of the request's next round with `arm`. place: its `place_of`."""
-        believed, moved = self._split(arm, signals, place or place_of(signals))
-        if not moved:
+        place = place or place_of(signals)
+        if arm in signals.predicted:
+            believed, moved = self._split(arm, signals, place)
+            return believed + moved * self._trust(arm) if moved else believed
+        if (known := self._shared.get((self, arm, place))) is None:
+            known = self._believed(arm, place), self._weight(arm, SHARED_WEIGHT), self._trust(arm)
+            self._shared[self, arm, place] = known
+        believed, weight, trust = known
+        if (recent := signals.recent.get(arm)) is None:
             return believed
-        trust = self._shared.get((self, arm, None))
-        if trust is None:
-            trust = self._shared[self, arm, None] = self._trust(arm)
-        return believed + moved * trust
+        return believed + (recent.total - believed * recent.weight) / (weight + recent.weight) * trust
 
     def _split(self, arm: str, known: Signals | Decision, place: Place) -> tuple[float, float]:
         """Return the shared estimate, and how far the request's own recent rounds would move it if fully trusted."""
         if arm in known.predicted:
             believed, weight = 1 + (known.predicted[arm] - 1) * self._level(arm), PREDICTED_WEIGHT
         else:
-            weight, shared = self._weight(arm, SHARED_WEIGHT), self._shared.get((self, arm, place))
-            believed = self._believed(arm, place) if shared is None else shared
+            weight, believed = self._weight(arm, SHARED_WEIGHT), self._believed(arm, place)
         if (recent := known.recent.get(arm)) is None:
             return believed, 0.0
         return believed, (recent.total - believed * recent.weight) / (weight + recent.weight)
@@ -203,9 +208,7 @@ class AcceptanceEstimator:
         usual = self.usual(arm)
         if self._base:
             usual = max(self._base._believed(arm, place) + usual - self._base.usual(arm), 1.0)
-        believed = self._shown[arm].by_place[place].shrunk(usual, self._weight(arm, 4.0))
-        self._shared[self, arm, place] = believed
-        return believed
+        return self._shown[arm].by_place[place].shrunk(usual, self._weight(arm, 4.0))
 
     def _level(self, arm: str) -> float:
         """Return accepted over predicted drafts, which scales predictions: the router saw full passes on other text."""

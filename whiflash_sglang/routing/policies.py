@@ -77,7 +77,9 @@ class Probes:
         Args:
             teachers: each request's signals, None if it is not free. loss: see `Loss`.
         """
-        able = defaultdict[str, defaultdict[str | None, list[tuple[int, Signals]]]](lambda: defaultdict(list))
+        able: defaultdict[str, defaultdict[str | None, list[tuple[int, Signals]]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
         for index, signals in enumerate(teachers):
             if signals is not None:
                 for arm in signals.unforeseen:

@@ -4,7 +4,7 @@ import ctypes
 from array import array
 from collections.abc import Collection, Sequence
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +78,10 @@ class _Batch(ctypes.Structure):
     )
 
 
+def _address(numbers: "array[Any]") -> int:
+    return numbers.buffer_info()[0]
+
+
 class Batch:
     """The texts of a round's requests.
 
@@ -99,20 +103,19 @@ class Batch:
         first: int = 0,
     ) -> None:
         self.candidates, self._library = candidates, library
-        self._arrays = [np.array(each, np.int64) for each in (*handles, ahead)]
-        addresses = (each.ctypes.data for each in (*self._arrays, *candidates))
+        self._arrays = [array("q", each) for each in (*handles, ahead)]
+        addresses = [*map(_address, self._arrays), *(each.__array_interface__["data"][0] for each in candidates)]
         self._batch = _Batch(*candidates.tokens.shape, *of, *widest, first, price, *addresses)
 
-    def propose(self, tokens: Sequence[int], ends: Sequence[int], starts: Sequence[int]) -> list[list[list[float]]]:
+    def propose(self, tokens: Sequence[int], ends: Sequence[int], starts: Sequence[int]) -> Sequence[float]:
         """Show each request its next tokens and fill the candidates. Return the length and rows that are expected of
-        each request's copy and structure. The arguments are those of `whiflash_propose`.
+        each request's copy, and of its structure, one after the other; 0 without a handle. The arguments are those of
+        `whiflash_propose`.
         """
-        ids, places = np.array(tokens, np.int32), np.array((ends, starts), np.int64)
-        forecasts = np.ones((len(starts), 2, 2))
-        addresses = (each.ctypes.data for each in (ids, *places, forecasts))
-        self._library.whiflash_propose(ctypes.addressof(self._batch), *addresses)
-        found: list[list[list[float]]] = forecasts.tolist()
-        return found
+        forecasts = array("d", bytes(32 * len(starts)))
+        given = array("i", tokens), array("q", ends), array("q", starts), forecasts
+        self._library.whiflash_propose(ctypes.addressof(self._batch), *map(_address, given))
+        return forecasts
 
     def drop(self, request: int, column: int) -> None:
         """Drop a candidate, and ask the request's walk no more."""
@@ -120,8 +123,8 @@ class Batch:
 
     def extend(self, modes: Sequence[Sequence[int]], rooms: Sequence[int]) -> None:
         """Continue candidates by others' drafts. The arguments are those of `whiflash_extend`."""
-        flags, most = np.array(modes, np.uint8), np.array(rooms, np.int64)
-        self._library.whiflash_extend(ctypes.addressof(self._batch), flags.ctypes.data, most.ctypes.data)
+        flags, most = array("B", chain.from_iterable(modes)), array("q", rooms)
+        self._library.whiflash_extend(ctypes.addressof(self._batch), _address(flags), _address(most))
 
 
 class Table(Native):
