@@ -55,12 +55,27 @@ class Grammars:
     def raw(self, schema: dict[str, Any], *, blanks: bool) -> Any:
         """The engine's own matcher. blanks: whitespace is free, as SGLang's default has it."""
         text = json.dumps(schema)
+        if schema.get("type") == "structural_tag":
+            return self._tagged(schema)
         if self.engine == "xgrammar":
             return xgrammar.GrammarMatcher(
                 self._compiler.compile_json_schema(text, any_whitespace=blanks), max_rollback_tokens=200
             )
         grammar = llguidance.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": blanks})
         return llguidance.LLMatcher(self._guidance, grammar)
+
+    def _tagged(self, tag: dict[str, Any]) -> Any:
+        parts = [(each["begin"], json.dumps(each["schema"]), each["end"]) for each in tag["structures"]]
+        if self.engine == "xgrammar":
+            tags = [xgrammar.StructuralTagItem(begin=begin, schema=schema, end=end) for begin, schema, end in parts]
+            return xgrammar.GrammarMatcher(
+                self._compiler.compile_structural_tag(tags, tag["triggers"]), max_rollback_tokens=200
+            )
+        (trigger,) = tag["triggers"]
+        ours = [
+            llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=end) for begin, schema, end in parts
+        ]
+        return llguidance.LLMatcher(self._guidance, llguidance.StructTag.to_grammar(ours))
 
     def matcher(self, raw: Any, vocabulary: Vocabulary) -> Matcher:
         """As the arm sees it."""

@@ -35,9 +35,20 @@ PARAMETERS = (("to", "Os lo"), ("in", "kelvin"), ("n", "12"))
 MARKUP = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in PARAMETERS)
 BODIES = {"hermes": f'{{"name": "f", "arguments": {CALL}}}', "qwen3_coder": f"<function=f>\n{MARKUP}</function>"}
 LISTS = {"schema": {"type": "array", "items": TOOL}, "counted": {"type": "array", "items": TOOL, "minItems": 1}}
+BEGIN = '[call]{"name":"%s", "arguments":'
+ONE = {"type": "object", "properties": {"in": {"enum": ["celsius", "kelvin"]}}, "required": ["in"]}
+LISTS["tagged"] = {
+    "type": "structural_tag",
+    "triggers": ["[call]"],
+    "structures": [
+        {"begin": BEGIN % name, "schema": schema, "end": "}[/call]"} for name, schema in (("f", TOOL), ("g", ONE))
+    ],
+}
+TAGGED = f'Ah [t "so.\n{BEGIN % "f"}{CALL}}}[/call] [call x{BEGIN % "g"}{{"in": "celsius"}}}}[/call]\n'
 DOCUMENTS = dict.fromkeys(LISTS, f"[{CALL}, {CALL}, {CALL}]") | {
     form: f"Ah <t.\n<tool_call>\n{body}\n</tool_call>\n so\n" * 3 for form, body in BODIES.items()
 }
+DOCUMENTS["tagged"] = TAGGED * 3
 
 
 def hints_of(form: str, tools: Sequence[tuple[str, Any]] = (("f", TOOL), ("list", None))) -> RequestHints:
@@ -118,7 +129,7 @@ def test_walks_are_those_of_the_reference_and_say_what_is_found_from_nothing(
     assert sorted(walked.cuts_of(shared._walks)) == sorted((*place, cut) for place, cut in twin._walks.cuts.items())  # type: ignore
 
 
-@pytest.mark.parametrize("form", ["schema", *BODIES])
+@pytest.mark.parametrize("form", ["schema", "tagged", *BODIES])
 def test_requests_with_equal_tools_ask_once_and_forgetting_ends_that(
     form: str, grammars: Grammars, vocabulary: Vocabulary
 ) -> None:

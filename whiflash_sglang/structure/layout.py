@@ -73,7 +73,7 @@ class Layout(Copied):
     blank nor inside a string, closing quotes included. blanks: those after it so far. seen: newest blanks after each
     character; those before a closing bracket are recorded apart (`_place`). It is replaced, never changed in place.
     depth: open brackets. unit: blanks of indentation per bracket.
-    words: names and listed values of its schema, sorted, if `place` determines what may follow; else None. decides:
+    words: names and listed values of its schemas, sorted, if `place` determines what may follow; else None. decides:
     whether the values in a container decide what may follow, beside its names.
     """
 
@@ -93,6 +93,10 @@ class Layout(Copied):
     _key: Hashable = ""
     _value: Hashable = ""
     """The newest key or value in the innermost container, as far as it is written."""
+    _frame: str | None = ""
+    """The text that began the open frame; empty before the first one, None behind one that has ended."""
+    _since: str | None = None
+    """Text since the JSON of the open frame is complete; None while it is not."""
     _seen_so: frozenset[tuple[str, str]] | None = None
     _escaped: int = 0
     """Characters of an escape that are still to come; -1: it has only begun."""
@@ -109,18 +113,36 @@ class Layout(Copied):
         """
         if self.words is None:
             return None
+        if self._is_outside:
+            return self._frame, self._begun, frozenset(self._within.items())
         if self._seen_so is None:
             self._seen_so = frozenset([item for item in self.seen.items() if ASKED.issuperset(item[0])])
+        if self._since is not None:
+            return self._frame, self._since, self._seen_so, self.unit
         written = self._listed(self.partial, whole=False) if self.inside else None
         last = "1" if self.last.isdigit() else self.last
         state = last, written, self._escaped, self.blanks, self.unit, self._seen_so
-        return self._open, self._key, self._value, *state
+        return self._frame, self._open, self._key, self._value, *state
+
+    @property
+    def _is_outside(self) -> bool:
+        """Whether the text is outside all frames; never without frames."""
+        return self.frames is not NO_FRAMES and not self._frame
+
+    @property
+    def _begun(self) -> str:
+        """Return the longest end of the text outside frames that may begin one."""
+        ends = (self._tail[at:] for at in range(len(self._tail)))
+        return next((end for end in ends if any(begin.startswith(end) for begin in self.frames.begins)), "")
 
     def free(self, matcher: Matcher) -> Free | None:
         """Return the tokens that continue the text if it ends in free text; None if it does not, or if that is unknown.
         matcher: of its grammar, after it.
         """
-        if self.words is None or not self.inside or self._escaped:
+        if self.words is not None and self._is_outside:
+            leaving = "".join({begin[0] for begin in self.frames.begins})
+            return Free(leaving) if not self._begun and matcher.allows(FREE) else None
+        if self.words is None or not self.inside or self._escaped or self._since is not None:
             return None
         if self._listed(self.partial, whole=False) != self.partial:
             return Free(plain=True)
@@ -133,18 +155,23 @@ class Layout(Copied):
             self._follow(text)
             return
         whole, done = self._tail + text, len(self._tail)
-        begins = {end for frame in self.frames.begins for end in _ends(whole, frame, done)}
+        begins = {end: frame for frame in sorted(self.frames.begins, key=len) for end in _ends(whole, frame, done)}
         ends = {end for frame in self.frames.ends for end in _ends(whole, frame, done)}
-        for place in sorted(begins | ends):
+        frame = 0
+        for place in sorted(begins.keys() | ends):
             self._follow(whole[done:place])
             done = place
+            if self.words is not None and not (place in begins if self._is_outside else self._since is not None):
+                continue  # a string has this text
+            frame = place
             if place in begins:
                 self.seen, self.inside, self.last, self.blanks = self._within, False, "", ""
-                self.depth = 0
+                self.depth, self._frame = 0, begins[place]
+                self._open, self._key, self._value, self._seen_so = (), "", "", None
             else:
-                self._within = self.seen
+                self._within, self._frame, self._since = self.seen, None, None
         self._follow(whole[done:])
-        self._tail = whole[-max(map(len, self.frames.begins + self.frames.ends)) :]
+        self._tail = whole[frame:][-max(map(len, self.frames.begins + self.frames.ends)) :]
 
     def blank_before(self, character: str) -> tuple[str, bool]:
         """Return the blanks still expected before JSON's `character`, and whether earlier text shows that spacing."""
@@ -170,7 +197,7 @@ class Layout(Copied):
         return Layout(seen=unusual, unit=self.unit if INDENTED in unusual.values() else 0)
 
     def _follow(self, text: str) -> None:
-        at, size = 0, len(text)
+        at, size, complete = 0, len(text), None if self._since is None else 0
         while at < size:
             character = text[at]
             if self.inside and character not in '"\\' and not self._escaped:
@@ -192,8 +219,11 @@ class Layout(Copied):
                 self.depth += character in "[{"
                 self.inside, self.partial = character == '"', ""
                 self.last, self.blanks = character, ""
-                if self.words is not None:
+                if self.words is not None and not self._is_outside and complete is None:
                     self._mark(character)
+                    complete = at if self.frames is not NO_FRAMES and self._open == () and self._value != "" else None
+        if complete is not None:
+            self._since = (self._since or "") + text[complete:]
 
     def _mark(self, character: str) -> None:
         """Advance the parts of `place` by a character. Text that is not JSON, such as thoughts, has no places."""

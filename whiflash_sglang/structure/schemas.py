@@ -126,22 +126,29 @@ PLACED = {"type", "properties", "required", "items", "anyOf", "enum", "const", "
 }
 """Keywords under which `Layout.place` determines what may follow: none of them counts, or looks into text."""
 
+FRAMED = {"type", "format", "structures", "triggers", "tags", "begin", "end", "content", *CONTENTS} | {
+    *("at_least_one", "stop_after_first")
+}
+"""Keys of a structural tag under which it does: text, then JSON between two texts, and again."""
+
 
 @lru_cache(maxsize=256)
 def words_of_places(text: str) -> tuple[str, ...] | None:
     """Return all names and listed values of a schema, sorted; None unless `Layout.place` determines what may follow.
 
     Args:
-        text: a JSON schema.
+        text: a JSON schema, or a structural tag in either of SGLang's formats.
     """
     whole = _read(text)
-    roots = whole.get("anyOf", [whole]) if isinstance(whole, dict) else []
+    if isinstance(whole, dict) and whole.get("type") == "structural_tag":
+        roots = open_ = _framed(text)
+    else:
+        roots, open_ = whole.get("anyOf", [whole]) if isinstance(whole, dict) else [], [whole]
     if not roots or any(not isinstance(root, dict) or root.get("type") not in ("object", "array") for root in roots):
         return None
     if len(roots) > 1 and any(root["type"] == "array" for root in roots):
         return None  # items of a whole text decide between alternatives, but are no part of its place
     words: set[str] = set()
-    open_ = [whole]
     while open_:
         node = open_.pop()
         if isinstance(node, bool):
@@ -159,6 +166,17 @@ def words_of_places(text: str) -> tuple[str, ...] | None:
         open_ += [schema for schemas in named for schema in schemas.values()] + alternatives
         open_ += [node[name] for name in ("items", "additionalProperties") if name in node]
     return tuple(sorted(words)) if all(json.dumps(word) == f'"{word}"' for word in words) else None
+
+
+def _framed(text: str) -> list[Any]:
+    """Return the schemas of a structural tag; none unless each is between texts that `frames_of` has."""
+    parts, frames = list(_parts(text)), frames_of(text)
+    tags = [part for part in parts if "begin" in part]
+    known = all(FRAMED.issuperset(part) and str(part.get("type", "tag")) in TYPES for part in parts)
+    if not known or {tag["begin"] for tag in tags} != {*frames.begins} or not all(tag.get("end") for tag in tags):
+        return []
+    schemas = [part[name] for part in parts for name in CONTENTS if name in part]
+    return schemas if len(schemas) == len(tags) else []
 
 
 @lru_cache(maxsize=256)
