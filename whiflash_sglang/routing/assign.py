@@ -178,7 +178,9 @@ class _Batch:
 
     def _rate(self, parts: Iterable[tuple[str, Sequence[int]]]) -> tuple[float, dict[str, int]]:
         """Return the most tokens a second if the arms of `parts` draft for their requests, and lengths of passes."""
-        expected, rows, gained, drafted = 0.0, 0.0, defaultdict(float), defaultdict(int)
+        expected, rows = 0.0, 0.0
+        gained: defaultdict[str, float] = defaultdict(float)
+        drafted: defaultdict[str, int] = defaultdict(int)
         for arm, indices in parts:
             score = sum([self.weights[index] * self.scores[index][arm] for index in indices])
             expected += score

@@ -112,8 +112,8 @@ class Batch:
         each request's copy, and of its structure, one after the other; 0 without a handle. The arguments are those of
         `whiflash_propose`.
         """
-        forecasts = array("d", bytes(32 * len(starts)))
-        given = array("i", tokens), array("q", ends), array("q", starts), forecasts
+        forecasts: array[Any] = array("d", bytes(32 * len(starts)))
+        given = [array("i", tokens), array("q", ends), array("q", starts), forecasts]
         self._library.whiflash_propose(ctypes.addressof(self._batch), *map(_address, given))
         return forecasts
 
