@@ -143,7 +143,7 @@ class Taught(NamedTuple):
     def by(cls, teacher: ServedTarget, prompts: list[PromptRow], keep_loops: bool) -> "Taught":
         skipped: list[str] = []
         found = teacher.answers(prompts, lambda row, why: skipped.append(f"{row.id}: {why}"), keep_loops=keep_loops)
-        return cls({answer.prompt.id: answer for answer in found}, skipped)
+        return cls({answer.record.id: answer for answer in found}, skipped)
 
 
 def test_answers_and_features_are_the_targets(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_answers_and_features_are_the_targets(tmp_path: Path) -> None:
         assert torch.nn.functional.linear(final, target.head).argmax(-1).tolist() == answer.tokens[start:]
     for begins in grammars:
         assert tokenizer.decode(kept.answers[begins].tokens[len(TEXTS[1]) :]).startswith(begins)
-    looped = [name for name, answer in cut.answers.items() if answer.looped]
+    looped = [name for name, answer in cut.answers.items() if answer.record.looped]
     assert looped
     for name, answer in cut.answers.items():
         whole = kept.answers[name].tokens

@@ -15,8 +15,8 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.progress import progress
 from whiflash_train.answers.prompts import PromptRow, balanced, check_ids, check_row, prepare, read_rows
 from whiflash_train.answers.provenance import check_same_run
-from whiflash_train.answers.served import GeneratedAnswer, ServedTarget, serve
-from whiflash_train.answers.store import FeatureStore, SequenceRecord, alone, has_answers, open_stores
+from whiflash_train.answers.served import ServedTarget, serve
+from whiflash_train.answers.store import FeatureStore, alone, has_answers, open_stores
 from whiflash_train.config import Data, TrainConfig
 
 _MIN_ANSWER = 4
@@ -133,7 +133,12 @@ def answer_rows(
             summary.stopped = _out_of_space(store, settings)
             if summary.stopped:
                 break
-            _keep(answer, store, summary)
+            length = answer.record.length - answer.record.prompt_length
+            if length >= _MIN_ANSWER:
+                store.append(*answer)
+                summary.sequences += 1
+                summary.answer_tokens += length
+                summary.looped += answer.record.looped
     return summary
 
 
@@ -151,24 +156,6 @@ def read_prompts(source: str) -> list[dict[str, Any]]:
         row.setdefault("category", "chat")
         check_row(row, f"{source}, row {number}")
     return rows
-
-
-def _keep(answer: GeneratedAnswer, store: FeatureStore, summary: DataSummary) -> None:
-    length = len(answer.tokens) - len(answer.prompt.tokens)
-    if length < _MIN_ANSWER:
-        return
-    record = SequenceRecord(
-        id=answer.prompt.id,
-        category=answer.prompt.category,
-        prompt_length=len(answer.prompt.tokens),
-        length=len(answer.tokens),
-        looped=answer.looped,
-        finished=answer.finished,
-    )
-    store.append(record, answer.tokens, answer.states)
-    summary.sequences += 1
-    summary.answer_tokens += length
-    summary.looped += answer.looped
 
 
 def _out_of_space(store: FeatureStore, settings: Data) -> str | None:

@@ -15,6 +15,7 @@ from whiflash_sglang.checkpoints.fit import TargetShape
 from whiflash_sglang.drafts.rounds import loop_start
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_train.answers.prompts import PromptRow
+from whiflash_train.answers.store import SequenceRecord
 from whiflash_train.config import Data, Hardware
 
 if TYPE_CHECKING:
@@ -24,18 +25,9 @@ if TYPE_CHECKING:
 class GeneratedAnswer(NamedTuple):
     """A finished generation: `tokens` of prompt and answer, `states` [len(tokens) - 1, captured + 1, H]."""
 
-    prompt: PromptRow
+    record: SequenceRecord
     tokens: list[int]
     states: Tensor
-    looped: bool
-    finished: bool
-
-
-class Skipped(NamedTuple):
-    """A prompt that SGLang refuses, with the reason."""
-
-    prompt: PromptRow
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -60,12 +52,8 @@ class ServedTarget:
 
         A repetition at an answer's end (`loop_start`) is cut off unless `keep_loops`.
         """
-        requests = (self._answer(prompt, keep_loops) for prompt in prompts)
-        for done in self.engine.completed(requests, self.settings.at_once):
-            if isinstance(done, Skipped):
-                on_skip(*done)
-            else:
-                yield done
+        requests = (self._answer(prompt, on_skip, keep_loops) for prompt in prompts)
+        yield from filter(None, self.engine.completed(requests, self.settings.at_once))
 
     def states(self, texts: Iterable[tuple[int, list[int]]]) -> Iterator[tuple[int, Tensor]]:
         """Yield each text's key, and its features and final states [T, captured + 1, H], in the order of completion."""
@@ -82,7 +70,9 @@ class ServedTarget:
         states = await self.engine.features(tokens, self.dtype)
         return states.view(len(tokens), len(self.capture) + 1, self.hidden_size)
 
-    async def _answer(self, prompt: PromptRow, keep_loops: bool) -> GeneratedAnswer | Skipped:
+    async def _answer(
+        self, prompt: PromptRow, on_skip: Callable[[PromptRow, str], None], keep_loops: bool
+    ) -> GeneratedAnswer | None:
         try:
             answer, finished = await self.engine.answer(
                 prompt.tokens,
@@ -100,8 +90,12 @@ class ServedTarget:
         except WhiflashError:  # this package's errors mean a broken engine, not a refused prompt
             raise
         except ValueError as error:
-            return Skipped(prompt, str(error))
-        return GeneratedAnswer(prompt, tokens, states, looped=loop is not None, finished=finished)
+            on_skip(prompt, str(error))
+            return None
+        record = SequenceRecord(
+            prompt.id, prompt.category, len(prompt.tokens), len(tokens), looped=loop is not None, finished=finished
+        )
+        return GeneratedAnswer(record, tokens, states)
 
 
 @contextmanager
