@@ -20,7 +20,6 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_train.answers.prompts import PromptRow, tool_call_grammar
 from whiflash_train.answers.served import GeneratedAnswer, ServedTarget
 from whiflash_train.config import Data
-from whiflash_train.engine.offline import Generated
 from whiflash_train.engine.recorder import WANTED, FeatureRecorder
 from whiflash_train.origin import ORIGIN, ServedOrigin, vocabulary_file
 from whiflash_train.target import TargetModel
@@ -44,13 +43,13 @@ class InProcess:
         for request in requests:
             yield asyncio.run(request)
 
-    async def answer(self, tokens: list[int], **sampling: Any) -> Generated:
+    async def answer(self, tokens: list[int], **sampling: Any) -> tuple[list[int], bool]:
         name = self._run("answer", tokens, ignore_eos=False, **sampling)
         request = self.e.requests[name]
         reason = request.finished_reason.to_json()
         if reason["type"] == "abort":
             raise ValueError(reason["message"])
-        return Generated(self.e.output(name), reason["type"] == "stop")
+        return self.e.output(name), reason["type"] == "stop"
 
     async def features(self, tokens: list[int], dtype: torch.dtype) -> torch.Tensor:
         name = self._run(WANTED, tokens, max_new_tokens=1)

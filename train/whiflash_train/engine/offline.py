@@ -45,13 +45,6 @@ class EnginePlace(NamedTuple):
     states: Path
 
 
-class Generated(NamedTuple):
-    """An answer's tokens, with the end token if it has one. finished: whether it has one."""
-
-    tokens: list[int]
-    finished: bool
-
-
 class OfflineEngine:
     """Runs SGLang's processes until `close`. Requests are coroutines; `completed` runs them."""
 
@@ -100,13 +93,13 @@ class OfflineEngine:
         except TypeError as error:
             raise ConfigError(f"data.engine: {error}") from None
 
-    async def answer(self, tokens: list[int], **sampling: Any) -> Generated:
-        """Generate the target's answer to a prompt. Raises ValueError if SGLang refuses the request."""
+    async def answer(self, tokens: list[int], **sampling: Any) -> tuple[list[int], bool]:
+        """Return an answer, and whether an end token ends it. Raises ValueError if SGLang refuses the request."""
         result = await self._ask(tokens, sampling)
         reason = result["meta_info"]["finish_reason"]
         if reason["type"] == "abort":
             raise ValueError(reason.get("message", "SGLang aborted it"))
-        return Generated(list(result["output_ids"]), reason["type"] == "stop")
+        return list(result["output_ids"]), reason["type"] == "stop"
 
     async def features(self, tokens: list[int], dtype: torch.dtype) -> Tensor:
         """Compute the outputs of the layers for every token of a text, followed by the state after the final norm.
