@@ -32,36 +32,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import triton
+import whiflash_kernels as ops
 from cases import KERNELS, Bench, CaseSizes, attention_cases, catch_up_cases, router_cases, routing_cases, verify_cases
 from provenance import provenance
 from shapes import SHAPES
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from whiflash_kernels import (
-    BacklogRings,
-    Chosen,
-    Claims,
-    Drafts,
-    GraphSlots,
-    PassInputs,
-    SamplingTable,
-    accept_and_commit,
-    choose_drafts,
-    claim_backlogs,
-    cut_drafts,
-    draft_inputs,
-    fill_slots,
-    lay_drafts,
-    park,
-    prepare_mixed_block,
-    propose_copies,
-    routing_stats,
-    sample_rows,
-    triton_kernels,
-    unpark,
-    verify_attention,
-)
+from whiflash_kernels import triton_kernels
 from whiflash_kernels.reference import attention
 from whiflash_kernels.warm import Served, warm_up
 
@@ -145,7 +123,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         for case in (case for family in families for case in family(bench)):
             yield f"{case.op}, {case.label}, {shape.name}", case.compilable or case.call
     rows, slots = meta(512, QWEN.vocab), index(32)
-    yield "routing_stats, 32 of 512 rows, Qwen3-8B", lambda: routing_stats(rows, slots)
+    yield "routing_stats, 32 of 512 rows, Qwen3-8B", lambda: ops.routing_stats(rows, slots)
     q, pool, table = meta(512, 32, 128), meta(4096, 8, 128), ints(257, 40_960)
     arguments = (q, pool, pool, table, slots, slots, 16, 16, False, 128**-0.5, 4096, 40_960)
     yield "draft_attention, 32 x 16 rows in a window, Qwen3-8B", lambda: attention.draft_attention(*arguments)
@@ -172,7 +150,7 @@ def verify(shape: tuple[int, int, int], pool_dtype: torch.dtype, **how: Any) -> 
     heads, kv_heads, dim = shape
     q, kv, pool = meta(512, heads, dim), meta(512, kv_heads, dim), meta(4096, kv_heads, dim, dtype=pool_dtype)
     plan = index(33), ints(33), index(4096)
-    verify_attention(q, kv, kv, meta(512, heads, dim), pool, pool, *plan, most=17, scale=dim**-0.5, **how)
+    ops.verify_attention(q, kv, kv, meta(512, heads, dim), pool, pool, *plan, most=17, scale=dim**-0.5, **how)
 
 
 def kernel_names() -> set[str]:
@@ -194,51 +172,51 @@ def kernel_names() -> set[str]:
 
 DRAFTERS = (((0, 2, 4), 4096, True), ((0, 1, 2, 3, 5), 4096, False))
 """Chunks of two drafters, their width, and whether they start from a feature."""
-RINGS = BacklogRings(meta(257, 64, 6 * 4096), index(257, 64))
+RINGS = ops.BacklogRings(meta(257, 64, 6 * 4096), index(257, 64))
 TEXT, TABLE, STOPS = index(257, 40_960), ints(257, 40_960), index(257, 8)
 CANDIDATES = 2
 
 
-def drafted(requests: int, width: int) -> Drafts:
+def drafted(requests: int, width: int) -> ops.Drafts:
     lives = chances(requests, width)
-    return Drafts(index(requests, width), index(requests), lives, lives, ints(requests))
+    return ops.Drafts(index(requests, width), index(requests), lives, lives, ints(requests))
 
 
-def host_drafts(requests: int, columns: int) -> Drafts:
+def host_drafts(requests: int, columns: int) -> ops.Drafts:
     shape = requests, CANDIDATES
-    return Drafts(index(*shape, columns), index(*shape), chances(*shape, columns))
+    return ops.Drafts(index(*shape, columns), index(*shape), chances(*shape, columns))
 
 
 def choose(
     requests: int,
-    width: int | Drafts,
-    from_host: Drafts | None,
-    appended: Drafts | None,
-    copies: Drafts | None,
+    width: int | ops.Drafts,
+    from_host: ops.Drafts | None,
+    appended: ops.Drafts | None,
+    copies: ops.Drafts | None,
     limit: int,
-) -> Chosen:
+) -> ops.Chosen:
     laid = drafted(requests, width) if isinstance(width, int) else width
     slots = index(requests)
     beside = {"appended": appended, "from_host": from_host, "at": index(requests, CANDIDATES)}
     beside |= {"copies": copies, "limits": slots, "drawn": slots}
-    return choose_drafts(laid, slots, slots, TEXT, **beside, worth=0.1, most_drafts=limit, stops=STOPS)
+    return ops.choose_drafts(laid, slots, slots, TEXT, **beside, worth=0.1, most_drafts=limit, stops=STOPS)
 
 
 def copy(requests: int, *, behind: bool) -> None:
     slots, judged = index(requests), (chances(requests), chances(requests, 8, 4), ints(8))
     drafts = (slots, chances(requests, 24)) if behind else None
-    propose_copies(TEXT, slots, slots, index(257), slots, *judged, width=24, worth=0.1, behind=drafts)
+    ops.propose_copies(TEXT, slots, slots, index(257), slots, *judged, width=24, worth=0.1, behind=drafts)
 
 
 def sample(requests: int, rows: int, masked: bool) -> None:
     masks = (ints(rows, QWEN.vocab // 32), index(rows)) if masked else None
-    slots, table = index(requests), SamplingTable(chances(257, 4), index(257))
-    sample_rows(chances(rows, QWEN.vocab), ints(requests + 1), slots, slots, table, masks=masks)
+    slots, table = index(requests), ops.SamplingTable(chances(257, 4), index(257))
+    ops.sample_rows(chances(rows, QWEN.vocab), ints(requests + 1), slots, slots, table, masks=masks)
 
 
 def fill(requests: int, count: int) -> None:
-    slots = GraphSlots(ints(count), ints(count + 1), index(count), ints(count), index(count))
-    fill_slots(ints(requests), index(requests), index(requests), slots, rows=2 * count, empty=1)
+    slots = ops.GraphSlots(ints(count), ints(count + 1), index(count), ints(count), index(count))
+    ops.fill_slots(ints(requests), index(requests), index(requests), slots, rows=2 * count, empty=1)
 
 
 def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
@@ -249,9 +227,9 @@ def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
     width, rows = max(widths), requests + rng.randint(0, 4 * requests)
     slots, lengths = index(requests), index(requests)
     for own, count in zip(widths, members, strict=True):
-        cut_drafts(chances(count, own), chances(13), chances(10), index(count))
+        ops.cut_drafts(chances(count, own), chances(13), chances(10), index(count))
     parts = [(index(count), drafted(count, own)) for count, own in zip(members, widths, strict=True)]
-    laid = lay_drafts(parts, slots, lengths, width=width, confidences=width, vocabulary=QWEN.vocab, text=TEXT)
+    laid = ops.lay_drafts(parts, slots, lengths, width=width, confidences=width, vocabulary=QWEN.vocab, text=TEXT)
     chosen = choose(
         requests,
         laid,
@@ -260,28 +238,28 @@ def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
         rng.choice((None, drafted(requests, 16))),
         rng.randint(1, 4 * requests),
     )
-    packed = prepare_mixed_block(slots, chosen.tokens, chosen.widths, lengths, slots, TABLE, rows=rows)
+    packed = ops.prepare_mixed_block(slots, chosen.tokens, chosen.widths, lengths, slots, TABLE, rows=rows)
     ids = packed.input_ids
     fill(requests, requests + rng.randint(0, most_requests // 16))
-    accept_and_commit(
+    ops.accept_and_commit(
         ids, ids, packed.qo_indptr, lengths, stride=width + 1, request_slots=slots, stops=STOPS, text=TEXT
     )
     sample(requests, rows, masked=rng.random() < 0.5)
     captured = rng.choice((None, most_requests))
-    claims = captured and Claims(index(captured), index(2, captured), index(2, captured))
-    claim_backlogs(index(2, 257), slots, lengths, index(2, requests), into=claims or None)
+    claims = captured and ops.Claims(index(captured), index(2, captured), index(2, captured))
+    ops.claim_backlogs(index(2, 257), slots, lengths, index(2, requests), into=claims or None)
     # Behind a prefill.
-    park(RINGS, meta(rows, RINGS.features.shape[2]), ids, slots, lengths, slots, slots, max_length=1)
+    ops.park(RINGS, meta(rows, RINGS.features.shape[2]), ids, slots, lengths, slots, slots, max_length=1)
     # All drafters' claims, of which one takes its own: an odd number of them starts at an odd place.
     begins, ends = (index(2 * requests)[requests:] for _ in range(2))
     for chunks, hidden, starts in DRAFTERS:
         columns = {"chunks": chunks, "chunk_width": hidden}
-        unpark(RINGS, slots, begins, ends, TABLE, rows=rng.randint(1, rows), **columns)
+        ops.unpark(RINGS, slots, begins, ends, TABLE, rows=rng.randint(1, rows), **columns)
         own = None if rng.random() < 0.5 else index(rng.randint(1, requests))
         columns["chunks"] = chunks if starts else ()
         tail = meta(captured or 1, len(columns["chunks"]) * hidden)
-        into = PassInputs(*(index(captured) for _ in range(4)), tail, chances(13)) if captured else None
-        draft_inputs(RINGS, own, slots, lengths, slots, slots, chances(13), into=into, **columns)
+        into = ops.PassInputs(*(index(captured) for _ in range(4)), tail, chances(13)) if captured else None
+        ops.draft_inputs(RINGS, own, slots, lengths, slots, slots, chances(13), into=into, **columns)
     for behind in (False, True):
         copy(requests, behind=behind)
 
@@ -295,7 +273,7 @@ def compilations(batches: int, most_requests: int = 256, widest: int = 16) -> di
         STOPS,
         RINGS,
         index(2, 257),
-        SamplingTable(chances(257, 4), index(257)),
+        ops.SamplingTable(chances(257, 4), index(257)),
         most_requests,
         widths={7, widest},
         candidates=(CANDIDATES, 2 * widest + 1),

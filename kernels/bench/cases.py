@@ -6,38 +6,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+import whiflash_kernels as ops
 from measure import Call
 from shapes import ModelShape
-from whiflash_kernels import (
-    BacklogRings,
-    DFlashWeights,
-    Drafts,
-    Eagle3Weights,
-    GraphSlots,
-    KVPools,
-    PenaltyTable,
-    SamplingTable,
-    accept_and_commit,
-    choose_drafts,
-    claim_backlogs,
-    cut_drafts,
-    dflash_catch_up,
-    draft_attention,
-    draft_inputs,
-    eagle3_catch_up,
-    fill_slots,
-    lay_drafts,
-    park,
-    pass_rows,
-    penalise_rows,
-    prepare_mixed_block,
-    propose_copies,
-    router_mlp,
-    routing_stats,
-    sample_rows,
-    unpark,
-    verify_attention,
-)
 from whiflash_kernels.layers import rms_norm, silu_and_mul
 from whiflash_kernels.reference import attention
 
@@ -84,7 +55,7 @@ class Bench:
         self.shape, self.device, self.slots, self.sizes = shape, device, largest_batch + 1, sizes
         self.generator = None if device.type == "meta" else torch.Generator(device=device).manual_seed(0)
         self.table = self.order(self.slots * sizes.context).view(self.slots, sizes.context).int()
-        self.rings = BacklogRings(
+        self.rings = ops.BacklogRings(
             self.random(self.slots, CAPACITY, shape.captured * shape.hidden),
             self.below(shape.vocab, self.slots, CAPACITY),
         )
@@ -105,18 +76,18 @@ class Bench:
     def below(self, limit: int, *size: int) -> torch.Tensor:
         return torch.randint(0, limit, size, device=self.device, generator=self.generator)
 
-    def pools(self, layers: int) -> KVPools:
+    def pools(self, layers: int) -> ops.KVPools:
         size = (self.slots * self.sizes.context, self.shape.kv_heads, self.shape.dim)
-        return KVPools(
+        return ops.KVPools(
             tuple(self.random(*size) for _ in range(layers)), tuple(self.random(*size) for _ in range(layers))
         )
 
     def request_slots(self, batch: int) -> torch.Tensor:
         return self.order(self.slots)[:batch]
 
-    def dflash_weights(self) -> DFlashWeights:
+    def dflash_weights(self) -> ops.DFlashWeights:
         s = self.shape
-        return DFlashWeights(
+        return ops.DFlashWeights(
             fc=self.random(s.hidden, len(s.dflash_chunks) * s.hidden),
             hidden_norm=self.random(s.hidden),
             kv=self.random(s.dflash_layers * 2 * s.kv_heads * s.dim, s.hidden),
@@ -124,9 +95,9 @@ class Bench:
             eps=1e-6,
         )
 
-    def eagle3_weights(self) -> Eagle3Weights:
+    def eagle3_weights(self) -> ops.Eagle3Weights:
         s = self.shape
-        return Eagle3Weights(
+        return ops.Eagle3Weights(
             fc=self.random(s.hidden, len(s.eagle3_chunks) * s.hidden),
             embedding=self.random(s.vocab, s.hidden),
             input_norm=self.random(s.hidden),
@@ -140,15 +111,15 @@ def routing_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
     for rows in (*bench.sizes.batches, *([] if fill is None else [fill])):
         logits = bench.random(rows, bench.shape.vocab).mul_(bench.shape.vocab**0.5 * 3)
         label = f"{rows} x {bench.shape.vocab}"
-        yield Case("routing_stats", label, partial(routing_stats, logits), logits.nbytes)
+        yield Case("routing_stats", label, partial(ops.routing_stats, logits), logits.nbytes)
 
 
 def sampling_cases(bench: Bench) -> Iterator[Case]:
     """Yield cases that sample and penalise a row of each request, at temperature 0.6 and top-p 0.95."""
     parameters = torch.tensor([0.6, 1 << 30, 0.95, 0.0], device=bench.device).repeat(bench.slots, 1)
-    table = SamplingTable(parameters, bench.below(1 << 30, bench.slots))
+    table = ops.SamplingTable(parameters, bench.below(1 << 30, bench.slots))
     own = torch.arange(bench.slots, device=bench.device)[:, None]
-    penalties = PenaltyTable(
+    penalties = ops.PenaltyTable(
         bench.chances(bench.slots, 3) + 1,
         own * torch.tensor([1, 1, 0, 0], device=bench.device),
         bench.chances(bench.slots, bench.shape.vocab),
@@ -159,10 +130,10 @@ def sampling_cases(bench: Bench) -> Iterator[Case]:
         logits = bench.random(rows, bench.shape.vocab).mul_(bench.shape.vocab**0.5 * 3)
         indptr = torch.arange(rows + 1, dtype=torch.int32, device=bench.device)
         lengths, slots = bench.below(bench.sizes.context, rows), bench.below(bench.slots - 1, rows) + 1
-        call = partial(sample_rows, logits, indptr, lengths, slots, table)
+        call = partial(ops.sample_rows, logits, indptr, lengths, slots, table)
         yield Case("sample_rows", f"{rows} x {bench.shape.vocab}", call, logits.nbytes)
         batch = bench.below(bench.shape.vocab, rows), indptr, lengths, slots, text
-        call = partial(penalise_rows, logits.float(), *batch, penalties)
+        call = partial(ops.penalise_rows, logits.float(), *batch, penalties)
         yield Case("penalise_rows", f"{rows} x {bench.shape.vocab}", call, 16 * logits.numel())
 
 
@@ -177,14 +148,14 @@ def backlog_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
         lengths = torch.full_like(begins, length)
         starts = torch.arange(0, batch * length, length, device=bench.device)
         arguments = (bench.rings, features, tokens, slots, begins, lengths, starts)
-        call = partial(park, *arguments, max_length=length)
+        call = partial(ops.park, *arguments, max_length=length)
         yield Case("park", f"{batch} x {length} rows", call, 2 * features.nbytes)
     taken = len(s.dflash_chunks) * s.hidden * bench.rings.features.element_size()
     for batch, length in [(b, n) for b in bench.sizes.batches for n in bench.sizes.backlogs] + largest:
         slots, begins = bench.request_slots(batch), bench.below(bench.sizes.context - CAPACITY, batch)
         arguments = (bench.rings, slots, begins, begins + length, bench.table)
         options = {"rows": batch * length, "chunks": s.dflash_chunks, "chunk_width": s.hidden}
-        call = partial(unpark, *arguments, **options)
+        call = partial(ops.unpark, *arguments, **options)
         moved = 2 * batch * length * taken
         yield Case("unpark", f"{batch} x {length} rows", call, moved)
 
@@ -202,7 +173,7 @@ def catch_up_cases(bench: Bench) -> Iterator[Case]:
         yield Case(
             "dflash_catch_up",
             f"{rows} rows",
-            partial(dflash_catch_up, *arguments),
+            partial(ops.dflash_catch_up, *arguments),
             features.nbytes + dflash.fc.nbytes + dflash.kv.nbytes + written,
             2 * rows * (dflash.fc.numel() + dflash.kv.numel()),
         )
@@ -213,7 +184,7 @@ def catch_up_cases(bench: Bench) -> Iterator[Case]:
         yield Case(
             "eagle3_catch_up",
             f"{rows} rows",
-            partial(eagle3_catch_up, *chain),
+            partial(ops.eagle3_catch_up, *chain),
             features.nbytes + eagle3.fc.nbytes + eagle3.kv.nbytes + gathered + written,
             2 * rows * (eagle3.fc.numel() + eagle3.kv.numel()),
         )
@@ -226,18 +197,18 @@ def block_cases(bench: Bench) -> Iterator[Case]:
         widths, rows = torch.tensor(each, device=bench.device), sum(each)
         bonus, drafts = bench.below(s.vocab, batch), bench.below(s.vocab, batch, s.block - 1)
         lengths, slots = bench.below(bench.sizes.context - s.block, batch), bench.request_slots(batch)
-        prepare = partial(prepare_mixed_block, bonus, drafts, widths, lengths, slots, bench.table, rows=rows)
+        prepare = partial(ops.prepare_mixed_block, bonus, drafts, widths, lengths, slots, bench.table, rows=rows)
         block = prepare()
         predictions = block.input_ids.roll(-1)
         # Ids in and out, positions, slots and owners: five int64 a row.
         yield Case("prepare_mixed_block", f"{batch} requests, {rows} rows", prepare, 5 * 8 * rows)
         ints = partial(torch.zeros, dtype=torch.int32, device=bench.device)
-        places = GraphSlots(ints(batch), ints(batch + 1), torch.zeros_like(lengths), ints(batch), slots.clone())
-        call = partial(fill_slots, widths, lengths, slots, places, rows=rows, empty=1)
+        places = ops.GraphSlots(ints(batch), ints(batch + 1), torch.zeros_like(lengths), ints(batch), slots.clone())
+        call = partial(ops.fill_slots, widths, lengths, slots, places, rows=rows, empty=1)
         yield Case("fill_slots", f"{batch} requests", call, batch * (8 + 8 + 8 + 4 * 3 + 8 * 2))
-        commit = (predictions, block.input_ids, block.qo_indptr, lengths)
         stops = torch.full((bench.slots, 8), -1, device=bench.device)
-        call = partial(accept_and_commit, *commit, stride=s.block, request_slots=slots, stops=stops, text=bench.text)
+        commit = {"stride": s.block, "request_slots": slots, "stops": stops, "text": bench.text}
+        call = partial(ops.accept_and_commit, predictions, block.input_ids, block.qo_indptr, lengths, **commit)
         # Both ids of a row; a request's stops, and its tokens for the engine and the text.
         moved = 2 * 8 * rows + 8 * 8 * batch + (8 + 8) * batch * s.block
         yield Case("accept_and_commit", f"{batch} requests, {rows} rows", call, moved)
@@ -257,7 +228,7 @@ def attention_cases(bench: Bench) -> Iterator[Case]:
             yield Case(
                 "draft_attention",
                 f"{batch} x {width} rows over {context}",
-                partial(draft_attention, *arguments, **options),
+                partial(ops.draft_attention, *arguments, **options),
                 2 * entries * s.kv_heads * s.dim * q.element_size() + 2 * q.nbytes,
                 4 * entries * width * s.heads * s.dim,
                 others={"torch, K and V contiguous": contiguous_attention(bench, q, batch, width)},
@@ -297,7 +268,7 @@ def verify_case(bench: Bench, label: str, widths: list[int], lengths: torch.Tens
     return Case(
         "verify_attention",
         f"{label} rows behind up to {context}",
-        partial(verify_attention, *arguments, **options),
+        partial(ops.verify_attention, *arguments, **options),
         2 * slots * s.kv_heads * s.dim * q.element_size() + 2 * q.nbytes + 2 * k.nbytes,
         4 * slots * max(widths) * s.heads * s.dim,
         others=upstream_verification(bench, arguments, most),
@@ -334,7 +305,7 @@ def router_cases(bench: Bench) -> Iterator[Case]:
     )
     for batch in bench.sizes.batches:
         hidden = bench.random(batch, s.hidden)
-        call, moved = partial(router_mlp, hidden, *layers), layers[0].nbytes + hidden.nbytes
+        call, moved = partial(ops.router_mlp, hidden, *layers), layers[0].nbytes + hidden.nbytes
         yield Case("router_mlp", f"{batch} x {s.hidden}", call, moved, 2 * batch * layers[0].numel())
 
 
@@ -346,14 +317,14 @@ def pass_cases(bench: Bench) -> Iterator[Case]:
         slots, lengths = bench.request_slots(batch), bench.below(bench.sizes.context - s.block, batch) + 1
         marks = torch.zeros(2, bench.slots, dtype=torch.int64, device=bench.device)
         due = torch.ones(2, batch, dtype=torch.int64, device=bench.device)
-        call = partial(claim_backlogs, marks, slots, lengths, due)
+        call = partial(ops.claim_backlogs, marks, slots, lengths, due)
         yield Case("claim_backlogs", f"2 drafters, {batch} requests", call, 8 * (2 * batch + 5 * 2 * batch))
         members, bonus = torch.arange(batch, device=bench.device), bench.below(s.vocab, batch)
         calibration = torch.ones(BINS + 2, device=bench.device)
         chunks = {"chunks": s.eagle3_chunks, "chunk_width": s.hidden}
-        call = partial(draft_inputs, bench.rings, members, slots, lengths, bonus, bonus, calibration, **chunks)
+        call = partial(ops.draft_inputs, bench.rings, members, slots, lengths, bonus, bonus, calibration, **chunks)
         yield Case("draft_inputs", f"{batch} requests", call, batch * (9 * 8 + 2 * width))
-        call = partial(pass_rows, bench.table, slots, lengths, bonus, offset=0, width=s.block, fill=0)
+        call = partial(ops.pass_rows, bench.table, slots, lengths, bonus, offset=0, width=s.block, fill=0)
         yield Case("pass_rows", f"{batch} x {s.block} rows", call, batch * (3 * 8 + s.block * (4 + 3 * 8)))
 
 
@@ -371,14 +342,14 @@ def draft_cases(bench: Bench) -> Iterator[Case]:
         for members, width in ((order[: batch // 2], 7), (order[batch // 2 :], s.block - 1)):
             sure = bench.chances(len(members), width)
             limits = torch.full_like(members, width)
-            call = partial(cut_drafts, sure, calibration, edges, limits)
+            call = partial(ops.cut_drafts, sure, calibration, edges, limits)
             if width == s.block - 1:
                 yield Case("cut_drafts", f"{len(members)} x {width}", call, 8 * sure.numel() + 16 * len(members))
             counts, alive = call()
             tokens = bench.below(s.vocab, len(members), width)
-            parts.append((members, Drafts(tokens, counts, alive, sure)))
+            parts.append((members, ops.Drafts(tokens, counts, alive, sure)))
         lay = partial(
-            lay_drafts,
+            ops.lay_drafts,
             [part for part in parts if len(part[0])],
             slots,
             lengths,
@@ -390,9 +361,9 @@ def draft_cases(bench: Bench) -> Iterator[Case]:
         read = sum(16 * own.tokens.numel() + 16 * len(members) for members, own in parts)
         yield Case("lay_drafts", f"{batch} requests", lay, read + batch * (8 + 20 * COPIED + 4 * s.block))
         chances = bench.chances(batch, COPIED).cumprod(1)
-        copies = Drafts(bench.below(s.vocab, batch, COPIED), torch.full((batch,), 4, device=bench.device), chances)
+        copies = ops.Drafts(bench.below(s.vocab, batch, COPIED), torch.full((batch,), 4, device=bench.device), chances)
         choose = partial(
-            choose_drafts,
+            ops.choose_drafts,
             lay(),
             slots,
             lengths,
@@ -419,7 +390,7 @@ def copy_cases(bench: Bench) -> Iterator[Case]:
         ones = torch.ones(batch, device=bench.device)
         chances = torch.full((batch, 8, 4), 0.5, device=bench.device)
         arguments = (texts, bench.request_slots(batch), lengths, back, limits, ones, chances, boundaries)
-        call = partial(propose_copies, *arguments, width=COPIED, worth=0.1)
+        call = partial(ops.propose_copies, *arguments, width=COPIED, worth=0.1)
         yield Case("propose_copies", f"{batch} x {context} tokens", call, 8 * batch * context)
 
 
