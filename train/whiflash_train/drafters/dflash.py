@@ -17,16 +17,8 @@ from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, LayerSpan
 from whiflash_sglang.formats.layers import Attend
 from whiflash_train.config import DFlash, DSpark
-from whiflash_train.drafters.batches import (
-    Batch,
-    Labels,
-    attend_before,
-    cross_entropy,
-    first_choice,
-    index_map,
-    make_labels,
-    unpack,
-)
+from whiflash_train.drafters import batches
+from whiflash_train.drafters.batches import Batch, Labels
 from whiflash_train.drafters.initialisation import blank, source_layer
 from whiflash_train.origin import Origin
 
@@ -70,7 +62,7 @@ class Examples(NamedTuple):
 
     def acceptance_length(self, logits: Tensor) -> float:
         """Return the blocks' mean acceptance length, bonus token included, for the argmax of `logits` [A·D, K]."""
-        hits = self.valid & first_choice(logits.detach(), self.labels.ids).view(self.valid.shape)
+        hits = self.valid & batches.first_choice(logits.detach(), self.labels.ids).view(self.valid.shape)
         return 1 + hits.cumprod(1).sum(1).float().mean().item()
 
 
@@ -109,7 +101,7 @@ class BlockTraining(nn.Module):
         self, tokens: Tensor, features: Tensor, final: Tensor, lengths: Tensor, prompts: Tensor
     ) -> dict[str, Tensor]:
         """Compute {"loss": scalar} of a batch of `SequenceBatches`."""
-        batch = unpack(tokens, features, final, lengths, prompts)
+        batch = batches.unpack(tokens, features, final, lengths, prompts)
         return {"loss": self.loss(self.examples(batch))}
 
     def loss(self, examples: Examples) -> Tensor:
@@ -127,11 +119,11 @@ class BlockTraining(nn.Module):
         positions = torch.minimum(positions, blocks.length[:, None] - 1)
         ids, bias = self._vocabulary()
         head = self.drafter.target_lm_head[ids].to(torch.bfloat16)
-        labels = make_labels(
+        labels = batches.make_labels(
             batch.final[(blocks.feature[:, None] + positions - 1).flatten()],
             batch.tokens[(blocks.token[:, None] + positions).flatten()],
             head,
-            index_map(ids, len(self.drafter.target_lm_head)),
+            batches.index_map(ids, len(self.drafter.target_lm_head)),
             bias,
         )
         before = batch.tokens[blocks.token[:, None] + positions - 1]
@@ -153,7 +145,7 @@ class DFlashTraining(BlockTraining):
     def loss(self, examples: Examples) -> Tensor:
         """Compute the mean of the drafts' cross-entropies, weighted by position; see `BlockTraining.loss`."""
         logits = examples.logits()
-        losses = cross_entropy(logits, examples.labels.weights).view(examples.valid.shape)
+        losses = batches.cross_entropy(logits, examples.labels.weights).view(examples.valid.shape)
         weights = self.position_weights * examples.counted
         self.metrics = {"acceptance_length": examples.acceptance_length(logits)}
         return weighted_mean(losses, weights)
@@ -208,7 +200,7 @@ def _block_attention(
         span = seen[layer] if seen else LayerSpan()
         q, k, v = (x.view(-1, width, *x.shape[1:]) for x in (q, k, v))
         context, hidden = (keys[layer], values[layer]), _hidden(behind, span)
-        return attend_before(
+        return batches.attend_before(
             blocks.anchor, batch.spans, blocks.counts, q, (k, v), context, hidden=hidden, window=span.window
         )
 

@@ -13,15 +13,8 @@ from torch import Tensor, nn
 from whiflash_sglang.formats.eagle3 import Eagle3Config, Eagle3Drafter
 from whiflash_sglang.formats.layers import Attend
 from whiflash_train.config import Eagle3
-from whiflash_train.drafters.batches import (
-    Batch,
-    attend_before,
-    cross_entropy,
-    first_choice,
-    index_map,
-    make_labels,
-    unpack,
-)
+from whiflash_train.drafters import batches
+from whiflash_train.drafters.batches import Batch
 from whiflash_train.drafters.initialisation import blank, enlarged, source_layer
 from whiflash_train.origin import Origin
 
@@ -56,16 +49,16 @@ class Eagle3Training(nn.Module):
         self.index_of: Tensor
         ids = drafter.target_ids(torch.arange(drafter.draft_vocab_size))
         self.register_buffer("teacher_head", target_head[ids].to(torch.bfloat16), persistent=False)
-        self.register_buffer("index_of", index_map(ids, len(target_head)), persistent=False)
+        self.register_buffer("index_of", batches.index_map(ids, len(target_head)), persistent=False)
         self.metrics: dict[str, float] = {}
 
     def forward(
         self, tokens: Tensor, features: Tensor, final: Tensor, lengths: Tensor, prompts: Tensor
     ) -> dict[str, Tensor]:
         """Compute {"loss": scalar} of a batch of `SequenceBatches`."""
-        batch = unpack(tokens, features, final, lengths, prompts)
+        batch = batches.unpack(tokens, features, final, lengths, prompts)
         plan = plan_chains(batch)
-        labels = make_labels(
+        labels = batches.make_labels(
             final[plan.label_features], tokens[plan.label_tokens], self.teacher_head, self.index_of, None
         )
         loss = final.new_zeros((), dtype=torch.float32)
@@ -74,9 +67,9 @@ class Eagle3Training(nn.Module):
             valid = plan.steps_left > step
             label = torch.where(valid, plan.label + step, 0)
             counted = valid & labels.counted[label]
-            losses = cross_entropy(logits, labels.weights[label])
+            losses = batches.cross_entropy(logits, labels.weights[label])
             loss = loss + self.decay**step * (losses * counted).sum() / counted.sum().clamp(min=1)
-            hits.append(valid & first_choice(logits.detach(), labels.ids[label]))
+            hits.append(valid & batches.first_choice(logits.detach(), labels.ids[label]))
         self.metrics = {"acceptance_length": 1 + torch.stack(hits, 1).cumprod(1).sum(1).float().mean().item()}
         return {"loss": loss / sum(self.decay**step for step in range(self.steps))}
 
@@ -127,7 +120,7 @@ def _chain_attention(batch: Batch, plan: Chains, context: tuple[Tensor, Tensor])
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         chain.append((k, v))
         keys, values = (torch.stack(steps, 1) for steps in zip(*chain, strict=True))
-        return attend_before(plan.position, batch.spans, counts, q[:, None], (keys, values), context)
+        return batches.attend_before(plan.position, batch.spans, counts, q[:, None], (keys, values), context)
 
     return attend
 
