@@ -14,16 +14,8 @@ import torch.nn.functional as F
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBackendBase
 
 from whiflash_cpu.recurrent_ops import gated_delta_rule, selective_scan
-from whiflash_sglang.engine.forward.recurrences import (
-    Rows,
-    activated,
-    convolution_of,
-    mixer_forward,
-    packed_convolution,
-    packed_verification,
-    split_mixed,
-    transposed,
-)
+from whiflash_sglang.engine.forward import recurrences
+from whiflash_sglang.engine.forward.recurrences import Rows
 
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """The state update after the convolution. Its keywords and results are those of `recurrent_ops.recurrence`."""
@@ -58,17 +50,17 @@ class CpuRecurrentBackend(MambaAttnBackendBase):  # type: ignore[misc]
         rows, verifies = Rows.of(starts, len(x)), mode.is_target_verify()
         states, (weight, bias, activation) = cache.temporal[slots], convolution
         if verifies:
-            mixed = packed_verification(x, weight, bias, cache, slots, rows)
+            mixed = recurrences.packed_verification(x, weight, bias, cache, slots, rows)
         else:
             inputs = cache.conv[0][slots]
             if mode.is_extend():
                 goes_on = forward_batch.extend_prefix_lens > 0
                 inputs = inputs.to(x.dtype).where(goes_on[:, None, None], 0.0)
                 states = states.where(goes_on[:, None, None, None], 0.0)
-            mixed, behind = packed_convolution(x, weight, bias, inputs, rows)
+            mixed, behind = recurrences.packed_convolution(x, weight, bias, inputs, rows)
         marks = _marks(metadata, forward_batch)
         out, after, marked = rule(
-            activated(mixed, activation), states, starts=starts, rows=rows, every=verifies, marks=marks
+            recurrences.activated(mixed, activation), states, starts=starts, rows=rows, every=verifies, marks=marks
         )
         if verifies:
             cache.intermediate_ssm[: after.shape[0], : after.shape[1]] = after.to(states.dtype)
@@ -114,12 +106,12 @@ class CpuMamba2Backend(CpuRecurrentBackend):
             time = F.softplus(dt.float() + mixer.dt_bias.float())
 
             def rule(mixed: torch.Tensor, states: torch.Tensor, **rows: Any) -> Any:
-                h, b, c = split_mixed(mixer, mixed)
+                h, b, c = recurrences.split_mixed(mixer, mixed)
                 return selective_scan(h, time, mixer.A.float(), b, c, mixer.D, states, **rows)
 
-            return self.go_on(layer_id, forward_batch, x, convolution_of(mixer), rule)
+            return self.go_on(layer_id, forward_batch, x, recurrences.convolution_of(mixer), rule)
 
-        return mixer_forward(scan, mixer, hidden_states, output, mup_vector)
+        return recurrences.mixer_forward(scan, mixer, hidden_states, output, mup_vector)
 
 
 class CpuDeltaBackend(CpuRecurrentBackend):
@@ -162,7 +154,7 @@ class CpuChannelDeltaBackend(CpuDeltaBackend):
         self.conv_states_shape = (*_, width, taps)
 
     def cache_of(self, layer_id: int) -> Any:
-        return transposed(super().cache_of(layer_id))
+        return recurrences.transposed(super().cache_of(layer_id))
 
     def decay(self, layer: Any, a: torch.Tensor) -> torch.Tensor:
         """Return the logarithm of each channel's decay, [T, H, K] fp32, above the layer's lower bound if it has one.

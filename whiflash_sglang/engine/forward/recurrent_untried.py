@@ -21,16 +21,8 @@ from sglang.srt.layers.attention.linear.kda_backend import KDAAttnBackend
 from sglang.srt.layers.attention.linear.short_conv_backend import ShortConvAttnBackend
 
 from whiflash_sglang.engine.carried import serves_ours
-from whiflash_sglang.engine.forward.recurrences import (
-    PAD_SLOT,
-    Rows,
-    activated,
-    convolution_of,
-    mixer_forward,
-    packed_verification,
-    split_mixed,
-    transposed,
-)
+from whiflash_sglang.engine.forward import recurrences
+from whiflash_sglang.engine.forward.recurrences import Rows
 from whiflash_sglang.engine.patching import around
 
 
@@ -88,9 +80,10 @@ class RaggedDelta(_Ragged):
         [1, T, H]. Returns [1, T, H, V], zeros for rows of no request."""
         cache = self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
         starts, slots = self.forward_metadata.query_start_loc, self.forward_metadata.mamba_cache_indices
-        rows, inputs = Rows.of(starts.long(), len(mixed_qkv)), transposed(cache) if self.by_channel else cache
-        mixed = packed_verification(mixed_qkv, layer.conv_weights, layer.bias, inputs, slots, rows)
-        q, k, v = activated(mixed, layer.activation).split([layer.q_dim, layer.k_dim, layer.v_dim], -1)
+        rows = Rows.of(starts.long(), len(mixed_qkv))
+        inputs = recurrences.transposed(cache) if self.by_channel else cache
+        mixed = recurrences.packed_verification(mixed_qkv, layer.conv_weights, layer.bias, inputs, slots, rows)
+        q, k, v = recurrences.activated(mixed, layer.activation).split([layer.q_dim, layer.k_dim, layer.v_dim], -1)
         out = fused_sigmoid_gating_delta_rule_update(
             A_log=layer.A_log,
             a=a,
@@ -151,13 +144,13 @@ class RaggedMamba2(_Ragged):
             )
             return found
         cache = self.req_to_token_pool.mamba2_layer_cache(layer_id)
-        return mixer_forward(partial(self._verify, mixer, cache), mixer, hidden_states, output, mup_vector)
+        return recurrences.mixer_forward(partial(self._verify, mixer, cache), mixer, hidden_states, output, mup_vector)
 
     def _verify(self, mixer: Any, cache: Any, x: torch.Tensor, dt: torch.Tensor) -> torch.Tensor:
         """Verify packed rows in a layer. x: [T, D]; dt: [T, H]. Returns [T, H, P], zeros for rows of no request."""
         starts, slots = self.forward_metadata.query_start_loc, self.forward_metadata.mamba_cache_indices
-        rows, (weight, bias, activation) = Rows.of(starts.long(), len(x)), convolution_of(mixer)
-        mixed = activated(packed_verification(x, weight, bias, cache, slots, rows), activation)
+        rows, (weight, bias, activation) = Rows.of(starts.long(), len(x)), recurrences.convolution_of(mixer)
+        mixed = recurrences.activated(recurrences.packed_verification(x, weight, bias, cache, slots, rows), activation)
         # Row i of request r is at [r, i]; rows of no request share one row after all others.
         most = min(len(x), cache.intermediate_ssm.shape[1])
         nobodys = len(slots) * most
@@ -166,7 +159,7 @@ class RaggedMamba2(_Ragged):
         laid = mixed.new_zeros(nobodys + 1, mixed.shape[1] + dt.shape[1])
         laid[place] = torch.cat([mixed, dt], -1)
         wide, time = laid[:-1].unflatten(0, (-1, most)).split([mixed.shape[1], dt.shape[1]], -1)
-        h, b, c = split_mixed(mixer, wide)
+        h, b, c = recurrences.split_mixed(mixer, wide)
         out = h.new_zeros(nobodys + 1, *h.shape[2:])
         by_channel = mixer.A.shape[0], mixer.head_dim
         selective_state_update(
@@ -180,7 +173,7 @@ class RaggedMamba2(_Ragged):
             dt_bias=mixer.dt_bias[:, None].expand(by_channel),
             dt_softplus=True,
             # A graph's slot without a request becomes the padding slot, of which the kernel keeps no state.
-            state_batch_indices=slots.where(slots > 0, PAD_SLOT),
+            state_batch_indices=slots.where(slots > 0, recurrences.PAD_SLOT),
             pad_slot_id=PAD_SLOT,
             out=out[:-1].unflatten(0, (-1, most)),
             disable_state_update=True,
