@@ -5,19 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from whiflash_sdk.render.aligned import (
-    Piece,
-    Turn,
-    by_author,
-    count,
-    everything,
-    in_order,
-    pieces,
-    printable,
-    reasons,
-    seconds,
-    summary,
-)
+from whiflash_sdk.render import aligned
+from whiflash_sdk.render.aligned import Piece, Turn, printable
 from whiflash_sdk.report import Report
 from whiflash_sdk.trace import Trace
 
@@ -46,8 +35,8 @@ def conversation_terminal(turns: Sequence[Turn], *, colour: bool = True) -> str:
 
 def figures(trace: Trace) -> str:
     """Render the counts of a trace, without the response's text."""
-    lines = (summary(trace), reasons(trace), *map(printable, trace.notes), *_totals(trace), *_sources(trace))
-    return "\n".join(line for line in lines if line)
+    head = (aligned.summary(trace), aligned.reasons(trace), *map(printable, trace.notes))
+    return "\n".join(line for line in (*head, *_totals(trace), *_sources(trace)) if line)
 
 
 def report(found: Report) -> str:
@@ -58,7 +47,7 @@ def report(found: Report) -> str:
 def _report(found: Report) -> Iterator[str]:
     unknown = "no time saved is known, since the server has timed too few rounds without drafts"
     known = unknown if found.total.saved is None else f"{SAVED} by the server's own prices"
-    yield f"{count(found.total.answers, 'answer')}; {known}"
+    yield f"{aligned.count(found.total.answers, 'answer')}; {known}"
     for title, rows in found.groups:
         wide = max(len(printable(row.name)) for row in (*rows, found.total)) if rows else 0
         yield ""
@@ -69,20 +58,20 @@ def _report(found: Report) -> Iterator[str]:
             name = f"{printable(row.name):<{max(wide, len(title))}}"
             taken = "" if row.seconds is None else f"{row.seconds:.2f} s"
             figures = f"{row.answers:>9}{row.tokens:>8}{row.rounds:>8}{row.acceptance_length:>19.2f}"
-            yield f"{name}{figures}{taken:>10}{seconds(row.saved):>10}  {printable(row.by_drafter)}".rstrip()
+            yield f"{name}{figures}{taken:>10}{aligned.seconds(row.saved):>10}  {printable(row.by_drafter)}".rstrip()
 
 
 def _turn(turn: Turn, number: int, colour: bool) -> Iterator[str]:
     title = printable(turn.title).replace("\n", " ")
     yield _paint(f"{number}. {title}", "1", colour)
-    yield summary(turn.trace)
+    yield aligned.summary(turn.trace)
     used = {stretch.arm for stretch in turn.trace.stretches}
     if not used and turn.trace.reasons:
-        yield reasons(turn.trace)
+        yield aligned.reasons(turn.trace)
     yield from map(printable, turn.trace.notes)
     if colour and used:
-        yield "  ".join(_paint(printable(arm), _code(arm), colour) for arm in in_order(used))
-    yield "".join(_text(pieces(turn), colour))
+        yield "  ".join(_paint(printable(arm), _code(arm), colour) for arm in aligned.in_order(used))
+    yield "".join(_text(aligned.pieces(turn), colour))
     if strip := _strip(turn.trace, colour):
         yield strip
     yield from _totals(turn.trace)
@@ -101,7 +90,7 @@ def _text(parts: Sequence[Piece], colour: bool) -> Iterator[str]:
             yield printable(piece.text)
         elif colour:
             code = _code(piece.stretch.arm)
-            for text, is_targets in by_author(piece):
+            for text, is_targets in aligned.by_author(piece):
                 # A colour must not run over a line's end: pagers reset colours at each line.
                 lines = printable(text).split("\n")
                 yield "\n".join(_paint(line, code, not is_targets) for line in lines)
@@ -135,12 +124,12 @@ def _strip(trace: Trace, colour: bool) -> str:
 
 
 def _totals(trace: Trace) -> Iterator[str]:
-    saved = "" if everything(trace).saved is None else f"{SAVED:>21}"
+    saved = "" if aligned.everything(trace).saved is None else f"{SAVED:>21}"
     yield f"{'drafter':<11}{'rounds':>7}{'tokens':>7}{'acceptance length':>18}{'drafts accepted':>16}{saved}"
-    for arm, totals in (*trace.arms.items(), ("all", everything(trace))):
+    for arm, totals in (*trace.arms.items(), ("all", aligned.everything(trace))):
         drafts = "" if totals.proposed is None else f"{totals.accepted} of {totals.proposed}"
         row = f"{printable(arm):<11}{totals.rounds:>7}{totals.tokens:>7}{totals.acceptance_length:>18.2f}"
-        yield f"{row}{drafts:>16}{seconds(totals.saved):>21}".rstrip()
+        yield f"{row}{drafts:>16}{aligned.seconds(totals.saved):>21}".rstrip()
 
 
 def _sources(trace: Trace) -> Iterator[str]:
@@ -150,4 +139,4 @@ def _sources(trace: Trace) -> Iterator[str]:
     yield f"{'drafts from':<12}{'accepted':>18}{SAVED if priced else '':>23}".rstrip()
     for source, totals in trace.sources.items():
         drafts = f"{totals.accepted} of {totals.proposed}"
-        yield f"{printable(source):<12}{drafts:>18}{seconds(totals.saved):>23}".rstrip()
+        yield f"{printable(source):<12}{drafts:>18}{aligned.seconds(totals.saved):>23}".rstrip()
