@@ -12,26 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from whiflash_sglang.checkpoints import manifest
 from whiflash_sglang.checkpoints.bundle import Bundle
-from whiflash_sglang.checkpoints.manifest import (
-    MANIFEST,
-    NAMES,
-    PARTS,
-    DraftVocabulary,
-    EntropyRouter,
-    Lookup,
-    Manifest,
-    Nats,
-    NeuralRouter,
-    Positive,
-    Rounds,
-    Strict,
-    Structure,
-    check_arms,
-    check_router,
-    first_problem,
-    lookup_of,
-)
+from whiflash_sglang.checkpoints.manifest import MANIFEST, NAMES, PARTS, Manifest, NeuralRouter, Positive, Strict
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.uno import CONFIG, adapter_in
@@ -107,13 +90,13 @@ class Settings(Strict):
 
     drafters: Mapping[str, Path]
     router: RouterName
-    entropy: EntropyRouter
+    entropy: manifest.EntropyRouter
     neural: NeuralRouter | None
-    lookup: Lookup
-    structure: Structure
+    lookup: manifest.Lookup
+    structure: manifest.Structure
     eagle_steps: int
     block_size: int | None
-    dflash_vocabulary: DraftVocabulary
+    dflash_vocabulary: manifest.DraftVocabulary
     quantised: frozenset[str] = frozenset()
     uno: Path | None = None
     uno_drafts: int = 8
@@ -133,7 +116,7 @@ def parse_flags(given: dict[str, Any]) -> Flags:
     try:
         return Flags(**{key: value for key, value in given.items() if value is not None})
     except ValidationError as error:
-        raise ConfigError(first_problem(error, Flags, flag_of)) from None
+        raise ConfigError(manifest.first_problem(error, Flags, flag_of)) from None
 
 
 def flag_of(field: str) -> str:
@@ -173,9 +156,9 @@ def resolve(
         raise ConfigError(f"UNO's adapter {paths['uno']} has no {CONFIG}: give a LoRA in PEFT's layout")
     if flags.router == arms.UNO and uno is None:
         raise ConfigError(NO_UNO)
-    check_router(flags.router or "auto", drafters)
+    manifest.check_router(flags.router or "auto", drafters)
     if flags.neural_router_path:
-        check_arms("--whiflash-neural-router-path", NAMES, drafters)
+        manifest.check_arms("--whiflash-neural-router-path", NAMES, drafters)
     said = bundle.manifest
     # The bundle's figures say nothing of a drafter that a flag names.
     measured = {arm: part for arm, part in PARTS.items() if part in said.acceptance and part not in given}
@@ -184,7 +167,7 @@ def resolve(
         router=flags.router or "auto",
         entropy=said.entropy,
         neural=_neural(flags, said, paths.get("router")),
-        lookup=_switched(lookup_of(said), flags.lookup),
+        lookup=_switched(manifest.lookup_of(said), flags.lookup),
         structure=_switched(said.structure, flags.structure),
         eagle_steps=flags.eagle_steps,
         block_size=flags.block_size,
@@ -250,8 +233,8 @@ class PolicyChange(Strict):
     model_config = ConfigDict(strict=True)
 
     router: RouterName | None = None
-    entropy_threshold: Nats | None = None
-    min_dwell: Rounds | None = None
+    entropy_threshold: manifest.Nats | None = None
+    min_dwell: manifest.Rounds | None = None
     neural_router_threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
@@ -260,10 +243,10 @@ def changed(settings: Settings, change: Any) -> Settings:
     try:
         wanted = PolicyChange.model_validate(change)
     except ValidationError as error:
-        raise ConfigError(first_problem(error, PolicyChange, repr)) from None
+        raise ConfigError(manifest.first_problem(error, PolicyChange, repr)) from None
     if wanted.router == arms.UNO and settings.uno is None:
         raise ConfigError(NO_UNO)
-    check_router(wanted.router or settings.router, settings.drafters)
+    manifest.check_router(wanted.router or settings.router, settings.drafters)
     neural = settings.neural
     if neural is None and (wanted.router == "neural" or wanted.neural_router_threshold is not None):
         raise ConfigError(f"this server has no neural router, so its policy stays as it was: {NO_ROUTER}")
@@ -283,16 +266,16 @@ def _switched(arm: Model, switch: str | None) -> Model:
     return _updated(arm, enabled=None if switch is None else switch == "on")
 
 
-def _neural(flags: Flags, manifest: Manifest, path: Path | None) -> NeuralRouter | None:
+def _neural(flags: Flags, said: Manifest, path: Path | None) -> NeuralRouter | None:
     """Return the settings of the neural router whose file is at `path`; None without one."""
     if path is None:
         if flags.router == "neural":
             raise ConfigError(NO_ROUTER)
         return None
     base = NeuralRouter(path=str(path))
-    if flags.neural_router_path is None and manifest.router is not None:
+    if flags.neural_router_path is None and said.router is not None:
         # The bundle's threshold and sign were made for its own router, and apply to no other.
-        base = _updated(manifest.router, path=str(path))
+        base = _updated(said.router, path=str(path))
     return _updated(base, threshold=flags.neural_router_threshold)
 
 
