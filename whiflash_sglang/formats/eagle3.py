@@ -16,17 +16,8 @@ from torch import Tensor, nn
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.formats.checkpoint import (
-    MOST_LAYERS,
-    WeightReader,
-    check_target,
-    drafter_weights,
-    integer,
-    layer_ids,
-    trunk,
-    trunk_json,
-    write_checkpoint,
-)
+from whiflash_sglang.formats import checkpoint
+from whiflash_sglang.formats.checkpoint import MOST_LAYERS, WeightReader, integer
 from whiflash_sglang.formats.choice import DraftHead, SharedVocabulary, TargetsParts
 from whiflash_sglang.formats.config_json import misfit, read_config_of
 from whiflash_sglang.formats.draft_format import DraftFormat
@@ -98,7 +89,7 @@ class Eagle3Config:
         own = ("target_hidden_size", "draft_vocab_size", "norm_before_fc", "fc_norm", "norm_output")
         features = {} if layers or self.num_features == 3 else {"num_aux_hidden_states": self.num_features}
         return {
-            **trunk_json(self),
+            **checkpoint.trunk_json(self),
             **{name: getattr(self, name) for name in own},
             **features,
             "architectures": [ARCHITECTURE],
@@ -120,9 +111,9 @@ def parse(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
         raise misfit(path, "tie_word_embeddings is not supported for an EAGLE-3 drafter")
     token = config.get("ptd_token_id", config.get("pard_token"))
     eagle = config.get("eagle_config") or {}
-    layers = layer_ids(eagle, LAYERS_KEY, path, "eagle_config.") if eagle.get(LAYERS_KEY) else ()
+    layers = checkpoint.layer_ids(eagle, LAYERS_KEY, path, "eagle_config.") if eagle.get(LAYERS_KEY) else ()
     draft_vocab = config.get("draft_vocab_size")
-    common = trunk(config, path, positions=8192, eps=1e-5)
+    common = checkpoint.trunk(config, path, positions=8192, eps=1e-5)
     read = Eagle3Config(
         **common,
         target_hidden_size=integer(config, "target_hidden_size", path, default=common["hidden_size"]),
@@ -150,7 +141,7 @@ def parse_deepspec(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
     """Read the configuration of DeepSpec's `Qwen3Eagle3Model`: Qwen3's head norms, layer ids at the top level, a head
     over the whole vocabulary. Raises `CheckpointError` naming the field that does not fit.
     """
-    layers = layer_ids(config, "target_layer_ids", path)
+    layers = checkpoint.layer_ids(config, "target_layer_ids", path)
     read = parse(path, {**config, "draft_vocab_size": config.get("vocab_size"), "tie_word_embeddings": False})
     if read.num_layers != 1:
         raise misfit(path, f"num_hidden_layers {read.num_layers}: DeepSpec's EAGLE-3 has one layer")
@@ -321,7 +312,7 @@ class Eagle3Drafter(TargetsParts):
         if config.brings_embedding:
             target_embedding = reader.tensor("embed_tokens.weight", (None, None)).to(device=device, dtype=dtype)
             vocab = len(target_embedding)
-        check_target(path, "EAGLE-3", config, config.hidden_size, target_embedding, vocab)
+        checkpoint.check_target(path, "EAGLE-3", config, config.hidden_size, target_embedding, vocab)
         with reader.modules(dtype):
             drafter = cls(config, target_embedding, target_lm_head)
         # Every process has the whole of an embedding that the checkpoint brings.
@@ -337,12 +328,12 @@ class Eagle3Drafter(TargetsParts):
 
     def save(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write `config.json` and `model.safetensors`; SGLang's `EAGLE3` loads the result as it is."""
-        weights = drafter_weights(self, "midlayer.")
+        weights = checkpoint.drafter_weights(self, "midlayer.")
         if self.d2t is not None:
             known = torch.zeros(self.config.vocab_size, dtype=torch.bool)
             known[self.target_ids(torch.arange(len(self.d2t), device=self.d2t.device)).cpu()] = True
             weights |= {"d2t": self.d2t, "t2d": known}
-        write_checkpoint(path, self.config.to_json(), weights, dtype)
+        checkpoint.write_checkpoint(path, self.config.to_json(), weights, dtype)
 
 
 FORMAT = DraftFormat(
