@@ -16,15 +16,7 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 
 from whiflash_sglang.checkpoints.fit import TargetShape
-from whiflash_sglang.engine.forward.parallel import (
-    input_embedding,
-    is_quantised,
-    is_shared_with_peers,
-    output_head,
-    rows_here,
-    shared_vocabulary,
-    whole_head,
-)
+from whiflash_sglang.engine.forward import parallel
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.choice import SharedVocabulary
 
@@ -141,12 +133,12 @@ class LoadedTarget:
     @property
     def shared(self) -> SharedVocabulary | None:
         """Return the vocabulary if it is split over processes or quantised, else None."""
-        return shared_vocabulary(self._text, self.shape.vocab_size)
+        return parallel.shared_vocabulary(self._text, self.shape.vocab_size)
 
     @property
     def embedding(self) -> torch.Tensor:
         """Return the [V, H] input embedding without padding rows: this process's if split, no rows if quantised."""
-        return self._matrix("input embedding", input_embedding(self._text))
+        return self._matrix("input embedding", parallel.input_embedding(self._text))
 
     @property
     def embedding_scale(self) -> float:
@@ -156,27 +148,27 @@ class LoadedTarget:
     @property
     def row_scale(self) -> float:
         """Return the factor by which the embedding's own module multiplies its rows (Gemma)."""
-        return float(getattr(input_embedding(self._text), "embed_scale", 1.0))
+        return float(getattr(parallel.input_embedding(self._text), "embed_scale", 1.0))
 
     @cached_property
     def lm_head(self) -> torch.Tensor:
         """Return the [V, H] output projection, split like `embedding`; whole if ranks with DP attention share it."""
-        head = output_head(self._text)
-        if is_shared_with_peers(head):
-            return whole_head(head, self.shape.vocab_size)
+        head = parallel.output_head(self._text)
+        if parallel.is_shared_with_peers(head):
+            return parallel.whole_head(head, self.shape.vocab_size)
         return self._matrix("output head", head)
 
     def gather_head(self) -> None:
         """Copy all ranks' current parts of the head into `lm_head` if they share one. All must call it together."""
-        head = output_head(self._text)
-        if "lm_head" in vars(self) and is_shared_with_peers(head):
-            self.lm_head.copy_(whole_head(head, self.shape.vocab_size))
+        head = parallel.output_head(self._text)
+        if "lm_head" in vars(self) and parallel.is_shared_with_peers(head):
+            self.lm_head.copy_(parallel.whole_head(head, self.shape.vocab_size))
 
     def _matrix(self, what: str, module: Any) -> torch.Tensor:
         """Return the vocabulary's rows of a module's weight. Raises CheckpointError if it is no plain matrix, though
         SGLang reads it without quantisation."""
         hidden_size = self.shape.hidden_size
-        if is_quantised(module):
+        if parallel.is_quantised(module):
             return torch.empty(0, hidden_size, dtype=self.dtype, device=self.device)
         weight: torch.Tensor = module.weight
         if not weight.is_floating_point() or weight.itemsize < 2 or weight.shape[1] != hidden_size:
@@ -184,6 +176,6 @@ class LoadedTarget:
                 f"the target's {what} is {weight.dtype} {list(weight.shape)}, no matrix of 16 or 32 bits over "
                 f"{hidden_size}; use another checkpoint"
             )
-        rows = rows_here(module, self.shape.vocab_size)
+        rows = parallel.rows_here(module, self.shape.vocab_size)
         # Without padding it is the weight itself: a packed copy stays with the tensor object, so drafters share it.
         return weight if rows == len(weight) else weight[:rows]
