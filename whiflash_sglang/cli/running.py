@@ -7,17 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from whiflash_sglang.cli import LOOK, SERVE
-from whiflash_sglang.cli.options import (
-    DEFAULT_URL,
-    AdminKeyOption,
-    JsonFlag,
-    UrlOption,
-    authorization,
-    for_tables,
-    report,
-    say_prose,
-)
+from whiflash_sglang.cli import LOOK, SERVE, options
+from whiflash_sglang.cli.options import DEFAULT_URL, AdminKeyOption, JsonFlag, UrlOption
 from whiflash_sglang.errors import ConfigError, ServerRefusedError, WhiflashError
 from whiflash_sglang.settings.config import RouterName
 
@@ -34,7 +25,7 @@ def steer(url: str, path: str, body: dict[str, Any] | None, api_key: str | None)
 
     from whiflash_sglang.files.hosts import ServerState, ask
 
-    with httpx.Client(headers=authorization(api_key), timeout=PATIENCE) as client:
+    with httpx.Client(headers=options.authorization(api_key), timeout=PATIENCE) as client:
         return ask(client, url, "/whiflash/state" if body is None else path, ServerState, body)
 
 
@@ -52,7 +43,7 @@ def ask_every(urls: list[str] | None, act: Callable[[str], Any], as_json: bool) 
         except ServerRefusedError as error:
             failed.append(str(error))
     if results:
-        report(results, as_json)
+        options.report(results, as_json)
     if failed:
         raise WhiflashError("; ".join(failed))
 
@@ -100,10 +91,10 @@ def top(
 
     from whiflash_sglang.cli.top import TIMEOUT, LiveView, WatchedServer, screen
 
-    headers = authorization(api_key)
+    headers = options.authorization(api_key)
     with httpx.Client(headers=headers, timeout=TIMEOUT) as client:
         view = LiveView([WatchedServer(server, client) for server in dict.fromkeys(url or [DEFAULT_URL])])
-        console = for_tables()
+        console = options.for_tables()
         once = once or not (console.is_terminal or as_json)
         readings = view.look()
         failed = [server["error"] for server in readings if "error" in server]
@@ -150,7 +141,7 @@ def summary(url: UrlOption = None, as_json: JsonFlag = False, api_key: AdminKeyO
 
     ask_every(url, ask, as_json)
     if not as_json:
-        say_prose(CAVEAT)
+        options.say_prose(CAVEAT)
 
 
 def _sentences(sums: dict[str, Any]) -> str:
