@@ -20,23 +20,13 @@ from whiflash_kernels import packed
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.formats import layers
 from whiflash_sglang.formats.checkpoint import WeightReader, check_target, drafter_weights, write_checkpoint
 from whiflash_sglang.formats.choice import Choice, DraftHead, SharedVocabulary, TargetsParts
 from whiflash_sglang.formats.config_json import read_config_of
 from whiflash_sglang.formats.dflash.dflash_config import ALIASES, ARCHITECTURE, DFlashConfig, parse
 from whiflash_sglang.formats.draft_format import DraftFormat
-from whiflash_sglang.formats.layers import (
-    Angles,
-    Attend,
-    Attention,
-    GemmaRMSNorm,
-    RMSNorm,
-    Rotary,
-    SwiGLU,
-    half_split,
-    rotary_width,
-    rotate,
-)
+from whiflash_sglang.formats.layers import Angles, Attend, Attention, GemmaRMSNorm, RMSNorm, Rotary, SwiGLU
 from whiflash_sglang.formats.packed import Linear
 
 
@@ -118,15 +108,15 @@ def fold_variants(config: DFlashConfig, attention: Attention) -> None:
     """Fold two variants into attention's weights, in place: V's scale, and RoPE over neighbouring dimensions."""
     heads, kv_heads, head_dim = attention.shape
     rotated = (heads + kv_heads) * head_dim
-    width = rotary_width(config.rope, head_dim)
+    width = layers.rotary_width(config.rope, head_dim)
     for rows in (attention.qkv.weight, attention.qkv.bias):
         if rows is not None:
             rows[rotated:] *= config.value_scale
             if config.neighbours:
-                rows[:rotated] = half_split(rows[:rotated], heads + kv_heads, width)
+                rows[:rotated] = layers.half_split(rows[:rotated], heads + kv_heads, width)
     if config.neighbours and attention.q_norm is not None and attention.k_norm is not None:
         for norm in (attention.q_norm, attention.k_norm):
-            norm.weight.copy_(half_split(norm.weight, 1, width))
+            norm.weight.copy_(layers.half_split(norm.weight, 1, width))
 
 
 MASK_EMBEDDING = "mask_embedding.pt"
@@ -185,13 +175,13 @@ class DFlashDrafter(TargetsParts):
 
         Returns k and v, each [layers, T, Hkv, D], k normed and rotated. Exact for any number of layers.
         """
-        layers, (_, kv_heads, head_dim) = self.config.num_layers, self.config.attention
+        count, (_, kv_heads, head_dim) = self.config.num_layers, self.config.attention
         weight, bias, k_norm = self.stacked() if self._context is None else self._context
-        kv = packed.linear(fused, weight, bias).view(len(fused), layers, 2, kv_heads, head_dim)
+        kv = packed.linear(fused, weight, bias).view(len(fused), count, 2, kv_heads, head_dim)
         k, v = kv.permute(2, 1, 0, 3, 4)
         normed = F.rms_norm(k, (head_dim,), None, self.config.head_norm_eps or self.config.rms_norm_eps)
         k = normed * k_norm[:, None, None].to(k.dtype)
-        rotated = rotate(k.flatten(0, 1), self.rotary.angles(positions.repeat(layers)))
+        rotated = layers.rotate(k.flatten(0, 1), self.rotary.angles(positions.repeat(count)))
         return rotated.view(k.shape), v
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -283,8 +273,8 @@ class DFlashDrafter(TargetsParts):
     def fill(self, reader: WeightReader) -> None:
         """Fill the drafter from the checkpoint's tensors. Raises `CheckpointError` naming the tensor at fault."""
         reader.fill_drafter(self, self.names)
-        layers: list[Any] = list(self.layers)
-        for layer in layers:
+        filled: list[Any] = list(self.layers)
+        for layer in filled:
             fold_variants(self.config, layer.attention)
         if (rows := self.config.draft_vocab_size) is not None:
             self.target_mtp = reader.tensor("lm_head.weight", (rows, self.config.hidden_size))
