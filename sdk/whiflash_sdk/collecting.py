@@ -14,22 +14,14 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import Any, Final
 
+from whiflash_sdk import trace
 from whiflash_sdk.blocks import BlockValue
 from whiflash_sdk.errors import TraceError
 from whiflash_sdk.otel import add_to, current_span
 from whiflash_sdk.previews import Turn
 from whiflash_sdk.reading import text_or_none
 from whiflash_sdk.report import Report, Share
-from whiflash_sdk.trace import (
-    CollectedTrace,
-    answer_in,
-    field_of,
-    parse_trace,
-    sent_traces,
-    texts_of,
-    tools_called,
-    with_text,
-)
+from whiflash_sdk.trace import CollectedTrace
 
 
 @dataclass(eq=False)
@@ -55,13 +47,13 @@ class CollectedCall:
     def take(self, body: Any) -> bool:
         """Store the traces of an answer, or of its chunk or event, as JSON or an object. True if it has any."""
         if self.response_id is None:
-            answer = answer_in(body)
-            self.response_id, self.model = (text_or_none(field_of(answer, name)) for name in ("id", "model"))
-        for choice, text in texts_of(body).items():
+            answer = trace.answer_in(body)
+            self.response_id, self.model = (text_or_none(trace.field_of(answer, name)) for name in ("id", "model"))
+        for choice, text in trace.texts_of(body).items():
             self._texts.setdefault(choice, []).append(text)
-        for choice, names in tools_called(body).items():
+        for choice, names in trace.tools_called(body).items():
             self.tools[choice] = (*self.tools.get(choice, ()), *names)
-        traces = sent_traces(body)
+        traces = trace.sent_traces(body)
         for raw in traces:
             self._sent[raw.get("choice", 0) if isinstance(raw, dict) else 0] = raw
         if self.turn is not None:
@@ -83,16 +75,16 @@ class CollectedCall:
     def raw_traces(self) -> list[Any]:
         """Return the traces received so far, one for each choice, as the server sent them."""
         texts = {choice: "".join(parts) for choice, parts in self._texts.items()}
-        return [with_text(raw, texts) for raw in self._sent.values()]
+        return [trace.with_text(raw, texts) for raw in self._sent.values()]
 
     def traces(self) -> Iterator[CollectedTrace]:
         """Yield a trace for each choice, once the answer has ended. Raises: TraceError for a malformed one."""
         names = ("response_id", "model", "agent", "started", "ended")
         fields = {name: getattr(self, name) for name in names}
         for raw in self.raw_traces if self.ended else ():
-            trace = parse_trace(raw)
-            tools = self.tools.get(trace.choice, ())
-            yield CollectedTrace.model_construct(**dict(trace), **fields, tools=tools)
+            parsed = trace.parse_trace(raw)
+            tools = self.tools.get(parsed.choice, ())
+            yield CollectedTrace.model_construct(**dict(parsed), **fields, tools=tools)
 
 
 class Collected:
@@ -111,7 +103,7 @@ class Collected:
 
         Raises: TraceError for a malformed one.
         """
-        return [trace for call in list(self._calls) for trace in call.traces()]
+        return [found for call in list(self._calls) for found in call.traces()]
 
     def report(self) -> Report:
         """Report the calls that have ended: by agent, tool, turn and drafter.
