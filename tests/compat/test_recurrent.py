@@ -52,7 +52,7 @@ def test_rounds_are_what_decoding_one_by_one_gives(
         x = torch.randn(sum(widths), WIDTH)
         meta = SimpleNamespace(query_start_loc=starts, cache_indices=slots, layer_cache=cache)
         before = states.clone()
-        out = verify_packed(conv, x, meta, STEPS, "tiny")
+        out = verify_packed(None, conv, x, meta, STEPS, "tiny")
         assert torch.equal(states, before), "a verification only reads"
         batch = SimpleNamespace(mamba_track_indices=slots + SLOTS, tree_cache=TREE)
         begins = torch.tensor([lengths[slot] for slot in slots.tolist()])

@@ -96,16 +96,10 @@ def tracked_rows(starts: torch.Tensor, accept_lens: torch.Tensor, every: int) ->
     params=("conv", "meta", "draft_token_num", "arch"),
     why="SGLang verifies blocks of one width",
     until="its short convolutions read a ragged layout",
-    makes=True,
     everywhere=True,
 )
-def _packed(original: Any) -> Any:
-    """Let short convolutions verify packed rows."""
-    return verify_packed
-
-
-def verify_packed(conv: Any, x: torch.Tensor, meta: Any, draft_token_num: int, arch: str) -> torch.Tensor:
-    """Run a short convolution over the packed rows of B requests, each of which continues from its own state.
+def verify_packed(_: Any, conv: Any, x: torch.Tensor, meta: Any, draft_token_num: int, arch: str) -> torch.Tensor:
+    """Let short convolutions verify packed rows. Each of the B requests continues from its own state.
 
     Args:
         conv: the layer: `conv_weight` [D, K], `conv_bias` [D] or None. x: [T, D], its inputs.
