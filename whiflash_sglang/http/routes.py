@@ -21,7 +21,7 @@ from whiflash_sglang.engine.carried import asks_for_ours, replace_settings, sett
 from whiflash_sglang.engine.launch.refusals import storage_refusal
 from whiflash_sglang.engine.patching import around
 from whiflash_sglang.engine.scheduler import figures
-from whiflash_sglang.engine.scheduler.control import change_request, encode, encode_forget, states_of
+from whiflash_sglang.engine.scheduler.control import encode, encode_forget, states_of
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.hosts import SilentReplicaError, together
 from whiflash_sglang.files.jsonl import read_json
@@ -186,7 +186,7 @@ async def _set_policy(change: dict[str, Any], logged: dict[str, Any]) -> dict[st
     logged.update({n: v if isinstance(v, scalar) and len(repr(v)) <= 32 else "..." for n, v in known.items()})
     server_args = http_server._global_state.tokenizer_manager.server_args
     settings = changed(settings_of(server_args), change)
-    state = await _send(change_request(encode(change)))
+    state = await _send(encode(change))
     replace_settings(server_args, settings)
     return state
 
@@ -196,7 +196,7 @@ async def _forget(who: dict[str, Any], logged: dict[str, Any]) -> dict[str, Any]
     handle = parse_forget(who)
     # The log gets a hash of the tenant's keys: whoever has the keys is the tenant.
     logged.update({"all": True} if handle is None else {"tenant": f"{handle:016x}"})
-    state = await _send(change_request(encode_forget(handle)))
+    state = await _send(encode_forget(handle))
     directory = settings_of(http_server._global_state.tokenizer_manager.server_args).samples.directory
     if directory is not None:  # the schedulers have dropped the samples that they had in memory
         try:
@@ -207,12 +207,13 @@ async def _forget(who: dict[str, Any], logged: dict[str, Any]) -> dict[str, Any]
     return state
 
 
-async def _send(request: SetInternalStateReq) -> dict[str, Any]:
-    """Send a change to every scheduler and return the state afterwards. If one does not answer, none changes."""
+async def _send(change: dict[str, Any]) -> dict[str, Any]:
+    """Send an encoded change to every scheduler and return the state afterwards. If one is silent, none changes."""
     try:
         await _states()
     except SilentReplicaError as error:
         raise _FailedError(504, "GatewayTimeout", f"nothing was changed: {error}") from None
+    request = SetInternalStateReq(server_args=change)
     if not all(await http_server._global_state.tokenizer_manager.set_internal_state(request)):
         raise ConfigError("the change was refused; the server's log says why")
     return await _together()

@@ -3,10 +3,9 @@
 import asyncio
 import itertools
 import os
-from collections.abc import Mapping
 from typing import Any, get_args
 
-from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateReqOutput, SetInternalStateReq
+from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateReqOutput
 from sglang.srt.managers.scheduler_components import internal_state
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 from sglang.srt.runtime_context import get_parallel
@@ -55,11 +54,6 @@ async def states_of(manager: Any, seconds: float) -> list[dict[str, Any]]:
         # SGLang asks one question at a time. These are the answers to it, which may be somebody else's question.
         heard = [int(answer.rid) for answer in ask._result_values or ()]
         raise SilentReplicaError(heard, ask._fan_out, seconds) from None
-
-
-def change_request(message: Mapping[str, float]) -> SetInternalStateReq:
-    """Make the request that asks the schedulers for changes."""
-    return SetInternalStateReq(server_args=dict(message))
 
 
 def state_request() -> GetInternalStateReq:
