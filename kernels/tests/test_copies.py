@@ -1,5 +1,6 @@
 """propose_copies against a loop over every place of a text."""
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -11,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import BACKENDS, DEVICE, INTERPRETING, examples, guarded_outputs, running
-from whiflash_kernels import propose_copies
-from whiflash_kernels.cpu.copies import CompiledCopies, compiled_copies
+from whiflash_kernels import Drafts, propose_copies
+from whiflash_kernels.cpu.copies import compiled_copies
 
 BOUNDARIES = (1, 2, 3, 4, 6, 9, 14, 22)
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.parametrize(
 
 
 @cache
-def compiled() -> CompiledCopies:
+def compiled() -> Callable[..., Drafts]:
     try:
         return compiled_copies(Path(mkdtemp()) / "own")
     except OSError as error:
@@ -81,7 +82,7 @@ def check(
     behind = None if drafts is None else (torch.tensor(counts, dtype=torch.int64).to(DEVICE), alive.to(DEVICE))
     expected_back = back.clone()  # on a CPU the op writes to `back` itself
     options = {"width": width, "worth": worth, "min_match": min_match}
-    propose = compiled().propose if backend == "compiled" else propose_copies
+    propose = compiled() if backend == "compiled" else propose_copies
     with running("torch" if backend == "compiled" else backend), guarded_outputs():
         copies = propose(*on_device, **options, behind=behind)
     for b, text in enumerate(texts):

@@ -149,8 +149,8 @@ class LookupArm(TextDrafter):
                 self._buckets = sent(BUCKETS, batch.caps.device).to(torch.int32)
         size = len(batch)
         on_host = batch.text.device.type == "cpu" and backend_for(batch.text) == "torch"
-        compiled = self._compiled if on_host else None
-        return (propose_copies if compiled is None else compiled.propose)(
+        propose = (self._compiled if on_host else None) or propose_copies
+        return propose(
             batch.text,
             batch.rows,
             batch.starts,
