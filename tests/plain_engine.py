@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -20,26 +20,19 @@ from whiflash_train.target import TargetModel
 OFFLINE = "whiflash_train.engine.offline"
 
 
-class EnginePlace(NamedTuple):
-    """As `offline.EnginePlace`."""
-
-    target: str
-    origin: Path
-    states: Path
-
-
 class PlainEngine:
     """As `offline.OfflineEngine`, without grammars."""
 
     def __init__(
-        self, model: Path, layers: list[int], place: EnginePlace, arguments: dict[str, Any], **chosen: Any
+        self, model: Path, layers: list[int], place: tuple[str, Path, Path], arguments: dict[str, Any], **chosen: Any
     ) -> None:
         self.target, self.layers = _target(model, chosen["dtype"]), layers
-        place.origin.mkdir(parents=True, exist_ok=True)
-        facts = {"target": place.target, "ranks": 1, "embedding_scale": 1.0}
-        (place.origin / ORIGIN).write_text(json.dumps(facts))
+        name, origin, _ = place
+        origin.mkdir(parents=True, exist_ok=True)
+        facts = {"target": name, "ranks": 1, "embedding_scale": 1.0}
+        (origin / ORIGIN).write_text(json.dumps(facts))
         rows = {"embedding": self.target.embedding.clone(), "head": self.target.head.clone()}
-        save_file(rows, vocabulary_file(place.origin, 0))
+        save_file(rows, vocabulary_file(origin, 0))
 
     async def answer(
         self, tokens: list[int], *, temperature: float, max_new_tokens: int, **_: Any
@@ -79,7 +72,7 @@ def _answer(target: TargetModel, prompt: tuple[int, ...], temperature: float, lo
 def plain_engine() -> Iterator[None]:
     """Training's engine is a `PlainEngine`; SGLang is not imported for it."""
     module = ModuleType(OFFLINE)
-    vars(module).update(OfflineEngine=PlainEngine, EnginePlace=EnginePlace)
+    vars(module).update(OfflineEngine=PlainEngine)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, OFFLINE, module)
         yield

@@ -116,7 +116,7 @@ def serve(
     Raises:
         ConfigError: SGLang cannot capture these layers' outputs, or the engine does not start with these settings.
     """
-    from whiflash_train.engine.offline import EnginePlace, OfflineEngine
+    from whiflash_train.engine.offline import OfflineEngine
 
     shape = TargetShape.read(path / "config.json")
     if capture[-1] >= shape.num_layers - 1:
@@ -131,7 +131,7 @@ def serve(
         engine = OfflineEngine(
             path,
             capture,
-            EnginePlace(name, work / "target", work / "passing" / shard),
+            (name, work / "target", work / "passing" / shard),
             data.engine,
             dtype=hardware.dtype,
             device=hardware.device,

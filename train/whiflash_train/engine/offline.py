@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Iterator, Mapping
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,25 +36,18 @@ _NOT_OURS = (
 """Arguments with which a scheduler would lack some layers' outputs of a text, or grammars their tokenizer."""
 
 
-class EnginePlace(NamedTuple):
-    """The files of an engine. target: its name in the configuration. origin: directory of the matrices with which
-    drafters begin. states: directory through which schedulers pass features to this process."""
-
-    target: str
-    origin: Path
-    states: Path
-
-
 class OfflineEngine:
     """Runs SGLang's processes until `close`. Requests are coroutines; `completed` runs them."""
 
     def __init__(
-        self, model: Path, layers: list[int], place: EnginePlace, arguments: Mapping[str, Any], **chosen: Any
+        self, model: Path, layers: list[int], place: tuple[str, Path, Path], arguments: Mapping[str, Any], **chosen: Any
     ) -> None:
         """Start the engine.
 
         Args:
             layers: target layers whose outputs are the features, ascending.
+            place: the target's name in the configuration, the directory of the matrices with which drafters begin, and
+                the one through which schedulers pass features to this process.
             arguments: the user's arguments for SGLang's engine. chosen: the caller's.
 
         Raises:
@@ -79,9 +72,9 @@ class OfflineEngine:
                 f"data.engine.{taken[0]} cannot be set: training data need plain decoding, one replica, and features "
                 "of whole texts; remove it"
             )
-        for directory in (place.origin, place.states):
+        for directory in place[1:]:
             directory.mkdir(parents=True, exist_ok=True)
-        self._states, self._names = place.states, count()
+        self._states, self._names = place[2], count()
         self._clear()
         # SGLang handles signals in its event loop, which nobody runs after the last request: `close` restores these.
         self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGQUIT)}
