@@ -161,17 +161,14 @@ def ensure_target() -> Path:
 
 @contextmanager
 def _locked(path: Path, bar: Progress) -> Iterator[None]:
-    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        held = FileLock(path).acquire(timeout=0)
     except Timeout:
         waiting = bar.add_task(f"waiting for another process to prepare {TARGET_NAME}", total=None)
-        lock.acquire()
+        held = FileLock(path).acquire()
         bar.remove_task(waiting)
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def _build(root: Path, target: Path, bar: Progress) -> None:
@@ -181,13 +178,9 @@ def _build(root: Path, target: Path, bar: Progress) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
             gguf = fetch_gguf(root / "downloads", Path(scratch), bar)
             task = bar.add_task(f"converting {TARGET_NAME} (Q4_1 → bf16)", total=1)
-
-            def advance(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total)
-
             with staged(target) as made:
                 made.mkdir()
-                convert_gguf(gguf, made, advance)
+                convert_gguf(gguf, made, lambda done, total: bar.update(task, completed=done, total=total))
                 _write_checksums(made)
                 if target.exists():
                     shutil.rmtree(target)  # `_is_complete` refused it, so it is incomplete or damaged
