@@ -87,10 +87,8 @@ def _of_one_request(served: Served) -> None:
         return
     width, buckets = served.copied
     boundaries = torch.ones(buckets, dtype=torch.int32, device=device)
-    chances, back = (
-        calibration.new_ones(1, buckets, 4),
-        torch.zeros_like(text[:, 0], memory_format=torch.contiguous_format),
-    )
+    chances = calibration.new_ones(1, buckets, 4)
+    back = torch.zeros_like(text[:, 0], memory_format=torch.contiguous_format)
     for behind in (None, (zeros, chances[:, 0])):
         propose_copies(
             text, zeros, zeros, back, zeros, calibration[:1], chances, boundaries, width=width, worth=0.5, behind=behind
