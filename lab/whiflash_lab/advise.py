@@ -5,8 +5,7 @@ experts follow from a card's bandwidth. Imports no torch.
 """
 
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
@@ -82,19 +81,6 @@ class Returning(NamedTuple):
     pays: str
     seconds: float
     rates: Mapping[str, float]
-
-
-class Server(NamedTuple):
-    """One of `replicas` equal servers. prices: requests at once → prices. fitting: layers of drafters → number of
-    requests whose KV fits. returns: layers of drafters → seconds to bring a returning agent's KV back, for each of
-    `PAYS`. eager: seconds that each layer of our drafters takes longer outside a graph.
-    """
-
-    prices: Callable[[int], Card]
-    fitting: Callable[[int], int] = lambda layers: sys.maxsize
-    returns: Callable[[int], Sequence[float]] = lambda layers: [0.0] * len(PAYS)
-    replicas: int = 1
-    eager: float = 0.0
 
 
 class Estimate(NamedTuple):
@@ -450,50 +436,38 @@ def _ways(target: PublishedTarget) -> dict[str, Sequence[str]]:
 def _fastest(target: PublishedTarget, gpu: Gpu, pair: PublishedPair, question: Question, requests: int) -> Estimate:
     """Estimate one server per card if the target fits on one, or one server on all cards if that is surely faster and
     they divide the target's heads."""
-    whole = question.cards
-
-    def on(cards: int, replicas: int) -> Estimate:
-        prices = partial(_card, target.shape, gpu, cards, question.context)
-        sizes = target.shape, question, cards
-        eager = EAGER if cards > 1 else 0.0
-        server = Server(prices, partial(_fitting, *sizes), partial(_returns, *sizes), replicas, eager)
-        row = _row(server, pair, question, requests, target)
-        name, size = ("dp", replicas) if replicas > 1 else ("tp", cards)
-        return row._replace(
-            load=count(requests, "request") + (f", {name} {size}" if whole > 1 else ""),
-            spread=f"--{name}-size {size}" if whole > 1 else "",
-            replicas=replicas,
-        )
-
+    on, whole = partial(_row, target, gpu, pair, question, requests), question.cards
     replicas = [on(1, whole)] if whole > 1 and _fitting(target.shape, question, 1, layers_of(target)) else []
     together = [on(whole, 1)] if whole in sizes_of(target.shape) else []
     return max([*replicas, *together], key=lambda row: max(row.rates.values()) * (SURE if row in replicas else 1))
 
 
-def _row(server: Server, pair: PublishedPair, question: Question, n: int, target: PublishedTarget) -> Estimate:
-    """Estimate the tokens per second of each way to serve a load."""
-    block = _block(target)
+def _row(
+    target: PublishedTarget, gpu: Gpu, pair: PublishedPair, question: Question, n: int, cards: int, replicas: int
+) -> Estimate:
+    """Estimate the tokens per second of each way to serve a load on `replicas` equal servers of `cards` cards each."""
+    block, shape, eager = _block(target), target.shape, EAGER if cards > 1 else 0.0
+    fitting, returns = partial(_fitting, shape, question, cards), partial(_returns, shape, question, cards)
     tools = max(question.tools, 1e-9)  # above 0, so that the host's time counts
     layers = {"EAGLE3": 1, block: BLOCK_LAYERS, OURS: layers_of(target)}
-    each = -(-n // server.replicas)
+    each = -(-n // replicas)
 
     def rate(way: str, pair: PublishedPair) -> float:
-        at_once = max(min(each, server.fitting(layers.get(way, 0))), 1)
+        at_once = max(min(each, fitting(layers.get(way, 0))), 1)
         sizes = question.prompt, question.answer
         load = SimulatedLoad(at_once, 4 * at_once + 40, *sizes, tools=tools, cached=question.context)
-        card, method = server.prices(at_once), methods.get(way)
+        card, method = _card(shape, gpu, cards, question.context, at_once), methods.get(way)
         if way == OURS:
-            eager = server.eager
             card = replace(card, chain=card.chain + eager, block=card.block + BLOCK_LAYERS * eager)
         if method is None:  # NGRAM's drafting is free
             card, method = replace(card, block=0.0), "dflash"
         rate = Simulation(card, load, method, pair=pair).run().rate
-        return rate * min(server.replicas, n / at_once)
+        return rate * min(replicas, n / at_once)
 
     def paying(way: str, rate: float, pays: int = HOST_TIER) -> float:
         beside = layers.get(way, 0)
-        seconds = server.returns(beside)[pays] if server.fitting(beside) < each else 0.0
-        return rate / (1 + rate / server.replicas * seconds / question.answer)
+        seconds = returns(beside)[pays] if fitting(beside) < each else 0.0
+        return rate / (1 + rate / replicas * seconds / question.answer)
 
     ways = {"eagle3": "EAGLE3", "dflash": block, "auto": OURS}
     drafted = (method for method in METHODS if FIXED.get(method, arms.NONE) in (arms.NONE, *pair.drafts))
@@ -506,10 +480,14 @@ def _row(server: Server, pair: PublishedPair, question: Question, n: int, target
     over = [one / rates[PLAIN] for one in (rates[OURS], *(paying(OURS, rate(OURS, text)) for text in single))]
     returning = [
         Returning(pays, seconds, {way: paying(way, rate, at) for way, rate in free.items()})
-        for at, (pays, seconds) in enumerate(zip(PAYS, server.returns(layers[OURS]), strict=True))
-        if question.context and server.fitting(layers[OURS]) < each
+        for at, (pays, seconds) in enumerate(zip(PAYS, returns(layers[OURS]), strict=True))
+        if question.context and fitting(layers[OURS]) < each
     ]
-    return Estimate(count(n, "request"), "", rates, min(over), max(over), returning=returning)
+    name, size = ("dp", replicas) if replicas > 1 else ("tp", cards)
+    several = question.cards > 1
+    load = count(n, "request") + (f", {name} {size}" if several else "")
+    spread = f"--{name}-size {size}" if several else ""
+    return Estimate(load, spread, rates, min(over), max(over), replicas, returning)
 
 
 def _settings(target: PublishedTarget, question: Question, row: Estimate, choice: str) -> Iterator[str]:
