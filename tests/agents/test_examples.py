@@ -16,8 +16,8 @@ from server_host import Server, ServerHost
 from whiflash_sdk import Hints, Span, routing
 
 from whiflash_lab.demo import MAX_TOKENS, QUESTIONS
-from whiflash_sglang.cli.serve import server_arguments, server_environment
-from whiflash_sglang.embedded import TARGET_NAME
+from whiflash_sglang.cli.serve import server_arguments
+from whiflash_sglang.embedded import STRICT_TOOLS, TARGET_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENTS = ROOT / "examples" / "agents"
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.server
 def server(host: ServerHost) -> Iterator[Server]:
     """A server of `whiflash serve`; in fp32, so that the text does not depend on batch shapes."""
     flags = ["--context-length", "4096", "--dtype", "float32", "--enable-metrics", "--enable-session-radix-cache"]
-    with host.running(*server_arguments(flags), env=server_environment(flags), threads=2) as running:
+    with host.running(*server_arguments(flags), env=STRICT_TOOLS, threads=2) as running:
         yield running
 
 

@@ -40,11 +40,6 @@ def server_arguments(arguments: list[str]) -> list[str]:
     return [*added, *line.flags]
 
 
-def server_environment(arguments: list[str]) -> dict[str, str]:
-    """Return variables to set unless the user has: the embedded target needs a grammar for valid tool arguments."""
-    return STRICT_TOOLS if ServeLine.read(arguments).is_embedded else {}
-
-
 def _url(line: ServeLine) -> str:
     """Return the address at which the server will answer."""
     values = line.values
@@ -107,7 +102,9 @@ def serve(
     url = _url(line)
     # `sglang` is installed in the same environment as this command.
     command = [str(Path(sys.executable).with_name("sglang")), "serve", *LANGUAGE_MODEL, *server_arguments(ctx.args)]
-    environment = {name: os.environ.get(name, value) for name, value in server_environment(ctx.args).items()}
+    # The embedded target needs a grammar for valid tool arguments.
+    added = STRICT_TOOLS if line.is_embedded else {}
+    environment = {name: os.environ.get(name, value) for name, value in added.items()}
     if print_only:
         variables = [f"{name}={value}" for name, value in environment.items()]
         typer.echo(shlex.join([*(["env", *variables] if variables else []), *command]))
