@@ -43,7 +43,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Publisher, Sink, list[fl
 
 def test_counters_grow_by_differences_and_what_has_not_changed_is_not_written(made: Any) -> None:
     worker, published, sink, _ = made
-    published.start(sink)
+    published.start(sink.write)
     assert sink.take() == [("done_total", ("a",), 2), ("level", (), 5.0), ("seen", (), 0.5), ("seen", (), 2.0)]
     published.flush()
     assert sink.take() == []
@@ -57,7 +57,7 @@ def test_counters_grow_by_differences_and_what_has_not_changed_is_not_written(ma
 
 def test_rounds_write_once_an_interval(made: Any) -> None:
     worker, published, sink, now = made
-    published.start(sink)
+    published.start(sink.write)
     sink.take()
     worker.done = 3
     now[0] += INTERVAL * 0.99

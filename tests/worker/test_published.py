@@ -48,7 +48,7 @@ def full_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
 def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter[str], Streams]:
     """Records written while requests ran, counts of their rounds, and the device reads of writing."""
     found, own, reads = Recorded(), Counter[str](), Streams()
-    e.worker.publisher.start(found)
+    e.worker.publisher.start(found.write)
     run = e.worker._round
 
     def counted(*args: Any) -> Any:
@@ -135,7 +135,7 @@ def test_the_backlog_is_what_idle_drafters_have_missed(models: Models) -> None:
     most: Counter[Labels] = Counter()
     with engine(models.target, whiflash=models.whiflash("ar")) as e:
         found = Recorded()
-        e.worker.publisher.start(found)
+        e.worker.publisher.start(found.write)
 
         def step() -> None:
             e.worker.publisher.flush()

@@ -55,7 +55,7 @@ def test_requests_go_on_without_it(
     """Other drafts that cannot be any: `kernels/tests/test_drafts.py`, `test_candidates.py`."""
     with engine(models.target, whiflash=models.whiflash("random")) as e:
         published = Recorded()
-        e.worker.publisher.start(published)
+        e.worker.publisher.start(published.write)
         original, calls = getattr(e.worker.drafters[arm], method), count()
 
         def spoiled(*args: Any) -> Any:

@@ -294,13 +294,8 @@ NO_DRAFTER = (
 INTERVAL = 1.0
 """Seconds between two writings while rounds run. When the last request has ended, the rest is written at once."""
 
-
-class Sink(Protocol):
-    """A receiver of series."""
-
-    def write(self, series: Series, labels: Labels, number: float) -> None:
-        """Add to a counter, set a gauge, or add an observation to a histogram."""
-        ...
+Sink = Callable[[Series, Labels, float], object]
+"""A receiver of series. It adds to a counter, sets a gauge, or adds an observation to a histogram."""
 
 
 class Publisher:
@@ -333,10 +328,10 @@ class Publisher:
         for series in SERIES:
             for labels, number in series.read(self._worker):
                 if series.kind == "histogram":
-                    self._sink.write(series, labels, number)
+                    self._sink(series, labels, number)
                 elif (before := self._written.get((series.name, labels))) != number:
                     self._written[series.name, labels] = number
-                    self._sink.write(series, labels, number - (before or 0.0) if series.kind == "counter" else number)
+                    self._sink(series, labels, number - (before or 0.0) if series.kind == "counter" else number)
         self._due = self._now() + INTERVAL
 
 

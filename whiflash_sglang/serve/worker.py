@@ -244,7 +244,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     def publish_to(self, collector: Any) -> None:
         """Write metrics beside those of SGLang's `collector`. Only the rank that decides does, so rounds count once."""
         if self.ranks.leads:
-            self.publisher.start(Prometheus(collector))
+            self.publisher.start(Prometheus(collector).write)
 
     def forget(self, handle: int | None) -> None:
         """Drop samples of the tenant with this handle, or of all (None), and all that drafters learned from texts."""
