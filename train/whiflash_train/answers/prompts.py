@@ -244,15 +244,12 @@ def split(train: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], u
 
 def _grown(taken: set[Topic], rows: Sequence[set[Topic]]) -> set[Topic]:
     """Return `taken` with all users and conversations that rows link to it, directly or through others."""
+    linking = [{topic for topic in topics if topic[0] in ("user", "conversation")} for topics in rows]
     while True:
-        linked = taken | {topic for topics in rows if _linking(topics) & taken for topic in _linking(topics)}
+        linked = taken.union(*(topics for topics in linking if topics & taken))
         if linked == taken:
             return taken
         taken = linked
-
-
-def _linking(topics: set[Topic]) -> set[Topic]:
-    return {topic for topic in topics if topic[0] in ("user", "conversation")}
 
 
 def _of(topics: set[Topic], kind: str) -> bool:
