@@ -62,7 +62,7 @@ class ServerHost(Closing):
 
     def __init__(self, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
         self._log = Path(tempfile.mkstemp(prefix="whiflash-host-", suffix=".log")[1])
-        self._asking = threading.Lock()
+        self._asking = threading.RLock()
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "whiflash_lab.forked"],
@@ -90,7 +90,9 @@ class ServerHost(Closing):
             ServerHostError: it cannot be imported.
         """
         with self._asking:
-            self._wait()
+            if not self._ready:
+                self._answer()
+                self._ready = True
 
     def fork(self, arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> int:
         """Fork a server. Return its process id, which is also its session's id.
@@ -104,15 +106,10 @@ class ServerHost(Closing):
         request = {"arguments": list(arguments), "log": str(log.absolute()), "environment": dict(env or {})}
         # One question and its answer at a time: a thread that read another's would stop the wrong server.
         with self._asking:
-            self._wait()
+            self.wait()
             with contextlib.suppress(BrokenPipeError):
                 print(json.dumps(request), file=self._process.stdin, flush=True)
             return int(self._answer())
-
-    def _wait(self) -> None:
-        if not self._ready:
-            self._answer()
-            self._ready = True
 
     def _answer(self) -> str:
         assert self._process.stdout is not None  # started with pipes
