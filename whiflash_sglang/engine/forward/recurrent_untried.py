@@ -174,7 +174,7 @@ class RaggedMamba2(_Ragged):
             dt_softplus=True,
             # A graph's slot without a request becomes the padding slot, of which the kernel keeps no state.
             state_batch_indices=slots.where(slots > 0, recurrences.PAD_SLOT),
-            pad_slot_id=PAD_SLOT,
+            pad_slot_id=recurrences.PAD_SLOT,
             out=out[:-1].unflatten(0, (-1, most)),
             disable_state_update=True,
             intermediate_states_buffer=cache.intermediate_ssm,
