@@ -249,7 +249,7 @@ def test_reading_shell(write: Write) -> None:
         'log "starting sglang serve on $PORT"; {}',
         "{}  # then sglang serve MODEL",
         "cat >&2 <<EOF\nusage, if it's new:\n sglang serve m --tp 1\nEOF\n{}",
-        "USAGE=$(cat <<'EOF'\ndon't\nsglang serve m --tp 1\nEOF\n)\n{}",
+        "USAGE=$(cat <<-EOF\n\tdon't\n\tsglang serve m --tp 1\n\tEOF\n)\n{}",
         "sglang serve --help | head; {}",
         "ID=$(docker run -d image {})",
         "COMMAND=(nohup sglang serve)\nCOMMAND+=(a/b --tp 2)\n${{COMMAND[@]}}",

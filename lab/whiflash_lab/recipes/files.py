@@ -16,7 +16,7 @@ SERVER = re.compile(r"-m sglang\.launch_server|(?:.*/)?(?:sglang|whiflash) serve
 LAUNCH = re.compile(r"(?:sglang\.launch_server|(?:sglang|whiflash)\s+serve)(?=\s|$)")
 VLLM = re.compile(r"\bvllm(?: serve|\.entrypoints)\b")
 OPERATOR = re.compile(
-    r"(?:[^\S\n]|\\\n)*(?:((?:\d+|&)?(?:>[>|&]?|<[<>&]*-?)(?!\()[^\S\n]*)|(?:#[^\n]*)?((?:[;&|)\n]|\(\)|\{(?=\s))+|\Z))?"
+    r"(?:[^\S\n]|\\\n)*(?:((?:\d+|&)?(?:>[>|&]?|<[<>&]*-?)(?!\()[^\S\n]*)|(?:#[^\n]*)?(\n|(?:[;&|)]|\(\)|\{(?=\s))+|\Z))?"
 )
 """Blanks, then a redirection (group 1), or a comment and what ends a command (group 2)."""
 MARK = re.compile(
@@ -43,7 +43,6 @@ UNSAFE = re.compile(r"[\"'\\;&|<>()#\n`]")
 VARIABLE = re.compile(r"\b(SGLANG_\w+)=(.*)", re.DOTALL)
 OF_FLAGS = re.compile(r"^(?:export[ \t]+)?(\w+)=(['\"]?)(--.*)\2$", re.MULTILINE)
 """A variable that holds flags, as in an environment file."""
-HEREDOC = re.compile(r"(?<!<)<<-?[ \t]*(['\"\\]?)([A-Za-z_]\w*)")
 MANIFEST = re.compile(r"^(?:apiVersion|services):", re.MULTILINE)
 ESCAPED = re.compile(r"\\([\\$`])")
 MOST_RECIPES, MOST_LINE, MOST_VALUE, DEEPEST = 1000, 1 << 16, 1 << 13, 16
@@ -230,14 +229,12 @@ class _Script:
 
     def launches(self, text: str) -> Iterator[Recipe]:
         """Yield a text's launches, without names."""
-        code, *documents = _documents(text)
-        for words in self._commands("".join(code)):
-            yield from self._command(list(dropwhile(KEYWORDS.__contains__, words)))
-        for line, *lines in documents:
-            if READING.search(line):
-                document = "".join(lines)
-                is_manifest = MANIFEST.search(document)
+        documents: list[str] = []
+        for words in self._commands(text, documents):
+            while documents:
+                is_manifest = MANIFEST.search(document := documents.pop(0))
                 yield from _yaml(document, self.path) if is_manifest else self._inner(document, is_code=False)
+            yield from self._command(list(dropwhile(KEYWORDS.__contains__, words)))
         held = [] if self.depth else [value for values in self.values.values() for value in values]
         for value in filter(LAUNCH.search, held):  # as in `eval "$COMMAND"`
             yield from self._inner(value, is_code=False)
@@ -250,20 +247,30 @@ class _Script:
         """Return a line's words, with those of arrays and the values of variables in their places, as far as known."""
         if len(line := USED.sub(self._value, line)) > MOST_LINE:
             raise UsageError(f"--recipe {self.path}: a launch of more than {MOST_LINE} characters is not read")
-        return [word for words in self._commands(line) for word in words]
+        return [word for words in self._commands(line, []) for word in words]
 
-    def _commands(self, text: str) -> Iterator[list[Word]]:
-        """Yield the words of each command, without redirections and comments."""
+    def _commands(self, text: str, documents: list[str]) -> Iterator[list[Word]]:
+        """Yield the words of each command, without redirections and comments. Append the here-documents that count."""
         words: list[Word] = []
-        at = begun = 0
+        ends: list[Word] = []
+        at = begun = line = 0
         while at < len(text) and (found := OPERATOR.match(text, at)):
             at = found.end()
             if found[2] is not None:
                 yield words
+                if found[2] == "\n":
+                    is_read = READING.search(text, line, at) is not None
+                    for end in ends:
+                        stop = _end_of_document(text, at - 1, end)
+                        body = ESCAPED.sub(r"\1", text[at:stop]) if end == end.source else text[at:stop]
+                        documents += [body] if is_read else []
+                        at = text.find("\n", stop) + 1 or len(text)
+                    ends, line = [], at
                 words, begun = [], at
             elif (word := _word(text, at)) is not None:
                 at = word.end
-                words += [] if found[1] else [word]
+                here = found[1] is not None and found[1].endswith(("<<", "<<-"))
+                (ends if here else words).extend([word] if here or not found[1] else [])
             elif self.is_code and LAUNCH.search(text, begun):
                 raise UsageError(f"--recipe {self.path} is not a shell line: No closing quotation: {text[at:]!r:.60}")
             else:
@@ -358,9 +365,8 @@ def _word(text: str, begin: int) -> Word | None:
                 return None
             mark, at = text[at - is_inner : end + is_inner], end + 1
         elif found[2] and top == ")":
-            if (end := text.find(f"\n{found[2]}\n", at)) < 0:
-                return None
-            mark, at = text[found.start() : end], end
+            at = _end_of_document(text, at, found[2])
+            mark = text[found.start() : at]
         elif (found[1] and (top != '"' or mark[0] not in "<>(")) or (mark == "(" and top in ("", ")")):
             opened.append({"${": "}"}.get(mark, mark if mark in '"`' else ")"))
             mark = mark if mark != '"' or is_inner else ""
@@ -371,23 +377,12 @@ def _word(text: str, begin: int) -> Word | None:
     return None if opened else word
 
 
-def _documents(text: str) -> list[list[str]]:
-    """Return a script's lines, and those of each here-document as a shell writes it, after the line that has it."""
-    parts: list[list[str]] = [[]]
-    lines, end, quote = text.splitlines(keepends=True), "", ""
-    last = {line.strip(): number for number, line in enumerate(lines)}
-    for number, line in enumerate(lines):
-        if end:
-            parts[-1] += [] if line.strip() == end else [line if quote else ESCAPED.sub(r"\1", line)]
-            end = "" if line.strip() == end else end
-        else:
-            parts[0].append(line)
-            if (opened := HEREDOC.search(line)) and last.get(opened[2], 0) > number:
-                if line.count("$(", 0, opened.start()) > line.count(")", 0, opened.start()):
-                    continue
-                quote, end = opened.groups()
-                parts.append([line])
-    return parts
+def _end_of_document(text: str, at: int, name: str) -> int:
+    """Return the place of the line that ends a here-document, which begins in the line after `at`; else the text's."""
+    at = text.find("\n", at) + 1 or len(text)
+    while text[at : (after := text.find("\n", at) + 1 or len(text))].strip() != name and at < len(text):
+        at = after
+    return at
 
 
 def _flags_in(words: Iterable[str]) -> dict[str, str | list[str]]:
