@@ -20,7 +20,7 @@ OPERATOR = re.compile(
 )
 """Blanks, then a redirection (group 1), or a comment and what ends a command (group 2)."""
 MARK = re.compile(
-    r"((?:[$<>]|(?<==))\(|\$\{|[\"`])|<<-?(?=[ \t]*[\"'\\]?([A-Za-z_]\w*)[^\n)<]*\n)|([\s();&|<>])|\\.|(?<!\S)#|['}]",
+    r"((?:[$<>]|(?<==))\(|\$\{|[\"`])|<<-?(?=[ \t]*[\"'\\]?([A-Za-z_]\w*+)[^\n)<]*+\n)|([\s();&|<>])|\\.|(?<!\S)#|['}]",
     re.DOTALL,
 )
 """Marks in a shell's word that open a part of it (group 1), begin a here-document (its name is group 2), end the word
