@@ -395,8 +395,10 @@ ARMS = ("auto", "EAGLE3", "diffusion")
 def speed_table() -> str:
     """Return a table of the rate of `auto` over plain's by prompts and load, the better drafter's in brackets."""
     rows, conditions, shipped = [], [], environment(embedded_bundle())["bundle_sha256"]
+    made: dict[str, None] = {}
     for name, asked in HOME.items():
         report = _kept(name)
+        made[report["provenance"]["revision"][:8]] = None
         auto, *singles = ({load: shown[:4] for load, shown in _by_load(report, arm, "none").items()} for arm in ARMS)
         rows.append((asked, *(f"**{auto[load]}** ({max(one[load] for one in singles)})" for load in LOADS)))
         pair = "" if report["provenance"]["bundle_sha256"] == shipped else ", an earlier pair"
@@ -404,7 +406,7 @@ def speed_table() -> str:
     hardware = report["provenance"]["hardware"]
     caption = (
         f"SmolLM2-135M-Instruct in {report['provenance']['dtype']} on {hardware['cores']} cores of {hardware['cpu']}, "
-        f"one repetition, revision {report['provenance']['revision'][:8]}. Prompts: {', '.join(conditions)}."
+        f"one repetition, revision {' and '.join(made)}. Prompts: {', '.join(conditions)}."
     )
     return f"{table(('prompts', '1 request', *(f'{load} requests' for load in LOADS[1:])), iter(rows))}\n\n{caption}"
 
