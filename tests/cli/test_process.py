@@ -30,6 +30,16 @@ def said_in_one_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
+EARLY: list[tuple[Any, ...]] = [
+    (("policy", "nonee"), "'nonee'", "none"),
+    (("demo", "--router", "atuo"), "'atuo'", "auto"),
+    (("bench", "--arms", "none,autoo"), "'autoo'", "auto"),
+    (("bench", "--recorded", "log.jsonl", "--arms", "atuo"), "'atuo'"),
+    (("bench", "--concurrency", "0"), "--concurrency"),
+    (("lab", "evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"), "'float3'"),
+    (("serve", "--whiflash-router", "atuo"), "'atuo'", "auto"),
+    (("serve", "--port", "99999"), "--port 99999"),
+]
 WRONG: list[tuple[Any, ...]] = [
     (("bench", "--quik"), "--quik"),
     (("bnech",), "'bnech'"),
@@ -40,29 +50,22 @@ WRONG: list[tuple[Any, ...]] = [
     (("train", "--config", "tiny", "--step", "dta"), "'dta'", "data"),
     (("train", "--config", "tiny"), "--out"),
     (("train", "--config", "tiny", "--out", "b", "--start-from", "c"), "--start-from c"),
-    (("policy", "nonee"), "'nonee'", "none"),
-    (("demo", "--router", "atuo"), "'atuo'", "auto"),
-    (("bench", "--arms", "none,autoo"), "'autoo'", "auto"),
     (("bench", "--arms", "auto@"), "'auto@'"),
     (("bench", "--arms", "auto,auto"), "--arms"),
-    (("bench", "--recorded", "log.jsonl", "--arms", "atuo"), "'atuo'"),
     (("bench", "--recorded", "log.jsonl", "--arms", "EAGLE3"), "'EAGLE3'"),
     (("bench", "--recorded", "log.jsonl", "--arms", "auto+guess"), "'auto+guess'"),
     (("bench", "--recorded", "log.jsonl", "--arms", "auto,auto"), "--arms"),
-    (("bench", "--concurrency", "0"), "--concurrency"),
     (("bench", "--concurrency", "many"), "--concurrency many"),
     (("bench", "--recorded", "log.jsonl", "--prompts", "p"), "--prompts"),
-    (("lab", "evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"), "'float3'"),
-    (("serve", "--whiflash-router", "atuo"), "'atuo'", "auto"),
     (("serve", "--whiflash-router=atuo"), "'atuo'"),
     (("serve", "--whiflash-routr", "auto"), "'--whiflash-routr'", "--whiflash-router"),
     (("serve", "--whiflash-block-size", "1"), "--whiflash-block-size"),
     (("serve", "--whiflash-router"), "--whiflash-router"),
-    (("serve", "--port", "99999"), "--port 99999"),
     (("bench", "--server-args", "--x 'y"), "--server-args --x 'y"),
     (("bench", "--server-args", "--dtype=float3"), "--dtype float3"),
     (("bench", "--out", "report.md"), "--out report.md"),
     (("policy", "--api-key", "a\x00b"), "--api-key"),
+    *EARLY,
 ]
 """A command line, what its one line names, and what was meant where that is named, too."""
 FAILING = [
@@ -88,18 +91,7 @@ FAILING = [
     (("bench", "--recorded", "/nowhere/r.jsonl"), "/nowhere/r.jsonl"),
     (("train", "--config", "tiny", "--step", "eagle3", "--start-from", "/nowhere/c"), "/nowhere/c"),
 ]
-
-LIGHT = [
-    ("policy", "nonee"),
-    ("demo", "--router", "atuo"),
-    ("bench", "--arms", "none,autoo"),
-    ("bench", "--recorded", "log.jsonl", "--arms", "atuo"),
-    ("bench", "--concurrency", "0"),
-    ("lab", "evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"),
-    ("serve", "--whiflash-router", "atuo"),
-    ("serve", "--port", "99999"),
-    *(line for line, _ in FAILING),
-]
+LIGHT = [line for line, *_ in (*EARLY, *FAILING)]
 """Command lines that are refused before anything heavy is imported."""
 ALL_IN_ONE = f"""
 import json, os, shlex, sys, tempfile
