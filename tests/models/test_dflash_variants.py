@@ -3,20 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import published
 import pytest
 import torch
-from published import (
-    HEAD_DIM,
-    HIDDEN,
-    MASK,
-    QWEN3,
-    TARGET_LAYERS,
-    block_trunk,
-    convolutions,
-    draw,
-    target_tensors,
-    write,
-)
 from served_blocks import BONUS, LENGTHS, Served, serve
 from torch import Tensor
 from upstream_drafts import UpstreamBlocks, blocks, load, one_rank
@@ -24,8 +13,13 @@ from upstream_drafts import UpstreamBlocks, blocks, load, one_rank
 from whiflash_sglang.formats.layers import rotary_width
 
 LAYERS, BLOCK = 3, 8
-NESTED = {"block_size": BLOCK, "mask_token_id": MASK, "target_layer_ids": [1, 4, 8], "num_target_layers": TARGET_LAYERS}
-BASE = QWEN3 | {"architectures": ["DFlashDraftModel"], "num_hidden_layers": LAYERS}
+NESTED = {
+    "block_size": BLOCK,
+    "mask_token_id": published.MASK,
+    "target_layer_ids": [1, 4, 8],
+    "num_target_layers": published.TARGET_LAYERS,
+}
+BASE = published.QWEN3 | {"architectures": ["DFlashDraftModel"], "num_hidden_layers": LAYERS}
 SWA = ["sliding_attention", "sliding_attention", "full_attention"]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 LLAMA3 = {
@@ -39,8 +33,8 @@ LLAMA3 = {
 OF_THE_TARGET = {"partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "z-lab Qwen3: block at the top level": {"block_size": BLOCK, "num_target_layers": TARGET_LAYERS}
-    | {"dflash_config": {"mask_token_id": MASK, "target_layer_ids": [1, 4, 8]}},
+    "z-lab Qwen3: block at the top level": {"block_size": BLOCK, "num_target_layers": published.TARGET_LAYERS}
+    | {"dflash_config": {"mask_token_id": published.MASK, "target_layer_ids": [1, 4, 8]}},
     "z-lab Qwen3.5: all nested": {"dflash_config": NESTED},
     "all at the top level": NESTED,
     "nested goes first": {"block_size": 4, "mask_token_id": 9, "dflash_config": NESTED},
@@ -73,10 +67,10 @@ def checkpoint(path: Path, changes: dict[str, Any], **how: Any) -> Path:
     config = BASE | changes
     settings = config | config.get("dflash_config", {})
     features = len(settings.get("target_layer_ids") or range(LAYERS))
-    shapes = block_trunk(LAYERS, features, bias=config["attention_bias"])
+    shapes = published.block_trunk(LAYERS, features, bias=config["attention_bias"])
     if "conv_kernel_size" in settings:
-        shapes |= convolutions(LAYERS, settings["conv_kernel_size"], settings["conv_group_size"])
-    return write(path, config, draw(shapes), **how)
+        shapes |= published.convolutions(LAYERS, settings["conv_kernel_size"], settings["conv_group_size"])
+    return published.write(path, config, published.draw(shapes), **how)
 
 
 def compare(path: Path, served: Served) -> None:
@@ -86,7 +80,7 @@ def compare(path: Path, served: Served) -> None:
     config = served.draft.config
     architecture = served.draft.format.keys[0]
     with one_rank(), torch.no_grad():
-        upstream = UpstreamBlocks(load(path, getattr(dflash, architecture)), target_tensors()[0])
+        upstream = UpstreamBlocks(load(path, getattr(dflash, architecture)), published.target_tensors()[0])
         inputs = blocks(LENGTHS, BONUS, config.mask_token_id, served.states.shape[1])
         for row, length in enumerate(LENGTHS):
             context = upstream.keys_values(served.features[row], torch.arange(length))
@@ -97,7 +91,7 @@ def compare(path: Path, served: Served) -> None:
             torch.testing.assert_close(trained, served.context[row], rtol=1e-4, atol=1e-4)
             states = upstream.states(inputs[row], context)
             torch.testing.assert_close(served.states[row], states, rtol=1e-4, atol=1e-4)
-            logits = states[1:] @ target_tensors()[1].T
+            logits = states[1:] @ published.target_tensors()[1].T
             assert served.tokens[row].tolist() == logits.argmax(-1).tolist()
             sure = logits.softmax(-1).max(-1).values
             torch.testing.assert_close(served.confidences[row], sure, rtol=1e-3, atol=1e-4)
@@ -106,7 +100,7 @@ def compare(path: Path, served: Served) -> None:
 def turned(config: Any, context: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """SGLang's KV as ours lies: keys whose neighbours rotate together are kept with their halves apart."""
     keys, values = context
-    width = rotary_width(config.rope, HEAD_DIM)
+    width = rotary_width(config.rope, published.HEAD_DIM)
     if config.neighbours:
         keys = torch.cat([keys[..., 0:width:2], keys[..., 1:width:2], keys[..., width:]], -1)
     return keys, values
@@ -136,22 +130,22 @@ def test_weights_come_in_several_files_or_as_a_pickle_of_tensors(files: str, tmp
     ids=["prefix", "vendor"],
 )
 def test_tensors_go_by_other_names(renamed: Any, tmp_path: Path) -> None:
-    config, tensors = BASE | {"dflash_config": NESTED}, draw(block_trunk(LAYERS, 3))
-    path = write(tmp_path / "draft", config, {renamed(name): value for name, value in tensors.items()})
+    config, tensors = BASE | {"dflash_config": NESTED}, published.draw(published.block_trunk(LAYERS, 3))
+    path = published.write(tmp_path / "draft", config, {renamed(name): value for name, value in tensors.items()})
     compare(path, serve(path))
 
 
 def test_a_trained_mask_embedding_stands_at_the_masks(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "draft", {"dflash_config": NESTED})
-    trained = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(5))
-    torch.save({"embedding": trained, "mask_token_id": MASK}, path / "mask_embedding.pt")
+    trained = torch.randn(published.HIDDEN, generator=torch.Generator().manual_seed(5))
+    torch.save({"embedding": trained, "mask_token_id": published.MASK}, path / "mask_embedding.pt")
     served = serve(path)
     from sglang.srt.models.dflash import DFlashDraftModel
 
-    merged = target_tensors()[0]
-    merged[MASK] = trained  # as SGLang's worker merges it into the target's table
+    merged = published.target_tensors()[0]
+    merged[published.MASK] = trained  # as SGLang's worker merges it into the target's table
     with one_rank(), torch.no_grad():
         upstream = UpstreamBlocks(load(path, DFlashDraftModel), merged)
-        for row, tokens in enumerate(blocks(LENGTHS, BONUS, MASK, BLOCK)):
+        for row, tokens in enumerate(blocks(LENGTHS, BONUS, published.MASK, BLOCK)):
             states = upstream.states(tokens, served.context[row])
             torch.testing.assert_close(served.states[row], states, rtol=1e-4, atol=1e-4)

@@ -3,24 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import published
 import pytest
 import torch
 from chosen_formats import DRAFTED, SPECULATOR, reduced
 from formulas import block
-from published import (
-    HEAD_DIM,
-    HIDDEN,
-    MASK,
-    QWEN3,
-    TARGET_LAYERS,
-    VOCAB,
-    Shapes,
-    block_trunk,
-    draw,
-    refused,
-    target_tensors,
-    write,
-)
 from served_blocks import BONUS, LENGTHS, serve
 from served_blocks import load as load_ours
 from torch import Tensor
@@ -33,17 +20,17 @@ from whiflash_sglang.formats.table import read_draft
 LAYERS, DRAFTS, RANK = 2, 7, 24
 HEADS_OF = {
     "vanilla": {},
-    "gated": {"gate_proj.weight": (RANK, HIDDEN + RANK), "gate_proj.bias": (RANK,)},
-    "rnn": {"joint_proj.weight": (3 * RANK, HIDDEN + 2 * RANK), "joint_proj.bias": (3 * RANK,)},
+    "gated": {"gate_proj.weight": (RANK, published.HIDDEN + RANK), "gate_proj.bias": (RANK,)},
+    "rnn": {"joint_proj.weight": (3 * RANK, published.HIDDEN + 2 * RANK), "joint_proj.bias": (3 * RANK,)},
 }
-DEEPSPEC = QWEN3 | {
+DEEPSPEC = published.QWEN3 | {
     "architectures": ["Qwen3DSparkModel"],
     "num_hidden_layers": LAYERS,
     "layer_types": ["full_attention"] * LAYERS,
-    "num_target_layers": TARGET_LAYERS,
+    "num_target_layers": published.TARGET_LAYERS,
     "target_layer_ids": [1, 4, 8],
     "block_size": DRAFTS,
-    "mask_token_id": MASK,
+    "mask_token_id": published.MASK,
     "num_anchors": 512,
     "enable_confidence_head": True,
     "confidence_head_with_markov": True,
@@ -61,20 +48,23 @@ SPECFORGE = {key: value for key, value in DEEPSPEC.items() if key not in NESTED}
 
 
 def tensors(
-    kind: str = "vanilla", *, rank: int = RANK, confidence: bool = True, drafted: int = VOCAB
+    kind: str = "vanilla", *, rank: int = RANK, confidence: bool = True, drafted: int = published.VOCAB
 ) -> dict[str, Tensor]:
     """With the target's embedding and head, which DeepSpec's files repeat."""
-    shapes: Shapes = block_trunk(LAYERS, 3)
+    shapes: published.Shapes = published.block_trunk(LAYERS, 3)
     if rank:
-        shapes |= {"markov_head.markov_w1.weight": (VOCAB, rank), "markov_head.markov_w2.weight": (drafted, rank)}
+        shapes |= {
+            "markov_head.markov_w1.weight": (published.VOCAB, rank),
+            "markov_head.markov_w2.weight": (drafted, rank),
+        }
         shapes |= {f"markov_head.{name}": shape for name, shape in HEADS_OF[kind].items()}
     if confidence:
-        shapes |= {"confidence_head.proj.weight": (1, HIDDEN + rank), "confidence_head.proj.bias": (1,)}
-    drawn = draw(shapes)
+        shapes |= {"confidence_head.proj.weight": (1, published.HIDDEN + rank), "confidence_head.proj.bias": (1,)}
+    drawn = published.draw(shapes)
     if rank:  # so that a token's predecessor matters
         drawn["markov_head.markov_w1.weight"] *= 4
         drawn["markov_head.markov_w2.weight"] *= 4
-    embedding, head = target_tensors()
+    embedding, head = published.target_tensors()
     return drawn | {"embed_tokens.weight": embedding, "lm_head.weight": head}
 
 
@@ -99,7 +89,7 @@ def test_dspark_drafts_what_sglang_drafts(case: str, tmp_path: Path, monkeypatch
     config = CASES[case]
     settings = config | config.get("dflash_config", {})
     confidence = settings["enable_confidence_head"]
-    path = write(tmp_path / "draft", config, tensors(settings["markov_head_type"], confidence=confidence))
+    path = published.write(tmp_path / "draft", config, tensors(settings["markov_head_type"], confidence=confidence))
     if case == "written by us":
         load_ours(path)[1].save(tmp_path / "written", torch.float32)
         path = tmp_path / "written"
@@ -107,7 +97,7 @@ def test_dspark_drafts_what_sglang_drafts(case: str, tmp_path: Path, monkeypatch
     served = serve(path)
     assert served.tokens.shape == (len(LENGTHS), DRAFTS)
     assert block_size_of(path, None) == DRAFTS + 1
-    embedding, head = target_tensors()
+    embedding, head = published.target_tensors()
     missing = {} if confidence else {"enable_confidence_head": False}
     changed = {key: settings[key] for key in ("markov_rank", "markov_head_type", "confidence_head_with_markov")}
     with one_rank(), torch.no_grad():
@@ -141,10 +131,10 @@ def test_deepspecs_dflash_drafts_from_every_row(tmp_path: Path) -> None:
     config |= {"markov_rank": 0, "enable_confidence_head": False}
     del config["markov_head_type"]
     weights = tensors(rank=0, confidence=False)
-    served = serve(write(tmp_path / "draft", config, weights))
-    embedding, head = target_tensors()
-    for row, tokens in enumerate(blocks(LENGTHS, BONUS, MASK, DRAFTS)):
-        states = block(weights, embedding[tokens], served.features[row], HEAD_DIM, [None] * LAYERS)
+    served = serve(published.write(tmp_path / "draft", config, weights))
+    embedding, head = published.target_tensors()
+    for row, tokens in enumerate(blocks(LENGTHS, BONUS, published.MASK, DRAFTS)):
+        states = block(weights, embedding[tokens], served.features[row], published.HEAD_DIM, [None] * LAYERS)
         assert served.tokens[row].tolist() == (states @ head.T).argmax(-1).tolist()
 
 
@@ -168,11 +158,11 @@ def test_a_dflash_speculator_drafts_by_its_formula(
     changes: dict[str, Any], windows: list[int | None], first: int, tmp_path: Path
 ) -> None:
     weights = reduced(tensors(rank=0, confidence=False))
-    path = write(tmp_path / "draft", SPECULATOR | changes, weights)
+    path = published.write(tmp_path / "draft", SPECULATOR | changes, weights)
     assert read_draft(path).config.target_layer_ids == (1, 4, 8), "ids name what a layer reads"
-    served, embedding = serve(path), target_tensors()[0]
-    for row, tokens in enumerate(blocks(LENGTHS, BONUS, MASK, 6)):
-        states = block(weights, embedding[tokens], served.features[row], HEAD_DIM, windows)
+    served, embedding = serve(path), published.target_tensors()[0]
+    for row, tokens in enumerate(blocks(LENGTHS, BONUS, published.MASK, 6)):
+        states = block(weights, embedding[tokens], served.features[row], published.HEAD_DIM, windows)
         rows = (states[first:] @ weights["lm_head.weight"].T).argmax(-1)
         assert served.tokens[row].tolist() == (rows + weights["d2t"][rows]).tolist()
 
@@ -189,10 +179,10 @@ def test_a_dspark_speculator_drafts_by_its_formula(tmp_path: Path) -> None:
         "confidence_head_with_markov": True,
     }
     weights = reduced(tensors(drafted=DRAFTED))
-    served, embedding = serve(write(tmp_path / "draft", config, weights)), target_tensors()[0]
+    served, embedding = serve(published.write(tmp_path / "draft", config, weights)), published.target_tensors()[0]
     w1, w2 = (weights[f"markov_head.markov_w{i}.weight"] for i in (1, 2))
-    for row, tokens in enumerate(blocks(LENGTHS, BONUS, MASK, 6)):
-        states = block(weights, embedding[tokens], served.features[row], HEAD_DIM, [None] * LAYERS)
+    for row, tokens in enumerate(blocks(LENGTHS, BONUS, published.MASK, 6)):
+        states = block(weights, embedding[tokens], served.features[row], published.HEAD_DIM, [None] * LAYERS)
         previous, drafted, sure = BONUS[row], [], []
         for state in states:
             features = torch.cat([state, w1[previous]])
@@ -219,4 +209,4 @@ def test_a_dspark_speculator_drafts_by_its_formula(tmp_path: Path) -> None:
     ],
 )
 def test_a_block_drafter_that_cannot_be_served(config: dict[str, Any], message: str, tmp_path: Path) -> None:
-    refused(tmp_path / "draft", config, f".*{message}")
+    published.refused(tmp_path / "draft", config, f".*{message}")

@@ -4,24 +4,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import published
 import pytest
 import torch
 from formulas import chain, parallel
-from published import (
-    DIMENSIONS,
-    HEAD_DIM,
-    HIDDEN,
-    MASK,
-    QWEN3,
-    TARGET_LAYERS,
-    VOCAB,
-    Shapes,
-    decoder_layer,
-    draw,
-    refused,
-    target_tensors,
-    write,
-)
 from served_chains import STEPS, serve
 from torch import Tensor
 from upstream_drafts import load, one_rank
@@ -30,7 +16,7 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.table import read_draft
 
 DRAFTED = 100
-LLAMA = {"model_type": "llama", "rope_theta": 10000.0, "num_hidden_layers": 1, "mlp_bias": False} | DIMENSIONS
+LLAMA = {"model_type": "llama", "rope_theta": 10000.0, "num_hidden_layers": 1, "mlp_bias": False} | published.DIMENSIONS
 SGLANG = LLAMA | {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": DRAFTED}
 SPECULATOR = {
     "architectures": ["Eagle3Speculator"],
@@ -44,31 +30,31 @@ SPECULATOR = {
 
 def tensors(features: int, layer: str, *, head_norms: bool = False, **extra: tuple[int, ...]) -> dict[str, Tensor]:
     """One EAGLE-3 layer named `layer`, and a head over `DRAFTED` ids; `extra` with dots as double underscores."""
-    shapes: Shapes = {
-        "fc.weight": (HIDDEN, features * HIDDEN),
-        "norm.weight": (HIDDEN,),
-        "lm_head.weight": (DRAFTED, HIDDEN),
-        **decoder_layer(layer, head_norms=head_norms, width=2 * HIDDEN),
-        f"{layer}hidden_norm.weight": (HIDDEN,),
+    shapes: published.Shapes = {
+        "fc.weight": (published.HIDDEN, features * published.HIDDEN),
+        "norm.weight": (published.HIDDEN,),
+        "lm_head.weight": (DRAFTED, published.HIDDEN),
+        **published.decoder_layer(layer, head_norms=head_norms, width=2 * published.HIDDEN),
+        f"{layer}hidden_norm.weight": (published.HIDDEN,),
         **{name.replace("__", "."): shape for name, shape in extra.items()},
     }
     generator = torch.Generator().manual_seed(8)
-    ids = torch.randperm(VOCAB, generator=generator)[:DRAFTED].sort().values
-    known = torch.zeros(VOCAB, dtype=torch.bool)
+    ids = torch.randperm(published.VOCAB, generator=generator)[:DRAFTED].sort().values
+    known = torch.zeros(published.VOCAB, dtype=torch.bool)
     known[ids] = True
-    return draw(shapes) | {"d2t": ids - torch.arange(DRAFTED), "t2d": known}
+    return published.draw(shapes) | {"d2t": ids - torch.arange(DRAFTED), "t2d": known}
 
 
-def upper(*layers: int) -> Shapes:
+def upper(*layers: int) -> published.Shapes:
     """Layers on top of the first: they read states alone, by a norm of their own; `input_layernorm` is nobody's."""
-    found: Shapes = {}
+    found: published.Shapes = {}
     for index in layers:
-        found |= decoder_layer(f"layers.{index}.", head_norms=False)
-        found[f"layers.{index}.hidden_norm.weight"] = (HIDDEN,)
+        found |= published.decoder_layer(f"layers.{index}.", head_norms=False)
+        found[f"layers.{index}.hidden_norm.weight"] = (published.HIDDEN,)
     return {name.replace(".", "__"): shape for name, shape in found.items()}
 
 
-NORM, FEATURES = (HIDDEN,), (3 * HIDDEN,)
+NORM, FEATURES = (published.HIDDEN,), (3 * published.HIDDEN,)
 AUX = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 4, 7]}}
 THREE = {f"fc_norm__{i}__weight": NORM for i in range(3)}
 SGLANG_CASES: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
@@ -108,7 +94,7 @@ def upstream(path: Path, features: Tensor, tokens: list[int], monkeypatch: pytes
     spec = SimpleNamespace(speculative_draft_window_size=None)
     monkeypatch.setattr(llama_eagle3, "get_spec", lambda: spec)
     monkeypatch.setattr(llama_eagle3, "LogitsProcessor", lambda config: None)
-    embedding = target_tensors()[0]
+    embedding = published.target_tensors()[0]
     with one_rank(), torch.no_grad():
         model = load(path, llama_eagle3.LlamaForCausalLMEagle3)
         ids, hidden, drafted, first = torch.tensor(tokens), features, [], 0
@@ -127,7 +113,7 @@ def upstream(path: Path, features: Tensor, tokens: list[int], monkeypatch: pytes
 @pytest.mark.parametrize("case", SGLANG_CASES)
 def test_sglangs_format_drafts_what_sglang_drafts(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, weights = SGLANG_CASES[case]
-    path = write(tmp_path / "draft", SGLANG | changes, weights)
+    path = published.write(tmp_path / "draft", SGLANG | changes, weights)
     for drafted, features, tokens in zip(*serve(path), strict=True):
         assert drafted == upstream(path, features, tokens, monkeypatch)
 
@@ -135,10 +121,12 @@ def test_sglangs_format_drafts_what_sglang_drafts(case: str, tmp_path: Path, mon
 def test_an_original_file_is_named_like_a_llama(tmp_path: Path) -> None:
     """yuhuili/EAGLE3-*: `pytorch_model.bin`, architectures LlamaForCausalLM, and a draft vocabulary."""
     weights = tensors(3, "midlayer.")
-    original = write(tmp_path / "original", SGLANG | {"architectures": ["LlamaForCausalLM"]}, weights, files="bin")
-    assert serve(original)[0] == serve(write(tmp_path / "edited", SGLANG, weights))[0]
+    original = published.write(
+        tmp_path / "original", SGLANG | {"architectures": ["LlamaForCausalLM"]}, weights, files="bin"
+    )
+    assert serve(original)[0] == serve(published.write(tmp_path / "edited", SGLANG, weights))[0]
     whole = {key: value for key, value in SGLANG.items() if key != "draft_vocab_size"}
-    target = write(tmp_path / "target", whole | {"architectures": ["LlamaForCausalLM"]}, weights)
+    target = published.write(tmp_path / "target", whole | {"architectures": ["LlamaForCausalLM"]}, weights)
     with pytest.raises(CheckpointError, match="without draft_vocab_size is a target, not an EAGLE-3 drafter"):
         read_draft(target)
 
@@ -149,7 +137,7 @@ SPECULATOR_CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, tupl
     "gpt-oss: norm before fc": ({"norm_before_fc": True}, {"before_fc": True}, {"input_norm__weight": FEATURES}),
     "EAGLE 3.1": ({"fc_norm": True, "norm_output": True}, {"each_before_fc": True, "feed_normed": True}, THREE),
     "trained embedding": ({"embed_requires_grad": True}, {}, {}),
-    "qwen3": ({"transformer_layer_config": QWEN3 | {"num_hidden_layers": 1}}, {}, {}),
+    "qwen3": ({"transformer_layer_config": published.QWEN3 | {"num_hidden_layers": 1}}, {}, {}),
     "two layers": ({"transformer_layer_config": LLAMA | {"num_hidden_layers": 2}}, {}, upper(1)),
 }
 
@@ -158,60 +146,60 @@ SPECULATOR_CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, tupl
 def test_a_speculator_drafts_by_its_formula(case: str, tmp_path: Path) -> None:
     changes, said, extra = SPECULATOR_CASES[case]
     weights = tensors(3, "layers.0.", head_norms=case == "qwen3", **extra)
-    embedding = target_tensors(seed=5 if case == "trained embedding" else 99)[0]
-    path = write(tmp_path / "draft", SPECULATOR | changes, weights | {"embed_tokens.weight": embedding})
-    assert read_draft(path).config.layers_of(TARGET_LAYERS) == (1, 4, 7), "ids name what a layer reads"
+    embedding = published.target_tensors(seed=5 if case == "trained embedding" else 99)[0]
+    path = published.write(tmp_path / "draft", SPECULATOR | changes, weights | {"embed_tokens.weight": embedding})
+    assert read_draft(path).config.layers_of(published.TARGET_LAYERS) == (1, 4, 7), "ids name what a layer reads"
     for drafted, features, tokens in zip(*serve(path), strict=True):
-        own = chain(weights, embedding, features, tokens, STEPS, HEAD_DIM, **said)
+        own = chain(weights, embedding, features, tokens, STEPS, published.HEAD_DIM, **said)
         assert drafted == [row + int(weights["d2t"][row]) for row in own]
 
 
 def test_deepspecs_format_drafts_by_its_formula(tmp_path: Path) -> None:
     """deepseek-ai/eagle3_qwen3_*: five features, head norms, a head over the whole vocabulary, no `d2t`."""
-    config = QWEN3 | {
+    config = published.QWEN3 | {
         "architectures": ["Qwen3Eagle3Model"],
         "num_hidden_layers": 1,
-        "num_target_layers": TARGET_LAYERS,
+        "num_target_layers": published.TARGET_LAYERS,
         "target_layer_ids": [0, 2, 4, 6, 8],
         "ttt_length": 7,
         "step_loss_decay": 0.8,
         "draft_num_hidden_layers": 1,
     }
-    embedding, head = target_tensors()
+    embedding, head = published.target_tensors()
     weights = tensors(5, "layers.0.", head_norms=True)
     weights = {name: value for name, value in weights.items() if name not in ("d2t", "t2d")}
     weights |= {"lm_head.weight": head, "embed_tokens.weight": embedding}
-    path = write(tmp_path / "draft", config, weights)
+    path = published.write(tmp_path / "draft", config, weights)
     for drafted, features, tokens in zip(*serve(path), strict=True):
-        assert drafted == chain(weights, embedding, features, tokens, STEPS, HEAD_DIM)
+        assert drafted == chain(weights, embedding, features, tokens, STEPS, published.HEAD_DIM)
 
 
-PARALLEL = SGLANG | {"num_hidden_layers": 2, "norm_before_residual": True, "ptd_token_id": MASK}
-PARALLEL_SPECULATOR = SPECULATOR | {"speculators_model_type": "peagle", "mask_token_id": MASK}
+PARALLEL = SGLANG | {"num_hidden_layers": 2, "norm_before_residual": True, "ptd_token_id": published.MASK}
+PARALLEL_SPECULATOR = SPECULATOR | {"speculators_model_type": "peagle", "mask_token_id": published.MASK}
 TWO = {"norm_before_residual": True, "transformer_layer_config": LLAMA | {"num_hidden_layers": 2}}
 
 
 def parallel_tensors() -> dict[str, Tensor]:
     """vLLM's `llama_eagle3.py`: two layers, an embedding of its own, a feature of rows without one."""
-    return tensors(3, "layers.0.", **upper(1), mask_hidden=(1, 1, 3 * HIDDEN)) | {
-        "embed_tokens.weight": target_tensors(seed=5)[0]
+    return tensors(3, "layers.0.", **upper(1), mask_hidden=(1, 1, 3 * published.HIDDEN)) | {
+        "embed_tokens.weight": published.target_tensors(seed=5)[0]
     }
 
 
 @pytest.mark.parametrize("config", [PARALLEL, PARALLEL_SPECULATOR | TWO], ids=["vLLM", "speculators"])
 def test_p_eagle_drafts_by_its_formula(config: dict[str, Any], tmp_path: Path) -> None:
     weights = parallel_tensors()
-    for drafted, features, tokens in zip(*serve(write(tmp_path / "draft", config, weights)), strict=True):
-        own = parallel(weights, features, tokens, STEPS, HEAD_DIM, MASK)
+    for drafted, features, tokens in zip(*serve(published.write(tmp_path / "draft", config, weights)), strict=True):
+        own = parallel(weights, features, tokens, STEPS, published.HEAD_DIM, published.MASK)
         assert drafted == (own + weights["d2t"][own]).tolist()
 
 
 def test_p_eagle_that_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="ptd_token_id 320 is not in the vocabulary of 320"):
-        read_draft(write(tmp_path / "token", PARALLEL | {"ptd_token_id": VOCAB}, {}))
-    short = parallel_tensors() | {"mask_hidden": torch.zeros(HIDDEN)}
+        read_draft(published.write(tmp_path / "token", PARALLEL | {"ptd_token_id": published.VOCAB}, {}))
+    short = parallel_tensors() | {"mask_hidden": torch.zeros(published.HIDDEN)}
     with pytest.raises(CheckpointError, match="mask_hidden has 64 numbers, fc reads 192"):
-        serve(write(tmp_path / "short", PARALLEL, short))
+        serve(published.write(tmp_path / "short", PARALLEL, short))
 
 
 @pytest.mark.parametrize(
@@ -225,4 +213,4 @@ def test_p_eagle_that_does_not_fit(tmp_path: Path) -> None:
     ],
 )
 def test_a_speculator_that_cannot_be_served(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    refused(tmp_path / "draft", SPECULATOR | changes, f".*{message}")
+    published.refused(tmp_path / "draft", SPECULATOR | changes, f".*{message}")

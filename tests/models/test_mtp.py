@@ -7,21 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import published
 import pytest
 import torch
-from published import (
-    DIMENSIONS,
-    HEAD_DIM,
-    HIDDEN,
-    TARGET_LAYERS,
-    VOCAB,
-    Shapes,
-    decoder_layer,
-    draw,
-    refused,
-    target_tensors,
-    write,
-)
 from served_chains import STEPS, serve
 from torch import Tensor
 from transformers import Glm4MoeConfig
@@ -34,22 +22,22 @@ from whiflash_sglang.formats.mtp import Experts, read_routed
 from whiflash_sglang.formats.table import read_draft
 from whiflash_train.bundle import BundleParts, create
 
-MIMO = DIMENSIONS | {
+MIMO = published.DIMENSIONS | {
     "architectures": ["MiMoForCausalLM"],
     # Published files say "mimo" and bring a class of that name: Qwen2's, and the next key.
     "model_type": "qwen2",
     "num_nextn_predict_layers": 1,
-    "num_hidden_layers": TARGET_LAYERS,
+    "num_hidden_layers": published.TARGET_LAYERS,
     "attention_bias": True,
     "rope_theta": 640000,
     "rope_scaling": None,
     "use_sliding_window": False,
 }
-GLM = DIMENSIONS | {
+GLM = published.DIMENSIONS | {
     "architectures": ["Glm4MoeForCausalLM"],
     "model_type": "glm4_moe",
     "num_nextn_predict_layers": 1,
-    "num_hidden_layers": TARGET_LAYERS,
+    "num_hidden_layers": published.TARGET_LAYERS,
     "moe_intermediate_size": 48,
     "n_routed_experts": 16,
     "n_shared_experts": 1,
@@ -66,27 +54,32 @@ GLM = DIMENSIONS | {
 def mimo_tensors() -> dict[str, Tensor]:
     """The head of MiMo-7B, by its published names, and the target's matrices that it shares."""
     prefix = "model.mtp_layers.0."
-    shapes: Shapes = {
-        **decoder_layer(prefix, bias=True, head_norms=False),
-        f"{prefix}input_proj.weight": (HIDDEN, 2 * HIDDEN),
-        **{f"{prefix}{name}.weight": (HIDDEN,) for name in ("token_layernorm", "hidden_layernorm", "final_layernorm")},
+    shapes: published.Shapes = {
+        **published.decoder_layer(prefix, bias=True, head_norms=False),
+        f"{prefix}input_proj.weight": (published.HIDDEN, 2 * published.HIDDEN),
+        **{
+            f"{prefix}{name}.weight": (published.HIDDEN,)
+            for name in ("token_layernorm", "hidden_layernorm", "final_layernorm")
+        },
     }
     del shapes[f"{prefix}self_attn.o_proj.bias"]
-    embedding, head = target_tensors()
-    return draw(shapes) | {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
+    embedding, head = published.target_tensors()
+    return published.draw(shapes) | {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
 
 
 def expert_tensors() -> dict[str, Tensor]:
     """GLM's experts, without their prefix."""
-    shapes: Shapes = {"gate.weight": (16, HIDDEN), "gate.e_score_correction_bias": (16,)}
+    shapes: published.Shapes = {"gate.weight": (16, published.HIDDEN), "gate.e_score_correction_bias": (16,)}
     for name in (*(f"experts.{i}" for i in range(16)), "shared_experts"):
-        shapes |= {f"{name}.{part}_proj.weight": (48, HIDDEN) for part in ("gate", "up")}
-        shapes[f"{name}.down_proj.weight"] = (HIDDEN, 48)
-    return draw(shapes)
+        shapes |= {f"{name}.{part}_proj.weight": (48, published.HIDDEN) for part in ("gate", "up")}
+        shapes[f"{name}.down_proj.weight"] = (published.HIDDEN, 48)
+    return published.draw(shapes)
 
 
 def test_a_head_in_several_files_is_the_one_in_one(tmp_path: Path) -> None:
-    one, several = (write(tmp_path / files, MIMO, mimo_tensors(), files=files) for files in ("one", "sharded"))
+    one, several = (
+        published.write(tmp_path / files, MIMO, mimo_tensors(), files=files) for files in ("one", "sharded")
+    )
     drafted, _, _ = serve(one)
     assert drafted == serve(several)[0]
     assert len({token for tokens in drafted for token in tokens}) > STEPS
@@ -98,7 +91,7 @@ def test_experts_are_those_of_hugging_faces_layer(rows: int, changes: dict[str, 
     said = GLM | changes
     layer = Glm4MoeMoE(Glm4MoeConfig(**{**said, "experts_implementation": "eager"}))
     weights = expert_tensors()
-    ours = Experts(HIDDEN, read_routed(tmp_path, said))
+    ours = Experts(published.HIDDEN, read_routed(tmp_path, said))
     with torch.no_grad():
         ours.fill(WeightReader(tmp_path, weights), "")
         layer.gate.weight.copy_(weights["gate.weight"])
@@ -107,13 +100,13 @@ def test_experts_are_those_of_hugging_faces_layer(rows: int, changes: dict[str, 
         layer.experts.down_proj.copy_(ours.down.transpose(1, 2))
         for part in ("gate", "up", "down"):
             getattr(layer.shared_experts, f"{part}_proj").weight.copy_(weights[f"shared_experts.{part}_proj.weight"])
-        x = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(rows))
+        x = torch.randn(rows, published.HIDDEN, generator=torch.Generator().manual_seed(rows))
         torch.testing.assert_close(ours(x), layer(x[None])[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_rounded_model_routes_by_the_gate_as_it_is_published(tmp_path: Path) -> None:
     """Eight bits of mantissa would send rows to other experts than the target's own layers."""
-    experts = Experts(HIDDEN, read_routed(tmp_path, GLM)).to(torch.bfloat16)
+    experts = Experts(published.HIDDEN, read_routed(tmp_path, GLM)).to(torch.bfloat16)
     weights = expert_tensors()
     experts.fill(WeightReader(tmp_path, weights), "")
     assert experts.down.dtype == torch.bfloat16
@@ -122,13 +115,13 @@ def test_a_rounded_model_routes_by_the_gate_as_it_is_published(tmp_path: Path) -
 
 
 def test_what_a_head_costs_is_said_from_its_configuration(tmp_path: Path) -> None:
-    path = write(tmp_path / "target", MIMO, {})
+    path = published.write(tmp_path / "target", MIMO, {})
     ((_, served, detail),) = judge(str(path), read_target(str(path)))
-    kv = 2 * 2 * HEAD_DIM * 4
+    kv = 2 * 2 * published.HEAD_DIM * 4
     assert served
     assert detail == (
         f"MiMo's own head, the ar arm; reads what the target's head reads; {kv} bytes of KV a token, "
-        f"{1 / TARGET_LAYERS:.1%} of the target's"
+        f"{1 / published.TARGET_LAYERS:.1%} of the target's"
     )
 
 
@@ -153,7 +146,7 @@ def test_a_head_that_cannot_draft(
 ) -> None:
     """Named as drafter it is refused; where nobody named it, the log says why it is left."""
     path = tmp_path / "target"
-    refused(path, config | changes, message)
+    published.refused(path, config | changes, message)
     with caplog.at_level(logging.WARNING, "whiflash_sglang"):
         assert target_mtp(str(path)) is None
     assert bool(caplog.records) == bool(changes.get("num_nextn_predict_layers", 1))
@@ -161,10 +154,10 @@ def test_a_head_that_cannot_draft(
 
 def test_a_head_is_taken_from_where_its_tensors_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     weights = mimo_tensors()
-    path = write(tmp_path / "target", MIMO, weights, files="sharded")
+    path = published.write(tmp_path / "target", MIMO, weights, files="sharded")
     assert target_mtp(str(path)) == path
     bare = {name: value for name, value in weights.items() if "mtp_layers" not in name}
-    without = write(tmp_path / "without", MIMO, bare)
+    without = published.write(tmp_path / "without", MIMO, bare)
     assert target_mtp(str(without)) is None
     assert "has no tensors model.mtp_layers.0." in caplog.text
     assert target_mtp(str(tmp_path / "nowhere")) is None
@@ -173,7 +166,7 @@ def test_a_head_is_taken_from_where_its_tensors_are(tmp_path: Path, caplog: pyte
 
 
 def test_a_bundle_does_not_name_its_target_as_drafter(tmp_path: Path) -> None:
-    path = write(tmp_path / "target", MIMO, {})
+    path = published.write(tmp_path / "target", MIMO, {})
     with pytest.raises(ConfigError, match="is a target with a next-token head of its own, which drafts wherever"):
         create(BundleParts(str(path), str(path), None), tmp_path / "bundle")
-    assert read_draft(path).config.vocab_size == VOCAB
+    assert read_draft(path).config.vocab_size == published.VOCAB
