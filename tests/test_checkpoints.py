@@ -1,6 +1,5 @@
 """Draft checkpoints that cannot work: each error names the file and the thing that is wrong."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import HIDDEN, tiny_dflash, tiny_eagle3, tiny_target
+from tiny_models import HIDDEN, edit, tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang.checkpoints.fit import TargetShape, block_size_of, check_drafters
 from whiflash_sglang.errors import CheckpointError
@@ -42,12 +41,6 @@ def load(pair: tuple[Path, Path]) -> None:
 def refused(pair: tuple[Path, Path], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         load(pair)
-
-
-def edit(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    config = json.loads((checkpoint / "config.json").read_text())
-    change(config)
-    (checkpoint / "config.json").write_text(json.dumps(config))
 
 
 def edit_weights(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

@@ -6,7 +6,7 @@ tokens, so that random drafters, which share that preference, are right now and 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +303,13 @@ def save_tokenizer(path: Path, pieces: Sequence[bytes] = ()) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL_TOKENS[0])
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(path)
+
+
+def edit(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the configuration of a checkpoint in place."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    change(config)
+    (checkpoint / "config.json").write_text(json.dumps(config))
 
 
 def tiny_pair(root: Path, target: Path, *, eagle3_layers: int = 1) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from server_host import ServerHost
-from tiny_models import CHAT_TEMPLATE, tiny_bundle, tiny_eagle3, tiny_target
+from tiny_models import CHAT_TEMPLATE, edit, tiny_bundle, tiny_eagle3, tiny_target
 from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer
 
@@ -64,9 +64,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_bundle(root / "bundle", target, str(target))
     tiny_eagle3(root / "bundle/eagle3", target, seed=2)
     for drafter in ("drafter", "bundle/eagle3"):  # layers that have neighbours
-        config = json.loads((root / drafter / "config.json").read_text())
-        config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = [1, 2, 3]
-        (root / drafter / "config.json").write_text(json.dumps(config))
+        edit(root / drafter, lambda config: config["eagle_config"].update(eagle_aux_hidden_state_layer_ids=[1, 2, 3]))
     rows = [{"id": str(i), "messages": [{"role": "user", "content": f"Say {i * i}!"}]} for i in range(8)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root

@@ -1,6 +1,5 @@
 """Files of DFlash and EAGLE-3, KV-only passes, errors (drafts: `test_dflash_variants`, `test_eagle3_formats`)."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from formulas import attend
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from tiny_models import edit, tiny_dflash, tiny_eagle3, tiny_target
 from torch import Tensor
 from whiflash_kernels.float8 import quantise_rows
 from whiflash_kernels.packed import _FLOAT8, quantise
@@ -123,8 +122,7 @@ def test_config_that_does_not_fit(
     kind: type, target: Path, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     path = checkpoint(kind, tmp_path, target)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | changes))
+    edit(path, lambda config: config.update(changes))
     with pytest.raises(CheckpointError, match=message):
         load(kind, path, target)
 

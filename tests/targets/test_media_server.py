@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from families import FAMILIES, tiny_family
 from PIL import Image
 from server_host import ServerHost
-from tiny_models import save_tokenizer, tiny_dflash, tiny_eagle3
+from tiny_models import edit, save_tokenizer, tiny_dflash, tiny_eagle3
 
 pytestmark = pytest.mark.server
 
@@ -38,10 +37,9 @@ def save_processor(target: Path) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})
     parts = {"image_processor": Qwen2VLImageProcessor(), "video_processor": Qwen2VLVideoProcessor()}
     Qwen2_5_VLProcessor(tokenizer=tokenizer, chat_template=TEMPLATE, **parts).save_pretrained(target)
-    config = json.loads((target / "config.json").read_text())
     keys = ("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id")
-    config.update(zip(keys, (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names), strict=True))
-    (target / "config.json").write_text(json.dumps(config))
+    ids = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names)
+    edit(target, lambda config: config.update(zip(keys, ids, strict=True)))
 
 
 def image_of(seed: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from in_process import whiflash
-from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from tiny_models import edit, tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang.checkpoints.bundle import verify
 from whiflash_sglang.checkpoints.fit import judge, read_target
@@ -26,12 +26,6 @@ def models(tmp_path: Path) -> dict[str, Path]:
     target = tiny_target(tmp_path / "target")
     drafters = {"eagle3": tiny_eagle3(tmp_path / "e3", target), "dflash": tiny_dflash(tmp_path / "df", target)}
     return {"target": target, **drafters}
-
-
-def edit(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    config = json.loads((checkpoint / "config.json").read_text())
-    change(config)
-    (checkpoint / "config.json").write_text(json.dumps(config))
 
 
 def parts(models: dict[str, Path]) -> BundleParts:

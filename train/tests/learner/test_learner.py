@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from tiny_models import edit, tiny_dflash, tiny_eagle3, tiny_target
 from typer.testing import CliRunner
 
 import whiflash_train as train
@@ -30,20 +30,8 @@ from whiflash_train.answers.tokens import export_tokens
 from whiflash_train.bundle import BundleParts, create
 from whiflash_train.config import TrainConfig, load_config
 from whiflash_train.drafters.dspark import initialise
-from whiflash_train.learner import once
+from whiflash_train.learner import once, texts
 from whiflash_train.learner.once import LEARNED, LOCK, WORK, Learning, Outcome, learn_once, newest_learned
-from whiflash_train.learner.texts import (
-    LEAST,
-    LONGEST,
-    SHORTEST,
-    TENANTS,
-    ChosenTexts,
-    Text,
-    TooFewError,
-    answer_tokens,
-    choose,
-    texts_of,
-)
 from whiflash_train.target import TargetModel
 
 FAVOURITE = 71
@@ -100,7 +88,7 @@ def passed(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Passed:
     learning = learning_of(pair, tmp_path_factory.mktemp("learning"))
     target, spool = str(pair[0] / "target"), samples_of(learning.directory)
     serve(learning.directory, target, 320, 1)
-    planted = [[1, 320, 2, 3], [1, 2**31 - 1, 2, 3], random.Random(0).choices(range(256), k=LONGEST)]
+    planted = [[1, 320, 2, 3], [1, 2**31 - 1, 2, 3], random.Random(0).choices(range(256), k=texts.LONGEST)]
     write_file(spool, target, [Sample([at], answer, []) for at, answer in enumerate(planted)], time.time())
     return Passed(learning, learn_once(learning))
 
@@ -110,8 +98,8 @@ def test_drafters_that_became_better_make_a_bundle(passed: Passed) -> None:
     learning, found = passed
     print(found)
     assert (found.bundle, found.judged) == (learning.out, 64)
-    texts = list(texts_of(samples_of(learning.directory), load_manifest(learning.bundle).target, 320))
-    assert (found.learned, found.tokens) == (len(texts) - 64, answer_tokens(texts[:-64]))
+    sent = list(texts.texts_of(samples_of(learning.directory), load_manifest(learning.bundle).target, 320))
+    assert (found.learned, found.tokens) == (len(sent) - 64, texts.answer_tokens(sent[:-64]))
     for gain in found.drafters.values():
         assert gain.low > 1.2
         assert gain.after > gain.before
@@ -168,9 +156,9 @@ def test_a_damaged_bundle_teaches_nobody(pair: Pair, tmp_path: Path) -> None:
 def test_the_original_training_is_replayed(pair: Pair, tmp_path: Path) -> None:
     """As many tokens as are learned, in whole answers."""
     draw = random.Random(5)
-    texts = [[*draw.choices(range(256), k=6), *draw.choices(range(256), k=20)] for _ in range(50)]
+    answers = [[*draw.choices(range(256), k=6), *draw.choices(range(256), k=20)] for _ in range(50)]
     store = FeatureStore(tmp_path / "original", hidden=4, layers=[0])
-    for number, tokens in enumerate(texts):
+    for number, tokens in enumerate(answers):
         entry = SequenceRecord(f"r{number}", "chat", 6, len(tokens), False, False, 0, 0)
         store.append(entry, tokens, torch.zeros(len(tokens) - 1, 2, 4))
     export_tokens([store], tmp_path / "original.npz")
@@ -178,8 +166,8 @@ def test_the_original_training_is_replayed(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.npz holds no answers' token ids"):
         learn_once(learning_of(pair, tmp_path)._replace(replay=tmp_path / "none.npz"))
     found = learn_once(learning_of(pair, tmp_path)._replace(replay=tmp_path / "original.npz"))
-    texts = list(texts_of(samples_of(tmp_path), str(pair[0] / "target"), 256))
-    learned = answer_tokens(texts[: found.learned])
+    sent = list(texts.texts_of(samples_of(tmp_path), str(pair[0] / "target"), 256))
+    learned = texts.answer_tokens(sent[: found.learned])
     assert 2 * learned <= found.tokens < 2 * learned + 20
 
 
@@ -248,39 +236,38 @@ def test_a_drafter_that_no_configuration_trains_is_refused(pair: Pair, monkeypat
 
 def test_what_a_checkpoint_cannot_hold_is_refused(pair: Pair, tmp_path: Path) -> None:
     shutil.copytree(pair[0] / "dflash", tmp_path / "after")
-    config = json.loads((tmp_path / "after" / "config.json").read_text())
-    (tmp_path / "after" / "config.json").write_text(json.dumps(config | {"rope_theta": 12345.0}))
+    edit(tmp_path / "after", lambda config: config.update(rope_theta=12345.0))
     once.check_same({"diffusion": pair[0] / "dflash"}, {"diffusion": pair[0] / "dflash"})
     with pytest.raises(ConfigError, match=r"dflash has rope.* so this drafter cannot be trained on"):
         once.check_same({"diffusion": pair[0] / "dflash"}, {"diffusion": tmp_path / "after"})
 
 
-def text(number: int, prompt: int | None = None) -> Text:
-    return Text(f"{number:04d}", float(number), (number if prompt is None else prompt,), (1,) * 10)
+def text(number: int, prompt: int | None = None) -> texts.Text:
+    return texts.Text(f"{number:04d}", float(number), (number if prompt is None else prompt,), (1,) * 10)
 
 
 def test_the_newest_judge_and_no_prompt_is_on_both_sides() -> None:
-    texts = [text(number) for number in range(100)]
-    found = choose([*texts, text(100, 5)], 49.0, 200, 1000)
+    sent = [text(number) for number in range(100)]
+    found = texts.choose([*sent, text(100, 5)], 49.0, 200, 1000)
     assert [one.written for one in found.judged] == [float(n) for n in range(76, 101) if n > 75]
     assert [one.written for one in found.learned] == [float(n) for n in range(56, 76)]
-    assert answer_tokens(found.learned) == 200
+    assert texts.answer_tokens(found.learned) == 200
     assert found.until == 100.0
-    few = choose(texts, -1.0, 10**6, 10)
+    few = texts.choose(sent, -1.0, 10**6, 10)
     assert (len(few.judged), len(few.learned)) == (10, 90)
-    with pytest.raises(ConfigError, match=f"{LEAST} must judge"):
-        choose(texts, 85.0, 200, 64)
+    with pytest.raises(ConfigError, match=f"{texts.LEAST} must judge"):
+        texts.choose(sent, 85.0, 200, 64)
 
 
 def test_files_that_cannot_be_read_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     serve(tmp_path, "a target", 16, 4)
     (samples_of(tmp_path) / "00000000000000000001-1.jsonl").write_text("{")
-    assert len(list(texts_of(samples_of(tmp_path), "a target", 256))) == 16
+    assert len(list(texts.texts_of(samples_of(tmp_path), "a target", 256))) == 16
     assert "00001-1.jsonl has mode" in caplog.text
-    assert list(texts_of(samples_of(tmp_path), "another", 256)) == []
+    assert list(texts.texts_of(samples_of(tmp_path), "another", 256)) == []
 
 
-def of(tenants: dict[int | None, int], tokens: int = 10) -> list[Text]:
+def of(tenants: dict[int | None, int], tokens: int = 10) -> list[texts.Text]:
     """Texts of tenants, the last one's newest."""
     counts = itertools.count()
     return [
@@ -290,7 +277,7 @@ def of(tenants: dict[int | None, int], tokens: int = 10) -> list[Text]:
     ]
 
 
-def supplied(found: ChosenTexts) -> tuple[Counter[int | None], Counter[int | None]]:
+def supplied(found: texts.ChosenTexts) -> tuple[Counter[int | None], Counter[int | None]]:
     """Requests of each tenant that judge, and answer tokens that are learned."""
     learned = Counter[int | None]()
     for one in found.learned:
@@ -302,27 +289,27 @@ def supplied(found: ChosenTexts) -> tuple[Counter[int | None], Counter[int | Non
 @pytest.mark.parametrize("each", [4, 10, 20, 40])
 def test_a_flood_supplies_a_quarter_of_what_is_chosen(each: int, flood: int | None) -> None:
     """Seven tenants send few requests, and one sends 600."""
-    judges, learned = supplied(choose(of(dict.fromkeys(range(7), each) | {flood: 600}), -1.0, 10**5, 64))
+    judges, learned = supplied(texts.choose(of(dict.fromkeys(range(7), each) | {flood: 600}), -1.0, 10**5, 64))
     for part in (judges, learned):
-        assert 0 < TENANTS * part[flood] <= part.total()
+        assert 0 < texts.TENANTS * part[flood] <= part.total()
         assert all(part[tenant] == part[0] for tenant in range(7))
     assert judges.total() == {4: 18, 10: 46}.get(each, 64)
     assert learned[0] == 10 * (each - judges[0])
 
 
 def test_two_tenants_supply_a_half_and_one_supplies_all() -> None:
-    judges, learned = supplied(choose(of({1: 40, 9: 600}), -1.0, 10**5, 64))
+    judges, learned = supplied(texts.choose(of({1: 40, 9: 600}), -1.0, 10**5, 64))
     assert judges == {1: 20, 9: 20}
     assert learned == {1: 200, 9: 200}
-    judges, learned = supplied(choose(of({9: 600}), -1.0, 10**5, 64))
+    judges, learned = supplied(texts.choose(of({9: 600}), -1.0, 10**5, 64))
     assert (judges, learned) == ({9: 64}, {9: 5360})
     with pytest.raises(ConfigError, match=r"2 of them can judge and \d+ teach if no tenant .* one of 2 parts"):
-        choose(of({1: 1, 9: 600}), -1.0, 10**5, 64)
+        texts.choose(of({1: 1, 9: 600}), -1.0, 10**5, 64)
 
 
 @settings(deadline=None, max_examples=300)
 @given(
-    st.lists(st.tuples(st.integers(0, 6), st.integers(SHORTEST, 80)), max_size=120),
+    st.lists(st.tuples(st.integers(0, 6), st.integers(texts.SHORTEST, 80)), max_size=120),
     st.integers(1, 2000),
     st.integers(8, 40),
     st.integers(-1, 60),
@@ -331,18 +318,18 @@ def test_no_tenant_supplies_more_than_its_part(
     sent: list[tuple[int, int]], tokens: int, judged: int, since: int
 ) -> None:
     """The last text of a tenant is cut, and left out if it would be too short."""
-    texts = [text(number)._replace(tenant=tenant, answer=(1,) * length) for number, (tenant, length) in enumerate(sent)]
+    given = [text(number)._replace(tenant=tenant, answer=(1,) * length) for number, (tenant, length) in enumerate(sent)]
     try:
-        found = choose(texts, float(since), tokens, judged)
-    except TooFewError:
+        found = texts.choose(given, float(since), tokens, judged)
+    except texts.TooFewError:
         return
     tenants = len({tenant for tenant, _ in sent})
-    shares = min(TENANTS, tenants)
+    shares = min(texts.TENANTS, tenants)
     judges, learned = supplied(found)
-    assert LEAST <= judges.total() <= judged
+    assert texts.LEAST <= judges.total() <= judged
     assert 0 < learned.total() <= tokens
     assert shares * max(judges.values()) <= judges.total()
-    assert shares * max(learned.values()) <= learned.total() + tenants * (SHORTEST - 1)
+    assert shares * max(learned.values()) <= learned.total() + tenants * (texts.SHORTEST - 1)
     assert not {one.name for one in found.judged} & {one.name for one in found.learned}
     assert all(one.written > since for one in found.judged)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import yaml
 from engine import engine
 from reference import Comparison, ReferenceTarget
-from tiny_models import MASK_TOKEN, tiny_dflash, tiny_target
+from tiny_models import MASK_TOKEN, edit, tiny_dflash, tiny_target
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -45,7 +45,6 @@ SETTINGS = DSpark(
     frequent=96,
     sampled=32,
 )
-CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def target(path: Path) -> TargetModel:
-    return TargetModel(path, **CPU)
+    return TargetModel(path, device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -300,8 +299,7 @@ def test_a_configuration_without_the_section_says_so(trained: Trained) -> None:
 def test_what_a_published_drafter_adds_is_not_lost(target: TargetModel, tmp_path: Path) -> None:
     """A trunk with settings of its own is not gone on from: they could not be written."""
     initialise(target, SETTINGS).save(tmp_path / "start")
-    config = json.loads((tmp_path / "start/config.json").read_text())
-    (tmp_path / "start/config.json").write_text(json.dumps(config | {"attention_value_scale": 2.0}))
+    edit(tmp_path / "start", lambda config: config.update(attention_value_scale=2.0))
     with pytest.raises(ConfigError, match="settings of its own"):
         go_on_from(tmp_path / "start", target, SETTINGS)
 
