@@ -9,7 +9,6 @@ from whiflash_lab.bench.reference import Comparison
 from whiflash_lab.demo import DemoAnswer, show
 from whiflash_sglang.files.equality import Verdict
 
-ARMS = {"ar": {"rounds": 2, "tokens": 5}, "lookup": {"rounds": 1, "tokens": 7}}
 TRACE = Trace.model_validate(
     {
         "version": 1,
@@ -17,7 +16,7 @@ TRACE = Trace.model_validate(
         "rounds": 3,
         "tokens": 12,
         "switches": 1,
-        "arms": ARMS,
+        "arms": {"ar": {"rounds": 2, "tokens": 5}, "lookup": {"rounds": 1, "tokens": 7}},
         "seconds": 0.75,
         "gain": 1.7,
     }

@@ -15,8 +15,6 @@ from whiflash_lab.cards import DRAFTS, H100, Card, FittedCard, recorded
 from whiflash_lab.simulate import FIXED, Host, PublishedPair, SimulatedLoad, Simulation
 from whiflash_sglang.drafts import arms
 
-FIGURES = Path(__file__).parents[2] / "results/gpu/shaped.json"
-
 MOST, MOST_PROBES = 0.01, 0.003
 """Shares of the best arm's tokens a second that may be lost, and that probes may cost."""
 
@@ -41,7 +39,7 @@ def regret(number: int, rounds: int = 40_000) -> tuple[str, float, float, float]
             arm: 1 + min(easy * skill[arm] * between(0.6, 1.6), 0.8 * drafts[arm]) for arm in drafts
         }
     fixed, row, chain = between(1e-3, 15e-3), between(3e-6, 100e-6), between(1e-4, 1e-3)
-    h200 = FittedCard(recorded(FIGURES))
+    h200 = FittedCard(recorded(Path(__file__).parents[2] / "results/gpu/shaped.json"))
     card = (Card("drawn", fixed, row, 2e-7, chain, between(3e-4, 4e-3)), h200, H100)[kind]
     host = Host(between(1e-4, 4e-3), between(5e-6, 3e-4))
     load = SimulatedLoad(requests, max(min(rounds, 4000 * requests) // 128, 3 * requests), 256, 512)

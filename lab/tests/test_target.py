@@ -15,12 +15,11 @@ from whiflash_lab.bench.reference import BestLogit, Reference, differences
 from whiflash_sglang.files.equality import Verdict
 from whiflash_train.target import TargetModel, unknown
 
-CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
-
 
 def test_states_are_layers_outputs_and_what_the_head_reads(tmp_path: Path) -> None:
     path = tiny_target(tmp_path / "target")
-    theirs, ours = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), TargetModel(path, **CPU)
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ours = TargetModel(path, device=torch.device("cpu"), dtype=torch.float32)
     tokens = torch.randint(0, 90, (50,), generator=torch.Generator().manual_seed(0))
     outputs: list[torch.Tensor] = []
     for index in (0, 3):

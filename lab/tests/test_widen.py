@@ -13,8 +13,6 @@ from whiflash_lab.widen import Shape, widen_pair
 
 SHAPE = Shape(copies=6, heads=12, kv_heads=4, intermediate=161, layers=7, block_layers=3)
 """A copy without a partner, query heads without one, further KV heads, an odd neuron, a further layer of each model."""
-PROMPTS = ([70, 71, 72, 73] * 5, list(range(30, 60)), [68] * 12)
-ROUTERS = ("none", "ar", "diffusion")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +28,7 @@ def answers(e: Engine, router: str) -> list[tuple[list[int], tuple[int, int]]]:
     """Tokens, rounds and accepted drafts of each prompt under a policy."""
     e.start_over(router)
     found = []
-    for number, prompt in enumerate(PROMPTS):
+    for number, prompt in enumerate(([70, 71, 72, 73] * 5, list(range(30, 60)), [68] * 12)):
         name = f"{router}{number}"
         found.append((e.ask(name, prompt, max_new_tokens=100), e.rounds(name)))
     return found
@@ -42,7 +40,7 @@ def test_tokens_rounds_and_accepted_drafts_are_the_small_pairs(pairs: Sequence[P
         flags = {"draft": pair / "bundle", "whiflash_lookup": "off", "whiflash_structure": "off"}
         with engine(pair / "target", whiflash=flags) as e:
             assert e.worker.target.shape.hidden_size == 64 * (1 if pair == pairs[0] else SHAPE.copies)
-            found.append({router: answers(e, router) for router in ROUTERS})
+            found.append({router: answers(e, router) for router in ("none", "ar", "diffusion")})
     small, wide = found
     assert small == wide
     accepted = {router: sum(drafts for _, (_, drafts) in small[router]) for router in ("ar", "diffusion")}

@@ -31,7 +31,6 @@ from whiflash_lab.conversations import Conversation, RecordedTurn, read_recorded
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError
 
-SHIPPED = Path(__file__).parents[3] / "results" / "benchmark"
 EDITS = {"edits.jsonl": True, "edits-unseen.jsonl": False}
 """Shipped edits, and whether the file that is edited stands in their prompts."""
 TEXTS = (
@@ -41,22 +40,18 @@ TEXTS = (
 )
 
 
-def rows() -> list[dict[str, Any]]:
-    found = []
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[Conversation]:
+    rows = []
     for i in range(3):
         asked, answer = {"role": "user", "content": f"Edit {i}."}, TEXTS[i].replace("brown", f"b{i}own")
         said = [asked, {"role": "assistant", "content": f"Which one? {i}"}, {"role": "user", "content": "It."}]
         messages = [*said, {"role": "assistant", "content": answer}]
         prediction = {"type": "content", "content": TEXTS[i]}
         row = {"id": f"t{i}", "category": "edit", "task": "edits", "messages": messages}
-        found.append({**row, "prediction": prediction})
-    return found
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[Conversation]:
+        rows.append({**row, "prediction": prediction})
     path = tmp_path_factory.mktemp("recorded") / "log.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return read_recorded(path)
 
 
@@ -126,7 +121,7 @@ def test_a_subagent_s_answers_are_between_its_parent_s(subject: Subject, tmp_pat
 
 @pytest.mark.parametrize("file", EDITS)
 def test_the_shipped_edits_can_be_read(file: str) -> None:
-    found = read_recorded(SHIPPED / file)
+    found = read_recorded(Path(__file__).parents[3] / "results" / "benchmark" / file)
     assert {one.category for one in found} == {"code", "document"}
     for one in found:
         assert one.prediction

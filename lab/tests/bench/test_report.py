@@ -21,6 +21,7 @@ TOKENS = {"c1": 13, "c2": 21, "t1": 41, "l1": 101}
 SPEED = {"none": 10.0, "EAGLE3": 15.0, "DFLASH": 12.0, "auto": 24.0}
 ACCEPTED = {"none": 1, "EAGLE3": 2, "DFLASH": 2, "auto": 4}
 ROUNDS = {f"{s}_seconds": 0.001 for s in ("route", "catch_up", "draft", "verify", "commit", "park")}
+ROUNDS |= {"round_seconds": 0.0061, "extra_catch_up_seconds": 0.0005}
 PROVENANCE = {
     "hardware": {"cpu": "a CPU", "cores": 2},
     "packages": {"sglang": "0.5.23", "torch": "2"},
@@ -53,13 +54,7 @@ def answer(arm: str, prompt: str) -> Answer:
 def clock(arm: str, rounds: int) -> dict[str, float] | None:
     if arm != "auto":
         return None
-    stages = {name: rounds * value for name, value in ROUNDS.items()}
-    return stages | {
-        "rounds": rounds,
-        "round_seconds": rounds * 0.0061,
-        "switches": 2,
-        "extra_catch_up_seconds": rounds * 0.0005,
-    }
+    return {name: rounds * value for name, value in ROUNDS.items()} | {"rounds": rounds, "switches": 2}
 
 
 @pytest.fixture

@@ -15,25 +15,13 @@ from whiflash_lab.conversations import Conversation, read_recorded
 from whiflash_sglang.errors import ConfigError
 
 ASK = {"role": "user", "content": "Which flights do I have?"}
-CALL = {
-    "role": "assistant",
-    "content": None,
-    "tool_calls": [
-        {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"user": "mia_li_3668"}'}}
-    ],
-}
+FOUND = {"name": "find", "arguments": '{"user": "mia_li_3668"}'}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": FOUND}]}
 RESULT = {"role": "tool", "tool_call_id": "c1", "name": "find", "content": '{"flight": "HAT136"}'}
 ANSWER = {"role": "assistant", "content": "You are on flight HAT136."}
 MESSAGES = [ASK, CALL, RESULT, ANSWER]
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "find",
-            "parameters": {"type": "object", "properties": {"user": {"type": "string"}}, "required": ["user"]},
-        },
-    }
-]
+PARAMETERS = {"type": "object", "properties": {"user": {"type": "string"}}, "required": ["user"]}
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": PARAMETERS}}]
 
 
 FORMATS: dict[str, Any] = {
