@@ -435,16 +435,12 @@ def ended(call: Call | None, text: str = "Köln", choice: int = 0) -> None:
     call.counts[choice] = dict(COUNTS)
 
 
-def chat_answer(*texts: str) -> dict[str, Any]:
-    choices = [{"index": i, "message": {"content": text}} for i, text in enumerate(texts)]
-    return {"choices": choices, "usage": dict(USAGE), "sglext": None}
-
-
 def test_a_chats_answer_has_trace_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(call: Call | None) -> Any:
         ended(call, choice=1)
         ended(call, "other")
-        return ORJSONResponse(chat_answer("Köln", "Köln"))
+        choices = [{"index": i, "message": {"content": "Köln"}} for i in range(2)]
+        return ORJSONResponse({"choices": choices, "usage": dict(USAGE), "sglext": None})
 
     found = App(monkeypatch, answer).client.post("/v1/chat/completions", json={"custom_params": FULL})
     assert int(found.headers["content-length"]) == len(found.content)
@@ -539,11 +535,6 @@ def test_a_stream_is_the_same_however_it_is_cut(path: str) -> None:
     assert b"".join(asyncio.run(sent(path, {}, [whole]))) == whole
 
 
-def datas(parts: list[bytes]) -> list[dict[str, Any]]:
-    lines = b"".join(parts).decode().split("\n")
-    return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-
-
 def test_events_pass_as_they_come() -> None:
     parts = [part.encode() for part in STREAMS["/v1/chat/completions"]]
     found = asyncio.run(sent("/v1/chat/completions", {"custom_params": FULL}, parts))
@@ -556,7 +547,8 @@ def test_events_pass_as_they_come() -> None:
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_a_completions_stream_ends_with_its_trace(path: str, text: str, shown: bool) -> None:
     parts = [part.encode() for part in STREAMS[path]]
-    *_, usage, trace = datas(asyncio.run(sent(path, {"custom_params": FULL}, parts, text)))
+    lines = b"".join(asyncio.run(sent(path, {"custom_params": FULL}, parts, text))).decode().split("\n")
+    *_, usage, trace = (json.loads(line[6:]) for line in lines if line.startswith("data: {"))
     assert usage["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0, **COUNTS}
     assert (trace["id"], trace["model"], trace["choices"]) == ("whiflash-trace", "m", [])
     assert trace["sglext"]["whiflash"] == ({**TRACE, "text": text} if shown else TRACE)

@@ -111,15 +111,10 @@ def test_every_length_has_a_chance(length: int, agreement: Agreement) -> None:
     assert calibration.chance(length, agreement) == 0.5
 
 
-def copying_a_run(rounds: int) -> Looking:
+def test_a_copy_goes_on_where_it_was_though_newer_places_hide_it() -> None:
     """It has copied 15 tokens a round from a token repeated 60 times, whose newest places are those at its end."""
     copier = copier_of(1, 2, *[7] * 60, 3, 4, 5, 9, 1, 2)
-    for _ in range(rounds):
+    for _ in range(4):
         copier.read(tokens_of(copier.look(15, 0.0)))
-    return copier
-
-
-def test_a_copy_goes_on_where_it_was_though_newer_places_hide_it() -> None:
-    copier = copying_a_run(rounds=4)
     assert tokens_of(copier.look(3, 0.0)) == [3, 4, 5]
     assert tokens_of(copier.look_beyond([3, 4], 1.0, 2, 0.0)) == [5, 9]

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from chosen_formats import FORMATS as BLOCKS
@@ -16,7 +15,7 @@ from reference import Comparison
 from test_eagle3_formats import PARALLEL as P_EAGLE
 from test_eagle3_formats import parallel_tensors
 from tiny_models import MASK_TOKEN
-from traffic import Arrival, mixed, play
+from traffic import mixed, play
 
 from whiflash_sglang.errors import ConfigError
 from whiflash_train.replay import PairParts
@@ -61,7 +60,8 @@ def test_text_is_plain_decodings(models: Models, tmp_path: Path, name: str) -> N
         assert type(made).__name__ == {PARALLEL: "ParallelArm"}.get(name, f"{name}Drafter")
         for policy, arrivals in (("random", ARRIVALS), (arm, ARRIVALS[:3]), ("auto", ARRIVALS[:3])):
             e.worker.reconfigure({"router": policy})
-            found = play(e, [_of(policy, a) for a in arrivals], lambda: used.update(_arms(e)))
+            named = [replace(a, rid=f"{policy} {a.rid}") for a in arrivals]
+            found = play(e, named, lambda: used.update(state.previous for state in e.states.values()))
             comparison.check_all(arrivals, plain, found, f"{policy} ")
     assert used - {None} == {"ar", "diffusion", "none", ARM}
     assert oracle.rejected > 0
@@ -72,11 +72,3 @@ def test_a_drafter_that_is_not_replayed_is_named(tmp_path: Path, name: str) -> N
     parts = PairParts({"any": drafter(tmp_path / "drafter", name)})
     with pytest.raises(ConfigError, match="drafter: FlashMap and P-EAGLE cannot be replayed"):
         _ = parts.captured
-
-
-def _of(policy: str, arrival: Arrival) -> Arrival:
-    return replace(arrival, rid=f"{policy} {arrival.rid}")
-
-
-def _arms(e: Any) -> set[str | None]:
-    return {state.previous for state in e.states.values()}

@@ -50,12 +50,6 @@ def matrices(seed: int, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
     return weight, torch.randint(-1, 2, (6, SIZE), generator=make).float()
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the statistics that a kernel computes; here its reference does."""
-    monkeypatch.setattr(choice, "backend_for", lambda _: "triton")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_read_gives_the_same_choices(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = (4 * torch.randn(40, 700, generator=torch.Generator().manual_seed(1))).to(dtype)
@@ -69,8 +63,9 @@ def test_one_read_gives_the_same_choices(dtype: torch.dtype, monkeypatch: pytest
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_a_drafter_without_numbers_is_seen(as_on_a_gpu: None) -> None:
-    """`lay_drafts` takes NaN for a fault."""
+def test_a_drafter_without_numbers_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lay_drafts` takes NaN for a fault. On a GPU a kernel computes the statistics; here its reference does."""
+    monkeypatch.setattr(choice, "backend_for", lambda _: "triton")
     logits = torch.randn(3, 50)
     logits[1] = torch.nan
     logits[2] = -torch.inf

@@ -16,20 +16,10 @@ from tensor_parallel import ENDS_AT_ONCE, Checkpoints
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
 
-def bodies(count: int) -> list[dict[str, Any]]:
-    rng = random.Random(3)
-    return [
-        {
-            "input_ids": rng.choices(range(256), k=20),
-            "sampling_params": {"max_new_tokens": 24},
-            "cache_salt": f"tenant-{i}",
-        }
-        for i in range(count)
-    ]
-
-
 def texts(server: Server) -> list[list[int]]:
-    return [answer["output_ids"] for answer in server.generate_all(bodies(8), concurrency=8)]
+    rng, params = random.Random(3), {"sampling_params": {"max_new_tokens": 24}}
+    bodies = [{"input_ids": rng.choices(range(256), k=20), "cache_salt": f"tenant-{i}", **params} for i in range(8)]
+    return [answer["output_ids"] for answer in server.generate_all(bodies, concurrency=8)]
 
 
 def assert_policies_keep_texts(server: Server) -> None:

@@ -46,25 +46,16 @@ def intervals_on_whole_text(hint: Span, text: bytes) -> list[Interval]:
     return found
 
 
-def open_spans(hints: list[Span], pieces: list[bytes], length: int) -> list[tuple[int, int]]:
-    """Spans open after `length` tokens: the byte at which each opened, and minus its place among the hints."""
+def check_spans(tracker: SpanTracker, hints: list[Span], pieces: list[bytes], length: int) -> None:
+    """Compare with spans open after `length` tokens: where each opened, and minus its place among the hints."""
     text, seen = b"".join(pieces), len(b"".join(pieces[:length]))
-    return [
+    open_now = [
         (interval.opened, -index)
         for index, hint in enumerate(hints)
         for interval in intervals_on_whole_text(hint, text)
         if interval.opened <= seen < interval.closed
     ]
-
-
-def check_spans(tracker: SpanTracker, hints: list[Span], pieces: list[bytes], length: int) -> None:
-    open_now = open_spans(hints, pieces, length)
     assert tracker.span is (hints[-max(open_now)[1]] if open_now else None)
-
-
-def cut(text: bytes, at: list[int]) -> list[bytes]:
-    edges = [0, *sorted(place % (len(text) + 1) for place in at), len(text)]
-    return [text[a:b] for a, b in pairwise(edges)]
 
 
 # Few characters, so that markers occur, overlap, contain and interrupt one another by chance.
@@ -88,7 +79,8 @@ def cases(draw: st.DrawFn) -> tuple[list[Span], list[bytes], list[int]]:
             )
         )
     text = draw(st.text(CHARACTERS, max_size=40)).encode()
-    pieces = cut(text, draw(st.lists(st.integers(0, 200), max_size=30)))
+    edges = sorted(place % (len(text) + 1) for place in draw(st.lists(st.integers(0, 200), max_size=30)))
+    pieces = [text[a:b] for a, b in pairwise([0, *edges, len(text)])]
     rounds = draw(st.lists(st.integers(1, 5), min_size=1, max_size=5))
     return hints, pieces, rounds
 

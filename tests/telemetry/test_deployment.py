@@ -12,7 +12,6 @@ from prometheus_server import ROOT, RULES, program
 
 from whiflash_sglang.serve.metrics import PREFIX, SERIES
 
-PRODUCTION = ROOT / "docs" / "how-to" / "production.md"
 DASHBOARD = ROOT / "deploy" / "grafana" / "whiflash.json"
 needs_promtool = pytest.mark.skipif(program("promtool") is None, reason="needs promtool: make prometheus")
 
@@ -22,12 +21,8 @@ def rules() -> list[dict[str, Any]]:
     return list(group["rules"])
 
 
-def run_promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(program("promtool")), *map(str, arguments)], capture_output=True, text=True)
-
-
 def promtool(*arguments: str | Path) -> None:
-    done = run_promtool(*arguments)
+    done = subprocess.run([str(program("promtool")), *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -46,7 +41,7 @@ def test_every_alert_is_tested_and_explained() -> None:
     tests = yaml.safe_load((RULES / "whiflash.rules.test.yml").read_text("utf-8"))["tests"]
     fired = {one["alertname"] for test in tests for one in test["alert_rule_test"] if "exp_alerts" in one}
     silent = {one["alertname"] for one in tests[0]["alert_rule_test"]}
-    page = PRODUCTION.read_text("utf-8")
+    page = (ROOT / "docs" / "how-to" / "production.md").read_text("utf-8")
     names = {rule["alert"] for rule in rules()}
     assert names == fired == silent
     for name in names:
