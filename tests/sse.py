@@ -15,7 +15,6 @@ TOOL: Any = {"type": "function", "function": {"name": "f", "parameters": {"type"
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/generate")
 
 _IDENTITIES = ((re.compile(r'"id": ?"[^"]*"'), '"id":"…"'), (re.compile(r'"created": ?\d+'), '"created":0'))
-_CLOCKS = re.compile(r"_latency$|_ts$|_time$|_throughput$|^cached_tokens|^id$")
 
 
 def ask(url: str, route: str, body: dict[str, Any]) -> str:
@@ -68,7 +67,7 @@ def _cut_text(choice: dict[str, Any]) -> str:
 def _native(event: str, item: dict[str, Any], spec: bool) -> tuple[Any, str, str]:
     """Native streams repeat the text so far: of an unfinished line only the names of its fields are kept."""
     meta = {
-        key: None if _CLOCKS.search(key) else value
+        key: None if re.search(r"_latency$|_ts$|_time$|_throughput$|^cached_tokens|^id$", key) else value
         for key, value in item["meta_info"].items()
         if spec or not key.startswith("spec_")
     }

@@ -16,8 +16,6 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.jsonl import parse_json_lines, read_json, read_json_file, write_output
 from whiflash_train.answers.prompts import read_rows
 
-TEXT = "one\u2028two\u2029three\x85four"
-
 
 def dumps(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
@@ -31,7 +29,7 @@ def test_any_text_comes_back(texts: list[str], end: str) -> None:
 
 def test_the_line_that_is_wrong_is_named(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text(dumps({"a": TEXT}) + "\n\n{oops\n", encoding="utf-8")
+    file.write_text(dumps({"a": "one\u2028two\u2029three\x85four"}) + "\n\n{oops\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"rows\.jsonl, line 3: not JSON"):
         read_rows(file)
     with pytest.raises(ConfigError, match="line 2: not JSON"):  # though the text ends as it does

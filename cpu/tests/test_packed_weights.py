@@ -21,8 +21,6 @@ from whiflash_sglang.formats import packed
 
 from .conftest import Checkpoints
 
-PROMPTS = [[7, 8, 9, 10], [50, 60, 70], list(range(100, 130))]
-
 Texts = list[list[int]]
 
 pytestmark = pytest.mark.skipif(
@@ -57,7 +55,7 @@ def stale(e: Engine) -> list[str]:
 
 
 def texts(e: Engine) -> Texts:
-    return e.generate(PROMPTS, max_new_tokens=24)
+    return e.generate([[7, 8, 9, 10], [50, 60, 70], list(range(100, 130))], max_new_tokens=24)
 
 
 def started(target: Path) -> Any:

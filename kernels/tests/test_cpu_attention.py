@@ -28,10 +28,7 @@ class InTorch:
         return PagedAttentionPlan.build(*lengths, **kind)
 
 
-KERNELS = ["this processor", "x86-64-v3", torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(scope="module", params=KERNELS, ids=str)
+@pytest.fixture(scope="module", params=["this processor", "x86-64-v3", torch.float32, torch.bfloat16], ids=str)
 def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Compiled for this processor, and for one without instructions for bfloat16; in torch."""
     if isinstance(request.param, torch.dtype):

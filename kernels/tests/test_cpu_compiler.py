@@ -12,8 +12,6 @@ from whiflash_kernels.cpu import compiler
 from whiflash_kernels.cpu import paged_attention as module
 from whiflash_kernels.cpu.paged_attention import compiled_attention
 
-KERNELS = Path(__file__).parents[1]
-
 
 def test_several_processes_compile_at_once(tmp_path: Path) -> None:
     program = (
@@ -23,7 +21,7 @@ def test_several_processes_compile_at_once(tmp_path: Path) -> None:
         "print(5e-324 * 1.0 > 0, sum('gomp' in line and 'r-xp' in line for line in open('/proc/self/maps')))"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(KERNELS)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     started = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -6,8 +6,6 @@ import pytest
 
 import whiflash_sdk
 
-PACKAGE = Path(whiflash_sdk.__file__).parent
-
 
 @pytest.mark.evidence
 def test_the_standard_library_of_python_3_10_has_what_is_used(tmp_path: Path) -> None:
@@ -15,5 +13,5 @@ def test_the_standard_library_of_python_3_10_has_what_is_used(tmp_path: Path) ->
     api = pytest.importorskip("mypy.api")
     options = ["--python-version", "3.10", "--config-file", "", "--follow-imports", "silent"]
     options += ["--ignore-missing-imports", "--cache-dir", str(tmp_path)]
-    stdout, stderr, status = api.run([*options, str(PACKAGE)])
+    stdout, stderr, status = api.run([*options, str(Path(whiflash_sdk.__file__).parent)])
     assert status == 0, stdout + stderr

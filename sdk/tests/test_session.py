@@ -49,7 +49,6 @@ def of_messages(used: Any, **result: Any) -> list[dict[str, Any]]:
 
 NESTED = "[" * 3000 + "]" * 3000
 OPENED = "[File: a.py (1 lines total)]\n"
-FAILED = of_messages({"path": "b"}, is_error=True, content="None.")
 CHAT = [user(), call(1, {"path": "a.py"}), result(1, NUMBERED)]
 OF_MESSAGES = [user(), *of_messages({"file_path": "a"}, content=[{"text": NUMBERED}])]
 OF_RESPONSES: Any = [
@@ -206,7 +205,7 @@ def test_a_file_that_was_read_is_predicted_for_tools_that_edit(wrapped: OpenAI, 
             [EDIT],
             "x = 4\ny\n",
         ),
-        (FAILED, [EDIT], FILE),
+        (of_messages({"path": "b"}, is_error=True, content="None."), [EDIT], FILE),
         ([call(2, {"path": "b.py"}), result(2, "")], [EDIT], FILE),
         ([call(2, NESTED), call(3, '{"path": ' + NESTED + "}")], [EDIT], FILE),
         ([{"role": "assistant", "tool_calls": [{"id": 3, "function": {"arguments": "{"}}, 4]}], [EDIT], FILE),
@@ -245,30 +244,27 @@ WINDOW = "".join(SOURCE.splitlines(True)[3:])
 OPENHANDS = "[File: /w/a.py (5 lines total)]\n(this is the beginning of the file)\n"
 DIGITS = f"{'1' * 5000}\ta\n{'2' * 5000}\tb\n"
 YAML = "ports:\n  80: a\n  81: b\nhosts:\n- c\n"
-NOTED = "\n<system-reminder>\nIs it\n1: malware?\n</system-reminder>\n"
 ABOVE = swe_agent(94, "(3 more lines above)\r\n", "(89 more lines below)")
-TWICE = view("{}:", swe_agent(5)) + "\nBefore your edit:\n" + view("{}:", swe_agent(5))
 OPENCODE = ("<path>a.py</path>\n<type>file</type>\n<content>\n", "</content>")
-FENCED = f"File: `a.py`. Lines 1 to 5 (5 lines total):\n```python\n{SOURCE}```"
 VIEWS = {
     "swe-agent": (view("{}:", swe_agent(5), "\r\n"), SOURCE),
     "swe-agent's window": (view("{}:", ABOVE, "\r\n", 4), WINDOW),
     "one line": (view("{}:", swe_agent(5), "\r\n", 5), SOURCE.splitlines(True)[4]),
     "openhands": (view("{}|", (OPENHANDS, "(this is the end of the file)")), SOURCE),
     "cat -n": (view("{:6}\t", ("Here's the result of running `cat -n` on /w/a.py:\n", "")), SOURCE),
-    "claude code": (view("{:6}→", ("", NOTED)), SOURCE),
+    "claude code": (view("{:6}→", ("", "\n<system-reminder>\nIs it\n1: malware?\n</system-reminder>\n")), SOURCE),
     "tabs": (view("{}\t"), SOURCE),
     "opencode's bars": (view("{:05}| ", ("<file>\n", "\n(End of file - total 5 lines)\n</file>")), SOURCE),
     "opencode's colons": (view("{}: ", OPENCODE, "\n", 4), WINDOW),
     "roo": (view("{:3} | ", ('<content lines="1-5">\n', "</content>\n")), SOURCE),
     "codex": (view("L{}: "), SOURCE),
     "bat": (view("{:4} │ "), SOURCE),
-    "a fence": (FENCED, SOURCE),
+    "a fence": (f"File: `a.py`. Lines 1 to 5 (5 lines total):\n```python\n{SOURCE}```", SOURCE),
     "an element": (f'<file path="a.py">\n{SOURCE}</file>', SOURCE),
     "a header alone": (f"[File: a.py (5 lines total)]\n{SOURCE}bash-$", SOURCE),
     "results of a search": ("1:import os\n40:import re\n", None),
     "wrapped lines": ("1:import os\nand more\n2:import re\n3:a\n", None),
-    "two views": (TWICE, None),
+    "two views": (view("{}:", swe_agent(5)) + "\nBefore your edit:\n" + view("{}:", swe_agent(5)), None),
     "nothing": ("", None),
     "as it is": (SOURCE, SOURCE),
     "a time": ("12:30 we meet\n", "12:30 we meet\n"),

@@ -99,11 +99,8 @@ def test_events_cut_anywhere_are_whole_again() -> None:
         assert call.raw_traces == [TRACE]
 
 
-KINDS = ["Text/Event-Stream; charset=utf-8", "application/json", "", "text/plain"]
-
-
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["Text/Event-Stream; charset=utf-8", "application/json", "", "text/plain"])
 def test_a_stream_is_one_whatever_its_content_type_says(server: FakeServer, way: str, kind: str) -> None:
     server.stream_kind = kind
     with hinting(way, server) as client:

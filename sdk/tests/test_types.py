@@ -10,7 +10,6 @@ import pytest
 
 import whiflash_sdk
 
-PROGRAM = Path(__file__).parent / "typed_program.py"
 PACKAGES = Path(whiflash_sdk.__file__).parents[1]
 
 
@@ -24,7 +23,7 @@ PACKAGES = Path(whiflash_sdk.__file__).parents[1]
 )
 def test_a_users_program_is_typed(command: list[str], tmp_path: Path) -> None:
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM.read_text("utf-8"))
+    program.write_text((Path(__file__).parent / "typed_program.py").read_text("utf-8"))
     (tmp_path / "pyrightconfig.json").write_text(f'{{"typeCheckingMode": "strict", "extraPaths": ["{PACKAGES}"]}}')
     line = [sys.executable, "-m", *command, "program.py"]
     environment = {**os.environ, "MYPYPATH": str(PACKAGES)}

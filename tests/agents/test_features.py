@@ -31,7 +31,6 @@ SCHEMA = {
 }
 FUNCTION = {"name": "look", "description": "Looks.", "parameters": SCHEMA, "strict": True}
 TOOLS = [{"type": "function", "function": FUNCTION}]
-NAMED = {"type": "function", "function": {"name": "look"}}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
 
 
@@ -74,7 +73,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "chat-json-schema": chat(response_format=FORMAT, **COMPACT),
     "chat-json-object": chat(response_format={"type": "json_object"}),
     "chat-tools": chat(tools=TOOLS),
-    "chat-tool": chat(tools=TOOLS, tool_choice=NAMED, **COMPACT),
+    "chat-tool": chat(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "look"}}, **COMPACT),
     "responses-tools": response(tools=[{"type": "function", **FUNCTION}]),
     "messages-tools": message(tools=[{"name": "look", "input_schema": SCHEMA}]),
 }

@@ -271,9 +271,6 @@ def test_a_step_with_a_long_prediction_works_and_its_trace_says_what_was_read(cl
     assert found.notes == ()
 
 
-CONVERTED = ("/v1/responses", "/v1/messages")
-
-
 def converted(route: str, **more: Any) -> dict[str, Any]:
     """A request for 24 tokens on a route that SGLang converts."""
     if route == "/v1/messages":
@@ -299,7 +296,7 @@ def told(route: str, answer: httpx.Response, stream: bool) -> tuple[str, dict[st
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("route", CONVERTED)
+@pytest.mark.parametrize("route", ["/v1/responses", "/v1/messages"])
 def test_a_converted_answer_tells_who_wrote_it_and_what_of_its_prediction_appeared(
     server: Server, route: str, stream: bool
 ) -> None:

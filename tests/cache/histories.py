@@ -6,10 +6,9 @@ from hypothesis import strategies as st
 from replay import CONTEXT, ROWS, Replay
 
 WIDEST = 8
-EVENTS = ("finish", "abort", "retract", "remap")
 
 route = st.sampled_from(["ar", "diffusion", "none"])
-event = st.none() | st.tuples(st.sampled_from(EVENTS), st.integers(0, ROWS - 1))
+event = st.none() | st.tuples(st.sampled_from(("finish", "abort", "retract", "remap")), st.integers(0, ROWS - 1))
 rounds = st.tuples(st.tuples(*[route] * ROWS), st.tuples(*[st.integers(1, WIDEST)] * ROWS), event, st.integers(1, 6))
 """Routes, accepted lengths (bonus included), what happens after it, and how often the round is repeated."""
 

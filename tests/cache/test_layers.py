@@ -12,12 +12,10 @@ from replay import ROWS, Arms, Replay, load_arms
 from whiflash_sglang.arms.paged import MOST_ROWS, blocks_of
 from whiflash_sglang.formats.choice import Choice
 
-LAYERS = 3
-
 
 @pytest.fixture(scope="module")
 def arms(tmp_path_factory: pytest.TempPathFactory) -> Arms:
-    return load_arms(tmp_path_factory.mktemp("layers"), eagle3_layers=LAYERS)
+    return load_arms(tmp_path_factory.mktemp("layers"), eagle3_layers=3)
 
 
 @pytest.fixture(autouse=True)

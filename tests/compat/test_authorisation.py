@@ -37,7 +37,6 @@ CLIENTS = {
 """For holders of the API key; for everybody where there is none."""
 
 SERVERS = {"open": (None, None), "api": ("user", None), "admin": (None, "boss"), "both": ("user", "boss")}
-KEYS = (None, "user", "boss", "wrong", "")
 
 
 def may(path: str, server: str, key: str | None) -> bool:
@@ -98,7 +97,7 @@ def test_every_path_that_clients_may_call_exists(routes: list[tuple[str, str]]) 
 def test_a_route_opens_for_whom_it_should(routes: list[tuple[str, str]], server: str) -> None:
     app, wrong = App(server), []
     for method, path in routes:
-        for key in KEYS:
+        for key in (None, "user", "boss", "wrong", ""):
             concrete = path.replace("{model:path}", "m").replace("{response_id}", "r")
             status = app.status(method, concrete, key)
             if (status == 200) != may(path, server, key) or status not in (200, 401):

@@ -12,7 +12,6 @@ from whiflash_sglang.engine.forward import recurrent
 from whiflash_sglang.engine.forward.recurrent import commit, tracked_rows, verify_packed
 
 WIDTH, TAPS, SLOTS, STEPS, EVERY = 6, 3, 7, 5, 4
-TREE = SimpleNamespace(page_size=1)
 
 
 def attention(caches: Any, slots: torch.Tensor) -> Any:
@@ -54,7 +53,7 @@ def test_rounds_are_what_decoding_one_by_one_gives(
         before = states.clone()
         out = verify_packed(None, conv, x, meta, STEPS, "tiny")
         assert torch.equal(states, before), "a verification only reads"
-        batch = SimpleNamespace(mamba_track_indices=slots + SLOTS, tree_cache=TREE)
+        batch = SimpleNamespace(mamba_track_indices=slots + SLOTS, tree_cache=SimpleNamespace(page_size=1))
         begins = torch.tensor([lengths[slot] for slot in slots.tolist()])
         commit(attention(caches, slots), None, batch, begins, torch.tensor(accepted, dtype=torch.int32))
         for i, slot in enumerate(slots.tolist()):

@@ -13,7 +13,6 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 CONTAINERFILE = DEPLOY / "container" / "Containerfile"
 COMPOSE = DEPLOY / "compose" / "compose.yml"
-KUBERNETES = DEPLOY / "kubernetes" / "whiflash.yml"
 PORT = 30000
 
 
@@ -96,7 +95,7 @@ def test_prometheus_and_grafana_find_what_they_ask() -> None:
 
 
 def resources() -> list[Any]:
-    return list(yaml.safe_load_all(KUBERNETES.read_text("utf-8")))
+    return list(yaml.safe_load_all((DEPLOY / "kubernetes" / "whiflash.yml").read_text("utf-8")))
 
 
 def test_kubernetes_schema_has_every_field() -> None:

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from blocks import ROOT, pages
 
-MARKDOWN_LINK = re.compile(r"\]\(([^)\s]+)\)")
-
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -47,7 +45,7 @@ def test_the_public_names_of_the_packages_are_on_their_pages(site: Path) -> None
 @pytest.mark.parametrize("page", [*pages(), ROOT / "SECURITY.md"], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_in_the_repository_lead_to_what_is_there(page: Path) -> None:
     """Pages that the site leaves out, and headings of those that it makes text of, are checked nowhere else."""
-    for link in MARKDOWN_LINK.findall(page.read_text(encoding="utf-8")):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if "://" not in link:
             target, _, anchor = link.partition("#")
             path = page.parent / target if target else page

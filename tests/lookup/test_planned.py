@@ -10,8 +10,6 @@ from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.core import Round
 from whiflash_sglang.round.planning import Planner
 
-ROUNDS = 3
-
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[Round]:
@@ -28,7 +26,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Round]:
 
 def test_what_the_device_copies_itself_is_not_sent(plans: list[Round]) -> None:
     batch = Batch(3)
-    for _ in range(ROUNDS):
+    for _ in range(3):
         batch.round()
     for round_ in plans:
         assert all(round_.plan.limits.copied)

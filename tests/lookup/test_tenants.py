@@ -13,11 +13,9 @@ from whiflash_sglang.drafts.candidates import NOTHING, Candidate, common_prefix
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.request import Request
 
-WIDTH = 24
-
 
 def arm() -> LookupArm:
-    return LookupArm(Lookup(max_width=WIDTH), late=False)
+    return LookupArm(Lookup(max_width=24), late=False)
 
 
 @dataclass

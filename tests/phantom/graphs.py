@@ -27,8 +27,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "graphs"))
 
 from op_tape import Tape
 
-NOT_PERMITTED = "operation not permitted when stream is capturing: {} waits"
-
 
 class Part(NamedTuple):
     """Operators between two events: the memory that they touch."""
@@ -109,7 +107,7 @@ class Graph:
             self._parts.append(Part({}, {}))
 
         def refused(*_: Any) -> None:
-            raise RuntimeError(NOT_PERMITTED.format(site()))
+            raise RuntimeError(f"operation not permitted when stream is capturing: {site()} waits")
 
         def read(tensor: torch.Tensor, reader: str) -> None:
             if world.cell(tensor).place is None:

@@ -20,7 +20,6 @@ from whiflash_kernels.triton_kernels.launch import multiprocessors
 
 AT_KERNELS = {"attention": 1, "launch": 2}
 """Places that ask for a card, and that only these launches come to."""
-BENCH = str(Path(__file__).parents[2] / "kernels" / "bench")
 
 
 class HostsNumbers:
@@ -47,7 +46,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         found[self.fn.__name__] += 1
 
     monkeypatch.setattr(JITFunction, "run", run)
-    monkeypatch.syspath_prepend(BENCH)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "kernels" / "bench"))
     yield found
     for name in ("cases", "shapes"):
         sys.modules.pop(name, None)

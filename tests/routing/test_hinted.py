@@ -21,17 +21,15 @@ from whiflash_sglang.routing.policies import PREFERENCE, RANKS, AutoPolicy, appl
 from whiflash_sglang.spans.hints import RequestHints
 
 VOCABULARY = (b"x", b"<t>", b"</t>")
-PIECES = (("prose", 40), ("tool", 30)) * 2
 ENTROPIES = (0.0, 0.0, 0.3, 1.0)  # nats; the same in both, as agents' outputs were found to be
 
 
-DRAFT_SECONDS = {"ar": 0.006, "diffusion": 0.004}
 WIDTHS = {"ar": 6, "diffusion": 8, "lookup": 6, "none": 1}
 
 
 def machine() -> Costs:
     """Prices of passes that any number of requests share, and of verifications."""
-    return priced(WIDTHS.__getitem__, DRAFT_SECONDS, base=0.022, more=0.0)
+    return priced(WIDTHS.__getitem__, {"ar": 0.006, "diffusion": 0.004}, base=0.022, more=0.0)
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def tokens_per_second(world: World, hints: RequestHints, *, seed: int, requests:
     for number in range(warm + requests):
         own = hints if number >= warm else RequestHints(spans=(TOOL,) if hints.spans else ())
         controller.open(Request(str(number), own), ())
-        for piece, length in PIECES:
+        for piece, length in (("prose", 40), ("tool", 30)) * 2:
             state = controller.states[0]
             controller.committed(state, state.decision, "none", [1 if piece == "tool" else 2], 1)
             left = length

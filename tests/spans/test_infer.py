@@ -59,7 +59,6 @@ def test_parsers_mark_their_formats(
     assert walk(inferred(tool_parser, reasoning_parser), text) == expected
 
 
-BIAS = st.dictionaries(st.sampled_from(get_args(Arm)), st.floats(-16, 16))
 MARKER = st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=64)
 SPAN = st.builds(
     lambda **fields: fields,
@@ -69,7 +68,7 @@ SPAN = st.builds(
     open=st.booleans(),
     prefer=st.none() | st.sampled_from(get_args(Arm)),
     pin=st.booleans(),
-    bias=BIAS,
+    bias=st.dictionaries(st.sampled_from(get_args(Arm)), st.floats(-16, 16)),
 )
 
 

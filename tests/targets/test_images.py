@@ -39,7 +39,6 @@ ASKED: Mapping[str, tuple[int, Sequence[Part]]] = {
     "two": (13, [STEM, Picture(1), words(2, 8), Picture(2, 4, 8), words(7, 4)]),
     "last": (14, [words(8, 6), Picture(4, 8, 8)]),  # the prompt ends with an image's end
 }
-LIMITS = {"max_new_tokens": 40}
 OPTIONS: dict[str, Any] = {"enable_multimodal": True, "max_running_requests": 4, "chunked_prefill_size": 16}
 
 
@@ -75,7 +74,7 @@ def arrivals(name: str, **params: Any) -> list[Arrival]:
     kind = FAMILIES[name].kind
     made = []
     for rid, (step, parts) in ASKED.items():
-        prompt, asked = asking(parts, kind, **LIMITS, **params)
+        prompt, asked = asking(parts, kind, max_new_tokens=40, **params)
         made.append(Arrival(rid, step, prompt, asked))
     return made
 

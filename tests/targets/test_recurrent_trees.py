@@ -29,7 +29,6 @@ EVERY = 8
 INTERVALS = {"mamba_radix_cache_strategy": "extra_buffer", "mamba_track_interval": EVERY}
 POOL = {"max_mamba_cache_size": 64}
 """States, of requests and in the tree."""
-POLICIES = ("ar", "diffusion", "lookup", "entropy", "auto", "none")
 CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "convolutions": ("Lfm2ForCausalLM", {}),
     "delta rule": ("Qwen3_5ForCausalLM", {}),
@@ -174,7 +173,7 @@ def test_turns_go_on_from_kept_states(case: str, tmp_path: Path, pytestconfig: p
         assert max(s.oracle.accepted) == s.oracle.max_drafts, "no full block was accepted"
         assert s.oracle.rejected > 0, "nothing was rejected"
         assert check_states(e, s.model) > 20
-        for policy in chosen(pytestconfig, POLICIES, "auto"):
+        for policy in chosen(pytestconfig, ("ar", "diffusion", "lookup", "entropy", "auto", "none"), "auto"):
             e.start_over(policy)
             for arrivals in s.turns:
                 turn(s, arrivals[1:3], f"{policy} ")

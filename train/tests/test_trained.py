@@ -24,7 +24,6 @@ from whiflash_train.answers.store import FeatureStore, open_stores
 from whiflash_train.config import TrainConfig, load_config
 from whiflash_train.drafters.runner import train_drafter
 
-FAMILY = "Qwen3MoeForCausalLM"
 PROMPTS = 24
 SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128}
 
@@ -98,7 +97,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(root: Path) -> HuggingFace:
-    found = tiny_family(root / "target", FAMILIES[FAMILY])
+    found = tiny_family(root / "target", FAMILIES["Qwen3MoeForCausalLM"])
     save_tokenizer(root / "target")
     return found
 
