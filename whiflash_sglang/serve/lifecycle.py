@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -36,32 +35,39 @@ FINISHED = ("stop", "length")
 """SGLang's reasons for an end that leave a whole answer: neither aborted nor left by the client."""
 
 
-@dataclass(eq=False)
 class Lifecycle:
     """Opens and closes a request's state in drafters, backlog, controller and tables. It calls arms in `quarantine`
     only to drop their state.
     """
 
-    drafters: Mapping[str, TextDrafter]
-    sync: DraftSync
-    controller: Controller
-    tokens: TokenTable
-    stops: StopTable
-    sampling_rows: SamplingRows
-    penalties: PenaltyRows
-    read_prediction: ReadPrediction
-    forcing: Forcing | None
-    quarantine: Quarantine
-    tally: Tally
-    publisher: Publisher
-    spool: Spool | None
-    _handles: WeakKeyDictionary[Any, tuple[int, ...] | None] = field(default_factory=WeakKeyDictionary, init=False)
-    """By session, or by request if it has none: handles of the tenants of its turns so far, as in `Sample`; None if
-    it is no sample, since a turn did not consent or text was forgotten since its first turn arrived."""
+    def __init__(
+        self,
+        drafters: Mapping[str, TextDrafter],
+        sync: DraftSync,
+        controller: Controller,
+        tokens: TokenTable,
+        stops: StopTable,
+        sampling_rows: SamplingRows,
+        penalties: PenaltyRows,
+        read_prediction: ReadPrediction,
+        forcing: Forcing | None,
+        quarantine: Quarantine,
+        tally: Tally,
+        publisher: Publisher,
+        spool: Spool | None,
+    ) -> None:
+        self._drafters, self._sync, self._controller = drafters, sync, controller
+        self._tokens, self._stops, self._sampling_rows = tokens, stops, sampling_rows
+        self._penalties = penalties
+        self._read_prediction, self._forcing = read_prediction, forcing
+        self._quarantine, self._tally, self._publisher, self._spool = quarantine, tally, publisher, spool
+        self._handles: WeakKeyDictionary[Any, tuple[int, ...] | None] = WeakKeyDictionary()
+        """By session, or by request if it has none: handles of the tenants of its turns so far, as in `Sample`; None if
+        it is no sample, since a turn did not consent or text was forgotten since its first turn arrived."""
 
     def arrived(self, req: Any) -> None:
         """Note whether a request may be learned from. Its tenant may have it forgotten while it waits to begin."""
-        if self.spool is not None:
+        if self._spool is not None:
             whole = req.session or req
             known, handles = self._handles.get(whole, ()), _handles_of(req)
             both = None if known is None or handles is None else (*known, *handles)
@@ -71,7 +77,7 @@ class Lifecycle:
         """Open a request that is prefilled into `row`. A further chunk of its prefill changes nothing; a retracted
         request begins again. `upload` carries the device's part of its state.
         """
-        former = self.controller.states.get(row)
+        former = self._controller.states.get(row)
         if former is not None:
             # A request with output was retracted: its row may hold state from before an earlier retraction.
             if former.rid == req.rid and not req.output_ids:
@@ -79,7 +85,7 @@ class Lifecycle:
             self._drop(former)
         hints, tenant = _hints_of(req), _tenant_of(req)
         if not req.retracted_stain and req.sampling_params.max_new_tokens:  # 0: it warms up for `n` answers
-            self.tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
+            self._tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
         recording = recording_of(req, hints.trace)
         if recording is not None:
             recording.agent = hints.agent
@@ -99,17 +105,17 @@ class Lifecycle:
             recording=recording,
             adapter=req.lora_id,
         )
-        self.controller.open(request, req.output_ids)
-        for arm, drafter in self.drafters.items():
-            if self.quarantine.serves(arm, request):
-                with self.quarantine.guard(arm, request):
+        self._controller.open(request, req.output_ids)
+        for arm, drafter in self._drafters.items():
+            if self._quarantine.serves(arm, request):
+                with self._quarantine.guard(arm, request):
                     drafter.begin(request)
-        self.tokens.begin(upload, row, readable(req.origin_input_ids), req.output_ids)
-        self.stops.begin(upload, row, stops)
-        self.sampling_rows.begin(upload, row, sampling.parameters(req))
-        self.penalties.begin(upload, row, sampling.penalties_of(req))
-        if self.forcing is not None:
-            self.forcing.begin(upload, row, req)
+        self._tokens.begin(upload, row, readable(req.origin_input_ids), req.output_ids)
+        self._stops.begin(upload, row, stops)
+        self._sampling_rows.begin(upload, row, sampling.parameters(req))
+        self._penalties.begin(upload, row, sampling.penalties_of(req))
+        if self._forcing is not None:
+            self._forcing.begin(upload, row, req)
 
     def forget_text(self, handle: int | None) -> None:
         """Drop samples of the tenant with this handle, or of all (None), and all that drafters learned or cached of
@@ -117,36 +123,36 @@ class Lifecycle:
         """
         for whole in list(self._handles):
             self._handles[whole] = None
-        for drafter in self.drafters.values():
+        for drafter in self._drafters.values():
             drafter.forget()
-        if self.spool is not None:
-            self.spool.forget(handle)
+        if self._spool is not None:
+            self._spool.forget(handle)
 
     def released(self, req: Any, *, kept: bool) -> None:
         """Close a request that gives its slots up. kept: whether the tree, a session or the host keeps them; then
         `DraftSync.flush` must follow."""
         row = req.kv.req_pool_idx
-        request = None if row is None else self.controller.states.get(row)
+        request = None if row is None else self._controller.states.get(row)
         if request is None or request.rid != req.rid:
             return
         if kept:
-            self.sync.leave(row, req.owned_kv_len())
+            self._sync.leave(row, req.owned_kv_len())
         finished = kept and req.finished()
-        if self.spool is not None and finished:
-            self._sample(self.spool, req)
+        if self._spool is not None and finished:
+            self._sample(self._spool, req)
         counts = finished and req.sampling_params.max_new_tokens  # 0: a preview, or a warm-up for `n` answers
-        self.tally.ended(request.counts, cached_of(req) if counts else {})
+        self._tally.ended(request.counts, cached_of(req) if counts else {})
         if finished and req.finished_reason.to_json()["type"] in FINISHED:
-            for arm, drafter in self.drafters.items():
-                with self.quarantine.guard(arm, request):
+            for arm, drafter in self._drafters.items():
+                with self._quarantine.guard(arm, request):
                     drafter.answered(request, req.output_ids_through_stop)
         self._drop(request)
-        if not self.controller.states:
-            self.publisher.flush()
+        if not self._controller.states:
+            self._publisher.flush()
 
     def leaks(self) -> dict[str, list[int]]:
         """Return the rows of the request table that hold state, by holder; it must be empty while no request runs."""
-        holders = {"requests": self.controller.states.keys(), "backlogs": self.sync.rows}
+        holders = {"requests": self._controller.states.keys(), "backlogs": self._sync.rows}
         return {holder: sorted(rows) for holder, rows in holders.items() if rows}
 
     def check_integrity(self) -> None:
@@ -156,7 +162,7 @@ class Lifecycle:
 
     def forget_all(self) -> None:
         """Drop the state of all requests, since every KV slot was freed."""
-        for request in list(self.controller.states.values()):
+        for request in list(self._controller.states.values()):
             self._drop(request)
 
     def _sample(self, spool: Spool, req: Any) -> None:
@@ -168,7 +174,7 @@ class Lifecycle:
         handles = self._handles.get(req.session or req)
         finished = req.finished_reason.to_json()["type"] in FINISHED
         answer = req.output_ids_through_stop
-        if handles is None or not (text and finished and answer) or self.forcing:
+        if handles is None or not (text and finished and answer) or self._forcing:
             spool.counts["declined"] += 1
             return
         spool.offer(req.origin_input_ids, answer, handles)
@@ -176,7 +182,7 @@ class Lifecycle:
     def _predicted(self, req: Any) -> Sequence[int] | None:
         """Return the answer's tokens that the request's caller expects; a malformed prediction is ignored."""
         try:
-            read = self.read_prediction(req.sampling_params.custom_params)
+            read = self._read_prediction(req.sampling_params.custom_params)
         except HintError as error:
             logger.warning("request %.64r: a malformed prediction is ignored (%s)", req.rid, error)
             return None
@@ -184,13 +190,13 @@ class Lifecycle:
 
     def _drop(self, request: Request) -> None:
         """Drop all state of a request."""
-        self.sync.forget(request.row)
-        self.penalties.end(request.row)
-        for arm, drafter in self.drafters.items():
-            with self.quarantine.guard(arm, request):
+        self._sync.forget(request.row)
+        self._penalties.end(request.row)
+        for arm, drafter in self._drafters.items():
+            with self._quarantine.guard(arm, request):
                 drafter.end(request)
-        self.controller.close(request)
-        self.quarantine.end(request)
+        self._controller.close(request)
+        self._quarantine.end(request)
 
 
 def _hints_of(req: Any) -> RequestHints:
