@@ -51,7 +51,12 @@ def test_a_pass_counts_by_its_own_drafts_behind_which_a_copy_was_verified() -> N
     told: dict[str, Any] = dict.fromkeys(("starts", "widths", "faults", "first_drafts", "source"), 1)
     told |= {"tokens": [7, 8, 9, 1], "accept_lens": 4, "drafts": [7, 8, 3], "drafted": 3}
     learner.learn(round_, Results(*[None] * 12)._replace(**{name: [value] for name, value in told.items()}))
-    assert controller.committed.call_args.args[-1] == {"lookup": 4, "ar": 3}
+    *_, lengths, right = controller.committed.call_args.args
+    assert (lengths, right) == ({"lookup": 4, "ar": 3}, 0)
+    told |= {"source": 0, "widths": 4, "first_drafts": 3, "tokens": [7, 8], "accept_lens": 2, "drafts": [7, 8, 3]}
+    learner.learn(round_, Results(*[None] * 12)._replace(**{name: [value] for name, value in told.items()}))
+    *_, lengths, right = controller.committed.call_args.args
+    assert (lengths, right) == ({"ar": 2}, 2), "the second one ends the text, so no bonus token follows it"
 
 
 def test_a_round_is_compared_with_one_that_verifies_a_row_of_each_request() -> None:

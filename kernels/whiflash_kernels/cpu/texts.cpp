@@ -105,18 +105,18 @@ void whiflash_propose(
     }
 }
 
-// modes: [count, columns], 0: a candidate may not be verified; 2: others may continue it. rooms: most tokens. A copy of a
-// request's own text is dropped, since the device makes such copies itself.
+// modes: [count, columns], 0: a candidate may not be verified; 2: others may continue it; 3: so, and there is no device that
+// makes copies of a request's own text itself, as in `whiflash lab replay`. rooms: most tokens.
 void whiflash_extend(const Batch* batch, const uint8_t* modes, const int64_t* rooms) {
     for (int64_t turn = 0; turn < batch->count; ++turn) {
         const int64_t i = (batch->first + turn) % batch->count;
         for (int64_t column = 0; column < batch->columns; ++column) {
             const uint8_t mode = modes[i * batch->columns + column];
             int64_t& size = batch->size(i, column);
-            if (mode == 2 && size) extend(*batch, i, column, rooms[i]);
+            if (mode >= 2 && size) extend(*batch, i, column, rooms[i]);
             const Drafts drafts = batch->drafts(i, column);
             const auto own = [](uint8_t name) { return name == CONTEXT; };
-            const bool itself = column == batch->of[COPIES] && std::all_of(drafts.names, drafts.names + size, own);
+            const bool itself = mode < 3 && column == batch->of[COPIES] && std::all_of(drafts.names, drafts.names + size, own);
             if (!mode || itself) size = 0;
         }
     }
