@@ -69,8 +69,12 @@ def cutter(*, increments: bool, cuts: Cuts = "tokens", **parameters: Any) -> Cut
     return Cutter(decoder, holder, increments=increments, cuts=cuts)
 
 
-def outputs(tokens: Sequence[int], sizes: Iterator[int], *, increments: bool) -> Iterator[dict[str, Any]]:
-    """Outputs of SGLang's detokenizer for steps that bring so many tokens each. Five tokens are reasoning."""
+def outputs(
+    tokens: Sequence[int], sizes: Iterator[int], *, increments: bool, ahead: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Outputs of SGLang's detokenizer for steps that bring so many tokens each. Five tokens are reasoning. ahead:
+    tokens by which the list of all so far has grown when one is read.
+    """
     detokenizer, sent, text = DetokenizerManager.__new__(DetokenizerManager), 0, ""
     detokenizer.tokenizer, detokenizer.vocab_size, detokenizer.decode_status = tokenizer(), len(tokenizer()), {}
     detokenizer.disable_tokenizer_batch_decode = False
@@ -83,9 +87,9 @@ def outputs(tokens: Sequence[int], sizes: Iterator[int], *, increments: bool) ->
         output = SimpleNamespace(**fields, **flags, decode_ids=[step], finished_reasons=[ends])
         (delta,) = detokenizer._decode_batch_token_id_output(output)
         text += delta
-        ids = step if increments else list(tokens[:sent])
+        ids = step if increments else list(tokens[: sent + (0 if ends else ahead)])
         counts = {"completion_tokens": sent, "reasoning_tokens": min(sent, 5), "output_token_logprobs_length": sent}
-        records = {"output_token_logprobs": [(0.5, token) for token in ids]}
+        records = {"output_token_logprobs": [(0.5, token) for token in ids[:sent]]}
         meta = {"id": "0", "finish_reason": ends, **counts, **records}
         yield {"text": delta if increments else text, "output_ids": ids, "meta_info": meta}
 
@@ -110,7 +114,7 @@ def test_pieces_are_those_of_their_tokens(text: str, every: int, increments: boo
     assert len(expected) > 3
     for name, sizes in chunkings():
         cuts = cutter(increments=increments, stream_interval=every)
-        found = [piece for output in as_sent(sizes) for piece in cuts.cut(output)]
+        found = [piece for output in as_sent(sizes, ahead=3) for piece in cuts.cut(output)]
         if not increments:  # who reads all records so far reads as many as are counted
             for piece in found:
                 meta = piece["meta_info"]

@@ -125,14 +125,16 @@ class Cutter:
     def cut(self, output: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the pieces to send now that `output` has arrived; only the answer's last one has a finish reason."""
         meta, tokens, text = output["meta_info"], output["output_ids"], output["text"]
+        is_last = meta["finish_reason"] is not None
         if self._increments:
             self._tokens += tokens
             self._text += text
             for key in meta.keys() & _INCREMENTAL_STREAMING_META_INFO_KEYS:
                 self._records.setdefault(key, []).extend(meta[key])
         else:
-            self._tokens, self._text = tokens, text
-        is_last = meta["finish_reason"] is not None
+            # SGLang's own list grows while the output of one of several choices waits for its turn.
+            grown = not is_last and len(tokens) > meta["completion_tokens"]
+            self._tokens, self._text = tokens[: meta["completion_tokens"]] if grown else tokens, text
         joins = self._at_marks and not is_last  # what parsers have sent at the end depends on the last two pieces
         for token in self._tokens[self._seen :]:
             self._take(token, joins)
@@ -175,7 +177,7 @@ class Cutter:
         self._sent, self._shown = tokens_end, max(self._shown, end)
         ends = self._sent == self._seen
         if ends and self._shown == len(self._text) and not self._increments:
-            return output
+            return {**output, "output_ids": self._tokens}
         meta = {**output["meta_info"]}
         if not ends:
             meta["finish_reason"] = None
