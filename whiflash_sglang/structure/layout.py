@@ -157,13 +157,13 @@ class Layout(Copied):
         whole, done = self._tail + text, len(self._tail)
         begins = {end: frame for frame in sorted(self.frames.begins, key=len) for end in _ends(whole, frame, done)}
         ends = {end for frame in self.frames.ends for end in _ends(whole, frame, done)}
-        frame = 0
+        start = 0
         for place in sorted(begins.keys() | ends):
             self._follow(whole[done:place])
             done = place
             if self.words is not None and not (place in begins if self._is_outside else self._since is not None):
                 continue  # a string has this text
-            frame = place
+            start = place
             if place in begins:
                 self.seen, self.inside, self.last, self.blanks = self._within, False, "", ""
                 self.depth, self._frame = 0, begins[place]
@@ -171,7 +171,7 @@ class Layout(Copied):
             else:
                 self._within, self._frame, self._since = self.seen, None, None
         self._follow(whole[done:])
-        self._tail = whole[frame:][-max(map(len, self.frames.begins + self.frames.ends)) :]
+        self._tail = whole[start:][-max(map(len, self.frames.begins + self.frames.ends)) :]
 
     def blank_before(self, character: str) -> tuple[str, bool]:
         """Return the blanks still expected before JSON's `character`, and whether earlier text shows that spacing."""
