@@ -109,7 +109,7 @@ class Batch:
 
     def propose(self, tokens: Sequence[int], ends: Sequence[int], starts: Sequence[int]) -> Sequence[float]:
         """Show each request its next tokens and fill the candidates. Return the length and rows that are expected of
-        each request's copy, and of its structure, one after the other; 0 without a handle. The arguments are those of
+        each request's copy, and of its structure, one after the other; 0 without a handle. The arguments are as of
         `whiflash_propose`.
         """
         forecasts: array[Any] = array("d", bytes(32 * len(starts)))

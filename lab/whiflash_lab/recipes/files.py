@@ -244,7 +244,7 @@ class _Script:
         return inner.launches(text if inner.depth < DEEPEST else "")
 
     def words(self, line: str) -> list[Word]:
-        """Return a line's words, with those of arrays and the values of variables in their places, as far as known."""
+        """Return a line's words, with the words of arrays and the values of variables in their places, if known."""
         if len(line := USED.sub(self._value, line)) > MOST_LINE:
             raise UsageError(f"--recipe {self.path}: a launch of more than {MOST_LINE} characters is not read")
         return [word for words in self._commands(line, []) for word in words]
