@@ -325,6 +325,17 @@ def test_hostile_tools_keep_memory_and_work_bounded(vocabulary: Vocabulary, monk
     assert most <= 8 + 24
 
 
+def test_a_tenant_shares_no_automaton_with_another(vocabulary: Vocabulary) -> None:
+    arm = StructureArm(Structure(), vocabulary, Spending(float, float))
+    hints, kept = hints_of("hermes", [("f", TOOL)]), []
+    for tenant in (b"a", b"b", None, b"a"):
+        request = Request("r", hints, tenant=tenant, prompt=len(PROMPT), read=lambda: PROMPT)
+        arm.begin(request)
+        kept.append(request.kept[arm.arm].automaton)
+    assert kept[0] is kept[3]
+    assert len({id(each) for each in kept}) == 3
+
+
 def test_calls_of_equal_tools_share_a_matcher(vocabulary: Vocabulary) -> None:
     """It takes 3 MB for 120 tools, and a client's prompts bring calls that differ in blanks only."""
     arm = StructureArm(Structure(), vocabulary, Spending(float, float))

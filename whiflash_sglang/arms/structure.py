@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 _STRINGS = re.compile(r'"(?=([^"]*)")')
 """Texts between two quotes. The closing quote may open the next text, since JSON is not parsed here."""
 
-AUTOMATA = 32
-"""Number of schemas and lists of tools whose automata are kept; the one begun least recently goes first."""
+AUTOMATA = 64
+"""Number of schemas and lists of tools, each of one tenant, whose automata are kept; the one begun least recently goes
+first. Tenants share none: what an automaton knows shows which names and values were written."""
 
 
 class _Uses(dict[str, int]):
@@ -64,8 +65,8 @@ class _Kept:
 
     grammar: its constraint, None without one. tools: those that it may call, as text; empty: none. words, uses: words
     of schemas and tools, and their counts in the prompt. tail: the prompt's last tokens. source: TOOLS or GRAMMAR, from
-    which it drafts now. walk: its place in `automaton`, None without one. shared: whether requests with its `key` use
-    the same automaton.
+    which it drafts now. walk: its place in `automaton`, None without one. shared: whether requests with its `key`, all
+    of one tenant, use the same automaton.
     """
 
     grammar: Grammar | None
@@ -175,7 +176,7 @@ class StructureArm(TextDrafter):
         calls = Calls(kept.tools, request.hints.spans, kept.uses.prompt, self._count) if kept.tools else None
         kept.shared = (layout is None or layout.words is not None) and (calls is None or calls.has_places)
         spans = [(span.kind, span.begin, span.end, span.open) for span in request.hints.spans]
-        kept.key = kept.tools, *(spans if kept.tools else ()), schema, kept.words, end, own
+        kept.key = request.tenant, kept.tools, *(spans if kept.tools else ()), schema, kept.words, end, own
         automaton = self._automata.get(kept.key) if kept.shared else None
         if automaton is None:
             matcher = None if grammar is None else grammar.beginning(vocabulary)

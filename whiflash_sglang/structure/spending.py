@@ -20,7 +20,7 @@ LOOKING = 0.5
 
 QUESTION_SECONDS = 1e-3
 """Seconds for questions a request of the round, after which none begins in it. An answer takes some 0.4 ms, and is then
-known for all requests with the same tools."""
+known for all requests of a tenant with the same tools."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 16, 1024
 """Rounds without drafts: in the first pause, and at most. Each pause is twice as long as the one before it."""
