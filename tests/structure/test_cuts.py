@@ -34,3 +34,12 @@ def test_the_word_that_is_open_is_all_that_a_cut_depends_on(words: str | None) -
             pieces, shorter = [LikelyText(rest, Kind.USUAL)], shorter + 1
             assert cut(vocabulary, shorter_tail, pieces) == cut(vocabulary, tail, pieces), (text, tail)
     assert shorter > 1000
+
+
+def test_tokens_that_only_the_tokenizer_has_are_no_drafts() -> None:
+    """Those of an image, say, in a marker of a client's hints: the target's embedding ends before them."""
+    vocabulary = vocabulary_of(small_tokenizer())
+    pieces = [LikelyText(NAMES[0] + "\n" + NAMES[1], Kind.USUAL)]
+    tokens = [each.token for each in cut(vocabulary, (), pieces)]
+    size = max(tokens)
+    assert [each.token for each in cut(vocabulary._replace(size=size), (), pieces)] == tokens[: tokens.index(size)]

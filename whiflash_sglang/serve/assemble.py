@@ -100,7 +100,7 @@ def build_drafters(settings: Settings, target: Target, spending: Spending, *, la
     if settings.uno is not None:
         drafters.append(UnoArm(AdaptedTarget(target, settings.uno), settings.uno_drafts))
     if settings.structure.enabled and target.tokenizer is not None:
-        words = vocabulary_of(target.tokenizer)
+        words = vocabulary_of(target.tokenizer, target.shape.vocab_size)
         drafters.append(StructureArm(settings.structure, words, spending))
     if settings.lookup.enabled:
         drafters.append(LookupArm(settings.lookup, late))

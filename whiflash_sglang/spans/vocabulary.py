@@ -11,6 +11,7 @@ trim and join. Three vocabularies cover the models in use:
 - anything else: the token is its text.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,12 +23,14 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 class Vocabulary(NamedTuple):
     """A target's vocabulary. encode: text → token ids, without special tokens added. token_bytes: bytes of every id.
-    special: ids of special tokens, such as those between messages.
+    special: ids of special tokens, such as those between messages. size: number of ids that the target embeds; a
+    tokenizer may have more.
     """
 
     encode: Callable[[str], list[int]]
     token_bytes: Sequence[bytes]
     special: frozenset[int]
+    size: float = math.inf
 
 
 def bytes_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> bytes:
@@ -71,8 +74,8 @@ def cut_behind(vocabulary: Vocabulary, written: str, text: str) -> list[int] | N
     return []
 
 
-def vocabulary_of(tokenizer: Any) -> Vocabulary:
-    """Build the `Vocabulary` of a `transformers` tokenizer.
+def vocabulary_of(tokenizer: Any, size: float = math.inf) -> Vocabulary:
+    """Build the `Vocabulary` of a `transformers` tokenizer and a target of `size` ids.
 
     Raises: ValueError if the tokenizer shows no vocabulary (`token_bytes`).
     """
@@ -86,7 +89,7 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
             return list(fast.encode(text, add_special_tokens=False).ids)
         return list(tokenizer.encode(text, add_special_tokens=False))
 
-    return Vocabulary(encode, token_bytes(tokenizer), frozenset(special | set(tokenizer.all_special_ids)))
+    return Vocabulary(encode, token_bytes(tokenizer), frozenset(special | set(tokenizer.all_special_ids)), size)
 
 
 def token_bytes(tokenizer: Any) -> tuple[bytes, ...]:

@@ -107,6 +107,8 @@ def cut(vocabulary: Vocabulary, tail: Sequence[int], pieces: Sequence[LikelyText
     chosen: list[Token] = []
     begin, table = 0, vocabulary.token_bytes
     for number, token in enumerate(tokens or ()):
+        if token >= vocabulary.size:
+            break  # a client's own marker may name such a token, and a forward with it would end the server
         stop = begin + len(table[token])
         ends = [first] * (number == 0) + [Kind.EDGE] * (number + 1 == len(tokens or ()))
         kinds = dict.fromkeys([*ends, *(piece.kind for piece in of_bytes[begin:stop])])
