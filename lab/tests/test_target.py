@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -66,3 +67,10 @@ def test_ties_of_other_targets_are_judged(tmp_path: Path, caplog: pytest.LogCapt
     assert BestLogit(tmp_path / "gemma", "bfloat16")(reference, 1) != 0
     assert caplog.text.count("does not run here") == len(unread)
     assert all(why in caplog.text for why in ("unheard", "is quantised", "lacks tensors"))
+
+
+def test_who_interrupts_the_comparison_keeps_the_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reference = Reference(Prompt("p", "chat", ()), (1, 2), (5, 6, 7), (9.0, 0.0, 9.0), "")
+    monkeypatch.setattr("whiflash_train.target.TargetModel", Mock(side_effect=KeyboardInterrupt))
+    best = BestLogit(tmp_path, "float32")
+    assert (best(reference, 1), best(reference, 2), best.lost) == (0.0, 0.0, "interrupted")

@@ -24,7 +24,7 @@ from whiflash_lab.bench.prompts import Prompt
 from whiflash_lab.bench.reference import Reference
 from whiflash_lab.bench.runner import Plan, Runner, Step
 from whiflash_lab.servers import ServerError
-from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.files.progress import Lines
 
 LOG = "the server stopped:\nloading\nValueError: no such drafter\n"
@@ -75,6 +75,12 @@ def test_it_is_named_while_the_others_still_start_and_plain_decoding_must(url: s
     assert "auto: the server did not start: ValueError: no such drafter\n" in said
     with pytest.raises(WhiflashError, match="plain decoding: the server did not start"):
         started(["none", "auto"], ["none"], url)
+
+
+@pytest.mark.parametrize("category", ["overall", "loops"])
+def test_no_category_has_the_name_of_a_row_of_every_report(category: str) -> None:
+    with pytest.raises(ConfigError, match=f"category '{category}'"):
+        Plan(None, (), (Prompt("p", category, ()),))
 
 
 IN_TURN = {"none": 9, "auto": 9, "EAGLE3": 0}

@@ -171,12 +171,14 @@ def flush(client: httpx.Client) -> None:
 
 async def stream_lines(parts: AsyncIterable[bytes]) -> AsyncIterator[str]:
     """Yield the lines of a UTF-8 stream, each as soon as it is whole; the last one when the stream ends."""
-    decode, rest, size = codecs.getincrementaldecoder("utf-8")("replace"), "", 0
+    decode, begun, size = codecs.getincrementaldecoder("utf-8")("replace"), [""], 0
     async for chunk in parts:
         if (size := size + len(chunk)) > MOST_BYTES << 4:  # each event of SGLang's own route repeats the answer so far
             raise httpx.DecodingError("the answer is longer than 1 GiB")
-        *whole, rest = (rest + decode.decode(chunk)).split("\n")
-        for line in whole:
-            yield line.removesuffix("\r")
-    if rest:
-        yield rest.removesuffix("\r")
+        *ends, rest = decode.decode(chunk).split("\n")
+        for end in ends:
+            yield "".join((*begun, end)).removesuffix("\r")
+            begun.clear()
+        begun.append(rest)
+    if line := "".join(begun):
+        yield line.removesuffix("\r")

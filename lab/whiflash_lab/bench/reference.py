@@ -184,8 +184,8 @@ class BestLogit:
             text = [*reference.input_ids, *reference.tokens[:position]]
             try:
                 self._known[key] = float(self._model.next_logits(text)[reference.tokens[position]])
-            except Exception as error:  # no error may keep the measurements from becoming a report
-                self.lost = str(error) or type(error).__name__
+            except (Exception, KeyboardInterrupt, SystemExit) as error:  # a report is made whatever ends this
+                self.lost = (str(error) or type(error).__name__) if isinstance(error, Exception) else "interrupted"
                 logger.warning("%s does not run here, so no difference counts as a tie: %s", self._target, error)
         return self._known.get(key, 0.0)
 

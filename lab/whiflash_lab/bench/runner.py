@@ -22,8 +22,8 @@ from whiflash_lab.bench.fleet import Fleet, environment
 from whiflash_lab.bench.load import ROUNDS, TOKEN_IDS, Asker, RefusedError, RequestError, flush
 from whiflash_lab.bench.prompts import Prompt, digest_of
 from whiflash_lab.bench.reference import BestLogit, Difference, Reference, ask_reference, differences
-from whiflash_lab.bench.report import LOOPS, BenchReport, build_report, name_of, whole
-from whiflash_sglang.errors import WhiflashError
+from whiflash_lab.bench.report import LOOPS, OVERALL, BenchReport, build_report, name_of, whole
+from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.files import provenance
 
 
@@ -66,6 +66,9 @@ class Plan:
     turn; otherwise one server at a time. recorded: files of conversations, if these are the prompts. longest_wait: the
     most seconds that a tool takes. left_out: by name, why a prompt is not asked. base: name of the arm that the others
     are compared with.
+
+    Raises:
+        ConfigError: prompts have a category of the name of a report's own row.
     """
 
     subject: Subject | None
@@ -79,6 +82,10 @@ class Plan:
     longest_wait: float = 0.0
     left_out: Mapping[str, str] = field(default_factory=dict)
     base: str = NONE
+
+    def __post_init__(self) -> None:
+        if taken := {OVERALL, LOOPS} & {prompt.category for prompt in self.prompts}:
+            raise ConfigError(f"category {min(taken)!r} of prompts: every report has a row of this name; give another")
 
     @property
     def over(self) -> str | None:
