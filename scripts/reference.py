@@ -62,11 +62,11 @@ STATE = {
     "rows": "verified rows",
     "tokens": "committed by rounds, including bonus tokens",
     "switches": "rounds of requests drafted by another arm than the round before",
-    "extra_catch_up_seconds": "catching up beyond what a drafter used in every round would have done",
+    "extra_catch_up_seconds": "seconds of catching up that would not arise if one drafter drafted every round",
     "round_seconds": "all stages, with gaps",
     **dict.fromkeys((f"{stage}_seconds" for stage in STAGES), "a stage of the round"),
-    "by_arm": "by arm and `none`: `rounds` of requests, `tokens`, drafts `proposed` and `accepted`; of these `joined` "
-    "and `joined_accepted` came from another arm",
+    "by_arm": "by arm and `none`: `rounds` of requests, `tokens`, drafts `proposed` and `accepted`; another arm appended "
+    "`joined` of the proposed drafts, `joined_accepted` of the accepted ones",
     "cached": "prompt tokens of ended requests whose KV was kept, by place: `device`, `host` or `storage`",
     "loaded": "as `by_arm`, of ended requests whose prompt's KV came in part from the host or from storage",
     "reasons": "rounds of requests by routing reason",
@@ -130,7 +130,7 @@ def meanings(model: type[BaseModel]) -> Mapping[str, str]:
     names = "|".join(model.model_fields)
     said = {}
     for one in reversed(model.__mro__[: model.__mro__.index(BaseModel)]):
-        text = " ".join((one.__doc__ or "").replace("Attributes:", "").split())
+        text = " ".join((one.__doc__ or "").partition("Raises:")[0].replace("Attributes:", "").split())
         found = list(re.finditer(rf"(?:^|(?<=[.;…] ))((?:{names})(?:, (?:{names}))*): ", text))
         ends = [*(match.start() for match in found[1:]), len(text)]
         for match, end in zip(found, ends, strict=False):

@@ -98,7 +98,7 @@ class Hints(_Hint):
     off: decode without drafting.
     infer: without spans, let the SDK and the server infer them from the request.
     trace: ask for the routing trace. True is "summary", sums by drafter; "full" has the stretches.
-    lookup: whether text is copied: `on`, `off`, or `context`: from its own text only, and nothing of it is kept.
+    lookup: `on`: text is copied; `off`: nothing is; `context`: only the request's own text is, and none of it is kept.
     agent: name of the agent, 1 to 64 characters, by which reports count.
     task: name of the task, 1 to 64 characters: requests of a tenant with one name copy from each other's answers.
     learn: false keeps the request from a server that trains its drafters on what it serves.
