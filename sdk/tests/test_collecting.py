@@ -155,12 +155,8 @@ def test_a_trace_names_its_call(client: OpenAI) -> None:
         for items in (raw.parse(), stream):
             list(items)
     traces = collected.traces
-    assert [(trace.model, trace.agent, trace.response_id) for trace in traces] == [
-        ("m", "planner", "r0"),
-        ("second", "coder", "r0"),
-        ("third", "coder", "r0"),
-        ("fourth", None, "r0"),
-    ]
+    named = [("m", "planner"), ("second", "coder"), ("third", "coder"), ("fourth", None)]
+    assert [(trace.model, trace.agent, trace.response_id) for trace in traces] == [(*one, "r0") for one in named]
     assert before <= traces[0].started
     assert [trace.started for trace in traces] == sorted(trace.started for trace in traces)
     assert all(trace.started <= trace.ended <= traces[0].ended for trace in traces)

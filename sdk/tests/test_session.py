@@ -180,11 +180,8 @@ def test_a_file_that_was_read_is_predicted_for_tools_that_edit(wrapped: OpenAI, 
         elif route == "responses":
             wrapped.responses.create(model="m", input=OF_RESPONSES, tools=[{"type": "function", "name": "write"}])  # type: ignore[call-overload]
         else:
-            wrapped.post(
-                "/v1/messages",
-                cast_to=object,
-                body={"model": "m", "messages": OF_MESSAGES, "tools": [{"name": "Edit"}]},
-            )
+            body: Any = {"model": "m", "messages": OF_MESSAGES, "tools": [{"name": "Edit"}]}
+            wrapped.post("/v1/messages", cast_to=object, body=body)
     assert predicted(server.bodies[0]) == FILE
 
 
@@ -200,11 +197,7 @@ def test_a_file_that_was_read_is_predicted_for_tools_that_edit(wrapped: OpenAI, 
         ([call(2, {"search": "3", "replace": "4"}), result(2, f"Done.\n{OPENED}1:x = 4\n")], [EDIT], "x = 4\n"),
         ([call(2, {"search": "3", "replace": "4"}), result(2, f"Not done.\n{OPENED}")], [EDIT], FILE),
         ([call(2, {"path": "b.py", "old_str": "3"}), result(2, "No such file.")], [EDIT], FILE),
-        (
-            [call(2, {"path": "b.py", "old_str": "3"}), result(2, "Done. See:\n 1\tx = 4\n 2\ty\n")],
-            [EDIT],
-            "x = 4\ny\n",
-        ),
+        ([call(2, {"path": "b.py", "old_str": "3"}), result(2, "See:\n 1\tx = 4\n 2\ty\n")], [EDIT], "x = 4\ny\n"),
         (of_messages({"path": "b"}, is_error=True, content="None."), [EDIT], FILE),
         ([call(2, {"path": "b.py"}), result(2, "")], [EDIT], FILE),
         ([call(2, NESTED), call(3, '{"path": ' + NESTED + "}")], [EDIT], FILE),

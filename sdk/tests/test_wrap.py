@@ -14,19 +14,7 @@ from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
 import whiflash_sdk
-from whiflash_sdk import (
-    Capabilities,
-    Hints,
-    Span,
-    UnsupportedServerError,
-    UnsupportedServerWarning,
-    agent,
-    collect,
-    hinted,
-    predict,
-    spans,
-    wrap,
-)
+from whiflash_sdk import Capabilities, Hints, Span, UnsupportedServerError, agent, collect, hinted, predict, spans, wrap
 
 SCHEMA = {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]}
 FUNCTION = {"name": "calculate", "parameters": {**SCHEMA, "additionalProperties": False}, "strict": True}
@@ -257,7 +245,7 @@ def test_a_server_that_does_not_route_gets_what_the_call_says(
     wrap(client, agent=lambda: "framework", tenant="acme")
     own: Any = {"type": "content", "content": "mine"}
     with agent("planner"), predict("block"):
-        with pytest.warns(UnsupportedServerWarning, match="whiflash/capabilities"):
+        with pytest.warns(whiflash_sdk.UnsupportedServerWarning, match="whiflash/capabilities"):
             response = ask(client, tools=[TOOL], extra_body=OWN.extra_body(), prediction=own)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -345,7 +333,7 @@ def test_warnings_point_at_the_users_call(
         "raw": lambda: wrap(client).with_raw_response.completions.create(model="m", prompt="x"),
         "create": lambda: wrap(client).chat.completions.create(**ASKED),
     }
-    with pytest.warns(UnsupportedServerWarning) as said:
+    with pytest.warns(whiflash_sdk.UnsupportedServerWarning) as said:
         ways.get(way, lambda: client.chat.completions.create(**ASKED))()
     assert [one.filename for one in said] == [__file__]
 

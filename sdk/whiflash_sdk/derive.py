@@ -17,7 +17,7 @@ def derive_spans(body: Mapping[str, Any], tool_parser: str | None, reasoning_par
     body: the request as sent, without `extra_body`.
     tool_parser, reasoning_parser: names of the server's parsers, from its capabilities.
     """
-    if not (_knows(TOOL_CALL_PARSERS, tool_parser) and _knows(REASONING_PARSERS, reasoning_parser)):
+    if tool_parser not in (None, *TOOL_CALL_PARSERS) or reasoning_parser not in (None, *REASONING_PARSERS):
         return ()
     choice = body.get("tool_choice")
     has_tools = bool(body.get("tools")) and choice != "none"
@@ -29,10 +29,6 @@ def derive_spans(body: Mapping[str, Any], tool_parser: str | None, reasoning_par
         response_format=response_format.get("type") if isinstance(response_format, Mapping) else None,
         forced=has_tools and (choice == "required" or isinstance(choice, Mapping)),
     )
-
-
-def _knows(presets: Mapping[str, object], parser: str | None) -> bool:
-    return parser is None or parser in presets
 
 
 def open_first(spans: tuple[Span, ...], opened: Span) -> tuple[Span, ...]:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from whiflash_sdk.trace import ArmTotals, CollectedTrace, Trace, sum_known
+from whiflash_sdk.trace import ArmTotals, CollectedTrace, Rounds, Trace, sum_known
 
 NO_AGENT, NO_TOOL = "no agent", "text only"
 """Names of the rows for answers whose request named no agent, and for answers that call no tool."""
 
 
-class Share(BaseModel):
+class Share(Rounds):
     """Sums over some of the answers.
 
     name: that of the agent, the tools, the turn or the drafter.
@@ -28,8 +28,6 @@ class Share(BaseModel):
     arms: the same answers by drafter.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     name: str
     answers: int
     rounds: int
@@ -37,11 +35,6 @@ class Share(BaseModel):
     seconds: float | None = None
     saved: float | None = None
     arms: dict[str, ArmTotals] = {}
-
-    @property
-    def acceptance_length(self) -> float:
-        """Return the tokens per round, bonus tokens included; 0 without rounds."""
-        return self.tokens / self.rounds if self.rounds else 0.0
 
     @property
     def by_drafter(self) -> str:

@@ -33,11 +33,19 @@ def keep_stream(response_id: str, call: Any) -> None:
         STREAMS.pop(oldest, None)
 
 
-def _ratio(tokens: int, rounds: int) -> float:
-    return tokens / rounds if rounds else 0.0
+class Rounds(BaseModel):
+    """Base of what counts `rounds` and their `tokens`."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    @property
+    def acceptance_length(self) -> float:
+        """Return the tokens per round, bonus tokens included; 0 without rounds."""
+        counts: Any = self
+        return float(counts.tokens / counts.rounds) if counts.rounds else 0.0
 
 
-class Stretch(BaseModel):
+class Stretch(Rounds):
     """Consecutive rounds of one drafter, chosen for one reason, in one span.
 
     start, end: output token offsets.
@@ -51,8 +59,6 @@ class Stretch(BaseModel):
     round_proposed: draft tokens of each round.
     round_chars: characters of each round's accepted drafts and of its bonus token, which the target wrote.
     """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     start: int = Field(ge=0)
     end: int = Field(ge=0)
@@ -72,13 +78,8 @@ class Stretch(BaseModel):
         """Number of output tokens of the stretch."""
         return self.end - self.start
 
-    @property
-    def acceptance_length(self) -> float:
-        """Tokens per round, the bonus token counted."""
-        return _ratio(self.tokens, self.rounds)
 
-
-class ArmTotals(BaseModel):
+class ArmTotals(Rounds):
     """One drafter's share of a response.
 
     rounds: verification passes of the target.
@@ -87,18 +88,11 @@ class ArmTotals(BaseModel):
     saved: estimate of the seconds saved over plain decoding; below 0 if drafting cost time.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
     rounds: int = Field(ge=0)
     tokens: int = Field(ge=0)
     proposed: int | None = Field(default=None, ge=0)
     accepted: int | None = Field(default=None, ge=0)
     saved: float | None = Field(default=None, allow_inf_nan=False)
-
-    @property
-    def acceptance_length(self) -> float:
-        """Tokens per round, the bonus token counted."""
-        return _ratio(self.tokens, self.rounds)
 
     @classmethod
     def sum(cls, totals: Iterable[ArmTotals]) -> ArmTotals:
@@ -130,7 +124,7 @@ class SourceTotals(BaseModel):
     saved: float | None = Field(default=None, allow_inf_nan=False)
 
 
-class Trace(BaseModel):
+class Trace(Rounds):
     """The routing of one choice of one response.
 
     version: of the schema, 1.
@@ -150,8 +144,6 @@ class Trace(BaseModel):
     notes: parts of the request that the server did not follow, with reasons.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
     version: int
     policy: str
     stretches: tuple[Stretch, ...] = ()
@@ -167,11 +159,6 @@ class Trace(BaseModel):
     seconds: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     gain: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     notes: tuple[str, ...] = ()
-
-    @property
-    def acceptance_length(self) -> float:
-        """Tokens per round, the bonus token counted."""
-        return _ratio(self.tokens, self.rounds)
 
     @property
     def tokens_per_second(self) -> float | None:
