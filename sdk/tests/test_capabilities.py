@@ -88,7 +88,10 @@ def test_headers_that_authenticate_count_and_others_do_not(server: FakeServer, n
         assert server.paths.count(ROUTE) == probes
         client._client.cookies.set("sticky", "1")  # balancers do
         ask(client.with_options(default_headers={name: "b"}))
-    assert server.paths.count(ROUTE) == probes
+        assert server.paths.count(ROUTE) == probes
+        for value in ("b", "c"):
+            ask(client, extra_headers={name: value})
+    assert server.paths.count(ROUTE) == 2 * probes - 1, "a call has its own key"
 
 
 def test_a_key_in_the_query_counts_and_a_version_does_not(server: FakeServer) -> None:

@@ -94,7 +94,7 @@ class OfClient:
         if makers[0] is not None:
             key, sent = None, {name: value for name, value in sent.items() if name.lower() != "authorization"}
         made_from = [maker if isinstance(maker, str) else id(maker) for maker in makers]
-        return _digest(url, sent, key, made_from, id(http.auth))
+        return _digest(url, {**sent, **self._headers}, key, made_from, id(http.auth))
 
 
 class OfRequest:
