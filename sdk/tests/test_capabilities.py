@@ -22,6 +22,8 @@ from openai import AsyncOpenAI, AzureOpenAI, OpenAI
 
 import whiflash_sdk
 from whiflash_sdk import Capabilities, Hints, UnsupportedServerError, UnsupportedServerWarning, wrap
+from whiflash_sdk.capabilities import async_ask
+from whiflash_sdk.identity import OfClient
 
 
 @pytest.fixture(autouse=True)
@@ -361,6 +363,18 @@ def test_a_silent_server_takes_the_clients_time(
 
     ran(main())
     assert server.paths.count(ROUTE) <= 1  # none where the time was over before the server was reached
+
+
+def test_a_silent_list_is_asked_for_again_later(async_client: AsyncOpenAI, clock: Clock, ran: Any) -> None:
+    async def main() -> None:
+        asker, seconds = OfClient(async_client), {"/v1/models": 3600.0}
+        await async_ask(asker, model="m")
+        async_client._client.event_hooks["request"] = [lambda sent: asyncio.sleep(seconds.get(sent.url.path, 0))]
+        clock.seconds = 301
+        found = await async_ask(asker, 0.2, "m")
+        assert (found.alone, found.is_due("m")) == (True, False), "what the list said before holds"
+
+    ran(main())
 
 
 def test_who_starts_together_asks_once(client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, ran: Any) -> None:

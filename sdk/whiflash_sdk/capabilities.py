@@ -265,7 +265,10 @@ async def async_ask(
                 await run_async(_probe(asker, url, server, limits, model))
                 is_asking = False
         if is_asking and scope.cancel_called:
-            server.failed(TimeoutError())
+            if server.needs_list(model):  # the list is missing, not the answer of the route
+                server.unlisted()
+            else:
+                server.failed(TimeoutError())
     return server
 
 
