@@ -125,12 +125,13 @@ class AskedServer:
         SGLang answers to any name. A gateway with several models sends other names to other servers, which may refuse
         fields that they do not know, and need not read what an agent says about its work.
         """
-        return self.found is not None and self.alone is None and not _names(self.found, model)
+        found = self.found  # another thread may forget it meanwhile
+        return found is not None and self.alone is None and not _names(found, model)
 
     def listed(self, models: object) -> None:
         """Note from the answer of `/v1/models` whether it lists only the found model and its adapters (`alone`)."""
         entries = models.get("data") if isinstance(models, dict) else None
-        name = self.found and self.found.model
+        name = None if (found := self.found) is None else found.model
         others = [entry for entry in entries or () if isinstance(entry, dict) and entry.get("parent") != name]
         self.alone = {entry.get("id") for entry in others} == {name}
         self.lists = 0 if entries else self.lists
@@ -178,12 +179,12 @@ class AskedServer:
 
         Raises: UnsupportedServerError under `strict`, in place of the warning.
         """
-        trouble = self.trouble
-        if self.found is not None:
-            if self.alone or _names(self.found, model):
-                return self.found
+        trouble, found = self.trouble, self.found
+        if found is not None:
+            if self.alone or _names(found, model):
+                return found
             named = model if model is None else model[:_SHOWN]
-            trouble = f"answers for the model {self.found.model!r}, and this request is for {named!r}"
+            trouble = f"answers for the model {found.model!r}, and this request is for {named!r}"
         wait = max(0.0, self.next_probe - now())
         reason = f"{self.url} {trouble}; asked again in {wait:.0f} s"
         if strict:
