@@ -342,7 +342,7 @@ PHASES = {"connect": 30.0, "read": None, "write": None, "pool": None}
 """Timeouts of another version of the transport."""
 
 
-@pytest.mark.parametrize("timeout", [30.0, (30.0, 60.0, 60.0, 60.0), SimpleNamespace(as_dict=lambda: PHASES)])
+@pytest.mark.parametrize("timeout", [30.0, (30.0, 60.0), (30.0,) * 4, SimpleNamespace(as_dict=lambda: PHASES)])
 def test_every_way_to_write_a_timeout_is_read(client: OpenAI, timeout: Any) -> None:
     client.timeout = timeout
     assert whiflash_sdk.capabilities(client) is not None

@@ -335,8 +335,8 @@ def _limits(asker: Asker, timeout: float | Timeout | NotGiven | None) -> dict[st
     if hasattr(asked, "as_dict"):
         asked = asked.as_dict()
     elif not isinstance(asked, dict):
-        phases = ("connect", "read", "write", "pool")
-        asked = dict(zip(phases, asked if isinstance(asked, tuple) else (asked,) * 4, strict=True))
+        given = (*asked, None, None)[:4] if isinstance(asked, tuple) else (asked,) * 4
+        asked = dict(zip(("connect", "read", "write", "pool"), given, strict=True))
     return {name: min(PROBE_SECONDS, inf if s is None else s) for name, s in asked.items()}
 
 
