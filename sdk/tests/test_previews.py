@@ -11,7 +11,7 @@ import pytest
 from fake_server import CAPABILITIES, FakeServer
 from openai import AsyncOpenAI, OpenAI
 
-from whiflash_sdk import Session, async_http_client, http_client, wrap
+from whiflash_sdk import Session, async_http_client, collect, http_client, wrap
 from whiflash_sdk.previews import LEAST, MARKER, StreamedResult
 
 USER = {"role": "user", "content": "Do it."}
@@ -57,12 +57,13 @@ def test_a_turn_and_its_result_are_previewed(server: FakeServer, below: bool, st
     session = Session(tenant="acme", agent="coder", preview=True)
     with OpenAI(**given, http_client=http_client() if below else None) as client:
         create = (client if below else wrap(client)).chat.completions.create
-        with session:
+        with session, collect() as collected:
             answer = create(**ASKED, stream=stream)
             list(answer)
             work(session, server)
             create(**ASKED)
             until(lambda: len(server.bodies) == 5)
+    assert [call.turn for call in collected._calls] == [None, None], "a call that is kept has no conversation"
     server.bodies.clear()
 
     async def main() -> None:

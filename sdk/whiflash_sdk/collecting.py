@@ -66,6 +66,7 @@ class CollectedCall:
             return
         # The end is not read from the wall clock, which may jump during the call.
         self.ended = self.started + timedelta(seconds=time.monotonic() - self.began)
+        self.turn = None  # it holds the conversation, and somebody may keep the call
         if self.span is not None and self._sent:
             with contextlib.suppress(TraceError):  # `traces` raises it
                 share = Share.of("", list(self.traces()))

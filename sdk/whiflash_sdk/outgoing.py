@@ -177,7 +177,7 @@ def exchange(
     if talk is not None and isinstance(sent, str) and sent.startswith(talk.id):
         talk.sent_to(asker, sent, going.body.get("cache_salt"), is_async=is_async)
     call = start(owner, going.agent)
-    call.turn = turn_of(asker, going.body, is_async=is_async) if going.previews else None
+    turn = turn_of(asker, going.body, is_async=is_async) if going.previews else None
     try:
         answer = yield from send(going.body)
     except fails as error:
@@ -188,9 +188,10 @@ def exchange(
             raise
         answer = yield from send(going.plain)
         going.served_without(refused)
-        call.turn = None
-    if going.traced or call.turn is not None:
-        take(answer, call, whole_text=going.whole_text or call.turn is not None)
+        turn = None
+    if going.traced or turn is not None:
+        call.turn = turn
+        take(answer, call, whole_text=going.whole_text or turn is not None)
     return answer
 
 
