@@ -13,7 +13,7 @@ from fake_server import CAPABILITIES, EXPECTED, FULL, ROUTE, ROUTES, TRACE, Fake
 from openai import AsyncOpenAI, OpenAI
 
 import whiflash_sdk
-from whiflash_sdk import Hints, UnsupportedServerWarning, agent, collect, predict, routing, spans, wrap
+from whiflash_sdk import HintError, Hints, UnsupportedServerWarning, agent, collect, predict, routing, spans, wrap
 
 anthropic: Any = pytest.importorskip("anthropic")
 httpx: Any = sys.modules.get("httpx") or sys.modules["httpx2"]
@@ -134,10 +134,15 @@ def test_what_a_request_is_sent_as(server: FakeServer) -> None:
 @pytest.mark.parametrize("routes", [True, False])
 def test_hints_that_are_none_are_left_for_the_server(server: FakeServer, said: Any, routes: bool) -> None:
     own = {"custom_params": {"whiflash": said, "a": 1}}
-    with hinting("http_client", server, capabilities=None if routes else False) as client:
+    with hinting("http_client", server, capabilities=None if routes else False, tenant="acme") as client:
         client.chat.completions.create(**ASKED, extra_body=own)
-    assert server.bodies[0] == {**ASKED, **(own if routes else {"custom_params": {"a": 1}})}
-    if not routes:  # what is not ours to take out stays
+    assert server.bodies[0] == {**ASKED, **({**own, "cache_salt": "acme"} if routes else {"custom_params": {"a": 1}})}
+    if routes:
+        raises = pytest.raises((HintError, openai.APIConnectionError))
+        with hinting("http_client", server, strict=True) as client, raises:
+            client.with_options(max_retries=0).chat.completions.create(**ASKED, extra_body=own)
+        assert len(server.bodies) == 1
+    else:  # what is not ours to take out stays
         for way in WAYS:
             with hinting(way, server, capabilities=False) as client:
                 client.responses.create(model="m", input="x", extra_body=own)

@@ -247,7 +247,7 @@ def _with_hints(
             others = hints.spans or guessed(_derived, rest, route, hints, capabilities, otherwise=())
             hints = hints.model_copy(update={"spans": open_first(tuple(others), opened)})
         params[WIRE_KEY] = hints.encode()
-        rest = {**_predicted(capabilities, body, inside), **rest, **_salted(body, inside, told)}
+        rest = {**_predicted(capabilities, body, inside), **rest, **salted(body, told)}
         rest = {**_named(capabilities, body, hints.agent), **rest}
     return {**rest, "custom_params": params} if params else rest
 
@@ -259,8 +259,9 @@ def _derived(body: Mapping[str, Any], route: str, hints: Hints, capabilities: Ca
     return derive_spans(body, capabilities.tool_call_parser, capabilities.reasoning_parser)
 
 
-def _salted(body: Mapping[str, Any], inside: Session | None, told: Told) -> dict[str, Any]:
+def salted(body: Mapping[str, Any], told: Told) -> dict[str, Any]:
     """Return the tenant as the field `cache_salt`; empty without a tenant, or if the request has a salt."""
+    inside = session()
     tenant = (inside.tenant if inside else None) or told.tenant
     return {} if tenant is None or body.get("cache_salt") is not None else {"cache_salt": tenant}
 

@@ -19,7 +19,7 @@ from whiflash_sdk.collecting import open_scope
 from whiflash_sdk.errors import HintError
 from whiflash_sdk.flow import Flow, run, run_async
 from whiflash_sdk.identity import OfRequest, base_classes
-from whiflash_sdk.outgoing import REFUSALS, ClientSettings, Told, at_once, exchange, route_of
+from whiflash_sdk.outgoing import REFUSALS, ClientSettings, Told, at_once, exchange, route_of, salted
 from whiflash_sdk.reading import TooDeepError, edit_json, read_json
 from whiflash_sdk.streaming import decodes, watch
 
@@ -58,7 +58,7 @@ def http_client(inner: Any = None, **settings: Unpack[ClientSettings]) -> Any:
 
     inner: the client that sends, with its proxies, certificates and authentication: an `httpx.Client`, or an
         `httpx2.Client` for libraries that are built on HTTPX 2. None: OpenAI's own default.
-    settings: those of `wrap`. Under `strict` the library raises UnsupportedServerError, or its own
+    settings: those of `wrap`. Under `strict` the library raises UnsupportedServerError or HintError, or its own
         connection error with that cause.
 
     Returns: a client of the same HTTP library. Closing it closes `inner`.
@@ -161,8 +161,11 @@ def _exchange(way: Any, request: Any) -> Flow[Any]:
     steps |= {"take": watch, "work": work, "fails": _FailedError}
     try:
         return (yield from exchange(way.owner, way.told, route, body, **steps))
-    except HintError:  # hints of the request itself: the server will refuse them
-        return (yield way.send(request))
+    except HintError:  # hints of the request itself, which the server will refuse or a later release understands
+        if way.told.strict:
+            raise
+        carrying = yield work(_carrying, way.library, request, content, body, {**body, **salted(body, way.told)})
+        return (yield way.send(carrying))
     except _FailedError as failed:
         return failed.answer
 
