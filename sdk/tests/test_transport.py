@@ -222,9 +222,10 @@ def test_a_server_that_does_not_route_gets_the_request_byte_for_byte(server: Fak
     body = b'{ "model":"m", "messages" : [], "x": 1.0e1, "y": "\\ud800" }'
     with whiflash_sdk.http_client(inner) as client:
         with pytest.warns(UnsupportedServerWarning, match="404"):
-            client.post(f"{server.base_url}/completions", content=body)
+            client.post(f"{server.url}/acme%2Fteam/v1/completions", content=body)
         client.post(f"{server.base_url}/embeddings", content=body)
     assert sent[-2:] == [body, body]
+    assert server.paths[0] == f"/acme%2Fteam{ROUTE}"
 
 
 def test_strict_is_the_cause_of_the_librarys_error(server: FakeServer) -> None:

@@ -185,8 +185,8 @@ def _read(content: bytes) -> dict[str, Any] | None:
 
 
 def _asker(way: Any, request: Any, route: str) -> OfRequest:
-    path = request.url.path.removesuffix("/" + route.removeprefix("v1/"))
-    return OfRequest(way.inner, request, str(request.url.copy_with(path=path, query=None)))
+    path = request.url.raw_path.partition(b"?")[0].removesuffix(b"/" + route.removeprefix("v1/").encode())
+    return OfRequest(way.inner, request, str(request.url.copy_with(raw_path=path)))
 
 
 def _carrying(library: Any, request: Any, content: bytes, own: Mapping[str, Any], body: Mapping[str, Any]) -> Any:
