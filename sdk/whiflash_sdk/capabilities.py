@@ -23,7 +23,7 @@ from anyio.lowlevel import RunVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from whiflash_sdk.errors import UnsupportedServerError, warn_unsupported
-from whiflash_sdk.flow import Flow, run, run_async
+from whiflash_sdk.flow import Flow, of_loop, run, run_async
 from whiflash_sdk.identity import Asker, OfClient
 from whiflash_sdk.otel import untraced
 
@@ -257,7 +257,8 @@ async def async_ask(
 ) -> AskedServer:
     """Return what is known about the asker's server, for an asynchronous asker (see `ask`)."""
     url, server = _server(asker)
-    if server.is_due(model) and not ((lock := _lock(server)).locked() and server.is_known(model)):
+    lock = of_loop(_LOCKS, WeakKeyDictionary).setdefault(server, anyio.Lock())
+    if server.is_due(model) and not (lock.locked() and server.is_known(model)):
         limits = _limits(asker, timeout)
         is_asking = False
         with anyio.move_on_after(_longest(limits)) as scope:
@@ -289,16 +290,6 @@ def _probe(asker: Asker, url: str, server: AskedServer, limits: dict[str, float]
                     server.listed(None)
                 else:
                     server.unlisted()
-
-
-def _lock(server: AskedServer) -> anyio.Lock:
-    """Return the lock at which the running event loop's tasks wait for this server's answer."""
-    try:
-        locks = _LOCKS.get()
-    except LookupError:
-        locks = WeakKeyDictionary()
-        _LOCKS.set(locks)
-    return locks.setdefault(server, anyio.Lock())
 
 
 def _server(asker: Asker) -> tuple[str, AskedServer]:

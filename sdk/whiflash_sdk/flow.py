@@ -5,9 +5,11 @@ A step is a result, or an awaitable of one. The driver sends the result into the
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from inspect import isawaitable
 from typing import Any, TypeVar
+
+from anyio.lowlevel import RunVar
 
 ResultT = TypeVar("ResultT")
 Flow = Generator[Any, Any, ResultT]
@@ -38,3 +40,12 @@ async def run_async(flow: Flow[ResultT]) -> ResultT:
     except StopIteration as end:
         result: ResultT = end.value
         return result
+
+
+def of_loop(variable: RunVar[ResultT], make: Callable[[], ResultT]) -> ResultT:
+    """Return the running event loop's value of a variable, which is made at its first use."""
+    try:
+        return variable.get()
+    except LookupError:
+        variable.set(made := make())
+        return made

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, overload
 
 import anyio.to_thread
+from anyio.lowlevel import RunVar
 from typing_extensions import Unpack
 
 from whiflash_sdk.collecting import open_scope
 from whiflash_sdk.errors import HintError
-from whiflash_sdk.flow import Flow, run, run_async
+from whiflash_sdk.flow import Flow, of_loop, run, run_async
 from whiflash_sdk.identity import OfRequest, base_classes
 from whiflash_sdk.outgoing import REFUSALS, ClientSettings, Told, at_once, exchange, route_of, salted
 from whiflash_sdk.reading import TooDeepError, edit_json, read_json
@@ -30,6 +31,8 @@ LONGEST: Final = 8 * 2**20
 """Most bytes of a body that is parsed. Longer ones get the fields of the settings, but nothing derived from it."""
 BRIEF: Final = 2**17
 """Bytes from which a body is parsed in a thread, so that the event loop does not wait for it."""
+_THREADS: Final[RunVar[anyio.CapacityLimiter]] = RunVar("whiflash_threads")
+"""Limiter of the four threads that parse bodies. All threads of anyio's own limiter may be waiting for a request."""
 _OBJECT: Final = re.compile(rb"[ \t\r\n]*\{")
 
 
@@ -141,8 +144,10 @@ def _exchange(way: Any, request: Any) -> Flow[Any]:
     if route is None:
         return (yield way.send(request))
     content = yield (request.aread() if way.is_async else request.read())
-    in_thread = way.is_async and len(content) >= BRIEF
-    work: Callable[..., Any] = anyio.to_thread.run_sync if in_thread else at_once
+    work: Callable[..., Any] = at_once
+    if way.is_async and len(content) >= BRIEF:
+        run_sync: Any = anyio.to_thread.run_sync
+        work = functools.partial(run_sync, limiter=of_loop(_THREADS, lambda: anyio.CapacityLimiter(4)))
     body = yield work(_read, content)
     if body is None:
         return (yield way.send(request))
