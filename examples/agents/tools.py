@@ -28,7 +28,7 @@ def calculate(expression: str) -> str:
         expression: the expression, such as (3+4)*12.
     """
     try:
-        return f"{_evaluate(ast.parse(expression, mode='eval').body):g}"
+        return f"{_evaluate(ast.parse(expression, mode='eval').body):.15g}"
     except (SyntaxError, ValueError, ZeroDivisionError) as error:
         return f"error: {error}"
 
@@ -60,7 +60,7 @@ def query_shop(table: Table, aggregate: Aggregate) -> str:
         )
         # Both names come from closed lists, checked by the caller against the schema.
         row = shop.execute(f"SELECT {function} FROM {table}").fetchone()
-    return f"{row[0]:g}"
+    return f"{row[0]:.15g}"
 
 
 def search_files(word: str) -> str:
