@@ -117,10 +117,9 @@ def test_a_wrong_change_of_policy_is_a_400_and_reaches_no_scheduler(
     assert not manager.sent
 
 
-def test_capabilities_name_routes_kinds_limits_and_the_policy_in_force(client: TestClient) -> None:
+def test_capabilities_name_routes_limits_and_the_policy_in_force(client: TestClient) -> None:
     document = client.get("/whiflash/capabilities").json()
     assert document["routes"][:3] == ["chat/completions", "completions", "messages"]
-    assert document["kinds"] == ["tool_call", "json", "code", "reasoning", "prose"]
     assert document["limits"] == {"spans": 16, "marker_chars": 64, "name_chars": 64, "bytes": 8192}
     assert document["policy"] == "auto"
     assert client.post("/whiflash/policy", json={"router": "none"}).status_code == 200

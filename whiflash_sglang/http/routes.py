@@ -6,13 +6,13 @@ import json
 import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from fastapi import Depends, HTTPException, Query, Request
 from fastapi.responses import JSONResponse
 from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import AttachHiCacheStorageReqOutput, SetInternalStateReq
-from whiflash_sdk.hints import MAX_BYTES, MAX_MARKER_CHARS, MAX_NAME_CHARS, MAX_SPANS, WIRE_VERSION, Kind
+from whiflash_sdk.hints import MAX_BYTES, MAX_MARKER_CHARS, MAX_NAME_CHARS, MAX_SPANS, WIRE_VERSION
 
 from whiflash_sglang import __version__
 from whiflash_sglang.copying.tenants import parse_forget
@@ -98,7 +98,6 @@ async def _capabilities() -> dict[str, object]:
         "model": server_args.served_model_name or server_args.model_path,
         "policy": await _policy(manager),
         "arms": [*settings.drafters, *(arm for arm, loaded in others.items() if loaded), "none"],
-        "kinds": get_args(Kind),
         "routes": middleware.routes(),
         "prediction_tokens": settings.lookup.prediction_tokens if settings.lookup.enabled else 0,
         "tool_call_parser": manager.config_value("tool_call_parser"),
