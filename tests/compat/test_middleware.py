@@ -235,9 +235,16 @@ def predicted(*parts: dict[str, Any]) -> dict[str, Any]:
     return {"prediction": {"type": "content", "content": [*parts]}}
 
 
+def formatted(schema: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "schema": schema}}
+
+
 MALFORMED: list[tuple[dict[str, Any], str, str]] = [
     ({"custom_params": 7}, "custom_params", "must be an object"),
     ({"response_format": [7]}, "response_format", "must be an object"),
+    (formatted("x"), "response_format.schema", "must be an object"),
+    (formatted({"properties": 5}), "response_format.schema.properties", "must be an object"),
+    (formatted({"properties": {"strict": True}}), "response_format.schema.properties.strict", "must be an object"),
     ({"custom_params": {"whiflash": '{"off":1}'}}, "custom_params.whiflash.off", "must be true or false"),
     ({"custom_params": {"whiflash_inferred": "x"}}, "custom_params.whiflash_inferred", "must be true"),
     ({"prediction": {"type": "diff"}}, "prediction.type", "must be content"),
@@ -254,7 +261,7 @@ MALFORMED: list[tuple[dict[str, Any], str, str]] = [
 def test_a_malformed_field_is_a_400_in_the_routes_form(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     """Every field on one route, and one field on every route: all read their bodies by the same function."""
     app = App(monkeypatch)
-    for body, field, why in MALFORMED if path == "/v1/completions" else MALFORMED[:1]:
+    for body, field, why in MALFORMED if path == "/v1/chat/completions" else MALFORMED[:1]:
         answer = app.client.post(path, json=body)
         error = answer.json()
         assert (answer.status_code, app.seen) == (400, [])
@@ -265,6 +272,8 @@ def test_a_malformed_field_is_a_400_in_the_routes_form(monkeypatch: pytest.Monke
             assert (error["param"], error["code"]) == (field, 400)
         assert error["message"].startswith(field)
         assert why in error["message"]
+    for schema in (None, {}, {"properties": {"strict": None}}, {"properties": {"strict": {"default": True}}}):
+        assert app.client.post(path, json=formatted(schema)).status_code == 200
 
 
 def test_a_salt_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

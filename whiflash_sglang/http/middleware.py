@@ -8,7 +8,7 @@ Requests without our fields and their answers stay SGLang's own, and so do serve
 
 import json
 import os
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -17,6 +17,7 @@ from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 from sglang.srt.utils import auth
 from starlette.middleware import Middleware
+from starlette.types import Message, Receive, Send
 from whiflash_sdk.reading import TooDeepError, read_json
 
 from whiflash_sglang.engine.carried import asks_for_ours, settings_of
@@ -25,10 +26,6 @@ from whiflash_sglang.http import sessions, writer
 from whiflash_sglang.http.callers import CALLER, NOBODY, caller_of
 from whiflash_sglang.http.reader import CURRENT, Call, Form, read
 from whiflash_sglang.spans.hints import HintError
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 FORMS: Mapping[str, Form] = {
     os.environ.get("AIP_PREDICT_ROUTE", "/vertex_generate"): "native",  # SGLang's own route of this path wins
@@ -166,15 +163,12 @@ def _giving(message: Message, receive: Receive) -> Receive:
 def _refusal(form: Form | None, error: HintError) -> Response:
     """Return the error in the route's own form."""
     state = http_server.app.state
-    refused: Response
     if form in (None, "native"):
-        refused = JSONResponse({"error": {"message": str(error)}}, 400)
-    elif form == "messages":
-        refused = state.anthropic_serving._error_response(400, "invalid_request_error", str(error))
-    else:
-        serving = state.openai_serving_responses if form == "responses" else state.openai_serving_chat
-        refused = serving.create_error_response(str(error), param=error.field)
-    return refused
+        return JSONResponse({"error": {"message": str(error)}}, 400)
+    if form == "messages":
+        return state.anthropic_serving._error_response(400, "invalid_request_error", str(error))
+    serving = state.openai_serving_responses if form == "responses" else state.openai_serving_chat
+    return serving.create_error_response(str(error), param=error.field)
 
 
 def routes() -> tuple[str, ...]:

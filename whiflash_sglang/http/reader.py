@@ -7,7 +7,7 @@ know, and get the spans and tools that they imply. Others are read from their sa
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -122,8 +122,8 @@ async def read(form: Form, body: object, manager: Any) -> Call:
     if not isinstance(body, dict):  # SGLang refuses it
         return Call(form)
     params = body.get("custom_params")
-    for name in ("custom_params", "response_format"):  # for another response_format SGLang answers with 500
-        if not isinstance(body.get(name) or {}, dict):
+    for name, value in _objects(form, body):
+        if not isinstance(value, dict):
             raise HintError(name, "must be an object")
     if (text := body_prediction(body)) is not None:
         if CARRIED_PREDICTION in (params or {}):
@@ -133,15 +133,24 @@ async def read(form: Form, body: object, manager: Any) -> Call:
     fields = await fields_of(manager, params)
     if body.get("previous_response_id") is not None:  # an earlier turn may have opted out of learning
         fields = fields.unlearned()
-    keys = {name: body[name] for name in KEYS if body.get(name) is not None}
-    wrong = [name for name, value in keys.items() if not isinstance(value, str)]
-    if form == "messages" and wrong:
+    keys = {name: body[name] for name in KEYS if form == "messages" and body.get(name) is not None}
+    if wrong := [name for name, value in keys.items() if not isinstance(value, str)]:
         raise HintError(wrong[0], "must be text")
     short = {name: value for name, value in body.items() if name not in _TEXTS}
     if isinstance(messages := body.get("messages"), list):  # the last may begin the answer, others may bring tools
         tools = [one for one in messages[:-1] if isinstance(one, dict) and one.get("tools")]
         short["messages"] = [*tools, *messages[-1:]]
-    return Call(form, short, fields, keys if form == "messages" else {})
+    return Call(form, short, fields, keys)
+
+
+def _objects(form: Form, body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the name and value of each field that must be an object: a wrong `response_format` is a 500 in SGLang."""
+    yield "custom_params", body.get("custom_params") or {}
+    yield "response_format", (output := body.get("response_format") or {})
+    if form == "chat" and output.get("type") == "json_schema" and not output.get("json_schema"):
+        yield "response_format.schema", (schema := output.get("schema") or {})
+        yield "response_format.schema.properties", (properties := schema.get("properties", {}))
+        yield "response_format.schema.properties.strict", properties.get("strict") or {}
 
 
 async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Fields]:

@@ -6,19 +6,17 @@ its own, and counts of predicted tokens in their usage. Responses and Messages h
 """
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sglang.srt.entrypoints.openai.protocol import ResponsesResponse
+from starlette.types import Message, Send
 
 from whiflash_sglang.engine.carried import META_KEY
 from whiflash_sglang.engine.patching import around
 from whiflash_sglang.engine.scheduler import figures
 from whiflash_sglang.http.reader import CURRENT, Call
 
-Message = MutableMapping[str, Any]
-"""A message of ASGI."""
-Send = Callable[[Message], Awaitable[None]]
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 """Returns a JSON object with additions; the same object if there is nothing to add."""
 
