@@ -11,7 +11,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from whiflash_sglang.engine.scheduler.session_tree import LINE
+from whiflash_sglang.http.callers import NOBODY
 from whiflash_sglang.http.previews import known_tokens, prepare, serves_previews
+from whiflash_sglang.http.sessions import CLOSE, scope, scoped_body
 from whiflash_sglang.spans.hints import HintError
 
 MERGES = [("a", "b"), ("ab", "c"), ("\n", "\n"), (";", "\n\n"), (" ", "x")]
@@ -47,7 +49,7 @@ def test_many_special_tokens_are_decoded_together(tokenizer: PreTrainedTokenizer
 
 def test_a_preview_is_no_request_that_is_answered(tokenizer: PreTrainedTokenizerFast) -> None:
     flags = SimpleNamespace(pp_size=1, disaggregation_mode="null", enable_session_radix_cache=True)
-    flags.attn_dp_size, flags.enable_dp_attention = 1, False
+    flags.attn_dp_size, flags.enable_dp_attention, flags.disable_radix_cache = 1, False, False
     manager = SimpleNamespace(server_args=flags, tokenizer=tokenizer, context_len=64)
 
     def prepared(**fields: Any) -> GenerateReqInput:
@@ -56,10 +58,19 @@ def test_a_preview_is_no_request_that_is_answered(tokenizer: PreTrainedTokenizer
         return asked
 
     assert not prepared(text="z y; END").log_metrics
-    for spelling in ({"attn_dp_size": 2}, {"enable_dp_attention": True}):
+    for spelling in ({"attn_dp_size": 2}, {"enable_dp_attention": True}, {"disable_radix_cache": True}):
         assert not serves_previews(SimpleNamespace(**{**vars(flags), **spelling}))
     refused: list[dict[str, Any]] = [{"text": text} for text in ("no marker", "END first", "y; " * 64 + "END")]
     refused += [{"text": "z y; END", "return_logprob": True}, {"input_ids": [-1]}, {"input_embeds": [[0.5]]}]
     for fields in refused:
         with pytest.raises(HintError, match=r"whiflash\.preview"):
             prepared(**fields)
+
+
+def test_a_session_is_of_both_keys_of_its_tenant() -> None:
+    ids, server = list[str](), SimpleNamespace(dp_size=1, attn_dp_size=1)
+    for salt, key in (("", ""), ("a", ""), ("", "a"), (LINE, "")):
+        body = {"session_id": "s", "cache_salt": salt, "extra_key": key}
+        scope(asked := SimpleNamespace(**body), None, server)
+        ids += asked.session_id, scoped_body(CLOSE, body, NOBODY, trusted=False)["session_id"]
+    assert (len({*ids}), ids[0], any(LINE in one for one in ids)) == (4, "\x1fs", False)

@@ -35,6 +35,7 @@ class Manager:
             model_path="tiny",
             tokenizer_worker_num=1,
             enable_session_radix_cache=True,
+            disable_radix_cache=False,
             attn_dp_size=1,
             enable_dp_attention=False,
             pp_size=1,

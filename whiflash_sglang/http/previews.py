@@ -14,6 +14,7 @@ from itertools import takewhile
 from typing import Any
 
 from whiflash_sglang.engine.scheduler.session_tree import MARK
+from whiflash_sglang.http.sessions import serves_sessions
 from whiflash_sglang.spans.hints import HintError
 
 FIELD = "custom_params.whiflash.preview"
@@ -23,7 +24,7 @@ def serves_previews(server_args: Any) -> bool:
     """Whether a server takes previews: it needs sessions, and schedulers that each prefill and decode by themselves."""
     peers = server_args.enable_dp_attention or server_args.attn_dp_size > 1  # two spellings, as they were given
     alone = server_args.pp_size == 1 and server_args.disaggregation_mode == "null" and not peers
-    return bool(alone and server_args.enable_session_radix_cache)
+    return bool(alone and serves_sessions(server_args))
 
 
 async def prepare(manager: Any, obj: Any, marker: str) -> None:
@@ -34,7 +35,7 @@ async def prepare(manager: Any, obj: Any, marker: str) -> None:
     """
     if not serves_previews(manager.server_args) or manager.tokenizer is None:
         why = "needs --enable-session-radix-cache, a tokenizer, and no DP attention, pipeline stages or disaggregation"
-        raise HintError(FIELD, f"{why}; leave it out")
+        raise HintError(FIELD, f"{why}, nor --disable-radix-cache; leave it out")
     prompt = obj.text if obj.input_ids is None else obj.input_ids
     ids = isinstance(prompt, list) and all(type(one) is int and 0 <= one < 1 << 31 for one in prompt)
     if not (ids or isinstance(prompt, str)) or isinstance(obj.sampling_params, list) or obj.contains_mm_input():

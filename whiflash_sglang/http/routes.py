@@ -25,7 +25,7 @@ from whiflash_sglang.engine.scheduler.control import encode, encode_forget, stat
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.hosts import SilentReplicaError, together
 from whiflash_sglang.files.jsonl import read_json
-from whiflash_sglang.http import admission, callers, cut_streams, middleware, reader, traces, writer
+from whiflash_sglang.http import admission, callers, cut_streams, middleware, reader, sessions, traces, writer
 from whiflash_sglang.http.previews import serves_previews
 from whiflash_sglang.settings.config import PolicyChange, changed
 from whiflash_sglang.telemetry.samples import forget_samples
@@ -103,7 +103,7 @@ async def _capabilities() -> dict[str, object]:
         "tool_call_parser": manager.config_value("tool_call_parser"),
         "reasoning_parser": manager.config_value("reasoning_parser"),
         "tenant_header": settings.trust_tenant_header,
-        "sessions": bool(server_args.enable_session_radix_cache),
+        "sessions": sessions.serves_sessions(server_args),
         "previews": serves_previews(server_args),
         "limits": {
             "spans": MAX_SPANS,
