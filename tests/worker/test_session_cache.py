@@ -101,7 +101,8 @@ def test_what_a_compacted_turn_left_goes_first(models: Models, flags: dict[str, 
             e.requests.clear()
             system, old, summary, live, more = map(words, range(5), (32, 112, 32, 80, 200))
             session = f"{begins}agent"
-            e.ask("old", [*system, *old], max_new_tokens=16, session_id=session)
+            for name in ("old", "again"):  # `slru` protects what was used twice
+                e.ask(name, [*system, *old], max_new_tokens=16, session_id=session)
             e.ask("live", live, max_new_tokens=16)
             e.ask("new", [*system, *summary], max_new_tokens=16, session_id=session)
             e.ask("more", more, max_new_tokens=1)
@@ -128,5 +129,7 @@ def test_sessions_that_nobody_closes_are_bounded(models: Models, monkeypatch: py
         assert [*refs._session_generations] == left
         assert all(component._session_leaves.keys() <= set(left) for component in refs.components)
         assert len(e.output("running")) == 40
+        e.close_session("line:1")  # by an `Engine`, which names no tenant
+        assert [*refs._session_generations] == [left[1]]
         e.scheduler.tree_cache.sanity_check()
         e.check_leaks()

@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.unified_cache.session_ref_tracker import UnifiedSessio
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 MARK = "\x1f"
-"""Character between the tenant and a client's id in the scheduler's id of a session."""
+"""Character between a hash of the tenant and a client's id in the scheduler's id of a session."""
 LINE = f"{MARK}line:"
 """Beginning of a client's id, after the mark, of a session in which each request continues the conversation."""
 AGE = 2.0**40
@@ -67,6 +67,7 @@ class SessionTracker(UnifiedSessionRefTracker):  # type: ignore[misc]
         alone = [n for n in given_up.values() if not any(one.session_ref(n) for one in self.components)]
         for node in sorted(alone, key=lambda node: -node.last_access_time):
             node.last_access_time -= AGE  # the order of the tree's leaves
+            node.hit_count = 0  # else `slru` evicts it after all that was used once
             for lists in (self.tree_core.lru_lists, self.tree_core.host_lru_lists):
                 for lru in (lists[component.component_type] for component in self.components):
                     if lru.in_list(node):  # the order of windows and recurrent states
