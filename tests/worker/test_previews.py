@@ -6,7 +6,8 @@ import pytest
 from engine import engine
 from model_set import Models
 from overlap import overlapped
-from previewed import preview, talk, words
+from previewed import PREVIEW, preview, talk, words
+from sglang.srt.managers.io_struct import PauseGenerationReqInput
 from trees import assert_tree_is_true, matched_slots
 
 from whiflash_sglang.engine.scheduler import previews
@@ -148,4 +149,12 @@ def test_a_preview_ends_with_its_use(models: Models, monkeypatch: pytest.MonkeyP
         preview(e, "fits", words(52, 100))
         e.run()
         assert e.worker.tally.previews == {name: count + 1 for name, count in before.items()}
+        preview(e, "retracted", words(53, 300), f"{LINE}b")
+        assert [e.step(), e.step()] == [True, True]
+        e.scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
+        e.scheduler.enable_priority_scheduling, e.scheduler.max_queued_requests = True, 1
+        e.submit("urgent", words(54, 24), max_new_tokens=4, priority=-5)
+        e.submit("default", words(55, 40), session_id=f"{LINE}b", priority=0, **PREVIEW)
+        assert ended[8:] == ["retracted", "default"], "it takes nobody's place in the queue"
+        e.run()
         e.check_leaks()

@@ -12,6 +12,7 @@ ranks count the same rounds by the same prices, so they agree.
 from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.common import match_kv_cache
 
 from whiflash_sglang.engine.scheduler.session_tree import surplus
@@ -54,14 +55,22 @@ class PreviewQueue:
         is_late = self.enable_session_radix_cache and is_preview(recv_req)
         if is_late and recv_req.session_id in self.tree_cache.session_refs._closed_session_ids:
             self.send_abort_output(AbortReq(rid=recv_req.rid), recv_req)
+            self._dropped(1)
         else:
             super().handle_generate_request(recv_req)  # type: ignore[misc]
 
     def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> None:
-        """Set a preview apart. For another request drop its session's preview, and abort the one being prefilled."""
-        session, waits = req.session_id, req.session_id is not None and is_preview(req)
+        """Set a preview apart, or end a retracted one. Another request ends its session's and the prefilled one."""
+        session, waits = req.session_id, is_preview(req)
+        if waits and session is None:  # it was set apart before, and its first tokens may stay cached
+            self._release_aborted_request(req)
+            self.send_abort_output(AbortReq(rid=req.rid), req)
+            req.finished_reason, req.finished_output = FINISH_ABORT(), True  # under overlap its result comes later
+            return
         self.drop_preview(session)
-        if not waits and is_preview(self.chunked_req):
+        if waits:
+            req.priority = None  # SGLang fills in the lowest; `--default-priority-value` may be above others
+        elif is_preview(self.chunked_req):
             self.abort_request(AbortReq(rid=self.chunked_req.rid))
         super()._add_request_to_queue(req, is_retracted)  # type: ignore[misc]
         if not waits or req not in self.waiting_queue:  # SGLang has refused it
@@ -89,8 +98,14 @@ class PreviewQueue:
         self.waiting_queue += waiting.values()
         super().abort_request(recv_req)  # type: ignore[misc]
         self.previews = {session: req for session, req in waiting.items() if req in self.waiting_queue}
-        self.draft_worker.tally.previews["dropped"] += len(waiting) - len(self.previews)
+        self._dropped(len(waiting) - len(self.previews))
         self.waiting_queue = [req for req in self.waiting_queue if req not in waiting.values()]
+
+    def _dropped(self: Any, count: int) -> None:
+        """Count previews that were dropped, and publish the count if no round will."""
+        self.draft_worker.tally.previews["dropped"] += count
+        if count and not self.draft_worker.controller.states:
+            self.draft_worker.publisher.flush()
 
     def update_running_batch(self, batch: Any) -> Any:
         self.rounds_to_wait -= 1
