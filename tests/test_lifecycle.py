@@ -81,7 +81,7 @@ class History:
         for name, found in {"recording_of": None, "cached_of": {}, "grammar_of": None, "urgency": 0}.items():
             monkeypatch.setattr(lifecycle, name, Mock(return_value=found))
         self.arm, self.sync, self.waiting, self.rows = Noting(), Mock(), list[Req](), dict[int, Req]()
-        self.tally = Mock(requests=Counter())
+        self.tally, self.publisher = Mock(requests=Counter()), Mock()
         self.controller = Controller(AutoPolicy(), Mock(), ())
         self.lifecycle = lifecycle.Lifecycle(
             {"noting": self.arm},
@@ -91,7 +91,7 @@ class History:
             forcing=None,
             quarantine=Quarantine(["noting"]),
             tally=self.tally,
-            publisher=Mock(),
+            publisher=self.publisher,
             spool=None,
         )
 
@@ -144,6 +144,7 @@ def test_what_is_kept_is_what_sglang_runs(seed: int, monkeypatch: pytest.MonkeyP
         else:
             history.release(row, step)
         history.check()
+        assert step != "begin" or before in (None, history.controller.states[row]), "a chunk changes nothing"
         if before is not None and before is not history.controller.states.get(row):
             assert not before.running
             assert not before.kept
@@ -163,3 +164,13 @@ def test_flushing_forgets_every_request(monkeypatch: pytest.MonkeyPatch) -> None
     history.check()
     assert history.sync.forget.call_args_list == [call(0), call(2)]
     assert not history.tally.ended.called, "nobody finished"
+
+
+def test_a_request_is_counted_when_its_last_round_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = History(monkeypatch)
+    history.begin(0)
+    history.release(0, "finish")
+    assert not history.tally.ended.called, "under overlap it follows"
+    history.lifecycle.settle()
+    history.tally.ended.assert_called_once_with({}, {})
+    history.publisher.flush.assert_called_once_with()

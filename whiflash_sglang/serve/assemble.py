@@ -213,21 +213,10 @@ class Stages:
             target.end_graphs_with(self.ends)
         sources = DraftSources(drafters, quarantine, target.shape.vocab_size, parts.spending)
         longest = parts.settings.lookup.prediction_tokens
-        self.lifecycle = Lifecycle(
-            of_text(drafters),
-            sync,
-            parts.controller,
-            tokens,
-            stops,
-            rows,
-            penalties,
-            prediction_reader(target.tokenizer, longest, target.shape.vocab_size),
-            self.forcing,
-            quarantine,
-            parts.tally,
-            parts.publisher,
-            parts.spool,
-        )
+        reader = prediction_reader(target.tokenizer, longest, target.shape.vocab_size)
+        holders = of_text(drafters), sync, parts.controller, tokens, stops, rows, penalties
+        figures = parts.tally, parts.publisher, parts.spool
+        self.lifecycle = Lifecycle(*holders, reader, self.forcing, quarantine, *figures)
         self.planner = Planner(drafters, sync, parts.controller, parts.clock, quarantine, sources, parts.ranks)
         self.drafting = DraftStage(
             drafters=drafters,

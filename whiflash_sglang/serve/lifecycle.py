@@ -24,7 +24,7 @@ from whiflash_sglang.serve.metrics import Publisher
 from whiflash_sglang.spans.hints import HintError, RequestHints, parse_hints
 from whiflash_sglang.spans.prediction import ReadPrediction
 from whiflash_sglang.telemetry.samples import Spool
-from whiflash_sglang.telemetry.tally import Tally
+from whiflash_sglang.telemetry.tally import ArmCounts, Tally
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +57,14 @@ class Lifecycle:
         spool: Spool | None,
     ) -> None:
         self._drafters, self._sync, self._controller = drafters, sync, controller
-        self._tokens, self._stops, self._sampling_rows = tokens, stops, sampling_rows
-        self._penalties = penalties
+        self._tokens, self._stops, self._sampling_rows, self._penalties = tokens, stops, sampling_rows, penalties
         self._read_prediction, self._forcing = read_prediction, forcing
         self._quarantine, self._tally, self._publisher, self._spool = quarantine, tally, publisher, spool
         self._handles: WeakKeyDictionary[Any, tuple[int, ...] | None] = WeakKeyDictionary()
         """By session, or by request if it has none: handles of the tenants of its turns so far, as in `Sample`; None if
         it is no sample, since a turn did not consent or text was forgotten since its first turn arrived."""
+        self._ended = list[tuple[dict[str, ArmCounts], dict[str, int]]]()
+        """Counts and cached tokens of requests that were released, until they enter the tally."""
 
     def arrived(self, req: Any) -> None:
         """Note whether a request may be learned from. Its tenant may have it forgotten while it waits to begin."""
@@ -74,13 +75,11 @@ class Lifecycle:
             self._handles[whole] = both and tuple(dict.fromkeys(both))
 
     def begin(self, row: int, req: Any, upload: Upload) -> None:
-        """Open a request that is prefilled into `row`. A further chunk of its prefill changes nothing; a retracted
-        request begins again. `upload` carries the device's part of its state.
-        """
+        """Open a request that is prefilled into `row`. A further chunk of its prefill changes nothing. `upload` carries
+        the device's part of its state."""
         former = self._controller.states.get(row)
         if former is not None:
-            # A request with output was retracted: its row may hold state from before an earlier retraction.
-            if former.rid == req.rid and not req.output_ids:
+            if former.rid == req.rid:
                 return
             self._drop(former)
         hints, tenant = _hints_of(req), _tenant_of(req)
@@ -131,24 +130,29 @@ class Lifecycle:
     def released(self, req: Any, *, kept: bool) -> None:
         """Close a request that gives its slots up. kept: whether the tree, a session or the host keeps them; then
         `DraftSync.flush` must follow."""
-        row = req.kv.req_pool_idx
-        request = None if row is None else self._controller.states.get(row)
+        request = self._controller.states.get(req.kv.req_pool_idx)  # without a row it was released before
         if request is None or request.rid != req.rid:
             return
         if kept:
-            self._sync.leave(row, req.owned_kv_len())
+            self._sync.leave(request.row, req.owned_kv_len())
         finished = kept and req.finished()
         if self._spool is not None and finished:
             self._sample(self._spool, req)
         counts = finished and req.sampling_params.max_new_tokens  # 0: a preview, or a warm-up for `n` answers
-        self._tally.ended(request.counts, cached_of(req) if counts else {})
+        self._ended.append((request.counts, cached_of(req) if counts else {}))
         if finished and req.finished_reason.to_json()["type"] in FINISHED:
             for arm, drafter in self._drafters.items():
                 with self._quarantine.guard(arm, request):
                     drafter.answered(request, req.output_ids_through_stop)
         self._drop(request)
-        if not self._controller.states:
+
+    def settle(self) -> None:
+        """Count the requests that were released. Under overlap a last round is learned after its request's release."""
+        for counts, cached in self._ended:
+            self._tally.ended(counts, cached)
+        if self._ended and not self._controller.states:
             self._publisher.flush()
+        self._ended.clear()
 
     def leaks(self) -> dict[str, list[int]]:
         """Return the rows of the request table that hold state, by holder; it must be empty while no request runs."""

@@ -14,11 +14,7 @@ from whiflash_sglang.engine.carried import serves_ours
 from whiflash_sglang.engine.patching import around
 from whiflash_sglang.engine.scheduler.overlap import behind_forward
 
-
-def nobody() -> None: ...  # before a worker is made
-
-
-_worker: Callable[[], Any] = nobody
+_worker: Callable[[], Any] | None = None
 
 
 def notify(worker: Any) -> None:
@@ -29,7 +25,7 @@ def notify(worker: Any) -> None:
 
 def our_worker() -> Any:
     """Return the worker of this process's engine; None if the engine does not run WHIFLASH."""
-    return _worker() if serves_ours() else None
+    return _worker() if _worker is not None and serves_ours() else None
 
 
 @around(
@@ -47,8 +43,9 @@ def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> No
         # A session keeps the slots even of a turn that is retracted.
         kept = checkpoint or saved or (req.session is not None and req.session.streaming)
         worker.stages.lifecycle.released(req, kept=kept)
-        if kept and (saved or not worker.flushes_later):
+        if saved or not worker.flushes_later:
             flush(worker)
+            worker.stages.lifecycle.settle()
         if saved and worker.primary_draft_kv_pool is not None:
             # The draft KV waits on the host, as the target's does; its slots are given up next.
             req._whiflash_kv = worker.primary_draft_kv_pool.get_cpu_copy(slots_of(worker, req))

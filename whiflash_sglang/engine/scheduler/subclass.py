@@ -125,12 +125,8 @@ class WhiflashScheduler(PreviewQueue):
         """Abort only the request with this id. SGLang aborts all with this prefix, so others are renamed meanwhile."""
         decoding = self.disagg_decode_prealloc_queue
         queues = (self.disagg_prefill_bootstrap_queue, decoding, self.disagg_decode_transfer_queue)
-        held = [
-            self.waiting_queue,
-            self.previews.values(),
-            self.grammar_manager.grammar_queue,
-            self.collect_inflight_reqs(),
-        ]
+        grammars, running = self.grammar_manager.grammar_queue, self.collect_inflight_reqs()
+        held = [self.waiting_queue, self.previews.values(), grammars, running]
         held += [queue.queue for queue in queues if queue is not None]
         held += [self.disagg_prefill_inflight_queue or (), getattr(decoding, "retracted_queue", None) or ()]
         known = {getattr(one, "req", one) for reqs in held for one in reqs} | ({self.chunked_req} - {None})
@@ -154,7 +150,7 @@ class WhiflashScheduler(PreviewQueue):
         return super().update_running_batch(batch)  # type: ignore[misc]
 
     def process_batch_result(self: Any, *args: Any, **named: Any) -> None:
-        """Flush all requests that end here together: until the next batch is made nothing writes to their rows."""
+        """Flush and count all requests that end here together. Nothing writes to their rows before the next batch."""
         self.has_run = True
         self.draft_worker.flushes_later = True
         try:
@@ -162,6 +158,7 @@ class WhiflashScheduler(PreviewQueue):
         finally:
             self.draft_worker.flushes_later = False
             releases.flush(self.draft_worker)
+            self.draft_worker.stages.lifecycle.settle()
 
     def on_idle(self: Any) -> None:
         """Check our caches where SGLang checks its pools, but only once after the last batch."""
