@@ -20,21 +20,12 @@ from whiflash_sglang.telemetry import samples
 TARGET = "a target"
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_700_000_000.0
-
-    def __call__(self) -> float:
-        self.now += 1
-        return self.now
-
-
 @pytest.fixture
 def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> samples.Spool:
     """One whose thread never comes to write: `flush` does."""
     monkeypatch.setattr(samples, "SECONDS", 1e6)
     samples.check_spool(tmp_path / "samples")
-    return samples.Spool(samples.Spooling(directory=tmp_path / "samples", mib=1, hours=1), TARGET, Clock())
+    return samples.Spool(samples.Spooling(directory=tmp_path / "samples", mib=1, hours=1), TARGET)
 
 
 def kept(directory: Path) -> list[samples.Sample]:
@@ -81,12 +72,13 @@ def test_files_stay_within_their_bytes_and_the_newest_stay(spool: samples.Spool)
     assert spool.size <= 1 << 20
 
 
-def test_old_files_go(spool: samples.Spool) -> None:
+def test_old_files_go(spool: samples.Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "time", clock := Mock(time=Mock(return_value=1e9)))
     write(spool, [1], [2])
-    spool._now.now += 3601  # type: ignore[attr-defined]
+    clock.time.return_value += 3601
     write(spool, [3], [4])
     assert kept(directory_of(spool)) == [samples.Sample([3], [4], [])]
-    spool._now.now += 3601  # type: ignore[attr-defined]
+    clock.time.return_value += 3601
     spool.flush()  # also without a new one
     assert kept(directory_of(spool)) == []
 
@@ -242,29 +234,14 @@ def test_a_spool_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
 
 HEADER = '{"format":1,"target":"a target","handles":[7]}'
 LINE = '{"prompt":[1],"answer":[2],"handles":[7]}'
+PROMPTS = ("[-1]", "[2147483648]", f"[1{'0' * 5000}]", "[1.5]", "[NaN]", "[true]", '["1"]', "[[1]]", "1", "[" * 100_000)
+OTHERS = (LINE.replace("[7]", "[8]"), LINE.replace("[7]", "[-1]"), LINE.replace("{", '{"x":1,'))
+LINES = (*(LINE.replace("[1]", prompt) for prompt in PROMPTS), *OTHERS, "[]", "[[1],[2],[7]]", "")
+HEADERS = (HEADER.replace('"a target"', "1"), HEADER.replace("[7]", "7"), "[" * 100_000)
 
 
 @pytest.mark.parametrize(
-    ("header", "line"),
-    [
-        (HEADER, LINE.replace("[1]", "[-1]")),
-        (HEADER, LINE.replace("[1]", "[2147483648]")),
-        (HEADER, LINE.replace("[1]", f"[1{'0' * 5000}]")),
-        (HEADER, LINE.replace("[1]", "[1.5]")),
-        (HEADER, LINE.replace("[1]", "[NaN]")),
-        (HEADER, LINE.replace("[1]", "[true]")),
-        (HEADER, LINE.replace("[1]", '["1"]')),
-        (HEADER, LINE.replace("[1]", "[[1]]")),
-        (HEADER, LINE.replace("[1]", "1")),
-        (HEADER, LINE.replace("[1]", "[" * 100_000)),
-        (HEADER, LINE.replace("[7]", "[8]")),
-        (HEADER, LINE.replace("[7]", "[-1]")),
-        (HEADER, LINE.replace('"prompt"', '"x":1,"prompt"')),
-        *((HEADER, line) for line in ("[]", "[[1],[2],[7]]", "")),
-        (HEADER.replace('"a target"', "1"), LINE),
-        (HEADER.replace("[7]", "7"), LINE),
-        ("[" * 100_000, LINE),
-    ],
+    ("header", "line"), [*((HEADER, line) for line in LINES), *((header, LINE) for header in HEADERS)]
 )
 def test_planted_lines_are_refused_by_name(spool: samples.Spool, header: str, line: str) -> None:
     """They may be of any type and range; nobody knows whose they are, so they go with whoever is forgotten."""

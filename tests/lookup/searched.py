@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from whiflash_sglang.copying.calibration import BUCKETS, SURE, Agreement, MatchCalibration, RequestCalibration
+from whiflash_sglang.copying.calibration import BUCKETS, Agreement, MatchCalibration, RequestCalibration
 from whiflash_sglang.copying.copier import teach
 from whiflash_sglang.copying.texts import GAP
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate, Part
 
-PLACES, STEPS, HEADS, MAX_MATCH, NEAR = 8, 32, 256, 32, 64
+PLACES, STEPS, HEADS, MAX_MATCH, NEAR, SURE = 8, 32, 256, 32, 64, 0.995
 
 
 class Source(NamedTuple):

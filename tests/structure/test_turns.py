@@ -10,7 +10,7 @@ from whiflash_kernels.cpu.texts import Batch, Candidates
 
 from whiflash_sglang.arms.structure import StructureArm
 from whiflash_sglang.checkpoints.manifest import Structure
-from whiflash_sglang.copying.calibration import MatchCalibration
+from whiflash_sglang.copying.calibration import MatchCalibration, RequestCalibration
 from whiflash_sglang.copying.copier import Copier
 from whiflash_sglang.drafts.candidates import SOURCES, Candidate, Part, common_prefix
 from whiflash_sglang.prices.costs import FULL_LENGTH
@@ -45,7 +45,7 @@ def test_each_goes_on_behind_the_other(seed: int, grammars: Grammars, vocabulary
     told.tell(words[:written])
     propose(arm, request, told.history, FULL_LENGTH)
     stops = random.sample(words, 1) if random.random() < 0.3 else []
-    copier = Copier(arm.library, MatchCalibration(), stops=stops)  # type: ignore[arg-type]
+    copier = Copier(arm.library, MatchCalibration(), 1, None, RequestCalibration(), stops, None)  # type: ignore[arg-type]
     others = random.choices(range(len(vocabulary.token_bytes)), k=4)
     copier.read([*words, *others, *words[random.randrange(len(words)) :], *told.text])
     walk = request.kept[arm.arm].walk

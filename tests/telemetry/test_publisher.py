@@ -36,9 +36,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Publisher, Sink, list[fl
         Series("level", "", lambda w: [((), w.level)]),
         Series("seen", "", seen, buckets=(1.0,)),
     )
-    monkeypatch.setattr(metrics, "SERIES", series)
     worker, now = SimpleNamespace(done=2, level=5.0, seen=[0.5, 2.0]), [100.0]
-    return worker, Publisher(worker, lambda: now[0]), Sink(), now  # type: ignore[arg-type]
+    monkeypatch.setattr(metrics, "SERIES", series)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return worker, Publisher(worker), Sink(), now  # type: ignore[arg-type]
 
 
 def test_counters_grow_by_differences_and_what_has_not_changed_is_not_written(made: Any) -> None:
@@ -89,7 +90,7 @@ def test_what_a_request_came_to_is_observed_by_arm() -> None:
     for tokens in (4, 1):
         tally.committed(request, "ar", "score", tokens=tokens, proposed=5, first=5)
     tally.committed(request, "none", "off", tokens=1, proposed=0, first=0)
-    tally.ended(request)
+    tally.ended(request, {})
     assert dict(tally.acceptance) == {"ar": 2.5, "none": 1.0}
     assert (tally.reasons["score"], tally.reasons["off"]) == (2, 1)
     assert tally.by_arm == request
@@ -99,7 +100,7 @@ def test_observations_that_nobody_takes_are_bounded() -> None:
     tally = Tally.of([])
     for _ in range(MOST_PENDING + 5):
         tally.round_seconds.append(1.0)
-        tally.ended({"none": ArmCounts(1, 1)})
+        tally.ended({"none": ArmCounts(1, 1)}, {})
     assert len(tally.round_seconds) == len(tally.acceptance) == MOST_PENDING
 
 

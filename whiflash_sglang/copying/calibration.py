@@ -45,9 +45,6 @@ DECAY = 0.995
 REQUEST_WEIGHT = 64.0
 """Weight, in right copies, of the prior that a request copies as well as others."""
 
-SURE = 0.995
-"""Largest chance: even a long run of right tokens ends."""
-
 
 class MatchCalibration:
     """The chance that a copied token is right, by match length and agreement.

@@ -47,13 +47,13 @@ class Copier(Native):
         self,
         library: ctypes.CDLL,
         judge: MatchCalibration,
-        min_match: int = 1,
-        prediction: Prediction | None = None,
-        habit: RequestCalibration | None = None,
-        stops: Sequence[int] = (),
-        member: Member | None = None,
+        min_match: int,
+        prediction: Prediction | None,
+        habit: RequestCalibration,
+        stops: Sequence[int],
+        member: Member | None,
     ) -> None:
-        self.habit, self.member, ids = habit or RequestCalibration(), member, array("i", stops)
+        self.habit, self.member, ids = habit, member, array("i", stops)
         super().__init__(library, "copies", *judge.addresses, self.habit.address, min_match, *ids.buffer_info())
         if prediction is not None:
             self.predict(prediction.at, *prediction.judge.addresses)

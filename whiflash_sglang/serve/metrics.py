@@ -299,14 +299,10 @@ Sink = Callable[[Series, Labels, float], object]
 
 
 class Publisher:
-    """Writes the series that have changed to a sink; does nothing before it has one.
+    """Writes the series of a worker that have changed to a sink; does nothing before it has one."""
 
-    Args:
-        worker: source of the figures. now: clock in seconds that never goes back.
-    """
-
-    def __init__(self, worker: Observed, now: Callable[[], float] = time.monotonic) -> None:
-        self._worker, self._now = worker, now
+    def __init__(self, worker: Observed) -> None:
+        self._worker = worker
         self._sink: Sink | None = None
         self._written: dict[tuple[str, Labels], float] = {}
         self._due = 0.0
@@ -318,7 +314,7 @@ class Publisher:
 
     def tick(self) -> None:
         """Write if `INTERVAL` has passed. Called at the end of every step."""
-        if self._sink is not None and self._now() >= self._due:
+        if self._sink is not None and time.monotonic() >= self._due:
             self.flush()
 
     def flush(self) -> None:
@@ -332,7 +328,7 @@ class Publisher:
                 elif (before := self._written.get((series.name, labels))) != number:
                     self._written[series.name, labels] = number
                     self._sink(series, labels, number - (before or 0.0) if series.kind == "counter" else number)
-        self._due = self._now() + INTERVAL
+        self._due = time.monotonic() + INTERVAL
 
 
 def log_start(

@@ -30,9 +30,7 @@ class Prometheus:
         options: dict[str, Any] = {"buckets": series.buckets} if series.buckets else {}
         if series.kind == "gauge":
             options["multiprocess_mode"] = "mostrecent"
-        return kind(
-            name=series.full_name, documentation=series.meaning, labelnames=[*self._labels, *series.labels], **options
-        )
+        return kind(series.full_name, series.meaning, [*self._labels, *series.labels], **options)
 
     def write(self, series: Series, labels: Labels, number: float) -> None:
         child = self._children.get((series.name, labels))

@@ -13,7 +13,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
@@ -156,24 +156,17 @@ class Spool:
 
     Args:
         settings: their directory must have passed `check_spool`. target: name of the model whose token ids they are.
-        now: clock in seconds since the epoch.
 
     Attributes:
         counts: finished requests by outcome. failing: whether the last file could not be written. size: bytes of all
             files after the last write.
     """
 
-    def __init__(
-        self,
-        settings: Spooling,
-        target: str,
-        now: Callable[[], float] = time.time,  # noqa: TID251 (files are named by date)
-    ) -> None:
-        if settings.directory is None:
-            raise ValueError("a spool needs a directory")
+    def __init__(self, settings: Spooling, target: str) -> None:
+        assert settings.directory is not None, "a spool needs a directory"
         self.counts: dict[str, int] = dict.fromkeys(get_args(Outcome), 0)
         self.failing, self.size = False, 0
-        self._directory, self._settings, self._target, self._now = settings.directory, settings, target, now
+        self._directory, self._settings, self._target = settings.directory, settings, target
         self._waiting: list[Sample] = []
         self._taken: list[Sample] = []
         """Samples about to be written; `forget` may still remove some until the writer has the directory's lock."""
@@ -232,9 +225,9 @@ class Spool:
                     samples, self._taken = self._taken, []
                 try:
                     if samples:
-                        write_file(self._directory, self._target, samples, self._now())
+                        write_file(self._directory, self._target, samples, time.time())  # noqa: TID251 (a date)
                 finally:  # also on a full disk
-                    self.size = prune(self._directory, self._settings, self._now())
+                    self.size = prune(self._directory, self._settings, time.time())  # noqa: TID251 (a date)
         except OSError as error:
             self.counts["failed"] += len(samples)
             if not self.failing:

@@ -118,12 +118,11 @@ class Tally:
             **{name: getattr(self, name) for name in sums},
         }
 
-    def ended(self, request: dict[str, ArmCounts], cached: Mapping[str, int] | None = None) -> None:
+    def ended(self, request: dict[str, ArmCounts], cached: Mapping[str, int]) -> None:
         """Count a request that ended or was retracted. request: its counts. cached: tokens by place, if it ended."""
-        for place, tokens in (cached or {}).items():
+        for place, tokens in cached.items():
             self.cached[place] += tokens
-        loaded = cached and ("host" in cached or "storage" in cached)
         for arm, counts in request.items():
-            if loaded:
+            if "host" in cached or "storage" in cached:
                 self.loaded[arm].merge(counts)
             self.acceptance.append((arm, counts.tokens / counts.rounds))
