@@ -11,7 +11,8 @@ from typing import ClassVar
 from pydantic import TypeAdapter
 
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.files.jsonl import read_json_file
+from whiflash_sglang.errors import UsageError
+from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, read_json_file
 from whiflash_sglang.prices.tables import CostTables, Sizes, Verifications
 
 DRAFTS = {arms.AR: 4, arms.DIFFUSION: 15}
@@ -160,9 +161,12 @@ class FittedCard:
 
 
 def recorded(figures: Path) -> CostTables:
-    """Return the price tables that a server of `auto` measured at its start, from a record of `tests/gpu/shaped.py`."""
-    prices = read_json_file(figures)["figures"]["checks"]["auto"]["prices"]
-    return TypeAdapter(CostTables).validate_python(prices, strict=False)
+    """Return the price tables of `auto` in a record of `tests/gpu/shaped.py`. Raises UsageError for another file."""
+    try:
+        prices = read_json_file(figures)["figures"]["checks"]["auto"]["prices"]
+        return TypeAdapter(CostTables).validate_python(prices, strict=False)
+    except NOT_AS_WRITTEN:
+        raise UsageError(f"--figures {figures}: no record of tests/gpu/shaped.py with prices of `auto`") from None
 
 
 _WIDTHS, _TOKENS = (0, 4, 8), (1.4, 1.8, 2.5, 4.5)

@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from whiflash_sdk import Arm, Hints, Span, TraceError, routing
 
-from whiflash_sglang.checkpoints.fit import TargetShape
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import common_prefix
@@ -94,7 +93,7 @@ def started_target(
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
     data = Data(prompts=[], tool_choice_required=1.0, max_new_tokens=settings.max_new_tokens)
-    name, path = manifest.target, target_path(manifest.target)
+    name, path = manifest.target, target_path(manifest.target, manifest)
     with serve(path, name, layers, data, hardware, work=work, template=template, seed=settings.seed) as made:
         store = FeatureStore(work / "answers", hidden=made.hidden_size, layers=layers)
         store.truncate_to_index()
@@ -115,9 +114,7 @@ def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -
         with started_target(bundle, parts.captured, settings, work) as (served, store):
             summary = answer_rows(chosen, served, store, keep_loops=True)
         target = VocabularyMatrices.read(work / "target", manifest.target, **settings.hardware.place)
-        pair = Pair.load(parts, target)
-        names = {row["id"] for row in chosen}
-        answers = replay_answers(pair, store, names)
+        answers = replay_answers(Pair.load(parts, target), store, {row["id"] for row in chosen})
     return {
         "bundle": manifest.name,
         "prompts": len(chosen),
@@ -306,7 +303,7 @@ def compare_served(bundle: Path, prompts: Path, asks: Asks, arm: Arm, settings: 
     """
     manifest, rows = load_manifest(bundle), read_rows(prompts)
     jinja = None if manifest.chat_template is None else (bundle / manifest.chat_template).read_text("utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(target_path(manifest.target))
+    tokenizer = AutoTokenizer.from_pretrained(target_path(manifest.target, manifest))
     if arm not in manifest.drafters or arm not in asks("/whiflash/capabilities", ServedArms)["arms"]:
         raise ServerRefusedError(f"bundle and server do not both draft with {arm}: give another --arm")
     cause: Cause | None = None
@@ -317,8 +314,7 @@ def compare_served(bundle: Path, prompts: Path, asks: Asks, arm: Arm, settings: 
         if its:
             found += [(len(texts), *one) for one in its]
             texts.append(text)
-        own = prepare(row, tokenizer, jinja, 0.0).tokens
-        cause = cause or prompt_cause(own, text[0], tokenizer, asks)
+        cause = cause or prompt_cause(prepare(row, tokenizer, jinja, 0.0).tokens, text[0], tokenizer, asks)
     if not found:
         raise ServerRefusedError(f"the server drafted no two rounds with {arm}: raise --max-new-tokens")
     rounds = np.array(found)
@@ -342,7 +338,7 @@ def _replay(
     replay's accepted drafts, [rounds], None if the target differs."""
     name, parts = load_manifest(bundle).target, PairParts.of_bundle(bundle, int(rounds[:, 2].max()))
     read = parts._replace(checkpoints={arm: parts.checkpoints[arm]}).captured
-    last = TargetShape.read(target_path(name) / "config.json").num_layers - 2
+    last = parts.num_layers - 2
     layers = sorted({near for layer in read for near in range(layer - 1, layer + 2) if 0 <= near <= last})
     with tempfile.TemporaryDirectory(dir=settings.work) as scratch:
         with started_target(bundle, layers, settings, Path(scratch)) as (target, store):

@@ -25,40 +25,37 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
 
     An existing bundle keeps the other keys of its manifest, such as router and thresholds.
 
-    Raises:
-        ConfigError: a drafter has not been trained yet.
+    Raises ConfigError if a drafter has not been trained yet. An error while files are copied changes nothing.
     """
-    bundle.mkdir(parents=True, exist_ok=True)
     parts = {"eagle3": "eagle3", "dflash": config.block_drafter}
-    path, vocabulary = bundle / MANIFEST, config.block.vocabulary
+    for name_of in parts.values():
+        if not (config.work / name_of / "checkpoint" / "config.json").is_file():
+            raise ConfigError(f"{config.work / name_of} has no checkpoint: run `whiflash train --step {name_of}` first")
+    bundle.mkdir(parents=True, exist_ok=True)
+    path, vocabulary = bundle / MANIFEST, config.section(config.block_drafter).vocabulary
     sources: dict[str, Any] = dict(read_json_file(path).get("sources", {})) if path.exists() else {}
-    for key, name_of in parts.items():
-        trained = config.work / name_of / "checkpoint"
-        if not (trained / "config.json").is_file():
-            raise ConfigError(f"{trained} holds no checkpoint: run `whiflash train --step {name_of}` first")
-        place = bundle / name_of
-        replace_directory(trained, place)
-        # Loading the bundle compares its files with these digests.
-        sources[key] = {"files": digests(sorted([*place.glob("config.json"), *place.glob("*.safetensors")]))}
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=bundle) as scratch:
+        copies = Path(scratch)
+        for name_of in parts.values():
+            shutil.copytree(config.work / name_of / "checkpoint", copies / name_of)
+        if config.chat_template is not None:
+            shutil.copyfile(config.chat_template, copies / "chat_template.jinja")
+        for key, name_of in parts.items():
+            # Loading the bundle compares its files with these digests.
+            files = [copies / name_of / "config.json", *sorted((copies / name_of).glob("*.safetensors"))]
+            sources[key] = {"files": digests(files)}
+        for copy in list(copies.iterdir()):
+            if (bundle / copy.name).exists():
+                (bundle / copy.name).rename(copies / f"old-{copy.name}")
+            copy.rename(bundle / copy.name)
     target = f"embedded:{EMBEDDED_BUNDLE}" if config.target == "embedded" else config.target
     manifest: dict[str, Any] = {"schema_version": 1, "name": name, "target": target}
     # An earlier bundle's acceptance was measured with other drafters.
     manifest |= {**parts, "dflash_vocabulary": vocabulary, "sources": sources, "acceptance": {}}
     if config.chat_template is not None:
-        shutil.copyfile(config.chat_template, bundle / "chat_template.jinja")
         manifest["chat_template"] = "chat_template.jinja"
     update_manifest(bundle, manifest)
     return bundle
-
-
-def replace_directory(source: Path, place: Path) -> None:
-    """Replace the directory `place` by a copy of `source`: two renames, once the copy is complete."""
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=place.parent) as scratch:
-        copied, old = Path(scratch) / "new", Path(scratch) / "old"
-        shutil.copytree(source, copied)
-        if place.exists():
-            place.rename(old)
-        copied.rename(place)
 
 
 def update_manifest(bundle: Path, changes: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from whiflash_sglang.files.disk import read_text, read_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Layers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class _Strict(BaseModel):
@@ -89,8 +90,7 @@ class Eagle3(_Strict):
 
     Attributes:
         target_layers: captured layers that it reads.
-        source_layer: layer of the target that it starts as, if these are Llama's or Qwen's. Default: one that adds
-            nothing yet.
+        source_layer: layer of the target that it starts as, if these are Llama's. Default: one that adds nothing yet.
         intermediate_size: units of its MLP; by default the target's.
         draft_vocab_size: tokens that it drafts: those of `--start-from`, then the data's most frequent.
         steps: steps of the chain that training unrolls.
@@ -98,7 +98,7 @@ class Eagle3(_Strict):
         loop: its optimisation.
     """
 
-    target_layers: list[int]
+    target_layers: Layers
     source_layer: int | None = None
     intermediate_size: Positive | None = None
     draft_vocab_size: Positive
@@ -112,7 +112,7 @@ class _BlockSection(_Strict):
 
     Attributes:
         target_layers: captured layers that it reads.
-        source_layers: layers of the target that its own start as.
+        source_layers: layers of the target that its own start as, without biases.
         num_layers: its layers, if more than these; the further ones add nothing at first.
         mask_token_id: token that marks a place to be drafted.
         anchors_per_token: share of the answer tokens that start a block.
@@ -123,7 +123,7 @@ class _BlockSection(_Strict):
         loop: its optimisation.
     """
 
-    target_layers: list[int]
+    target_layers: Layers
     source_layers: list[int] = []
     num_layers: Positive | None = None
     mask_token_id: Annotated[int, Field(ge=0)]
@@ -212,7 +212,7 @@ class TrainConfig(_Strict):
 
     target: str = "embedded"
     chat_template: Path | None = None
-    capture: list[int]
+    capture: Layers
     work: Path
     seed: int = 0
     hardware: Hardware = Hardware()
@@ -228,18 +228,19 @@ class TrainConfig(_Strict):
     def _of_the_embedded_bundle(cls, path: Path | None) -> Path | None:
         return embedded_bundle() / "chat_template.jinja" if path == Path("embedded") else path
 
-    @property
-    def block(self) -> DFlash | DSpark:
-        """The section that `block_drafter` names. Raises `ConfigError` if the file lacks it."""
-        return self.dflash if self.block_drafter == "dflash" else self.dspark_section()
-
-    def dspark_section(self) -> DSpark:
-        """Return the section `dspark`. Raises `ConfigError` if the file lacks it."""
-        if self.dspark is None:
+    def section(self, name: str) -> Any:
+        """Return the section of a drafter. Raises `ConfigError` if the file lacks it."""
+        if getattr(self, name) is None:
             raise ConfigError(
-                "the configuration has no section dspark, which holds this drafter's settings: add it, or train dflash"
+                f"the configuration has no section {name}, which holds this drafter's settings: add it, or train dflash"
             )
-        return self.dspark
+        return getattr(self, name)
+
+    def check_masks(self, vocab_size: int) -> None:
+        """Raise `ConfigError` if a block drafter's mask token is not one of the target's `vocab_size` tokens."""
+        for name, section in (("dflash", self.dflash), ("dspark", self.dspark)):
+            if section is not None and section.mask_token_id >= vocab_size:
+                raise ConfigError(f"{name}.mask_token_id {section.mask_token_id}: the target has {vocab_size} tokens")
 
 
 def load_config(path: Path) -> TrainConfig:

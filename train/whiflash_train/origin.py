@@ -48,8 +48,8 @@ class VocabularyMatrices(NamedTuple):
             ) from None
         if facts["target"] != name:
             raise CheckpointError(
-                f"{directory} holds what drafters for {facts['target']} begin with, not for {name}: run `whiflash "
-                "train data` for it, with a `work` of its own"
+                f"{directory} holds what drafters for {facts['target']} begin with, not for {name}: run "
+                "`whiflash train --step data` for it, with a `work` of its own"
             )
         parts: dict[str, list[Tensor]] = {"embedding": [], "head": []}
         for rank in range(facts["ranks"]):

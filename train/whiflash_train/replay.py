@@ -15,6 +15,7 @@ from torch import Tensor
 from whiflash_kernels.packed import quantise
 
 from whiflash_sglang.checkpoints.bundle import Bundle
+from whiflash_sglang.checkpoints.fit import TargetShape, target_layers
 from whiflash_sglang.checkpoints.manifest import PARTS
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
@@ -23,6 +24,7 @@ from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_sglang.formats.packed import quantise_modules
 from whiflash_sglang.formats.table import read_draft
+from whiflash_train.answers.data import target_path
 from whiflash_train.answers.store import Sequence as Stored
 from whiflash_train.drafters.batches import Batch, unpack
 from whiflash_train.drafters.dflash import choose_anchors, run_blocks
@@ -31,37 +33,45 @@ from whiflash_train.origin import Origin, VocabularyMatrices
 
 
 class PairParts(NamedTuple):
-    """A server's drafting setup. checkpoints: arm → directory, in the order of `arms.PAIR`. eagle_steps: drafts of a
-    chain. dflash_vocabulary: as in a manifest. quantised: arms with fp8 products.
+    """A server's drafting setup. checkpoints: arm → directory, in the order of `arms.PAIR`. num_layers: the target's.
+    eagle_steps: drafts of a chain. dflash_vocabulary: as in a manifest. quantised: arms with fp8 products.
     """
 
     checkpoints: Mapping[str, Path]
+    num_layers: int
     eagle_steps: int = 5
     dflash_vocabulary: str = "full"
     quantised: Collection[str] = ()
 
     @classmethod
     def of_bundle(cls, directory: Path, eagle_steps: int = 5) -> "PairParts":
-        """Read the setup from the bundle's manifest."""
+        """Read the setup from the manifest of a bundle, whose target is fetched."""
         bundle = Bundle.load(directory)
         manifest = bundle.manifest
+        shape = TargetShape.read(target_path(manifest.target, manifest) / "config.json")
         checkpoints = {arm: bundle.fetch(PARTS[arm]) for arm in manifest.drafters}
-        return cls(checkpoints, eagle_steps, manifest.dflash_vocabulary, manifest.quantised)
+        return cls(checkpoints, shape.num_layers, eagle_steps, manifest.dflash_vocabulary, manifest.quantised)
+
+    @property
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """Arm → target layers that its drafter reads. Raises CheckpointError if the target has no such layer."""
+        return {arm: target_layers(read_draft(path), self.num_layers) for arm, path in self.checkpoints.items()}
 
     @property
     def captured(self) -> list[int]:
         """Target layers that the drafters read, ascending. Raises ConfigError if a drafter cannot be replayed."""
-        drafts = [*map(read_draft, self.checkpoints.values())]
-        for path, _, config in drafts:
+        for path, _, config in map(read_draft, self.checkpoints.values()):
             if getattr(config, "anchored", False) or getattr(config, "mask_token", None) is not None:
                 raise ConfigError(f"{path}: FlashMap and P-EAGLE cannot be replayed; ask a server that drafts with it")
-        return sorted({layer for draft in drafts for layer in draft.config.target_layer_ids})
+        return sorted({layer for layers in self.layers.values() for layer in layers})
 
 
 class Pair(NamedTuple):
-    """The loaded drafters by arm, one or two. block_head: the head that chooses the block drafter's tokens, or None."""
+    """The loaded drafters by arm, one or two. layers: the target's, that each reads. block_head: the head that chooses
+    the block drafter's tokens, or None."""
 
     drafters: Mapping[str, Any]
+    layers: Mapping[str, tuple[int, ...]]
     eagle_steps: int
     block_head: DraftHead | None
 
@@ -86,7 +96,7 @@ class Pair(NamedTuple):
             head = head.within(chain.target_ids(rows))
         heads: Any = {arms.AR: chain and chain.head, arms.DIFFUSION: head}
         quantise(part for arm in parts.quantised for part in (heads[arm].weight, heads[arm].matrix))
-        return cls(drafters, parts.eagle_steps, head)
+        return cls(drafters, parts.layers, parts.eagle_steps, head)
 
 
 _BLOCKS = 64  # Blocks per product with the head, to bound the memory of logits.
@@ -107,24 +117,18 @@ def replay_drafters(pair: Pair, sequence: Stored, capture: Sequence[int]) -> dic
         torch.tensor([record.length]),
         torch.tensor([record.prompt_length]),
     )
+    columns = {arm: [list(capture).index(layer) for layer in pair.layers[arm]] for arm in pair.drafters}
     right = {}
     if arms.AR in pair.drafters:
-        right[arms.AR] = _unrolled(pair.drafters[arms.AR], batch, capture, pair.eagle_steps)
+        right[arms.AR] = _unrolled(pair.drafters[arms.AR], batch, columns[arms.AR], pair.eagle_steps)
     if pair.block_head is not None:
-        right[arms.DIFFUSION] = _blocks(pair.drafters[arms.DIFFUSION], pair.block_head, batch, capture)
+        right[arms.DIFFUSION] = _blocks(pair.drafters[arms.DIFFUSION], pair.block_head, batch, columns[arms.DIFFUSION])
     return {arm: drafts.cumprod(1).sum(1).cpu().numpy() for arm, drafts in right.items()}
 
 
-def _unrolled(drafter: Eagle3Drafter, batch: Batch, capture: Sequence[int], steps: int) -> Tensor:
+def _unrolled(drafter: Eagle3Drafter, batch: Batch, columns: Sequence[int], steps: int) -> Tensor:
     """Return whether each draft of the chain after each of P positions equals the text, [P, steps] bool."""
-    layers = drafter.config.target_layer_ids
-    if not layers:
-        raise ValueError(
-            "config.json of the EAGLE-3 checkpoint lacks eagle_aux_hidden_state_layer_ids, the target's layers that it "
-            "reads: add them"
-        )
     plan = plan_chains(batch)
-    columns = [list(capture).index(layer) for layer in layers]
     labels = batch.tokens[plan.label_tokens]
     right = []
     for step, logits in enumerate(unroll(drafter, batch, plan, columns, steps, own_drafts=True)):
@@ -134,10 +138,9 @@ def _unrolled(drafter: Eagle3Drafter, batch: Batch, capture: Sequence[int], step
     return torch.stack(right, 1)
 
 
-def _blocks(drafter: DFlashDrafter, head: DraftHead, batch: Batch, capture: Sequence[int]) -> Tensor:
+def _blocks(drafter: DFlashDrafter, head: DraftHead, batch: Batch, columns: Sequence[int]) -> Tensor:
     """Return whether each draft of the block after each of P positions equals the text, [P, drafts] bool."""
     blocks = choose_anchors(batch, per_token=1.0)
-    columns = [list(capture).index(layer) for layer in drafter.config.target_layer_ids]
     states = run_blocks(drafter, batch, blocks, columns)
     bonus, drafts = batch.tokens[blocks.token + blocks.anchor], drafter.config.max_drafts
     parts = [

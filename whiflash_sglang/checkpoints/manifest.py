@@ -66,10 +66,10 @@ def check_members(bundle: Path, named: Mapping[str, str]) -> None:
 
 
 def _reached(path: Path) -> Iterator[Path]:
-    """Yield the resolved path, and the resolved paths of everything below it if it is a directory."""
-    yield path.resolve()
+    """Yield the resolved path, and those of everything below it. A link that names itself stays: opening it fails."""
+    yield Path(os.path.realpath(path))
     for directory, directories, files in os.walk(path):
-        yield from (Path(directory, name).resolve() for name in (*directories, *files))
+        yield from (Path(os.path.realpath(Path(directory, name))) for name in (*directories, *files))
 
 
 MANIFEST = "whiflash.json"

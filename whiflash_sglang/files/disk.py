@@ -140,7 +140,7 @@ def locked(directory: Path, name: str = ".lock") -> BaseFileLock:
 
 def roots_of(directory: Path) -> tuple[Path, ...]:
     """Directories that links in a checkpoint or bundle may lead to: its own, and `blobs` if it is a hub snapshot."""
-    whole = directory.resolve()
+    whole = Path(os.path.realpath(directory))
     snapshot = next((folder for folder in (whole, *whole.parents) if folder.parent.name == "snapshots"), None)
     return (whole,) if snapshot is None else (whole, snapshot.parent.parent / "blobs")
 
@@ -149,15 +149,15 @@ def copy_member(file: Path, place: Path) -> Path:
     """Copy a checkpoint's file into the directory `place`, readable to no more users than the file; return the copy.
 
     Raises:
-        ConfigError: the file is a link out of its directory, or no regular file. CheckpointError: it is named
-            `.safetensors` and does not hold tensors. OSError.
+        ConfigError: the file is a link out of its directory, no regular file, or cannot be opened. CheckpointError: it
+            is named `.safetensors` and does not hold tensors. OSError: it cannot be copied.
     """
-    real = file.resolve()
+    real = Path(os.path.realpath(file))
     if not any(real.is_relative_to(root) for root in roots_of(file.parent)):
         raise ConfigError(f"{file} is a link to {real}, outside its checkpoint: put a copy of the file there")
     try:
-        source = open_regular(real, flags=os.O_RDONLY | os.O_NOFOLLOW)  # refuses a link made since `resolve`
-    except ValueError as error:
+        source = open_regular(real, flags=os.O_RDONLY | os.O_NOFOLLOW)  # refuses a link made since `realpath`
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: {error}; put a copy of the file there") from None
     with source:
         if file.suffix == ".safetensors":

@@ -7,7 +7,7 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats import eagle3, mtp, speculators
 from whiflash_sglang.formats.config_json import read_json_config
 from whiflash_sglang.formats.dflash import dflash, dflash2, domino, dspark, flashmap, xpress
-from whiflash_sglang.formats.draft_format import DraftFormat, pick
+from whiflash_sglang.formats.draft_format import DraftFormat, Json, pick
 
 FORMATS: tuple[DraftFormat, ...] = (
     dflash.FORMAT,
@@ -36,16 +36,16 @@ class Draft(NamedTuple):
         return self.format.model.load(self.path, config=self.config, **options)
 
 
-def read_draft(path: Path, arm: str | None = None) -> Draft:
+def read_draft(path: Path, arm: str | None = None, config: Json | None = None) -> Draft:
     """Read the format and configuration of the checkpoint directory `path`, only from its `config.json`.
 
     Args:
-        arm: the arm it must be for; None: any.
+        arm: the arm it must be for; None: any. config: content of a `config.json` that is read instead.
 
     Raises:
         CheckpointError: naming the file and the key that is missing, unknown or does not fit.
     """
-    config = read_json_config(path)
+    config = read_json_config(path) if config is None else config
     try:
         among = _BY_KEY if arm is None else {key: f for key, f in _BY_KEY.items() if f.arm == arm}
         draft_format = pick(among, config, path)

@@ -60,9 +60,7 @@ def evaluate_command(
         hardware = Hardware.model_validate({"dtype": dtype, "threads": threads, "device": device})
         if work is not None:
             work.mkdir(parents=True, exist_ok=True)
-        settings = evaluation.EvaluationSettings(
-            limit=limit, max_new_tokens=max_new_tokens, work=work, hardware=hardware
-        )
+        settings = evaluation.EvaluationSettings(limit, max_new_tokens, work=work, hardware=hardware)
         if served is None:
             result, table = evaluation.evaluate_bundle(bundle, prompts, settings), evaluation.figures_table
         else:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from whiflash_sglang.cli.options import MOST, JsonFlag, show_table, whole_numbers
+from whiflash_sglang.errors import UsageError
 
 
 def simulate(
@@ -37,12 +38,13 @@ def simulate(
     from whiflash_lab.chains import tables_of_chains
     from whiflash_lab.simulate import METHODS, SimulatedLoad, assumed, table
 
-    sizes = whole_numbers("--requests", requests)
+    sizes, load = whole_numbers("--requests", requests), SimulatedLoad(1, prompt=prompt, answer=answer, tools=tools)
     if figures is not None:
+        if as_json or load != SimulatedLoad(1):
+            raise UsageError("--figures prints Markdown of one load: leave out --json, --prompt, --answer and --tools")
         for line in tables_of_chains(figures, sizes):
             typer.echo(line)
         return
-    load = SimulatedLoad(1, prompt=prompt, answer=answer, tools=tools)
     line, results = assumed(H100, load), table(H100, sizes, load)
     if as_json:
         rates = [{"requests": r.requests, "method": r.method, "simulated": r.rate} for r in results]

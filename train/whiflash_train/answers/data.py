@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from whiflash_sglang.checkpoints.fit import TargetShape
 from whiflash_sglang.checkpoints.hub import fetch
+from whiflash_sglang.checkpoints.manifest import Manifest, Source
 from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.progress import progress
@@ -44,16 +46,20 @@ def is_embedded(target: str) -> bool:
     return target == "embedded" or target.startswith("embedded:")
 
 
-def target_path(name: str) -> Path:
-    """Return the local directory of `embedded`, a directory or a hub id. Raises ConfigError if the hub fails."""
-    return ensure_target() if is_embedded(name) else fetch(name, files=FILES)
+def target_path(name: str, bundle: Manifest | None = None) -> Path:
+    """Return the local directory of `embedded`, a directory or a hub id, at the revision that a bundle for this target
+    pins. Raises ConfigError if the hub fails."""
+    pinned = bundle.sources.get("target", Source()).revision if bundle else None
+    return ensure_target() if is_embedded(name) else fetch(name, revision=pinned, files=FILES)
 
 
 @contextmanager
 def shard_of(config: TrainConfig, shard: str) -> Iterator[tuple[ServedTarget, FeatureStore]]:
     """Yield the running target and the store `shard`, locked for this run. Raises ConfigError if one is unavailable."""
+    path = target_path(config.target)
+    config.check_masks(TargetShape.read(path / "config.json").vocab_size)
     served = serve(
-        target_path(config.target),
+        path,
         config.target,
         config.capture,
         config.data,

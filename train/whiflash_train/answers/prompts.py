@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from jinja2 import TemplateError
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from whiflash_sglang.checkpoints.manifest import first_problem
 from whiflash_sglang.errors import ConfigError
@@ -40,15 +40,15 @@ Grammar = dict[str, str]
 
 
 def response_format_grammar(response_format: dict[str, Any]) -> Grammar | None:
-    """Return the grammar of an OpenAI `response_format`; None for plain text."""
-    kind = response_format["type"]
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return {"json_schema": json.dumps({"type": "object"})}
-    if kind == "json_schema":
-        return {"json_schema": json.dumps(response_format["json_schema"]["schema"])}
-    raise ValueError(f"response_format type {kind!r} is not one of text, json_object, json_schema")
+    """Return the grammar of an OpenAI `response_format`; None for plain text. Raises ValueError for others."""
+    match response_format:
+        case {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return {"json_schema": json.dumps({"type": "object"})}
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return {"json_schema": json.dumps(schema)}
+    raise ValueError("it needs a type, one of text, json_object, json_schema, and the last one json_schema.schema")
 
 
 def tool_call_grammar(tools: Sequence[dict[str, Any]]) -> Grammar | None:
@@ -72,8 +72,13 @@ class PromptRow(NamedTuple):
     grammar: Grammar | None
 
 
+class _Call(BaseModel):
+    function: dict[str, Any]
+
+
 class _Message(BaseModel):
     role: str
+    tool_calls: list[_Call] | None = None
 
 
 class _Row(BaseModel):
@@ -83,7 +88,7 @@ class _Row(BaseModel):
     id: str = ""
     category: str = ""
     tools: list[dict[str, Any]] | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: Annotated[dict[str, Any], AfterValidator(response_format_grammar)] | None = None
 
 
 def check_row(row: Any, where: str) -> None:

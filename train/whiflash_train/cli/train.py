@@ -44,7 +44,7 @@ def resolve_config(path: Path) -> "TrainConfig":
     from whiflash_train.config import load_config
 
     shipped = Path(train.__path__[0]) / "configs" / f"{path}.yaml"
-    return load_config(shipped if not path.exists() and shipped.exists() else path)
+    return load_config(shipped if not path.is_file() and shipped.exists() else path)
 
 
 def train(
@@ -182,7 +182,7 @@ def export(
         from whiflash_train.answers.tokens import export_tokens
 
         stores = open_stores(settings)
-        if not stores:
+        if not any(store.records for store in stores):
             raise ConfigError(
                 f"{settings.work} holds no answers yet: run `whiflash train --step data` with this configuration first"
             )

@@ -243,14 +243,9 @@ def initialise(target: Origin, settings: DFlash | DSpark, *, block_size: int, se
         drafter.fc.weight[:, -size:] = torch.eye(size)
         drafter.norm.weight.copy_(target.final_norm)
         if sources:
-            drafter.hidden_norm.weight.copy_(sources[0].input_norm)
+            drafter.hidden_norm.weight.copy_(sources[0]["input_norm.weight"])
         for layer, source in zip(layers, sources, strict=False):
-            layer.input_norm.weight.copy_(source.input_norm)
-            layer.attention.qkv.weight.copy_(source.qkv)
-            layer.attention.out.weight.copy_(source.out)
-            layer.mlp_norm.weight.copy_(source.post_norm)
-            layer.mlp.gate_up.weight.copy_(source.gate_up)
-            layer.mlp.down.weight.copy_(source.down)
+            layer.load_state_dict(source, strict=False)  # Llama has no head norms, and a drafter no biases
         for layer in layers[len(sources) :]:
             blank(layer)
     return drafter

@@ -12,16 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whiflash_sglang.drafts import arms
-from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig
 from whiflash_sglang.formats.dflash.dspark import DSparkConfig, DSparkDrafter
-from whiflash_sglang.formats.table import read_draft
 from whiflash_train.config import DSpark
 from whiflash_train.drafters.batches import cross_entropy, first_choice
 from whiflash_train.drafters.dflash import BlockTraining, Examples, weighted_mean
 from whiflash_train.drafters.dflash import initialise as initialise_trunk
+from whiflash_train.drafters.initialisation import check_start
 from whiflash_train.origin import Origin, for_training
 
 
@@ -74,47 +72,23 @@ def initialise(target: Origin, settings: DSpark) -> DSparkDrafter:
 
 def go_on_from(path: Path, target: Origin, settings: DSpark) -> DSparkDrafter:
     """Load a drafter from a DFlash checkpoint, with new heads that leave its drafts unchanged, or from a DSpark one.
-
-    Raises:
-        CheckpointError: it cannot be read. ConfigError: its shape is not the configured one.
-    """
-    draft = read_draft(path, arms.DIFFUSION)
-    config = draft.config
-    if config.variant or type(config) not in (DFlashConfig, DSparkConfig):
-        raise ConfigError(
-            f"--start-from {path}: a {draft.format.name} checkpoint with settings of its own cannot be trained"
-        )
-    asked: dict[str, tuple[Any, Any]] = {
-        "dspark.target_layers": (tuple(settings.target_layers), config.target_layer_ids),
-        "dspark.source_layers": (settings.depth, config.num_layers),
-        "dspark.mask_token_id": (settings.mask_token_id, config.mask_token_id),
-    }
-    if isinstance(config, DSparkConfig):
-        asked |= {
-            "dspark.markov_rank": (settings.markov_rank, config.markov_rank),
-            "dspark.markov_head": (settings.markov_head, config.markov_head),
-            "dspark.confidence_head": (settings.confidence_head, config.confidence),
-        }
-    for key, (configured, has) in asked.items():
-        if configured != has:
-            raise ConfigError(f"--start-from {path} has {has}, {key} asks for {configured}")
-    trunk = draft.load(**for_training(target))
-    if trunk.mask_embedding is not None:
-        raise ConfigError(f"--start-from {path}: its trained mask embedding cannot be trained on, nor written")
+    Raises the errors of `check_start`."""
+    trunk = check_start(path, "dspark", settings, target.num_layers).load(**for_training(target))
     from_anchor = settings.sample_from_anchor
-    return with_heads(trunk, settings, config.from_anchor if from_anchor is None else from_anchor)
+    return with_heads(trunk, settings, trunk.config.from_anchor if from_anchor is None else from_anchor)
 
 
 def with_heads(trunk: DFlashDrafter, settings: DSpark, from_anchor: bool) -> DSparkDrafter:
     """Make a drafter with the trunk's weights and its heads, if it has them. In new heads W2 and the confidence head
     are 0, so that the drafts are the trunk's."""
     kept = {field.name: getattr(trunk.config, field.name) for field in fields(DFlashConfig)}
+    with_markov = getattr(trunk.config, "confidence_with_markov", settings.markov_rank > 0)
     config = DSparkConfig(
         **kept | {"from_anchor": from_anchor, "block_size": settings.block_size - from_anchor},
         markov_rank=settings.markov_rank,
         markov_head=settings.markov_head if settings.markov_rank else "vanilla",
         confidence=settings.confidence_head,
-        confidence_with_markov=settings.confidence_head and settings.markov_rank > 0,
+        confidence_with_markov=settings.confidence_head and with_markov,
     )
     drafter = DSparkDrafter(config, trunk.target_embedding, trunk.target_lm_head)
     with torch.no_grad():

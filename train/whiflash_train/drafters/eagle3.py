@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.eagle3 import Eagle3Config, Eagle3Drafter
 from whiflash_sglang.formats.layers import Attend
 from whiflash_train.config import Eagle3
@@ -133,7 +134,7 @@ def initialise(target: Origin, settings: Eagle3, draft_ids: Tensor) -> Eagle3Dra
         draft_ids: [K] the draft vocabulary, ascending target ids.
 
     Raises:
-        ConfigError: the configured MLP is narrower than the target's, or the target has no such layer.
+        ConfigError: the configured MLP is narrower than the target's, or no such layer of the target can be copied.
     """
     config = Eagle3Config(
         hidden_size=target.hidden_size,
@@ -161,12 +162,13 @@ def initialise(target: Origin, settings: Eagle3, draft_ids: Tensor) -> Eagle3Dra
         else:
             source = source_layer(target, settings.source_layer, "eagle3.source_layer")
             nn.init.normal_(layer.attention.qkv.weight, std=0.02)
-            layer.attention.qkv.weight[:, size:] = source.qkv
-            layer.attention.out.weight.copy_(source.out)
-            layer.hidden_norm.weight.copy_(source.input_norm)
-            layer.mlp_norm.weight.copy_(source.post_norm)
-            layer.mlp.gate_up.weight.copy_(source.gate_up)
-            layer.mlp.down.weight.copy_(source.down)
+            layer.attention.qkv.weight[:, size:] = source.pop("attention.qkv.weight")
+            layer.hidden_norm.weight.copy_(source.pop("input_norm.weight"))
+            if lost := layer.load_state_dict(source, strict=False).unexpected_keys:
+                raise ConfigError(
+                    f"eagle3.source_layer {settings.source_layer}: the target's layers have {', '.join(lost)}, which "
+                    "an EAGLE-3 drafter lacks, so it cannot begin as one of them; leave eagle3.source_layer out"
+                )
         drafter.norm.weight.copy_(target.final_norm)
         head.copy_(target.head[draft_ids])
         drafter.d2t = draft_ids - torch.arange(len(draft_ids))

@@ -3,15 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from whiflash_sglang.checkpoints.fit import target_layers
+from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.formats.checkpoint import IN_FILES
+from whiflash_sglang.formats.dflash.dflash import MASK_EMBEDDING
+from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig
+from whiflash_sglang.formats.dflash.dspark import DSparkConfig
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
+from whiflash_sglang.formats.table import Draft, read_draft
 from whiflash_train.answers.store import FeatureStore, unique_answers
-from whiflash_train.config import Eagle3, TrainConfig
+from whiflash_train.config import DFlash, DSpark, Eagle3, TrainConfig
 from whiflash_train.origin import Origin, ServedOrigin, for_training
 from whiflash_train.target import TargetModel, unknown
 
@@ -61,19 +68,9 @@ def blank(layer: Any) -> None:
         nn.init.zeros_(weight)
 
 
-class SourceLayer(NamedTuple):
-    """Weights of a target's layer, with q, k, v and gate, up joined as in a drafter's modules."""
-
-    input_norm: Tensor
-    qkv: Tensor
-    out: Tensor
-    post_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
-
-
-def source_layer(target: Origin, index: int, key: str) -> SourceLayer:
-    """Return the weights of the target's layer `index`. Raises ConfigError naming the setting `key`."""
+def source_layer(target: Origin, index: int, key: str) -> dict[str, Tensor]:
+    """Return the weights of the target's layer `index`, by names of a drafter's parameters. Raises ConfigError naming
+    the setting `key`."""
     if not target.layers:
         raise ConfigError(
             f"{key}: the target's layers are not of a drafter's kind, so a drafter cannot begin as one of them; "
@@ -81,17 +78,56 @@ def source_layer(target: Origin, index: int, key: str) -> SourceLayer:
         )
     if not 0 <= index < len(target.layers):
         raise ConfigError(f"{key} {index}: the target has layers 0 to {len(target.layers) - 1}")
-    layer = target.layers[index]
-    attention, mlp = layer.self_attn, layer.mlp
-    qkv = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-    return SourceLayer(
-        layer.input_layernorm.weight,
-        torch.cat(qkv),
-        attention.o_proj.weight,
-        layer.post_attention_layernorm.weight,
-        torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
-        mlp.down_proj.weight,
-    )
+    state = target.layers[index].state_dict()
+    return {
+        f"{part}.{kind}": torch.cat([state[f"{name}.{kind}"] for name in names])
+        for part, names in IN_FILES.items()
+        for kind in ("weight", "bias")
+        if f"{names[0]}.{kind}" in state and part != "embedding_norm"
+    }
+
+
+def check_start(path: Path, section: str, settings: Eagle3 | DFlash | DSpark, num_layers: int) -> Draft:
+    """Check by its `config.json` that training can start from a checkpoint; returns its format.
+
+    Args:
+        section: name of `settings` in the configuration. num_layers: the target's.
+
+    Raises:
+        CheckpointError: it cannot be read, or does not fit the target. ConfigError: its shape is not the configured
+            one, or the format in which checkpoints are written lacks a part of it.
+    """
+    arm = arms.AR if section == "eagle3" else arms.DIFFUSION
+    draft = read_draft(path, arm)
+    config = draft.config
+    if section == "dspark" and type(config) is DFlashConfig:
+        config = replace(config, from_anchor=False)  # which only DSpark's format holds
+    lost = (section == "dflash" and type(config) is not DFlashConfig) or (path / MASK_EMBEDDING).is_file()
+    try:
+        lost = lost or read_draft(path, arm, config.to_json()).config != config
+    except (ValueError, AttributeError):  # a variant, or the target's own head
+        lost = True
+    if lost:
+        raise ConfigError(
+            f"{path}: a {draft.format.name} checkpoint with settings of its own, such as windows, norms or a mask "
+            f"embedding, cannot be trained on as {section}, whose format lacks them; start from another checkpoint"
+        )
+    layers = target_layers(draft, num_layers)
+    asked: dict[str, tuple[Any, Any]] = {"target_layers": (tuple(settings.target_layers), layers)}
+    if not isinstance(settings, Eagle3):
+        asked["source_layers"] = settings.depth, config.num_layers
+        asked["mask_token_id"] = settings.mask_token_id, config.mask_token_id
+    elif config.num_layers != 1 or config.brings_embedding or config.draft_vocab_size is None:
+        raise ConfigError(
+            f"{path}: only EAGLE-3 drafters of one layer, with the target's embedding and an own head, can be trained"
+        )
+    if isinstance(settings, DSpark) and isinstance(config, DSparkConfig):
+        asked |= {name: (getattr(settings, name), getattr(config, name)) for name in ("markov_rank", "markov_head")}
+        asked["confidence_head"] = settings.confidence_head, config.confidence
+    for key, (configured, has) in asked.items():
+        if configured != has:
+            raise ConfigError(f"the checkpoint {path} has {has}, {section}.{key} asks for {configured}")
+    return draft
 
 
 def go_on_from(path: Path, target: Origin, settings: Eagle3, frequencies: Tensor) -> Eagle3Drafter:
@@ -102,24 +138,14 @@ def go_on_from(path: Path, target: Origin, settings: Eagle3, frequencies: Tensor
             checkpoint, the most frequent others are added; if fewer, the most frequent stay.
 
     Raises:
-        CheckpointError: it cannot be read. ConfigError: it reads other target layers, or has several layers, a wider
-            MLP, an embedding of its own or no head of its own.
+        CheckpointError, ConfigError: those of `check_start`; or its MLP is wider than the configured one.
     """
-    drafter = Eagle3Drafter.load(path, **for_training(target))
-    config = drafter.config
-    layers, configured = config.layers_of(target.num_layers), tuple(settings.target_layers)
-    if layers != configured:
-        raise ConfigError(f"--start-from {path} has {layers}, eagle3.target_layers asks for {configured}")
-    if config.num_layers != 1 or config.brings_embedding or drafter.lm_head is None:
-        raise ConfigError(
-            f"--start-from {path}: only an EAGLE-3 drafter of one layer, with the target's embedding and a head of its "
-            "own, can be trained"
-        )
+    drafter: Eagle3Drafter = check_start(path, "eagle3", settings, target.num_layers).load(**for_training(target))
     had = drafter.target_ids(torch.arange(drafter.draft_vocab_size))
     preferred = torch.zeros_like(frequencies)
     preferred[had] = frequencies.max() + 1
     ids = choose_draft_vocabulary(frequencies + preferred, settings.draft_vocab_size)
-    return enlarged(drafter, target, ids, settings.intermediate_size or config.intermediate_size)
+    return enlarged(drafter, target, ids, settings.intermediate_size or drafter.config.intermediate_size)
 
 
 def choose_draft_vocabulary(frequencies: Tensor, size: int) -> Tensor:

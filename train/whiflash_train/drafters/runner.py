@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from whiflash_sglang.files.jsonl import read_json_file
-from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_train.answers.provenance import begun, check_same_run, checkpoint_digest, data_digest
 from whiflash_train.answers.store import FeatureStore, alone, open_stores
 from whiflash_train.config import DFlash, DSpark, Eagle3, Loop, TrainConfig
@@ -21,7 +21,7 @@ from whiflash_train.drafters import dflash as dflash_training
 from whiflash_train.drafters import dspark as dspark_training
 from whiflash_train.drafters import eagle3 as eagle3_training
 from whiflash_train.drafters.batches import EvenRows, SequenceBatches, token_frequencies
-from whiflash_train.drafters.initialisation import choose_draft_vocabulary, go_on_from, origin_of
+from whiflash_train.drafters.initialisation import check_start, choose_draft_vocabulary, go_on_from, origin_of
 from whiflash_train.origin import Origin, for_training
 
 
@@ -46,7 +46,7 @@ def train_drafter(name: str, config: TrainConfig, target_path: Path, start_from:
     Raises:
         ConfigError: there is no such section, `start_from` has another shape, or another run trains this drafter.
     """
-    settings = config.dspark_section() if name == "dspark" else getattr(config, name)
+    settings = config.section(name)
     stores, loop = open_stores(config), settings.loop
     target = origin_of(config, target_path, stores)
     if config.hardware.threads:
@@ -95,6 +95,7 @@ def _block(
     config: TrainConfig, settings: DFlash | DSpark, target: Origin, stores: list[FeatureStore], start: Path | None
 ) -> nn.Module:
     drafter: Any
+    config.check_masks(target.vocab_size)
     if start is None and isinstance(settings, DSpark):
         drafter = dspark_training.initialise(target, settings)
     elif start is None:
@@ -103,7 +104,9 @@ def _block(
     elif isinstance(settings, DSpark):
         drafter = dspark_training.go_on_from(start, target, settings)
     else:
-        drafter = DFlashDrafter.load(start, **for_training(target))
+        draft = check_start(start, "dflash", settings, target.num_layers)
+        sized = replace(draft.config, block_size=settings.block_size)
+        drafter = draft._replace(config=sized).load(**for_training(target))
     drafter.embedding_scale = target.embedding_scale
     options: dict[str, Any] = {
         "columns": [config.capture.index(layer) for layer in settings.target_layers],

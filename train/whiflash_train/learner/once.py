@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from whiflash_sglang.checkpoints.bundle import Bundle, verify
+from whiflash_sglang.checkpoints.fit import block_size_of
 from whiflash_sglang.checkpoints.manifest import PARTS
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.rounds import RoundTally, acceptance_length
@@ -41,6 +41,7 @@ from whiflash_train.answers.store import FeatureStore, SequenceRecord, alone
 from whiflash_train.answers.tokens import Exported
 from whiflash_train.bundle import with_drafters
 from whiflash_train.config import TrainConfig
+from whiflash_train.drafters.initialisation import check_start
 from whiflash_train.drafters.runner import train_drafter
 from whiflash_train.learner.texts import LONGEST, ChosenTexts, Text, answer_tokens, choose, texts_of
 from whiflash_train.replay import Pair, PairParts, replay_drafters
@@ -145,15 +146,17 @@ def learn_once(learning: Learning) -> Outcome:
         manifest = bundle.manifest
         check_target(learning.config.target, manifest.target)
         verify(bundle.checksums(bundle.parts))
-        parts = PairParts.of_bundle(learning.bundle)
-        sections = {arm: section_of(arm, path) for arm, path in parts.checkpoints.items()}
-        chosen = _chosen(learning, manifest.target)
-        config = config_of(learning.config, parts.checkpoints, work, learning.rate)
-        if config.hardware.threads:
-            torch.set_num_threads(config.hardware.threads)
-        path = target_path(config.target)
+        path = target_path(learning.config.target, manifest)
         if reason := unknown(path):
             raise ConfigError(f"{path}: drafters cannot go on training here, since {reason}")
+        parts = PairParts.of_bundle(learning.bundle)
+        config = config_of(learning.config, parts.checkpoints, work, learning.rate)
+        sections = {arm: section_of(arm, checkpoint) for arm, checkpoint in parts.checkpoints.items()}
+        for arm, name in sections.items():
+            check_start(parts.checkpoints[arm], name, config.section(name), parts.num_layers)
+        chosen = _chosen(learning, manifest.target, path)
+        if config.hardware.threads:
+            torch.set_num_threads(config.hardware.threads)
         target = TargetModel(path, **config.hardware.place)
         tokens = answer_tokens(chosen.learned)
         more = [] if original is None else replayed(original, tokens, config.seed)
@@ -162,7 +165,6 @@ def learn_once(learning: Learning) -> Outcome:
         trained = {
             arm: train_drafter(sections[arm], config, path, checkpoint) for arm, checkpoint in parts.checkpoints.items()
         }
-        check_same(parts.checkpoints, trained)
         pairs = [Pair.load(each, target) for each in (parts, parts._replace(checkpoints=trained))]
         walks = [walk_answers(pair, store) for pair in pairs]
         gained = {arm: _gain(*(walk[arm] for walk in walks)) for arm in trained}
@@ -196,18 +198,6 @@ def section_of(arm: str, checkpoint: Path) -> str:
             "--bundle of such drafters"
         )
     return SECTIONS[kind]
-
-
-def check_same(before: Mapping[str, Path], after: Mapping[str, Path]) -> None:
-    """Raise ConfigError if an arm's checkpoint has another configuration after training than before it."""
-    for arm, path in before.items():
-        was, now = (asdict(read_draft(each, arm).config) for each in (path, after[arm]))
-        if was != now:
-            key = next(key for key in was if was[key] != now.get(key))
-            raise ConfigError(
-                f"{path} has {key} {was[key]!r:.200}, and its checkpoint after training {now.get(key)!r:.200}: the "
-                "format in which checkpoints are written lacks it, so this drafter cannot be trained on"
-            )
 
 
 def check_target(configured: str, served: str) -> None:
@@ -263,9 +253,8 @@ def newest_learned(bundle: Path) -> float:
     return until if until <= time.time() else 0.0  # noqa: TID251 (a date)
 
 
-def _chosen(learning: Learning, served: str) -> ChosenTexts:
-    """Choose samples (`choose`) of the served target `served`, not longer than the configuration's target reads."""
-    target = target_path(learning.config.target)
+def _chosen(learning: Learning, served: str, target: Path) -> ChosenTexts:
+    """Choose samples (`choose`) of the target `served`, not longer than the one in the directory `target` reads."""
     shape = read_json_config(target)
     longest = min(LONGEST, integer(shape, "max_position_embeddings", target, default=LONGEST))
     vocabulary = integer(shape, "vocab_size", target)
@@ -285,27 +274,26 @@ def config_of(config: TrainConfig, checkpoints: Mapping[str, Path], work: Path, 
 
     def section(name: str, **changes: Any) -> Any:
         found = getattr(config, name)
-        if found is None:
-            return None
-        return found.model_copy(update={"loop": found.loop.model_copy(update=loop), **changes})
+        return found and found.model_copy(update={"loop": found.loop.model_copy(update=loop), **changes})
 
-    sizes = {}
+    changes: dict[str, Any] = {"work": work}
     if arms.AR in checkpoints:
         found = read_draft(checkpoints[arms.AR], arms.AR).config
         sizes = {"draft_vocab_size": found.draft_vocab_size, "intermediate_size": found.intermediate_size}
-    blocks = {name: section(name) for name in ("dflash", "dspark")}
-    return config.model_copy(update={"work": work, "eagle3": section("eagle3", **sizes), **blocks})
+        changes["eagle3"] = section("eagle3", **sizes)
+    if arms.DIFFUSION in checkpoints:
+        size = block_size_of(checkpoints[arms.DIFFUSION], None)
+        changes["dflash"] = section("dflash", block_size=size)
+        changes["dspark"] = section("dspark", block_size=size, sample_from_anchor=None)
+    return config.model_copy(update=changes)
 
 
 def _store(path: Path, target: TargetModel, capture: list[int], texts: Sequence[Text]) -> FeatureStore:
     """Write a store of the texts with their features: outputs of the target's layers `capture`, ascending."""
     store = FeatureStore(path, hidden=target.hidden_size, layers=capture)
-    eos = target.config["eos_token_id"]
-    ends = set(eos) if isinstance(eos, list) else {eos}
     for text in tracked(texts, "reading samples"):
         tokens = [*text.prompt, *text.answer]
-        finished = text.answer[-1] in ends
-        record = SequenceRecord(text.name, "served", len(text.prompt), len(tokens), False, finished)
+        record = SequenceRecord(text.name, "served", len(text.prompt), len(tokens), False, False)
         store.append(record, tokens, target.states(tokens[:-1], capture))
     return store
 

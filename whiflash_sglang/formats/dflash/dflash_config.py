@@ -114,7 +114,7 @@ class DFlashConfig:
         """Return the `config.json` for SGLang. Raises ValueError for variants, which can only be read."""
         if self.variant or self.from_anchor or type(self) is not DFlashConfig:
             raise ValueError("only plain DFlash drafters are written")
-        layers = {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)}
+        layers = {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids) or None}
         return {
             **self.trunk_json(),
             "architectures": [ARCHITECTURE],

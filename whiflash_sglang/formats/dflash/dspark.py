@@ -52,7 +52,7 @@ class DSparkConfig(DFlashConfig):
             "architectures": [ARCHITECTURES[0]],
             "block_size": self.max_drafts,
             "mask_token_id": self.mask_token_id,
-            "target_layer_ids": list(self.target_layer_ids),
+            "target_layer_ids": list(self.target_layer_ids) or None,
             "sample_from_anchor": self.from_anchor,
             "markov_rank": self.markov_rank,
             "markov_head_type": self.markov_head,
