@@ -100,6 +100,7 @@ def test_a_snapshot_of_the_hub_links_into_its_own_blobs(tmp_path: Path) -> None:
     for part in ("e", "d"):
         (snapshot / part).mkdir(parents=True)
         (snapshot / part / "config.json").symlink_to(Path("../../../blobs/f00"))
+    (snapshot / "e" / "itself").symlink_to("itself")
     manifest = load_manifest(write(snapshot, MANIFEST))
     assert (manifest.eagle3, manifest.dflash) == ("e", "d")
     (snapshot / "e" / "weights").symlink_to(other / "blobs" / "f00")

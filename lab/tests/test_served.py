@@ -81,7 +81,7 @@ class Planted:
         self.tokenizer = AutoTokenizer.from_pretrained(root / "target")
         if "normalizer" in planted:
             self.tokenizer.backend_tokenizer.normalizer = planted["normalizer"]
-        parts = PairParts({"ar": root / self.planted["drafter"]})
+        parts = PairParts({"ar": root / self.planted["drafter"]}, num_layers=6)
         self.pair = Pair.load(parts, TargetModel(root / "target", **CPU))
 
     def __call__(self, path: str, shape: type[Answer], body: Any = None) -> dict[str, Any]:

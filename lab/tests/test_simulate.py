@@ -12,6 +12,7 @@ from whiflash_lab.simulate import FIXED, PAIR, Host, SimulatedLoad, Simulation
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.rates import continuing
+from whiflash_sglang.errors import UsageError
 
 FIGURES = Path(__file__).parents[2] / "results/gpu/shaped.json"
 
@@ -63,6 +64,8 @@ def test_the_first_line_names_what_is_assumed() -> None:
     assert shown.output.startswith("SIMULATED, nothing measured")
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
     assert {one["method"] for one in found["tokens_per_second"]} == {"plain", "eagle3", "dflash", "auto"}
+    for words in ([*arguments, "--figures", str(FIGURES)], ["lab", "simulate", "--figures", __file__]):
+        assert isinstance(CliRunner().invoke(app, words).exception, UsageError)
 
 
 def test_a_slow_host_makes_rows_free_and_plain_decoding_no_faster() -> None:

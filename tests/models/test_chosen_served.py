@@ -69,6 +69,6 @@ def test_text_is_plain_decodings(models: Models, tmp_path: Path, name: str) -> N
 
 @pytest.mark.parametrize("name", ["FlashMap", PARALLEL])
 def test_a_drafter_that_is_not_replayed_is_named(tmp_path: Path, name: str) -> None:
-    parts = PairParts({"any": drafter(tmp_path / "drafter", name)})
+    parts = PairParts({"any": drafter(tmp_path / "drafter", name)}, num_layers=12)
     with pytest.raises(ConfigError, match="drafter: FlashMap and P-EAGLE cannot be replayed"):
         _ = parts.captured

@@ -17,6 +17,7 @@ from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.files.disk import sha256
 from whiflash_sglang.settings.config import Flags, resolve
+from whiflash_train.answers.data import target_path
 from whiflash_train.bundle import BundleParts, assemble, create, with_drafters
 from whiflash_train.cli.train import resolve_config
 
@@ -55,9 +56,7 @@ def test_directories_become_a_bundle_that_is_served_from_itself(models: dict[str
 
 
 SPOILT: dict[str, Callable[[Path], object]] = {
-    "dflash/model.safetensors": lambda file: file.write_bytes(
-        file.read_bytes()[:-1] + b"\0"
-    ),  # still a file that can be loaded
+    "dflash/model.safetensors": lambda file: file.write_bytes(file.read_bytes()[:-1] + b"\0"),  # can be loaded
     "eagle3/config.json": lambda file: file.write_bytes(file.read_bytes() + b" "),
     "eagle3/model.safetensors": Path.unlink,
 }
@@ -166,6 +165,7 @@ def test_one_drafter_alone(models: dict[str, Path], tmp_path: Path, part: str) -
 LEADING_OUT: dict[str, Callable[[Path, Path], object]] = {
     "a secret": lambda file, secret: file.symlink_to(secret),
     "a device": lambda file, _: file.symlink_to("/dev/zero"),
+    "itself": lambda file, _: file.symlink_to(file.name),
     "a pipe": lambda file, _: os.mkfifo(file),
     "no tensors": lambda file, secret: file.write_bytes(secret.read_bytes()),
     "a directory": lambda file, _: file.mkdir(),
@@ -235,7 +235,7 @@ def test_ids_stay_ids_at_the_commit_they_were_at(
             raise OSError("404: no such repository")
         return str(tmp_path / "hub" / part / (revision or commits[part]) / file)
 
-    def snapshot(name: str, revision: str | None, cache_dir: str | None) -> str:
+    def snapshot(name: str, revision: str | None, cache_dir: str | None, **_: object) -> str:
         asked.append((name, revision))
         return str(tmp_path / "hub" / name.removeprefix("owner/") / str(revision))
 
@@ -248,6 +248,7 @@ def test_ids_stay_ids_at_the_commit_they_were_at(
     named = (manifest.target, manifest.eagle3, manifest.dflash)
     assert named == ("owner/target", "hub:owner/eagle3", "hub:owner/dflash")
     assert {part: source.revision for part, source in manifest.sources.items()} == commits
+    assert target_path(manifest.target, manifest).name == commits["target"]
     asked.clear()
     assert {path.name for path in resolve(Flags(), out).drafters.values()} == {commits["eagle3"], commits["dflash"]}
     assert asked == [(f"owner/{part}", commits[part]) for part in ("eagle3", "dflash")]
@@ -259,6 +260,7 @@ def test_the_shipped_configuration_names_files_that_come_with_the_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m-instruct").mkdir()
     template = resolve_config(Path("smollm2-135m-instruct")).chat_template
     assert template is not None
     assert template.is_file()
@@ -267,6 +269,9 @@ def test_the_shipped_configuration_names_files_that_come_with_the_packages(
 def test_new_drafters_have_no_acceptance_of_the_old(models: dict[str, Path], tmp_path: Path) -> None:
     config = resolve_config(Path("smollm2-135m-instruct")).model_copy(update={"work": tmp_path / "work"})
     for name, part in (("eagle3", "eagle3"), (config.block_drafter, "dflash")):
+        with pytest.raises(ConfigError, match=f"{name} has no checkpoint"):
+            assemble(config, tmp_path / "other", "new")
+        assert not (tmp_path / "other").exists()
         shutil.copytree(models[part], config.work / name / "checkpoint")
     (tmp_path / "whiflash.json").write_bytes((embedded_bundle() / "whiflash.json").read_bytes())
     assemble(config, tmp_path, "new")

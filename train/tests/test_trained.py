@@ -87,10 +87,7 @@ def whiflash_train(directory: Path, *commands: list[str]) -> list[dict[str, Any]
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory: Path = tmp_path_factory.mktemp("served")
-    rows = [
-        {"id": f"r{i}", "category": "chat", "messages": [{"role": "user", "content": f"say {i}"}]}
-        for i in range(PROMPTS)
-    ]
+    rows = [{"id": f"r{i}", "messages": [{"role": "user", "content": f"say {i}"}]} for i in range(PROMPTS)]
     (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return directory
 

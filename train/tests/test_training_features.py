@@ -29,6 +29,7 @@ CAPTURE = [0, 1, 2, 3, 4]
 OPTIONS: dict[str, Any] = {"disable_radix_cache": True, "chunked_prefill_size": 32}
 TEXTS = [list(range(60, 130)), list(range(40, 49)), list(range(90, 200, 3))]
 """The first one is prefilled in chunks."""
+TARGETS = [f"{name}ForCausalLM" for name in ("Qwen3Moe", "GptOss", "DeepseekV2", "Lfm2", "Gemma4")]
 
 
 class InProcess:
@@ -91,20 +92,7 @@ def in_serving(e: Engine, text: list[int]) -> torch.Tensor:
     return torch.cat(seen)
 
 
-@pytest.mark.parametrize(
-    "name",
-    sampled(
-        [
-            "Qwen3MoeForCausalLM",
-            "GptOssForCausalLM",
-            "DeepseekV2ForCausalLM",
-            "Lfm2ForCausalLM",
-            "Gemma4ForCausalLM",
-            "Qwen3VLForConditionalGeneration",
-        ],
-        "Gemma4ForCausalLM",
-    ),
-)
+@pytest.mark.parametrize("name", sampled([*TARGETS, "Qwen3VLForConditionalGeneration"], "Gemma4ForCausalLM"))
 def test_features_are_those_of_serving(name: str, tmp_path: Path) -> None:
     """And the vocabulary is the one that drafters are given there."""
     target, family = tmp_path / "target", FAMILIES[name]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import edit, tiny_dflash, tiny_eagle3, tiny_target
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from typer.testing import CliRunner
 
 import whiflash_train as train
@@ -218,7 +218,7 @@ def test_a_dspark_drafter_learns(pair: Pair, tmp_path: Path) -> None:
     target, config = pair[0] / "target", tiny_config(pair[0])
     torch.manual_seed(0)
     origin = TargetModel(target, device=torch.device("cpu"), dtype=torch.float32)
-    initialise(origin, config.dspark_section()).save(tmp_path / "dspark")
+    initialise(origin, config.section("dspark")).save(tmp_path / "dspark")
     create(BundleParts(str(target), None, str(tmp_path / "dspark")), tmp_path / "bundle")
     directory = tmp_path / "learning"
     serve(directory, str(target), 160, 7)
@@ -234,12 +234,12 @@ def test_a_drafter_that_no_configuration_trains_is_refused(pair: Pair, monkeypat
         once.section_of("diffusion", pair[0] / "dflash")
 
 
-def test_what_a_checkpoint_cannot_hold_is_refused(pair: Pair, tmp_path: Path) -> None:
-    shutil.copytree(pair[0] / "dflash", tmp_path / "after")
-    edit(tmp_path / "after", lambda config: config.update(rope_theta=12345.0))
-    once.check_same({"diffusion": pair[0] / "dflash"}, {"diffusion": pair[0] / "dflash"})
-    with pytest.raises(ConfigError, match=r"dflash has rope.* so this drafter cannot be trained on"):
-        once.check_same({"diffusion": pair[0] / "dflash"}, {"diffusion": tmp_path / "after"})
+def test_a_drafter_that_is_not_as_configured_is_refused_before_samples_are_read(pair: Pair, tmp_path: Path) -> None:
+    learning = learning_of(pair, tmp_path)
+    check_spool(samples_of(tmp_path))
+    other = learning.config.dflash.model_copy(update={"mask_token_id": 3})
+    with pytest.raises(ConfigError, match=r"dflash has 259, dflash\.mask_token_id asks for 3"):
+        learn_once(learning._replace(config=learning.config.model_copy(update={"dflash": other})))
 
 
 def text(number: int, prompt: int | None = None) -> texts.Text:

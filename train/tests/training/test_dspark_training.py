@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import yaml
 from engine import engine
 from reference import Comparison, ReferenceTarget
-from tiny_models import MASK_TOKEN, edit, tiny_dflash, tiny_target
+from tiny_models import MASK_TOKEN, edit, tiny_dflash, tiny_eagle3
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -29,6 +29,7 @@ from whiflash_train.answers.store import SequenceRecord
 from whiflash_train.config import DSpark, TrainConfig, load_config
 from whiflash_train.drafters.batches import Batch, unpack
 from whiflash_train.drafters.dspark import DSparkTraining, go_on_from, initialise
+from whiflash_train.drafters.initialisation import check_start
 from whiflash_train.drafters.runner import train_drafter
 from whiflash_train.origin import for_training
 from whiflash_train.replay import Pair, PairParts, replay_drafters
@@ -45,16 +46,6 @@ SETTINGS = DSpark(
     frequent=96,
     sampled=32,
 )
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_target(tmp_path_factory.mktemp("dspark") / "target")
-
-
-@pytest.fixture(scope="module")
-def target(path: Path) -> TargetModel:
-    return TargetModel(path, device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -184,23 +175,6 @@ def test_it_goes_on_from_a_dflash_checkpoint_proposing_the_same(
     assert all(torch.equal(one, own[name]) for name, one in later.named_parameters())
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"target_layers": [1, 4]}, r"dspark\.target_layers asks for \(1, 4\)"),
-        ({"source_layers": [5]}, r"has 2, dspark\.source_layers asks for 1"),
-        ({"mask_token_id": 3}, r"dspark\.mask_token_id asks for 3"),
-        ({"markov_rank": 16}, r"has 8, dspark\.markov_rank asks for 16"),
-    ],
-)
-def test_a_start_of_another_shape_is_refused(
-    target: TargetModel, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    initialise(target, SETTINGS).save(tmp_path / "start")
-    with pytest.raises(ConfigError, match=message):
-        go_on_from(tmp_path / "start", target, SETTINGS.model_copy(update=changes))
-
-
 class Trained(NamedTuple):
     """A run from the command line, and its configuration."""
 
@@ -259,7 +233,7 @@ def test_a_trained_drafter_is_served_and_accepts_what_its_replay_says(trained: T
 
 def replayed(target: ReferenceTarget, drafter: dict[str, Path], text: list[int], prompt: int) -> Any:
     """Rounds of the drafter at every position of the answer in `text`."""
-    parts = PairParts(drafter)
+    parts = PairParts(drafter, num_layers=6)
     forward = target.forward(text[:-1], parts.captured)
     record = SequenceRecord("a", "chat", prompt, len(text), False, False, 0, 0)
     stored = Stored(record, torch.tensor(text), forward.features, forward.final)
@@ -296,12 +270,40 @@ def test_a_configuration_without_the_section_says_so(trained: Trained) -> None:
         train_drafter("dspark", without, trained.target)
 
 
-def test_what_a_published_drafter_adds_is_not_lost(target: TargetModel, tmp_path: Path) -> None:
-    """A trunk with settings of its own is not gone on from: they could not be written."""
-    initialise(target, SETTINGS).save(tmp_path / "start")
-    edit(tmp_path / "start", lambda config: config.update(attention_value_scale=2.0))
-    with pytest.raises(ConfigError, match="settings of its own"):
-        go_on_from(tmp_path / "start", target, SETTINGS)
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("dspark", {"attention_value_scale": 2.0}, "settings of its own"),
+        ("dspark", {"target_layer_ids": [1, 4]}, r"has \(1, 4\), dspark\.target_layers asks for \(1, 3, 4\)"),
+        ("dspark", {"num_hidden_layers": 1}, r"has 1, dspark\.source_layers asks for 2"),
+        ("dspark", {"mask_token_id": 3}, r"has 3, dspark\.mask_token_id asks for 259"),
+        ("dspark", {"markov_rank": 16}, r"has 16, dspark\.markov_rank asks for 8"),
+        ("dflash", {}, "a mask embedding, cannot be trained on as dflash"),
+        ("dflash", {"partial_rotary_factor": 0.5}, "settings of its own"),
+        ("dflash", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 8}, "such as windows"),
+        ("dflash", {"dflash_config": {"mask_token_id": MASK_TOKEN}}, r"has \(1, 3\), dflash\.target_layers asks for"),
+    ],
+)
+def test_a_start_is_as_configured_and_can_be_written(
+    path: Path, target: TargetModel, tmp_path: Path, section: str, change: dict[str, Any], message: str
+) -> None:
+    """Its `config.json` says so: no tensor is read, and nothing is trained first."""
+    start = tiny_dflash(tmp_path / "start", path)
+    if section == "dspark":
+        initialise(target, SETTINGS).save(start)
+    check_start(start, section, SETTINGS, 6)
+    edit(start, lambda config: config.update(change))
+    if not change:
+        (start / "mask_embedding.pt").touch()
+    with pytest.raises(ConfigError, match=message):
+        check_start(start, section, SETTINGS, 6)
+
+
+def test_a_chain_that_lists_no_layers_is_replayed_with_those_of_its_format(path: Path, tmp_path: Path) -> None:
+    chain = {"ar": tiny_eagle3(tmp_path / "chain", path)}
+    edit(chain["ar"], lambda config: config.pop("eagle_config"))
+    assert PairParts(chain, num_layers=6).captured == [1, 2]
+    assert len(replayed(ReferenceTarget(path), chain, list(range(40)), 30)["ar"]) == 9
 
 
 def test_the_markov_head_reads_the_row_in_front(target: TargetModel) -> None:

@@ -17,7 +17,7 @@ def test_response_formats() -> None:
     assert response_format_grammar({"type": "text"}) is None
     named = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
     assert response_format_grammar(named) == {"json_schema": json.dumps(SCHEMA)}
-    with pytest.raises(ValueError, match="'xml' is not one of"):
+    with pytest.raises(ValueError, match="one of text, json_object, json_schema"):
         response_format_grammar({"type": "xml"})
 
 

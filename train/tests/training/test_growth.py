@@ -6,23 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_target
 from torch import Tensor
 
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
-from whiflash_train.config import Eagle3
+from whiflash_train.config import DFlash, Eagle3
+from whiflash_train.drafters import dflash
 from whiflash_train.drafters.eagle3 import initialise
 from whiflash_train.drafters.initialisation import enlarged, go_on_from
 from whiflash_train.target import TargetModel
 
 SETTINGS = Eagle3(target_layers=[1, 3, 4], source_layer=5, draft_vocab_size=40)
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> TargetModel:
-    path = tiny_target(tmp_path_factory.mktemp("growth") / "target")
-    return TargetModel(path, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def trained(target: TargetModel, ids: Tensor) -> Eagle3Drafter:
@@ -127,3 +121,16 @@ def test_what_does_not_fit_is_refused(
     trained(target, torch.arange(40)).save(tmp_path / "start")
     with pytest.raises(ConfigError, match=message):
         go_on_from(tmp_path / "start", target, SETTINGS.model_copy(update=change), torch.ones(target.vocab_size))
+
+
+def test_head_norms_are_copied_or_refused(target: TargetModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of Qwen3: a block drafter has both norms, EAGLE-3 has none."""
+    norms = {name: torch.nn.RMSNorm(16) for name in ("q_norm", "k_norm")}
+    for name, norm in norms.items():
+        torch.nn.init.normal_(norm.weight)
+        monkeypatch.setattr(target.layers[5].self_attn, name, norm, raising=False)
+    settings = DFlash(target_layers=[1], source_layers=[5], mask_token_id=3)
+    layer = dflash.initialise(target, settings, block_size=4, section="dflash").layers[0]
+    assert all(torch.equal(getattr(layer.attention, name).weight, norm.weight) for name, norm in norms.items())
+    with pytest.raises(ConfigError, match=r"eagle3\.source_layer 5: .* attention\.q_norm\.weight, .*leave eagle3"):
+        initialise(target, SETTINGS, torch.arange(40))

@@ -43,6 +43,8 @@ def test_a_weight_of_zero_leaves_a_category_out() -> None:
         ('{"messages": [{"role": "user"}], "id": 7}', "line 1: id: "),
         ('{"messages": [{"role": "user"}], "id": ["a"]}', "line 1: id: "),
         ('{"messages": [{"role": "user"}], "category": null}', "line 1: category: "),
+        ('{"messages": [{"role": "a", "tool_calls": [{}]}]}', "line 1: messages.0.tool_calls.0.function: "),
+        ('{"messages": [{"role": "a"}], "response_format": {"type": "json_schema"}}', "line 1: response_format: "),
     ],
 )
 def test_unusable_files_name_the_line(tmp_path: Path, text: str, message: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from tiny_models import tiny_dflash, tiny_eagle3
 from torch import Tensor
 
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
@@ -23,12 +23,10 @@ LENGTHS, PROMPTS = [14, 9, 4], [5, 3, 3]
 
 
 class Pair:
-    """A tiny target with both drafters and a batch of three random sequences."""
+    """Both drafters of a tiny target, and a batch of three random sequences."""
 
-    def __init__(self, root: Path) -> None:
-        path = tiny_target(root / "target")
-        self.target = TargetModel(path, device=torch.device("cpu"), dtype=torch.float32)
-        options = for_training(self.target)
+    def __init__(self, path: Path, target: TargetModel, root: Path) -> None:
+        options = for_training(target)
         self.eagle3 = Eagle3Drafter.load(tiny_eagle3(root / "eagle3", path), **options)
         self.dflash = DFlashDrafter.load(tiny_dflash(root / "dflash", path), **options)
         torch.manual_seed(0)
@@ -43,8 +41,8 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair(tmp_path_factory.mktemp("pair"))
+def pair(path: Path, target: TargetModel, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair(path, target, tmp_path_factory.mktemp("pair"))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:

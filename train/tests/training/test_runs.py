@@ -170,12 +170,8 @@ def test_a_run_does_not_go_on_as_another(
 
 def test_what_decides_no_weight_may_change(root: Path, killed: TrainConfig, tmp_path: Path) -> None:
     """The other drafter's section, the prompts, where the files lie."""
-    other = copied(killed, tmp_path / "moved").model_copy(
-        update={
-            "dflash": killed.dflash.model_copy(update={"gamma": 7.0}),
-            "data": killed.data.model_copy(update={"limit": 3}),
-        }
-    )
+    loss, data = killed.dflash.model_copy(update={"gamma": 7.0}), killed.data.model_copy(update={"limit": 3})
+    other = copied(killed, tmp_path / "moved").model_copy(update={"dflash": loss, "data": data})
     assert (train_eagle3(other, root / "target") / "model.safetensors").exists()
 
 
@@ -273,6 +269,8 @@ def test_a_bundle_of_one_drafter_is_evaluated(
         ({"colour": 1, "shape": 2}, "colour: Extra inputs.*; shape: Extra"),
         ({"capture": [1, 0]}, "ascending"),
         ({"capture": [0, 1, 2]}, "not in capture"),
+        ({"capture": []}, "capture: List should have at least 1 item"),
+        ({"capture": [-1, 8]}, "capture.0: "),
         ({"hardware": {"device": "abacus"}}, "hardware.device"),
     ],
 )
