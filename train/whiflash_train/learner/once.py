@@ -150,8 +150,8 @@ def learn_once(learning: Learning) -> Outcome:
         if reason := unknown(path):
             raise ConfigError(f"{path}: drafters cannot go on training here, since {reason}")
         parts = PairParts.of_bundle(learning.bundle)
-        config = config_of(learning.config, parts.checkpoints, work, learning.rate)
         sections = {arm: section_of(arm, checkpoint) for arm, checkpoint in parts.checkpoints.items()}
+        config = config_of(learning.config, parts.checkpoints, work, learning.rate)
         for arm, name in sections.items():
             check_start(parts.checkpoints[arm], name, config.section(name), parts.num_layers)
         chosen = _chosen(learning, manifest.target, path)
