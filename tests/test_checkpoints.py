@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, edit, tiny_dflash, tiny_eagle3, tiny_target
 
-from whiflash_sglang.checkpoints.fit import TargetShape, block_size_of, check_drafters
+from whiflash_sglang.checkpoints.fit import TargetShape, block_size_of, check_drafters, read_target
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
@@ -133,3 +133,10 @@ def test_an_impossible_mask_token(pair: tuple[Path, Path], mask: Any) -> None:
 def test_the_two_checkpoints_swapped(pair: tuple[Path, Path]) -> None:
     with pytest.raises(CheckpointError):
         load((pair[1], pair[0]))
+
+
+def test_recurrent_layers_of_a_target_have_no_kv(tmp_path: Path) -> None:
+    target = tiny_target(tmp_path / "target")
+    every = read_target(str(target))[1]
+    edit(target, lambda config: config.update(full_attention_interval=3))
+    assert read_target(str(target))[1] == every // 3

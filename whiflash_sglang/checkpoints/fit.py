@@ -13,7 +13,7 @@ from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import CheckpointError, ConfigError, WhiflashError
 from whiflash_sglang.formats.checkpoint import attention_shape, holds, integer
-from whiflash_sglang.formats.config_json import read_json_config
+from whiflash_sglang.formats.config_json import layers_with_kv, read_json_config
 from whiflash_sglang.formats.draft_format import merged
 from whiflash_sglang.formats.table import Draft, read_draft
 from whiflash_sglang.formats.uno import adapter_in, read_adapter
@@ -36,8 +36,7 @@ class TargetShape:
     @classmethod
     def read(cls, path: Path) -> "TargetShape":
         """Read the shape from a target's `config.json`. Raises CheckpointError naming the key that is missing."""
-        config = read_json_config(path.parent)
-        text = merged(path.parent, config, "text_config")
+        text = merged(path.parent, read_json_config(path.parent), "text_config")
         keys = ("hidden_size", "num_hidden_layers", "vocab_size")
         return cls(*(integer(text, key, path.parent) for key in keys))
 
@@ -95,10 +94,9 @@ def read_layers(drafters: Mapping[str, Path], target: TargetShape) -> set[int]:
 def check_fit(draft: Draft, target: TargetShape) -> None:
     """Raise CheckpointError if a drafter does not fit the target's hidden size, vocabulary or layers."""
     config, name = draft.config, draft.format.name
-    hidden = config.target_hidden_size
-    if hidden != target.hidden_size:
+    if config.target_hidden_size != target.hidden_size:
         raise CheckpointError(
-            f"the {name} checkpoint {draft.path} is for a target of hidden size {hidden}, "
+            f"the {name} checkpoint {draft.path} is for a target of hidden size {config.target_hidden_size}, "
             f"this one has {target.hidden_size}"
         )
     if config.vocab_size != target.vocab_size:
@@ -147,16 +145,14 @@ TargetFit = tuple[TargetShape, int, int]
 def read_target(place: str) -> TargetFit:
     """Read a target's sizes from its directory or hub id. Raises WhiflashError naming what is missing."""
     config = look_up(place).config
-    settings = read_json_config(config.parent)
-    text = merged(config.parent, settings, "text_config")
+    shape, text = TargetShape.read(config), merged(config.parent, read_json_config(config.parent), "text_config")
     element = 4 if str(text.get("dtype") or text.get("torch_dtype")) in ("float32", "float") else 2
-    layers = integer(text, "num_hidden_layers", config.parent)
     if text.get("kv_lora_rank"):  # MLA stores one latent vector and one rotated key per token
         numbers = sum(integer(text, key, config.parent) for key in ("kv_lora_rank", "qk_rope_head_dim"))
     else:
         _, kv_heads, head_dim = attention_shape(text, config.parent)
         numbers = 2 * kv_heads * head_dim
-    return TargetShape.read(config), layers * numbers * element, element
+    return shape, layers_with_kv(text, shape.num_layers) * numbers * element, element
 
 
 def judge(checkpoint: str, target: TargetFit | None) -> Iterator[tuple[str, bool, str]]:
@@ -196,10 +192,8 @@ def _describe(draft: Draft, target: TargetFit | None) -> str:
     element = target[2] if target else 2
     _, kv_heads, head_dim = config.attention
     kv = 2 * config.num_layers * kv_heads * head_dim * element
-    drafts = getattr(config, "max_drafts", None)
     parts = [f"{draft.format.name}, the {draft.format.arm} arm"]
-    if drafts is not None:
-        parts.append(f"{drafts} drafts a block")
+    parts += [f"{drafts} drafts a block"] if (drafts := getattr(config, "max_drafts", None)) is not None else []
     share = ""
     if target is not None:
         shape, kv_bytes, _ = target

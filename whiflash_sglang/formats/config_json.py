@@ -1,5 +1,6 @@
 """Read a checkpoint's `config.json` without importing the modules that build the model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,11 @@ def read_config_of(path: Path, architectures: tuple[str, ...]) -> dict[str, Any]
     if not set(architectures).intersection(config.get("architectures") or []):
         raise misfit(path, f"architectures is {config.get('architectures')}, expected {list(architectures)}")
     return config
+
+
+def layers_with_kv(config: Mapping[str, Any], layers: int) -> int:
+    """Return how many of a target's `layers` layers keep KV: also those with a window, but none that is recurrent."""
+    kinds, every = config.get("layer_types"), config.get("full_attention_interval")
+    if isinstance(kinds, list):
+        return sum(kind not in ("linear_attention", "mamba", "conv", "moe") for kind in kinds) or layers
+    return layers // every or layers if isinstance(every, int) and every > 0 else layers
