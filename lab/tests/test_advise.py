@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from whiflash_lab.advise import BETWEEN, GPUS, OURS, PLAIN, Estimate, Question, _card, _gpu, advise
+from whiflash_lab.advise import BETWEEN, GPUS, OURS, PLAIN, Estimate, Question, _card, _fitting, _gpu, advise
 from whiflash_lab.published import FACTS, KNOWN, PublishedTarget, Ratio, Shape, of_directory
 from whiflash_lab.simulate import PublishedPair, SimulatedLoad, Simulation
 from whiflash_sglang.cli.app import app
@@ -84,6 +84,7 @@ def test_a_layer_reads_a_long_context_as_an_h200_did() -> None:
         card = _card(Shape(0, 0, 1, 4096), GPUS[record["card"].split()[1].lower()], 1, context, requests)
         found = card.verify(requests * width, requests * context) - card.fixed
         assert 1000 * found == pytest.approx(row["ours_ms"], rel=0.25)
+    assert _card(KNOWN[1].shape, GPUS["h200"], 1).block == pytest.approx(1.044e-3, rel=0.15), "results/gpu/shaped.json"
 
 
 def test_a_long_context_takes_time_and_memory() -> None:
@@ -128,16 +129,8 @@ def test_an_agent_that_returns_to_a_full_cache_pays() -> None:
     assert "--hicache-size" not in str(advise(question._replace(context=0)).settings)
 
 
-STATE: dict[str, Any] = {
-    "tokens": 1000,
-    "timed_seconds": 10.0,
-    "timed_tokens": 1000,
-    "priced_seconds": 10.0,
-    "priced_tokens": 1000,
-    "plain_seconds": 15.0,
-    "plain_price": {},
-    "by_arm": {},
-}
+STATE: dict[str, Any] = {"tokens": 1000, "timed_seconds": 10.0, "timed_tokens": 1000, "plain_price": {}, "by_arm": {}}
+STATE |= {"priced_seconds": 10.0, "priced_tokens": 1000, "plain_seconds": 15.0}
 
 
 def test_what_is_within_the_error_is_level_and_has_the_simplest_way_until_it_is_measured() -> None:
@@ -185,6 +178,10 @@ def test_every_drafter_of_the_bundle_is_measured_and_what_is_lost_is_the_targets
     assert "fewer tokens of Qwen/Qwen3-Coder-30B-A3B-Instruct" in found.lost[0]
     eight = advise(Question("Qwen3-8B", "NVIDIA H100 80GB HBM3", requests=(1,), answer=64))
     assert "1 × H100 hold 22 % fewer tokens of Qwen/Qwen3-8B (draft KV, and 4.6 GB a card)" in eight.lost[0]
+    hybrid = advise(Question("Qwen3.5-35B-A3B", "h200", requests=(1,), answer=16))
+    assert "hold 55 % fewer tokens" in hybrid.lost[0], "24,576 bytes beside the target's 20,480"
+    (narrow,) = (one.shape for one in KNOWN if one.name == "Qwen/Qwen3-Coder-Next")
+    assert _fitting(narrow, Question("", cards=8, context=1 << 17), 8, 0) == 31, "12,288 bytes a token on each card"
 
 
 QWEN8 = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
@@ -192,6 +189,8 @@ QWEN8 |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_
 
 
 def test_any_target_is_read_from_its_directory(tmp_path: Path) -> None:
+    (tmp_path := tmp_path / "my models").mkdir()
+
     def shape(**config: Any) -> Shape:
         (tmp_path / "config.json").write_text(json.dumps(config))
         found = of_directory(tmp_path)
@@ -207,26 +206,34 @@ def test_any_target_is_read_from_its_directory(tmp_path: Path) -> None:
     experts = shape(text_config={**QWEN8, **sizes, **mixture}, time_step_limit=[0.0, float("inf")])
     assert (experts.parameters, experts.active) == (pytest.approx(30.5e9, rel=0.01), pytest.approx(3.3e9, rel=0.03))
     assert (experts.kv, experts.experts, experts.used) == (98304, 128, 8)
-    linear = [*(["linear_attention"] * 27), *(["full_attention"] * 9)]
-    assert shape(**QWEN8, layer_types=linear).kv == known.kv / 4
+    assert shape(**QWEN8, full_attention_interval=4).kv == known.kv / 4
+    mixed = ["linear_attention", "conv", "sliding_attention", "full_attention"] * 9
+    windows = shape(**QWEN8, layer_types=mixed, num_experts=None)
+    assert (windows.kv, windows.width, windows.experts) == (known.kv / 2, known.width / 4, 0)
+    used = shape(**QWEN8, num_experts=8, moe_topk=[2, 2]).used, shape(**QWEN8, num_experts=8, top_k_experts=2).used
+    fp8 = shape(text_config=QWEN8, quantization_config={"quant_method": "fp8"})
+    assert (used, fp8.weight_bytes, fp8.weights) == ((2, 2), pytest.approx(1.152, rel=0.01), "8-bit")
+    groups = {"group_0": {"input_activations": {"num_bits": 8}, "weights": {"num_bits": 4}}}
+    assert shape(**QWEN8, quantization_config={"config_groups": groups}).expert_bytes == 0.5
+    assert "ASSUMED" in shape(**QWEN8, quantization_config={"quant_method": "hqq"}).weights
     found = advise(Question(str(tmp_path), requests=(1,), answer=64))
     assert "ASSUMED" in found.assumed
     faster = advise(Question(str(tmp_path), requests=(1,), answer=64, acceptance=6.0))
     assert faster.rows[0].rates["EAGLE3"] > found.rows[0].rates["EAGLE3"]
-    assert any(line.endswith("--speculative-draft-model-path DRAFTER") for line in faster.settings), faster.settings
+    assert any(re.fullmatch(f"sglang serve '{tmp_path}' --spec.* DRAFTER", line) for line in faster.settings)
     for odd in ({"num_experts": 2, "num_experts_per_tok": 2}, {"num_attention_heads": 2 * QWEN8["hidden_size"]}):
         shape(**{**QWEN8, "head_dim": None, **odd})
         assert advise(Question(str(tmp_path), cards=4, requests=(1,), answer=16)).rows
-    (tmp_path / "config.json").write_text('{"hidden_size": 1}')
-    with pytest.raises(UsageError, match="num_hidden_layers: Field required"):
-        advise(Question(str(tmp_path)))
-    (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(UsageError, match=r"config\.json is damaged: a JSON object is expected"):
-        advise(Question(str(tmp_path)))
-    (tmp_path / "config.json").write_text('{"hidden_size": 1')
-    with pytest.raises(UsageError, match=r"config\.json cannot be read: "):
-        advise(Question(str(tmp_path)))
-    with pytest.raises(UsageError, match=r"has no config\.json"):
+    for text, message in (
+        ('{"hidden_size": 1}', "num_hidden_layers: Field required"),
+        ("[1]", r"config\.json is damaged: a JSON object is expected"),
+        ('{"hidden_size": 1', r"config\.json cannot be read: "),
+        (json.dumps(QWEN8 | {"num_experts": 8}), "8 experts, but no number of those that a token uses: add"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UsageError, match=message):
+            advise(Question(str(tmp_path)))
+    with pytest.raises(UsageError, match=r"config\.json is missing"):
         advise(Question(str(tmp_path.parent)))
 
 
@@ -247,8 +254,9 @@ def test_a_card_has_the_name_that_its_driver_prints(printed: str, card: str) -> 
 
 
 def test_what_cannot_be_answered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="nothing is known of it; known are Qwen/Qwen3-4B"):
-        advise(Question("owner/model"))
+    for unknown in ("owner/model", "~no-such-user/model"):
+        with pytest.raises(ConfigError, match="nothing is known of it; known are Qwen/Qwen3-4B"):
+            advise(Question(unknown))
     with pytest.raises(ConfigError, match="did you mean Qwen/Qwen3-Coder-30B-A3B-Instruct or Qwen/Qwen3-Coder-Next"):
         advise(Question("Qwen/Qwen3-Coder"))
     with pytest.raises(ConfigError, match="--gpu: 'h1000' is not one of"):

@@ -4,7 +4,9 @@
 experts follow from a card's bandwidth. Imports no torch.
 """
 
+import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -28,7 +30,6 @@ FULL = {arms.AR: 5, arms.DIFFUSION: 7}
 USABLE = 0.88
 """Share of a card's memory that SGLang takes for weights and KV."""
 PLAIN, OURS = "plain", "WHIFLASH"
-TASK = "simulating loads"
 
 GPUS = FACTS.cards
 LAYER = (H100.fixed - 2 * PARAMETERS / GPUS["h100"].bandwidth) / 36
@@ -65,7 +66,6 @@ class Question(NamedTuple):
     gpu: str = "h100"
     cards: int = 1
     requests: tuple[int, ...] = (1, 8, 32)
-    temperature: float = 0.0
     tools: float = 0.0
     prompt: int = 512
     answer: int = 256
@@ -165,7 +165,7 @@ def advise(question: Question) -> Advice:
     Raises:
         UsageError: no such card, or nothing is known of the target.
     """
-    target = _answerable(known(question.target) or of_directory(Path(question.target)), question)
+    target = _answerable(known(question.target) or of_directory(Path(os.path.expanduser(question.target))), question)
     gpu, (lengths, published, source) = _gpu(question.gpu), target.acceptance
     sizes = sizes_of(target.shape)
     fitting = [size for size in sizes if sum(_split(target.shape)) < USABLE * gpu.memory * size]
@@ -174,7 +174,7 @@ def advise(question: Question) -> Advice:
     if not _fitting(target.shape, question, 1, layers_of(target)):
         question = question._replace(cards=max(size for size in sizes if size <= question.cards))
     pair = PublishedPair(lengths, published, {arm: min(FULL[arm], n) for arm, n in published.items()})
-    rows = [_fastest(target, gpu, pair, question, n) for n in tracked(question.requests, TASK)]
+    rows = [_fastest(target, gpu, pair, question, n) for n in tracked(question.requests, "simulating loads")]
     error = max(_off(target))
     verdict = "\n".join(f"Estimate for {row.load}: {row.verdict(error)}" for row in rows)
     choices = [row.choice(error) for row in rows]
@@ -217,7 +217,7 @@ def _too_large(target: PublishedTarget, question: Question, fitting: Sequence[in
     gpu = _gpu(question.gpu)
     verdict = (
         f"{target.name} does not fit {question.cards} × {gpu.name} of {gpu.memory / 1e9:.0f} GB: its weights take "
-        f"{sum(_split(target.shape)) / 1e9:.0f} GB. "
+        f"{sum(_split(target.shape)) / 1e9:.0f} GB in {target.shape.weights}. "
         + (f"It takes {fitting[0]} × {gpu.name}: --count {fitting[0]}." if fitting else "Take larger cards.")
     )
     return Advice(verdict, "", [], [], [], (), (), [], (), ())
@@ -231,11 +231,7 @@ def _answerable(target: PublishedTarget | None, question: Question) -> Published
         near = [name for name in names if last in name] or get_close_matches(last, names, 2)
         meant = f"did you mean {' or '.join(names[name] for name in near)}?"
         guess = f"; {meant if near else 'known are ' + ', '.join(names.values()) + '.'}"
-        if Path(question.target).expanduser().is_dir():
-            raise UsageError(f"{question.target} has no config.json: name a directory that holds one")
-        raise UsageError(
-            f"{question.target}: nothing is known of it{guess} Or name a directory that holds its config.json"
-        )
+        raise UsageError(f"{question.target}: nothing is known of it{guess} Or name a directory with its config.json")
     has = {arms.AR: target.eagle3, arms.DIFFUSION: target.block}
     drafting = [arm for arm in FULL if has[arm] or not any(has.values())]
     if question.acceptance is not None:
@@ -283,12 +279,11 @@ def _memory(target: PublishedTarget, question: Question, replicas: int) -> str:
     layers, one, prefix = layers_of(target), question._replace(context=0, prompt=1, answer=0), 32768
     plain, ours = (_fitting(shape, one, cards, each) for each in (0, layers))
     fewer = f"hold {100 * (1 - ours / plain):.0f} % fewer tokens" if plain else "hold no token"
-    weights = DRAFTER * layers / shape.layers * _split(shape)[0] / 1e9
     seconds = _returns(shape, question._replace(context=prefix), cards, layers)[-1]
     return (
-        f"Memory: with {_drafters(target)} {cards} × {gpu.name} {fewer} of {target.name} (draft KV, and {weights:.1f} "
-        f"GB a card), and a prefix of {prefix:,} that falls out takes {seconds:.1f} seconds to prefill (computed at "
-        "the card's peak); `whiflash check --draft` names a drafter's."
+        f"Memory: with {_drafters(target)} {cards} × {gpu.name} {fewer} of {target.name} (draft KV, and "
+        f"{_draft_weights(shape, layers) / 1e9:.1f} GB a card), and a prefix of {prefix:,} that falls out takes "
+        f"{seconds:.1f} seconds to prefill (computed at the card's peak); `whiflash check --draft` names a drafter's."
     )
 
 
@@ -311,10 +306,10 @@ def _assumed(target: PublishedTarget, question: Question, prices: str, source: s
         load += f"; beyond {target.shape.positions:,} positions SGLang needs YaRN, and drafters accept less"
     return (
         f"Nothing was measured here. {target.name}, prices of {prices}.\nAcceptance: {source}, "
-        f"{rounds or 'no'} tokens a round in the mean; yours may differ. A temperature of "
-        f"{question.temperature:g} changes no row.\nPrompts of {question.prompt}, answers of {question.answer} "
-        f"{load}.\n{chains}NGRAM has 1.20 tokens a round, as once measured here.\nServers are level if an error as "
-        f"large as those of earlier estimates could turn their order: {100 * BETWEEN:.0f} % between two drafters."
+        f"{rounds or 'no'} tokens a round in the mean; yours may differ.\nPrompts of {question.prompt}, answers of "
+        f"{question.answer} {load}.\n{chains}NGRAM has 1.20 tokens a round, as once measured here.\nServers are level "
+        f"if an error as large as those of earlier estimates could turn their order: {100 * BETWEEN:.0f} % between two "
+        "drafters."
     )
 
 
@@ -347,7 +342,7 @@ BETWEEN = max(map(abs, _between()))
 def _prices(target: PublishedTarget, gpu: Gpu, question: Question, rows: Sequence[Estimate]) -> str:
     off, shown = _off(target), gpu in (GPUS["h100"], GPUS["h20"])
     error = f"on one card ratios were {min(off):+.0%} to {max(off):+.0%} off where others measured them"
-    cards = f"{question.cards} × {gpu.name} bf16, fits to published tables scaled by bandwidth"
+    cards = f"{question.cards} × {gpu.name} {target.shape.weights}, fits to published tables scaled by bandwidth"
     if any(row.spread.startswith("--tp") for row in rows):
         cards += f", with --tp-size {1000 * EAGER:g} ms a layer of WHIFLASH's drafters, which no graph holds (assumed)"
     return f"{cards}; {error if shown else 'no table shows their error'}"
@@ -358,7 +353,7 @@ def _obstacles(target: PublishedTarget, question: Question, replicas: int) -> It
     tokens = question.context + question.prompt + question.answer
     plain, ours = (replicas * _fitting(shape, question, cards, each) for each in (0, layers_of(target)))
     if most > ours:
-        on, needed = f" on {replicas} replicas" if replicas > 1 else "", most * tokens * shape.kv / 1e9
+        on, needed = f" on {replicas} replicas" if replicas > 1 else "", most * tokens * _slot(shape, cards, 0) / 1e9
         yield (
             f"KV for {most} × {tokens:,} tokens takes {needed:.0f} GB: {plain} requests fit{on}, {ours} beside "
             f"{_drafters(target)}. Rows assume that the others wait"
@@ -368,15 +363,20 @@ def _obstacles(target: PublishedTarget, question: Question, replicas: int) -> It
 
 def _fitting(shape: Shape, question: Question, cards: int, layers: int) -> int:
     """Return the number of requests whose KV fits beside drafters of `layers` layers, whole copies on each card."""
-    always, experts = _split(shape)
-    room = USABLE * _gpu(question.gpu).memory * cards - experts - always * (1 + DRAFTER * layers * cards / shape.layers)
+    room = (USABLE * _gpu(question.gpu).memory - _draft_weights(shape, layers)) * cards - sum(_split(shape))
     each = _slot(shape, cards, layers) * (question.context + question.prompt + question.answer)
     return max(int(room / each), 0)
 
 
 def _slot(shape: Shape, cards: int, layers: int) -> float:
-    """Return the bytes of a token's KV on all cards together, with that of drafters of `layers` layers."""
-    return shape.kv * (1 + layers * cards / shape.layers)
+    """Return the bytes of a token's KV on all cards together, with drafters of `layers` layers, whole on each card."""
+    # A card holds at least one of the target's KV heads. If cards are more than heads, several hold the same one.
+    return shape.kv * max(1, cards / shape.kv_heads) + layers * cards * shape.draft_kv
+
+
+def _draft_weights(shape: Shape, layers: int) -> float:
+    """Return the bytes of drafters of `layers` layers on one card. They have 16 bits beside a quantised target, too."""
+    return DRAFTER * layers / shape.layers * 2 * _split(shape)[0] / shape.weight_bytes
 
 
 def _returns(shape: Shape, question: Question, cards: int, layers: int) -> list[float]:
@@ -399,25 +399,29 @@ def _gpu(name: str) -> Gpu:
 def _split(shape: Shape) -> tuple[float, float]:
     """Return the bytes of weights that every token reads, and the bytes of all experts."""
     if not shape.experts:
-        return 2 * shape.parameters, 0.0
+        return shape.weight_bytes * shape.parameters, 0.0
     experts = (shape.parameters - shape.active) / (1 - shape.used / shape.experts)
-    return 2 * (shape.parameters - experts), shape.expert_bytes * experts
+    return shape.weight_bytes * (shape.parameters - experts), shape.expert_bytes * experts
 
 
-def _card(shape: Shape, gpu: Gpu, cards: int, context: int = 0, requests: int = 1) -> Card:
-    """Return the prices of a target on `cards` cards. context: cached tokens per request, which drafters read, too."""
+def _card(shape: Shape, gpu: Gpu, cards: int, context: int = 0, requests: int = 1, copies: int = 1) -> Card:
+    """Return the prices of a target on `cards` cards. context: cached tokens per request, which drafters read, too.
+    copies: cards that hold whole drafters, in no CUDA graph if they are several. A draft pass takes the H100's time and
+    what this card needs more to read the weights of Qwen3-8B's drafters: a block is 14 % below an H200's record.
+    """
     always, experts = _split(shape)
     layer = (EXPERTS_LAYER if shape.experts else LAYER) + (REDUCE if cards > 1 else 0.0)
-    token = shape.kv / (gpu.bandwidth * cards)
-    cached = token * context * requests / shape.layers
+    token = _slot(shape, cards, 0) / (gpu.bandwidth * cards)
+    cached = shape.draft_kv * copies * context * requests / (gpu.bandwidth * cards)
+    later = DRAFTER * 2 * PARAMETERS / 36 * (1 / gpu.bandwidth - 1 / GPUS["h100"].bandwidth) + EAGER * (copies > 1)
     return Card(
         gpu.name,
         fixed=always / (gpu.bandwidth * cards) + shape.layers * layer,
         row=2 * shape.active / (gpu.flops * cards),
         token=(READ - WIDER) * token,
         deep=WIDER * token / requests,
-        chain=H100.chain + READ * cached,
-        block=H100.block + BLOCK_LAYERS * (READ + FULL[arms.DIFFUSION] * WIDER) * cached,
+        chain=H100.chain + later + READ * cached,
+        block=H100.block + BLOCK_LAYERS * (later + (READ + FULL[arms.DIFFUSION] * WIDER) * cached),
         experts=experts / (gpu.bandwidth * cards),
         share=shape.used / shape.experts if shape.experts else 1.0,
     )
@@ -446,7 +450,7 @@ def _row(
     target: PublishedTarget, gpu: Gpu, pair: PublishedPair, question: Question, n: int, cards: int, replicas: int
 ) -> Estimate:
     """Estimate the tokens per second of each way to serve a load on `replicas` equal servers of `cards` cards each."""
-    block, shape, eager = _block(target), target.shape, EAGER if cards > 1 else 0.0
+    block, shape = _block(target), target.shape
     fitting, returns = partial(_fitting, shape, question, cards), partial(_returns, shape, question, cards)
     tools = max(question.tools, 1e-9)  # above 0, so that the host's time counts
     layers = {"EAGLE3": 1, block: BLOCK_LAYERS, OURS: layers_of(target)}
@@ -456,9 +460,8 @@ def _row(
         at_once = max(min(each, fitting(layers.get(way, 0))), 1)
         sizes = question.prompt, question.answer
         load = SimulatedLoad(at_once, 4 * at_once + 40, *sizes, tools=tools, cached=question.context)
-        card, method = _card(shape, gpu, cards, question.context, at_once), methods.get(way)
-        if way == OURS:
-            card = replace(card, chain=card.chain + eager, block=card.block + BLOCK_LAYERS * eager)
+        copies, method = cards if way == OURS else 1, methods.get(way)
+        card = _card(shape, gpu, cards, question.context, at_once, copies)
         if method is None:  # NGRAM's drafting is free
             card, method = replace(card, block=0.0), "dflash"
         rate = Simulation(card, load, method, pair=pair).run().rate
@@ -484,9 +487,8 @@ def _row(
         if question.context and fitting(layers[OURS]) < each
     ]
     name, size = ("dp", replicas) if replicas > 1 else ("tp", cards)
-    several = question.cards > 1
-    load = count(n, "request") + (f", {name} {size}" if several else "")
-    spread = f"--{name}-size {size}" if several else ""
+    spread = f"--{name}-size {size}" if question.cards > 1 else ""
+    load = count(n, "request") + (f", {name} {size}" if spread else "")
     return Estimate(load, spread, rates, min(over), max(over), replicas, returning)
 
 
@@ -502,7 +504,7 @@ def _settings(target: PublishedTarget, question: Question, row: Estimate, choice
         tokens = question.context + question.prompt + question.answer
         host = -int(-agents * tokens * _slot(target.shape, cards, layers_of(target)) // (1e9 * cards))
         parsers += f" --enable-session-radix-cache --enable-hierarchical-cache --hicache-size {host}"
-        narrow = target.shape._replace(kv=target.shape.kv // 2)
+        narrow = target.shape._replace(kv=target.shape.kv // 2, draft_kv=target.shape.draft_kv / 2)
         plain, ours = (row.replicas * _fitting(narrow, question, cards, n) for n in (0, layers_of(target)))
         yield (
             f"Host memory: {host} GB a card hold all agents' KV. Requests carry session_id (the SDK's Session sends "
@@ -517,7 +519,7 @@ def _settings(target: PublishedTarget, question: Question, row: Estimate, choice
         drafter = ways.get(choice, () if choice in (PLAIN, "NGRAM") else ("DRAFTER",))[:1]
         flags = "" if choice == PLAIN else f" --speculative-algorithm {choice}"
         flags += "".join(f" --speculative-draft-model-path {name}" for name in drafter)
-        yield f"sglang serve {target.name}{flags}{spread}{parsers}"
+        yield f"sglang serve {shlex.quote(target.name)}{flags}{spread}{parsers}"
     drafters = (("--eagle3", target.eagle3), ("--dflash", target.block))
     parts = [f"{flag} {names[0]}" for flag, names in drafters if names]
     if not parts:

@@ -23,7 +23,6 @@ def advise(
     gpu: Annotated[str, typer.Option(help="Card, such as h100, l40s or the name that nvidia-smi prints.")] = "h100",
     count: Annotated[int, typer.Option(min=1, max=4096, help="Cards.")] = 1,
     requests: Annotated[str, typer.Option(help="Requests at once, with commas between them.")] = "1,8,32",
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="Of your requests.")] = 0.0,
     tools: Annotated[
         float,
         typer.Option(
@@ -47,7 +46,7 @@ def advise(
 
     \b
     Examples:
-    whiflash advise Qwen/Qwen3-8B --gpu h100 --requests 40 --temperature 0.6 --tools 0.3
+    whiflash advise Qwen/Qwen3-8B --gpu h100 --requests 40 --tools 0.3
     whiflash advise gpt-oss-120b --count 4 --requests 1,16,64
     """
     from whiflash_lab.advise import Question
@@ -58,7 +57,7 @@ def advise(
     cached = int(digits) * (1 if digits == context else 1024) if re.fullmatch("[0-9]{1,9}", digits) else -1
     if not 0 <= cached <= MOST:
         raise UsageError(f"--context is a number from 0 to {MOST}, or one with k, such as 128k; got {context[:32]!r}")
-    advice = answered(Question(target, gpu, count, sizes, temperature, tools, prompt, answer, cached, acceptance))
+    advice = answered(Question(target, gpu, count, sizes, tools, prompt, answer, cached, acceptance))
     if as_json:
         typer.echo(json.dumps(advice.as_json()))
         return
