@@ -175,14 +175,6 @@ def judge(answers: list[DemoAnswer]) -> None:
 def show(answers: Sequence[DemoAnswer], console: Console) -> None:
     """Print answers and tables; if `console` has no colours, each drafter's name precedes its text."""
     console.print(f"Target: {TARGET}")
-    _show_answers(answers, console)
-    _show_figures(answers, console)
-    ties = sum(a.comparison.verdict is Verdict.TIE for a in answers)
-    counted = f"{ties} {'tie' if ties == 1 else 'ties'} (rounding decided between two tokens)"
-    console.print(f"{len(answers)} answers compared with plain decoding, {counted}.")
-
-
-def _show_answers(answers: Sequence[DemoAnswer], console: Console) -> None:
     colour = console.color_system is not None and not console.no_color
     for answer in answers:
         console.rule(f"[bold]{answer.question}[/]")
@@ -192,9 +184,6 @@ def _show_answers(answers: Sequence[DemoAnswer], console: Console) -> None:
         console.print(Text.from_ansi(coloured))
         for call in answer.calls:
             console.print(f"call: {call}\n", markup=False, highlight=False)
-
-
-def _show_figures(answers: Sequence[DemoAnswer], console: Console) -> None:
     speeds = []
     for a in answers:
         rates = (f"{rate:.1f}" for rate in (a.plain_tokens_per_s, a.whiflash_tokens_per_s))
@@ -216,6 +205,9 @@ def _show_figures(answers: Sequence[DemoAnswer], console: Console) -> None:
         "Tokens per target forward, bonus token included",
         console,
     )
+    ties = sum(a.comparison.verdict is Verdict.TIE for a in answers)
+    counted = f"{ties} {'tie' if ties == 1 else 'ties'} (rounding decided between two tokens)"
+    console.print(f"{len(answers)} answers compared with plain decoding, {counted}.")
 
 
 def _verdict(comparison: Comparison) -> str:

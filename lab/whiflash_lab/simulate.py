@@ -82,8 +82,6 @@ TURN = (*(0,) * 10, 16, 0, 4, 12, 1, 10, *(0,) * 6, 16, 2)
 """Numbers of known tokens before each unknown one in an agent's turn, counted by that command after a hundred rounds:
 prose, half of which is in a tenant's earlier text, then a call. Without a drafter a round has 3.5 tokens."""
 PROSE = 10
-
-
 BEHIND = 64
 """Most features that wait for a drafter: with so many it catches up beside another drafter's round."""
 

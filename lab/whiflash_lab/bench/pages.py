@@ -96,6 +96,7 @@ def _overview(load: LoadReport, over: str | None, base: str = NONE) -> str:
         if figures is None:
             continue
         ratios = load.ratios.get(arm, Ratios(none={}, static={}, static_arm={}))
+        counted = [groups[name].mismatches for name in (OVERALL, LOOPS) if name in groups]
         row = (
             arm,
             _number(figures.output_tokens_per_s),
@@ -105,7 +106,7 @@ def _overview(load: LoadReport, over: str | None, base: str = NONE) -> str:
             _percentiles(figures.ttft_ms, 0),
             _percentiles(figures.tpot_ms, 1),
             _number(figures.switches_per_100_tokens),
-            _mismatches(groups),
+            "" if None in counted else str(sum(filter(None, counted))),
         )
         rows.append(row)
     filled = [any(row[column] for row in rows) for column in range(len(header))]
@@ -150,12 +151,6 @@ def _turn(name: object, arm: str, turns: Sequence[Turn]) -> tuple[str, ...]:
     rates = tokens / seconds, (tokens - len(turns)) / (seconds - ttft) if seconds > ttft else None
     first = 1000 * ttft / len(turns)
     return str(name), arm, f"{prompt:,.0f}", f"{cached:,.0f}", f"{first:.0f}", *map(_number, rates)
-
-
-def _mismatches(groups: Mapping[str, Figures]) -> str:
-    """Return how many answers, looping ones included, differ from plain decoding's, as text; empty if not compared."""
-    counted = [groups[name].mismatches for name in (OVERALL, LOOPS) if name in groups]
-    return "" if None in counted else str(sum(filter(None, counted)))
 
 
 def _by_category(load: LoadReport, base: str) -> str:

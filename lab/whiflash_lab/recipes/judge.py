@@ -138,18 +138,13 @@ def judge(
         read.unread.append("the target's layers, which need its own code: nothing of it is run here")
         launch, chosen = _launch(read.fields, environment or {}, None)
     launch = replace(launch, draft_kv=read.drafters)
-    obstacles = read.wrong | _obstacles(launch)
-    keeps = launch.args.enable_session_radix_cache and not launch.args.disable_radix_cache
-    notes, foreign = () if keeps else (UNKEPT,), frozenset(read.wrong) - {flag_of(name) for name in Flags.model_fields}
-    return LaunchVerdict(obstacles, [*replaced, *chosen], read.unread, notes, foreign)
-
-
-def _obstacles(launch: Launch) -> dict[str, str]:
-    obstacles = dict(refusals_of(launch))
+    obstacles = read.wrong | dict(refusals_of(launch))
     is_uncaptured, sentence = UNCAPTURED
     if launch.draft_kv and is_uncaptured(launch):
         obstacles["uncaptured"] = sentence.format(launch.architecture)
-    return obstacles
+    keeps = launch.args.enable_session_radix_cache and not launch.args.disable_radix_cache
+    notes, foreign = () if keeps else (UNKEPT,), frozenset(read.wrong) - {flag_of(name) for name in Flags.model_fields}
+    return LaunchVerdict(obstacles, [*replaced, *chosen], read.unread, notes, foreign)
 
 
 def _read(flags: Mapping[str, Flag]) -> _Read:

@@ -123,7 +123,8 @@ def _command(recipe: Recipe, flags: Mapping[str, Flag], environment: Mapping[str
         return
     start = recipe.start or "sglang serve"
     start = re.sub(r"(?:(?:-e|--env)[ =]+)?[\"']?\b(\w+)=\S*\s*", lambda at: "" if at[1] in gone else at[0], start)
-    lines = [" ".join(_quoted(word) for word in line) for line in words]
+    # A word from a shell is written as it was there.
+    lines = [" ".join(w.source if isinstance(w, Word) else shlex.quote(w) for w in line) for line in words]
     if recipe.keys is not None:  # YAML would read a line's last backslash by rules of its own
         yield " ".join([start, *lines])
         return
@@ -137,8 +138,3 @@ def _words(name: str, value: Flag) -> list[str]:
     if action is not None and action.nargs == 0 and not is_unknown(value):
         return [] if value == "false" else [name]
     return [name, *([value] if isinstance(value, str) else value)] if value else [name]
-
-
-def _quoted(word: str) -> str:
-    """Return a word for a shell: as it was written, if it comes from one."""
-    return word.source if isinstance(word, Word) else shlex.quote(word)
