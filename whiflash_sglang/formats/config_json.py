@@ -33,8 +33,7 @@ def read_json_config(path: Path, name: str = "config.json") -> dict[str, Any]:
 
 def read_config_of(path: Path, architectures: tuple[str, ...]) -> dict[str, Any]:
     """Read the `config.json` of a checkpoint of one of `architectures`. Raises `CheckpointError` if it is missing,
-    damaged, or names another architecture.
-    """
+    damaged, or names another architecture."""
     config = read_json_config(path)
     if not set(architectures).intersection(config.get("architectures") or []):
         raise misfit(path, f"architectures is {config.get('architectures')}, expected {list(architectures)}")

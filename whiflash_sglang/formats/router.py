@@ -45,7 +45,18 @@ def read_router(path: Path, hidden_size: int, device: torch.device, delta_sign: 
     """
     file, tensors, sign = _read(path)
     w1, b1, w2, b2 = _fit(file, tensors, hidden_size)
-    if _sign(file, sign, delta_sign) == DIFFUSION_MINUS_AR:
+    found = sign or delta_sign
+    if found is None:
+        raise CheckpointError(
+            f"{file} does not say which way round its prediction is: make a bundle with "
+            f"`whiflash bundle create --router-sign`, one of {', '.join(SIGNS)}"
+        )
+    if delta_sign not in (None, found):
+        raise CheckpointError(
+            f"{file} names delta_sign {found}, the settings name {delta_sign}: "
+            "remove router.delta_sign from whiflash.json"
+        )
+    if found == DIFFUSION_MINUS_AR:
         w2[0], b2[0] = -w2[0], -b2[0]
     return Layers(*(each.to(device) for each in (w1, b1, w2, b2)))
 
@@ -69,21 +80,6 @@ def _read(path: Path) -> tuple[Path, dict[str, Tensor], str | None]:
     if sign is not None and sign not in SIGNS:
         raise CheckpointError(f"{file}: delta_sign {sign!r} in the metadata is not one of {', '.join(SIGNS)}")
     return file, tensors, sign
-
-
-def _sign(file: Path, named: str | None, setting: str | None) -> str:
-    """Return the sign of the file's ΔAL, from its metadata or the settings. Raises CheckpointError if they differ."""
-    sign = named or setting
-    if sign is None:
-        raise CheckpointError(
-            f"{file} does not say which way round its prediction is: make a bundle with "
-            f"`whiflash bundle create --router-sign`, one of {', '.join(SIGNS)}"
-        )
-    if setting is not None and sign != setting:
-        raise CheckpointError(
-            f"{file} names delta_sign {sign}, the settings name {setting}: remove router.delta_sign from whiflash.json"
-        )
-    return sign
 
 
 def _fit(file: Path, tensors: dict[str, Tensor], hidden_size: int) -> Layers:

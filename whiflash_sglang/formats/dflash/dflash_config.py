@@ -154,7 +154,10 @@ def parse(path: Path, config: Mapping[str, Any], kind: type[C], *, known: tuple[
         CheckpointError: naming the field that does not fit, or the variant that this format has no draft pass for.
     """
     settings = merged(path, config, "text_config", "dflash_config")
-    _refuse_variants(path, settings, known)
+    for key, plain in _PLAIN_VALUES.items():
+        if key not in known and settings.get(key) not in plain:
+            why = f"belongs to a drafter that is not supported in this format (supported: {plain[-1]!r})"
+            raise misfit(path, f"{key} {settings[key]!r} {why}")
     layers = integer(settings, "num_hidden_layers", path, maximum=MOST_LAYERS)
     parsed = {
         **trunk(settings, path, positions=32768, eps=1e-6),
@@ -175,13 +178,6 @@ def parse(path: Path, config: Mapping[str, Any], kind: type[C], *, known: tuple[
             settings, "block_size", path, minimum=2, maximum=MOST_ROWS, default=DEFAULT_BLOCK
         )
     return kind(**{**parsed, **decided})
-
-
-def _refuse_variants(path: Path, settings: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    for key, plain in _PLAIN_VALUES.items():
-        if key not in known and settings.get(key) not in plain:
-            why = f"belongs to a drafter that is not supported in this format (supported: {plain[-1]!r})"
-            raise misfit(path, f"{key} {settings[key]!r} {why}")
 
 
 def _mask(path: Path, settings: Mapping[str, Any]) -> int:
