@@ -65,8 +65,8 @@ STATE = {
     "extra_catch_up_seconds": "seconds of catching up that would not arise if one drafter drafted every round",
     "round_seconds": "all stages, with gaps",
     **dict.fromkeys((f"{stage}_seconds" for stage in STAGES), "a stage of the round"),
-    "by_arm": "by arm and `none`: `rounds` of requests, `tokens`, drafts `proposed` and `accepted`; another arm appended "
-    "`joined` of the proposed drafts, `joined_accepted` of the accepted ones",
+    "by_arm": "by arm and `none`: `rounds` of requests, `tokens`, drafts `proposed` and `accepted`; another arm "
+    "appended `joined` of the proposed drafts, `joined_accepted` of the accepted ones",
     "cached": "prompt tokens of ended requests whose KV was kept, by place: `device`, `host` or `storage`",
     "loaded": "as `by_arm`, of ended requests whose prompt's KV came in part from the host or from storage",
     "reasons": "rounds of requests by routing reason",

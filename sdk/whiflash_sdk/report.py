@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from whiflash_sdk.trace import ArmTotals, CollectedTrace, Rounds, Trace, sum_known
 
@@ -34,7 +34,7 @@ class Share(Rounds):
     tokens: int
     seconds: float | None = None
     saved: float | None = None
-    arms: dict[str, ArmTotals] = {}
+    arms: dict[str, ArmTotals] = Field(default={})
 
     @property
     def by_drafter(self) -> str:
