@@ -15,7 +15,7 @@ from whiflash_kernels.cpu.texts import NONE, Batch, Candidates, Table, Walk
 from whiflash_sdk.presets import TOOL_CALL_PARSERS
 
 from whiflash_sglang.arms import structure
-from whiflash_sglang.arms.structure import AUTOMATA, StructureArm
+from whiflash_sglang.arms.structure import StructureArm
 from whiflash_sglang.checkpoints.manifest import Structure
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate, common_prefix
 from whiflash_sglang.prices.costs import FULL_LENGTH
@@ -305,10 +305,11 @@ def test_who_waited_for_an_answer_is_asked_about_first(vocabulary: Vocabulary) -
 def test_hostile_tools_keep_memory_and_work_bounded(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests with tools of their own, whose texts never come twice. Counted are nodes, and questions of a round."""
     monkeypatch.setattr(automaton, "MOST_NODES", 300)
+    monkeypatch.setattr(structure, "KEPT_NODES", 32 * structure.LEAST_NODES)
     arm, most, random = StructureArm(Structure(), vocabulary, Spending(float, float)), 0, Random(0)
     recurring: dict[str, Any] = {"type": "object", "properties": {}}
     recurring["properties"] = {"a": {"anyOf": [{"type": "array", "items": TOOL}, TOOL]}, "b": {"enum": [*"abcdefghi"]}}
-    for number in range(AUTOMATA + 8):
+    for number in range(40):
         hints = hints_of(("hermes", "qwen3_coder")[number % 2], [(f"t{number}_{i}", recurring) for i in range(120)])
         request, text = Request("r", hints, prompt=len(PROMPT), read=lambda: PROMPT), [*PROMPT]
         arm.begin(request)
@@ -320,7 +321,7 @@ def test_hostile_tools_keep_memory_and_work_bounded(vocabulary: Vocabulary, monk
             continued(arm, request, drafts, 24, FULL_LENGTH)
             most = max(most, sum(walked.counts_of(kept.automaton.table)[3:]) - before)
             text += said.tokens[:2] if said else random.choices(vocabulary.encode('<tool_call>\n{"a": 12}'), k=3)
-    assert len(arm._automata) == AUTOMATA
+    assert len(arm._automata) == 32
     assert max(walked.counts_of(each.table)[0] for each in arm._automata.values()) <= 300 + 200
     assert most <= 8 + 24
 

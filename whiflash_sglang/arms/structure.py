@@ -39,9 +39,9 @@ logger = logging.getLogger(__name__)
 _STRINGS = re.compile(r'"(?=([^"]*)")')
 """Texts between two quotes. The closing quote may open the next text, since JSON is not parsed here."""
 
-AUTOMATA = 64
-"""Number of schemas and lists of tools, each of one tenant, whose automata are kept; the one begun least recently goes
-first. Tenants share none: what an automaton knows shows which names and values were written."""
+KEPT_NODES, LEAST_NODES = 1 << 18, 1 << 10
+"""Nodes of all automata that are kept, up to 1 GB, and those that each counts at least. The one begun least recently
+goes first. Tenants share none: what an automaton knows shows which names and values were written."""
 
 
 class _Uses(dict[str, int]):
@@ -208,8 +208,9 @@ class StructureArm(TextDrafter):
     def _keep(self, key: Hashable, automaton: Automaton) -> None:
         self._automata[key] = automaton
         self._automata.move_to_end(key)
-        if len(self._automata) > AUTOMATA:
-            self._automata.popitem(last=False)
+        over = sum(max(each.size, LEAST_NODES) for each in self._automata.values()) - KEPT_NODES
+        while over > 0:
+            over -= max(self._automata.popitem(last=False)[1].size, LEAST_NODES)
 
     def _count(self, text: str) -> int:
         """Return how often the conversation of the request that asks has a text."""

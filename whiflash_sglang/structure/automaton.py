@@ -160,6 +160,11 @@ class Automaton:
         self.texts, self._words, self._begins = list[str](), dict[str, int](), dict[tuple[str, ...], int]()
         self.table = Table(walks, weakref.proxy(answers), MOST_NODES)
 
+    @property
+    def size(self) -> int:
+        """Number of nodes, each of which keeps a text's state in Python: some kilobytes."""
+        return len(self._nodes)
+
     def begin(self, state: State) -> int:
         """Return the node of a text that begins in `state`."""
         return self._node(state)
