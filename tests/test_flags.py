@@ -30,6 +30,5 @@ def test_help_shows_them_with_their_choices() -> None:
     said = whiflash("serve", "--help").stdout
     for field in Flags.model_fields:
         assert flag_of(field) in said
-    words = set(re.findall(r"[\w-]+", said))
-    assert words >= set(get_args(RouterName))
+    assert set(re.findall(r"[\w-]+", said)) >= set(get_args(RouterName))
     assert len(Flags.model_fields) <= 24

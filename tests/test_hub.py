@@ -29,7 +29,6 @@ def test_modelscope_where_sglang_uses_it(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_hub_that_has_nothing_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = Mock(side_effect=OSError("first line\nsecond line"))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=OSError("first line\nsecond line")))
     with pytest.raises(ConfigError, match=r"^owner/name at revision v2: .* the hub gave nothing \(first line\): check"):
         fetch("owner/name", revision="v2")

@@ -57,8 +57,7 @@ def brought(*rounds: tuple[list[tuple[str, int]], int, int, float]) -> dict[str,
     recording = recorded(("ar", 2))
     for parts, proposed, accepted, saved in rounds:
         recording.spent += 1.0
-        named = [Part(*part) for part in parts]
-        recording.credit(named, proposed=proposed, accepted=accepted, saved=saved)
+        recording.credit([Part(*part) for part in parts], proposed=proposed, accepted=accepted, saved=saved)
     told = build_trace(recording, "auto", 3)["sources"]
     return {name: (own["proposed"], own["accepted"], own["saved"]) for name, own in told.items()}
 

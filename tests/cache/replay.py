@@ -113,8 +113,7 @@ class Replay:
         """A new request: its recording is drawn, its prompt is prefilled, sometimes in two chunks."""
         self.features[row] = torch.randn(CONTEXT, self.arms.width, generator=self._generator)
         self.tokens[row] = torch.randint(VOCAB, (CONTEXT + 1,), generator=self._generator)
-        length = self.random.randint(1, 24)
-        self.prefill(row, 0, length)
+        self.prefill(row, 0, self.random.randint(1, 24))
 
     def prefill(self, row: int, hit: int, length: int) -> None:
         """Prefill [hit, length) of a row's recording; [0, hit) comes out of the tree."""

@@ -80,8 +80,7 @@ def test_what_is_paid_in_every_round_is_not_extra(arms: Arms) -> None:
     routes, known = ["diffusion"] * ROWS, replay.lengths
     due = replay.sync.due(range(1, ROWS + 1), known, known, routes, [1] * ROWS)
     replay.sync.seconds = {"diffusion": 2.0 * due["diffusion"][1]}
-    extra = replay.sync.beyond_usual(due, range(1, ROWS + 1), routes)
-    assert extra == pytest.approx(2.0 * 3 * (1 + 3 + 2))
+    assert replay.sync.beyond_usual(due, range(1, ROWS + 1), routes) == pytest.approx(2.0 * 3 * (1 + 3 + 2))
 
 
 def test_watermarks_never_go_back() -> None:

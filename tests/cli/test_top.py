@@ -219,8 +219,7 @@ def test_a_dead_server_does_not_hide_another(
     assert "100.0" in said.out
     assert f"error: {DEAD} does not answer" in said.err
     assert top("--once", "--json", "--url", recorded.url, "--url", DEAD, monkeypatch=monkeypatch) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert ["error" in one for one in found] == [False, True]
+    assert ["error" in one for one in json.loads(capsys.readouterr().out)] == [False, True]
 
 
 def test_a_key_opens_and_is_shown_nowhere(
@@ -282,8 +281,7 @@ def test_a_gain_that_rests_on_a_guess_is_not_shown(recorded: Recorded) -> None:
 
     assert "1.50 times" in shown("report")
     recorded.answers["/whiflash/state"] = 200, json.dumps(state() | unpriced).encode()
-    said = shown("report")
-    assert "50 tokens, 125.0 a second; the gain is not known yet (3 of 8 rounds)" in said
+    assert "50 tokens, 125.0 a second; the gain is not known yet (3 of 8 rounds)" in shown("report")
     assert "not known yet (3 of 8 rounds)" in shown("top", "--once")
     (told,) = json.loads(shown("report", "--json")).values()
     assert (told["gain"], told["plain_price"]) == (None, few)

@@ -114,8 +114,7 @@ def test_probes_keys_and_labels_of_the_manifest_agree(stages: Any) -> None:
     for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[kind]["httpGet"] == {"path": "/health", "port": port["name"]}
     assert service["spec"]["ports"][0]["targetPort"] == port["name"]
-    labels = pod["metadata"]["labels"]
-    assert labels == deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    assert pod["metadata"]["labels"] == deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
     assert str(pod["spec"]["securityContext"]["runAsUser"]) == texts(stages["cpu"], "USER")[0]
     given = {variable["name"] for variable in container["env"]}
     assert set(re.findall(r"\$\((\w+)\)", " ".join(container["args"]))) == given

@@ -11,14 +11,12 @@ WORKFLOWS = sorted((Path(__file__).parents[2] / ".github" / "workflows").glob("*
 
 
 def steps(workflow: Path) -> list[dict[str, Any]]:
-    jobs = yaml.safe_load(workflow.read_text("utf-8"))["jobs"]
-    return [step for job in jobs.values() for step in job["steps"]]
+    return [step for job in yaml.safe_load(workflow.read_text("utf-8"))["jobs"].values() for step in job["steps"]]
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_may_no_more_than_it_needs_and_pins_what_it_uses(workflow: Path) -> None:
-    read = yaml.safe_load(workflow.read_text("utf-8"))
-    assert read["permissions"] == {"contents": "read"}
+    assert yaml.safe_load(workflow.read_text("utf-8"))["permissions"] == {"contents": "read"}
     for step in steps(workflow):
         if "uses" in step:
             assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}", step["uses"]), "a tag may be moved"

@@ -94,8 +94,7 @@ def known() -> dict[str, set[str]]:
         words: {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {"--help"}
         for words, command in reference.commands().items()
     }
-    ours = {flag_of(field) for field in Flags.model_fields}
-    engine = ours | upstream_flags()
+    engine = {flag_of(field) for field in Flags.model_fields} | upstream_flags()
     found["whiflash serve"] |= engine
     found["sglang serve"] = found["python -m sglang.launch_server"] = engine
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -167,8 +166,7 @@ def wrong(words: list[str], known: dict[str, set[str]]) -> str | None:
     calls = [" ".join(words[:count]) for count in (3, 2) if " ".join(words[:count]) in known]
     if not calls:
         return None if words == ["whiflash", "--version"] else f"{' '.join(words[:3])}: no such command"
-    given = {word.split("=", 1)[0] for word in words if word.startswith("--")}
-    unknown = given - known[calls[0]]
+    unknown = {word.split("=", 1)[0] for word in words if word.startswith("--")} - known[calls[0]]
     if unknown:
         return f"{calls[0]} takes no {sorted(unknown)}"
     router = words[words.index("--whiflash-router") + 1] if "--whiflash-router" in words else "auto"

@@ -38,8 +38,7 @@ def test_the_public_names_of_the_packages_are_on_their_pages(site: Path) -> None
     import whiflash_sdk
 
     page = (site / "reference" / "api-sdk" / "index.html").read_text(encoding="utf-8")
-    anchors = {anchor.rpartition(".")[2] for anchor in re.findall(r'\bid="([^"]+)"', page)}
-    assert anchors >= set(whiflash_sdk.__all__)
+    assert {anchor.rpartition(".")[2] for anchor in re.findall(r'\bid="([^"]+)"', page)} >= set(whiflash_sdk.__all__)
 
 
 @pytest.mark.parametrize("page", [*pages(), ROOT / "SECURITY.md"], ids=lambda page: str(page.relative_to(ROOT)))

@@ -28,8 +28,7 @@ Usage = namedtuple("Usage", "total used free")
 def write_gguf(path: Path) -> dict[str, np.ndarray]:
     """A two-layer Llama in fp32 with a byte vocabulary; returns its tensors by GGUF name."""
     random = np.random.default_rng(0)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "Ġa"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
@@ -224,6 +223,5 @@ def test_two_processes_at_once_share_one_copy(source: Path, root: Path) -> None:
     assert [worker.exitcode for worker in workers] == [0, 0]
     found = {results.get() for _ in workers}
     assert len(found) == 1
-    digests = json.loads((Path(found.pop()) / "checksums.json").read_text())
-    assert "model.safetensors" in digests
+    assert "model.safetensors" in json.loads((Path(found.pop()) / "checksums.json").read_text())
     assert len(leftovers(root)) == 1

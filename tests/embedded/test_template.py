@@ -37,8 +37,7 @@ def call(arguments: object) -> dict:
 
 
 def rendered_call(arguments: object) -> str:
-    turn = {"role": "assistant", "content": None, "tool_calls": [call(arguments)]}
-    return render([USER, turn], [TOOL], start=False)
+    return render([USER, {"role": "assistant", "content": None, "tool_calls": [call(arguments)]}], [TOOL], start=False)
 
 
 @pytest.mark.parametrize("start", [True, False])
@@ -55,11 +54,9 @@ def test_without_tools_it_is_the_models_own(messages: list[dict], start: bool) -
 
 
 def test_tools_are_listed_in_the_system_turn() -> None:
-    text = render([{"role": "system", "content": "Be brief."}, USER], [TOOL])
-    system, rest = text.split("<|im_end|>\n", 1)
+    system, rest = render([{"role": "system", "content": "Be brief."}, USER], [TOOL]).split("<|im_end|>\n", 1)
     assert system.startswith("<|im_start|>system\nBe brief.")
-    listed = system.split("<tools>\n")[1].split("\n</tools>")[0]
-    assert json.loads(listed) == TOOL
+    assert json.loads(system.split("<tools>\n")[1].split("\n</tools>")[0]) == TOOL
     assert rest == "<|im_start|>user\n1 + 2?<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -81,8 +78,7 @@ def test_text_before_calls_and_several_calls() -> None:
 def test_results_of_one_turn_share_a_user_turn() -> None:
     results = [{"role": "tool", "tool_call_id": f"c{i}", "content": str(i)} for i in range(2)]
     turn = {"role": "assistant", "content": "", "tool_calls": [call({"a": 1}), call({"a": 2})]}
-    text = render([USER, turn, *results], [TOOL])
-    assert text.endswith(
+    assert render([USER, turn, *results], [TOOL]).endswith(
         "<|im_start|>user\n<tool_response>\n0\n</tool_response>\n<tool_response>\n1\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n"
     )

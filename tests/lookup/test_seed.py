@@ -30,8 +30,7 @@ def test_a_bundle_without_a_table_takes_the_embedded_one(tmp_path: Path) -> None
     shipped = load_manifest(embedded_bundle()).lookup
     assert shipped is not None
     assert resolve(Flags(), tmp_path).lookup == Lookup(seed=shipped.seed)
-    flags = Flags(lookup="off")
-    assert resolve(flags, tmp_path).lookup == Lookup(seed=shipped.seed, enabled=False)
+    assert resolve(Flags(lookup="off"), tmp_path).lookup == Lookup(seed=shipped.seed, enabled=False)
     (tmp_path / "whiflash.json").write_text(json.dumps({**manifest, "lookup": {"seed": [[0.5]]}}))
     with pytest.raises(ConfigError, match=r"'lookup'\.seed: .*8 rows"):
         resolve(Flags(), tmp_path)

@@ -37,8 +37,7 @@ class Client:
             self.arm.begin(self.request)
         self.text += tokens
         text = self.text
-        said = propose(self.arm, self.request, lambda start: text[start:], FULL_LENGTH)
-        self.seen.append(said or NOTHING)
+        self.seen.append(propose(self.arm, self.request, lambda start: text[start:], FULL_LENGTH) or NOTHING)
 
 
 def proposals(mine: Iterable[Sequence[int]], between: Iterable[Sequence[Sequence[int]]]) -> list[Candidate]:

@@ -34,8 +34,7 @@ def test_where_rows_are_scarce_the_urgent_get_them() -> None:
     for priorities, routes in (((0, 0), ["ar", "ar"]), ((7, -(2**63)), ["ar", "none"]), ((0, 9), ["none", "ar"])):
         assert assign(scores, dear, weights=weights_of(priorities))[0] == routes
     assert len(set(weights_of(range(64)))) == 3, "each weight multiplies the choices that are rated"
-    free = costs({"ar": 0.0}, row=0.0)
-    assert assign(scores, free, weights=weights_of((0, 9)))[0] == ["ar", "ar"]
+    assert assign(scores, costs({"ar": 0.0}, row=0.0), weights=weights_of((0, 9)))[0] == ["ar", "ar"]
 
 
 def test_what_is_promised_without_a_pass_is_charged_for_its_rows() -> None:
@@ -66,8 +65,7 @@ def test_a_margin_reckons_with_promised_rows_too() -> None:
 
 
 def test_previous_arm_that_may_no_longer_draft_is_replaced() -> None:
-    scores = [{"ar": 2.0, "none": 1.0}]
-    assert assign(scores, costs(), previous=["lookup"], margin=10.0)[0] == ["ar"]
+    assert assign([{"ar": 2.0, "none": 1.0}], costs(), previous=["lookup"], margin=10.0)[0] == ["ar"]
 
 
 def test_pinned_requests_keep_their_arm_beside_free_ones() -> None:

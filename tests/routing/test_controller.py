@@ -105,8 +105,7 @@ def test_whose_candidates_may_be_verified_without_a_pass(
     asked = {arm: EXPECTED[arm] for arm in controller.named(controller.states[ROW], EXPECTED)}
     assert controller.route([controller.states[ROW]], [asked]) == [arms.NONE]
     assert {arm for arm in (arms.LOOKUP, arms.STRUCTURE) if may_use(controller, arm)} == usable
-    decision = controller.states[ROW].decision
-    assert decision.promised == bool(usable)
+    assert controller.states[ROW].decision.promised == bool(usable)
 
 
 def test_a_request_without_a_pass_is_worth_its_best_candidate() -> None:

@@ -46,8 +46,7 @@ def test_entropy_keeps_an_arm_for_its_dwell() -> None:
     ],
 )
 def test_hints_move_scores(span: Span | None, off: bool, arm: str, reason: str) -> None:
-    scores = EntropyPolicy(tau=1.0).score(Signals(allowed=BOTH, entropy=0.0))
-    moved, why = apply_hints(scores, span, BOTH, off=off)
+    moved, why = apply_hints(EntropyPolicy(tau=1.0).score(Signals(allowed=BOTH, entropy=0.0)), span, BOTH, off=off)
     assert (best(moved), why) == (arm, reason)
 
 

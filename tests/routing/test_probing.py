@@ -25,8 +25,7 @@ def rounds_with_probes(rounds: int, batch: int, accepted: int = 2, loss: float =
     """
     policy, found = AutoPolicy(), []
     for number in range(rounds):
-        signals = [in_use("ar", number) for _ in range(batch)]
-        probes = policy.probe(signals, lambda _: loss)
+        probes = policy.probe([in_use("ar", number) for _ in range(batch)], lambda _: loss)
         probed = [index for index, arm in probes.items() if arm == "diffusion"]
         if probed:
             found.append((number, len(probed)))

@@ -135,8 +135,7 @@ def test_a_pass_is_as_long_as_pays(score: float, wide: float, length: int) -> No
     dear = Sizes(ROWS, tuple(10.0 + wide + 0.1 * n for n in ROWS))
     found.tables = replace(found.tables, wider={3: Verifications(100, 1100, dear, dear)})
     accepted = [0.0, 0.3, 0.39, 0.417]
-    scores = [{"ar": score, "none": 1.0}]
-    routes, lengths = assign(scores, found, accepted=lambda _, drafts: accepted[int(drafts)])
+    routes, lengths = assign([{"ar": score, "none": 1.0}], found, accepted=lambda _, drafts: accepted[int(drafts)])
     assert (routes, lengths) == (["ar"], {"ar": length})
     found.limit(lengths)
     assert found.draft("ar", 1) == (0.2 if length == 2 else 0.5), "a route's price is that of its length"
@@ -164,8 +163,7 @@ def test_room_is_made_for_what_differs_and_less_of_it_where_many_even_out() -> N
     for drafts in (0, 0, 0, 12) * 100:
         found.wanted("none", drafts, Mean())
     found.set_contexts([9])
-    alone = found.room("none")
-    assert alone == pytest.approx(3 + 5.2, rel=0.15)
+    assert found.room("none") == pytest.approx(3 + 5.2, rel=0.15)
     found.set_contexts([9] * 16)
     assert found.room("none") == pytest.approx(3 + 5.2 / 4, rel=0.15)
     assert found.width("none") == 1 + found.room("none")

@@ -38,8 +38,7 @@ def sentencepiece_style() -> Tokenizer:
     vocabulary = tokenizer.get_vocab()
     for token in special[2:]:
         vocabulary.setdefault(token, len(vocabulary))
-    model = models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>")
-    rebuilt = Tokenizer(model)
+    rebuilt = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
     rebuilt.pre_tokenizer = tokenizer.pre_tokenizer
     rebuilt.add_special_tokens(["</s>"])
     return rebuilt
@@ -50,14 +49,12 @@ def sentencepiece_style() -> Tokenizer:
 def test_bytes_of_an_encoding_are_the_bytes_of_the_text(build: Callable[[], Tokenizer], text: str) -> None:
     tokenizer = build()
     table = token_bytes(tokenizer)
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    assert b"".join(table[i] for i in ids) == text.encode()
+    assert b"".join(table[i] for i in tokenizer.encode(text, add_special_tokens=False).ids) == text.encode()
 
 
 def test_the_wrapped_tokenizer_gives_the_same_table() -> None:
     tokenizer = byte_level()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    assert token_bytes(wrapped) == token_bytes(tokenizer)
+    assert token_bytes(PreTrainedTokenizerFast(tokenizer_object=tokenizer)) == token_bytes(tokenizer)
 
 
 def test_added_tokens_stand_for_their_text() -> None:

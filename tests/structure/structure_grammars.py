@@ -91,8 +91,7 @@ class Grammars:
             data = mask.numpy().tobytes()
         else:
             data = raw.compute_bitmask()
-        bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
-        return bits[: self.size].astype(bool)
+        return np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")[: self.size].astype(bool)
 
     def accept(self, raw: Any, token: int) -> None:
         """Move the engine's own matcher."""
@@ -162,8 +161,7 @@ def nested(inner: st.SearchStrategy[Case]) -> st.SearchStrategy[Case]:
     def to_list(case: Case) -> Case:
         return {"type": "array", "items": case[0], "minItems": 1, "maxItems": 2}, [case[1]]
 
-    objects = st.dictionaries(st.sampled_from(NAMES), inner, min_size=1, max_size=3).map(to_object)
-    return objects | inner.map(to_list)
+    return st.dictionaries(st.sampled_from(NAMES), inner, min_size=1, max_size=3).map(to_object) | inner.map(to_list)
 
 
 SCHEMAS = st.recursive(leaf(), nested, max_leaves=5)

@@ -50,8 +50,7 @@ def play(arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary) -> Any:
     def write() -> float:
         told = Told(grammars)
         request = begun(arm, grammar=told)
-        document = told.beginning(vocabulary).forced()
-        tokens = vocabulary.encode(document)
+        tokens = vocabulary.encode(told.beginning(vocabulary).forced())
         told.tell(tokens[:1])
         expected = []
         for token in [*tokens[1:], *vocabulary.encode("k")]:
@@ -164,8 +163,7 @@ def test_it_cuts_marks_as_its_target_cut_them_and_keeps_no_word(
         for character in text[:9]:
             told.tell(vocabulary.encode(character))
             propose(arm, request, told.history, FULL_LENGTH)
-    brackets = [text_of(vocabulary, candidate.tokens[:1]) for candidate in said]
-    assert brackets == ['{"', "{"]
+    assert [text_of(vocabulary, candidate.tokens[:1]) for candidate in said] == ['{"', "{"]
     assert arm._walks is not None
     texts = [text_of(vocabulary, cut) for cut in cuts_of(arm._walks)]
     assert not [text for text in texts if any(map(str.isalnum, text))], texts

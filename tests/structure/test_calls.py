@@ -137,8 +137,7 @@ def test_a_call_begins_as_the_newest_one_of_the_prompt_did(vocabulary: Vocabular
 def test_a_marker_that_is_the_call_s_own_beginning(vocabulary: Vocabulary, written: str, expected: str) -> None:
     spans = [Span(kind=span.kind, begin=span.begin, end=span.end) for span in LLAMA3]
     tools = carried_tools(FUNCTIONS, "llama3") or ""
-    tag = '<|python_tag|>{"name": "sing"}'
-    assert follow(vocabulary, written, spans=spans, tools=tools, prompt=tag) == expected
+    assert follow(vocabulary, written, spans=spans, tools=tools, prompt='<|python_tag|>{"name": "sing"}') == expected
 
 
 THOUGHTS = Span(kind="reasoning", begin="<think>", end="</think>")
@@ -201,11 +200,9 @@ def test_only_calls_of_known_forms_are_told_of_and_only_so_much() -> None:
 )
 def test_what_nobody_of_ours_wrote_is_silently_left(vocabulary: Vocabulary, tools: str) -> None:
     """`custom_params` may hold anything."""
-    calls = Calls(tools, SPANS)
-    calls.follow('<tool_call>{"name')
+    Calls(tools, SPANS).follow('<tool_call>{"name')
     words_of_tools(tools)
-    hints = parse_hints({TOOLS_KEY: tools})
-    assert hints.tools == tools
+    assert parse_hints({TOOLS_KEY: tools}).tools == tools
     assert parse_hints({TOOLS_KEY: 3}).tools == ""
 
 
@@ -233,8 +230,7 @@ def test_a_clients_schema_does_not_decide_how_long_its_grammar_takes(parameters:
     assert not {"pattern", "minProperties", "allOf", "minItems"} & set(re.findall(r'"(\w+)":', json.dumps(found)))
     tools = json.dumps(["arguments", [["find", parameters], ["other", {}]]])
     assert compiled(tools) is not None
-    calls = Calls(tools, SPANS)
-    calls.follow('<tool_call>{"name": "ot')
+    Calls(tools, SPANS).follow('<tool_call>{"name": "ot')
 
 
 def test_neither_many_tools_nor_long_names_are_compiled() -> None:

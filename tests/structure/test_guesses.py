@@ -80,8 +80,7 @@ def test_a_skeleton_in_the_layout_of_what_was_written(
 def test_of_several_words_the_one_that_was_used_most(grammars: Grammars, vocabulary: Vocabulary) -> None:
     written = '{"city": "Paris", "days": 3, "unit": "'
     assert follow(grammars, vocabulary, TRIP, written).startswith('celsius"')
-    used = {"celsius": 1, "kelvin": 2}
-    assert follow(grammars, vocabulary, TRIP, written, used=used).startswith('kelvin"')
+    assert follow(grammars, vocabulary, TRIP, written, used={"celsius": 1, "kelvin": 2}).startswith('kelvin"')
 
 
 def test_nothing_is_guessed_inside_free_text(grammars: Grammars, vocabulary: Vocabulary) -> None:
@@ -126,8 +125,7 @@ def test_a_layout_is_the_same_however_its_text_comes(first: str, second: str, fr
     whole, parts = Layout(frames=frames), Layout(frames=frames)
     whole.follow(first + second)
     parts.follow(first)
-    ahead = parts.copy()
-    ahead.follow("[1, 2]")
+    parts.copy().follow("[1, 2]")
     parts.follow(second)
     assert parts == whole
 

@@ -107,8 +107,7 @@ def test_a_wrong_guess_lowers_its_own_kind() -> None:
     calls = Calls(QWEN, SPANS)
     calls.follow("<tool_call>")
     pieces = [piece._replace(among=()) for piece in calls.pieces(1000, None)]
-    unsure = [piece for piece in pieces if piece.kind is not Kind.FORCED]
-    assert unsure == [
+    assert [piece for piece in pieces if piece.kind is not Kind.FORCED] == [
         LikelyText("\n", Kind.USUAL),
         LikelyText("g", Kind.WORD),
         LikelyText(">", Kind.WORD),
@@ -177,5 +176,4 @@ def test_work_is_bounded_for_any_tools_and_any_value(vocabulary: Vocabulary) -> 
     ],
 )
 def test_schemas_that_are_none_are_followed_as_far_as_they_tell(parameters: Any) -> None:
-    tools = carried_tools([("f", parameters)], "qwen3_coder") or ""
-    assert follow("<tool_call>\n<func", tools).startswith("tion=f>\n")
+    assert follow("<tool_call>\n<func", carried_tools([("f", parameters)], "qwen3_coder") or "").startswith("tion=f>\n")

@@ -87,8 +87,7 @@ def test_a_word_that_is_open_at_the_seam_is_cut_as_a_whole(vocabulary: Vocabular
         assert ids(found) == whole[count:]
         assert {token.kinds for token in found[:-1]} <= {(Kind.FORCED,)}
         assert Kind.EDGE in found[-1].kinds
-    alone = [vocabulary.encode(char)[0] for char in "Par"]
-    found = cut(vocabulary, alone, [LikelyText('is", "unit"', Kind.FORCED)])
+    found = cut(vocabulary, [vocabulary.encode(char)[0] for char in "Par"], [LikelyText('is", "unit"', Kind.FORCED)])
     assert Kind.SEAM in found[0].kinds, "the whole word is one token, which begins before it"
     assert {token.kinds for token in found[1:-1]} == {(Kind.FORCED,)}
     assert text_of(vocabulary, ids(found)) == 'is", "unit"'
@@ -97,8 +96,7 @@ def test_a_word_that_is_open_at_the_seam_is_cut_as_a_whole(vocabulary: Vocabular
 def test_a_tokenizer_that_sets_a_blank_before_texts(grammars: Grammars, vocabulary: Vocabulary) -> None:
     """As SentencePiece's: the blank is none of the text."""
     blank = vocabulary._replace(encode=lambda text: vocabulary.encode(" " + text))
-    raw = grammars.raw(KEYS, blanks=False)
-    matcher = grammars.matcher(raw, vocabulary)
+    matcher = grammars.matcher(grammars.raw(KEYS, blanks=False), vocabulary)
     for tail in ([], vocabulary.encode("x ="), vocabulary.encode("x = ")):
         assert ids(proposed(matcher, blank, tail)) == ids(proposed(matcher, vocabulary, tail)) != []
 
