@@ -111,7 +111,6 @@ def test_an_answer_shows_why_nothing_came(trace: Any, name: str, said: str) -> N
 
 def test_an_answer_without_a_trace_is_explained(client: OpenAI, server: FakeServer) -> None:
     server.trace = None
-    response = wrap(client).completions.create(model="m", prompt="x")
-    (finding,) = explain(response)
+    (finding,) = explain(wrap(client).completions.create(model="m", prompt="x"))
     assert not finding.ok
     assert "sglext" in finding.detail

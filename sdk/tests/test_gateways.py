@@ -149,8 +149,7 @@ def test_other_refusals_are_raised_as_they_are(client: OpenAI, server: FakeServe
 
 def test_a_hint_that_is_refused_takes_hints_from_no_other_call(client: OpenAI, server: FakeServer) -> None:
     """The server reads hints and refuses what one call says, so it is not forgotten."""
-    message = "custom_params.whiflash.spans[0].begin: is too long"
-    server.refuses, server.refusal = {"custom_params"}, (400, message)
+    server.refuses, server.refusal = {"custom_params"}, (400, "custom_params.whiflash.spans[0].begin: is too long")
     with pytest.warns(UnsupportedServerWarning, match="refuses what custom_params says"):
         ask(wrap(client, tenant="acme"))
     server.refuses = set()

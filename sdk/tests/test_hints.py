@@ -84,8 +84,7 @@ FENCES = [("json", "```json", False), ("code", "```", False)]
     ],
 )
 def test_likely_spans(asked: dict[str, Any], expected: list[tuple[str, str | None, bool]]) -> None:
-    found = presets.likely_spans(**{**NOTHING, **asked})
-    assert [(span.kind, span.begin, span.open) for span in found] == expected
+    assert [(span.kind, span.begin, span.open) for span in presets.likely_spans(**{**NOTHING, **asked})] == expected
 
 
 def test_every_preset_fits_the_bounds() -> None:
