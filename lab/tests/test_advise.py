@@ -57,8 +57,7 @@ def test_what_others_measured_comes_out_as_it_is_said_to(target: PublishedTarget
 
     def rate(requests: int, method: str) -> float:
         load = SimulatedLoad(requests, 2 * requests + 40, prompt, tools=1e-9)
-        card = _card(target.shape, GPUS[gpu], 1, requests=requests)
-        return Simulation(card, load, method, pair=pair).run().rate
+        return Simulation(_card(target.shape, GPUS[gpu], 1, requests=requests), load, method, pair=pair).run().rate
 
     for requests, published in ratio.by_requests.items():
         found = rate(requests, {arms.DIFFUSION: "dflash", arms.AR: "eagle3", arms.NONE: "plain"}[arm])
@@ -147,8 +146,7 @@ def test_what_is_within_the_error_is_level_and_has_the_simplest_way_until_it_is_
     assert verdict(WHIFLASH=280.0).startswith("level, so measure: WHIFLASH 280, DSPARK 240")
     ahead = "take WHIFLASH: 330 tokens a second, 1.38 times DSPARK's 240 and 3.30 times plain's 100."
     assert verdict(WHIFLASH=330.0) == ahead, f"{BETWEEN} is an error that was made"
-    near = verdict(EAGLE3=90.0, DSPARK=120.0, WHIFLASH=101.0)
-    assert near.endswith(
+    assert verdict(EAGLE3=90.0, DSPARK=120.0, WHIFLASH=101.0).endswith(
         "DSPARK 120, WHIFLASH 101, plain 100 tokens a second. Until then take plain, which needs no drafter."
     )
 

@@ -49,26 +49,21 @@ def test_recipes_that_others_published() -> None:
         assert obstacles == recipe["obstacles"], recipe["recipe"]
     assert len(found) == 52
     replaced = [sentence for verdict in verdicts for sentence in verdict.replaced if "flashinfer" in sentence]
-    assert [sentence.split(" (")[0] for sentence in replaced] == [
-        "--attention-backend flashinfer is replaced by triton"
-    ] * 2
+    assert [said.split(" (")[0] for said in replaced] == ["--attention-backend flashinfer is replaced by triton"] * 2
     assert sum(not obstacles for obstacles in found) == STARTING
 
 
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 INDEX = {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 2}
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
+COMPRESSED = {"compress_ratios": [4] * 4, "head_dim": 16, "qk_rope_head_dim": 8, "sliding_window": 32}
+COMPRESSED |= {"index_head_dim": 16}
 LINEAR = {"layer_types": ["linear_attention"] * 3 + ["full_attention"], "head_dim": 16}
 BY_TARGET: dict[str, tuple[tuple[str, ...], int, dict[str, Any]]] = {
     # Words in a recipe's name; how many of them start on a target of this kind.
     "Qwen3_5MoeForConditionalGeneration": (("qwen3.5",), 22, {"text_config": {**SIZES, **LINEAR}, "vision_config": {}}),
     "GlmMoeDsaForCausalLM": (("glm5.2",), 0, {**SIZES, **LATENT, **INDEX, "max_position_embeddings": 1 << 20}),
-    "DeepseekV4ForCausalLM": (
-        ("deepseek-v4", "dsv4"),
-        0,
-        {**SIZES, "head_dim": 16, "qk_rope_head_dim": 8, "sliding_window": 32, "index_head_dim": 16}
-        | {"compress_ratios": [4] * 4},
-    ),
+    "DeepseekV4ForCausalLM": (("deepseek-v4", "dsv4"), 0, {**SIZES, **COMPRESSED}),
 }
 KINDS = {"Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe", "GlmMoeDsaForCausalLM": "glm_moe_dsa"}
 
@@ -142,8 +137,7 @@ def test_no_code_of_the_target_is_run(tmp_path: Path) -> None:
     code = {"auto_map": {"AutoConfig": "own.Own"}, "model_type": "own", "architectures": ["Own"]}
     (tmp_path / "config.json").write_text(json.dumps(code))
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    verdict = judge({"model-path": str(tmp_path), "trust-remote-code": ""})
-    assert "nothing of it is run here" in "".join(verdict.unread)
+    assert "nothing of it is run here" in "".join(judge({"model-path": str(tmp_path), "trust-remote-code": ""}).unread)
     assert not (tmp_path / "ran").exists()
 
 
@@ -233,9 +227,8 @@ def test_reading_shell(write: Write) -> None:
     begun = 'echo "it\'s up"; sglang serve a/b --tp 2'
     for line in ("sglang serve a/b --tp 2 2>&1 | tee log", 'bash -c "sglang serve a/b --tp 2"', begun):
         assert read(write("line", line))[0].flags == {"model-path": "a/b", "tp": "2"}
-    (filled,) = read(
-        write("line", "export M='a b'; N=$M\nQ=x/$R\nuv run sglang serve \"$M\" '$M' --tp ${TP:-4} --host $Q")
-    )
+    line = "export M='a b'; N=$M\nQ=x/$R\nuv run sglang serve \"$M\" '$M' --tp ${TP:-4} --host $Q"
+    (filled,) = read(write("line", line))
     assert filled.flags == {"model-path": ["a b", "$M"], "tp": "4", "host": "x/$R"}
     assert filled.start == "uv run sglang serve"
 
@@ -283,10 +276,8 @@ def test_a_launch_has_the_variables_that_reach_it(write: Write, text: str, start
 def test_reading_containers(write: Write) -> None:
     with pytest.raises(UsageError, match="holds no launch"):
         read(write("compose.yaml", "services: {a: {image: b}}"))
-    words = (
-        "{name: s, command: [python3, -m, sglang.launch_server], args: [--model-path, a/b, --tp=2, --api-key, $(K)]}"
-    )
-    text = f"apiVersion: v1\nspec: {{containers: [{words}, {{name: other, command: [ls]}}]}}"
+    words = "command: [python3, -m, sglang.launch_server], args: [--model-path, a/b, --tp=2, --api-key, $(K)]"
+    text = f"apiVersion: v1\nspec: {{containers: [{{name: s, {words}}}, {{name: other, command: [ls]}}]}}"
     start, keys = "python3 -m sglang.launch_server", ("command", "args")
     flags = {"model-path": "a/b", "tp": "2", "api-key": "$(K)"}
     for pod in (write("pod.yaml", text), write("apply.sh", f"kubectl apply -f - <<EOF\n{text}\nEOF\n")):
@@ -296,9 +287,8 @@ def test_reading_containers(write: Write) -> None:
     words_of = {"model-path": "a/b", "tp": "2"}
     keys = ("command", "command")
     assert read(compose) == [Recipe(f"{compose}: s", words_of, {"SGLANG_RUST_SERVER": "1"}, "sglang serve", keys)]
-    shell = write(
-        "shell.yaml", "apiVersion: v1\nspec: {command: [bash, -c], args: ['cd x; sglang serve a/b --tp 2 | tee log']}"
-    )
+    text = "apiVersion: v1\nspec: {command: [bash, -c], args: ['cd x; sglang serve a/b --tp 2 | tee log']}"
+    shell = write("shell.yaml", text)
     assert [(recipe.flags, recipe.name, recipe.keys) for recipe in read(shell)] == [(words_of, f"{shell}: spec", ())]
     script = "set -e\nP=1\nexec sglang serve a/b --tp $(TP) --port ${P:-2} \\\n --host $P | tee log"
     of_env = {"command": ["sh", "-c", script], "env": [{"name": "SGLANG_ENABLE_SPEC_V2", "value": "1"}]}
@@ -325,8 +315,7 @@ def test_reading_containers(write: Write) -> None:
 
 def test_reading_yaml_and_json(write: Write) -> None:
     plain = read(write("flags.yaml", "tp-size: 2\nenable-metrics: true\nlora-paths: [a, b]\nadmin-api-key:\n"))
-    flags = {"tp-size": "2", "enable-metrics": "true", "lora-paths": ["a", "b"], "admin-api-key": ""}
-    assert plain[0].flags == flags
+    assert plain[0].flags == {"tp-size": "2", "enable-metrics": "true", "lora-paths": ["a", "b"], "admin-api-key": ""}
     roles = {"prefill": {"tp-size": 8}, "decode": {"tp-size": 4}}
     backend = {"sglang_config": roles, "decode_environment": {"SGLANG_RUST_SERVER": 1}}
     file = write("roles.yml", json.dumps({"base": {"backend": backend}, "override": {}}))
@@ -391,8 +380,7 @@ def test_files_that_are_no_recipes_end_soon(write: Write, name: str, text: str, 
 def command(write: Write, text: str, name: str = "serve.sh") -> tuple[str, list[str]]:
     """The new command of a file's only launch, and the comments behind it."""
     (recipe,) = read(write(name, text))
-    verdict = judged(recipe)
-    lines = verdict.command.splitlines()
+    lines = judged(recipe).command.splitlines()
     new = "\n".join(line for line in lines if not line.startswith("#"))
     if recipe.keys is None and new:
         assert judge(read(write("new.sh", new))[0].flags).starts, "it is a launch that starts"
@@ -403,9 +391,8 @@ def test_the_new_command_is_whole(write: Write) -> None:
     """Launches as people publish them."""
     new, said = command(
         write,
-        "SGLANG_RUST_SERVER=1 docker run -p 1:1 image python3 -m sglang.launch_server --model a/b "
-        "--speculative-algo EAGLE3 "
-        "--speculative-draft-model-path c/d --speculative-num-steps 3 --mem-fraction 0.7 --api-key $KEY "
+        "SGLANG_RUST_SERVER=1 docker run -p 1:1 image python3 -m sglang.launch_server --model a/b --speculative-algo "
+        "EAGLE3 --speculative-draft-model-path c/d --speculative-num-steps 3 --mem-fraction 0.7 --api-key $KEY "
         "--mamba-scheduler-strategy extra_buffer --enable-ep-moe --tp 4 --pp-size 2 > log",
     )
     assert new.split(" \\\n    ") == [
@@ -587,10 +574,8 @@ def test_who_decides_needs_neither_torch_nor_sglang(write: Write) -> None:
 @pytest.mark.newest
 def test_the_command(write: Write) -> None:
     run = CliRunner().invoke
-    good, bad = (
-        write("good.yaml", "tp-size: 2"),
-        write("bad.yaml", "pp-size: 2\nspeculative-algorithm: EAGLE\nspeculative-num-draft-tokens: 4"),
-    )
+    good = write("good.yaml", "tp-size: 2")
+    bad = write("bad.yaml", "pp-size: 2\nspeculative-algorithm: EAGLE\nspeculative-num-draft-tokens: 4")
     started = run(app, ["check", "--recipe", str(good)])
     assert (started.exit_code, started.output.splitlines()[0]) == (0, f"# {good}: starts")
     refused = run(app, ["check", "--recipe", str(bad), "--json"])

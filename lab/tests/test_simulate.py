@@ -38,8 +38,7 @@ def test_a_chance_gives_its_length(length: float) -> None:
 
 @pytest.mark.parametrize("method", ["plain", "eagle3", "dflash"])
 def test_a_closed_load_decodes_at_the_published_length(method: str) -> None:
-    load = SimulatedLoad(4, total=40, prompt=1, answer=400)
-    simulation = Simulation(H100, load, method)
+    simulation = Simulation(H100, SimulatedLoad(4, total=40, prompt=1, answer=400), method)
     result = simulation.run()
     assert len(simulation.controller.states) == 3, "the load is steady to the end"
     rounds = sum(result.routed.values())
@@ -81,16 +80,14 @@ def test_a_slow_host_makes_rows_free_and_plain_decoding_no_faster() -> None:
 def test_agents_gain_by_what_the_host_knows() -> None:
     load = SimulatedLoad(8, total=60, tools=1.0)
     simulation = Simulation(H100, load, "auto")
-    fixed = max(Simulation(H100, load, method).run().rate for method in FIXED)
-    assert simulation.run().rate > 1.2 * fixed
+    assert simulation.run().rate > 1.2 * max(Simulation(H100, load, method).run().rate for method in FIXED)
     assert simulation.result.routed[arms.STRUCTURE]
 
 
 def test_a_fitted_card_is_compared_with_chains_and_stock_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("LENGTHS", (1.05, 3.0)), ("STEADY", (150, 300)), ("STARTS", 1)):
         monkeypatch.setattr(chains, name, value)
-    arguments = ["lab", "simulate", "--figures", str(FIGURES), "--requests", "16"]
-    shown = CliRunner().invoke(app, arguments)
+    shown = CliRunner().invoke(app, ["lab", "simulate", "--figures", str(FIGURES), "--requests", "16"])
     assert shown.exit_code == 0, shown.output
     rows = [line.strip("|").split("|") for line in shown.output.splitlines() if line.startswith(("| 1.05", "| 3 "))]
     assert [len(row) for row in rows] == [12, 12, 5, 5]

@@ -84,8 +84,7 @@ def test_a_bundle_of_one_drafter_is_compared_as_far_as_it_goes() -> None:
     names = arms.those_with_drafters(arms.KNOWN, alone)
     assert set(arms.KNOWN) - set(names) == {"EAGLE3", "EAGLE3-adaptive", "DSPARK", "neural", "entropy", "ar"}
     built = arms.build_arms(names, alone)
-    hidden = alone.hide_paths(["--api-key", "k", *built[1].arguments[-1:]])
-    assert hidden == ["--api-key", "***", "BUNDLE/dflash"]
+    assert alone.hide_paths(["--api-key", "k", *built[1].arguments[-1:]]) == ["--api-key", "***", "BUNDLE/dflash"]
     for name in ("EAGLE3", "EAGLE3:3", "entropy"):
         kind = name.split(":")[0]
         with pytest.raises(ConfigError, match=f"--arms {kind} needs EAGLE-3.*the drafters here are: DFlash"):
@@ -99,8 +98,7 @@ def test_the_block_drafters_arm_is_the_one_that_upstream_has_for_its_format() ->
     assert arms.those_with_drafters(arms.DEFAULT, dspark) == ["none", "EAGLE3", "diffusion", "auto"]
     assert arms.those_with_drafters(arms.DEFAULT, card) == ["none", "EAGLE3", "DSPARK", "auto"]
     assert arms.those_with_drafters(("diffusion", "DFLASH", "DSPARK"), dspark) == ["diffusion"]
-    served = arms.build_arms(["DSPARK"], card)[1].arguments
-    assert served[-4:] == (
+    assert arms.build_arms(["DSPARK"], card)[1].arguments[-4:] == (
         *("--speculative-algorithm", "DSPARK"),
         *("--speculative-draft-model-path", str(card.dflash)),
     )
@@ -158,8 +156,7 @@ def test_bad_drafters_cost_as_much_and_know_nothing(tmp_path: Path, monkeypatch:
 
 
 def test_an_arm_without_a_part_is_otherwise_the_bundle(tmp_path: Path) -> None:
-    arms = ["auto-no-lookup"]
-    subject = build_subject(str(tmp_path), None, (), tmp_path, arms)
+    subject = build_subject(str(tmp_path), None, (), tmp_path, ["auto-no-lookup"])
     shipped, off = load_manifest(subject.bundle), load_manifest(subject.variants["auto-no-lookup"])
     assert shipped.lookup is not None
     assert off.lookup is not None

@@ -84,8 +84,7 @@ def test_figures_by_category_without_loops(report: BenchReport) -> None:
     assert auto["overall"].output_tokens == 75
     assert auto["overall"].answers == 9
     assert auto["loops"].output_tokens == 101
-    dflash = report.arms["DFLASH"]["overall"]
-    assert dflash.output_tokens_per_s == pytest.approx(75 / (34 / 12 + 41 / 20))
+    assert report.arms["DFLASH"]["overall"].output_tokens_per_s == pytest.approx(75 / (34 / 12 + 41 / 20))
     plain = report.arms["none"]["overall"]
     assert (plain.acceptance_length, plain.target_forwards, auto["tool_call"].acceptance_length) == (1.0, 72, 4.0)
     chat = report.arms["none"]["chat"]
@@ -112,8 +111,7 @@ def test_mismatches_and_ties_belong_to_their_arm_and_load(report: BenchReport) -
     assert report.loads[1].arms["auto"]["overall"].mismatches == 1
     different = [Difference("auto", "closed-1", "l1", Verdict.DIFFERENT, 5, 3.0)]
     page = render(build_report(cells_of({"none": 10.0, "auto": 24.0}), GROUPS, different, PROVENANCE, {}))
-    first = next(line for line in page.splitlines() if line.startswith("| auto |"))
-    assert first.endswith("| 1 |")
+    assert next(line for line in page.splitlines() if line.startswith("| auto |")).endswith("| 1 |")
 
 
 def test_ratios_to_plain_decoding_and_to_the_faster_static_drafter(report: BenchReport) -> None:

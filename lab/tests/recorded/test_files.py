@@ -140,8 +140,7 @@ def test_names_and_categories(write: Write) -> None:
     assert found["tau2"].messages[0]["content"] == "Be kind."
     assert found["mini-swe-agent"].id == found["mini-swe-agent"].task == "repository__repository-1"
     assert (found["tau-bench"].task, found["log"].task) == ("tau-bench task 3", "")
-    categories = {"support", "log", "tau2 airline", "SWE-agent", "tau-bench"}
-    assert {one.category for one in found.values()} == categories
+    assert {one.category for one in found.values()} == {"support", "log", "tau2 airline", "SWE-agent", "tau-bench"}
     (bare,) = read_recorded(write(json.dumps(MESSAGES)))
     assert said(bare) == SAID
 

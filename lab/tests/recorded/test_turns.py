@@ -39,8 +39,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 
 
 def test_turns_are_the_template_s(tokenizer: PreTrainedTokenizerBase) -> None:
-    renderer = Renderer(tokenizer, (embedded_bundle() / "chat_template.jinja").read_text())
-    turns = list(renderer.turns(SPOKEN))
+    turns = list(Renderer(tokenizer, (embedded_bundle() / "chat_template.jinja").read_text()).turns(SPOKEN))
     assert tokenizer.decode(turns[0].prompt).endswith(f"{SOURCE}<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(turns[2].prompt).endswith("</tool_response><|im_end|>\n<|im_start|>assistant\n")
     thought, called, said = (tokenizer.decode(turn.answer) for turn in turns)
