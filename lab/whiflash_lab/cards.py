@@ -64,8 +64,7 @@ class Card:
         drafts = {arms.AR: chain * self.chain, arms.DIFFUSION: self.block}
         by_arm = {arm: Sizes(tuple(sizes), (price,) * len(sizes)) for arm, price in drafts.items()}
         chains = {n: Sizes(tuple(sizes), (n * self.chain,) * len(sizes)) for n in range(2, chain)}
-        verifications = Verifications.measured(1, max(context, 2), sizes, self.verify)
-        return CostTables(verifications, by_arm, {}, {arms.AR: chains})
+        return CostTables(Verifications.measured(1, max(context, 2), sizes, self.verify), by_arm, {}, {arms.AR: chains})
 
 
 @dataclass(frozen=True, slots=True)

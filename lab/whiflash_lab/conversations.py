@@ -507,8 +507,7 @@ def _joined(records: Iterable[Record]) -> Iterator[Record]:
         talks: dict[str, list[Message]] = {}
         opened: list[dict[str, Any]] = []
         for _, asked, record in sorted(calls, key=lambda made: _moment(made[2])):
-            continued = (text for text in talks if asked.startswith(text) and asked != text)
-            before = max(continued, key=len, default="")
+            before = max((text for text in talks if asked.startswith(text) and asked != text), key=len, default="")
             messages = talks.pop(before, [])
             if not messages:
                 after = len(opened[0]["messages"]) // 2 if opened else 0

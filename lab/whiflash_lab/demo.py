@@ -180,8 +180,7 @@ def show(answers: Sequence[DemoAnswer], console: Console) -> None:
         console.rule(f"[bold]{answer.question}[/]")
         # The trace clocks one answer, the table repeated ones beside plain decoding: only the table shows speeds.
         trace = answer.trace.model_copy(update={"seconds": None, "gain": None})
-        coloured = terminal(trace, answer.text, title=answer.question, colour=colour)
-        console.print(Text.from_ansi(coloured))
+        console.print(Text.from_ansi(terminal(trace, answer.text, title=answer.question, colour=colour)))
         for call in answer.calls:
             console.print(f"call: {call}\n", markup=False, highlight=False)
     speeds = []

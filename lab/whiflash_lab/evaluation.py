@@ -212,8 +212,7 @@ def ask_server(asks: Asks, row: Mapping[str, Any], arm: Arm, longest: int) -> tu
     """Ask a server for a greedy answer without a grammar, pinned to `arm`. Return the text and the rounds of `arm`,
     without the last one, which the answer's end may cut. Raises ServerRefusedError.
     """
-    pinned = Span(kind="prose", open=True, prefer=arm, pin=True)
-    hints = Hints(spans=[pinned], lookup="off", trace="full", learn=False)
+    hints = Hints(spans=[Span(kind="prose", open=True, prefer=arm, pin=True)], lookup="off", trace="full", learn=False)
     body = {name: row[name] for name in ("messages", "tools") if row.get(name)}
     body |= {"temperature": 0, "max_tokens": longest, "return_token_ids": True, **hints.extra_body()}
     answer = asks("/v1/chat/completions", ChatAnswer, body)

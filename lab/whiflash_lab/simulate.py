@@ -333,8 +333,7 @@ class Simulation:
 def _runs(right: NDArray[np.bool_]) -> list[int]:
     """Return for each position the number of true values in a row from there on."""
     places = np.arange(len(right))
-    wrong = np.where(right, len(right), places)
-    runs: list[int] = (np.minimum.accumulate(wrong[::-1])[::-1] - places).tolist()
+    runs: list[int] = (np.minimum.accumulate(np.where(right, len(right), places)[::-1])[::-1] - places).tolist()
     return runs
 
 

@@ -78,8 +78,7 @@ class Asker:
         began = time.perf_counter()
         try:
             async with self.client.stream("POST", path, json=body) as response:
-                lines = stream_lines(response.aiter_bytes())
-                arrived = [(time.perf_counter() - began, line) async for line in lines]
+                arrived = [(time.perf_counter() - began, line) async for line in stream_lines(response.aiter_bytes())]
         except (httpx.HTTPError, UnicodeEncodeError) as error:  # half a character in an answer to a turn before
             raise RequestError(f"prompt {prompt}: {type(error).__name__} {error}") from None
         if response.status_code != 200:
@@ -138,8 +137,7 @@ def parse_stream(prompt: str, arrived: Sequence[tuple[float, str]]) -> Answer:
         return Answer(prompt=prompt, seconds=last, ttft=first, tokens=tokens, forwards=verified, count=count, **said)
     tokens = tuple(extension["output_ids"][0])
     # Plain decoding reports no verifications: every token after the first is a forward.
-    forwards = verified or len(tokens) - 1
-    return Answer(prompt=prompt, seconds=last, ttft=first, tokens=tokens, forwards=forwards, **said)
+    return Answer(prompt=prompt, seconds=last, ttft=first, tokens=tokens, forwards=verified or len(tokens) - 1, **said)
 
 
 def _calls(parts: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:

@@ -46,8 +46,7 @@ def compare(
     if top_two_at is None or position >= len(plain) or position >= len(other):
         return Comparison(Verdict.DIFFERENT, position)
     top_two = top_two_at(position)
-    verdict = Verdict.TIE if is_tie(top_two, dtype) else Verdict.DIFFERENT
-    return Comparison(verdict, position, top_two)
+    return Comparison(Verdict.TIE if is_tie(top_two, dtype) else Verdict.DIFFERENT, position, top_two)
 
 
 @dataclass(frozen=True, slots=True)

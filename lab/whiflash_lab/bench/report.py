@@ -307,8 +307,7 @@ def _ratios(
         chosen = {key: own for key in cells if (own := within(cells[key], groups, name))}
         rates = {key: rate(*samples(chosen[key])) for key in statics if key in chosen and arm not in statics}
         best = max(rates, key=lambda key: rates[key], default=None)
-        compared = ((ratios.none, base), (ratios.over, over if over != arm else None), (ratios.static, best))
-        for found, other in compared:
+        for found, other in ((ratios.none, base), (ratios.over, over if over != arm else None), (ratios.static, best)):
             if other in chosen and (ratio := paired(chosen[arm], chosen[other], groups)):
                 found[name] = ratio
         if best is not None:

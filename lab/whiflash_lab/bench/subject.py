@@ -62,8 +62,7 @@ def _shuffle(checkpoint: Path, place: Path) -> None:
         tensors = load_file(file)
         for name, tensor in tensors.items():
             if tensor.ndim > 1:
-                order = torch.randperm(tensor.numel(), generator=random)
-                tensors[name] = tensor.flatten()[order].view_as(tensor)
+                tensors[name] = tensor.flatten()[torch.randperm(tensor.numel(), generator=random)].view_as(tensor)
         file.unlink()  # it may be a link to the bundle's file
         save_file(tensors, file)
 

@@ -65,8 +65,7 @@ def evaluate_command(
             result, table = evaluation.evaluate_bundle(bundle, prompts, settings), evaluation.figures_table
         else:
             with httpx.Client(headers=options.authorization(api_key), timeout=3600.0) as client:
-                asks = partial(ask, client, served)
-                result = evaluation.compare_served(bundle, prompts, asks, arm, settings)
+                result = evaluation.compare_served(bundle, prompts, partial(ask, client, served), arm, settings)
             table = evaluation.positions_table
     if as_json:
         typer.echo(json.dumps(result))
