@@ -29,6 +29,5 @@ def validate_custom_params(custom_params: object) -> RequestHints:
 def add_hints(custom_params: Mapping[str, Any] | None, fields: Mapping[str, object]) -> dict[str, Any] | None:
     """Add `fields` to the hints in validated `custom_params`; None if the hints would be longer than `MAX_BYTES`."""
     params = dict(custom_params or {})
-    carried = read_json(params.get(WIRE_KEY) or "{}")
-    text = json.dumps({**carried, **fields}, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps({**read_json(params.get(WIRE_KEY) or "{}"), **fields}, ensure_ascii=False, separators=(",", ":"))
     return {**params, WIRE_KEY: text} if len(text.encode()) <= MAX_BYTES else None

@@ -1,15 +1,14 @@
 """Tracker of the open span of a request's output, token by token.
 
-Each span rule is followed independently (`tests/spans/test_tracker.py` checks this against a search of
-the whole text). A closed rule opens after the next occurrence of its begin marker; an open rule closes
-after the next occurrence of its end marker; occurrences within one rule do not overlap. Repeated
-begin markers do not nest within one rule, so a marker quoted inside a string can end a span early but
-never keep it open past its next end. Different rules nest and overlap freely, and the active span is
-the one that opened last.
+Each span rule is followed independently (`tests/spans/test_tracker.py` checks this against a search of the whole text).
+A closed rule opens after the next occurrence of its begin marker; an open rule closes after the next occurrence of its
+end marker; occurrences within one rule do not overlap. Repeated begin markers do not nest within one rule, so a marker
+quoted inside a string can end a span early but never keep it open past its next end. Different rules nest and overlap
+freely, and the active span is the one that opened last.
 
-Markers are matched on bytes, because a token may end inside a marker and inside a character. Each
-push searches its own bytes and the few before them that could start a marker: time is linear in the
-output, and memory is one marker's length.
+Markers are matched on bytes, because a token may end inside a marker and inside a character. Each push searches its own
+bytes and the few before them that could start a marker: time is linear in the output, and memory is one marker's
+length.
 """
 
 from collections.abc import Iterable, Sequence

@@ -79,9 +79,8 @@ def vocabulary_of(tokenizer: Any, size: float = math.inf) -> Vocabulary:
 
     Raises: ValueError if the tokenizer shows no vocabulary (`token_bytes`).
     """
-    added = getattr(tokenizer, "added_tokens_decoder", {})
     # All tokens added as special, since `all_special_ids` has only those with a role (end, pad).
-    special = {index for index, token in added.items() if token.special}
+    special = {index for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
     fast = getattr(tokenizer, "backend_tokenizer", None)
 
     def encode(text: str) -> list[int]:
