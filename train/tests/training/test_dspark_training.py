@@ -114,8 +114,7 @@ def plain_loss(trained: DSparkTraining, batch: Batch, ids: list[int]) -> tuple[T
     ids=["published", "of choices", "cross-entropy"],
 )
 def test_the_loss_is_its_formula(target: TargetModel, batch: Batch, changes: dict[str, Any]) -> None:
-    settings = SETTINGS.model_copy(update=changes)
-    trained = training(target, settings)
+    trained = training(target, SETTINGS.model_copy(update=changes))
     torch.manual_seed(7)
     examples = trained.examples(batch)
     assert (examples.valid & ~examples.counted).any(), "no token without a label"
@@ -126,8 +125,7 @@ def test_the_loss_is_its_formula(target: TargetModel, batch: Batch, changes: dic
     assert trained.metrics["confidence_loss"] == pytest.approx(float(parts["confidence"].detach()), rel=1e-4)
     learned = dict(trained.drafter.named_parameters())
     gradients = torch.autograd.grad(found, list(learned.values()))
-    same = torch.autograd.grad(expected, list(learned.values()))
-    for name, one, other in zip(learned, gradients, same, strict=True):
+    for name, one, other in zip(learned, gradients, torch.autograd.grad(expected, list(learned.values())), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-5, msg=lambda said, name=name: f"{name}: {said}")
 
 
@@ -154,8 +152,7 @@ def test_it_goes_on_from_a_dflash_checkpoint_proposing_the_same(
 ) -> None:
     start = tiny_dflash(tmp_path / "dflash", path)
     trunk = DFlashDrafter.load(start, **for_training(target))
-    layers = list(trunk.config.target_layer_ids)
-    settings = SETTINGS.model_copy(update={"target_layers": layers, "block_size": 8})
+    settings = SETTINGS.model_copy(update={"target_layers": list(trunk.config.target_layer_ids), "block_size": 8})
     drafter = go_on_from(start, target, settings)
     assert (drafter.config.from_anchor, drafter.config.max_drafts) == (False, 7)
     drafter.save(tmp_path / "saved", torch.float32)

@@ -74,8 +74,7 @@ def test_new_tokens_are_chosen_as_the_target_would(target: TargetModel, drift: f
     larger = enlarged(drafter, target, torch.arange(200), drafter.config.intermediate_size)
     states = torch.randn(64, target.hidden_size)
     found = larger.logits(states)
-    wanted = states @ (target.head[:200].float() + drift * common).T
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found, states @ (target.head[:200].float() + drift * common).T, rtol=1e-4, atol=1e-3)
 
 
 def test_new_units_learn(target: TargetModel) -> None:
@@ -93,8 +92,7 @@ def test_a_checkpoint_goes_on(target: TargetModel, tmp_path: Path) -> None:
     known = torch.arange(40) * 3
     trained(target, known).save(tmp_path / "start", torch.float32)
     often = torch.arange(target.vocab_size, 0, -1)
-    same = go_on_from(tmp_path / "start", target, SETTINGS, often)
-    assert torch.equal(same.target_ids(torch.arange(40)), known)
+    assert torch.equal(go_on_from(tmp_path / "start", target, SETTINGS, often).target_ids(torch.arange(40)), known)
     asked = SETTINGS.model_copy(update={"draft_vocab_size": 60, "intermediate_size": 512})
     other = go_on_from(tmp_path / "start", target, asked, often)
     others = [token for token in range(200) if token % 3 or token >= 120][:20]

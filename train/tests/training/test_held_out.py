@@ -41,8 +41,7 @@ def test_a_users_other_conversations_go_too() -> None:
 
 
 def test_who_is_never_named_may_be_anybody() -> None:
-    train = [turns("Hello."), turns("Hello.", source="chats")]
-    done = split(train, [turns("Book.", "mia_li_3668")])
+    done = split([turns("Hello."), turns("Hello.", source="chats")], [turns("Book.", "mia_li_3668")])
     assert [row["source"] for row in done.kept] == ["chats"]
     assert done.dropped == Counter({("agents", UNNAMED): 1})
 
@@ -92,7 +91,6 @@ def test_the_command_writes_what_is_kept_and_says_what_is_not(tmp_path: Path) ->
     }
     [left] = [json.loads(line) for line in out.read_text(encoding="utf-8").strip().split("\n")]
     assert {key: left[key] for key in rows[1]} == rows[1]
-    wrong = CliRunner().invoke(app, [*command, "--users", "("])
-    assert isinstance(wrong.exception, UsageError)
+    assert isinstance(CliRunner().invoke(app, [*command, "--users", "("]).exception, UsageError)
     again = CliRunner().invoke(app, ["lab", "split", str(out), str(held_out), str(out), "--json"])
     assert json.loads(again.stdout)["dropped"] == 0

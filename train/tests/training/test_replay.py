@@ -64,8 +64,7 @@ def test_every_chain_equals_drafting_it_alone(pair: Pair, own_drafts: bool) -> N
         features = pair.batch.features[span.feature : span.feature + span.length - 1, columns].flatten(1)
         fused = pair.eagle3.fuse(features)
         for root in range(span.prompt - 1, span.length - 2):
-            places = torch.arange(root)
-            cache = [pair.eagle3.keys_values(tokens[1 : root + 1], fused[:root], places)]
+            cache = [pair.eagle3.keys_values(tokens[1 : root + 1], fused[:root], torch.arange(root))]
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, cache: list = cache) -> Tensor:
                 cache.append((k, v))
