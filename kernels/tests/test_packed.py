@@ -11,8 +11,7 @@ from whiflash_kernels.packed import follow, is_packed, linear, pack, packable, u
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    generator = torch.Generator().manual_seed(rows * 1000 + columns)
-    return torch.randn(rows, columns, generator=generator).to(dtype)
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * 1000 + columns)).to(dtype)
 
 
 needs_onednn = pytest.mark.skipif(not packable(matrix(8, 8)), reason="oneDNN multiplies no bfloat16 on this processor")

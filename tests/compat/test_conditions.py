@@ -139,7 +139,6 @@ def rows() -> list[list[str]]:
 @pytest.mark.newest
 def test_every_condition_is_decided() -> None:
     listed = {(file, function): int(times) for file, function, times, _, _ in rows()}
-    found = {(file, function or "(module)"): times for (file, function), times in in_sources(told_apart())}
-    assert listed == found
+    assert listed == {(file, function or "(module)"): times for (file, function), times in in_sources(told_apart())}
     assert {row[3] for row in rows()} == {"ours", "plain", "400", "refused", "foreign", "figures", "slower"}
     assert all(row[4] for row in rows())

@@ -14,8 +14,7 @@ from whiflash_sglang.serve import plugin
 
 def test_every_name_exists_with_the_expected_parameters() -> None:
     assert patches.missing() == []
-    wrong = [finding for finding in patching.verify_names() if not finding.ok]
-    assert wrong == []
+    assert [finding for finding in patching.verify_names() if not finding.ok] == []
 
 
 def test_the_table_of_patches_is_what_the_sources_decorate() -> None:

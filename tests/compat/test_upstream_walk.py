@@ -57,8 +57,7 @@ def test_every_name_of_ours_is_found_and_takes_what_python_sees(known: Any) -> N
     assert [path for path, said in known.names.items() if said is None] == []
     unclear = [path for path, said in known.names.items() if said["kind"] == "unclear"]
     assert len(unclear) <= 0.1 * len(known.names), unclear
-    used = [*PRIVATE_NAMES.items(), *((path, params) for path, params, _ in replaced())]
-    for path, parameters in used:
+    for path, parameters in [*PRIVATE_NAMES.items(), *((path, params) for path, params, _ in replaced())]:
         said = known.names[path.removesuffix(".__new__")]
         assert said["kind"] == "unclear" or set(parameters) <= set(said.get("parameters", ())), path
 

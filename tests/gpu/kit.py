@@ -196,8 +196,7 @@ def pieces(folder: Path, first: int) -> list[int]:
                 packed.add(weights, weights.relative_to(ROOT), filter=anonymous)
         data = whole.read_bytes()
     rest = -(-(len(data) - first) // (PAIR - 1))
-    cuts = [0, *(first + rest * n for n in range(PAIR))]
-    parts = [data[begin:end] for begin, end in pairwise(cuts)]
+    parts = [data[begin:end] for begin, end in pairwise([0, *(first + rest * n for n in range(PAIR))])]
     for number, part in enumerate(parts):
         (folder / f"pair-{number}").write_bytes(part)
     return [len(part) for part in parts]

@@ -72,8 +72,7 @@ def test_a_wait_is_counted_once_and_by_the_line_that_asked(monkeypatch: pytest.M
     waits, ours = Waits("cuda"), ("whiflash_sglang/round/draft.py", "whiflash_sglang/device/transfers.py")
     with waits():
         for path in (*ours, "sglang/srt/managers/scheduler.py", "sglang/kernels/spec.py"):
-            code = compile("read(torch.ones(1))", f"/site/{path}", "exec")
-            exec(code, {"read": read, "torch": torch})
+            exec(compile("read(torch.ones(1))", f"/site/{path}", "exec"), {"read": read, "torch": torch})
     assert waits.found == {f"{path}:1": 1 for path in ours}
 
 

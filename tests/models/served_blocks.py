@@ -74,8 +74,7 @@ def serve(path: Path) -> Served:
 
 
 def _features(row: int, length: int, captured: tuple[int, ...]) -> Tensor:
-    generator = torch.Generator().manual_seed(10 + row)
-    return torch.randn(length, len(captured) * HIDDEN, generator=generator)
+    return torch.randn(length, len(captured) * HIDDEN, generator=torch.Generator().manual_seed(10 + row))
 
 
 def batch(arm: Any, table: Tensor, tail: Tensor) -> DraftBatch:

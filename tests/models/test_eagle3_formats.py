@@ -38,8 +38,7 @@ def tensors(features: int, layer: str, *, head_norms: bool = False, **extra: tup
         f"{layer}hidden_norm.weight": (published.HIDDEN,),
         **{name.replace("__", "."): shape for name, shape in extra.items()},
     }
-    generator = torch.Generator().manual_seed(8)
-    ids = torch.randperm(published.VOCAB, generator=generator)[:DRAFTED].sort().values
+    ids = torch.randperm(published.VOCAB, generator=torch.Generator().manual_seed(8))[:DRAFTED].sort().values
     known = torch.zeros(published.VOCAB, dtype=torch.bool)
     known[ids] = True
     return published.draw(shapes) | {"d2t": ids - torch.arange(DRAFTED), "t2d": known}

@@ -101,8 +101,7 @@ class UpstreamBlocks:
         for layer, k, v in zip(self.model.layers, *context, strict=True):
             layer.self_attn.attn.context = (k, v)
         positions = torch.arange(first, first + len(tokens))
-        embedded = self.embedding[tokens]
-        return self.model(tokens, positions, None, input_embeds=embedded).hidden_states
+        return self.model(tokens, positions, None, input_embeds=self.embedding[tokens]).hidden_states
 
 
 def upstream_states(served: Served, upstream: UpstreamBlocks) -> list[Tensor]:

@@ -80,8 +80,7 @@ def sample(module: str, source: str, most: int) -> list[Mutant]:
 
 
 def _lines_of(operator: Operator, source: str) -> list[int]:
-    nodes = ast_nodes(get_ast(source))
-    return [start[0] for node in nodes for start, _ in operator.mutation_positions(node)]
+    return [start[0] for node in ast_nodes(get_ast(source)) for start, _ in operator.mutation_positions(node)]
 
 
 def _meaning(source: str) -> str | None:
