@@ -164,6 +164,20 @@ class Engine:
         self.run(on_step)
         return [self.output(name) for name in names]
 
+    def features(self, prompt: Sequence[int]) -> torch.Tensor:
+        """What the worker's drafters get of a prompt, which may be prefilled in chunks."""
+        prefill, seen = self.worker.target.prefill, []
+
+        def noted(batch: object) -> Any:
+            found = prefill(batch)
+            seen.append(found[1].clone())
+            return found
+
+        self.worker.target.prefill = noted
+        self.generate([prompt], max_new_tokens=1)
+        del self.worker.target.prefill
+        return torch.cat(seen)
+
     @property
     def states(self) -> dict[int, Any]:
         """States that the controller keeps of running requests, by request row."""

@@ -1,7 +1,6 @@
 """Features in training are those in serving, of targets that only SGLang runs."""
 
-import asyncio
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from engine import Engine, engine
 from families import FAMILIES, tiny_family
 from matrix import sampled
+from plain_engine import PlainEngine
 from safetensors.torch import save_file
 from tiny_models import tiny_pair, tiny_target
 from transformers import AutoTokenizer
@@ -40,9 +40,7 @@ class InProcess:
         self.e, self.states, self.count = e, states, 0
         self.recorder = FeatureRecorder(e.scheduler.tp_worker, CAPTURE, states)
 
-    def completed(self, requests: Iterator[Coroutine[Any, Any, Any]], at_once: int) -> Iterator[Any]:
-        for request in requests:
-            yield asyncio.run(request)
+    completed = PlainEngine.completed
 
     async def answer(self, tokens: list[int], **sampling: Any) -> tuple[list[int], bool]:
         name = self._run("answer", tokens, ignore_eos=False, **sampling)
@@ -77,21 +75,6 @@ def recorded(e: Engine, states: Path, texts: Sequence[list[int]]) -> list[torch.
     return [torch.from_numpy(file).view(len(text), -1) for file, text in zip(files, texts, strict=True)]
 
 
-def in_serving(e: Engine, text: list[int]) -> torch.Tensor:
-    """Features that the worker's drafters get of a prompt."""
-    prefill, seen = e.worker.target.prefill, []
-
-    def watched(batch: object) -> object:
-        found = prefill(batch)
-        seen.append(found[1].clone())
-        return found
-
-    e.worker.target.prefill = watched
-    e.generate([text], max_new_tokens=1)
-    del e.worker.target.prefill
-    return torch.cat(seen)
-
-
 @pytest.mark.parametrize("name", sampled([*TARGETS, "Qwen3VLForConditionalGeneration"], "Gemma4ForCausalLM"))
 def test_features_are_those_of_serving(name: str, tmp_path: Path) -> None:
     """And the vocabulary is the one that drafters are given there."""
@@ -99,10 +82,9 @@ def test_features_are_those_of_serving(name: str, tmp_path: Path) -> None:
     model = tiny_family(target, family)
     with engine(target, **OPTIONS) as e:
         found = recorded(e, tmp_path / "states", TEXTS)
-    flags = {**tiny_pair(tmp_path, target), "whiflash_router": "random"}
-    with engine(target, whiflash=flags, **OPTIONS) as e:
+    with engine(target, whiflash={**tiny_pair(tmp_path, target), "whiflash_router": "random"}, **OPTIONS) as e:
         assert sorted({i for d in with_kv(e.worker.drafters).values() for i in d.captured_layers}) == CAPTURE
-        served = [in_serving(e, text) for text in TEXTS]
+        served = [e.features(text) for text in TEXTS]
         origin = ServedOrigin.read(
             target, "tiny", tmp_path / "origin", {"intermediate_size": 96}, torch.ones(64), torch.float32
         )
@@ -116,8 +98,7 @@ def test_features_are_those_of_serving(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(mine[:, :width], theirs, rtol=1e-4, atol=1e-4)  # other batches
         wanted = model.features(text, CAPTURE)
         torch.testing.assert_close(mine[:, :width], wanted, rtol=family.tolerance, atol=family.tolerance)
-        final = torch.nn.functional.linear(mine[-1, width:], origin.head)
-        assert final.argmax() == model.logits(text).argmax()
+        assert torch.nn.functional.linear(mine[-1, width:], origin.head).argmax() == model.logits(text).argmax()
 
 
 class Taught(NamedTuple):
