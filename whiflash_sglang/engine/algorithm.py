@@ -24,8 +24,7 @@ class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
 
     def handle_server_args(self, server_args: Any) -> None:
         """Set the arguments that SGLang computes its KV reservation from, by the widest block of any arm."""
-        settings = settings_of(server_args)
-        server_args.speculative_num_draft_tokens = widest_block(settings)
+        server_args.speculative_num_draft_tokens = widest_block(settings_of(server_args))
         server_args.speculative_num_steps = 1
         server_args.speculative_eagle_topk = 1
         if resolving_view(server_args).max_running_requests is None:

@@ -20,8 +20,7 @@ BESIDE = "whiflash.names"
 def replaced() -> Iterator[tuple[str, tuple[str, ...], str]]:
     """Yield each replaced name, the parameters that are relied on, and its line on the page of patches."""
     for file, tree in _trees():
-        functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
-        for function in functions:
+        for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)):
             for call in function.decorator_list:
                 if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "around":
                     told = {word.arg: ast.literal_eval(word.value) for word in call.keywords}

@@ -82,8 +82,7 @@ def around(
         for path in paths:
             if path in PATCHES and PATCHES[path].module != function.__module__:
                 raise ValueError(f"{path}: is replaced by {PATCHES[path].module} already")
-            entry = (path, params, does, why, until, function.__module__, made, everywhere, optional)
-            PATCHES[path] = Patch(*entry)
+            PATCHES[path] = Patch(path, params, does, why, until, function.__module__, made, everywhere, optional)
         return function
 
     return enter

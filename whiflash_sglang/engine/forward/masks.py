@@ -63,8 +63,7 @@ class Masks:
         free = masks_of_places(self._size, words)
         count = free + 1 + sum(widths[i] for i in grammars)
         # Grammars' own masks are not used, since some are in memory whose copy the host would wait for.
-        pinned = self._host.is_pinned()
-        bits = torch.full((count, words), -1, dtype=torch.int32, pin_memory=pinned)
+        bits = torch.full((count, words), -1, dtype=torch.int32, pin_memory=self._host.is_pinned())
         place, first, used = [free] * self._size, 0, free + 1
         for i in range(len(batch.reqs)):
             width = widths[i]

@@ -71,8 +71,7 @@ def packed_verification(
     Returns:
         [T, D] in the dtype of `x`.
     """
-    states = cache.conv[0][slots.long().clamp(min=0)]
-    out, behind = packed_convolution(x, weight, bias, states, rows)
+    out, behind = packed_convolution(x, weight, bias, cache.conv[0][slots.long().clamp(min=0)], rows)
     windows = cache.intermediate_conv_window[0]
     live = rows.covered & (slots[rows.owner] > 0)
     windows[rows.owner.where(live, len(windows) - 1), rows.step.where(live, 0)] = behind.to(windows.dtype)

@@ -263,8 +263,7 @@ def _of_packed_rows(original: Any, self: ForwardBatch, model_runner: Any, batch:
         original(self, model_runner, batch, *args, **named)
         return
     positions = batch.spec_info.positions.to(torch.int64)
-    media = batch.multimodal_inputs or ()
-    deltas = [0 if each is None else int(each.mrope_position_delta.item()) for each in media]
+    deltas = [0 if each is None else int(each.mrope_position_delta.item()) for each in batch.multimodal_inputs or ()]
     if any(deltas):
         rows = torch.arange(len(positions), device=positions.device)
         requests = torch.searchsorted(layout.qo_indptr_device[1:].to(torch.int64), rows, right=True)

@@ -137,13 +137,12 @@ def verify(
         return False
     if dispatch.backend_for(q) == "torch":
         return False
-    # SGLang's kernel takes a window of 0 for none, though its backend plans one.
-    window = sliding_window_size if sliding_window_size > 0 else None
     verify_attention(
         *tensors,
         most=most,
         scale=scale,
-        window=window,
+        # SGLang's kernel takes a window of 0 for none, though its backend plans one.
+        window=sliding_window_size if sliding_window_size > 0 else None,
         cap=logit_cap,
         sinks=sinks,
         k_scale=k_scale,

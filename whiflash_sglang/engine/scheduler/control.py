@@ -43,8 +43,7 @@ async def states_of(manager: Any, seconds: float) -> list[dict[str, Any]]:
         async with asyncio.timeout(seconds):
             while True:
                 request = state_request()
-                answers = await ask(request)
-                states = [answer.internal_state.get(KEY, {}) for answer in answers]
+                states = [answer.internal_state.get(KEY, {}) for answer in await ask(request)]
                 if all(state.pop("question", None) == request.rid for state in states):
                     return states
                 # A replica that is one answer behind would stay so, but answers that arrive in this pause are dropped.

@@ -163,11 +163,9 @@ def for_requests(target: Any, requests: int, widest: int, end_bytes: int) -> dic
         return {"tables": table}
     vocabulary, kept = target.shape.vocab_size, 0
     if graphs.enabled(target.device):
-        row_bytes = target.row_bytes + end_bytes
         # SGLang's own reserve for graphs covers attention's tables.
-        kept = graphs.bytes_for(requests, widest, vocabulary=vocabulary, row_bytes=row_bytes)
-    sampled = sampling_bytes(graphs.most_rows(requests, widest), vocabulary)
-    return {"tables": table, "graphs": kept, "sampling": sampled}
+        kept = graphs.bytes_for(requests, widest, vocabulary=vocabulary, row_bytes=target.row_bytes + end_bytes)
+    return {"tables": table, "graphs": kept, "sampling": sampling_bytes(graphs.most_rows(requests, widest), vocabulary)}
 
 
 @around(
@@ -192,8 +190,7 @@ def _holding_the_reserve(original: Any) -> int:
     """Make the request table's rows long enough for the KV slots that a decode step reserves. Returns the columns
     beyond the context.
     """
-    reserve = get_alloc_reserve_per_decode() if serves_ours() else 0
-    return max(int(original()), reserve)
+    return max(int(original()), get_alloc_reserve_per_decode() if serves_ours() else 0)
 
 
 @around(

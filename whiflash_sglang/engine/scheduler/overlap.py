@@ -52,6 +52,5 @@ def attach(batch: Any, verified: Verified, stride: int) -> None:
         return
     if (states := verified.final_hidden) is None:
         raise AssertionError("SGLang admits such requests only where the server keeps hidden states")
-    columns = torch.arange(stride, device=states.device)
-    index = (verified.indptr[:-1, None] + columns).clamp_(max=len(states) - 1)
+    index = (verified.indptr[:-1, None] + torch.arange(stride, device=states.device)).clamp_(max=len(states) - 1)
     verified.output.hidden_states = states[index.flatten()]

@@ -247,8 +247,7 @@ class Start:
         table, context = self.target.slot_table, min(CONTEXT, self.target.context_len)
         rows = torch.arange(requests, device=table.device)
         starts, caps, bonus = (torch.full_like(rows, n) for n in (context, drafter.max_drafts, 0))
-        values = drafter.calibration((), FULL_LENGTH)
-        calibration = torch.tensor(values, dtype=torch.float32, device=rows.device)
+        calibration = torch.tensor(drafter.calibration((), FULL_LENGTH), dtype=torch.float32, device=rows.device)
         reads_tail, place = drafter.tail_width > 0, drafter.place(requests)
         rows, starts, bonus, caps, tail, calibration = self.sync.rings.inputs(
             None, rows, starts, bonus, caps, calibration, wanted=drafter.features, tail=reads_tail, into=place
@@ -277,8 +276,7 @@ class Start:
 
         def verify() -> Any:
             target.agreed_rows(rows, count)
-            batch = target.batch_of(ids, starts, on_host)
-            return target.verify(batch, block, verify_lens, most)
+            return target.verify(target.batch_of(ids, starts, on_host), block, verify_lens, most)
 
         with _spread_slots(target, count, each + max(widths)):
             block = prepare_mixed_block(bonus, drafts, verify_lens, starts, ids, target.slot_table, rows=rows)
@@ -315,8 +313,7 @@ def _name(device: torch.device) -> str:
 
 def _kernels() -> str:
     """Return a digest of the kernels' sources, since the version number of a checkout does not change with them."""
-    sources = sorted(Path(whiflash_kernels.__file__).parent.rglob("*.py"))
-    return _digest([source.read_bytes() for source in sources])
+    return _digest([source.read_bytes() for source in sorted(Path(whiflash_kernels.__file__).parent.rglob("*.py"))])
 
 
 def _digest(thing: object) -> str:
