@@ -47,8 +47,7 @@ async def prepare(manager: Any, obj: Any, marker: str) -> None:
     known = await asyncio.get_running_loop().run_in_executor(None, _known, manager, prompt, marker)
     # SGLang's metrics are of requests that are answered.
     obj.text, obj.input_ids, obj.priority, obj.log_metrics = None, known, None, False
-    params = (obj.sampling_params or {}).get("custom_params")
-    obj.sampling_params = {"max_new_tokens": 0, "custom_params": params}
+    obj.sampling_params = {"max_new_tokens": 0, "custom_params": (obj.sampling_params or {}).get("custom_params")}
 
 
 def _known(manager: Any, prompt: str | list[int], marker: str) -> list[int]:

@@ -127,8 +127,7 @@ async def read(form: Form, body: object, manager: Any) -> Call:
             raise HintError(name, "must be an object")
     if (text := body_prediction(body)) is not None:
         if CARRIED_PREDICTION in (params or {}):
-            why = f"given twice, also as custom_params.{CARRIED_PREDICTION}; give one of them"
-            raise HintError("prediction", why)
+            raise HintError("prediction", f"given twice, also as custom_params.{CARRIED_PREDICTION}; give one of them")
         params = {**(params or {}), CARRIED_PREDICTION: text}
     fields = await fields_of(manager, params)
     if body.get("previous_response_id") is not None:  # an earlier turn may have opted out of learning
@@ -296,7 +295,6 @@ def implied(manager: Any, request: Any, fields: Fields) -> dict[str, Any] | None
             params = {**longer, INFERRED_KEY: True}
     if tools and settings_of(manager.server_args).structure.enabled:
         name = getattr(getattr(choice, "function", None), "name", None)
-        allowed = [(tool.name, tool.parameters) for tool in tools if name in (None, tool.name)]
-        carried = carried_tools(allowed, parser)
+        carried = carried_tools([(tool.name, tool.parameters) for tool in tools if name in (None, tool.name)], parser)
         params = params if carried is None else {**(params or {}), TOOLS_KEY: carried}
     return params

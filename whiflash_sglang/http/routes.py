@@ -39,8 +39,7 @@ def install() -> None:
     callers.drop_trailers()
     patching.install(admission, figures, sys.modules[__name__], traces, writer)
     middleware.install()
-    paths = {getattr(route, "path", None) for route in http_server.app.routes}
-    if "/whiflash/capabilities" not in paths:
+    if "/whiflash/capabilities" not in {getattr(route, "path", None) for route in http_server.app.routes}:
         http_server.app.get("/whiflash/capabilities")(_capabilities)
         # With --admin-api-key only its holder may call these, as with SGLang's own /set_internal_state. Two readings
         # of the state reveal how many drafts were accepted in between.
@@ -80,8 +79,7 @@ async def _generate_request(original: Any, self: Any, obj: Any, request: Any = N
 async def _attach_storage(original: Any, self: Any, hicache_storage_backend: str, *args: Any, **named: Any) -> Any:
     """Refuse to attach storage to a running server if a launch with it would be refused."""
     if asks_for_ours(self.server_args):
-        draft_kv = bool(settings_of(self.server_args).drafters)
-        why = storage_refusal(self.server_args, hicache_storage_backend, draft_kv)
+        why = storage_refusal(self.server_args, hicache_storage_backend, bool(settings_of(self.server_args).drafters))
         if why is not None:
             return AttachHiCacheStorageReqOutput(success=False, message=why)
     return await original(self, hicache_storage_backend, *args, **named)

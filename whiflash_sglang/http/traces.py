@@ -40,8 +40,7 @@ def _update_meta_info(
         if recording.level is not None:
             meta_info[META_KEY] = build_trace(recording, recording.policy, meta_info["completion_tokens"])
         if recording.spanned:
-            attributes = span_attributes(recording, recording.policy, meta_info["completion_tokens"])
-            setattr(state, _ATTRIBUTES, attributes)
+            setattr(state, _ATTRIBUTES, span_attributes(recording, recording.policy, meta_info["completion_tokens"]))
 
 
 @around(
@@ -103,8 +102,7 @@ class _Outputs:
             texts.append(text or "")
             tokens = earlier
         if fields.prediction is not None and meta.get("finish_reason"):
-            loop = asyncio.get_running_loop()
-            counts = await loop.run_in_executor(None, _predicted, fields.prediction, tokens)
+            counts = await asyncio.get_running_loop().run_in_executor(None, _predicted, fields.prediction, tokens)
             meta.update(counts)
             if self._call is not None:
                 self._call.counts[choice] = counts

@@ -30,8 +30,7 @@ _ENDS = {"message": None, "message_delta": None} | dict.fromkeys(
 
 def extending(call: Call, send: Send) -> Send:
     """Return a `send` that adds traces and counts to an answer; SGLang's own `send` if this call asked for none."""
-    has_figures = bool(call.body.get("return_spec_tokens_details"))
-    if (call.fields is None or call.fields.params is None) and not has_figures:
+    if (call.fields is None or call.fields.params is None) and not call.body.get("return_spec_tokens_details"):
         return send
     return _Sent(send, lambda answer: extended(call, answer), _Events(call)).send
 
@@ -127,8 +126,7 @@ def extension_of(call: Call) -> dict[str, Any]:
 
 def _counts(call: Call) -> dict[str, int]:
     """Return the numbers of accepted and rejected prediction tokens, over all choices of a request."""
-    names = next(iter(call.counts.values()), {})
-    return {name: sum(counts[name] for counts in call.counts.values()) for name in names}
+    return {name: sum(counts[name] for counts in call.counts.values()) for name in next(iter(call.counts.values()), {})}
 
 
 def _traces(call: Call, texts: Mapping[int, str | None]) -> Any:
