@@ -29,8 +29,7 @@ class PlainEngine:
         self.target, self.layers = _target(model, chosen["dtype"]), layers
         name, origin, _ = place
         origin.mkdir(parents=True, exist_ok=True)
-        facts = {"target": name, "ranks": 1, "embedding_scale": 1.0}
-        (origin / ORIGIN).write_text(json.dumps(facts))
+        (origin / ORIGIN).write_text(json.dumps({"target": name, "ranks": 1, "embedding_scale": 1.0}))
         rows = {"embedding": self.target.embedding.clone(), "head": self.target.head.clone()}
         save_file(rows, vocabulary_file(origin, 0))
 

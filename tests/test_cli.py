@@ -45,25 +45,21 @@ def test_a_wrong_draft_path_stops_the_launcher(launch: Arguments) -> None:
         launch(draft="/nowhere")
     with pytest.raises(SystemExit, match=r"whiflash: error: /nowhere/target: no such directory"):
         launch("--model-path", "/nowhere/target")
-    alone = launch(eagle=None)
-    assert list(alone._whiflash.drafters) == ["diffusion"]  # type: ignore[attr-defined]
+    assert list(launch(eagle=None)._whiflash.drafters) == ["diffusion"]  # type: ignore[attr-defined]
     with pytest.raises(SystemExit, match="whiflash: error: router 'ar' needs EAGLE-3"):
         launch("--whiflash-router", "ar", eagle=None)
 
 
 def test_a_right_command_line_is_taken(launch: Arguments, models: Models) -> None:
-    arguments = launch("--whiflash-router", "ar", "--whiflash-block-size", "4")
-    settings = arguments._whiflash  # type: ignore[attr-defined]
+    settings = launch("--whiflash-router", "ar", "--whiflash-block-size", "4")._whiflash  # type: ignore[attr-defined]
     assert (settings.router, settings.block_size, settings.drafters["ar"]) == ("ar", 4, models.eagle3)
 
 
 def test_a_bundles_template_needs_a_tokenizer(launch: Arguments) -> None:
     """SGLang would end where it puts it into one."""
     bundle = str(embedded_bundle())
-    with_template = launch(draft=bundle, eagle=None)
-    assert Path(with_template.chat_template).is_file()  # type: ignore[attr-defined]
-    without = launch("--skip-tokenizer-init", draft=bundle, eagle=None)
-    assert without.chat_template is None  # type: ignore[attr-defined]
+    assert Path(launch(draft=bundle, eagle=None).chat_template).is_file()  # type: ignore[attr-defined]
+    assert launch("--skip-tokenizer-init", draft=bundle, eagle=None).chat_template is None  # type: ignore[attr-defined]
 
 
 def test_hub_ids_are_fetched_as_the_command_line_says(

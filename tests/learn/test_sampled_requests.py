@@ -42,8 +42,7 @@ def test_a_finished_request_is_kept_as_it_was(e: Engine) -> None:
     e.submit("salted", [4, 5, 6], max_new_tokens=7, cache_salt="s")
     e.run()
     salted = Sample([4, 5, 6], e.output("salted"), [handle("s")])
-    found = sorted(kept(e), key=lambda sample: sample.prompt)
-    assert found == [Sample([1, 2, 3], e.output("plain"), []), salted]
+    assert sorted(kept(e), key=lambda sample: sample.prompt) == [Sample([1, 2, 3], e.output("plain"), []), salted]
     state = e.worker.snapshot()["samples"]
     assert (state["written"], state["failing"]) == (2, False)
 
