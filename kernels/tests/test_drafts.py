@@ -222,8 +222,7 @@ def test_many_requests_compete(backend: str) -> None:
         ([(0, chance) for chance in row[:count]], [], [], [])
         for row, count in zip(chances.tolist(), counts.tolist(), strict=True)
     ]
-    tokens = torch.zeros_like(chances, dtype=torch.int64)
-    laid = Drafts(tokens.to(DEVICE), counts.to(DEVICE), chances.to(DEVICE))
+    laid = Drafts(torch.zeros_like(chances, dtype=torch.int64).to(DEVICE), counts.to(DEVICE), chances.to(DEVICE))
     text = torch.zeros(70, 16, dtype=torch.int64, device=DEVICE)
     at = torch.arange(70, device=DEVICE)
     for room in (0, 1, 69, 100, 489, 490):

@@ -42,8 +42,7 @@ def test_directories_become_a_bundle_that_is_served_from_itself(models: dict[str
     manifest = load_manifest(out)
     weights = models["dflash"] / "model.safetensors"
     assert manifest.sources["dflash"].files[weights.name] == sha256(weights)
-    settings = resolve(Flags(), out)
-    assert settings.drafters == {"ar": out / "eagle3", "diffusion": out / "dflash"}
+    assert resolve(Flags(), out).drafters == {"ar": out / "eagle3", "diffusion": out / "dflash"}
     checked = whiflash("check", "--model-path", str(models["target"]), "--draft", str(out))
     assert checked.returncode == 0, checked.stderr
     lines = checked.stdout.splitlines()
