@@ -14,8 +14,7 @@ SLOTS, CONTEXT = 300, 96
 
 
 def slot_table() -> torch.Tensor:
-    order = torch.randperm(SLOTS * CONTEXT, generator=torch.Generator().manual_seed(5))
-    return order.view(SLOTS, CONTEXT).int()
+    return torch.randperm(SLOTS * CONTEXT, generator=torch.Generator().manual_seed(5)).view(SLOTS, CONTEXT).int()
 
 
 def check_round(

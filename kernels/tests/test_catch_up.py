@@ -142,8 +142,7 @@ def check_dflash(
     with running(backend), guarded_outputs():
         fused = dflash_catch_up(features, positions, slots, weights, rope, pools)
     assert fused.shape == (shape.rows, shape.hidden)
-    rows = oracles.dflash_rows(features, weights)
-    check_pools(pools, rows, weights.k_norm, positions, slots, rope, kept)
+    check_pools(pools, oracles.dflash_rows(features, weights), weights.k_norm, positions, slots, rope, kept)
 
 
 def check_eagle3(backend: str, shape: Shape, dtype: torch.dtype, *, sliced: bool = False, **options: object) -> None:

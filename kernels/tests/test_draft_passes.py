@@ -130,8 +130,7 @@ def test_a_wide_feature_is_whole(backend: str) -> None:
 def test_any_pass(
     backend: str, lengths: list[int], offset: int, width: int, fill: int | None, dtype: torch.dtype
 ) -> None:
-    order = torch.randperm(SLOTS * CONTEXT, generator=torch.Generator().manual_seed(1))
-    table = order.view(SLOTS, CONTEXT).int()
+    table = torch.randperm(SLOTS * CONTEXT, generator=torch.Generator().manual_seed(1)).view(SLOTS, CONTEXT).int()
     slots = list(range(len(lengths), 0, -1))
     with running(backend), guarded_outputs():
         places, cache_slots, ids = pass_rows(
