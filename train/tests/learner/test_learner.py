@@ -114,8 +114,7 @@ def test_drafters_that_became_better_make_a_bundle(passed: Passed) -> None:
 
 
 def test_nothing_of_a_text_is_left_behind(passed: Passed) -> None:
-    left = {path.name for path in passed.learning.directory.iterdir()}
-    assert left == {".learner", "samples"}
+    assert {path.name for path in passed.learning.directory.iterdir()} == {".learner", "samples"}
 
 
 def test_the_next_pass_waits_for_requests_that_its_bundle_has_not_learned_from(
@@ -338,6 +337,5 @@ def test_the_command(passed: Passed, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Its stdout holds the outcome and nothing that is printed meanwhile."""
     words = ["learn", str(passed.learning.directory), "--config", "tiny", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(once, "learn_once", lambda *_: print("noise") or passed.found)
-    told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
-    assert told == passed.found.model_dump(mode="json")
+    assert json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout) == passed.found.model_dump(mode="json")
     assert "tokens a round" in CliRunner().invoke(app, words).stdout

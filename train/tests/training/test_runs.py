@@ -65,8 +65,7 @@ def ran(*words: object) -> str:
 
 @pytest.fixture(scope="module")
 def config(root: Path) -> TrainConfig:
-    said = json.loads(ran("train", "--step", "data", "--config", root / "tiny.yaml"))
-    assert said["sequences"] == 24
+    assert json.loads(ran("train", "--step", "data", "--config", root / "tiny.yaml"))["sequences"] == 24
     return load_config(root / "tiny.yaml")
 
 
@@ -237,8 +236,7 @@ def test_a_prompt_that_was_answered_twice_is_learned_from_once(config: TrainConf
     assert torch.equal(token_frequencies(stores, 512), token_frequencies(stores[:1], 512))
     export_tokens(stores, tmp_path / "tokens.npz")
     assert len(Exported(tmp_path / "tokens.npz").ids) == 24
-    columns = dict(np.load(tmp_path / "tokens.npz"))
-    double = {name: np.concatenate([column, column]) for name, column in columns.items()}
+    double = {name: np.concatenate([column, column]) for name, column in dict(np.load(tmp_path / "tokens.npz")).items()}
     np.savez_compressed(tmp_path / "double.npz", **double)
     with shard_of(config.model_copy(update={"work": tmp_path / "other"}), "shard") as (target, store):
         assert rebuild_features(tmp_path / "double.npz", target, store) == 24
@@ -299,8 +297,7 @@ def test_recomputed_features_equal_the_kept_ones(root: Path, config: TrainConfig
     ran("lab", "export", tokens, "--config", tiny)
     other.write_text(yaml.safe_dump(settings(root) | {"work": str(tmp_path / "work")}))
     for recomputed in (24, 0):
-        said = json.loads(ran("lab", "features", tokens, "--config", other))
-        assert said["recomputed"] == recomputed
+        assert json.loads(ran("lab", "features", tokens, "--config", other))["recomputed"] == recomputed
     kept, again = (open_stores(load_config(file))[0] for file in (tiny, other))
     for first, second in zip(kept.records, again.records, strict=True):
         one, two = kept.read(first), again.read(second)
