@@ -9,7 +9,7 @@ import pytest
 from drafting import Asked
 from whiflash_kernels.cpu.texts import compiled_texts
 
-from whiflash_sglang.copying.calibration import MatchCalibration
+from whiflash_sglang.copying.calibration import MatchCalibration, RequestCalibration
 from whiflash_sglang.copying.copier import Copier
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate, Part
 from whiflash_sglang.embedded import cache_root
@@ -28,8 +28,17 @@ SEARCH = _search()
 class Looking(Copier):
     """A request's copies, looked for alone."""
 
-    def __init__(self, judge: MatchCalibration | None = None, *args: Any, **named: Any) -> None:
-        super().__init__(SEARCH, judge or MatchCalibration(), *args, **named)
+    def __init__(
+        self,
+        judge: Any = None,
+        min_match: int = 1,
+        prediction: Any = None,
+        habit: Any = None,
+        stops: Any = (),
+        member: Any = None,
+    ) -> None:
+        habit = habit or RequestCalibration()
+        super().__init__(SEARCH, judge or MatchCalibration(), min_match, prediction, habit, stops, member)
 
     def look(self, limit: int, worth: float, paid: int = 0) -> Candidate:
         """The copy after the text's end, up to `limit` tokens, the first `paid` in any case."""
