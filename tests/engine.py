@@ -165,7 +165,7 @@ class Engine:
         return [self.output(name) for name in names]
 
     def features(self, prompt: Sequence[int]) -> torch.Tensor:
-        """What the worker's drafters get of a prompt, which may be prefilled in chunks."""
+        """Features of a prompt that the worker's drafters get; it may be prefilled in chunks."""
         prefill, seen = self.worker.target.prefill, []
 
         def noted(batch: object) -> Any:
