@@ -45,7 +45,8 @@ def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> No
         worker.stages.lifecycle.released(req, kept=kept)
         if saved or not worker.flushes_later:
             flush(worker)
-            worker.stages.lifecycle.settle()
+        if not (worker.flushes_later and worker.overlaps):
+            worker.stages.lifecycle.settle()  # before the answer leaves: its last round is known
         if saved and worker.primary_draft_kv_pool is not None:
             # The draft KV waits on the host, as the target's does; its slots are given up next.
             req._whiflash_kv = worker.primary_draft_kv_pool.get_cpu_copy(slots_of(worker, req))
