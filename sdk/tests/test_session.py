@@ -111,10 +111,11 @@ def test_a_session_is_named_and_closed_where_it_was_open(
         with Session(agent="sub") as inner:
             assert ask() == inner.id != outer.id
         with agent("helper"):
-            assert ask(cache_salt="b") == f"{outer.id}/helper"
+            assert ask(cache_salt="b", extra_key="team") == f"{outer.id}/helper"
         raise ZeroDivisionError
     ids = [(inner.id, "acme"), (outer.id, "acme"), (f"{outer.id}/helper", "b")]
     assert [(one["session_id"], one["cache_salt"]) for one in server.closed] == ids
+    assert [one.get("extra_key") for one in server.closed] == [None, None, "team"]
     assert {one["key"] for one in server.closed} == {"Bearer key"}
     session._close_all()
     assert len(server.closed) == 3

@@ -25,7 +25,7 @@ _SECRET_WORDS: Final = frozenset(
 )
 """Words by which a header counts as authentication: `Authorization`, `X-Api-Key`, `OpenAI-Organization`."""
 _OF_ONE_REQUEST: Final = re.compile(
-    rb"connection|content-.*|accept.*|if-.*|range|expect|te|trailer|transfer-encoding|idempotency-key|x-stainless-.*",
+    rb"connection|content-.*|accept.*|if-.*|range|expect|te|trailer|transfer-encoding|(?:x-)?idempotency-key|x-stainless-.*",
     re.IGNORECASE,
 )
 """Headers that a question for capabilities does not copy from the request that needs the answer."""
@@ -139,4 +139,4 @@ def _digest(url: str, sent: Mapping[str, Any], *more: object) -> bytes:
 
 def _authenticates(name: str) -> bool:
     """Whether a header or query field may identify the caller. Others, such as request ids, change with requests."""
-    return not _SECRET_WORDS.isdisjoint(re.split("[-_]", name.lower())) and name.lower() != "idempotency-key"
+    return not _SECRET_WORDS.isdisjoint(re.split("[-_]", name.lower())) and "idempotency" not in name.lower()

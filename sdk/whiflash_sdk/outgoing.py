@@ -175,7 +175,7 @@ def exchange(
     going = yield work(Outgoing, body, route, told, server)
     talk, sent = conversation(), going.body.get("session_id")
     if talk is not None and isinstance(sent, str) and sent.startswith(talk.id):
-        talk.sent_to(asker, sent, going.body.get("cache_salt"), is_async=is_async)
+        talk.sent_to(asker, sent, going.body, is_async=is_async)
     call = start(owner, going.agent)
     turn = turn_of(asker, going.body, is_async=is_async) if going.previews else None
     try:

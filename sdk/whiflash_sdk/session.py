@@ -83,11 +83,12 @@ class Session:
         """
         return StreamedResult(_turns.get(self.id), call)
 
-    def sent_to(self, asker: Asker, sent: str, salt: str | None, *, is_async: bool) -> None:
+    def sent_to(self, asker: Asker, sent: str, body: Mapping[str, Any], *, is_async: bool) -> None:
         """Note that a request with this id goes to the asker's server, where it is to be closed."""
-        key = (asker.base, asker.fingerprint(asker.base), is_async, sent, salt)
+        tenant = tuple((name, key) for name in ("cache_salt", "extra_key") if isinstance(key := body.get(name), str))
+        key = (asker.base, asker.fingerprint(asker.base), is_async, sent, tenant)
         # In one step after the digest: another thread may end the session meanwhile.
-        _open.setdefault((os.getpid(), self.id), {}).setdefault(key, _Place(asker, sent, salt, is_async))
+        _open.setdefault((os.getpid(), self.id), {}).setdefault(key, _Place(asker, sent, tenant, is_async))
 
     def hints(self) -> Hints:
         """Return hints with the names of agent and task, as far as they are given."""
@@ -101,11 +102,11 @@ class Session:
 
 @dataclass(frozen=True)
 class _Place:
-    """A session that is open on one server, under one `cache_salt`."""
+    """A session that is open on one server. tenant: fields of its requests that name the tenant."""
 
     asker: Asker
     session: str
-    salt: str | None
+    tenant: tuple[tuple[str, str], ...]
     is_async: bool
 
     def close(self) -> None:
@@ -126,9 +127,8 @@ class _Place:
 
     def closing(self) -> Flow[None]:
         """Close the session. Errors are logged, not raised: the only harm is that these prompts are evicted late."""
-        salt = {} if self.salt is None else {"cache_salt": self.salt}
         try:
-            yield from close_session(self.asker, {"session_id": self.session, **salt})
+            yield from close_session(self.asker, {"session_id": self.session, **dict(self.tenant)})
         except Exception as error:
             _failed(self.asker, error)
 
