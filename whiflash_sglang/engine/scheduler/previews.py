@@ -61,8 +61,8 @@ class PreviewQueue:
 
     def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> None:
         """Set a preview apart, or end a retracted one. Another request ends its session's and the prefilled one."""
-        session, waits = req.session_id, is_preview(req)
-        if waits and session is None:  # it was set apart before, and its first tokens may stay cached
+        session, waits = req.session_id, req.session_id is not None and is_preview(req)
+        if req.retracted_stain and is_preview(req):  # it was set apart before, and its first tokens may stay cached
             self._release_aborted_request(req)
             self.send_abort_output(AbortReq(rid=req.rid), req)
             req.finished_reason, req.finished_output = FINISH_ABORT(), True  # under overlap its result comes later

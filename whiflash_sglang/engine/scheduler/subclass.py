@@ -105,15 +105,11 @@ class WhiflashScheduler(PreviewQueue):
         super().handle_generate_request(recv_req)  # type: ignore[misc]
 
     def close_session(self: Any, recv_req: Any) -> None:
-        """Close the session of this id in the radix tree, and that of `/open_session`, whose id lacks the tenant. Only
-        an `Engine` gives an id without a tenant: close the sessions of all tenants that have this id."""
-        _, is_scoped, session = recv_req.session_id.rpartition(MARK)
+        """Close the session of this id in the radix tree, and that of `/open_session`, whose id lacks the tenant."""
+        tenant, _, session = recv_req.session_id.rpartition(MARK)
         if self.enable_session_radix_cache:
-            opened = self.tree_cache.session_refs._session_generations
-            ids = [recv_req.session_id] if is_scoped else [one for one in opened if one.endswith(f"{MARK}{session}")]
-            for one in ids:
-                self.tree_cache.release_radix_session(one)
-                self.drop_preview(one)
+            self.tree_cache.release_radix_session(f"{tenant}{MARK}{session}")
+            self.drop_preview(f"{tenant}{MARK}{session}")
         super().close_session(msgspec.structs.replace(recv_req, session_id=session))  # type: ignore[misc]
 
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
