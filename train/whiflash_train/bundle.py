@@ -31,8 +31,8 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
     for name_of in parts.values():
         if not (config.work / name_of / "checkpoint" / "config.json").is_file():
             raise ConfigError(f"{config.work / name_of} has no checkpoint: run `whiflash train --step {name_of}` first")
-    bundle.mkdir(parents=True, exist_ok=True)
     path, vocabulary = bundle / MANIFEST, config.section(config.block_drafter).vocabulary
+    bundle.mkdir(parents=True, exist_ok=True)
     sources: dict[str, Any] = dict(read_json_file(path).get("sources", {})) if path.exists() else {}
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=bundle) as scratch:
         copies = Path(scratch)
