@@ -114,7 +114,7 @@ def known(target: str) -> PublishedTarget | None:
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _USED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 _Q, _GROUP = "quantization_config", ("config_groups", "group_0", "weights", "num_bits")
-_BITS = {"bf16": 16, "fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4.25}  # of a parameter, if the configuration has none
+_BITS = {"bf16": 16, "fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4.25}  # a parameter's, if the configuration has none
 # A number, or a list with one for each layer, as Hunyuan has it.
 _OfFirstLayer = Annotated[int | None, BeforeValidator(lambda n: n[0] if isinstance(n, list) and n else n)]
 

@@ -143,7 +143,7 @@ def test_hints_that_are_none_are_left_for_the_server(server: FakeServer, said: A
         with hinting("http_client", server, strict=True) as client, raises:
             client.with_options(max_retries=0).chat.completions.create(**ASKED, extra_body=own)
         assert len(server.bodies) == 1
-    else:  # what is not ours to take out stays
+    else:  # a value that is not ours stays
         for way in WAYS:
             with hinting(way, server, capabilities=False) as client:
                 client.responses.create(model="m", input="x", extra_body=own)

@@ -61,7 +61,7 @@ def http_client(inner: Any = None, **settings: Unpack[ClientSettings]) -> Any:
 
     inner: the client that sends, with its proxies, certificates and authentication: an `httpx.Client`, or an
         `httpx2.Client` for libraries that are built on HTTPX 2. None: OpenAI's own default.
-    settings: those of `wrap`. Under `strict` the library raises UnsupportedServerError or HintError, or its own
+    settings: as for `wrap`. Under `strict` the library raises UnsupportedServerError or HintError, or its own
         connection error with that cause.
 
     Returns: a client of the same HTTP library. Closing it closes `inner`.

@@ -208,9 +208,8 @@ class StructureArm(TextDrafter):
     def _keep(self, key: Hashable, automaton: Automaton) -> None:
         self._automata[key] = automaton
         self._automata.move_to_end(key)
-        over = sum(max(each.size, LEAST_NODES) for each in self._automata.values()) - KEPT_NODES
-        while over > 0:
-            over -= max(self._automata.popitem(last=False)[1].size, LEAST_NODES)
+        while sum(max(each.size, LEAST_NODES) for each in self._automata.values()) > KEPT_NODES:
+            self._automata.popitem(last=False)
 
     def _count(self, text: str) -> int:
         """Return how often the conversation of the request that asks has a text."""
