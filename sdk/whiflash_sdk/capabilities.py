@@ -267,10 +267,10 @@ async def async_ask(
                 await run_async(_probe(asker, url, server, limits, model))
                 is_asking = False
         if is_asking and scope.cancel_called:
-            if server.needs_list(model):  # the list is missing, not the answer of the route
-                server.unlisted()
-            else:
+            if server.is_due(None):
                 server.failed(TimeoutError())
+            else:  # the route answered, and the list is missing
+                server.unlisted()
     return server
 
 
