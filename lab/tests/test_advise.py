@@ -160,7 +160,7 @@ def test_replicas_are_taken_if_they_are_faster() -> None:
     assert "0.5 ms a layer of WHIFLASH's drafters" in found.assumed
     (half,) = advise(question._replace(cards=1, requests=(16,))).rows
     assert many.rates == pytest.approx({way: 2 * rate for way, rate in half.rates.items()})
-    assert "on one card ratios were" in found.assumed
+    assert "on one GPU ratios were" in found.assumed
     assert found.settings[-1].endswith("--concurrency 1,16"), "one replica is measured"
     (large,) = advise(question._replace(target="Qwen3-32B", requests=(8,), context=1 << 13)).rows
     (far,) = advise(question._replace(requests=(32,), context=1 << 15)).rows
@@ -277,7 +277,7 @@ def test_the_command_shows_and_prints_json(monkeypatch: pytest.MonkeyPatch) -> N
     assert shown.stdout.startswith("Estimate for 1 request: ")
     assert "131,072 cached" in " ".join(shown.stdout.split())
     assert "simulating loads" in shown.stderr
-    for title in ("As measured on cards", "Drafters (", "Set:", "You give up", "Not in the rows"):
+    for title in ("As measured on GPUs", "Drafters (", "Set:", "You give up", "Not in the rows"):
         assert title in shown.output
     found = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
     assert found["rows"][0]["choice"] in found["verdict"]

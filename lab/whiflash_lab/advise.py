@@ -48,7 +48,7 @@ BLOCK_LAYERS = 5
 """Layers of a published block drafter; an EAGLE-3 drafter has one."""
 DRAFTER = 1.7
 """Memory of a drafter's layer over a target's, both with embeddings: six layers take 4.7 GB beside Qwen3-8B."""
-PAYS = "nothing, its KV stayed", "a copy of its KV from host memory", "a prefill, at the card's peak"
+PAYS = "nothing, its KV stayed", "a copy of its KV from host memory", "a prefill, at the GPU's peak"
 """Costs of an agent that returns with its context, if the KV of all agents does not fit."""
 HOST_TIER = 1
 """The cost in `PAYS` that estimates assume: its flags are among the settings."""
@@ -218,7 +218,7 @@ def _too_large(target: PublishedTarget, question: Question, fitting: Sequence[in
     verdict = (
         f"{target.name} does not fit {question.cards} × {gpu.name} of {gpu.memory / 1e9:.0f} GB: its weights take "
         f"{sum(_split(target.shape)) / 1e9:.0f} GB in {target.shape.weights}. "
-        + (f"It takes {fitting[0]} × {gpu.name}: --count {fitting[0]}." if fitting else "Take larger cards.")
+        + (f"It takes {fitting[0]} × {gpu.name}: --count {fitting[0]}." if fitting else "Take GPUs with more memory.")
     )
     return Advice(verdict, "", [], [], [], (), (), [], (), ())
 
@@ -282,8 +282,8 @@ def _memory(target: PublishedTarget, question: Question, replicas: int) -> str:
     seconds = _returns(shape, question._replace(context=prefix), cards, layers)[-1]
     return (
         f"Memory: with {_drafters(target)} {cards} × {gpu.name} {fewer} of {target.name} (draft KV, and "
-        f"{_draft_weights(shape, layers) / 1e9:.1f} GB a card), and a prefix of {prefix:,} that falls out takes "
-        f"{seconds:.1f} seconds to prefill (computed at the card's peak); `whiflash check --draft` names a drafter's."
+        f"{_draft_weights(shape, layers) / 1e9:.1f} GB a GPU), and a prefix of {prefix:,} that falls out takes "
+        f"{seconds:.1f} seconds to prefill (computed at the GPU's peak); `whiflash check --draft` names a drafter's."
     )
 
 
@@ -341,7 +341,7 @@ BETWEEN = max(map(abs, _between()))
 
 def _prices(target: PublishedTarget, gpu: Gpu, question: Question, rows: Sequence[Estimate]) -> str:
     off, shown = _off(target), gpu in (GPUS["h100"], GPUS["h20"])
-    error = f"on one card ratios were {min(off):+.0%} to {max(off):+.0%} off where others measured them"
+    error = f"on one GPU ratios were {min(off):+.0%} to {max(off):+.0%} off where others measured them"
     cards = f"{question.cards} × {gpu.name} {target.shape.weights}, fits to published tables scaled by bandwidth"
     if any(row.spread.startswith("--tp") for row in rows):
         cards += f", with --tp-size {1000 * EAGER:g} ms a layer of WHIFLASH's drafters, which no graph holds (assumed)"
@@ -497,7 +497,7 @@ def _settings(target: PublishedTarget, question: Question, row: Estimate, choice
     spread, parsers = (f" {text}" if text else "" for text in (row.spread, target.parsers))
     if question.context and row.replicas > 1:
         spread = ""
-        yield "One server on each card, behind SGLang's router (cache_aware): it keeps prefixes, and drops cache_salt."
+        yield "One server on each GPU, behind SGLang's router (cache_aware): it keeps prefixes, and drops cache_salt."
     if row.returning:
         cards = question.cards // row.replicas
         agents = -(-max(question.requests) // row.replicas)
@@ -507,7 +507,7 @@ def _settings(target: PublishedTarget, question: Question, row: Estimate, choice
         narrow = target.shape._replace(kv=target.shape.kv // 2, draft_kv=target.shape.draft_kv / 2)
         plain, ours = (row.replicas * _fitting(narrow, question, cards, n) for n in (0, layers_of(target)))
         yield (
-            f"Host memory: {host} GB a card hold all agents' KV. Requests carry session_id (the SDK's Session sends "
+            f"Host memory: {host} GB a GPU hold all agents' KV. Requests carry session_id (the SDK's Session sends "
             "it), so that agents' KV outlives other requests'; --radix-eviction-policy priority orders among them."
         )
         yield (

@@ -20,8 +20,8 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
 
 def advise(
     target: Annotated[str, typer.Argument(help="Served model: hub id or directory, or the end of it.")],
-    gpu: Annotated[str, typer.Option(help="Card, such as h100, l40s or the name that nvidia-smi prints.")] = "h100",
-    count: Annotated[int, typer.Option(min=1, max=4096, help="Cards.")] = 1,
+    gpu: Annotated[str, typer.Option(help="GPU, such as h100, l40s or the name that nvidia-smi prints.")] = "h100",
+    count: Annotated[int, typer.Option(min=1, max=4096, help="GPUs.")] = 1,
     requests: Annotated[str, typer.Option(help="Requests at once, with commas between them.")] = "1,8,32",
     tools: Annotated[
         float,
@@ -39,7 +39,7 @@ def advise(
     ] = "0",
     as_json: JsonFlag = False,
 ) -> None:
-    """Estimate what serves a target best on your cards: plain decoding, EAGLE3, a block drafter, NGRAM or WHIFLASH.
+    """Estimate what serves a target best on your GPUs: plain decoding, EAGLE3, a block drafter, NGRAM or WHIFLASH.
 
     From published prices and acceptance. The answer comes first, then what it assumes, drafters, settings and what
     WHIFLASH costs. Several cards serve replicas if that is faster. Any directory with a config.json is a target.
@@ -86,7 +86,7 @@ def _show(advice: "Advice") -> None:
     lists = {
         "Assumed": advice.assumed.split("\n"),
         "Not in the rows: tokens a round by copies and forced text": advice.copies,
-        "As measured on cards, and how far an estimate of the same is off": advice.published,
+        "As measured on GPUs, and how far an estimate of the same is off": advice.published,
         "Drafters (read their licences; some have none)": [f"EAGLE-3: {name}" for name in advice.eagle3]
         + [f"block: {name}" for name in advice.block],
         "Set": advice.settings,
