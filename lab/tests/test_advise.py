@@ -175,7 +175,7 @@ def test_every_drafter_of_the_bundle_is_measured_and_what_is_lost_is_the_targets
     assert "DFLASH has no row, since no acceptance is published" in found.verdict
     assert "fewer tokens of Qwen/Qwen3-Coder-30B-A3B-Instruct" in found.lost[0]
     eight = advise(Question("Qwen3-8B", "NVIDIA H100 80GB HBM3", requests=(1,), answer=64))
-    assert "1 × H100 hold 22 % fewer tokens of Qwen/Qwen3-8B (draft KV, and 4.6 GB a card)" in eight.lost[0]
+    assert "1 × H100 hold 22 % fewer tokens of Qwen/Qwen3-8B (draft KV, and 4.6 GB a GPU)" in eight.lost[0]
     hybrid = advise(Question("Qwen3.5-35B-A3B", "h200", requests=(1,), answer=16))
     assert "hold 55 % fewer tokens" in hybrid.lost[0], "24,576 bytes beside the target's 20,480"
     (narrow,) = (one.shape for one in KNOWN if one.name == "Qwen/Qwen3-Coder-Next")
