@@ -21,8 +21,8 @@ def test_the_gap_between_two_rounds_is_no_pause(monkeypatch: pytest.MonkeyPatch,
     clock = RoundClock()
     assert clock.begin() == []
     now[0] += 0.030
-    clock.learned(2)
-    clock.end(RoundTime(4, 1))
+    clock.learned(time := RoundTime(4, 1), 2)
+    clock.end(time)
     now[0] += pause
     (previous,) = clock.begin()
     assert (previous.rows, previous.tokens) == (4, 2)
@@ -36,9 +36,9 @@ def test_rounds_on_a_device_are_timed_by_its_events_when_they_have_come() -> Non
     for number, begins in enumerate((0.0, 10.0, 30.0), start=1):
         events.now = begins
         assert clock.begin() == []
-        clock.learned(number)
+        clock.learned(time := RoundTime(number, 1), number)
         events.now = begins + 8.0
-        clock.end(RoundTime(number, 1))
+        clock.end(time)
     events.now, events.done = 60.0, 30.0
     first, second = clock.begin()
     found = [(r.rows, r.tokens, r.seconds, r.gap) for r in (first, second)]
@@ -49,3 +49,22 @@ def test_rounds_on_a_device_are_timed_by_its_events_when_they_have_come() -> Non
     events.now = events.done = 100.0
     (third,) = clock.begin()
     assert (third.rows, third.tokens) == (3, 3)
+
+
+@pytest.mark.parametrize("between", [2, 3, 50])
+def test_a_round_has_its_own_tokens_whatever_interrupts(between: int) -> None:
+    """Under overlap a round is learned while the next one runs, or a prefill; some are never learned."""
+    events = Events()
+    clock, waiting, found = RoundClock(events), None, []
+    for number in range(300):
+        if number % between == 0:
+            clock.interrupt()
+        found += clock.begin()
+        clock.planned()
+        events.now = events.done = events.now + 0.02
+        clock.end(time := RoundTime(40, 8))
+        if waiting is not None:
+            clock.learned(waiting, 32)
+        waiting = None if number % 7 == 5 else time
+    assert len(found) > 300 * (1 - 1 / between) * 0.8
+    assert {(each.tokens, round(each.seconds + each.gap, 6)) for each in found} == {(32, 0.02)}

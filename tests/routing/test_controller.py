@@ -1,7 +1,8 @@
 """Whom the controller asks before it routes."""
 
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import pytest
 from priced import priced
@@ -9,7 +10,11 @@ from whiflash_sdk.hints import Span
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Forecast
+from whiflash_sglang.prices.round_clock import RoundClock, RoundTime
+from whiflash_sglang.records.core import Results
 from whiflash_sglang.records.request import Request
+from whiflash_sglang.records.signals import Decision
+from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.routing import controller as routes
 from whiflash_sglang.routing.controller import Controller, _of_passes
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy, RandomPolicy
@@ -156,6 +161,33 @@ def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> Non
     state.begin(lambda start: [0, 1, 2, 1][start:])
     assert state.tracker is not None
     assert state.tracker.length == 2, "a round was learned first, so what it began behind has no place any more"
+
+
+@pytest.mark.parametrize(("kept", "judged"), [(6, (5, 5)), (3, (3, 3))])
+def test_a_late_round_is_learned_whole(kept: int, judged: tuple[int, int]) -> None:
+    """Another request's prefill came first, so the host had planned this round alone before it knew a token. The
+    scheduler kept the run up to a stop string."""
+    policy, drafts = AutoPolicy(), [1, 2, 2, 2, 2]
+    controller = Controller(policy, priced(lambda arm: 4), [b"<c", b">", b"x"])
+    controller.open(Request("r", RequestHints(spans=(Span(kind="tool_call", begin="<c>", end="</c>"),)), ROW), [])
+    state, other = controller.states[ROW], MagicMock()
+    state.under_way.append(6)
+    run = [*drafts, 2][:kept]
+    round_: Any = SimpleNamespace(
+        requests=[state],
+        decisions=[Decision(limit=5)],
+        plan=SimpleNamespace(routes=["ar"], limits=SimpleNamespace(passes=[True])),
+        answer=lambda i, start: [0, *run][start:],
+        time=RoundTime(6, 1),
+    )
+    results = Results(*[None] * 12)._replace(
+        starts=[9], widths=[6], faults=[0], first_drafts=[5], source=[0], drafts=[drafts], drafted=[5]
+    )
+    learner = Learner({}, controller, RoundClock(), other, other, ("",))
+    with patch.object(policy, "judge") as judge:
+        learner.learn(round_, results._replace(accept_lens=[6]), kept=[run])
+    assert judge.call_args.args == ("ar", *judged)
+    assert state.span is not None, "the prefill's token opened it"
 
 
 def test_what_promises_less_than_plain_decoding_is_no_choice() -> None:

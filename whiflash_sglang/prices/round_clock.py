@@ -21,7 +21,7 @@ STAGES = ("route", "catch_up", "draft", "verify", "commit", "park")
 class RoundTime:
     """Sizes and times of one round, which verified `rows` rows of `requests` requests."""
 
-    # Filled by `Round.timed`.
+    # Filled by `Round.time`.
     rows: int
     requests: int
     context: int = 0  # tokens that the requests have together, at most
@@ -36,10 +36,11 @@ class RoundTime:
 
     # Filled by `RoundClock.begin` of later rounds.
     next_begin: Any = None
-    tokens: int = 0  # committed tokens that became known while this was the newest round
     seconds: float = 0.0  # from its begin to its end
     # Seconds of planning before it and of waiting after it. At most `seconds`: a longer gap was a pause of the server.
     gap: float = 0.0
+
+    tokens: int = -1  # committed by it; set by `RoundClock.learned`, under overlap while the next round runs
 
 
 @dataclass(slots=True)
@@ -62,21 +63,20 @@ class RoundClock:
     _began: float = 0.0
     _asked: Any = None
     _begin: Any = None
-    _learned: int = 0
     _ended: RoundTime | None = None
     _coming: deque[RoundTime] = field(default_factory=deque)
 
     def begin(self) -> list[RoundTime]:
-        """Begin a round. Return the earlier rounds whose times are known by now, but none before an interruption."""
+        """Begin a round. Return the earlier rounds whose times and tokens are known by now, but none before an
+        interruption."""
         self._began, self._begin = self.now(), self.timer.record()
         self._asked = self._begin
         ended, self._ended = self._ended, None
-        tokens, self._learned = self._learned, 0
         if ended is not None:
-            ended.tokens, ended.next_begin = tokens, self._asked
+            ended.next_begin = self._asked
             self._coming.append(ended)
         timed = []
-        while self._coming and self.timer.passed(self._coming[0].next_begin):
+        while self._coming and self._coming[0].tokens >= 0 and self.timer.passed(self._coming[0].next_begin):
             done = self._coming.popleft()
             done.seconds = self.timer.elapsed(done.begin, done.end)
             planned = self.timer.elapsed(done.asked, done.begin)
@@ -105,10 +105,12 @@ class RoundClock:
         """Seconds on the host's clock."""
         return time.perf_counter()
 
-    def learned(self, tokens: int) -> None:
-        """Add the `tokens` that a round, maybe an earlier one, has committed."""
+    def learned(self, time: RoundTime, tokens: int) -> None:
+        """Add the `tokens` that a round has committed. Rounds are learned in order; one left out gets no price."""
         self.tokens += tokens
-        self._learned += tokens
+        time.tokens = tokens
+        while self._coming and self._coming[0].tokens < 0:
+            self._coming.popleft()
 
     def end(self, time: RoundTime) -> float:
         """End the round: all its work is issued. Return its seconds on the host's clock."""

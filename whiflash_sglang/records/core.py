@@ -7,7 +7,7 @@ B is the number of requests, W a padded width, T a number of packed rows.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -144,8 +144,9 @@ class Round:
         self.drafts, self.chosen = _no_drafts(len(self), self.rows.device)
         self.packed_rows, self.stride = len(self), 1
 
-    def timed(self) -> RoundTime:
-        """Return the round's sizes, by which its time is learned as a price."""
+    @cached_property
+    def time(self) -> RoundTime:
+        """The round's sizes, by which its time is learned as a price. The draft stage has run before."""
         return RoundTime(
             self.packed_rows,
             len(self),

@@ -3,6 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from whiflash_kernels import Committed
@@ -78,7 +79,7 @@ class Learner:
             arm, drafted = self._first_arm(round_, results, i)
             if tokens[i] and self.ranks.leads:
                 self._learn(round_, results, i, arm, drafted, tokens[i], prices, parts)
-        self.clock.learned(sum(map(len, tokens)))
+        self.clock.learned(round_.time, sum(map(len, tokens)))
         return tokens
 
     def _first_arm(self, round_: Round, results: Results, i: int) -> tuple[str, int]:
@@ -123,6 +124,9 @@ class Learner:
         if arm != route and results.drafted[i]:
             lengths[route] = agreed + 1  # at least the length that the route's own drafts would have had
         right = agreed if arm == route else 0
+        if len(tokens) < results.accept_lens[i]:  # the scheduler kept accepted drafts only
+            right = len(tokens)
+        request.begin(partial(round_.answer, i))  # the host knew no token yet when the round was planned
         evidence = self.controller.committed(request, decision, arm, tokens, width, results.starts[i], lengths, right)
         self.tally.committed(
             request.counts, arm, decision.reason, tokens=len(tokens), proposed=width - 1, first=first_drafts

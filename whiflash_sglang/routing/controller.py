@@ -82,7 +82,8 @@ class Controller:
             decision: the round's own decision; the request may have a newer one by now.
             width: rows that it verified. start: n when it began. lengths: by arm that drafted, tokens that it would
                 have committed alone; None: `arm` committed `tokens`. right: accepted drafts if more than all `tokens`
-                but the last: a stop token that was drafted has no bonus token after it.
+                but the last: an answer that ends in its drafts has no bonus token, and drafts behind its end are no
+                evidence.
 
         Returns whether the round is evidence for other requests too (`Decision.free`).
         """
@@ -91,7 +92,7 @@ class Controller:
         if free:
             for each, length in whole.items():
                 self.policy.observe(each, decision, length)
-            drafts = min(width - 1, decision.limit)
+            drafts = min(width - 1, decision.limit, right if right == len(tokens) else width)
             self.policy.judge(arm, drafts, min(max(right, len(tokens) - 1), drafts))
         request.committed(arm, tokens, width - 1, start=start, reason=decision.reason, lengths=whole)
         return free

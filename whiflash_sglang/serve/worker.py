@@ -216,7 +216,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             else:
                 on_publish(results[results.at.seq_lens])
                 overlap.carry(verified.output, results, partial(stages.learner.learn, round_))
-        self.tally.round_seconds.append(clock.end(round_.timed()))
+        self.tally.round_seconds.append(clock.end(round_.time))
         self.publisher.tick()
         return round_result(verified, results)
 
