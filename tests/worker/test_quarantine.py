@@ -15,6 +15,7 @@ from model_set import Models
 from reference import Comparison
 from test_published import Recorded
 
+from whiflash_sglang.prices.round_clock import RoundTime
 from whiflash_sglang.records.core import Limits, Results
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.round.learning import Learner
@@ -219,6 +220,7 @@ def test_drafts_that_the_device_took_were_sound() -> None:
         requests=requests,
         decisions=[None] * 2,
         plan=SimpleNamespace(routes=["none"] * 2, limits=Limits([0] * 2, [0] * 2, [0] * 2, [0] * 2)),
+        time=RoundTime(6, 2),
     )
     results = Results(*[None] * 12)._replace(
         starts=[9] * 2, widths=[3] * 2, faults=[0] * 2, first_drafts=[0] * 2, source=[-1, 0]
