@@ -27,6 +27,8 @@ ASKED = MARKS.union("el")
 LONGEST = 32
 """Largest number of blanks in a habit."""
 
+DEEPEST = 64
+"""Most open containers of a text that has places: deeper ones are compared by recursion, and Python's ends."""
 
 FREE: Final = "‡"
 """A character that is allowed only where nearly any is: in free text, and inside a string without bounds."""
@@ -229,7 +231,7 @@ class Layout(Copied):
         """Advance the parts of `place` by a character. Text that is not JSON, such as thoughts, has no places."""
         value, scalar = self._value, character not in '{[":,]}'
         if character in "{[":
-            strange = value != ""
+            strange = value != "" or len(self._open) == DEEPEST
         elif character == '"':
             strange = value != "" or not self._open
         else:

@@ -144,9 +144,11 @@ def words_of_places(text: str) -> tuple[str, ...] | None:
         roots = open_ = _framed(text)
     else:
         roots, open_ = whole.get("anyOf", [whole]) if isinstance(whole, dict) else [], [whole]
-    if not roots or any(not isinstance(root, dict) or root.get("type") not in ("object", "array") for root in roots):
+    among = roots if isinstance(roots, list) else []
+    kinds = [root.get("type") if isinstance(root, dict) else None for root in among]
+    if not kinds or any(kind not in ("object", "array") for kind in kinds):
         return None
-    if len(roots) > 1 and any(root["type"] == "array" for root in roots):
+    if len(kinds) > 1 and "array" in kinds:
         return None  # items of a whole text decide between alternatives, but are no part of its place
     words: set[str] = set()
     while open_:
@@ -173,7 +175,7 @@ def _framed(text: str) -> list[Any]:
     parts, frames = list(_parts(text)), frames_of(text)
     tags = [part for part in parts if "begin" in part]
     known = all(FRAMED.issuperset(part) and str(part.get("type", "tag")) in TYPES for part in parts)
-    if not known or {tag["begin"] for tag in tags} != {*frames.begins} or not all(tag.get("end") for tag in tags):
+    if not known or {str(tag["begin"]) for tag in tags} != {*frames.begins} or not all(tag.get("end") for tag in tags):
         return []
     schemas = [part[name] for part in parts for name in CONTENTS if name in part]
     return schemas if len(schemas) == len(tags) else []
