@@ -436,7 +436,7 @@ def test_the_new_command_is_whole(write: Write) -> None:
 
 
 IMAGE = "docker run -e 'NOTE=a;b' -v \"$HOME/my cache:/c\" image"
-MODEL = "sglang serve a/b"
+MODEL, OURS = "sglang serve a/b", "--speculative-algorithm WHIFLASH"
 
 
 @pytest.mark.parametrize(
@@ -444,9 +444,12 @@ MODEL = "sglang serve a/b"
     [
         ('A=(--model-path a/b --json-model-override-args \'{"a": "b(c)"}\')\nsglang serve "${A[@]}"', "", "b(c)"),
         ("A=(\n --model-path a/b  # the (small) one's\n --tp 2\n)\nsglang serve ${A[@]} --port 1", "", "--tp 2"),
-        (f'{MODEL} --log-level info $MORE "$@"', "", '--log-level info $MORE "$@"'),
-        (f"{MODEL} --trust-remote-code $MORE", "", "--trust-remote-code $MORE"),
-        (f'{MODEL} --trust-remote-code "${{MORE[@]}}"', "", '--trust-remote-code "${MORE[@]}"'),
+        (f'{MODEL} --log-level info $MORE "$@"', "", f'info \\\n    {OURS} \\\n    $MORE "$@"'),
+        (f"{MODEL} --trust-remote-code $MORE", "", f"--trust-remote-code \\\n    {OURS} \\\n    $MORE\n"),
+        (f'{MODEL} --trust-remote-code "${{MORE[@]}}"', "", '    "${MORE[@]}"\n'),
+        (f'{MODEL} --speculative-algorithm EAGLE3 --speculative-num-steps 3 "$@"', "", '    "$@"\n'),
+        (f"{MODEL} --tp 2 --pp-size 1 $MORE", "", "--pp-size 1 \\\n"),
+        (f"{MODEL} --disable-piecewise-cuda-graph $MORE", "", "# not judged: the flags in $MORE"),
         (f"{MODEL} --api-key 'pa$$word' --log-level=\"$L\"", "", "--api-key 'pa$$word' \\\n    --log-level \"$L\""),
         (f"{MODEL} --file-storage-path `mktemp -d`", "", "--file-storage-path `mktemp -d`"),
         (f"{IMAGE} {MODEL} --tp 2", IMAGE, "--tp 2"),

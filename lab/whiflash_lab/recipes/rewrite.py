@@ -3,12 +3,12 @@
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from whiflash_lab.published import known
-from whiflash_lab.recipes.files import Recipe, Word
+from whiflash_lab.recipes.files import MANY, Recipe, Word
 from whiflash_lab.recipes.judge import RENAMED, Flag, LaunchVerdict, is_unknown, judge, option_of, parser_of_sglang
 from whiflash_sglang.engine.carried import ALGORITHM
 
@@ -22,6 +22,9 @@ def judged(recipe: Recipe, target: Path | None = None) -> LaunchVerdict:
     Raises:
         ConfigError: SGLang cannot read the target's configuration.
     """
+    own = {name: _parted(name, value) for name, value in recipe.flags.items()}
+    recipe = replace(recipe, flags={name: value for name, (value, _) in own.items()})
+    further = [word for _, more in own.values() for word in more]
     verdict = judge(recipe.flags, recipe.environment, target)
     models = {"model_path", "config"} & {_field(option_of(name)) for name in recipe.flags}
     if recipe.start and not models and not recipe.start.endswith("whiflash serve"):  # which has a model of its own
@@ -47,13 +50,25 @@ def judged(recipe: Recipe, target: Path | None = None) -> LaunchVerdict:
         flags, environment = fewer, left
         now = judge(flags, environment, target)
     computed = [name for name, value in environment.items() if {"$", "`"} & {*value} and f"{name}=" not in recipe.start]
-    lines = list(_command(recipe, flags, {name: environment[name] for name in environment if name not in computed}))
+    given = {name: environment[name] for name in environment if name not in computed}
+    lines = list(_command(recipe, flags, given, further))
     names = re.findall(r"\$\{?([A-Za-z_]\w*)", re.sub("'[^']*'", "", "".join(lines)))
     if names := list(dict.fromkeys([*([] if recipe.keys else computed), *names])):
         comments.append(f"set before, as in your file: {', '.join(names)}")
-    comments += [*_advice(recipe, flags), *(f"not judged: {what}" for what in now.unread), *now.notes]
+    unread = [*now.unread, *(f"the flags in {word}" for word in further)]
+    comments += [*_advice(recipe, flags), *(f"not judged: {what}" for what in unread), *now.notes]
     lines += (f"# {' '.join(comment.split())}" for comment in comments)
     return replace(verdict, command="\n".join(lines))
+
+
+def _parted(name: str, value: Flag) -> tuple[Flag, list[str]]:
+    """Return a flag's own value, and the words of variables behind it, which a shell may make further flags of."""
+    words = [value] if isinstance(value, str) else [*value]
+    today, _, added = RENAMED.get(option_of(name), option_of(name)).partition(" ")  # a switch has a value now
+    nargs = 0 if added else getattr(parser_of_sglang().meant(today), "nargs", None)
+    own = 0 if nargs == 0 else 1 if nargs is None else len(words)
+    more = [word for word in words[own:] if MANY.match(word.source if isinstance(word, Word) else word)]
+    return ("".join(words[:own]), more) if more and len(more) == len(words) - own else (value, [])
 
 
 def _remedied(flags: Mapping[str, Flag], name: str, sentence: str) -> Mapping[str, Flag]:
@@ -111,9 +126,12 @@ def _advice(recipe: Recipe, flags: Mapping[str, Flag]) -> Iterator[str]:
         yield "the image must hold WhiFlash: deploy/container/sglang.Containerfile adds it to SGLang's"
 
 
-def _command(recipe: Recipe, flags: Mapping[str, Flag], environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield the command's lines in the recipe's form: for a shell, or as the two keys of a container."""
-    words = [line for name, value in flags.items() if (line := _words(name, value))]
+def _command(
+    recipe: Recipe, flags: Mapping[str, Flag], environment: Mapping[str, str], further: Sequence[str]
+) -> Iterator[str]:
+    """Yield the command's lines in the recipe's form: for a shell, or as the two keys of a container. further: words
+    behind the flags."""
+    words = [*(line for name, value in flags.items() if (line := _words(name, value))), *filter(None, [further])]
     gone = recipe.environment.keys() - environment.keys()
     if recipe.keys:
         first, further = recipe.keys
