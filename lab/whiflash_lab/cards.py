@@ -76,13 +76,11 @@ class FittedCard:
 
     Args:
         recorded: prices of the start of that record. own_plain: whether rounds without drafts read the cache by the
-            verification's kernel, as a server of 586c31c3 does, or by stock decoding's. issued: seconds in which the
-            host issues a verification, which `tables` adds to prices; 0: it does not.
+            verification's kernel, as a server of 586c31c3 does, or by stock decoding's.
     """
 
     recorded: CostTables
     own_plain: bool = True
-    issued: float = 0.0
     name: str = "H200"
 
     LAYERS: ClassVar[int] = 36
@@ -94,8 +92,6 @@ class FittedCard:
     """
     DRAFTED: ClassVar[float] = 0.25e-3
     """Seconds that a round with a draft pass takes besides, in addition to OWN."""
-    ISSUED: ClassVar[float] = 1.11e-3
-    """Value of `issued` when the rounds were recorded."""
     PASS_ISSUED: ClassVar[float] = 0.2e-3
 
     def stock(self, requests: int, context: int) -> float:
@@ -138,11 +134,10 @@ class FittedCard:
         def price(most: int, rows: int, context: int) -> float:
             count = min(rows, most)
             widths = [rows // count + (i < rows % count) for i in range(count)]
-            return self._verification(rows, widths, [context // count] * count) + self.issued
+            return self._verification(rows, widths, [context // count] * count)
 
         def alone(prices: Sizes) -> Sizes:
-            spent = 0.0 if self.issued else self.PASS_ISSUED
-            return Sizes(prices.sizes, tuple(max(each - spent, 0.2e-3) for each in prices.seconds))
+            return Sizes(prices.sizes, tuple(max(each - self.PASS_ISSUED, 0.2e-3) for each in prices.seconds))
 
         found, above = self.recorded, _WIDTHS[1]
         wide = Verifications.measured(
@@ -154,7 +149,7 @@ class FittedCard:
             {arm: alone(prices) for arm, prices in found.drafts.items()},
             found.catch_up,
             {arm: {n: alone(prices) for n, prices in each.items()} for arm, each in found.shorter.items()},
-            {} if self.issued else {above: wide},
+            {above: wide},
             None if self.own_plain else Verifications.measured(8192, 131072, sizes, self._plain),
         )
 
