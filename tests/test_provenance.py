@@ -1,8 +1,11 @@
 """The origin of a result is recorded, and secrets of the command that made it are not."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
-from whiflash_sglang.files.provenance import made_by
+from whiflash_sglang.files.provenance import checkout, made_by
 
 
 def test_a_key_or_a_password_is_blank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,3 +18,12 @@ def test_a_key_or_a_password_is_blank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made["command"][:-1] == ["whiflash", "learn", "x", *said]
     assert made["command"][-1] == "--tp-size 2 --admin-api-key *** --api-key *** --ssl-keyfile-password=*** -x"
     assert made["revision"] == ""
+
+
+def test_an_environment_in_another_projects_checkout_has_no_revision(tmp_path: Path) -> None:
+    (installed := tmp_path / ".venv").mkdir()
+    (installed / "module.py").write_text("")
+    for words in ("init -q", "-c user.name=a -c user.email=b commit -qm c --allow-empty"):
+        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
+    assert checkout(installed) == {"revision": "", "uncommitted_changes": False}
+    assert len(checkout(Path(__file__).parent)["revision"]) == 40

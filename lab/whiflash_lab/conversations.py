@@ -157,7 +157,8 @@ def _message(where: str, raw: object) -> Message:
         raise ConfigError(f"{where}.role: {role!r} is not one of {', '.join(ROLES)}")
     message: Message = {"role": ROLES[role], "content": text_of(f"{where}.content", fields.get("content"))}
     if role == "assistant":
-        thought = text_of(f"{where}.reasoning_content", fields.get("reasoning_content"))
+        said = fields["reasoning"] if isinstance(fields.get("reasoning"), str) else None  # vLLM's name of it
+        thought = text_of(f"{where}.reasoning_content", fields.get("reasoning_content") or said)
         listed = list_of(f"{where}.tool_calls", fields.get("tool_calls") or [])
         if thought:
             message["reasoning_content"] = thought

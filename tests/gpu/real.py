@@ -168,7 +168,9 @@ def measure(chosen: argparse.Namespace, checks: Checks, scratch: Path) -> None:
                 found = figures[str(number)] = {}
                 answers = timed(e, Load(asked, sampling), found)
                 if not chosen.temperature:
-                    found |= compared(answers, reference.setdefault(number, answers))
+                    if arm == "none":
+                        reference[number] = answers
+                    found |= compared(answers, reference[number]) if number in reference else {}
                 checks.save()
             if tables := getattr(getattr(getattr(e.worker, "controller", None), "costs", None), "tables", None):
                 figures["prices"] = asdict(tables)

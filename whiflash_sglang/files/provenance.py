@@ -61,10 +61,11 @@ def weights_of(bundle: Path) -> dict[str, str]:
 
 
 def checkout(directory: Path) -> dict[str, Any]:
-    """Return the Git revision of the checkout that contains `directory`, and whether it has uncommitted changes."""
+    """Return the Git revision of the checkout that tracks `directory`, and whether it has uncommitted changes."""
+    tracked = _git("ls-files", here=directory)  # an environment inside another project's checkout is not tracked
     return {
-        "revision": _git("rev-parse", "HEAD", here=directory),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", here=directory)),
+        "revision": tracked and _git("rev-parse", "HEAD", here=directory),
+        "uncommitted_changes": bool(tracked and _git("status", "--porcelain", "--untracked-files=no", here=directory)),
     }
 
 

@@ -45,7 +45,7 @@ def test_times_and_forwards_of_a_stream() -> None:
 def test_a_message_is_put_together_for_the_next_turn() -> None:
     """Without its reasoning, whose loop is one of the answer."""
     pieces: list[dict[str, object]] = [
-        {"reasoning_content": "so on " * 30},
+        {"reasoning_content": "so on " * 30, "reasoning": "so on " * 30},
         {"content": "Lo"},
         {"content": "ok", "tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{"}}]},
         {"tool_calls": [{"index": 1, "id": "d", "function": {"name": "g", "arguments": "[]"}}]},

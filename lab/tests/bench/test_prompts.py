@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,8 @@ def test_sample_takes_turns_between_categories(tmp_path: Path) -> None:
     assert [p.id for p in twice if p.category == "chat"] == ["row 1", "row 2"]
     with pytest.raises(ConfigError, match="id 'a0'"):
         sample([*prompts, prompts[0]], None)
+    with pytest.raises(ConfigError, match="id 'a#2'"):
+        sample([replace(prompts[0], id="a#1", follow_ups=("so?",)), replace(prompts[1], id="a#2")], None)
 
 
 def test_a_body_s_own_fields_are_sent() -> None:

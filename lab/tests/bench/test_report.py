@@ -146,6 +146,11 @@ def test_every_arm_is_compared_with_the_one_that_was_asked_for_and_with_the_fast
     assert {name: i.ratio for name, i in varied.over.items()} == pytest.approx(dict.fromkeys(varied.none, 1.5))
     assert (varied.static_arm["overall"], compared.ratios["auto"].over) == ("diffusion", {})
     assert varied.static["overall"].ratio == pytest.approx(24 / 15)
+    lost = [cell for cell in cells_of({"EAGLE3": 90.0}) if cell.prompts == cells[0].prompts]
+    others = [cell for cell in cells if cell.arm != "EAGLE3"]
+    assert (
+        build_report([*others, *lost], GROUPS, [], PROVENANCE, {}).ratios["auto"].static_arm["overall"] == "diffusion"
+    )
 
 
 def test_under_load_only_the_whole_mix_has_a_rate(report: BenchReport) -> None:

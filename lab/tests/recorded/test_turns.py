@@ -19,7 +19,7 @@ SPOKEN = conversation(
     [
         {"role": "system", "content": "Help."},
         {"role": "user", "content": f"Mend this:\n{SOURCE}"},
-        {"role": "assistant", "content": "So:\n```\nx = 1\n```\n", "reasoning_content": "Let me see"},
+        {"role": "assistant", "content": "So:\n```\nx = 1\n```\n", "reasoning": "Let me see"},
         {"role": "user", "content": "Write it."},
         {
             "role": "assistant",

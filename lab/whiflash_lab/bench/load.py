@@ -153,7 +153,7 @@ def _calls(parts: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
 def text_of(message: Mapping[str, Any]) -> str:
     """Return the text of an answer or of a part of it: content, reasoning, names and arguments of calls."""
     called = [call.get("function") or {} for call in message.get("tool_calls") or ()]
-    said = [message.get(name) for name in ("reasoning_content", "reasoning", "content")]
+    said = [message.get("reasoning_content") or message.get("reasoning"), message.get("content")]
     return "".join(filter(None, [*said, *(one.get(name) for one in called for name in ("name", "arguments"))]))
 
 

@@ -168,14 +168,18 @@ def sample(prompts: Iterable[Prompt], per_category: int | None) -> list[Prompt]:
     """Choose the first `per_category` prompts of each category, and order them so that categories alternate.
 
     Raises:
-        ConfigError: two rows share an id, so that their answers could be confused.
+        ConfigError: two prompts share an id, so that their answers could be confused. A row's further turns have `#2`,
+            `#3` and so on behind its id.
     """
     groups: dict[str, list[Prompt]] = defaultdict(list)
     seen: set[str] = set()
     for prompt in prompts:
-        if prompt.id in seen:
-            raise ConfigError(f"two prompts have the id {prompt.id!r}; ids must differ")
-        seen.add(prompt.id)
+        turn: Prompt | None = prompt
+        while turn is not None:
+            if turn.id in seen:
+                raise ConfigError(f"two prompts have the id {turn.id!r}; ids must differ, also from `ID#2` of a turn")
+            seen.add(turn.id)
+            turn = turn.next_turn("")
         if per_category is None or len(groups[prompt.category]) < per_category:
             groups[prompt.category].append(prompt)
     longest = max(map(len, groups.values()), default=0)
