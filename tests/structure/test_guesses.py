@@ -10,20 +10,12 @@ from hypothesis import strategies as st
 from structure_grammars import Grammars
 
 from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
+from whiflash_sglang.structure import schemas
 from whiflash_sglang.structure.chances import Kind, LikelyText
 from whiflash_sglang.structure.guesses import STEPS, Ahead, Guesses, likely, parted
 from whiflash_sglang.structure.layout import NO_FRAMES, Frames, Layout
 from whiflash_sglang.structure.matchers import XGrammarMatcher
-from whiflash_sglang.structure.schemas import (
-    FRAMED,
-    MOST_WORDS,
-    PLACED,
-    frames_of,
-    has_alternatives,
-    is_plain,
-    words_of,
-    words_of_places,
-)
+from whiflash_sglang.structure.schemas import MOST_WORDS, frames_of, words_of
 from whiflash_sglang.structure.sketch import sketch
 
 TRIP: dict[str, Any] = {
@@ -176,9 +168,10 @@ def test_frames_are_those_of_the_tag_and_none_of_its_schemas(modern: bool) -> No
     assert frames_of(json.dumps(TRIP)) is frames_of("[a-z]+") is NO_FRAMES
 
 
+KEYS = sorted(schemas.PLACED | schemas.FRAMED)
 SHAPES = st.recursive(
     st.sampled_from([5, True, None, "a", '"', "object", "structural_tag", "string"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*PLACED, *FRAMED]), inner, max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
     max_leaves=12,
 )
 """JSON of a schema's keys whose values are of any kind: SGLang passes on more than it should."""
@@ -189,17 +182,15 @@ TAG = {"begin": '<f="a">', "schema": {"type": "object"}, "end": "</f>"}
 @example({"enum": ["a"], "anyOf": 5})
 @example({"type": "structural_tag", "structures": [TAG], "triggers": ["<f"], "tags": [{"begin": [], "end": "x"}]})
 def test_no_schema_raises(schema: Any) -> None:
-    for read in (words_of_places, has_alternatives, is_plain, words_of, frames_of):
-        read(json.dumps(schema))
+    for read in ("words_of_places", "has_alternatives", "is_plain", "words_of", "frames_of"):
+        getattr(schemas, read)(json.dumps(schema))
 
 
 def test_deep_arrays_have_no_places() -> None:
-    deep = f"{'[' * 900}{']' * 900}"
-    shallow, layout = Layout(words=("x",)), Layout(words=("x",))
-    shallow.follow(f'{{"x": [{"[" * 40}{"]" * 40}, {"[" * 40}{"]" * 40}')
-    layout.follow(f'{{"x": [{deep}, {deep}')
-    assert shallow.place is not None
-    assert layout.place is None
+    for depth in (40, 900):
+        layout = Layout(words=("x",))
+        layout.follow('{"x": [' + ", ".join(["[" * depth + "]" * depth] * 2))
+        assert (layout.place is None) == (depth == 900)
 
 
 def test_only_what_parts_a_word_from_others_is_unsure() -> None:
