@@ -34,7 +34,7 @@ import torch
 import triton
 import whiflash_kernels as ops
 from cases import KERNELS, Bench, CaseSizes, attention_cases, catch_up_cases, router_cases, routing_cases, verify_cases
-from provenance import provenance
+from measure import provenance
 from shapes import SHAPES
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver

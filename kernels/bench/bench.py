@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from cases import KERNELS, Bench, Case, CaseSizes, backlog_cases, catch_up_cases, layer_cases, routing_cases
-from measure import Call, Ceilings, Timing, ceilings, time_call
-from provenance import provenance
+from measure import Call, Ceilings, Timing, ceilings, provenance, time_call
 from shapes import SHAPES
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,5 +1,6 @@
-"""Timing, and the ceilings that times are compared with."""
+"""Timing, the ceilings that times are compared with, and the origin of a result."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 import triton
+
+from whiflash_sglang.files.provenance import busy, made_by
 
 Call = Callable[[], object]
 
@@ -72,3 +75,19 @@ def ceilings(device: torch.device) -> Ceilings:
         matmul_flops_per_second=2 * side**3 / (1e-6 * product.median_us),
         launch_us=time_call(lambda: one.zero_(), device).median_us,
     )
+
+
+def provenance() -> dict[str, str]:
+    """Return the facts that are stored with every result."""
+    made = made_by(("torch", "triton"))
+    return {
+        "command": " ".join(["python", "kernels/bench/" + made["command"][0], *made["command"][1:]]),
+        "revision": made["revision"] + " with local changes" * made["uncommitted_changes"],
+        **made["packages"],
+        "cuda": torch.version.cuda or "none",
+        "python": made["python"],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "cpu": f"{made['hardware']['cpu']}, {torch.get_num_threads()} of {os.cpu_count()} threads",
+        "load": f"{busy()['load_1min']:.1f} (one-minute average at the start)",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

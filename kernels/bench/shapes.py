@@ -26,35 +26,7 @@ class ModelShape:
     dtype: torch.dtype = torch.bfloat16
 
 
-SHAPES = {
-    "qwen3-8b": ModelShape(
-        name="Qwen3-8B",
-        hidden=4096,
-        heads=32,
-        kv_heads=8,
-        dim=128,
-        intermediate=12_288,
-        vocab=151_936,
-        captured=7,
-        dflash_chunks=(0, 2, 3, 4, 6),
-        eagle3_chunks=(0, 1, 5),
-        dflash_layers=5,
-        block=16,
-        router_units=512,
-    ),
-    "smollm2-135m": ModelShape(
-        name="SmolLM2-135M",
-        hidden=576,
-        heads=9,
-        kv_heads=3,
-        dim=64,
-        intermediate=1536,
-        vocab=49_152,
-        captured=5,
-        dflash_chunks=(0, 2, 4),
-        eagle3_chunks=(0, 1, 3),
-        dflash_layers=2,
-        block=8,
-        router_units=256,
-    ),
+SHAPES = {  # in the order of the fields above
+    "qwen3-8b": ModelShape("Qwen3-8B", 4096, 32, 8, 128, 12_288, 151_936, 7, (0, 2, 3, 4, 6), (0, 1, 5), 5, 16, 512),
+    "smollm2-135m": ModelShape("SmolLM2-135M", 576, 9, 3, 64, 1536, 49_152, 5, (0, 2, 4), (0, 1, 3), 2, 8, 256),
 }

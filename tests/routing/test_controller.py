@@ -155,12 +155,6 @@ def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> Non
             if token:
                 state.committed("ar", [token])
             assert (state.span.kind if state.span else None) == (None, "tool_call")[token]
-    controller.open(Request("r", hints, ROW), [])
-    state = controller.states[ROW]
-    state.committed("ar", [1, 2])
-    state.begin(lambda start: [0, 1, 2, 1][start:])
-    assert state.tracker is not None
-    assert state.tracker.length == 2, "a round was learned first, so what it began behind has no place any more"
 
 
 @pytest.mark.parametrize(("kept", "judged"), [(6, (5, 5)), (3, (3, 3))])

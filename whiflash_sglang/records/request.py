@@ -127,5 +127,4 @@ class Request(Signals):
         if self.recording is not None:
             self.recording.add(start, arm, len(tokens), proposed=proposed, reason=reason, span=kind)
         if self.tracker is not None:
-            self.begun = True  # too late for the prefill's token: it would come after these
             self.follow(self.tracker, tokens)

@@ -44,11 +44,10 @@ class Learner:
 
     def timed(self, previous: RoundTime) -> None:
         """Learn prices from the seconds that an earlier round took."""
-        costs, requests = self.controller.costs, previous.requests
+        costs, requests, seconds = self.controller.costs, previous.requests, previous.seconds + previous.gap
         costs.observe(previous)
-        self.tally.timed(previous.tokens, previous.seconds + previous.gap)
+        self.tally.timed(previous.tokens, seconds)
         if (plain := costs.plain(requests)) is not None:
-            seconds = previous.seconds + previous.gap
             self.tally.priced(previous.tokens, seconds, plain_seconds=previous.tokens / requests * plain)
 
     def needs(self, round_: Round) -> Collection[str]:

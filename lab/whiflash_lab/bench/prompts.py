@@ -168,8 +168,7 @@ def sample(prompts: Iterable[Prompt], per_category: int | None) -> list[Prompt]:
     """Choose the first `per_category` prompts of each category, and order them so that categories alternate.
 
     Raises:
-        ConfigError: two prompts share an id, so that their answers could be confused. A row's further turns have `#2`,
-            `#3` and so on behind its id.
+        ConfigError: two prompts share an id, such as `ID#2`, a row's second turn: their answers could be confused.
     """
     groups: dict[str, list[Prompt]] = defaultdict(list)
     seen: set[str] = set()

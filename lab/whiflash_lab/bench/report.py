@@ -306,9 +306,8 @@ def _ratios(
             continue
         chosen = {key: own for key in cells if (own := within(cells[key], groups, name))}
         rates = {key: rate(*samples(chosen[key])) for key in statics if key in chosen and arm not in statics}
-        asked = {key: {cell.prompts for cell in own} for key, own in chosen.items()}
-        shared = {key: len(asked[key] & asked.get(arm, set())) for key in rates}  # fewer of an arm that was lost
-        best = max(rates, key=lambda key: (shared[key], rates[key]), default=None)
+        asked = {key: {cell.prompts for cell in own} for key, own in chosen.items()}  # fewer of an arm that was lost
+        best = max(rates, key=lambda key: (len(asked[key] & asked[arm]), rates[key]), default=None)
         for found, other in ((ratios.none, base), (ratios.over, over if over != arm else None), (ratios.static, best)):
             if other in chosen and (ratio := paired(chosen[arm], chosen[other], groups)):
                 found[name] = ratio
