@@ -142,6 +142,7 @@ def test_requests_with_equal_tools_ask_once_and_forgetting_ends_that(
             written.look(arm, request, NOTHING)
             written.write([token])
         (only,) = arm._automata.values()
+        assert only._characters == sum(len(state.text) for state in only._nodes)
         return walked.counts_of(only.table)
 
     first = asked()

@@ -25,7 +25,7 @@ from whiflash_sglang.records.core import History
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, text_of
 from whiflash_sglang.structure.automaton import Automaton, LostError, State
-from whiflash_sglang.structure.calls import PROMPT_CHARS, Calls, compiled
+from whiflash_sglang.structure.calls import PROMPT_CHARS, Calls, common_matcher, compiled
 from whiflash_sglang.structure.chances import DECAY, SEED, SEED_WEIGHT
 from whiflash_sglang.structure.layout import NO_FRAMES, Layout
 from whiflash_sglang.structure.matchers import Grammar, Matcher
@@ -110,6 +110,7 @@ class StructureArm(TextDrafter):
         self._rates, self._habits = Rates(SEED, SEED_WEIGHT, DECAY), dict[bool, Layout]()
         """Learned chances of guesses by their kind; the newest answer's layout of JSON, by whether it had a tag."""
         self._automata.clear()  # they hold words of requests' schemas
+        common_matcher.cache_clear()  # each holds the last call that was written
         if self._walks is not None:
             self._walks.lessons.learn(*self._rates.addresses)
 

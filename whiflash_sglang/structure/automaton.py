@@ -157,13 +157,14 @@ class Automaton:
         self._guesses = Guesses(words, uses)
         self._nodes, self._numbers = list[State](), dict[Hashable, int]()
         """The first text that led to each node; by its place, a node's number."""
+        self._characters = 0
         self.texts, self._words, self._begins = list[str](), dict[str, int](), dict[tuple[str, ...], int]()
         self.table = Table(walks, weakref.proxy(answers), MOST_NODES)
 
     @property
     def size(self) -> int:
-        """Number of nodes, each of which keeps a text's state in Python: some kilobytes."""
-        return len(self._nodes)
+        """Number of nodes, each of which keeps a text's state in Python, some 4 kB; a long text counts as several."""
+        return len(self._nodes) + self._characters // 4096
 
     def begin(self, state: State) -> int:
         """Return the node of a text that begins in `state`."""
@@ -187,6 +188,7 @@ class Automaton:
             free = origin.free  # before the nodes go, since it may raise
         origin.text, origin.parts, origin.begun, origin.split = "", (), "", bool(origin.open)
         self._nodes.clear()
+        self._characters = 0
         self._numbers.clear()
         self.table.clear()
         with suppress(LostError):  # then there is a node, and no token is known to stay at it
@@ -223,6 +225,7 @@ class Automaton:
             return number
         number = int(self.table.node())
         self._nodes.append(state.copy())
+        self._characters += len(state.text)
         if key is not None:
             self._numbers[key] = number
         if free is not None:

@@ -117,7 +117,7 @@ class _CallMatcher(XGrammarMatcher):
 
 
 @lru_cache(maxsize=32)
-def _common_matcher(tools: str) -> _CallMatcher:
+def common_matcher(tools: str) -> _CallMatcher:
     """Return the matcher of all calls of these tools, which have a grammar. It takes 3 MB for 120 tools."""
     grammar = compiled(tools)
     assert grammar is not None
@@ -380,7 +380,7 @@ class Calls(Copied):
         if grammar is None:
             return None
         # A request without places asks about all of a call, however long, so it keeps its place in it.
-        matcher = _common_matcher(self._tools) if self.has_places else _CallMatcher(grammar)
+        matcher = common_matcher(self._tools) if self.has_places else _CallMatcher(grammar)
         if not span.begin.startswith("{"):
             return JsonCall(matcher, seen, end, self._tools)
         call = JsonCall(matcher, {**(self._seen or {}), LEAD: ""}, end, self._tools)
