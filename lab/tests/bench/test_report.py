@@ -25,7 +25,7 @@ ROUNDS |= {"round_seconds": 0.0061, "extra_catch_up_seconds": 0.0005}
 PROVENANCE = {
     "hardware": {"cpu": "a CPU", "cores": 2},
     "packages": {"sglang": "0.5.23", "torch": "2"},
-    "command": ["whiflash", "bench"],
+    "command": ["whiflash", "bench", "--server-args", "--a b"],
     "threads": 2,
     "dtype": "bfloat16",
     "repetitions": 3,
@@ -166,13 +166,14 @@ def test_the_page_names_arms_that_are_missing_and_each_server_s_environment(repo
     both, ranks = {"OMP_NUM_THREADS": "2"}, {"OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     servers = {
         "none": {"arguments": [*shared, "1"], "attention_backend": "a", "environment": both},
-        "none@tp2": {"arguments": [*shared, "2"], "attention_backend": "a", "environment": ranks},
+        "none@tp2": {"arguments": [*shared, "2", "{}"], "attention_backend": "a", "environment": ranks},
     }
     page = render(report.model_copy(update={"provenance": {**report.provenance, "servers": servers}}))
     assert "NGRAM: the server did not start: no kernel" in page
     assert "`OMP_NUM_THREADS=2 python -m sglang.launch_server --dtype bfloat16`" in page
     assert "- none: `--tp-size 1`" in page
-    assert "- none@tp2: `OMP_NUM_THREADS=1 SGLANG_CPU_OMP_THREADS_BIND='0|1' --tp-size 2`" in page
+    assert "- none@tp2: `OMP_NUM_THREADS=1 SGLANG_CPU_OMP_THREADS_BIND='0|1' --tp-size 2 '{}'`" in page
+    assert "`whiflash bench --server-args '--a b'`" in page
 
 
 @pytest.mark.parametrize(

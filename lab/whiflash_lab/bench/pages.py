@@ -238,7 +238,7 @@ def _differences(report: BenchReport) -> str:
 def _reproduce(report: BenchReport) -> str:
     """Return a section with the command, the arguments that all servers share, and each arm's own."""
     servers = report.provenance["servers"]
-    lines = ["## How to reproduce", "", f"`{' '.join(report.provenance['command'])}`", ""]
+    lines = ["## How to reproduce", "", f"`{shlex.join(report.provenance['command'])}`", ""]
     if report.base != NONE:
         told = {
             arm: ", ".join(f"{key} {value}" for key, value in of.items() if value not in (None, True, False))
@@ -256,9 +256,9 @@ def _reproduce(report: BenchReport) -> str:
         shared.pop()  # a flag whose value differs between arms
     backends = ", ".join(dict.fromkeys(server["attention_backend"] for server in servers.values()))
     lines += [f"Every server (attention backend {backends}):", ""]
-    lines += [f"`{first} python -m sglang.launch_server {' '.join(shared)}`", "", "Each arm adds:", ""]
+    lines += [f"`{first} python -m sglang.launch_server {shlex.join(shared)}`", "", "Each arm adds:", ""]
     for arm, server in servers.items():
-        own = [*([variables[arm]] if variables[arm] != first else []), *server["arguments"][len(shared) :]]
+        own = [*([variables[arm]] if variables[arm] != first else []), *map(shlex.quote, server["arguments"][len(shared) :])]
         lines.append(f"- {arm}: `{' '.join(own)}`" if own else f"- {arm}: nothing")
     return "\n".join(lines)
 
