@@ -258,7 +258,8 @@ def _reproduce(report: BenchReport) -> str:
     lines += [f"Every server (attention backend {backends}):", ""]
     lines += [f"`{first} python -m sglang.launch_server {shlex.join(shared)}`", "", "Each arm adds:", ""]
     for arm, server in servers.items():
-        own = [*([variables[arm]] if variables[arm] != first else []), *map(shlex.quote, server["arguments"][len(shared) :])]
+        further = shlex.join(server["arguments"][len(shared) :])
+        own = [*([variables[arm]] if variables[arm] != first else []), *filter(None, [further])]
         lines.append(f"- {arm}: `{' '.join(own)}`" if own else f"- {arm}: nothing")
     return "\n".join(lines)
 
