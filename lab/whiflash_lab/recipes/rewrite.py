@@ -68,7 +68,7 @@ def _parted(name: str, value: Flag) -> tuple[Flag, list[str]]:
     nargs = 0 if added else getattr(parser_of_sglang().meant(today), "nargs", None)
     own = 0 if nargs == 0 else 1 if nargs is None else len(words)
     more = [word for word in words[own:] if MANY.match(word.source if isinstance(word, Word) else word)]
-    return ("".join(words[:own]), more) if more and len(more) == len(words) - own else (value, [])
+    return (words[0] if own else "", more) if more and len(more) == len(words) - own else (value, [])
 
 
 def _remedied(flags: Mapping[str, Flag], name: str, sentence: str) -> Mapping[str, Flag]:
