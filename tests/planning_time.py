@@ -157,7 +157,7 @@ class Batch:
         )
         began = time.process_time()
         self.planner.plan(round_)
-        spent = time.process_time() - began
+        spent, round_.packed_rows = time.process_time() - began, self.size  # no draft stage runs
         self._note(round_)
         return round_, spent
 
