@@ -383,7 +383,7 @@ def command(write: Write, text: str, name: str = "serve.sh") -> tuple[str, list[
     lines = judged(recipe).command.splitlines()
     new = "\n".join(line for line in lines if not line.startswith("#"))
     if recipe.keys is None and new:
-        assert judge(read(write("new.sh", new))[0].flags).starts, "it is a launch that starts"
+        assert judged(read(write("new.sh", new))[0]).starts, "it is a launch that starts"
     return new, [line for line in lines if line.startswith("#")]
 
 
@@ -444,10 +444,10 @@ MODEL, OURS = "sglang serve a/b", "--speculative-algorithm WHIFLASH"
     [
         ('A=(--model-path a/b --json-model-override-args \'{"a": "b(c)"}\')\nsglang serve "${A[@]}"', "", "b(c)"),
         ("A=(\n --model-path a/b  # the (small) one's\n --tp 2\n)\nsglang serve ${A[@]} --port 1", "", "--tp 2"),
-        (f'{MODEL} --log-level info $MORE "$@"', "", f'info \\\n    {OURS} \\\n    $MORE "$@"'),
-        (f"{MODEL} --trust-remote-code $MORE", "", f"--trust-remote-code \\\n    {OURS} \\\n    $MORE\n"),
-        (f'{MODEL} --trust-remote-code "${{MORE[@]}}"', "", '    "${MORE[@]}"\n'),
-        (f'{MODEL} --speculative-algorithm EAGLE3 --speculative-num-steps 3 "$@"', "", '    "$@"\n'),
+        (f'{MODEL} --log-level info $MORE "$@"', "", f'info \\\n    $MORE "$@" \\\n    {OURS}'),
+        (f"{MODEL} --trust-remote-code $MORE", "", f"--trust-remote-code \\\n    $MORE \\\n    {OURS}"),
+        (f'{MODEL} --trust-remote-code "${{MORE[@]}}"', "", f'    "${{MORE[@]}}" \\\n    {OURS}'),
+        (f'{MODEL} --speculative-algorithm EAGLE3 --speculative-num-steps 3 "$@"', "", f'    "$@" \\\n    {OURS}'),
         (f"{MODEL} --port $PORT --pp-size 1 $MORE", "", "--port $PORT \\\n    --pp-size 1 \\\n"),
         (f'{MODEL} --port $PORT "$@"', "", "--port $PORT \\\n"),
         (f"{MODEL} --disable-piecewise-cuda-graph $MORE", "", "# not judged: the flags in $MORE"),

@@ -38,7 +38,7 @@ def judged(recipe: Recipe, target: Path | None = None) -> LaunchVerdict:
     for old in [name for name in flags if name in RENAMED]:
         comments.append(f"{old} is {RENAMED[old]} now")
         flags = _renamed(flags, old)
-    flags = {**flags, ALGORITHM_FLAG: ALGORITHM}
+    flags = {**_without(flags, ALGORITHM_FLAG), ALGORITHM_FLAG: ALGORITHM}
     now = judge(flags, environment, target)
     while not now.starts:
         name, sentence = next(iter(now.obstacles.items()))
@@ -65,8 +65,7 @@ def _parted(name: str, value: Flag) -> tuple[Flag, list[str]]:
     """Return a flag's own value, and the words of variables behind it, which a shell may make further flags of."""
     words = [value] if isinstance(value, str) else [*value]
     today, _, added = RENAMED.get(option_of(name), option_of(name)).partition(" ")  # a switch has a value now
-    nargs = 0 if added else getattr(parser_of_sglang().meant(today), "nargs", None)
-    own = 0 if nargs == 0 else 1 if nargs is None else len(words)
+    own = {0: 0, None: 1}.get(0 if added else getattr(parser_of_sglang().meant(today), "nargs", None), len(words))
     more = [word for word in words[own:] if MANY.match(word.source if isinstance(word, Word) else word)]
     return (words[0] if own else "", more) if more and len(more) == len(words) - own else (value, [])
 
@@ -127,11 +126,12 @@ def _advice(recipe: Recipe, flags: Mapping[str, Flag]) -> Iterator[str]:
 
 
 def _command(
-    recipe: Recipe, flags: Mapping[str, Flag], environment: Mapping[str, str], further: Sequence[str]
+    recipe: Recipe, flags: Mapping[str, Flag], environment: Mapping[str, str], more: Sequence[str]
 ) -> Iterator[str]:
-    """Yield the command's lines in the recipe's form: for a shell, or as the two keys of a container. further: words
-    behind the flags."""
-    words = [*(line for name, value in flags.items() if (line := _words(name, value))), *filter(None, [further])]
+    """Yield the command's lines in the recipe's form, for a shell or a container. more: words behind its flags."""
+    words = [line for name, value in flags.items() if (line := _words(name, value))]
+    at = next((at for at, line in enumerate(words) if line[0] == ALGORITHM_FLAG), len(words))
+    words[at:at] = filter(None, [[*more]])  # SGLang takes the last algorithm
     gone = recipe.environment.keys() - environment.keys()
     if recipe.keys:
         first, further = recipe.keys
