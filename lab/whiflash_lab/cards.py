@@ -126,8 +126,7 @@ class FittedCard:
         return max(seconds, 0.2e-3) + self.recorded.catch(arm, min(caught_up, 768)) + self.DRAFTED
 
     def tables(self, rows: int, context: int, chain: int = 0) -> CostTables:
-        """Return the price tables that a server would measure at its start. rows: the largest, of full blocks of all
-        requests. `context` and `chain` are not used."""
+        """Return the price tables of a server's start. rows: the largest, of full blocks of all requests."""
         most = rows // (KNOWN + 1)
         sizes = [n for n in (*self.recorded.verifications.at_short.sizes, 896, 1024, 1088) if n <= grid(rows)[-1]]
 

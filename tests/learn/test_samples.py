@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,12 @@ def test_its_thread_writes_what_waits(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_only_their_owner_reads_them(spool: samples.Spool) -> None:
+    """Also after somebody removed the directory."""
+    for again in (lambda: write(spool, [1], [2]), lambda: samples.forget_samples(directory_of(spool), None)):
+        shutil.rmtree(directory_of(spool), ignore_errors=True)
+        again()
+        assert directory_of(spool).stat().st_mode & 0o777 == 0o700
     write(spool, [1], [2])
-    assert directory_of(spool).stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in directory_of(spool).iterdir()} == {0o600}
 
 

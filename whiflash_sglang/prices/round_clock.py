@@ -67,8 +67,7 @@ class RoundClock:
     _coming: deque[RoundTime] = field(default_factory=deque)
 
     def begin(self) -> list[RoundTime]:
-        """Begin a round. Return the earlier rounds whose times and tokens are known by now, but none before an
-        interruption."""
+        """Begin a round. Return earlier rounds whose times and tokens are known, but none before an interruption."""
         self._began, self._begin = self.now(), self.timer.record()
         self._asked = self._begin
         ended, self._ended = self._ended, None
