@@ -36,7 +36,7 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "delta rule by channel, intervals": ("KimiLinearForCausalLM", INTERVALS),
     "Mamba 2, intervals": ("NemotronHForCausalLM", INTERVALS),
 }
-TOLERANCE = 1e-3  # of the largest number: plain decoding's states differ by up to 1.1e-4, one a token off by 0.4
+TOLERANCE = 1e-3  # times the largest number: plain decoding's states differ by 1.1e-4, one a token off by 0.4
 
 
 @dataclass(frozen=True)

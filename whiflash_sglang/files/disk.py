@@ -134,7 +134,9 @@ def _check_owner(path: Path, status: os.stat_result, mode: str) -> None:
 
 
 def locked(directory: Path, name: str = ".lock") -> BaseFileLock:
-    """Return a context that holds the directory's lock against other processes. name: of its file. Raises OSError."""
+    """Return a context that holds the directory's lock against other processes. name: of its file. Raises OSError.
+    A missing directory is made for its owner only: the lock would open it to others."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     return FileLock(directory / name, mode=0o600)
 
 

@@ -220,7 +220,6 @@ class Spool:
     def _write(self) -> None:
         samples = self._taken
         try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # a lock would make it open to others
             with locked(self._directory):
                 with self._changed:
                     samples, self._taken = self._taken, []
@@ -289,7 +288,6 @@ def forget_samples(directory: Path, handle: int | None) -> None:
 
     It parses handles only and no tokens, so it blocks other threads only briefly. Raises OSError if a file stays.
     """
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with locked(directory):
         drop_staged(directory)
         for path in files_of(directory):

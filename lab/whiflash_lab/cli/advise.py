@@ -42,7 +42,7 @@ def advise(
     """Estimate what serves a target best on your GPUs: plain decoding, EAGLE3, a block drafter, NGRAM or WHIFLASH.
 
     From published prices and acceptance. The answer comes first, then what it assumes, drafters, settings and what
-    WHIFLASH costs. Several cards serve replicas if that is faster. Any directory with a config.json is a target.
+    WHIFLASH costs. Several GPUs serve replicas if that is faster. Any directory with a config.json is a target.
 
     \b
     Examples:
